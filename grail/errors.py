@@ -1,0 +1,50 @@
+"""Named errors. Every one is a `GrailError`; the command line turns them into exit code 2."""
+
+from collections.abc import Sequence
+
+from grail_kernels.errors import BackendError, GrailError, InputError
+
+__all__ = [
+    "BackendError",
+    "EmptyCalibrationError",
+    "ExportError",
+    "GrailError",
+    "InputError",
+    "ModelError",
+    "NonFiniteError",
+    "SolveError",
+]
+
+
+class ModelError(GrailError):
+    """A model that cannot be read, or whose architecture has no known sites."""
+
+
+class EmptyCalibrationError(InputError):
+    """Calibration that holds no token, or less text than one sequence."""
+
+
+class ExportError(GrailError):
+    """An output that could not be written, or that did not reload to the same logits."""
+
+
+class SolveError(GrailError):
+    """A ridge system that stayed indefinite after every permitted damping."""
+
+
+class NonFiniteError(GrailError):
+    """NaN or Inf in weights or activations, located.
+
+    Args:
+        what: the tensor, in words ("activations of model.layers.3.mlp").
+        channels: the channels that hold a non-finite value.
+        count: how many values are not finite.
+    """
+
+    def __init__(self, what: str, channels: Sequence[int], count: int):
+        self.what, self.channels, self.count = what, tuple(channels), count
+        shown = ", ".join(map(str, self.channels[:8])) + (", …" if len(self.channels) > 8 else "")
+        super().__init__(
+            f"{what}: {count} value(s) are NaN or Inf, in channel(s) {shown}; "
+            "nothing was changed. Check the weights and the calibration batch, or use a wider dtype."
+        )

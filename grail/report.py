@@ -1,0 +1,68 @@
+"""What a compression did, as data: the `Report` that `grail.compress` returns, and its JSON."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass
+class SiteReport:
+    """One site: how wide it was and is, and how well its consumer's output is rebuilt."""
+
+    name: str  # "model.layers.3.mlp"
+    kind: str  # "mlp" or "heads"
+    block: int
+    channels: int  # before
+    kept: int  # after
+    tokens: int  # calibration tokens behind the Gram
+    damping: float  # λ that the factorisation used, in units of the Gram's diagonal; 0 if not compensated
+    retries: int  # how often λ had to grow before the Cholesky held
+    error: float | None  # ‖WX − W'RX‖ / ‖WX‖ as written into the model; None without a Gram
+    baseline_error: float | None  # the same for plain pruning or folding
+
+
+@dataclass
+class Evaluation:
+    """One model on the held-out text."""
+
+    perplexity: float
+    tokens: int  # predicted tokens behind the perplexity
+    parameters: int
+    bytes: int  # of the weights in the model's dtype, as safetensors stores them
+    tokens_per_second: float
+
+
+@dataclass
+class Report:
+    """Everything a run decided and measured. Seconds are wall time, sizes are bytes."""
+
+    settings: dict[str, Any]  # keep, sites, selector, alpha, toward, compensate, closed_loop, ...
+    model: dict[str, Any]  # name, class, dtype, device, parameters {before, after}, widths {before, after}
+    calibration: dict[str, Any]  # source, tokens, sequences, sequence_length
+    sites: list[SiteReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # forward, gram, select, solve, total
+    memory: dict[str, int] = field(default_factory=dict)  # predicted_peak, measured_peak
+    evaluation: dict[str, Evaluation] = field(default_factory=dict)  # dense, pruned, restored
+    notes: list[str] = field(default_factory=list)  # what a person should know: rounding, fallbacks
+    versions: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """The report as indented JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Writes the JSON to `path`."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The inverse of `to_json`."""
+        data = json.loads(text)
+        data["sites"] = [SiteReport(**site) for site in data["sites"]]
+        data["evaluation"] = {k: Evaluation(**v) for k, v in data["evaluation"].items()}
+        return cls(**data)
