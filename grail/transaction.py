@@ -1,0 +1,53 @@
+"""Changes to a model that can be taken back: a failed run leaves it as it was.
+
+Old tensors are kept by reference, never copied; undoing puts the very same objects back.
+"""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Transaction:
+    """Records every change made through it; leaving the block by an exception undoes them, last first."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Sets `owner.name = value`."""
+        old = getattr(owner, name)
+        self._undo.append(lambda: setattr(owner, name, old))
+        setattr(owner, name, value)
+
+    def set_linear(self, linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+        """Gives `linear` a new weight [O, I] and bias [O], in the old ones' dtype and device, and its sizes."""
+        self._set_parameter(linear, "weight", weight)
+        if bias is not None:
+            self._set_parameter(linear, "bias", bias)
+        self.set_attribute(linear, "out_features", weight.shape[0])
+        self.set_attribute(linear, "in_features", weight.shape[1])
+
+    def _set_parameter(self, module: nn.Module, name: str, value: Tensor) -> None:
+        old = getattr(module, name)
+        new = nn.Parameter(
+            value.detach().to(device=old.device, dtype=old.dtype).contiguous(),
+            requires_grad=old.requires_grad,
+        )
+        self.set_attribute(module, name, new)
+
+    def __enter__(self) -> "Transaction":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            while self._undo:
+                self._undo.pop()()
+        self._undo.clear()

@@ -1,0 +1,139 @@
+"""How narrow a site may become, and the best selection of that width.
+
+A width knows the structure of its site: single channels, or attention heads in key/value groups. Selectors score
+channels; the width turns scores into a feasible `Selection`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from grail.errors import InputError
+from grail.reduction import Selection
+
+# Quantisers and serving engines want multiples of 128 on large models; small models would lose too much to rounding.
+LARGE, LARGE_MULTIPLE, SMALL_MULTIPLE = 4096, 128, 8
+
+
+def check_keep(keep: float) -> None:
+    """Raises InputError unless 0 < keep ≤ 1."""
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
+        raise InputError(f"keep must be a fraction in (0, 1], the share of channels that stay; got {keep!r}")
+
+
+@dataclass(frozen=True)
+class ChannelWidth:
+    """`kept` of `channels` single channels."""
+
+    channels: int
+    kept: int
+
+    @classmethod
+    def nearest(cls, channels: int, keep: float, multiple: int | None = None) -> "ChannelWidth":
+        """The width nearest to keep·channels among the multiples of `multiple` (ties go up), at most `channels`.
+
+        Args:
+            multiple: default 128 from 4096 channels up, else 8.
+
+        Raises:
+            InputError: keep outside (0, 1], or a width that would become 0.
+        """
+        check_keep(keep)
+        if keep == 1:
+            return cls(channels, channels)
+        if multiple is None:
+            multiple = LARGE_MULTIPLE if channels >= LARGE else SMALL_MULTIPLE
+        if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+            raise InputError(f"multiple must be a positive integer; got {multiple!r}")
+        kept = min(int(keep * channels / multiple + 0.5) * multiple, channels)
+        if kept == 0:
+            raise InputError(
+                f"keep={keep:g} of {channels} channels, in multiples of {multiple}, is a width of 0; "
+                f"keep at least {multiple / channels:.3g}, or choose a smaller multiple"
+            )
+        return cls(channels, kept)
+
+    def best(self, scores: Tensor) -> Selection:
+        """Keeps the channels of highest score [channels], in their order."""
+        return Selection(scores.topk(self.kept).indices.sort().values, self.channels)
+
+
+@dataclass(frozen=True)
+class HeadWidth:
+    """Attention heads: `kept_queries` of `queries` query heads in each of `kept_groups` of `groups` key/value groups.
+
+    head_dim never changes, and every group keeps equally many query heads: uneven groups would mis-wire grouped attention.
+    """
+
+    groups: int
+    queries: int
+    head_dim: int
+    kept_groups: int
+    kept_queries: int
+
+    @classmethod
+    def nearest(
+        cls,
+        groups: int,
+        queries: int,
+        head_dim: int,
+        keep: float,
+        allowed: Callable[[int], bool] = lambda heads: True,
+    ) -> "HeadWidth":
+        """The feasible width nearest to keep·groups·queries heads; of equals, more heads, then fewer groups.
+
+        Args:
+            allowed: which total numbers of query heads the architecture can express.
+
+        Raises:
+            InputError: keep outside (0, 1], or a width that would become 0.
+        """
+        check_keep(keep)
+        wanted = Fraction(keep).limit_denominator(10**6) * groups * queries
+        if wanted < Fraction(1, 2):
+            raise InputError(
+                f"keep={keep:g} of {groups * queries} heads is a width of 0; "
+                f"keep at least {1 / (groups * queries):.3g}"
+            )
+        feasible = [
+            (g, q)
+            for g in range(1, groups + 1)
+            for q in range(1, queries + 1)
+            if allowed(g * q)
+        ]
+        g, q = min(feasible, key=lambda gq: (abs(gq[0] * gq[1] - wanted), -gq[0] * gq[1], gq[0]))
+        return cls(groups, queries, head_dim, g, q)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the attention output before narrowing: all heads side by side."""
+        return self.groups * self.queries * self.head_dim
+
+    @property
+    def kept(self) -> int:
+        """Channels that stay."""
+        return self.kept_groups * self.kept_queries * self.head_dim
+
+    def best(self, scores: Tensor) -> Selection:
+        """Keeps the heads of highest summed channel score [channels]: best queries of each group, then best groups."""
+        heads = scores.view(self.groups, self.queries, self.head_dim).sum(-1)
+        top = heads.topk(self.kept_queries, dim=1)
+        chosen = top.values.sum(1).topk(self.kept_groups).indices.sort().values
+        queries = top.indices[chosen].sort(1).values + chosen[:, None] * self.queries
+        channels = queries.reshape(-1, 1) * self.head_dim + torch.arange(
+            self.head_dim, device=scores.device
+        )
+        return Selection(channels.flatten(), self.channels)
+
+    def group_rows(self, selection: Selection) -> Selection:
+        """The rows of a key or value projection [groups·head_dim, ...] that belong to the kept groups."""
+        per_group = self.queries * self.head_dim
+        chosen = (selection.index // per_group).unique()
+        rows = chosen[:, None] * self.head_dim + torch.arange(self.head_dim)
+        return Selection(rows.flatten(), self.groups * self.head_dim)
+
+
+Width = ChannelWidth | HeadWidth
