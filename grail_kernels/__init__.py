@@ -1,0 +1,18 @@
+"""Triton kernels and their torch twins for Gram matrices. Knows tensors, no models."""
+
+from grail_kernels.backend import resolve_backend
+from grail_kernels.errors import BackendError, GrailError, InputError
+from grail_kernels.gram import gram_
+from grail_kernels.tiles import diagonal, pack, packed_numel, unpack
+
+__all__ = [
+    "BackendError",
+    "GrailError",
+    "InputError",
+    "diagonal",
+    "gram_",
+    "pack",
+    "packed_numel",
+    "resolve_backend",
+    "unpack",
+]

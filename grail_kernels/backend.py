@@ -1,0 +1,58 @@
+"""Which implementation runs: Triton where it can, its torch twin everywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from grail_kernels.errors import BackendError, InputError
+
+BACKENDS = ("auto", "torch", "triton")
+_OLDEST_CAPABILITY = (8, 0)  # bf16 tensor cores
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def resolve_backend(x: Tensor, backend: str = "auto") -> str:
+    """The backend that a call on `x` uses: "torch" or "triton".
+
+    Args:
+        x: the activations.
+        backend: "auto" (Triton on a GPU that it supports, else torch), "torch" or "triton".
+
+    Raises:
+        InputError: `backend` is none of these.
+        BackendError: "triton" was asked for and cannot run on `x`.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "torch":
+        return "torch"
+    obstacle = _triton_obstacle(x)
+    if backend == "triton" and obstacle:
+        raise BackendError(f"backend='triton' cannot run: {obstacle}; use backend='auto'")
+    if backend == "triton" or (not obstacle and x.is_cuda):
+        return "triton"
+    return "torch"
+
+
+def _triton_obstacle(x: Tensor) -> str:
+    """Why Triton cannot run on `x`, or "" if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreting():
+        return "" if x.dtype != torch.bfloat16 else "its interpreter has no bfloat16"
+    if not x.is_cuda:
+        return f"the tensor is on {x.device}, not on a GPU"
+    if (
+        torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) < _OLDEST_CAPABILITY
+    ):
+        return f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
+    return ""

@@ -1,0 +1,92 @@
+"""What the kernels refuse, and how they say it: every check runs before anything is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grail_kernels.errors import InputError
+from grail_kernels.tiles import check_packed
+
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_activations(name: str, x: Tensor) -> None:
+    """Refuse activations that are not a strided [..., H] tensor of a supported dtype."""
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise InputError(
+            f"{name} must be bfloat16, float16 or float32, got {x.dtype}; convert it first"
+        )
+    if x.layout != torch.strided:
+        raise InputError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise InputError(
+            f"{name} must be [..., channels] with at least 1 channel, got {tuple(x.shape)}"
+        )
+
+
+def check_accumulator(out: Tensor, channels: int, leading: tuple[int, ...] = ()) -> None:
+    """Refuse an accumulator that is not a contiguous fp32 [*leading, packed_numel(channels)]."""
+    check_packed(out, channels)
+    check_vector("out", out, (*leading, out.shape[-1]), torch.float32)
+
+
+def check_vector(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse an in-place target that is not contiguous, of this dtype and of this shape."""
+    if tensor.dtype != dtype:
+        raise InputError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise InputError(f"{name} is updated in place and must be contiguous")
+
+
+def check_per_token(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
+    """Refuse a mask or weights that do not have one entry for each token of `x` [..., H]."""
+    tokens = tuple(x.shape[:-1])
+    if mask is not None and mask.dtype != torch.bool:
+        raise InputError(f"mask must be torch.bool (True = the token counts), got {mask.dtype}")
+    if weights is not None and not weights.is_floating_point():
+        raise InputError(f"weights must be floating point, got {weights.dtype}")
+    for name, tensor in (("mask", mask), ("weights", weights)):
+        if tensor is not None and tuple(tensor.shape) != tokens:
+            raise InputError(
+                f"{name} must have one entry per token, shape {tokens} for activations of shape "
+                f"{tuple(x.shape)}; got {tuple(tensor.shape)}"
+            )
+
+
+def check_devices(**tensors: Tensor | None) -> None:
+    """Refuse tensors that are not all on one device."""
+    found = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(found.values())) > 1:
+        listing = ", ".join(f"{name} on {device}" for name, device in found.items())
+        raise InputError(f"all tensors must be on one device, got {listing}")
+
+
+def check_no_overlap(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
+    """Refuse a written tensor that shares memory with any other argument."""
+    everything = [(n, t) for n, t in (*written.items(), *read.items()) if t is not None]
+    targets = [(n, t) for n, t in written.items() if t is not None]
+    for position, (name, target) in enumerate(targets):
+        for other_name, other in everything[position + 1 :]:
+            if _share_memory(target, other):
+                raise InputError(
+                    f"{name} is updated in place and overlaps {other_name} in memory; "
+                    "give it a tensor of its own"
+                )
+
+
+def _share_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether the address ranges of two tensors meet."""
+    if first.device != second.device or not first.numel() or not second.numel():
+        return False
+    first_start, first_end = _address_range(first)
+    second_start, second_end = _address_range(second)
+    return first_start < second_end and second_start < first_end
+
+
+def _address_range(tensor: Tensor) -> tuple[int, int]:
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (reach + 1) * tensor.element_size()

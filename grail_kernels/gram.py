@@ -1,0 +1,166 @@
+"""Streaming symmetric Gram accumulation: G += sum over tokens of w x x^T, lower triangle only.
+
+With X [T, H] the update is the BLAS routine syrk, G += X^T diag(w) X. Only the strips of
+`grail_kernels.tiles` are touched: T*H*(H + BLOCK) FLOPs of a full product's 2*T*H^2, and half of
+its accumulator traffic. Products of 16-bit inputs are exact in fp32; the sums are fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from grail_kernels import checks
+from grail_kernels.backend import resolve_backend
+from grail_kernels.tiles import strips
+
+# Tokens that are copied at a time when a block must be upcast, gathered or weighted: long enough
+# that the accumulator's traffic (2*H^2 bytes each way per block) hides behind the products.
+_BLOCK_TOKENS = 1024
+
+
+def gram_(
+    out: Tensor,
+    x: Tensor,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    sums: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Add the Gram matrix of `x` to a packed accumulator, in place.
+
+    A token whose mask is False or whose weight is 0 does not take part, whatever it holds.
+
+    Args:
+        out: [packed_numel(H)] fp32, contiguous; see `grail_kernels.tiles`.
+        x: [..., H] bf16, fp16 or fp32 activations, any strides; never copied as a whole.
+        mask: [...] bool, True where the token counts. All count if None.
+        weights: [...] floating point, the weight of each token. 1 if None.
+        sums: [H] fp32, += sum of w x.
+        nonfinite: [H] int64, += number of NaN or infinite values of each channel, over the tokens
+            that take part. Such values still enter `out` and `sums`: it is for the caller to refuse.
+        backend: "auto", "torch" or "triton"; see `resolve_backend`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: a dtype, shape or device does not fit, or a written tensor overlaps another
+            argument. Nothing was changed.
+        BackendError: the backend asked for cannot run. Nothing was changed.
+    """
+    _check(out, x, mask, weights, sums, nonfinite)
+    if resolve_backend(x, backend) == "triton":
+        from grail_kernels.gram_triton import launch_gram
+
+        launch_gram(out, x, mask, weights, sums, nonfinite)
+    else:
+        _gram_torch(out, x, mask, weights, sums, nonfinite)
+    return out
+
+
+def _check(
+    out: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
+) -> None:
+    checks.check_activations("x", x)
+    channels = x.shape[-1]
+    checks.check_accumulator(out, channels)
+    checks.check_per_token(x, mask, weights)
+    if sums is not None:
+        checks.check_vector("sums", sums, (channels,), torch.float32)
+    if nonfinite is not None:
+        checks.check_vector("nonfinite", nonfinite, (channels,), torch.int64)
+    checks.check_devices(out=out, x=x, mask=mask, weights=weights, sums=sums, nonfinite=nonfinite)
+    checks.check_no_overlap(
+        written={"out": out, "sums": sums, "nonfinite": nonfinite},
+        read={"x": x, "mask": mask, "weights": weights},
+    )
+
+
+@torch.no_grad()
+def _gram_torch(
+    out: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
+) -> None:
+    """The torch twin: one GEMM a strip, straight into the accumulator."""
+    for tokens, scales in _token_blocks(x, mask, weights):
+        weighted = tokens if scales is None else tokens * scales[:, None]
+        block_sums = weighted.sum(0) if sums is not None or nonfinite is not None else None
+        if sums is not None:
+            sums += block_sums
+        if nonfinite is not None and not torch.isfinite(block_sums).all():
+            nonfinite += (~torch.isfinite(tokens)).sum(0)
+        for strip in strips(x.shape[-1]):
+            rows = weighted[:, strip.low : strip.high]
+            strip.view(out).addmm_(rows.T, tokens[:, : strip.high])
+
+
+def _token_blocks(
+    x: Tensor, mask: Tensor | None, weights: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The tokens that take part, as GEMM operands [t, H] fp32, with their weights [t] fp32.
+
+    Activations that a GEMM can read where they lie come whole; others are copied block by block.
+    """
+    x = _merge_tokens(x)
+    takes_part = None if mask is None else mask.reshape(x.shape[:-1])
+    if weights is not None:
+        weights = weights.reshape(x.shape[:-1])
+        takes_part = (weights != 0) if takes_part is None else takes_part & (weights != 0)
+    elif takes_part is None and _is_gemm_operand(x):
+        yield x, None
+        return
+    tokens = math.prod(x.shape[:-1])
+    buffer = x.new_empty(min(tokens, _BLOCK_TOKENS), x.shape[-1], dtype=torch.float32)
+    for index in _block_indices(x.shape[:-1]):
+        part = x[index].reshape(-1, x.shape[-1])
+        scales = None if weights is None else weights[index].flatten().float()
+        if takes_part is not None:
+            kept = takes_part[index].flatten().nonzero().flatten()
+            part = part.index_select(0, kept)
+            scales = None if scales is None else scales.index_select(0, kept)
+        yield buffer[: part.shape[0]].copy_(part), scales
+
+
+def _merge_tokens(x: Tensor) -> Tensor:
+    """`x` [..., H] as a view [T, H] where its strides allow it, else with its own dimensions."""
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return x
+
+
+def _is_gemm_operand(x: Tensor) -> bool:
+    """Whether a library GEMM reads `x` without copying it: fp32 with rows or columns contiguous."""
+    if x.dtype != torch.float32 or x.dim() != 2:
+        return False
+    (tokens, channels), (token_stride, channel_stride) = x.shape, x.stride()
+    by_rows = channel_stride == 1 and token_stride >= channels
+    by_columns = token_stride == 1 and channel_stride >= tokens
+    return by_rows or by_columns
+
+
+def _block_indices(shape: torch.Size) -> Iterator[tuple[int | slice, ...]]:
+    """Indices that cut leading dimensions of `shape` into blocks of at most _BLOCK_TOKENS."""
+    each = math.prod(shape[1:])
+    if each > _BLOCK_TOKENS:
+        for position in range(shape[0]):
+            for rest in _block_indices(shape[1:]):
+                yield (position, *rest)
+        return
+    step = _BLOCK_TOKENS // max(each, 1)
+    for start in range(0, shape[0], step):
+        yield (slice(start, start + step),)
