@@ -1,0 +1,277 @@
+"""The report page: what it says, and that it needs nothing but itself."""
+
+import dataclasses
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from grail.page import (
+    format_bytes,
+    format_count,
+    format_number,
+    format_seconds,
+    page,
+    recovered,
+    save_page,
+)
+from grail.report import Evaluation, Report, SiteReport
+
+pytest.importorskip("matplotlib")
+
+
+def evaluation(perplexity):
+    return Evaluation(perplexity, 4092, 1_000_000, 4_000_000, 512.0)
+
+
+def rows(**perplexities):
+    return {name: evaluation(value) for name, value in perplexities.items()}
+
+
+def report(blocks=4, kinds=("mlp", "heads"), **changes):
+    sites = [
+        SiteReport(f"model.layers.{block}.{kind}", kind, block, 64, 32, 2048, 1e-3, 0, 0.2, 0.4)
+        for block in range(blocks)
+        for kind in kinds
+    ]
+    whole = Report(
+        settings={"keep": 0.5, "sites": list(kinds), "selector": "wanda", "compensate": True},
+        model={"name": "tiny", "parameters": {"before": 1_500_000, "after": 1_000_000}},
+        calibration={"source": "text.txt", "tokens": 2048},
+        sites=sites,
+        seconds={"forward": 4.0, "gram": 1.0, "select": 0.5, "solve": 0.5, "total": 6.5},
+        memory={"predicted_peak": 1_100_000_000, "measured_peak": 1_000_000_000},
+        evaluation=rows(dense=18.2, pruned=47.4, restored=25.7),
+        notes=["widths were rounded"],
+        versions={"torch": "2.13.0"},
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+class Document(HTMLParser):
+    """Tags, attributes and visible text of an HTML text; fails on tags that do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.words, self._open = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag != "meta":
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self._open.pop()
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if self._open and self._open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def values(self, attribute):
+        return [value for _, name, value in self.attributes if name == attribute]
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "share"),
+    [
+        # PAPER.md's own example, by hand: ln(47.4/25.7) / ln(47.4/18.2) = 0.6122 / 0.9571.
+        ({"dense": 18.2, "pruned": 47.4, "restored": 25.7}, 0.6396),
+        ({"dense": 10, "pruned": 1000, "restored": 100}, 0.5),
+        ({"dense": 10, "pruned": 20, "restored": 10}, 1.0),
+        ({"dense": 10, "pruned": 20, "restored": 20}, 0.0),
+        ({"dense": 10, "pruned": 20, "restored": 40}, -1.0),
+    ],
+    ids=["paper", "half", "all", "none", "worse"],
+)
+def test_recovered_is_the_share_of_lost_log_perplexity(perplexities, share):
+    assert recovered(rows(**perplexities)) == pytest.approx(share, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "perplexities",
+    [
+        {"dense": 10, "restored": 12},
+        {"dense": 10, "pruned": 10, "restored": 10},
+        {"dense": 10, "pruned": math.inf, "restored": 12},
+        {},
+    ],
+    ids=["no pruned row", "nothing lost", "all lost", "no rows"],
+)
+def test_recovered_is_none_where_the_share_has_no_meaning(perplexities):
+    assert recovered(rows(**perplexities)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (format_bytes(999), "999 B"),
+        (format_bytes(269_060_552), "269 MB"),
+        (format_bytes(1_610_000_000), "1.61 GB"),
+        (format_count(134_515_008), "135 M"),
+        (format_count(12), "12"),
+        (format_number(18.234), "18.2"),
+        (format_number(1234.5), "1,234"),
+        (format_number(0.0), "0"),
+        (format_number(math.inf), "∞"),
+        (format_seconds(0.4), "0.400 s"),
+        (format_seconds(185.2), "3 min 05 s"),
+    ],
+)
+def test_quantities_are_written_with_three_digits_and_a_unit(text, expected):
+    assert text == expected
+
+
+def test_page_shows_the_share_and_every_row_of_the_table():
+    text = Document(page(report())).text
+    assert "64% of the lost log-perplexity came back" in text
+    for cell in ("18.2", "47.4", "25.7", "1.00 M", "4.00 MB", "512", "widths were rounded"):
+        assert cell in text
+    assert "50% on top of the bare forward passes" in text  # (1 + 0.5 + 0.5) / 4
+    assert "off by +10.0%" in text
+
+
+def test_page_needs_no_script_and_no_other_file():
+    html = page(report())
+    document = Document(html)
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & set(document.tags)
+    assert not [name for _, name, _ in document.attributes if name.startswith("on")]
+    links = document.values("href") + document.values("xlink:href") + document.values("src")
+    assert all(link.startswith("#") for link in links)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+    assert "@import" not in html
+
+
+def test_references_inside_the_drawings_are_unique_and_resolve():
+    html = page(report())
+    document = Document(html)
+    identifiers = document.values("id")
+    assert len(identifiers) == len(set(identifiers))
+    used = {value[1:] for value in document.values("xlink:href")}
+    used |= set(re.findall(r"url\(#([^)]*)\)", html))
+    assert used and used <= set(identifiers)
+
+
+def test_every_text_is_escaped():
+    hostile = "<evil onload='x'>&amp;$x_1$"
+    site = SiteReport(hostile, hostile, 0, 4, 2, 8, 1e-3, 0, 0.1, 0.2)
+    document = Document(
+        page(
+            report(
+                settings={
+                    hostile: hostile,
+                    "sites": [hostile],
+                    "selector": hostile,
+                    "keep": hostile,
+                },
+                model={"name": hostile},
+                calibration={"source": hostile},
+                sites=[site],
+                notes=[hostile],
+                versions={hostile: hostile},
+            )
+        )
+    )
+    assert "evil" not in document.tags
+    # Title, headline, facts, note, panel title, site row, and both columns of the detail tables.
+    assert document.text.count(hostile) >= 10
+
+
+def test_every_colour_follows_the_light_or_dark_scheme():
+    html = page(report())
+    drawings = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    assert not re.findall(r"#[0-9a-fA-F]{6}", drawings)
+    style = html[: html.index("</style>")]
+    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    for variable in set(re.findall(r"var\(--(\w+)\)", html)):
+        assert f"--{variable}:" in light and f"--{variable}:" in dark
+
+
+def test_every_drawing_has_a_title_and_a_description():
+    drawings = re.findall(r"<svg.*?</svg>", page(report()), re.DOTALL)
+    assert len(drawings) == 4
+    for drawing in drawings:
+        assert 'role="img"' in drawing
+        assert re.search(r"<title>[^<]+</title><desc>[^<]+</desc>", drawing)
+
+
+def test_error_plot_has_a_pair_of_points_a_site_and_few_labels_at_many_sites():
+    blocks = 120
+    html = page(report(blocks=blocks, evaluation={}, seconds={}, memory={}))
+    (drawing,) = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    # Two panels, two points a block and panel, and the two points of the legend.
+    assert drawing.count("<use ") >= 2 * 2 * blocks + 2
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", drawing)
+    assert sum(label.isdigit() for label in labels) <= 2 * 14
+
+
+@pytest.mark.parametrize(
+    ("changes", "present", "absent"),
+    [
+        ({"evaluation": {}}, "0.50× the output error of plain pruning", "tokens/s"),
+        ({"evaluation": rows(dense=10, restored=12)}, "0.50× the output error", "came back"),
+        (
+            {"evaluation": rows(dense=10, pruned=9, restored=9)},
+            "no share of the lost log-perplexity",
+            "came back",
+        ),
+        (
+            {"evaluation": rows(dense=10, pruned=20, restored=40)},
+            "worse than plain pruning",
+            "nan",
+        ),
+        ({"seconds": {}, "memory": {}}, "came back", "Time and memory"),
+        ({"notes": []}, "came back", "Notes"),
+    ],
+    ids=["not evaluated", "no pruned row", "nothing lost", "worse", "no costs", "no notes"],
+)
+def test_page_says_what_is_known_and_leaves_out_what_is_not(changes, present, absent):
+    text = Document(page(report(**changes))).text
+    assert present in text
+    assert absent not in text
+
+
+def test_plain_pruning_without_errors_is_called_plain_pruning():
+    sites = [dataclasses.replace(s, error=None, baseline_error=None) for s in report().sites]
+    settings = {"compensate": False}
+    text = Document(
+        page(report(sites=sites, settings=settings, evaluation=rows(dense=10, pruned=20)))
+    ).text
+    assert "This run is plain pruning" in text
+    assert "67% of the parameters are left" in text
+    assert "Relative output error" not in text
+
+
+def test_an_empty_report_still_makes_a_page():
+    assert "0 sites compressed" in Document(page(Report({}, {}, {}))).text
+
+
+def test_pages_are_reproducible_and_saved_as_utf8(tmp_path):
+    save_page(report(), tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page(report())
+
+
+def test_drawing_leaves_matplotlib_as_found():
+    code = (
+        "import sys, grail.page; assert 'matplotlib' not in sys.modules\n"
+        "from grail.report import Evaluation, Report\n"
+        "import matplotlib; before = matplotlib.rcParams.copy()\n"
+        "rows = {'dense': Evaluation(10.0, 8, 8, 8, 1.0)}\n"
+        "grail.page.page(Report({}, {}, {}, evaluation=rows))\n"
+        "assert matplotlib.rcParams.copy() == before and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
