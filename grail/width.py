@@ -81,12 +81,12 @@ class HeadWidth:
         queries: int,
         head_dim: int,
         keep: float,
-        allowed: Callable[[int], bool] = lambda heads: True,
+        allowed: Callable[["HeadWidth"], bool] = lambda width: True,
     ) -> "HeadWidth":
         """The feasible width nearest to keep·groups·queries heads; of equals, more heads, then fewer groups.
 
         Args:
-            allowed: which total numbers of query heads the architecture can express.
+            allowed: which widths the architecture can express.
 
         Raises:
             InputError: keep outside (0, 1], or a width that would become 0.
@@ -98,14 +98,17 @@ class HeadWidth:
                 f"keep={keep:g} of {groups * queries} heads is a width of 0; "
                 f"keep at least {1 / (groups * queries):.3g}"
             )
-        feasible = [
-            (g, q)
+        every = (
+            cls(groups, queries, head_dim, g, q)
             for g in range(1, groups + 1)
             for q in range(1, queries + 1)
-            if allowed(g * q)
-        ]
-        g, q = min(feasible, key=lambda gq: (abs(gq[0] * gq[1] - wanted), -gq[0] * gq[1], gq[0]))
-        return cls(groups, queries, head_dim, g, q)
+        )
+
+        def preference(width: HeadWidth) -> tuple[Fraction, int, int]:
+            heads = width.kept_groups * width.kept_queries
+            return abs(heads - wanted), -heads, width.kept_groups
+
+        return min(filter(allowed, every), key=preference)
 
     @property
     def channels(self) -> int:

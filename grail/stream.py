@@ -1,0 +1,189 @@
+"""The calibration set on its way through the model: hidden states between two blocks, and each block's own call.
+
+The model's forward runs once for each batch with every block replaced by a recorder, which costs an embedding and the masks:
+what a block is called with (position embeddings, masks that differ by layer) is whatever the library passes. Blocks are then
+run one at a time by their own forward with those arguments.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from grail.errors import EmptyCalibrationError, InputError
+
+Batch = Tensor | Mapping[str, Any]
+
+
+class Stop(Exception):
+    """Ends a forward early: what comes after is not needed."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block for one batch, but for the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Stream:
+    """Hidden states of every calibration batch at the entry of one block.
+
+    Args:
+        model: called as `model(**batch, use_cache=False)`.
+        blocks: the model's blocks in order.
+        batches: LongTensor [B, L] of token ids, or mappings of the model's keyword arguments; an `attention_mask` [B, L]
+            marks the tokens that count.
+        storage: where hidden states wait between blocks; the model may be elsewhere.
+
+    Raises:
+        EmptyCalibrationError: no batch, or no token.
+        InputError: a batch of another kind.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        batches: Iterable[Batch],
+        storage: torch.device | str = "cpu",
+    ):
+        self.blocks, self.storage = blocks, torch.device(storage)
+        self.device = next(model.parameters()).device
+        self.hidden: list[Tensor] = []
+        self.masks: list[Tensor | None] = []
+        self._calls: list[list[Call]] = []
+        for batch in batches:
+            self._enter(model, batch)
+        self.tokens = sum(
+            h.shape[:-1].numel() if m is None else int(m.sum()) for h, m in zip(self.hidden, self.masks)
+        )
+        if self.tokens == 0:
+            raise EmptyCalibrationError("calibration holds no token; pass at least one batch of token ids")
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def run(self, block: int, batch: int) -> Tensor:
+        """The block's output for one batch, on the model's device."""
+        call = self._calls[batch][block]
+        args, kwargs = _to((call.args, call.kwargs), self.device)
+        output = self.blocks[block](self.hidden[batch].to(self.device), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def store(self, batch: int, hidden: Tensor) -> None:
+        """Replaces one batch's hidden states by those at the next block's entry."""
+        self.hidden[batch] = hidden.to(self.storage)
+
+    def mask(self, batch: int) -> Tensor | None:
+        """[B, L] bool on the model's device, or None where every token counts."""
+        mask = self.masks[batch]
+        return None if mask is None else mask.to(self.device)
+
+    def _enter(self, model: nn.Module, batch: Batch) -> None:
+        inputs = _model_inputs(batch, self.device)
+        calls: list[Call] = []
+
+        def recorder(number: int) -> Any:
+            def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if number == 0:
+                    self.hidden.append(hidden_states.detach().to(self.storage))
+                calls.append(self._shared(number, Call(*_to((args, kwargs), self.storage))))
+                if number == len(self.blocks) - 1:
+                    raise Stop
+                return hidden_states
+
+            return record
+
+        with ExitStack() as stack:
+            for number, block in enumerate(self.blocks):
+                stack.enter_context(_replaced_forward(block, recorder(number)))
+            try:
+                model(**inputs, use_cache=False)
+            except Stop:
+                pass
+        self._calls.append(calls)
+        mask = inputs.get("attention_mask")
+        self.masks.append(None if mask is None else mask.bool().to(self.storage))
+
+    def _shared(self, number: int, call: Call) -> Call:
+        """The first batch's call where this one equals it, so that equal tables are held once."""
+        if not self._calls:
+            return call
+        first = self._calls[0][number]
+        return first if _equal((call.args, call.kwargs), (first.args, first.kwargs)) else call
+
+
+class Memo:
+    """Outputs of modules that the next pass over the same batches would only compute again."""
+
+    def __init__(self, modules: Sequence[nn.Module], storage: torch.device, device: torch.device):
+        self._modules, self._storage, self._device = modules, storage, device
+        self._outputs: dict[nn.Module, list[Any]] = {module: [] for module in modules}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keeps what the modules return."""
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.callback(module.register_forward_hook(self._keep).remove)
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Lets the modules return what was kept, in the same order, each once."""
+        with ExitStack() as stack:
+            for module in self._modules:
+                kept = iter(self._outputs[module])
+                replay = lambda *args, kept=kept, **kwargs: _to(next(kept), self._device)  # noqa: E731
+                stack.enter_context(_replaced_forward(module, replay))
+            yield
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._outputs[module].append(_to(output, self._storage))
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    had = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            del module.forward
+        else:
+            module.forward = had
+
+
+def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
+    if isinstance(batch, Tensor):
+        if batch.dim() != 2 or batch.is_floating_point():
+            raise InputError(
+                f"a batch of token ids must be integers [B, L]; got {batch.dtype} {tuple(batch.shape)}"
+            )
+        return {"input_ids": batch.to(device)}
+    if isinstance(batch, Mapping):
+        return _to(dict(batch), device)
+    raise InputError(
+        f"a batch must be a tensor of token ids or a mapping of the model's arguments; got {type(batch).__name__}"
+    )
+
+
+def _to(tree: Any, device: torch.device) -> Any:
+    return tree_map_only(Tensor, lambda t: t.detach().to(device), tree)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (list, tuple)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    return a is b or (type(a) is type(b) and isinstance(a, (int, float, bool, str)) and a == b)
