@@ -55,6 +55,21 @@ def recovered(evaluation: dict[str, Evaluation]) -> float | None:
     return (pruned - restored) / (pruned - dense)
 
 
+def headline(report: Report) -> tuple[str, str]:
+    """The one figure that sums a run up, and what it says: ("64%", "of the lost … came back")."""
+    share = recovered(report.evaluation)
+    if share is not None:
+        return f"{share:.0%}", "of the lost log-perplexity came back"
+    pairs = _error_pairs(report.sites)
+    if pairs and report.settings.get("compensate", True):
+        ratio = statistics.median(after / before if before else 1.0 for before, after in pairs)
+        return f"{ratio:.2f}×", "the output error of plain pruning, in the median site"
+    before, after = _before_after(report.model.get("parameters"))
+    if before and after:
+        return f"{after / before:.0%}", "of the parameters are left"
+    return str(len(report.sites)), "sites compressed"
+
+
 def evaluation_table(evaluation: dict[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
     """Header and text rows of the dense/pruned/restored table, for a page or a terminal."""
     header = ["model", "perplexity", "parameters", "bytes on disk", "tokens/s"]
@@ -123,7 +138,7 @@ def page(report: Report) -> str:
     name = str(report.model.get("name", "model"))
     body = "\n".join(
         [
-            _headline(report, name),
+            _header(report, name),
             _evaluation_section(report.evaluation),
             _error_section(report.sites),
             _cost_section(report),
@@ -134,9 +149,8 @@ def page(report: Report) -> str:
     return _DOCUMENT.format(title=escape(f"GRAIL: {name}"), style=_STYLE, body=body)
 
 
-def _headline(report: Report, name: str) -> str:
+def _header(report: Report, name: str) -> str:
     settings = report.settings
-    share = recovered(report.evaluation)
     before, after = _before_after(report.model.get("parameters"))
     facts = [
         f"keep {settings['keep']}" if "keep" in settings else "",
@@ -144,31 +158,17 @@ def _headline(report: Report, name: str) -> str:
         f"selector {_text(settings['selector'])}" if "selector" in settings else "",
         f"{format_count(before)} → {format_count(after)} parameters" if before and after else "",
     ]
-    if share is not None:
-        figure, claim = f"{share:.0%}", "of the lost log-perplexity came back"
-    else:
-        figure, claim = _headline_without_share(report)
+    figure, claim = headline(report)
     return (
         f"<header><p class='eyebrow'>GRAIL compression report</p><h1>{escape(name)}</h1>"
         f"<p class='facts'>{escape(' · '.join(fact for fact in facts if fact))}</p>"
         f"<p class='hero'><b>{escape(figure)}</b> <span>{escape(claim)}</span></p>"
-        f"<p class='lead'>{_explanation(report, share)}</p></header>"
+        f"<p class='lead'>{_explanation(report)}</p></header>"
     )
 
 
-def _headline_without_share(report: Report) -> tuple[str, str]:
-    pairs = _error_pairs(report.sites)
-    if pairs:
-        ratio = statistics.median(after / before if before else 1.0 for before, after in pairs)
-        return f"{ratio:.2f}×", "the output error of plain pruning, in the median site"
-    before, after = _before_after(report.model.get("parameters"))
-    if before and after:
-        return f"{after / before:.0%}", "of the parameters are left"
-    return str(len(report.sites)), "sites compressed"
-
-
-def _explanation(report: Report, share: float | None) -> str:
-    rows = report.evaluation
+def _explanation(report: Report) -> str:
+    rows, share = report.evaluation, recovered(report.evaluation)
     if share is not None:
         dense, pruned, restored = (format_number(rows[name].perplexity) for name in _MODELS)
         verdict = "" if share >= 0 else " Restoration made this text worse than plain pruning."
@@ -180,8 +180,8 @@ def _explanation(report: Report, share: float | None) -> str:
         )
     if rows.keys() >= set(_MODELS):
         return (
-            "There is no share of the lost log-perplexity to report: it needs a dense model that is "
-            "better than the pruned one, and a finite perplexity of both."
+            "There is no share of the lost log-perplexity to report: it needs a dense model that "
+            "is better than the pruned one, and a finite perplexity of both."
         )
     if report.settings.get("compensate") is False:
         return "This run is plain pruning: nothing was compensated."
