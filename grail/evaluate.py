@@ -1,0 +1,138 @@
+"""Perplexity, size and speed of a causal language model on token batches."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from grail.errors import EmptyCalibrationError, ModelError
+from grail.report import Evaluation
+
+_LOGITS = 1 << 24  # logits held at a time, 64 MiB of fp32: 16 sequences × 1024 × 49152 are 3 GiB
+
+
+def evaluate(
+    model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]], *, progress: bool = True
+) -> Evaluation:
+    """Measures the perplexity of next-token predictions inside each sequence.
+
+    Args:
+        model: a transformers causal language model.
+        batches: int64 tokens [sequences, length], or keyword arguments of the model's forward;
+            predictions of tokens that an `attention_mask` [sequences, length] hides do not count.
+        progress: shows a progress bar.
+
+    Returns:
+        Perplexity exp(mean over predicted tokens of −log p), and what was measured beside it.
+
+    Raises:
+        EmptyCalibrationError: the batches hold no token to predict.
+        ModelError: a loss is NaN or Inf.
+
+    Numerics: log-probabilities in fp32 whatever the model's dtype, their sum in fp64.
+    """
+    training = model.training
+    model.eval()
+    try:
+        loss, predicted, tokens, seconds = _total_loss(model, batches, progress)
+    finally:
+        model.train(training)
+    if predicted == 0:
+        raise EmptyCalibrationError(
+            "The evaluation batches hold no token to predict; give sequences of 2 or more tokens."
+        )
+    if not math.isfinite(loss):
+        raise ModelError(
+            "The model's loss on the evaluation text is NaN or Inf: its weights or activations "
+            "are not finite. Check the checkpoint, or use a wider dtype."
+        )
+    parameters, size = measure_size(model)
+    return Evaluation(
+        perplexity=math.exp(loss / predicted),
+        tokens=predicted,
+        parameters=parameters,
+        bytes=size,
+        tokens_per_second=tokens / seconds,
+    )
+
+
+def measure_size(model: nn.Module) -> tuple[int, int]:
+    """Number of parameters, and bytes of the tensors that a checkpoint holds; tied ones once."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stored = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return parameters, sum(tensor.nbytes for tensor in stored.values())
+
+
+@torch.inference_mode()
+def _total_loss(
+    model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]], progress: bool
+) -> tuple[float, int, int, float]:
+    """Summed loss, predicted tokens, input tokens, and the seconds spent on them."""
+    loss = seconds = 0.0
+    predicted = tokens = 0
+    loss_of: Callable[[Any, dict[str, Tensor], Tensor], Tensor] | None = None
+    for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False):
+        given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        inputs = {name: value.to(model.device) for name, value in given.items()}
+        targets = _targets(inputs)
+        loss_of = loss_of or _choose_loss(model, inputs)
+        start = time.perf_counter()
+        loss += loss_of(model, inputs, targets).item()  # waits for the device
+        seconds += time.perf_counter() - start
+        predicted += int((targets >= 0).sum())
+        tokens += inputs["input_ids"].numel()
+    return loss, predicted, tokens, seconds
+
+
+def _targets(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Token that follows each position but the last [sequences, length − 1]; −100 where hidden."""
+    targets = inputs["input_ids"][:, 1:]
+    mask = inputs.get("attention_mask")
+    return targets if mask is None else targets.masked_fill(mask[:, 1:] == 0, -100)
+
+
+def _choose_loss(model: Any, inputs: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+    """Chunked loss if the logits are the output layer of the body's hidden states, nothing more.
+
+    Some architectures scale or cap their logits after that layer; sixteen tokens tell.
+    """
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return _loss_of_sequences
+    tokens = inputs["input_ids"][:1, :16]
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    logits = model(input_ids=tokens, use_cache=False).logits
+    return _loss_in_chunks if torch.equal(head(hidden), logits) else _loss_of_sequences
+
+
+def _loss_in_chunks(model: Any, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    head = model.get_output_embeddings()
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    rows = max(1, _LOGITS // head.weight.shape[0])
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for states, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
+        total += _cross_entropy(head(states), expected)
+    return total
+
+
+def _loss_of_sequences(model: Any, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    """The model's own forward, one sequence at a time so that few logits exist at once."""
+    total = torch.zeros((), dtype=torch.float64, device=targets.device)
+    for index, expected in enumerate(targets):
+        sequence = {name: value[index : index + 1] for name, value in inputs.items()}
+        total += _cross_entropy(model(**sequence, use_cache=False).logits[0, :-1], expected)
+    return total
+
+
+def _cross_entropy(
+    logits: Tensor,  # [rows, vocabulary]
+    targets: Tensor,  # [rows]
+) -> Tensor:
+    losses = F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=-100)
+    return losses.sum(dtype=torch.float64)

@@ -1,0 +1,105 @@
+"""Where a model comes from: a transformers folder, a hub name, or a GGUF file."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grail.errors import InputError, ModelError
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    gguf_file: str | None = None,
+) -> tuple[Any, Any]:
+    """Loads a causal language model and its tokenizer, ready to be compressed and saved.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, a hub name, or the path of a `.gguf` file.
+        dtype: dtype of the weights; the checkpoint's own if None (fp32 for GGUF).
+        device: where the model goes.
+        gguf_file: name of the GGUF file inside `source`, where that is a folder or a hub name.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        InputError: `source` is the path of a file that is not there, or not GGUF.
+        ModelError: no model and tokenizer can be read from it, or weights are missing there.
+    """
+    where, gguf_file = _locate(str(source), gguf_file)
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ModelError(
+            "Loading a model needs transformers: pip install 'grail-kernels[llm]'."
+        ) from error
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    # The readers behind these calls have no common error type (OSError, ValueError, KeyError,
+    # SafetensorError, ImportError …): whatever stops them, the caller's answer is the same.
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype or "auto", output_loading_info=True, **options
+        )
+    except Exception as error:
+        raise ModelError(_explain(source, error)) from error
+    _refuse_missing(source, loaded)
+    if gguf_file is not None:
+        model = _without_quantiser(model)
+    return model.to(device).eval(), tokenizer
+
+
+def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """Splits the path of a GGUF file into folder and name, and refuses what cannot be a model."""
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{source}: no such GGUF file.")
+        return str(path.parent), path.name
+    if path.is_file():
+        raise InputError(
+            f"{source} is a file that does not end in .gguf; "
+            "give a transformers folder, a hub name or a .gguf file."
+        )
+    if path.is_dir() and gguf_file is None and not (path / "config.json").is_file():
+        raise ModelError(
+            f"{source} is not a model: the folder has no config.json; give a folder that "
+            "save_pretrained wrote, or the path of a .gguf file."
+        )
+    return source, gguf_file
+
+
+def _explain(source: str | Path, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if Path(source).exists():
+        return f"{source} holds no causal language model that transformers can read: {reason}"
+    return f"{source} is no local folder, and no model of that name could be fetched: {reason}"
+
+
+def _refuse_missing(source: str | Path, loaded: dict[str, Any]) -> None:
+    """Transformers fills absent weights with random numbers and only warns."""
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source}: the checkpoint lacks {len(missing)} weight(s) of its architecture, "
+            f"such as {missing[0]}; give a complete checkpoint of a causal language model."
+        )
+
+
+def _without_quantiser(model: Any) -> Any:
+    """The same weights in a model that `save_pretrained` accepts.
+
+    A model read from GGUF is dequantised, but stays attached to a quantiser that refuses to save.
+    """
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model).from_pretrained(
+        None, config=config, state_dict=model.state_dict(), dtype=model.dtype
+    )
+    plain.generation_config = model.generation_config
+    return plain

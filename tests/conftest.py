@@ -1,0 +1,104 @@
+"""Small random models and inputs that every test may use; nothing here is downloaded.
+
+Each fixture is a factory, so that a test says what it needs:
+
+    def test_something(tiny_llama, tiny_batches):
+        model = tiny_llama(num_hidden_layers=1)
+        batches = tiny_batches(count=2)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+VOCABULARY = 97
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=8,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=2,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Any]:
+    """`tiny_model(family, seed=0, **config)`: a random fp32 model of one of `FAMILIES`.
+
+    Two layers, 48 wide, MLP 80, six query heads of 8 in three KV groups, unless `config` says else.
+    Weights are wide enough (std 0.1), norms and biases far enough from one and zero, that every
+    part of the network shows in the logits.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(family: str, seed: int = 0, **config: Any) -> Any:
+        settings = {**_SIZES, "initializer_range": 0.1, **config}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim == 1:
+                        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model.float().eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
+    """`tiny_llama(seed=0, **config)`: `tiny_model` of the Llama family."""
+    return lambda seed=0, **config: tiny_model("llama", seed, **config)
+
+
+@pytest.fixture(scope="session")
+def tiny_batches() -> Callable[..., list[torch.Tensor]]:
+    """`tiny_batches(count=3, rows=2, length=16, seed=0)`: random tokens [rows, length] each."""
+
+    def make(count: int = 3, rows: int = 2, length: int = 16, seed: int = 0) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        size = (rows, length)
+        return [torch.randint(3, VOCABULARY, size, generator=generator) for _ in range(count)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Callable[[], Any]:
+    """`tiny_tokenizer()`: a word tokenizer that fits the tiny models.
+
+    Token i (3 ≤ i < 97) is the word "w<i>", any other word is 0, `<s>` 1 and `</s>` 2.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def make() -> Any:
+        words = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(3, VOCABULARY))]
+        vocabulary = {word: index for index, word in enumerate(words)}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        )
+
+    return make
+
+
+@pytest.fixture
+def tiny_folder(
+    tmp_path: Any, tiny_llama: Callable[..., Any], tiny_tokenizer: Callable[[], Any]
+) -> Any:
+    """Path of a `save_pretrained` folder with `tiny_llama()` and `tiny_tokenizer()`."""
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
