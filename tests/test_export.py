@@ -1,0 +1,166 @@
+"""An export is complete and reloads to the same logits, or is not there."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grail import export as export_module
+from grail.errors import ExportError, InputError
+from grail.export import check_output, export
+from grail.models import load_model
+from grail.report import Report
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_reloads_to_the_same_logits(tiny_model, tiny_batches, tmp_path, family, tied):
+    model = tiny_model(family, tie_word_embeddings=tied)
+    folder = export(model, None, tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = tiny_batches()[0]
+    assert torch.equal(model(tokens).logits, reloaded(tokens).logits)
+
+
+def test_keeps_a_16_bit_model_in_16_bit(tiny_folder, tmp_path):
+    model, tokenizer = load_model(tiny_folder, dtype=torch.bfloat16)
+    folder = export(model, tokenizer, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_refuses_a_model_whose_rotary_frequencies_were_rounded(tiny_llama, tmp_path):
+    with pytest.raises(ExportError, match="rotary"):
+        export(tiny_llama().to(torch.bfloat16), None, tmp_path / "out")
+
+
+def test_writes_tokenizer_report_and_page(tiny_llama, tiny_tokenizer, tmp_path):
+    report = Report(settings={"keep": 0.5}, model={}, calibration={})
+    folder = export(tiny_llama(), tiny_tokenizer(), tmp_path / "out", report, "<p>page</p>")
+    assert AutoTokenizer.from_pretrained(folder)("w7 w9").input_ids == [7, 9]
+    assert Report.from_json((folder / "report.json").read_text()) == report
+    assert (folder / "report.html").read_text() == "<p>page</p>"
+
+
+def test_creates_missing_parents_and_fills_an_empty_folder(tiny_llama, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for output in (tmp_path / "new" / "deep" / "out", tmp_path / "empty"):
+        export(tiny_llama(), None, output)
+        assert (output / "config.json").is_file()
+
+
+def test_leaves_random_state_and_training_mode(tiny_llama, tmp_path):
+    model, state = tiny_llama().train(), torch.get_rng_state()
+    export(model, None, tmp_path / "out")
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["full folder", "file", "below a file"])
+def test_refuses_an_output_in_use(tmp_path, kind):
+    output = tmp_path / "out"
+    if kind == "full folder":
+        output.mkdir()
+        (output / "mine.txt").write_text("mine")
+    else:
+        output.write_text("mine")
+        output = output if kind == "file" else output / "deeper"
+    with pytest.raises(InputError, match=r"not empty|a file"):
+        check_output(output)
+
+
+def test_refuses_a_disk_that_is_too_small(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(ExportError, match="MiB free"):
+        check_output(tmp_path / "out", size=2 * free)
+
+
+def test_too_little_disk_writes_nothing(tiny_llama, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ExportError, match="needs"):
+        export(tiny_llama(), None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_a_model_that_reloads_differently(tiny_llama, tmp_path):
+    model = tiny_llama()
+    # The known trap: stock Llama drops a bias that only down_proj has.
+    projection = model.model.layers[0].mlp.down_proj
+    projection.bias = torch.nn.Parameter(torch.ones(projection.out_features))
+    with pytest.raises(ExportError, match="largest difference"):
+        export(model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_a_model_whose_shapes_do_not_reload(tiny_llama, tmp_path):
+    model = tiny_llama()
+    mlp = model.model.layers[0].mlp
+    for projection in (mlp.gate_proj, mlp.up_proj):
+        projection.weight = torch.nn.Parameter(projection.weight[:40].clone())
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :40].clone())
+    with pytest.raises(ExportError, match="does not load"):
+        export(model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_while_writing_leaves_nothing(tiny_llama, tmp_path, monkeypatch, error):
+    model = tiny_llama()
+    save = type(model).save_pretrained
+
+    def fail_after_saving(self, folder):
+        save(self, folder)
+        raise error
+
+    monkeypatch.setattr(type(model), "save_pretrained", fail_after_saving)
+    expected = ExportError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        export(model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+_SLOW_EXPORT = """
+import sys, time
+from transformers import AutoModelForCausalLM
+from grail import export as module
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+def wait(*_):
+    print("written", flush=True)
+    time.sleep(60)
+module._verify = wait
+module.export(model, None, sys.argv[2])
+"""
+
+
+def test_a_killed_export_does_not_look_finished(tiny_folder, tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", _SLOW_EXPORT, str(tiny_folder), str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
+    assert not output.exists()
+    leftovers = {path.name for path in tmp_path.iterdir()} - {tiny_folder.name}
+    assert all(name.startswith(".out.") and name.endswith(".partial") for name in leftovers)
+
+
+def test_everything_is_flushed_before_the_rename(tiny_llama, tmp_path, monkeypatch):
+    flushed, at_rename = set(), {}
+    rename = type(tmp_path).rename
+
+    def note(handle):
+        flushed.add(os.fstat(handle).st_ino)
+
+    def check(self, target):
+        at_rename.update({path.name: path.stat().st_ino for path in self.rglob("*")})
+        assert set(at_rename.values()) <= flushed
+        return rename(self, target)
+
+    monkeypatch.setattr(export_module.os, "fsync", note)
+    monkeypatch.setattr(type(tmp_path), "rename", check)
+    export(tiny_llama(), None, tmp_path / "out")
+    assert {"config.json", "model.safetensors"} <= set(at_rename)
