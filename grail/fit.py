@@ -47,7 +47,9 @@ class Fit:
     def weight(self) -> Tensor:
         """The rewritten weight [O, K] of the only consumer."""
         if len(self.weights) != 1:
-            raise InputError(f"this fit has {len(self.weights)} consumers; read .weights")
+            raise InputError(
+                f"this fit has {len(self.weights)} consumers; read .weights"
+            )
         return self.weights[0]
 
 
@@ -96,12 +98,17 @@ def fit(
         damping, retries = solution.damping.item(), int(solution.retries)
 
     rounded = [
-        part.to(w.dtype) for part, w in zip(fitted.split([w.shape[0] for w in weights]), weights)
+        part.to(w.dtype)
+        for part, w in zip(fitted.split([w.shape[0] for w in weights]), weights)
     ]
     change = torch.cat([part.double() for part in rounded]) - baseline
     total = (seen * dense).sum()
-    before = total - 2 * (baseline * target).sum() + ((baseline @ normal) * baseline).sum()
-    after = before - 2 * (change * unexplained).sum() + ((change @ normal) * change).sum()
+    before = (
+        total - 2 * (baseline * target).sum() + ((baseline @ normal) * baseline).sum()
+    )
+    after = (
+        before - 2 * (change * unexplained).sum() + ((change @ normal) * change).sum()
+    )
     return Fit(
         tuple(part.to(w.device) for part, w in zip(rounded, weights)),
         _relative(after, total),
@@ -117,7 +124,11 @@ def _relative(squared: Tensor, total: Tensor) -> float:
 
 
 def _check(
-    gram: Gram, reduction: Reduction, weights: tuple[Tensor, ...], alpha: float, toward: str
+    gram: Gram,
+    reduction: Reduction,
+    weights: tuple[Tensor, ...],
+    alpha: float,
+    toward: str,
 ) -> None:
     if reduction.channels != gram.channels:
         raise InputError(
@@ -127,11 +138,15 @@ def _check(
         raise InputError("at least one consumer weight is needed")
     for w in weights:
         if w.dim() != 2 or w.shape[1] != gram.channels:
-            raise InputError(f"a consumer must be [O, {gram.channels}]; got {tuple(w.shape)}")
+            raise InputError(
+                f"a consumer must be [O, {gram.channels}]; got {tuple(w.shape)}"
+            )
         bad = ~w.isfinite()
         if bool(bad.any()):
             channels = bad.any(0).nonzero().flatten().tolist()
-            raise NonFiniteError(f"consumer weight of {gram.name or 'a site'}", channels, int(bad.sum()))
+            raise NonFiniteError(
+                f"consumer weight of {gram.name or 'a site'}", channels, int(bad.sum())
+            )
     check_ridge(alpha, toward)
 
 
@@ -140,4 +155,6 @@ def check_ridge(alpha: float, toward: str) -> None:
     if not 0 <= alpha < float("inf"):
         raise InputError(f"alpha must be a finite number ≥ 0; got {alpha}")
     if toward not in get_args(Toward):
-        raise InputError(f"toward must be one of {', '.join(get_args(Toward))}; got {toward!r}")
+        raise InputError(
+            f"toward must be one of {', '.join(get_args(Toward))}; got {toward!r}"
+        )

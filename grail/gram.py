@@ -22,7 +22,9 @@ class Gram:
     Source: GRAIL (arXiv 2602.23795), section 3: uncentred second moment of the consumer's input.
     """
 
-    def __init__(self, channels: int, device: torch.device | str | None = None, name: str = ""):
+    def __init__(
+        self, channels: int, device: torch.device | str | None = None, name: str = ""
+    ):
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
             raise InputError(f"channels must be a positive integer; got {channels!r}")
         self.channels, self.name = channels, name
@@ -44,7 +46,9 @@ class Gram:
         """
         if x.dim() == 0 or x.shape[-1] != self.channels:
             raise InputError(f"x must be [..., {self.channels}]; got {tuple(x.shape)}")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
+        if mask is not None and (
+            mask.dtype != torch.bool or mask.shape != x.shape[:-1]
+        ):
             raise InputError(
                 f"mask must be bool of shape {tuple(x.shape[:-1])}; got {mask.dtype} {tuple(mask.shape)}"
             )
@@ -55,7 +59,9 @@ class Gram:
             self._allocate(x.device)
         assert self._packed is not None
         gk.gram_(self._packed, x, mask=mask, sums=self._sum, nonfinite=self._nonfinite)
-        self._tokens += x.shape[:-1].numel() if mask is None else mask.sum().to(self._tokens.device)
+        self._tokens += (
+            x.shape[:-1].numel() if mask is None else mask.sum().to(self._tokens.device)
+        )
 
     def merge(self, other: "Gram") -> None:
         """Adds the sums of `other`, as if its tokens had come here.
@@ -64,7 +70,9 @@ class Gram:
             InputError: another channel count.
         """
         if other.channels != self.channels:
-            raise InputError(f"cannot merge {other.channels} channels into {self.channels}")
+            raise InputError(
+                f"cannot merge {other.channels} channels into {self.channels}"
+            )
         if other._packed is None:
             return
         if self._packed is None:
@@ -129,7 +137,9 @@ class Gram:
 
     def _require_finite(self, x: Tensor, mask: Tensor | None) -> None:
         # One sum per channel is finite only if every value is (or sums cancel to overflow: counted below).
-        if bool(x.reshape(-1, self.channels).sum(0, dtype=torch.float32).isfinite().all()):
+        if bool(
+            x.reshape(-1, self.channels).sum(0, dtype=torch.float32).isfinite().all()
+        ):
             return
         counted = x if mask is None else x[mask]
         bad = (~counted.isfinite()).reshape(-1, self.channels).sum(0)
@@ -138,7 +148,9 @@ class Gram:
 
     def _refuse(self, counts: Tensor) -> None:
         raise NonFiniteError(
-            f"activations of {self._label()}", counts.nonzero().flatten().tolist(), int(counts.sum())
+            f"activations of {self._label()}",
+            counts.nonzero().flatten().tolist(),
+            int(counts.sum()),
         )
 
     def _label(self) -> str:

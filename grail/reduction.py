@@ -63,14 +63,18 @@ class Selection(Reduction):
         self.index = _integers(index, "index")
         self.channels, self.kept = int(channels), self.index.numel()
         if self.kept == 0:
-            raise InputError("a selection must keep at least one channel; the index is empty")
+            raise InputError(
+                "a selection must keep at least one channel; the index is empty"
+            )
         if int(self.index.min()) < 0 or int(self.index.max()) >= self.channels:
             raise InputError(
                 f"channel indices must lie in [0, {self.channels}); got "
                 f"{int(self.index.min())} … {int(self.index.max())}"
             )
         if self.index.unique().numel() != self.kept:
-            raise InputError("a selection names each channel at most once; the index repeats some")
+            raise InputError(
+                "a selection names each channel at most once; the index repeats some"
+            )
 
     def narrow(self, weight: Tensor) -> Tensor:
         self._check(weight.shape[0])
@@ -105,16 +109,22 @@ class Folding(Reduction):
         self.labels = _integers(labels, "labels")
         self.channels = self.labels.numel()
         if self.channels == 0 or int(self.labels.min()) < 0:
-            raise InputError("labels must be a non-empty vector of cluster numbers from 0")
+            raise InputError(
+                "labels must be a non-empty vector of cluster numbers from 0"
+            )
         self.sizes = torch.bincount(self.labels)
         self.kept = self.sizes.numel()
         if int(self.sizes.min()) == 0:
             empty = int((self.sizes == 0).nonzero()[0])
-            raise InputError(f"cluster {empty} of {self.kept} has no channel; number clusters without gaps")
+            raise InputError(
+                f"cluster {empty} of {self.kept} has no channel; number clusters without gaps"
+            )
 
     def narrow(self, weight: Tensor) -> Tensor:
         self._check(weight.shape[0])
-        total = weight.new_zeros((self.kept, *weight.shape[1:]), dtype=_accumulator(weight))
+        total = weight.new_zeros(
+            (self.kept, *weight.shape[1:]), dtype=_accumulator(weight)
+        )
         total.index_add_(0, self.labels.to(weight.device), weight.to(total.dtype))
         sizes = self.sizes.to(total).view(-1, *(1,) * (weight.dim() - 1))
         return (total / sizes).to(weight.dtype)
@@ -129,8 +139,12 @@ class Folding(Reduction):
 
     def _sum_columns(self, columns: Tensor) -> Tensor:
         self._check(columns.shape[-1])
-        total = columns.new_zeros((*columns.shape[:-1], self.kept), dtype=_accumulator(columns))
-        return total.index_add_(-1, self.labels.to(columns.device), columns.to(total.dtype))
+        total = columns.new_zeros(
+            (*columns.shape[:-1], self.kept), dtype=_accumulator(columns)
+        )
+        return total.index_add_(
+            -1, self.labels.to(columns.device), columns.to(total.dtype)
+        )
 
     @property
     def is_identity(self) -> bool:
@@ -147,7 +161,9 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 def _integers(values: Tensor | Sequence[int], name: str) -> Tensor:
     vector = torch.as_tensor(values).detach().cpu()
     if vector.dim() != 1:
-        raise InputError(f"{name} must be a vector of channels; got shape {tuple(vector.shape)}")
+        raise InputError(
+            f"{name} must be a vector of channels; got shape {tuple(vector.shape)}"
+        )
     if vector.numel() and (vector.is_floating_point() or vector.dtype == torch.bool):
         raise InputError(f"{name} must be integers; got {vector.dtype}")
     return vector.to(torch.int64)

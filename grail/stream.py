@@ -60,11 +60,11 @@ class Stream:
         self._calls: list[list[Call]] = []
         for batch in batches:
             self._enter(model, batch)
-        self.tokens = sum(
-            h.shape[:-1].numel() if m is None else int(m.sum()) for h, m in zip(self.hidden, self.masks)
-        )
+        self.tokens = sum(map(self.tokens_of, range(len(self))))
         if self.tokens == 0:
-            raise EmptyCalibrationError("calibration holds no token; pass at least one batch of token ids")
+            raise EmptyCalibrationError(
+                "calibration holds no token; pass at least one batch of token ids"
+            )
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -85,6 +85,13 @@ class Stream:
         mask = self.masks[batch]
         return None if mask is None else mask.to(self.device)
 
+    def tokens_of(self, batch: int) -> int:
+        """How many tokens of one batch count."""
+        mask = self.masks[batch]
+        return (
+            self.hidden[batch].shape[:-1].numel() if mask is None else int(mask.sum())
+        )
+
     def _enter(self, model: nn.Module, batch: Batch) -> None:
         inputs = _model_inputs(batch, self.device)
         calls: list[Call] = []
@@ -93,7 +100,9 @@ class Stream:
             def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 if number == 0:
                     self.hidden.append(hidden_states.detach().to(self.storage))
-                calls.append(self._shared(number, Call(*_to((args, kwargs), self.storage))))
+                calls.append(
+                    self._shared(number, Call(*_to((args, kwargs), self.storage)))
+                )
                 if number == len(self.blocks) - 1:
                     raise Stop
                 return hidden_states
@@ -116,14 +125,25 @@ class Stream:
         if not self._calls:
             return call
         first = self._calls[0][number]
-        return first if _equal((call.args, call.kwargs), (first.args, first.kwargs)) else call
+        return (
+            first
+            if _equal((call.args, call.kwargs), (first.args, first.kwargs))
+            else call
+        )
 
 
 class Memo:
-    """Outputs of modules that the next pass over the same batches would only compute again."""
+    """Outputs of modules that the next pass over the same batches would only compute again.
 
-    def __init__(self, modules: Sequence[nn.Module], storage: torch.device, device: torch.device):
-        self._modules, self._storage, self._device = modules, storage, device
+    Of a tuple only the first entry is kept: attention's second, its weights [B, heads, L, L], is dropped by the blocks too.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], stream: Stream):
+        self._modules, self._storage, self._device = (
+            modules,
+            stream.storage,
+            stream.device,
+        )
         self._outputs: dict[nn.Module, list[Any]] = {module: [] for module in modules}
 
     @contextmanager
@@ -140,11 +160,15 @@ class Memo:
         with ExitStack() as stack:
             for module in self._modules:
                 kept = iter(self._outputs[module])
-                replay = lambda *args, kept=kept, **kwargs: _to(next(kept), self._device)  # noqa: E731
+                replay = lambda *args, kept=kept, **kwargs: _to(
+                    next(kept), self._device
+                )  # noqa: E731
                 stack.enter_context(_replaced_forward(module, replay))
             yield
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            output = (output[0], *(None for _ in output[1:]))
         self._outputs[module].append(_to(output, self._storage))
 
 
@@ -186,4 +210,6 @@ def _equal(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    return a is b or (type(a) is type(b) and isinstance(a, (int, float, bool, str)) and a == b)
+    return a is b or (
+        type(a) is type(b) and isinstance(a, (int, float, bool, str)) and a == b
+    )

@@ -22,13 +22,20 @@ class Transaction:
         self._undo.append(lambda: setattr(owner, name, old))
         setattr(owner, name, value)
 
-    def set_linear(self, linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    def set_linear(
+        self, linear: nn.Linear, weight: Tensor, bias: Tensor | None
+    ) -> None:
         """Gives `linear` a new weight [O, I] and bias [O], in the old ones' dtype and device, and its sizes."""
         self._set_parameter(linear, "weight", weight)
         if bias is not None:
             self._set_parameter(linear, "bias", bias)
         self.set_attribute(linear, "out_features", weight.shape[0])
         self.set_attribute(linear, "in_features", weight.shape[1])
+
+    def undo(self) -> None:
+        """Takes back every change so far, last first."""
+        while self._undo:
+            self._undo.pop()()
 
     def _set_parameter(self, module: nn.Module, name: str, value: Tensor) -> None:
         old = getattr(module, name)
@@ -48,6 +55,5 @@ class Transaction:
         trace: TracebackType | None,
     ) -> None:
         if kind is not None:
-            while self._undo:
-                self._undo.pop()()
+            self.undo()
         self._undo.clear()

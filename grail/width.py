@@ -20,8 +20,14 @@ LARGE, LARGE_MULTIPLE, SMALL_MULTIPLE = 4096, 128, 8
 
 def check_keep(keep: float) -> None:
     """Raises InputError unless 0 < keep ≤ 1."""
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-        raise InputError(f"keep must be a fraction in (0, 1], the share of channels that stay; got {keep!r}")
+    if (
+        isinstance(keep, bool)
+        or not isinstance(keep, (int, float))
+        or not 0 < keep <= 1
+    ):
+        raise InputError(
+            f"keep must be a fraction in (0, 1], the share of channels that stay; got {keep!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,9 @@ class ChannelWidth:
     kept: int
 
     @classmethod
-    def nearest(cls, channels: int, keep: float, multiple: int | None = None) -> "ChannelWidth":
+    def nearest(
+        cls, channels: int, keep: float, multiple: int | None = None
+    ) -> "ChannelWidth":
         """The width nearest to keep·channels among the multiples of `multiple` (ties go up), at most `channels`.
 
         Args:
@@ -55,6 +63,14 @@ class ChannelWidth:
                 f"keep at least {multiple / channels:.3g}, or choose a smaller multiple"
             )
         return cls(channels, kept)
+
+    def __str__(self) -> str:
+        return f"{self.kept} of {self.channels} channels"
+
+    @property
+    def structure(self) -> str:
+        """The site before narrowing, in words."""
+        return f"{self.channels} channels"
 
     def best(self, scores: Tensor) -> Selection:
         """Keeps the channels of highest score [channels], in their order."""
@@ -119,6 +135,21 @@ class HeadWidth:
     def kept(self) -> int:
         """Channels that stay."""
         return self.kept_groups * self.kept_queries * self.head_dim
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kept_groups * self.kept_queries} of {self.groups * self.queries} heads "
+            f"({self.kept_groups} of {self.groups} key/value groups, "
+            f"{self.kept_queries} of {self.queries} queries in each)"
+        )
+
+    @property
+    def structure(self) -> str:
+        """The site before narrowing, in words."""
+        return (
+            f"{self.groups * self.queries} heads of {self.head_dim} in {self.groups} "
+            f"key/value groups of {self.queries}"
+        )
 
     def best(self, scores: Tensor) -> Selection:
         """Keeps the heads of highest summed channel score [channels]: best queries of each group, then best groups."""

@@ -64,7 +64,9 @@ def get(selector: str | Selector) -> Selector:
         return selector
     _load()
     if selector not in _registry:
-        raise InputError(f"unknown selector {selector!r}; choose one of {', '.join(names())}")
+        raise InputError(
+            f"unknown selector {selector!r}; choose one of {', '.join(names())}"
+        )
     return _registry[selector]
 
 

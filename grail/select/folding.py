@@ -23,7 +23,9 @@ def folding(view: View) -> Reduction:
         InputError: at an attention site. The mean of two heads' queries and keys is no head: their softmax weights differ.
     """
     if not isinstance(view.width, ChannelWidth):
-        raise InputError("folding works on mlp channels, not on attention heads; choose sites=('mlp',)")
+        raise InputError(
+            "folding works on mlp channels, not on attention heads; choose sites=('mlp',)"
+        )
     rows = torch.cat([p.float().flatten(1) for p in view.producers], dim=1)
     return Folding(kmeans(rows, view.width.kept, view.generator))
 
@@ -58,7 +60,9 @@ def _plus_plus(rows: Tensor, clusters: int, generator: torch.Generator) -> Tenso
     for _ in range(clusters - 1):
         weight = closest.double().cpu()
         weight[chosen] = 0
-        if weight.sum() == 0:  # only copies of chosen rows are left: any of them will do
+        if (
+            weight.sum() == 0
+        ):  # only copies of chosen rows are left: any of them will do
             weight = torch.ones_like(weight)
             weight[chosen] = 0
         chosen.append(int(torch.multinomial(weight, 1, generator=generator)))
@@ -68,7 +72,9 @@ def _plus_plus(rows: Tensor, clusters: int, generator: torch.Generator) -> Tenso
 
 def _squared_distance(rows: Tensor, centres: Tensor) -> Tensor:
     cross = rows @ centres.T
-    return (rows.square().sum(1)[:, None] - 2 * cross + centres.square().sum(1)).clamp_min_(0)
+    return (
+        rows.square().sum(1)[:, None] - 2 * cross + centres.square().sum(1)
+    ).clamp_min_(0)
 
 
 def _fill_empty(labels: Tensor, distance: Tensor, clusters: int) -> None:
@@ -84,7 +90,9 @@ def _fill_empty(labels: Tensor, distance: Tensor, clusters: int) -> None:
 
 def _by_first_member(labels: Tensor, clusters: int) -> Tensor:
     first = torch.full((clusters,), labels.numel(), device=labels.device)
-    first.scatter_reduce_(0, labels, torch.arange(labels.numel(), device=labels.device), "amin")
+    first.scatter_reduce_(
+        0, labels, torch.arange(labels.numel(), device=labels.device), "amin"
+    )
     rank = torch.empty_like(first)
     rank[first.argsort()] = torch.arange(clusters, device=labels.device)
     return rank[labels]

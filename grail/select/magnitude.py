@@ -13,5 +13,7 @@ from grail.select import View, scores
 @scores("magnitude")
 def magnitude(view: View) -> Tensor:
     """‖producer rows of h‖₂ [H]."""
-    squares = torch.stack([p.float().flatten(1).square().sum(1) for p in view.producers])
+    squares = torch.stack(
+        [p.float().flatten(1).square().sum(1) for p in view.producers]
+    )
     return squares.sum(0).sqrt()

@@ -20,7 +20,12 @@ from grail.width import ChannelWidth, HeadWidth, Width
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
-_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj") + (
+_LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+) + (
     "mlp.gate_proj",
     "mlp.up_proj",
     "mlp.down_proj",
@@ -51,6 +56,11 @@ class LlamaArchitecture(Architecture):
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], prefix: str):
         self.config, self.blocks, self.prefix = model.config, blocks, prefix
+        self.hidden_size = model.config.hidden_size
+        # The MLP is the widest point: gate, its activation, up and their product beside three hidden states.
+        self.activations_per_token = (
+            4 * model.config.intermediate_size + 3 * self.hidden_size
+        )
 
     def sites(self, kinds: Sequence[str]) -> list[list[Site]]:
         unknown = [kind for kind in kinds if kind not in self.kinds]
@@ -74,12 +84,21 @@ class LlamaArchitecture(Architecture):
     def _site(self, kind: str, number: int, block: nn.Module) -> Site:
         attention, mlp = block.self_attn, block.mlp
         if kind == "mlp":
-            return MlpSite(f"{self.prefix}.{number}.mlp", kind, number, mlp.down_proj, (attention,), mlp)
+            return MlpSite(
+                f"{self.prefix}.{number}.mlp",
+                kind,
+                number,
+                mlp.down_proj,
+                (attention,),
+                mlp,
+            )
         name = f"{self.prefix}.{number}.self_attn"
-        return HeadSite(name, kind, number, attention.o_proj, (), attention, self.config)
+        return HeadSite(
+            name, kind, number, attention.o_proj, (), attention, self.config
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MlpSite(Site):
     """Intermediate channels of a gated MLP."""
 
@@ -94,19 +113,23 @@ class MlpSite(Site):
     def width(self, keep: float, multiple: int | None) -> ChannelWidth:
         return ChannelWidth.nearest(self.channels, keep, multiple)
 
-    def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
+    def narrow(
+        self, reduction: Reduction, width: Width, transaction: Transaction
+    ) -> None:
         narrow_linear(self.mlp.gate_proj, reduction, transaction)
         narrow_linear(self.mlp.up_proj, reduction, transaction)
         if hasattr(self.mlp, "intermediate_size"):
             transaction.set_attribute(self.mlp, "intermediate_size", reduction.kept)
 
     def parameters_at(self, width: Width) -> int:
-        biased = sum(getattr(self.mlp, n).bias is not None for n in ("gate_proj", "up_proj"))
+        biased = sum(
+            getattr(self.mlp, n).bias is not None for n in ("gate_proj", "up_proj")
+        )
         fixed = 0 if self.consumer.bias is None else self.consumer.bias.numel()
         return width.kept * (3 * self.consumer.out_features + biased) + fixed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadSite(Site):
     """Query heads of grouped attention; dropping a whole group drops its key and value head too."""
 
@@ -114,7 +137,10 @@ class HeadSite(Site):
     config: object
 
     def linears(self) -> dict[str, nn.Linear]:
-        return {n: getattr(self.attention, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        return {
+            n: getattr(self.attention, n)
+            for n in ("q_proj", "k_proj", "v_proj", "o_proj")
+        }
 
     def producers(self) -> tuple[Tensor, ...]:
         attention, head_dim = self.attention, self.attention.head_dim
@@ -125,7 +151,11 @@ class HeadSite(Site):
             return heads.repeat_interleave(repeats, 0).flatten(0, 1)
 
         keys, values = attention.k_proj.weight, attention.v_proj.weight
-        return attention.q_proj.weight.detach(), per_query_head(keys), per_query_head(values)
+        return (
+            attention.q_proj.weight.detach(),
+            per_query_head(keys),
+            per_query_head(values),
+        )
 
     def width(self, keep: float, multiple: int | None) -> HeadWidth:
         head_dim, queries = self.attention.head_dim, self.attention.num_key_value_groups
@@ -145,9 +175,13 @@ class HeadSite(Site):
             return False
         return True
 
-    def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
+    def narrow(
+        self, reduction: Reduction, width: Width, transaction: Transaction
+    ) -> None:
         if not isinstance(reduction, Selection) or not isinstance(width, HeadWidth):
-            raise InputError("attention heads are narrowed by a selection of whole heads")
+            raise InputError(
+                "attention heads are narrowed by a selection of whole heads"
+            )
         attention = self.attention
         narrow_linear(attention.q_proj, reduction, transaction)
         groups = width.group_rows(reduction)
@@ -160,7 +194,10 @@ class HeadSite(Site):
         groups = width.kept_groups * width.head_dim
         rows = {"q_proj": width.kept, "k_proj": groups, "v_proj": groups}
         linears = self.linears()
-        total = sum(n * (linears[k].in_features + (linears[k].bias is not None)) for k, n in rows.items())
+        total = sum(
+            n * (linears[k].in_features + (linears[k].bias is not None))
+            for k, n in rows.items()
+        )
         fixed = 0 if self.consumer.bias is None else self.consumer.bias.numel()
         return total + width.kept * self.consumer.out_features + fixed
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from grail.reduction import Reduction
@@ -11,7 +12,7 @@ from grail.transaction import Transaction
 from grail.width import Width
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site(ABC):
     """One hidden activation of one block.
 
@@ -43,12 +44,16 @@ class Site(ABC):
         """The feasible width nearest to `keep`."""
 
     @abstractmethod
-    def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
+    def narrow(
+        self, reduction: Reduction, width: Width, transaction: Transaction
+    ) -> None:
         """Narrows the producers, and the block's own record of its sizes. The consumer is the fit's."""
 
     def parameters_saved(self, width: Width) -> int:
         """How many parameters fewer the block has at `width`."""
-        before = sum(p.numel() for linear in self.linears().values() for p in linear.parameters())
+        before = sum(
+            p.numel() for linear in self.linears().values() for p in linear.parameters()
+        )
         return before - self.parameters_at(width)
 
     @abstractmethod
@@ -57,10 +62,26 @@ class Site(ABC):
 
 
 class Architecture(ABC):
-    """A model as a chain of blocks, each with sites in the order in which they run."""
+    """A model as a chain of blocks, each with sites in the order in which they run.
+
+    `hidden_size`: values of one token between blocks. `activations_per_token`: values of one token that live at once inside a
+    block's forward, for the prediction of memory.
+    """
 
     kinds: tuple[str, ...]
     blocks: Sequence[nn.Module]
+    hidden_size: int
+    activations_per_token: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+        return next(self.blocks[0].parameters()).device
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of one weight."""
+        return next(self.blocks[0].parameters()).element_size()
 
     @abstractmethod
     def sites(self, kinds: Sequence[str]) -> list[list[Site]]:
@@ -71,7 +92,9 @@ class Architecture(ABC):
         """Writes the new widths, one for each kind, into the model's configuration."""
 
 
-def narrow_linear(linear: nn.Linear, reduction: Reduction, transaction: Transaction) -> None:
+def narrow_linear(
+    linear: nn.Linear, reduction: Reduction, transaction: Transaction
+) -> None:
     """Narrows a producer's output channels: R·weight and R·bias."""
     bias = None if linear.bias is None else reduction.narrow(linear.bias.detach())
     transaction.set_linear(linear, reduction.narrow(linear.weight.detach()), bias)

@@ -1,0 +1,23 @@
+"""GRAIL: rebuild what structured compression lost, in closed form, from a few unlabelled forward passes."""
+
+from grail.compress import compress
+from grail.fit import Fit, fit
+from grail.gram import Gram
+from grail.plan import Inspection, inspect
+from grail.reduction import Folding, Reduction, Selection
+from grail.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Fit",
+    "Folding",
+    "Gram",
+    "Inspection",
+    "Reduction",
+    "Report",
+    "Selection",
+    "compress",
+    "fit",
+    "inspect",
+]

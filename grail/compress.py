@@ -1,0 +1,165 @@
+"""The main verb: `compress` a model in place and report what was done."""
+
+import itertools
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from grail import memory, plan, select
+from grail.errors import NonFiniteError
+from grail.fit import Toward
+from grail.loop import Clock, Run, steady
+from grail.options import ALPHA, Options
+from grail.report import Report, SiteReport
+from grail.sites import Architecture, find
+from grail.stream import Batch, Stream
+from grail.transaction import Transaction
+from grail.width import Width
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    keep: float | Mapping[str, float] = 0.7,
+    sites: Sequence[str] = ("mlp",),
+    selector: str | select.Selector = "wanda",
+    *,
+    compensate: bool = True,
+    alpha: float = ALPHA,
+    toward: Toward = "baseline",
+    closed_loop: bool = True,
+    multiple: int | None = None,
+    seed: int = 0,
+    storage: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Report:
+    """Narrows `model` in place and rebuilds what the lost channels said from the kept ones.
+
+    Args:
+        model: a causal language model of a supported family (`grail.sites.supported()`).
+        batches: calibration: LongTensor [B, L] of token ids, or mappings of the model's keyword arguments, where an
+            `attention_mask` marks the tokens that count. Read once.
+        keep: the share of each site's channels that stays, in (0, 1]; or one for each kind, {"mlp": 0.5, "heads": 0.7}. The
+            nearest width that the structure allows is used and reported.
+        sites: kinds of sites: "mlp", "heads".
+        selector: a name of `grail.select.names()`, or a function from `grail.select.View` to a `Reduction`.
+        compensate: False is plain pruning (or folding).
+        alpha: ridge strength relative to the Gram's mean diagonal. More calibration tokens want a smaller one.
+        toward: what a strong ridge shrinks to: "baseline" (plain pruning: never worse on the calibration data) or "zero" (the paper).
+        closed_loop: see the module's docstring.
+        multiple: round MLP widths to multiples of this; default 128 from 4096 channels up, else 8.
+        seed: for selectors that draw.
+        storage: where the hidden states of the calibration set wait between blocks.
+        progress: show a progress bar.
+
+    Returns:
+        A `Report`; the model is changed in place.
+
+    Raises:
+        InputError, ModelError, EmptyCalibrationError, NonFiniteError, SolveError: the model is as it was.
+
+    Source: GRAIL (arXiv 2602.23795), algorithm 1.
+    """
+    options = Options(
+        keep, sites, selector, compensate, alpha, toward, closed_loop, multiple, seed
+    )
+    architecture = find(model)
+    widths = options.widths(architecture)
+    _require_finite_weights(architecture, options)
+    device = architecture.device
+    in_use = memory.in_use(device)
+    before = _size(model, architecture, options)
+    clock = Clock(device)
+
+    with (
+        memory.Peak(device) as peak,
+        Transaction() as transaction,
+        steady(model),
+        clock("other"),
+    ):
+        with clock("forward"):
+            stream = Stream(model, architecture.blocks, batches, storage)
+        batch_tokens = max(h.shape[:-1].numel() for h in stream.hidden)
+        demand = plan.demand(architecture, options, stream.tokens, batch_tokens)
+        run = Run(architecture, options, stream, transaction, clock)
+        rows = run.all_blocks(progress)
+        architecture.settle(widths, transaction)
+
+    after = _size(model, architecture, options)
+    return Report(
+        settings=options.as_dict(),
+        model={
+            "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
+            "class": type(model).__name__,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "device": str(device),
+            **{key: {"before": before[key], "after": after[key]} for key in before},
+        },
+        calibration={
+            "tokens": stream.tokens,
+            "sequences": sum(h.shape[0] for h in stream.hidden),
+            "sequence_length": max(h.shape[1] for h in stream.hidden),
+        },
+        sites=rows,
+        seconds={**clock.seconds, "total": sum(clock.seconds.values())},
+        memory={
+            "predicted_peak": in_use + sum(demand.values()),
+            "measured_peak": peak.bytes,
+        },
+        notes=_notes(options, widths, rows),
+        versions=_versions(),
+    )
+
+
+def _require_finite_weights(architecture: Architecture, options: Options) -> None:
+    for site in itertools.chain(*architecture.sites(options.sites)):
+        for name, linear in site.linears().items():
+            bad = ~linear.weight.detach().isfinite()
+            if bool(bad.any()):
+                rows = bad.any(1).nonzero().flatten().tolist()
+                raise NonFiniteError(
+                    f"weights of {site.name}.{name}", rows, int(bad.sum())
+                )
+
+
+def _size(
+    model: nn.Module, architecture: Architecture, options: Options
+) -> dict[str, Any]:
+    first = architecture.sites(options.sites)[0]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "widths": {site.kind: site.width(1.0, None).kept for site in first},
+    }
+
+
+def _notes(
+    options: Options, widths: dict[str, Width], rows: list[SiteReport]
+) -> list[str]:
+    notes = []
+    for kind, width in widths.items():
+        keep, got = options.keep_of(kind), width.kept / width.channels
+        if abs(keep - got) > 5e-4:
+            notes.append(
+                f"{kind}: keep={keep:g} is not feasible; the nearest width was used, {width} = {got:.3f}"
+            )
+    notes += [
+        f"{row.name}: the Cholesky needed {row.retries} larger dampings, up to λ = {row.damping:.3g}"
+        for row in rows
+        if row.retries
+    ]
+    return notes
+
+
+def _versions() -> dict[str, str]:
+    packages = ("grail-kernels", "torch", "triton", "transformers", "numpy")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,231 @@
+"""The loop over blocks: calibrate → select → solve → absorb.
+
+Closed loop: a block's Grams are collected with its inputs coming from the already compressed blocks before it, and the Gram of
+its MLP after its own heads were narrowed. Open loop: all Grams of a block come from one pass of the dense model.
+One block's statistics live at a time.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from grail import select
+from grail.fit import fit
+from grail.gram import Gram
+from grail.options import Options
+from grail.reduction import Reduction
+from grail.report import SiteReport
+from grail.sites import Architecture, Site
+from grail.stream import Memo, Stop, Stream
+from grail.transaction import Transaction
+
+
+Advance = Callable[[int], object]  # hears of so many tokens done
+
+
+class Clock:
+    """Wall seconds by phase, each counted once: inside `with clock("gram")` the surrounding phase stands still."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stack: list[str] = []
+        self._since = 0.0
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self._settle()
+        self._stack.append(phase)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._stack.pop()
+
+    def _settle(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._stack:
+            phase = self._stack[-1]
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self._since = now
+
+
+class Run:
+    """One compression under way.
+
+    Args:
+        architecture, options: what to narrow, and how.
+        stream: the calibration set at the entry of the first block; moved along by each block.
+        transaction: through which the model is changed.
+        clock: phases "forward" (blocks, without the statistics), "gram", "select", "solve", "absorb".
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        options: Options,
+        stream: Stream,
+        transaction: Transaction,
+        clock: Clock,
+    ):
+        self.architecture, self.options, self.stream = architecture, options, stream
+        self.transaction, self.clock = transaction, clock
+        self.widths = options.widths(architecture)
+        self._select = select.get(options.selector)
+
+    def all_blocks(self, progress: bool) -> list[SiteReport]:
+        """Compresses every block in order; returns a row for each site."""
+        blocks = self.architecture.sites(self.options.sites)
+        narrowed = [site for site in blocks[0] if self._narrows(site)]
+        if not narrowed:
+            return [self._untouched(site) for sites in blocks for site in sites]
+        passes = 1 + (len(narrowed) if self.options.closed_loop else 0)
+        total = self.stream.tokens * passes * len(blocks)
+        rows: list[SiteReport] = []
+        with tqdm(
+            total=total, unit="tok", unit_scale=True, disable=not progress
+        ) as bar:
+            for number, sites in enumerate(blocks):
+                bar.set_description(f"block {number + 1}/{len(blocks)}")
+                rows += self.block(sites, bar.update)
+        return rows
+
+    def block(self, sites: Sequence[Site], advance: Advance) -> list[SiteReport]:
+        """Compresses one block and moves the stream past it; `advance(n)` hears of n tokens done."""
+        run = self._closed if self.options.closed_loop else self._open
+        rows = {site.kind: self._untouched(site) for site in sites}
+        for row in run([site for site in sites if self._narrows(site)], advance):
+            rows[row.kind] = row
+        return list(rows.values())
+
+    def _closed(self, sites: Sequence[Site], advance: Advance) -> Iterator[SiteReport]:
+        memo = Memo((), self.stream)
+        for site in sites:
+            gram = self._gram(site)
+            # The block is finished from the last site on: what ran before it need not run again.
+            memo = Memo(site.upstream if site is sites[-1] else (), self.stream)
+            with memo.recording():
+                self._pass(site.block, {site: gram}, advance, finish=False)
+            yield self._compress(site, gram)
+        with memo.replaying():
+            self._pass(sites[0].block, {}, advance, finish=True)
+
+    def _open(self, sites: Sequence[Site], advance: Advance) -> Iterator[SiteReport]:
+        grams = {site: self._gram(site) for site in sites}
+        self._pass(sites[0].block, grams, advance, finish=True)
+        for site, gram in grams.items():
+            yield self._compress(site, gram)
+
+    def _gram(self, site: Site) -> Gram:
+        return Gram(site.channels, device=self.stream.device, name=site.name)
+
+    def _narrows(self, site: Site) -> bool:
+        return self.widths[site.kind].kept < site.channels
+
+    def _pass(
+        self, block: int, grams: dict[Site, Gram], advance: Advance, finish: bool
+    ) -> None:
+        """Runs every batch through a block, feeding `grams`.
+
+        With `finish` the stream moves to the block's output; without, a batch ends at the only consumer's door.
+        """
+        batch = 0
+
+        def feeding(gram: Gram) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                with self.clock("gram"):
+                    gram.update(args[0], self.stream.mask(batch))
+                if not finish:
+                    raise Stop
+
+            return hook
+
+        with ExitStack() as hooks, self.clock("forward"):
+            for site, gram in grams.items():
+                hooks.callback(
+                    site.consumer.register_forward_pre_hook(feeding(gram)).remove
+                )
+            for batch in range(len(self.stream)):
+                try:
+                    self.stream.store(batch, self.stream.run(block, batch))
+                except Stop:
+                    pass
+                advance(self.stream.tokens_of(batch))
+
+    def _compress(self, site: Site, gram: Gram) -> SiteReport:
+        width, channels = self.widths[site.kind], site.channels
+        with self.clock("select"):
+            reduction = self._reduction(site, gram)
+        with self.clock("solve"):
+            result = fit(
+                gram,
+                reduction,
+                site.consumer.weight,
+                alpha=self.options.alpha,
+                toward=self.options.toward,
+                compensate=self.options.compensate,
+            )
+        with self.clock("absorb"):
+            site.narrow(reduction, width, self.transaction)
+            self.transaction.set_linear(site.consumer, result.weight, None)
+        return SiteReport(
+            name=site.name,
+            kind=site.kind,
+            block=site.block,
+            channels=channels,
+            kept=reduction.kept,
+            tokens=gram.tokens,
+            damping=result.damping,
+            retries=result.retries,
+            error=result.error,
+            baseline_error=result.baseline_error,
+        )
+
+    def _untouched(self, site: Site) -> SiteReport:
+        return SiteReport(
+            name=site.name,
+            kind=site.kind,
+            block=site.block,
+            channels=site.channels,
+            kept=site.channels,
+            tokens=self.stream.tokens,
+            damping=0.0,
+            retries=0,
+            error=0.0,
+            baseline_error=0.0,
+        )
+
+    def _reduction(self, site: Site, gram: Gram) -> Reduction:
+        # Seeded by the site as well, so that a block's draw depends on no other block.
+        generator = torch.Generator().manual_seed(
+            self.options.seed ^ zlib.crc32(site.name.encode())
+        )
+        return self._select(
+            select.View(
+                site.producers(),
+                site.consumer.weight.detach(),
+                gram,
+                self.widths[site.kind],
+                generator,
+            )
+        )
+
+
+@contextmanager
+def steady(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's training flag is put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,52 @@
+"""Peak memory of a stretch of work: the process's resident set on a CPU, the allocator's peak on a GPU."""
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes in use now on `device`; 0 where the platform does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS")
+
+
+class Peak:
+    """`with Peak(device) as peak: …; peak.bytes` is the highest use inside the block (0 where unknown)."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> "Peak":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif os.access(_CLEAR_REFS, os.W_OK):
+            _CLEAR_REFS.write_text("5")  # resets the high-water mark, see proc(5)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.bytes = _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    if not _STATUS.exists():
+        return 0
+    line = next(
+        line
+        for line in _STATUS.read_text().splitlines()
+        if line.startswith(field + ":")
+    )
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,185 @@
+"""What a run would save and cost, before it runs: `inspect`, and the prediction of peak memory.
+
+Memory is arithmetic on shapes (`demand`). Time is measured: one block is compressed on one made-up batch, rolled back, and scaled
+by the number of blocks and batches.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import grail_kernels as gk
+from grail import memory
+from grail.loop import Clock, Run, steady
+from grail.options import Options
+from grail.sites import Architecture, Site, find
+from grail.stream import Stream
+from grail.transaction import Transaction
+from grail.width import Width
+
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+@dataclass(frozen=True)
+class SiteKind:
+    """All sites of one kind: how many, and how wide each is, in words."""
+
+    kind: str
+    count: int
+    structure: str
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What one keep ratio leaves: widths in words by kind, parameters and bytes of the whole model."""
+
+    keep: float
+    widths: dict[str, str]
+    parameters: int
+    bytes: int
+
+
+@dataclass
+class Inspection:
+    """Sites, savings and the predicted cost of a run. Nothing was changed to find out.
+
+    `memory`: bytes by part, and their "peak"; `seconds`: by phase, and their "total".
+    """
+
+    name: str
+    parameters: int
+    bytes: int
+    sites: list[SiteKind]
+    savings: list[Saving]
+    tokens: int
+    memory: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def inspect(
+    model: nn.Module,
+    *,
+    options: Options | None = None,
+    keeps: Sequence[float] = KEEPS,
+    tokens: int = 65536,
+    sequence_length: int = 1024,
+    batch_size: int = 1,
+) -> Inspection:
+    """Lists a model's sites and predicts what a run of `options` over `tokens` calibration tokens costs.
+
+    Args:
+        options: default `Options()` on every kind of site the model has.
+        keeps: ratios for the table of savings.
+        tokens, sequence_length, batch_size: the calibration set.
+
+    Raises:
+        ModelError: a model of no known family.
+        InputError: a keep that is not allowed.
+    """
+    architecture = find(model)
+    options = options or Options(sites=architecture.kinds)
+    blocks = architecture.sites(options.sites)
+    parameters = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    savings = []
+    for keep in keeps:
+        widths = {s.kind: s.width(keep, options.multiple) for s in blocks[0]}
+        saved = [
+            (s.parameters_saved(widths[s.kind]), s) for s in itertools.chain(*blocks)
+        ]
+        savings.append(
+            Saving(
+                keep,
+                {kind: str(width) for kind, width in widths.items()},
+                parameters - sum(n for n, _ in saved),
+                size - sum(n * s.consumer.weight.element_size() for n, s in saved),
+            )
+        )
+    batch_tokens = batch_size * sequence_length
+    parts = demand(architecture, options, tokens, batch_tokens)
+    parts = {"in use now": memory.in_use(architecture.device), **parts}
+    return Inspection(
+        name=model.config._name_or_path or type(model).__name__,
+        parameters=parameters,
+        bytes=size,
+        sites=[
+            SiteKind(s.kind, len(blocks), s.width(1.0, None).structure)
+            for s in blocks[0]
+        ],
+        savings=savings,
+        tokens=tokens,
+        memory={**parts, "peak": sum(parts.values())},
+        seconds=_seconds(
+            model, architecture, options, tokens, batch_size, sequence_length
+        ),
+    )
+
+
+def demand(
+    architecture: Architecture, options: Options, tokens: int, batch_tokens: int
+) -> dict[str, int]:
+    """Bytes that a run adds on the model's device, by part; their sum is its peak.
+
+    hidden states   tokens · hidden, twice if an MLP's upstream outputs are kept for the second pass
+    weights         the narrowed layers, beside the dense ones that an error would bring back
+    statistics      packed Grams 2H² of a block (one site's in the closed loop)
+    working set     the larger of a batch's activations and of a solve in fp64
+    """
+    widths = options.widths(architecture)
+    blocks = [
+        [s for s in sites if widths[s.kind].kept < s.channels]
+        for sites in architecture.sites(options.sites)
+    ]
+    first, element = blocks[0], architecture.element_size
+    hidden = tokens * architecture.hidden_size * element
+    kept_outputs = options.closed_loop and any(s.upstream for s in first[-1:])
+    grams = [4 * gk.packed_numel(s.channels) for s in first]
+    solves = [_solve_bytes(s, widths[s.kind]) for s in first]
+    return {
+        "hidden states": hidden * (1 + kept_outputs)
+        if architecture.device.type == "cpu"
+        else 0,
+        "weights": sum(
+            s.parameters_at(widths[s.kind]) * element for s in itertools.chain(*blocks)
+        ),
+        "statistics": max(grams, default=0) if options.closed_loop else sum(grams),
+        "working set": max(
+            [batch_tokens * architecture.activations_per_token * element, *solves]
+        ),
+    }
+
+
+def _solve_bytes(site: Site, width: Width) -> int:
+    """Peak of `grail.fit.fit`: dense G in fp32 and fp64, R·G, A, its damped copy and factor, and seven [O, ·] products."""
+    h, k, o = site.channels, width.kept, site.consumer.out_features
+    return 4 * h * h + 8 * (h * h + h * k + 3 * k * k + 2 * o * h + 5 * o * k)
+
+
+def _seconds(
+    model: nn.Module,
+    architecture: Architecture,
+    options: Options,
+    tokens: int,
+    batch_size: int,
+    sequence_length: int,
+) -> dict[str, float]:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, sequence_length)
+    ids = torch.randint(vocabulary, shape, generator=generator)
+    blocks = len(architecture.blocks)
+    batches = -(-tokens // ids.numel())
+    phases: dict[str, float] = {}
+    for _ in range(2):  # the first time warms up
+        clock = Clock(architecture.device)
+        with steady(model), Transaction() as transaction:
+            stream = Stream(model, architecture.blocks, [ids])
+            run = Run(architecture, options, stream, transaction, clock)
+            run.block(architecture.sites(options.sites)[0], lambda n: None)
+            transaction.undo()
+        repeats = {"forward": batches, "gram": batches}
+        phases = {k: v * blocks * repeats.get(k, 1) for k, v in clock.seconds.items()}
+    return {**phases, "total": sum(phases.values())}
