@@ -104,26 +104,22 @@ def split_genres(genres: Mapping[str, Sequence[str]]) -> tuple[list[str], list[s
 
 
 def split_topics(topics: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Calibration and held-out documents of about equal length."""
-    halves: tuple[list[str], list[str]] = ([], [])
+    """Calibration and held-out documents, halves of about equal length in the order of names."""
+    names: tuple[list[str], list[str]] = ([], [])
     sizes = [0, 0]
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         smaller = sizes.index(min(sizes))
-        halves[smaller].append(topics[name])
+        names[smaller].append(name)
         sizes[smaller] += len(topics[name])
-    return halves
+    return [topics[name] for name in sorted(names[0])], [topics[name] for name in sorted(names[1])]
 
 
-def write_texts(output: str | Path) -> list[Path]:
-    """Writes brown- and python-, -calibration.txt and -heldout.txt into `output`."""
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {"brown": split_genres(brown(folder)), "python": split_topics(python_reference())}
-    written = []
-    for name, halves in texts.items():
-        for part, documents in zip(("calibration", "heldout"), halves, strict=True):
-            written.append(folder / f"{name}-{part}.txt")
-            written[-1].write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+def write_texts(name: str, halves: Sequence[Sequence[str]], folder: str | Path) -> list[Path]:
+    """Writes NAME-calibration.txt and NAME-heldout.txt into `folder`, and returns their paths."""
+    written = [Path(folder) / f"{name}-{part}.txt" for part in ("calibration", "heldout")]
+    written[0].parent.mkdir(parents=True, exist_ok=True)
+    for path, documents in zip(written, halves, strict=True):
+        path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
     return written
 
 
@@ -179,9 +175,18 @@ def main() -> None:
     """Command line of this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default=".assets", help="folder for texts and archives")
-    for path in write_texts(parser.parse_args().output):
-        print(f"{path}: {path.stat().st_size:,} bytes")
-    print(f"model: {smollm2()}")
+    folder = parser.parse_args().output
+    sources = {
+        "python": lambda: split_topics(python_reference()),
+        "brown": lambda: split_genres(brown(folder)),
+    }
+    try:
+        for name, halves in sources.items():
+            for path in write_texts(name, halves(), folder):
+                print(f"{path}: {path.stat().st_size:,} bytes")
+        print(f"model: {smollm2()}")
+    except InputError as error:
+        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,10 @@ def token_batches(
         InputError: a size that is not positive, or a source that cannot be read.
         EmptyCalibrationError: no text, or less than one sequence of it.
     """
-    for name, size in (("sequence_length", sequence_length), ("batch_size", batch_size)):
+    for name, size in (
+        ("sequence_length", sequence_length),
+        ("batch_size", batch_size),
+    ):
         if size < 1:
             raise InputError(f"{name} is {size}; it must be at least 1.")
     if tokens is not None and tokens < sequence_length:
@@ -94,7 +97,8 @@ def token_batches(
     texts = load_texts(source, field=field, split=split)
     sequences = list(islice(_pack(texts, tokenizer, sequence_length), limit))
     if seed is not None:
-        sequences = random.Random(seed).sample(sequences, min(wanted or limit, len(sequences)))
+        count = len(sequences) if wanted is None else min(wanted, len(sequences))
+        sequences = random.Random(seed).sample(sequences, count)
     if wanted is not None and len(sequences) < wanted:
         warnings.warn(
             f"The text holds {len(sequences) * sequence_length} tokens in whole sequences, "

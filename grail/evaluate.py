@@ -17,7 +17,10 @@ _LOGITS = 1 << 24  # logits held at a time, 64 MiB of fp32: 16 sequences × 1024
 
 
 def evaluate(
-    model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]], *, progress: bool = True
+    model: Any,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    *,
+    progress: bool = True,
 ) -> Evaluation:
     """Measures the perplexity of next-token predictions inside each sequence.
 

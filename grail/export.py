@@ -98,7 +98,10 @@ def _write(
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    except (ValueError, RuntimeError) as error:  # how transformers refuses to save a model
+    except (
+        ValueError,
+        RuntimeError,
+    ) as error:  # how transformers refuses to save a model
         raise ExportError(f"transformers cannot save this model: {error}") from error
     if report is not None:
         report.save(folder / "report.json")
@@ -126,8 +129,8 @@ def _verify(folder: Path, model: Any) -> None:
         raise ExportError(
             "The exported model does not reload to the same logits, so nothing was exported: the "
             f"largest difference is {difference:.3g} (NaN: logits are not finite). Usual causes: a "
-            "parameter that this architecture does not store, or a cast with model.to(dtype), which "
-            "rounds rotary frequencies too; load the model in that dtype instead."
+            "parameter that this architecture does not store, or a cast with model.to(dtype), "
+            "which rounds rotary frequencies too; load the model in that dtype instead."
         )
 
 

@@ -1,6 +1,7 @@
 """Where a model comes from: a transformers folder, a hub name, or a GGUF file."""
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,13 @@ def load_model(
     # SafetensorError, ImportError …): whatever stops them, the caller's answer is the same.
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype or "auto", output_loading_info=True, **options
         )
     except Exception as error:
         raise ModelError(_explain(source, error)) from error
-    _refuse_missing(source, loaded)
+    model, details = loaded
+    _refuse_missing(source, details["missing_keys"])
     if gguf_file is not None:
         model = _without_quantiser(model)
     return model.to(device).eval(), tokenizer
@@ -81,13 +83,12 @@ def _explain(source: str | Path, error: Exception) -> str:
     return f"{source} is no local folder, and no model of that name could be fetched: {reason}"
 
 
-def _refuse_missing(source: str | Path, loaded: dict[str, Any]) -> None:
+def _refuse_missing(source: str | Path, missing: Collection[str]) -> None:
     """Transformers fills absent weights with random numbers and only warns."""
-    missing = sorted(loaded["missing_keys"])
     if missing:
         raise ModelError(
             f"{source}: the checkpoint lacks {len(missing)} weight(s) of its architecture, "
-            f"such as {missing[0]}; give a complete checkpoint of a causal language model."
+            f"such as {min(missing)}; give a complete checkpoint of a causal language model."
         )
 
 

