@@ -35,7 +35,9 @@ _PHASES = {
     "forward": "forward passes",
     "gram": "Gram matrices",
     "select": "selection",
-    "solve": "solve and absorb",
+    "solve": "ridge solve",
+    "absorb": "absorb",
+    "other": "everything else",
 }
 _KINDS = {"mlp": "MLP channels", "heads": "attention heads"}
 
@@ -70,19 +72,20 @@ def headline(report: Report) -> tuple[str, str]:
     return str(len(report.sites)), "sites compressed"
 
 
-def evaluation_table(evaluation: dict[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
-    """Header and text rows of the dense/pruned/restored table, for a page or a terminal."""
+def evaluation_table(
+    evaluation: dict[str, Evaluation],
+) -> tuple[list[str], list[list[str]]]:
+    """Header and text rows of the table of evaluated models, for a page or a terminal."""
     header = ["model", "perplexity", "parameters", "bytes on disk", "tokens/s"]
     rows = [
         [
             name,
-            format_number(evaluation[name].perplexity),
-            format_count(evaluation[name].parameters),
-            format_bytes(evaluation[name].bytes),
-            format_number(evaluation[name].tokens_per_second),
+            format_number(row.perplexity),
+            format_count(row.parameters),
+            format_bytes(row.bytes),
+            format_number(row.tokens_per_second),
         ]
-        for name in _MODELS
-        if name in evaluation
+        for name, row in evaluation.items()
     ]
     return header, rows
 
@@ -107,8 +110,10 @@ def format_number(value: float) -> str:
 
 def format_seconds(seconds: float) -> str:
     """A wall time: 0.42 s, 42.1 s, 3 min 05 s."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
     if seconds < 120:
-        return f"{format_number(seconds)} s"
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
 
@@ -226,7 +231,7 @@ def _cost_section(report: Report) -> str:
 
 
 def _time_caption(seconds: dict[str, float]) -> str:
-    own = sum(seconds.get(phase, 0.0) for phase in _PHASES if phase != "forward")
+    own = sum(seconds.get(phase, 0.0) for phase in ("gram", "select", "solve", "absorb"))
     forward = seconds.get("forward", 0.0)
     if not forward:
         return ""
@@ -268,7 +273,16 @@ def _details_section(report: Report) -> str:
 
 
 def _site_table(sites: Sequence[SiteReport]) -> str:
-    header = ["site", "kept", "of", "tokens", "damping", "retries", "pruned error", "error"]
+    header = [
+        "site",
+        "kept",
+        "of",
+        "tokens",
+        "damping",
+        "retries",
+        "pruned error",
+        "error",
+    ]
     rows = [
         [
             site.name,
@@ -332,21 +346,17 @@ def _error_pairs(sites: Sequence[SiteReport]) -> list[tuple[float, float]]:
 
 
 def _perplexity_plot(evaluation: dict[str, Evaluation]) -> str:
-    names = [name for name in _MODELS if name in evaluation]
-    values = [evaluation[name].perplexity for name in names]
+    values = [row.perplexity for row in evaluation.values()]
     labels = [format_number(value) for value in values]
-    colours = [_MODELS[name] for name in names]
-    return _bars("perplexity", "Perplexity", names, values, labels, colours)
+    colours = [_MODELS[name] for name in evaluation]
+    return _bars("perplexity", "Perplexity", list(evaluation), values, labels, colours)
 
 
 def _time_plot(seconds: dict[str, float]) -> str:
     phases = {label: seconds[phase] for phase, label in _PHASES.items() if phase in seconds}
-    rest = seconds.get("total", 0.0) - sum(phases.values())
-    total = max(seconds.get("total", 0.0), sum(phases.values()))
+    total = sum(phases.values())
     if not total:
         return ""
-    if rest > 0.01 * total:
-        phases["everything else"] = rest
     labels = [f"{format_seconds(value)}  ({value / total:.0%})" for value in phases.values()]
     colours = [_DENSE if name == _PHASES["forward"] else _RESTORED for name in phases]
     title = f"Time by phase, {format_seconds(total)} in all"
@@ -377,7 +387,14 @@ def _bars(
     axes.barh(range(len(names)), finite, height=0.62, color=colours)
     longest = max(finite) or 1.0
     for row, (value, label) in enumerate(zip(finite, labels, strict=True)):
-        axes.text(value + 0.012 * longest, row, label, va="center", color=_INK, parse_math=False)
+        axes.text(
+            value + 0.012 * longest,
+            row,
+            label,
+            va="center",
+            color=_INK,
+            parse_math=False,
+        )
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.22 * longest)
@@ -409,7 +426,11 @@ def _error_plot(sites: Sequence[SiteReport]) -> str:
         axes.set_title(title, loc="left", color=_INK, fontsize=10, parse_math=False)
     panels[-1].set_xlabel("block", color=_MUTED)
     panels[0].legend(
-        loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, labelcolor=_INK
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=2,
+        frameon=False,
+        labelcolor=_INK,
     )
     pairs = _error_pairs(sites)
     before, after = (statistics.median(column) for column in zip(*pairs, strict=True))

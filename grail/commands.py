@@ -1,0 +1,469 @@
+"""The commands: they read arguments, call the library and print. Nothing is computed here.
+
+Every `GrailError` ends as one sentence on stderr and exit code 2, Ctrl-C as exit code 130. What a
+person reads on the way (progress, predictions) goes to stderr, results go to stdout.
+"""
+
+import json
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from typer.core import TyperGroup
+
+from grail import __version__
+from grail.calibration import load_texts, token_batches
+from grail.compress import compress as compress_model
+from grail.errors import GrailError, InputError
+from grail.evaluate import evaluate as evaluate_model
+from grail.export import check_output, export
+from grail.fit import Toward
+from grail.models import load_model
+from grail.options import ALPHA, Options
+from grail.page import (
+    evaluation_table,
+    format_bytes,
+    format_count,
+    format_seconds,
+    headline,
+    page,
+)
+from grail.plan import KEEPS, Inspection
+from grail.plan import inspect as inspect_model
+from grail.report import Report
+
+_DEBUG = "grail.debug"
+
+
+class Commands(TyperGroup):
+    """Turns an error that the user can act on into one sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return super().invoke(ctx)
+        except GrailError as error:
+            if ctx.meta.get(_DEBUG):
+                traceback.print_exc()
+            typer.echo(f"grail: {error}", err=True)
+            raise typer.Exit(2) from error
+        except torch.OutOfMemoryError as error:
+            advice = "lower --batch-size or --sequence-length, or choose --device cpu"
+            typer.echo(f"grail: out of memory; nothing was written: {advice}.", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("\ngrail: interrupted; nothing was written.", err=True)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"grail {__version__}")
+        raise typer.Exit
+
+
+def _keep_traceback(ctx: typer.Context, wanted: bool) -> None:
+    ctx.meta[_DEBUG] = wanted
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder that save_pretrained wrote, a hub name, or a .gguf file.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(help="Where the model runs: cpu, cuda, cuda:1; auto takes a GPU if there is one."),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Dtype of the weights; auto is the checkpoint's own."),
+]
+SequenceLength = Annotated[
+    int, typer.Option(min=2, help="Tokens in a sequence; nothing is padded.")
+]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Sequences that go through the model at a time.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show the traceback of an error.", callback=_keep_traceback),
+]
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version.",
+            callback=_print_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Makes a trained model structurally smaller, and wins back most of what that costs.
+
+    In closed form: no gradients, no labels, no fine-tuning, a few forward passes over plain text.
+    """
+
+
+@app.command()
+def compress(
+    model: Model,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="Text on which activations are collected: .txt, .jsonl or .parquet (field "
+            "'text'), or a dataset name. Take text like the text the model is for.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for model, report.json and report.html; new or empty."),
+    ],
+    keep: Annotated[
+        float,
+        typer.Option(help="Share of the channels or heads that stays, in (0, 1]."),
+    ] = 0.7,
+    sites: Annotated[
+        str, typer.Option(help="What becomes narrower: mlp, heads, or mlp,heads.")
+    ] = "mlp",
+    selector: Annotated[
+        str,
+        typer.Option(help="Who chooses what stays: wanda, gram, magnitude, random, folding."),
+    ] = "wanda",
+    tokens: Annotated[
+        int, typer.Option(help="Calibration tokens. More is better up to about 10⁵.")
+    ] = 65536,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Held-out text: compares the dense, the pruned and the restored model on it.",
+        ),
+    ] = None,
+    evaluate_tokens: Annotated[int, typer.Option(help="Held-out tokens to predict.")] = 16384,
+    baseline: Annotated[
+        bool,
+        typer.Option(help="With --evaluate: also measure plain pruning, in a run of its own."),
+    ] = True,
+    compensate: Annotated[
+        bool,
+        typer.Option(help="Rebuild lost channels from kept ones; without, plain pruning."),
+    ] = True,
+    alpha: Annotated[
+        float,
+        typer.Option(help="Ridge strength, relative to the mean energy of a kept channel."),
+    ] = ALPHA,
+    toward: Annotated[
+        Toward,
+        typer.Option(help="What a strong ridge shrinks to; baseline is plain pruning."),
+    ] = "baseline",
+    closed_loop: Annotated[
+        bool,
+        typer.Option(
+            "--closed-loop/--open-loop",
+            help="Calibrate each block behind the already compressed ones, or on the dense model.",
+        ),
+    ] = True,
+    multiple: Annotated[
+        int | None,
+        typer.Option(
+            help="Round MLP widths to a multiple of this.",
+            show_default="128 from 4096 channels up, else 8",
+        ),
+    ] = None,
+    sequence_length: SequenceLength = 1024,
+    batch_size: BatchSize = 4,
+    seed: Annotated[int, typer.Option(help="Draws calibration sequences and random scores.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compresses MODEL and writes a plain folder that transformers loads.
+
+    Example: `grail compress MODEL --keep 0.7 --calibration text.txt --output out/`
+
+    Add `--evaluate heldout.txt` to see what it cost: perplexity dense, pruned and restored.
+    """
+    options = Options(
+        keep,
+        _split(sites),
+        selector,
+        compensate,
+        alpha,
+        toward,
+        closed_loop,
+        multiple,
+        seed,
+    )
+    check_output(output)
+    for source in filter(None, (calibration, evaluate)):
+        load_texts(source)
+    load = partial(_load, model, device, dtype)
+    cut = partial(token_batches, sequence_length=sequence_length, batch_size=batch_size)
+
+    network, tokenizer = load()
+    with _warnings_as_notes() as notes:
+        batches = cut(calibration, tokenizer, tokens=tokens, seed=seed)
+        heldout = cut(evaluate, tokenizer, tokens=evaluate_tokens) if evaluate else []
+    if evaluate == calibration:
+        notes.append("The held-out text is the calibration text: the comparison is too kind.")
+    plan = _plan(network, options, keep, batches)
+    check_output(output, plan.savings[0].bytes)
+    _say(_prediction(plan))
+
+    evaluation = {}
+    if heldout:
+        _say("Measuring the dense model …")
+        evaluation["dense"] = evaluate_model(network, heldout)
+    if heldout and baseline and compensate:
+        _say("Measuring plain pruning …")
+        compress_model(network, batches, **vars(replace(options, compensate=False)))
+        evaluation["pruned"] = evaluate_model(network, heldout)
+        del network  # loaded again, because two models at once would double the peak
+        network, tokenizer = load()
+    _say("Compressing …")
+    report = compress_model(network, batches, **vars(options))
+    if heldout:
+        evaluation["restored" if compensate else "pruned"] = evaluate_model(network, heldout)
+
+    report.model["name"] = Path(model).name
+    report.calibration["source"] = calibration
+    report.evaluation = evaluation
+    report.notes += notes
+    _say("Writing, and loading again to compare …")
+    export(network, tokenizer, output, report=report, page=_page(report))
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        _print_report(report, output)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[str, typer.Option(metavar="TEXT", help="Held-out text, see compress.")],
+    tokens: Annotated[
+        int | None, typer.Option(help="How many tokens to predict.", show_default="all")
+    ] = None,
+    sequence_length: SequenceLength = 1024,
+    batch_size: BatchSize = 4,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measures perplexity, size and speed of MODEL on a text.
+
+    Example: `grail evaluate out/ --text heldout.txt`
+    """
+    load_texts(text)
+    network, tokenizer = _load(model, device, dtype)
+    batches = token_batches(
+        text,
+        tokenizer,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+    )
+    row = evaluate_model(network, batches)
+    if as_json:
+        typer.echo(json.dumps(asdict(row), indent=2))
+    else:
+        _print_table(*evaluation_table({Path(model).name: row}))
+        typer.echo(f"{row.tokens:,} predicted tokens")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    sites: Annotated[
+        str | None, typer.Option(help="Kinds of sites, see compress.", show_default="all")
+    ] = None,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Ratio to tell about; give it several times for several.",
+            show_default=", ".join(map(str, KEEPS)),
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens of the predicted run.")] = 65536,
+    sequence_length: SequenceLength = 1024,
+    batch_size: BatchSize = 4,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Shows the sites of MODEL, what each keep ratio saves, and what a run would cost.
+
+    Nothing is changed or written. Example: `grail inspect MODEL --sites mlp --tokens 24576`
+    """
+    network, _ = _load(model, device, dtype)
+    options = Options(sites=_split(sites)) if sites else None
+    inspection = inspect_model(
+        network,
+        options=options,
+        keeps=keep or KEEPS,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+    )
+    if as_json:
+        typer.echo(json.dumps(asdict(inspection), indent=2))
+    else:
+        _print_inspection(inspection)
+
+
+def _plan(network: Any, options: Options, keep: float, batches: list[Tensor]) -> Inspection:
+    rows, length = batches[0].shape
+    return inspect_model(
+        network,
+        options=options,
+        keeps=(keep,),
+        tokens=sum(batch.numel() for batch in batches),
+        sequence_length=length,
+        batch_size=rows,
+    )
+
+
+def _prediction(inspection: Inspection) -> str:
+    memory, seconds = inspection.memory["peak"], inspection.seconds["total"]
+    return (
+        f"Predicted for {inspection.tokens:,} calibration tokens: peak memory "
+        f"{format_bytes(memory)}, time {format_seconds(seconds)}."
+    )
+
+
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(","))
+
+
+def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown to torch, or not in this machine
+        raise InputError(f"device {device!r} cannot be used here; choose cpu or auto.") from error
+    _say(f"Loading {model} …")
+    return load_model(
+        model, dtype=None if dtype == "auto" else getattr(torch, dtype), device=device
+    )
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[list[str]]:
+    """Collects the library's own warnings, so that they reach the report and not only a screen."""
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield notes
+    notes += [str(warning.message) for warning in caught]
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _page(report: Report) -> str | None:
+    """The report as HTML, or a note that says why there is none."""
+    if find_spec("matplotlib") is None:
+        report.notes.append("No report.html: its plots need pip install 'grail-kernels[report]'.")
+        return None
+    return page(report)
+
+
+def _print_report(report: Report, output: Path) -> None:
+    if report.evaluation:
+        _print_table(*evaluation_table(report.evaluation))
+    typer.echo(" ".join(headline(report)))
+    typer.echo(f"time    {_phases(report.seconds)}")
+    typer.echo(f"memory  {_parts(report.memory)}")
+    for note in report.notes:
+        typer.echo(f"note    {note}")
+    typer.echo(f"model   {output}")
+    typer.echo(f"report  {output / 'report.html'}, {output / 'report.json'}")
+
+
+def _print_inspection(inspection: Inspection) -> None:
+    typer.echo(
+        f"{inspection.name}: {format_count(inspection.parameters)} parameters, "
+        f"{format_bytes(inspection.bytes)}"
+    )
+    _print_table(
+        ["sites", "count", "width of each"],
+        [[site.kind, str(site.count), site.structure] for site in inspection.sites],
+        words=3,
+    )
+    kinds = [site.kind for site in inspection.sites]
+    _print_table(
+        ["keep", *kinds, "parameters", "bytes", "saved"],
+        [
+            [
+                f"{saving.keep:g}",
+                *(saving.widths[kind] for kind in kinds),
+                format_count(saving.parameters),
+                format_bytes(saving.bytes),
+                f"{1 - saving.bytes / inspection.bytes:.0%}",
+            ]
+            for saving in inspection.savings
+        ],
+        words=1 + len(kinds),
+    )
+    typer.echo(_prediction(inspection))
+    typer.echo(f"memory  {_parts(inspection.memory)}")
+    typer.echo(f"time    {_phases(inspection.seconds)}")
+
+
+def _phases(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{phase} {format_seconds(value)}" for phase, value in seconds.items())
+
+
+def _parts(memory: dict[str, int]) -> str:
+    """Sizes in words; a platform that does not tell its memory use leaves zeros, left out here."""
+    known = {name.replace("_", " "): value for name, value in memory.items() if value}
+    return ", ".join(f"{name} {format_bytes(value)}" for name, value in known.items())
+
+
+def _print_table(header: list[str], rows: list[list[str]], words: int = 1) -> None:
+    """A table whose first `words` columns are text and the others numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number < words else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(highlight=False).print(table)
