@@ -1,0 +1,371 @@
+"""The command line: what it writes, what it prints, and how it refuses."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+
+from grail.report import Report
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+transformers = pytest.importorskip("transformers")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from grail import commands  # noqa: E402
+
+SHORT = ["--sequence-length", "32", "--tokens", "512"]
+GRAIL = [sys.executable, "-m", "grail"]
+
+
+def words(count, seed):
+    """Text of `count` words that the tiny tokenizer knows, one token each."""
+    draw = random.Random(seed)
+    return " ".join(f"w{draw.randrange(3, 97)}" for _ in range(count))
+
+
+def grail(*arguments):
+    return CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
+
+
+def refusal(result):
+    """The one sentence that a refused command says; fails if it says more or was not refused."""
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def everything_under(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tiny_llama, tiny_tokenizer):
+    """A model with texts beside it; tests only read it."""
+    root = tmp_path_factory.mktemp("command-line")
+    tiny_llama().save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    (root / "calibration.txt").write_text(words(2000, seed=1))
+    (root / "heldout.txt").write_text(words(1000, seed=2))
+    return root
+
+
+@pytest.fixture
+def arguments(folder, tmp_path):
+    """A small `grail compress`; what is given after it wins."""
+    return [
+        *("compress", folder / "model", "--calibration", folder / "calibration.txt"),
+        *("--output", tmp_path / "out", *SHORT),
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished(folder):
+    """One complete run in a process of its own: (what it printed, its output folder)."""
+    output = folder / "finished"
+    command = [*GRAIL, "compress", folder / "model", "--calibration", folder / "calibration.txt"]
+    command += ["--evaluate", folder / "heldout.txt", "--evaluate-tokens", "512", *SHORT]
+    command += ["--keep", "0.5", "--sites", "mlp,heads", "--output", output]
+    return subprocess.run(command, capture_output=True, text=True, check=True), output
+
+
+def test_compress_writes_a_narrower_model_that_transformers_loads(finished):
+    _, output = finished
+    model = transformers.AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.intermediate_size == 40  # half of 80
+    assert model.config.num_attention_heads == 3  # half of 6
+    assert model.model.layers[1].mlp.down_proj.weight.shape == (48, 40)
+    assert transformers.AutoTokenizer.from_pretrained(output)("w5").input_ids == [5]
+
+
+def test_compress_writes_the_report_beside_the_model(finished):
+    _, output = finished
+    report = Report.from_json((output / "report.json").read_text())
+    assert list(report.evaluation) == ["dense", "pruned", "restored"]
+    assert report.evaluation["dense"].parameters > report.evaluation["pruned"].parameters
+    assert report.model["name"] == "model"
+    assert report.calibration["source"].endswith("calibration.txt")
+    assert len(report.sites) == 4
+    assert (
+        "came back" in (output / "report.html").read_text()
+        or "error of plain pruning" in (output / "report.html").read_text()
+    )
+
+
+def test_compress_prints_table_time_memory_and_where_things_are(finished):
+    done, output = finished
+    for word in ("dense", "pruned", "restored", "perplexity", "forward", "predicted", "measured"):
+        assert word in done.stdout
+    assert str(output) in done.stdout
+    assert "Predicted for 512 calibration tokens: peak memory" in done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_evaluate_finds_the_perplexity_that_compress_reported(finished, folder):
+    _, output = finished
+    result = grail(
+        *("evaluate", output, "--text", folder / "heldout.txt", "--json"),
+        *("--sequence-length", 32, "--tokens", 512),
+    )
+    report = Report.from_json((output / "report.json").read_text())
+    row = json.loads(result.stdout)
+    # The folder reloads to the same bits and sees the same batches.
+    assert row["perplexity"] == report.evaluation["restored"].perplexity
+    assert row["tokens"] == 512 // 32 * 31
+
+
+def test_pruned_row_is_the_model_that_plain_pruning_writes(finished, arguments, folder):
+    _, output = finished
+    result = grail(
+        *arguments, "--no-compensate", "--keep", 0.5, "--sites", "mlp,heads", "--json",
+        *("--evaluate", folder / "heldout.txt", "--evaluate-tokens", 512),
+    )  # fmt: skip
+    alone = Report.from_json(result.stdout)
+    beside = Report.from_json((output / "report.json").read_text())
+    assert list(alone.evaluation) == ["dense", "pruned"]
+    assert alone.evaluation["pruned"].perplexity == beside.evaluation["pruned"].perplexity
+
+
+def test_without_heldout_text_nothing_is_evaluated(arguments):
+    report = Report.from_json(grail(*arguments, "--json").stdout)
+    assert report.evaluation == {}
+
+
+def test_no_baseline_leaves_the_pruned_row_out(arguments, folder):
+    result = grail(*arguments, "--json", "--evaluate", folder / "heldout.txt", "--no-baseline")
+    assert list(Report.from_json(result.stdout).evaluation) == ["dense", "restored"]
+
+
+def test_options_reach_the_library(arguments):
+    result = grail(
+        *arguments, "--json", "--keep", 0.6, "--selector", "magnitude", "--alpha", 0.01,
+        *("--toward", "zero", "--open-loop", "--multiple", 16, "--seed", 7, "--batch-size", 3),
+    )  # fmt: skip
+    report = Report.from_json(result.stdout)
+    expected = {
+        "keep": 0.6,
+        "sites": ["mlp"],
+        "selector": "magnitude",
+        "alpha": 0.01,
+        "seed": 7,
+        "toward": "zero",
+        "closed_loop": False,
+        "multiple": 16,
+        "compensate": True,
+    }
+    assert {name: report.settings[name] for name in expected} == expected
+    assert (report.calibration["tokens"], report.calibration["sequence_length"]) == (512, 32)
+    assert {site.kept for site in report.sites} == {48}  # 0.6 · 80 in multiples of 16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtype_is_that_of_the_written_weights(arguments, dtype, tmp_path):
+    assert grail(*arguments, "--dtype", dtype).exit_code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == dtype
+
+
+def test_inspect_predicts_the_parameters_of_the_real_run_and_changes_nothing(folder, finished):
+    before = everything_under(folder)
+    result = grail("inspect", folder / "model", "--keep", 0.5, "--tokens", 512, "--json")
+    report = Report.from_json((finished[1] / "report.json").read_text())
+    plan = json.loads(result.stdout)
+    assert plan["savings"][0]["parameters"] == report.model["parameters"]["after"]
+    assert plan["parameters"] == report.model["parameters"]["before"]
+    assert everything_under(folder) == before
+
+
+def test_inspect_prints_sites_savings_and_cost(folder):
+    result = grail("inspect", folder / "model")
+    assert result.exit_code == 0
+    for text in ("80 channels", "heads", "0.9", "0.5", "peak memory", "time"):
+        assert text in result.stdout
+
+
+def test_heldout_text_that_is_the_calibration_text_is_noted(arguments, folder):
+    result = grail(*arguments, "--json", "--evaluate", folder / "calibration.txt", "--no-baseline")
+    assert any("calibration text" in note for note in Report.from_json(result.stdout).notes)
+
+
+def test_text_shorter_than_asked_for_is_noted(arguments):
+    result = grail(*arguments, "--json", "--tokens", 100_000)
+    assert any("fewer than the 100000" in note for note in Report.from_json(result.stdout).notes)
+
+
+def test_version_is_printed():
+    result = grail("--version")
+    assert (result.exit_code, result.stdout.split()[0]) == (0, "grail")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--keep", "0"], "keep must be a fraction in (0, 1]"),
+        (["--keep", "1.5"], "keep must be a fraction in (0, 1]"),
+        (["--keep", "nan"], "keep must be a fraction in (0, 1]"),
+        (["--selector", "best"], "wanda"),
+        (["--alpha", "-1"], "alpha must be"),
+        (["--calibration", "missing.txt"], "missing.txt: no such file"),
+        (["--evaluate", "missing.txt"], "missing.txt: no such file"),
+        (["--device", "abacus"], "'abacus' cannot be used here"),
+    ],
+    ids=lambda value: "-".join(value).strip("-") if isinstance(value, list) else "",
+)
+def test_bad_options_are_refused_before_the_model_is_loaded(
+    arguments, changes, said, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
+    assert said in refusal(grail(*arguments, *changes))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes", [["--batch-size", "0"], ["--toward", "up"], ["--dtype", "int8"]]
+)
+def test_values_out_of_range_are_usage_errors(arguments, changes):
+    assert grail(*arguments, *changes).exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["", " \n ", words(30, seed=3)], ids=["empty", "blank", "short"])
+def test_calibration_without_one_sequence_is_refused(arguments, text, tmp_path):
+    (tmp_path / "text.txt").write_text(text)
+    said = refusal(grail(*arguments, "--calibration", tmp_path / "text.txt"))
+    assert "one sequence" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--keep", "0.01"], "is a width of 0"),
+        (["--keep", "0.01", "--sites", "heads"], "is a width of 0"),
+        (["--sites", "mlp,experts"], "experts"),
+        (["--sites", "heads", "--selector", "folding"], "folding works on mlp"),
+        (["--tokens", "8"], "less than one sequence"),
+    ],
+    ids=["mlp width 0", "heads width 0", "unknown site", "folded heads", "few tokens"],
+)
+def test_what_the_model_cannot_do_is_refused(arguments, changes, said, tmp_path):
+    assert said in refusal(grail(*arguments, *changes))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["compress", "evaluate", "inspect"])
+def test_a_folder_that_is_no_model_is_refused(command, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    options = {
+        "compress": ["--calibration", folder / "calibration.txt", "--output", tmp_path / "out"],
+        "evaluate": ["--text", folder / "heldout.txt"],
+        "inspect": [],
+    }
+    said = refusal(grail(command, tmp_path / "empty", *options[command]))
+    assert "is not a model" in said
+
+
+def test_an_architecture_without_sites_is_refused_by_name(arguments, tiny_tokenizer, tmp_path):
+    config = transformers.GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    arguments[1] = tmp_path / "gpt2"
+    said = refusal(grail(*arguments))
+    assert "gpt2" in said
+    for name in ("llama", "mistral", "qwen2", "qwen3"):
+        assert name in said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_non_finite_weights_are_refused_with_their_site(
+    arguments, tiny_llama, tiny_tokenizer, value, tmp_path
+):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    model.save_pretrained(tmp_path / "broken")
+    tiny_tokenizer().save_pretrained(tmp_path / "broken")
+    arguments[1] = tmp_path / "broken"
+    assert "model.layers.1.mlp" in refusal(grail(*arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_in_use_is_refused_and_left_alone(arguments, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert "is not empty" in refusal(grail(*arguments))
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_too_little_disk_is_refused_before_the_work(arguments, monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")(1 << 40, (1 << 40) - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(commands, "compress_model", lambda *a, **k: pytest.fail("did the work"))
+    assert "MiB free" in refusal(grail(*arguments))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["load_model", "evaluate_model", "compress_model", "page"])
+def test_an_interrupted_run_leaves_nothing_behind(arguments, folder, stage, monkeypatch, tmp_path):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, stage, interrupt)
+    result = grail(*arguments, "--evaluate", folder / "heldout.txt")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_ends_the_process_with_130_and_leaves_nothing(arguments, tmp_path):
+    (tmp_path / "long.txt").write_text(words(400_000, seed=4))
+    command = [*GRAIL, *map(str, arguments), "--calibration", tmp_path / "long.txt"]
+    command += ["--tokens", "300000", "--batch-size", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("Compressing"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert "interrupted" in rest
+    assert "Traceback" not in rest
+    assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
+
+
+def test_running_out_of_memory_names_the_knobs(arguments, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(commands, "compress_model", exhausted)
+    assert "--batch-size" in refusal(grail(*arguments))
+
+
+def test_debug_shows_the_traceback(arguments):
+    result = grail(*arguments, "--keep", 2, "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert "InputError" in result.stderr
+
+
+def test_missing_matplotlib_costs_the_page_and_not_the_run(arguments, monkeypatch, tmp_path):
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    result = grail(*arguments, "--json")
+    assert any("grail-kernels[report]" in note for note in Report.from_json(result.stdout).notes)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_missing_packages_are_named_with_what_to_install(package):
+    code = f"import sys; sys.modules[{package!r}] = None; from grail.cli import main; exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f"The command line needs {package}: pip install 'grail-kernels[llm]'."
+    )
