@@ -1,6 +1,7 @@
 """Text in, token sequences out: nothing lost, nothing padded, nothing read in vain."""
 
 import json
+import logging
 import sys
 import warnings
 
@@ -56,7 +57,8 @@ def test_a_seed_draws_distinct_sequences_from_more_text(tiny_tokenizer):
     assert len(drawn.unique(dim=0)) == len(drawn) == 10
 
 
-def test_a_document_longer_than_the_context_brings_no_warning(tiny_tokenizer, caplog):
+def test_a_document_longer_than_the_context_brings_no_warning(tiny_tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 8
     with warnings.catch_warnings():

@@ -85,6 +85,14 @@ def test_refuses_a_damaged_folder_in_one_line(tiny_folder, name):
     assert "\n" not in str(caught.value)
 
 
+def test_refuses_an_unknown_architecture_in_one_line(tiny_folder):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (tiny_folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
+    with pytest.raises(ModelError, match="unheard-of") as caught:
+        load_model(tiny_folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_refuses_a_damaged_gguf_file(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + bytes(60))
