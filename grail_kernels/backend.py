@@ -47,7 +47,7 @@ def _triton_obstacle(x: Tensor) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if interpreting():
-        return "" if x.dtype != torch.bfloat16 else "its interpreter has no bfloat16"
+        return ""
     if not x.is_cuda:
         return f"the tensor is on {x.device}, not on a GPU"
     if (

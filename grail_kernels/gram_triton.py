@@ -1,0 +1,389 @@
+"""The Triton kernel of `grail_kernels.gram`.
+
+One program owns one square tile of the lower triangle, so every element has one writer: no atomics,
+the same bits every time, and a mirrored copy that is bitwise symmetric. Square tiles, because the
+triangle of T*H*(H + BLOCK) executed FLOPs is then the tightest. Neighbouring programs walk a group
+of tile rows, so that one wave reads a square patch of channels and its tokens meet in L2.
+
+Accumulation is fp32; every FLUSH steps it is added to the matrix, because tensor cores truncate.
+A matrix of too few tiles to fill the GPU splits its tokens over programs that write to a workspace,
+which is added up in a fixed order.
+
+fp32 activations, and weighted ones, become three bf16 parts each (8 + 8 + 8 bits, exact), and the
+six products above 2^-24 are taken. Two parts would leave 2^-17, a hundred times fp32's rounding.
+
+Bytes: each tile row reads T*H*itemsize once per tile in it, from L2; the matrix moves 4*H^2 per
+FLUSH. Bound by the tensor cores from about 500 channels on.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grail_kernels import tiles, tuning
+from grail_kernels.backend import interpreting
+
+# What the interpreter, which has no GPU to fill, takes as the number of its multiprocessors.
+_INTERPRETER_PROCESSORS = 4
+
+
+@triton.jit
+def _triangle_row(index):
+    """The row of element `index` of a row-major lower triangle."""
+    row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int64)
+    # The root of a large number may round across an integer.
+    row = tl.where(row * (row + 1) // 2 > index, row - 1, row)
+    return tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
+
+
+@triton.jit
+def _tile_of(program, tile_rows, GROUP: tl.constexpr):
+    """The (row, column) of the tile that a program owns.
+
+    Groups of GROUP tile rows follow one another. Within a group the columns to the left of its
+    own triangle come first, each from top to bottom, then that triangle.
+    """
+    first_row = _triangle_row(program) // GROUP * GROUP
+    within = program - first_row * (first_row + 1) // 2
+    rows = tl.minimum(GROUP, tile_rows - first_row)
+    beyond = within - rows * first_row
+    in_triangle = beyond >= 0
+    beyond = tl.maximum(beyond, 0)
+    triangle_row = _triangle_row(beyond)
+    triangle_column = beyond - triangle_row * (triangle_row + 1) // 2
+    row = tl.where(in_triangle, triangle_row, within % rows)
+    column = tl.where(in_triangle, first_row + triangle_column, within // rows)
+    return first_row + row, column
+
+
+@triton.jit
+def _load_activations(x_ptr, gate_ptr, offsets, mask):
+    """A block of activations; with a gate, silu(gate) * x rounded as the model rounds it."""
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        gate = (gate / (1.0 + tl.exp(-gate))).to(x.dtype)
+        x = (gate.to(tl.float32) * x.to(tl.float32)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _products_of_parts(rows, cols, OPERAND: tl.constexpr):
+    """rows [R, T] @ cols [T, C] in fp32, each the exact sum of three bf16; small products first."""
+    row_high = rows.to(tl.bfloat16)
+    col_high = cols.to(tl.bfloat16)
+    rows -= row_high.to(tl.float32)
+    cols -= col_high.to(tl.float32)
+    row_middle = rows.to(tl.bfloat16)
+    col_middle = cols.to(tl.bfloat16)
+    row_low = (rows - row_middle.to(tl.float32)).to(tl.bfloat16).to(OPERAND)
+    col_low = (cols - col_middle.to(tl.float32)).to(tl.bfloat16).to(OPERAND)
+    row_high = row_high.to(OPERAND)
+    col_high = col_high.to(OPERAND)
+    row_middle = row_middle.to(OPERAND)
+    col_middle = col_middle.to(OPERAND)
+    product = tl.dot(row_low, col_high, input_precision="ieee")
+    product = tl.dot(row_high, col_low, product, input_precision="ieee")
+    product = tl.dot(row_middle, col_middle, product, input_precision="ieee")
+    product = tl.dot(row_middle, col_high, product, input_precision="ieee")
+    product = tl.dot(row_high, col_middle, product, input_precision="ieee")
+    return tl.dot(row_high, col_high, product, input_precision="ieee")
+
+
+@triton.jit
+def _step_tokens(
+    step,
+    mask_ptr,
+    weights_ptr,
+    inner,
+    first_token,
+    end_token,
+    steps_each,
+    stride_xo,
+    stride_xt,
+    BLOCK_T: tl.constexpr,
+):
+    """The offsets of a step's tokens, whether each takes part, and its weight; [BLOCK_T]."""
+    repeat = step // steps_each
+    tokens = first_token + (step - repeat * steps_each) * BLOCK_T + tl.arange(0, BLOCK_T)
+    takes_part = tokens < end_token
+    weights = tl.full([BLOCK_T], 1.0, tl.float32)
+    if mask_ptr is not None:
+        flags = tl.load(mask_ptr + repeat * inner + tokens, mask=takes_part, other=0)
+        takes_part = takes_part & (flags != 0)
+    if weights_ptr is not None:
+        weights = tl.load(weights_ptr + repeat * inner + tokens, mask=takes_part, other=0.0)
+        takes_part = takes_part & (weights != 0.0)
+    return repeat * stride_xo + tokens * stride_xt, takes_part, weights
+
+
+@triton.jit
+def _gram_kernel(
+    out_ptr,  # [batch, P]
+    x_ptr,  # [outer, inner, H]
+    gate_ptr,  # as x_ptr, or None
+    mask_ptr,  # [outer * inner], or None
+    weights_ptr,  # [outer * inner], or None
+    sums_ptr,  # [batch, H], or None
+    nonfinite_ptr,  # [batch, H], or None
+    offsets_ptr,  # [batch + 1], or None
+    H,
+    inner,
+    outer,
+    span,
+    out_stride,
+    stride_xo,
+    stride_xt,
+    stride_xc,
+    STRIP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+    FLUSH: tl.constexpr,
+    PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """One tile of one matrix, over the tokens of an expert (offsets) or `span` steps of them all.
+
+    With sums or counts to collect, the first programs of a matrix do that, a block of channels
+    each: inside the loop of products it would cost every tile its registers.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    tile_rows = tl.cdiv(H, BLOCK_H).to(tl.int64)
+    if sums_ptr is None and nonfinite_ptr is None:
+        collectors = tl.zeros([], tl.int64)
+    else:
+        collectors = tile_rows
+
+    if offsets_ptr is None:
+        first_token = tl.zeros([], tl.int64)
+        end_token = tl.zeros([], tl.int64) + inner
+        steps_each = tl.cdiv(end_token, BLOCK_T)
+        first_step = batch * span
+        end_step = tl.minimum(first_step + span, outer * steps_each)
+    else:
+        first_token = tl.load(offsets_ptr + batch)
+        end_token = tl.load(offsets_ptr + batch + 1)
+        steps_each = tl.cdiv(end_token - first_token, BLOCK_T)
+        first_step = tl.zeros([], tl.int64)
+        end_step = steps_each
+
+    if program < collectors:
+        rows = program * BLOCK_H + tl.arange(0, BLOCK_H)
+        row_mask = rows < H
+        row_sums = tl.zeros([BLOCK_H], tl.float32)
+        row_counts = tl.zeros([BLOCK_H], tl.int32)
+        for step in range(first_step, end_step):
+            offsets, takes_part, weights = _step_tokens(
+                step,
+                mask_ptr,
+                weights_ptr,
+                inner,
+                first_token,
+                end_token,
+                steps_each,
+                stride_xo,
+                stride_xt,
+                BLOCK_T,
+            )
+            x = _load_activations(
+                x_ptr,
+                gate_ptr,
+                offsets[:, None] + rows[None, :] * stride_xc,
+                takes_part[:, None] & row_mask[None, :],
+            ).to(tl.float32)
+            is_finite = tl.abs(x) < float("inf")
+            row_counts += tl.sum((~is_finite).to(tl.int32), axis=0)
+            row_sums += tl.sum(x * weights[:, None], axis=0)
+        if sums_ptr is not None:
+            pointers = sums_ptr + batch * H + rows
+            before = tl.load(pointers, mask=row_mask, other=0.0)
+            tl.store(pointers, before + row_sums, mask=row_mask)
+        if nonfinite_ptr is not None:
+            pointers = nonfinite_ptr + batch * H + rows
+            before = tl.load(pointers, mask=row_mask, other=0)
+            tl.store(pointers, before + row_counts, mask=row_mask)
+    else:
+        tile_row, tile_column = _tile_of(program - collectors, tile_rows, GROUP)
+        rows = tile_row * BLOCK_H + tl.arange(0, BLOCK_H)
+        cols = tile_column * BLOCK_H + tl.arange(0, BLOCK_H)
+        row_mask = rows < H
+        col_mask = cols < H
+
+        # The whole tile is ours: above the diagonal of its strip lies scratch. Offsets inside a
+        # tile fit 32 bits, and 64-bit ones would take half of the registers.
+        strip = tile_row * BLOCK_H // STRIP
+        row_stride = tl.minimum((strip + 1) * STRIP, H)
+        tile_ptr = out_ptr + batch * out_stride + STRIP * STRIP * strip * (strip + 1) // 2
+        tile_ptr += (tile_row * BLOCK_H - strip * STRIP) * row_stride + tile_column * BLOCK_H
+        within = tl.arange(0, BLOCK_H)
+        out_offsets = within[:, None] * row_stride.to(tl.int32) + within[None, :]
+        out_mask = row_mask[:, None] & col_mask[None, :]
+
+        for flush_step in range(first_step, end_step, FLUSH):
+            total = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
+            for step in range(flush_step, tl.minimum(flush_step + FLUSH, end_step)):
+                offsets, takes_part, weights = _step_tokens(
+                    step,
+                    mask_ptr,
+                    weights_ptr,
+                    inner,
+                    first_token,
+                    end_token,
+                    steps_each,
+                    stride_xo,
+                    stride_xt,
+                    BLOCK_T,
+                )
+                row_x = _load_activations(
+                    x_ptr,
+                    gate_ptr,
+                    rows[:, None] * stride_xc + offsets[None, :],
+                    row_mask[:, None] & takes_part[None, :],
+                )
+                # On the diagonal this is the same block; one load for both operands would be
+                # transposed element by element.
+                col_x = _load_activations(
+                    x_ptr,
+                    gate_ptr,
+                    offsets[:, None] + cols[None, :] * stride_xc,
+                    takes_part[:, None] & col_mask[None, :],
+                )
+                if PARTS == 1:
+                    row_x = row_x.to(OPERAND)
+                    col_x = col_x.to(OPERAND)
+                    total = tl.dot(row_x, col_x, total, input_precision="ieee")
+                else:
+                    if weights_ptr is not None:
+                        row_x = row_x.to(tl.float32) * weights[None, :]
+                    # Summed apart, so that the long chain of additions gets one a step, not six.
+                    total += _products_of_parts(row_x.to(tl.float32), col_x.to(tl.float32), OPERAND)
+            before = tl.load(tile_ptr + out_offsets, mask=out_mask, other=0.0)
+            tl.store(tile_ptr + out_offsets, before + total, mask=out_mask)
+
+
+def launch_gram(
+    out: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
+) -> None:
+    """Add the Gram matrix of checked `x` [..., H] to `out`; the arguments of `gram_`."""
+    batches = _as_batches(x)
+    if batches is None:
+        for index in range(x.shape[0]):
+            part_mask = None if mask is None else mask[index]
+            part_weights = None if weights is None else weights[index]
+            launch_gram(out, x[index], part_mask, part_weights, sums, nonfinite)
+        return
+    if not x.numel():
+        return
+    mask = None if mask is None else mask.reshape(-1).view(torch.uint8)
+    weights = None if weights is None else weights.reshape(-1).float()
+    _launch_split(out, batches, mask, weights, sums, nonfinite)
+
+
+def _as_batches(x: Tensor) -> Tensor | None:
+    """`x` [..., H] as a view [outer, inner, H], or None where its strides need more dimensions."""
+    for outer in (1, x.shape[0]):
+        try:
+            return x.view(outer, -1, x.shape[-1]) if x.numel() else x.reshape(0, 0, x.shape[-1])
+        except RuntimeError:
+            continue
+    return None
+
+
+def _launch_split(
+    out: Tensor,  # [P]
+    x: Tensor,  # [outer, inner, H]
+    mask: Tensor | None,
+    weights: Tensor | None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
+) -> None:
+    """Split the tokens over as many partial matrices as fill the GPU, and add those up in order."""
+    outer, inner, channels = x.shape
+    config = tuning.gram_config(x.dtype, weights is not None, channels)
+    steps = outer * math.ceil(inner / config.block_tokens)
+    splits = tuning.token_splits(_tiles(channels, config), outer * inner, _processors(x))
+    span = math.ceil(steps / splits)
+    if splits == 1:
+        _launch(config, out[None], x, mask, weights, sums, nonfinite, None, span)
+        return
+    parts = out.new_zeros(splits, out.numel())
+    part_sums = None if sums is None else sums.new_zeros(splits, channels)
+    part_counts = None if nonfinite is None else nonfinite.new_zeros(splits, channels)
+    _launch(config, parts, x, mask, weights, part_sums, part_counts, None, span)
+    for target, part in ((out, parts), (sums, part_sums), (nonfinite, part_counts)):
+        if target is not None and part is not None:
+            target += part.sum(0)
+
+
+def _launch(
+    config: tuning.GramConfig,
+    out: Tensor,  # [batch, P]
+    x: Tensor,  # [outer, inner, H]
+    mask: Tensor | None,  # [outer * inner]
+    weights: Tensor | None,  # [outer * inner]
+    sums: Tensor | None,  # [batch, H]
+    nonfinite: Tensor | None,  # [batch, H]
+    offsets: Tensor | None,  # [batch + 1]
+    span: int,
+    gate: Tensor | None = None,  # as x
+) -> None:
+    outer, inner, channels = x.shape
+    native = x.dtype != torch.float32 and weights is None
+    collects = sums is not None or nonfinite is not None
+    programs = _tiles(channels, config)
+    programs += math.ceil(channels / config.block_channels) if collects else 0
+    _gram_kernel[(programs, out.shape[0])](
+        out,
+        x,
+        gate,
+        mask,
+        weights,
+        sums,
+        nonfinite,
+        offsets,
+        channels,
+        inner,
+        outer,
+        span,
+        out.stride(0),
+        *x.stride(),
+        STRIP=tiles.BLOCK,
+        BLOCK_T=config.block_tokens,
+        BLOCK_H=config.block_channels,
+        GROUP=config.group,
+        FLUSH=tuning.FLUSH_TOKENS // config.block_tokens,
+        PARTS=1 if native else 3,
+        OPERAND=_operand(x.dtype, native),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def _operand(dtype: torch.dtype, native: bool) -> tl.dtype:
+    """The dtype that tensor cores multiply; the interpreter gets products of bf16 wrong."""
+    if interpreting():
+        return tl.float32
+    return tl.float16 if native and dtype == torch.float16 else tl.bfloat16
+
+
+def _tiles(channels: int, config: tuning.GramConfig) -> int:
+    tile_rows = math.ceil(channels / config.block_channels)
+    return tile_rows * (tile_rows + 1) // 2
+
+
+def _processors(x: Tensor) -> int:
+    if not x.is_cuda:
+        return _INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(x.device).multi_processor_count

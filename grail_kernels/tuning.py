@@ -1,0 +1,71 @@
+"""Which tile sizes and how many warps each kernel launches with: a static table, no autotuning.
+
+Every row is compiled ahead of time for every architecture by `bench/aot.py`, whose record says
+that it neither spills nor outgrows shared memory. No row has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Tokens that one fp32 accumulator takes before it is added to the Gram matrix: a tensor core that
+# truncates biases the diagonal by 1e-5 over so many and by 1e-3 over a million.
+FLUSH_TOKENS = 8192
+
+# Programs per multiprocessor at which a launch stops splitting the tokens of small matrices.
+_PROGRAMS_PER_PROCESSOR = 4
+
+# A split shorter than this costs more to write and add up than it computes.
+_FEWEST_SPLIT_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class GramConfig:
+    """How the Gram kernel is launched.
+
+    Attributes:
+        block_tokens: tokens that one step of a program multiplies.
+        block_channels: edge of the square tile that a program owns; divides `tiles.BLOCK`.
+        group: tile rows that neighbouring programs share, so that their tokens meet in the cache.
+        warps, stages: as Triton takes them.
+    """
+
+    block_tokens: int
+    block_channels: int
+    group: int
+    warps: int
+    stages: int
+
+
+# By (activations are multiplied as they are, more than 64 channels).
+_GRAM = {
+    (True, True): GramConfig(64, 128, 8, 8, 3),
+    (True, False): GramConfig(64, 64, 1, 4, 3),
+    (False, True): GramConfig(32, 64, 8, 4, 2),
+    (False, False): GramConfig(32, 64, 1, 4, 2),
+}
+
+
+def gram_config(dtype: torch.dtype, weighted: bool, channels: int) -> GramConfig:
+    """The launch of the Gram kernel for one call.
+
+    Args:
+        dtype: of the activations.
+        weighted: whether tokens have weights; products are then split like those of fp32.
+        channels: H.
+    """
+    native = dtype != torch.float32 and not weighted
+    return _GRAM[native, channels > 64]
+
+
+def gram_configs() -> dict[tuple[bool, bool], GramConfig]:
+    """Every shipped launch, by (native products, more than 64 channels); for the compile gate."""
+    return dict(_GRAM)
+
+
+def token_splits(tiles: int, tokens: int, processors: int) -> int:
+    """Into how many parts the tokens are cut so that a small matrix still fills the GPU."""
+    wanted = _PROGRAMS_PER_PROCESSOR * processors // tiles
+    return max(1, min(wanted, tokens // _FEWEST_SPLIT_TOKENS))
