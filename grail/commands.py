@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from typer.core import TyperGroup
 
-from grail import __version__
+from grail import __version__, select
 from grail.calibration import load_texts, token_batches
 from grail.compress import compress as compress_model
 from grail.errors import GrailError, InputError
@@ -46,6 +46,11 @@ from grail.plan import inspect as inspect_model
 from grail.report import Report
 
 _DEBUG = "grail.debug"
+
+# Options that belong together stand together in the help text.
+_Restoring = partial(typer.Option, rich_help_panel="Restoring")
+_Comparing = partial(typer.Option, rich_help_panel="Comparing on held-out text")
+_Running = partial(typer.Option, rich_help_panel="Running")
 
 
 class Commands(TyperGroup):
@@ -100,22 +105,18 @@ Model = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option(help="Where the model runs: cpu, cuda, cuda:1; auto takes a GPU if there is one."),
+    _Running(help="Where the model runs: cpu, cuda, cuda:1; auto takes a GPU if there is one."),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Dtype of the weights; auto is the checkpoint's own."),
+    _Running(help="Dtype of the weights; auto is the checkpoint's own."),
 ]
-SequenceLength = Annotated[
-    int, typer.Option(min=2, help="Tokens in a sequence; nothing is padded.")
-]
-BatchSize = Annotated[
-    int, typer.Option(min=1, help="Sequences that go through the model at a time.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+SequenceLength = Annotated[int, _Running(min=2, help="Tokens in a sequence; nothing is padded.")]
+BatchSize = Annotated[int, _Running(min=1, help="Sequences that go through the model at a time.")]
+Json = Annotated[bool, _Running("--json", help="Print JSON instead of a table.")]
 Debug = Annotated[
     bool,
-    typer.Option("--debug", help="Show the traceback of an error.", callback=_keep_traceback),
+    _Running("--debug", help="Show the traceback of an error.", callback=_keep_traceback),
 ]
 
 
@@ -161,38 +162,38 @@ def compress(
     ] = "mlp",
     selector: Annotated[
         str,
-        typer.Option(help="Who chooses what stays: wanda, gram, magnitude, random, folding."),
+        typer.Option(help=f"Who chooses what stays: {', '.join(select.names())}."),
     ] = "wanda",
     tokens: Annotated[
         int, typer.Option(help="Calibration tokens. More is better up to about 10⁵.")
     ] = 65536,
     evaluate: Annotated[
         str | None,
-        typer.Option(
+        _Comparing(
             metavar="TEXT",
             help="Held-out text: compares the dense, the pruned and the restored model on it.",
         ),
     ] = None,
-    evaluate_tokens: Annotated[int, typer.Option(help="Held-out tokens to predict.")] = 16384,
+    evaluate_tokens: Annotated[int, _Comparing(help="Held-out tokens to predict.")] = 16384,
     baseline: Annotated[
         bool,
-        typer.Option(help="With --evaluate: also measure plain pruning, in a run of its own."),
+        _Comparing(help="With --evaluate: also measure plain pruning, in a run of its own."),
     ] = True,
     compensate: Annotated[
         bool,
-        typer.Option(help="Rebuild lost channels from kept ones; without, plain pruning."),
+        _Restoring(help="Rebuild lost channels from kept ones; without, plain pruning."),
     ] = True,
     alpha: Annotated[
         float,
-        typer.Option(help="Ridge strength, relative to the mean energy of a kept channel."),
+        _Restoring(help="Ridge strength, relative to the mean energy of a kept channel."),
     ] = ALPHA,
     toward: Annotated[
         Toward,
-        typer.Option(help="What a strong ridge shrinks to; baseline is plain pruning."),
+        _Restoring(help="What a strong ridge shrinks to; baseline is plain pruning."),
     ] = "baseline",
     closed_loop: Annotated[
         bool,
-        typer.Option(
+        _Restoring(
             "--closed-loop/--open-loop",
             help="Calibrate each block behind the already compressed ones, or on the dense model.",
         ),
@@ -206,7 +207,7 @@ def compress(
     ] = None,
     sequence_length: SequenceLength = 1024,
     batch_size: BatchSize = 4,
-    seed: Annotated[int, typer.Option(help="Draws calibration sequences and random scores.")] = 0,
+    seed: Annotated[int, _Running(help="Draws calibration sequences and random scores.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -231,7 +232,7 @@ def compress(
     )
     check_output(output)
     for source in filter(None, (calibration, evaluate)):
-        load_texts(source)
+        next(load_texts(source), None)
     load = partial(_load, model, device, dtype)
     cut = partial(token_batches, sequence_length=sequence_length, batch_size=batch_size)
 
@@ -260,7 +261,7 @@ def compress(
     if heldout:
         evaluation["restored" if compensate else "pruned"] = evaluate_model(network, heldout)
 
-    report.model["name"] = Path(model).name
+    report.model["name"] = _name(model)
     report.calibration["source"] = calibration
     report.evaluation = evaluation
     report.notes += notes
@@ -290,7 +291,7 @@ def evaluate(
 
     Example: `grail evaluate out/ --text heldout.txt`
     """
-    load_texts(text)
+    next(load_texts(text), None)
     network, tokenizer = _load(model, device, dtype)
     batches = token_batches(
         text,
@@ -303,7 +304,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(asdict(row), indent=2))
     else:
-        _print_table(*evaluation_table({Path(model).name: row}))
+        _print_table(*evaluation_table({_name(model): row}))
         typer.echo(f"{row.tokens:,} predicted tokens")
 
 
@@ -342,6 +343,7 @@ def inspect(
         sequence_length=sequence_length,
         batch_size=batch_size,
     )
+    inspection.name = _name(model)
     if as_json:
         typer.echo(json.dumps(asdict(inspection), indent=2))
     else:
@@ -366,6 +368,11 @@ def _prediction(inspection: Inspection) -> str:
         f"Predicted for {inspection.tokens:,} calibration tokens: peak memory "
         f"{format_bytes(memory)}, time {format_seconds(seconds)}."
     )
+
+
+def _name(model: str) -> str:
+    """What the user calls the model, without the folders before it."""
+    return Path(model).absolute().name
 
 
 def _split(names: str) -> tuple[str, ...]:
@@ -416,7 +423,8 @@ def _print_report(report: Report, output: Path) -> None:
     for note in report.notes:
         typer.echo(f"note    {note}")
     typer.echo(f"model   {output}")
-    typer.echo(f"report  {output / 'report.html'}, {output / 'report.json'}")
+    for path in sorted(output.glob("report.*")):
+        typer.echo(f"report  {path}")
 
 
 def _print_inspection(inspection: Inspection) -> None:
@@ -450,7 +458,9 @@ def _print_inspection(inspection: Inspection) -> None:
 
 
 def _phases(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{phase} {format_seconds(value)}" for phase, value in seconds.items())
+    parts = {phase: format_seconds(value) for phase, value in seconds.items() if phase != "total"}
+    listed = ", ".join(f"{phase} {value}" for phase, value in parts.items())
+    return f"{format_seconds(seconds['total'])}: {listed}"
 
 
 def _parts(memory: dict[str, int]) -> str:
