@@ -24,8 +24,8 @@ def load_texts(
     """Documents of a source, one by one, without holding the source in memory.
 
     Args:
-        source: a path ending in `.jsonl` (one object a line) or `.parquet`; any other file, as
-            plain UTF-8 text; the name of a dataset, `NAME` or `NAME:CONFIG`; or an iterable of
+        source: a path ending in `.jsonl` or `.json` (one object a line) or in `.parquet`; any other
+            file, as plain UTF-8 text; the name of a dataset, `NAME` or `NAME:CONFIG`; or an iterable of
             documents. A plain text file longer than 2²⁰ characters comes in several pieces.
         field: where JSON lines, Parquet and datasets keep the text.
         split: which split of a dataset is read.
@@ -39,9 +39,12 @@ def load_texts(
     if path.suffix == ".parquet":
         _require_file(path)
         return _from_datasets(str(source), "parquet", field, split, data_files=str(path))
-    if path.suffix in (".txt", ".jsonl", ".json") or path.is_file():
+    if path.suffix in (".json", ".jsonl"):
         _require_file(path)
-        return _read_json_lines(path, field) if path.suffix == ".jsonl" else _read_text(path)
+        return _read_json_lines(path, field)
+    if path.suffix == ".txt" or path.is_file() or (path.is_absolute() and not path.exists()):
+        _require_file(path)
+        return _read_text(path)
     name, _, config = str(source).partition(":")
     return _from_datasets(str(source), name, field, split, name=config or None)
 

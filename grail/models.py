@@ -73,6 +73,11 @@ def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
             f"{source} is not a model: the folder has no config.json; give a folder that "
             "save_pretrained wrote, or the path of a .gguf file."
         )
+    # The hub client takes most of a minute to give up on a mistyped path; names have one slash.
+    if not path.is_dir() and (path.is_absolute() or source.startswith(".") or len(path.parts) > 2):
+        raise ModelError(
+            f"{source}: no such folder; give a transformers folder, a hub name or a .gguf file."
+        )
     return source, gguf_file
 
 

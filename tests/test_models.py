@@ -68,8 +68,11 @@ def test_a_gguf_model_keeps_tied_embeddings(smollm2):
         (lambda folder: folder / "none.gguf", InputError, "no such GGUF file"),
         (lambda folder: folder / "config.json", InputError, "does not end in .gguf"),
         (lambda folder: folder.parent, ModelError, "no config.json"),
+        (lambda folder: folder / "none", ModelError, "no such folder"),
+        (lambda folder: "./none", ModelError, "no such folder"),
+        (lambda folder: "some/where/else", ModelError, "no such folder"),
     ],
-    ids=["missing gguf", "other file", "other folder"],
+    ids=["missing gguf", "other file", "other folder", "absolute", "relative", "deep"],
 )
 def test_refuses_what_is_no_model(tiny_folder, make, error, sentence):
     with pytest.raises(error, match=sentence):
