@@ -235,7 +235,7 @@ def _time_caption(seconds: dict[str, float]) -> str:
     forward = seconds.get("forward", 0.0)
     if not forward:
         return ""
-    return f"GRAIL's own work is {own / forward:.0%} on top of the bare forward passes."
+    return f"GRAIL's own work took {own / forward:.0%} of the time of the forward passes."
 
 
 def _memory_caption(memory: dict[str, int]) -> str:
@@ -349,7 +349,10 @@ def _perplexity_plot(evaluation: dict[str, Evaluation]) -> str:
     values = [row.perplexity for row in evaluation.values()]
     labels = [format_number(value) for value in values]
     colours = [_MODELS[name] for name in evaluation]
-    return _bars("perplexity", "Perplexity", list(evaluation), values, labels, colours)
+    title = "Perplexity"
+    if max(values) > 20 * min(values):  # else the small bars would all look alike
+        title, values = "Perplexity, on a logarithmic scale", [math.log(value) for value in values]
+    return _bars("perplexity", title, list(evaluation), values, labels, colours)
 
 
 def _time_plot(seconds: dict[str, float]) -> str:
@@ -461,11 +464,12 @@ def _svg(figure: "Figure", key: str, title: str, summary: str) -> str:
 
     buffer = io.StringIO()
     # Text stays text (small, searchable, in the page's font); the salt makes the file reproducible.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": key, "font.family": "sans-serif"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
         empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r" font-family: [^;]*;", "", drawing)  # the page's own font
     drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", drawing)
     for placeholder, variable in _VARIABLES.items():
         drawing = drawing.replace(placeholder, f"var(--{variable})")

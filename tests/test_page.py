@@ -149,7 +149,9 @@ def test_page_shows_the_share_and_every_row_of_the_table():
     assert "64% of the lost log-perplexity came back" in text
     for cell in ("18.2", "47.4", "25.7", "1.00 M", "4.00 MB", "512", "widths were rounded"):
         assert cell in text
-    assert "50% on top of the bare forward passes" in text  # (1 + 0.5 + 0.3 + 0.2) / 4
+    assert (
+        "own work took 50% of the time of the forward passes" in text
+    )  # (1 + 0.5 + 0.3 + 0.2) / 4
     assert "off by +10.0%" in text
 
 
@@ -227,6 +229,30 @@ def test_error_plot_has_a_pair_of_points_a_site_and_few_labels_at_many_sites():
     assert drawing.count("<use ") >= 2 * 2 * blocks + 2
     labels = re.findall(r"<text[^>]*>([^<]*)</text>", drawing)
     assert sum(label.isdigit() for label in labels) <= 2 * 14
+
+
+def bar_length(html, colour):
+    """Width in points of the bar that is filled with a colour of the page."""
+    bar = rf'd="M ([\d.]+) \S+\s+L ([\d.]+) [^"]*"[^>]*fill: var\(--{colour}\)'
+    left, right = map(float, re.search(bar, html).groups())
+    return right - left
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "lengths"),
+    [((10, 40, 20), (10, 40, 20)), ((10, 10_000, 100), (1, 4, 2))],
+    ids=["linear", "logarithmic where one dwarfs the others"],
+)
+def test_perplexity_bars_are_in_proportion(perplexities, lengths):
+    evaluated = rows(**dict(zip(("dense", "pruned", "restored"), perplexities, strict=True)))
+    html = page(report(evaluation=evaluated, sites=[], seconds={}, memory={}))
+    assert ("logarithmic" in html) == (perplexities != lengths)
+    dense, pruned, restored = (
+        bar_length(html, colour) for colour in ("dense", "pruned", "restored")
+    )
+    # SVG coordinates have six digits.
+    assert dense / pruned == pytest.approx(lengths[0] / lengths[1], rel=1e-4)
+    assert restored / pruned == pytest.approx(lengths[2] / lengths[1], rel=1e-4)
 
 
 @pytest.mark.parametrize(
