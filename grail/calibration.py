@@ -25,8 +25,8 @@ def load_texts(
 
     Args:
         source: a path ending in `.jsonl` or `.json` (one object a line) or in `.parquet`; any other
-            file, as plain UTF-8 text; the name of a dataset, `NAME` or `NAME:CONFIG`; or an iterable of
-            documents. A plain text file longer than 2²⁰ characters comes in several pieces.
+            file, as plain UTF-8 text; the name of a dataset, `NAME` or `NAME:CONFIG`; or an
+            iterable of documents. A text file longer than 2²⁰ characters comes in several pieces.
         field: where JSON lines, Parquet and datasets keep the text.
         split: which split of a dataset is read.
 
