@@ -1,4 +1,4 @@
-"""GRAIL: rebuild what structured compression lost, in closed form, from a few unlabelled forward passes."""
+"""GRAIL: rebuild what structured compression lost, in closed form, without labels."""
 
 from grail.compress import compress
 from grail.fit import Fit, fit

@@ -41,15 +41,18 @@ def compress(
 
     Args:
         model: a causal language model of a supported family (`grail.sites.supported()`).
-        batches: calibration: LongTensor [B, L] of token ids, or mappings of the model's keyword arguments, where an
-            `attention_mask` marks the tokens that count. Read once.
-        keep: the share of each site's channels that stays, in (0, 1]; or one for each kind, {"mlp": 0.5, "heads": 0.7}. The
-            nearest width that the structure allows is used and reported.
+        batches: calibration: LongTensor [B, L] of token ids, or mappings of the model's keyword
+            arguments, where an `attention_mask` marks the tokens that count. Read once.
+        keep: the share of each site's channels that stays, in (0, 1]; or one for each kind, {"mlp":
+            0.5, "heads": 0.7}. The nearest width that the structure allows is used and reported.
         sites: kinds of sites: "mlp", "heads".
-        selector: a name of `grail.select.names()`, or a function from `grail.select.View` to a `Reduction`.
+        selector: a name of `grail.select.names()`, or a function from `grail.select.View` to a
+            `Reduction`.
         compensate: False is plain pruning (or folding).
-        alpha: ridge strength relative to the Gram's mean diagonal. More calibration tokens want a smaller one.
-        toward: what a strong ridge shrinks to: "baseline" (plain pruning: never worse on the calibration data) or "zero" (the paper).
+        alpha: ridge strength relative to the Gram's mean diagonal. More calibration tokens want a
+            smaller one.
+        toward: what a strong ridge shrinks to: "baseline" (plain pruning: never worse on the
+            calibration data) or "zero" (the paper).
         closed_loop: see the module's docstring.
         multiple: round MLP widths to multiples of this; default 128 from 4096 channels up, else 8.
         seed: for selectors that draw.
@@ -60,13 +63,12 @@ def compress(
         A `Report`; the model is changed in place.
 
     Raises:
-        InputError, ModelError, EmptyCalibrationError, NonFiniteError, SolveError: the model is as it was.
+        InputError, ModelError, EmptyCalibrationError, NonFiniteError, SolveError: the model is as
+            it was.
 
     Source: GRAIL (arXiv 2602.23795), algorithm 1.
     """
-    options = Options(
-        keep, sites, selector, compensate, alpha, toward, closed_loop, multiple, seed
-    )
+    options = Options(keep, sites, selector, compensate, alpha, toward, closed_loop, multiple, seed)
     architecture = find(model)
     widths = options.widths(architecture)
     _require_finite_weights(architecture, options)
@@ -121,14 +123,10 @@ def _require_finite_weights(architecture: Architecture, options: Options) -> Non
             bad = ~linear.weight.detach().isfinite()
             if bool(bad.any()):
                 rows = bad.any(1).nonzero().flatten().tolist()
-                raise NonFiniteError(
-                    f"weights of {site.name}.{name}", rows, int(bad.sum())
-                )
+                raise NonFiniteError(f"weights of {site.name}.{name}", rows, int(bad.sum()))
 
 
-def _size(
-    model: nn.Module, architecture: Architecture, options: Options
-) -> dict[str, Any]:
+def _size(model: nn.Module, architecture: Architecture, options: Options) -> dict[str, Any]:
     first = architecture.sites(options.sites)[0]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -136,18 +134,17 @@ def _size(
     }
 
 
-def _notes(
-    options: Options, widths: dict[str, Width], rows: list[SiteReport]
-) -> list[str]:
+def _notes(options: Options, widths: dict[str, Width], rows: list[SiteReport]) -> list[str]:
     notes = []
     for kind, width in widths.items():
         keep, got = options.keep_of(kind), width.kept / width.channels
         if abs(keep - got) > 5e-4:
             notes.append(
-                f"{kind}: keep={keep:g} is not feasible; the nearest width was used, {width} = {got:.3f}"
+                f"{kind}: keep={keep:g} is not feasible; the nearest width was used, "
+                f"{width} = {got:.3f}"
             )
     notes += [
-        f"{row.name}: the Cholesky needed {row.retries} larger dampings, up to λ = {row.damping:.3g}"
+        f"{row.name}: the Cholesky needed {row.retries} larger damping(s), λ = {row.damping:.3g}"
         for row in rows
         if row.retries
     ]

@@ -1,7 +1,7 @@
 """The streaming Gram accumulator: Σ x xᵀ, Σ x and the token count of one site.
 
-Sums, never running means, so that merging, sharding and resuming are exact; G is mirrored to a full matrix only when it is
-read. The kernels are in `grail_kernels.gram`.
+Sums, never running means, so that merging, sharding and resuming are exact; G is mirrored to a full
+matrix only when it is read. The kernels are in `grail_kernels.gram`.
 """
 
 import torch
@@ -22,9 +22,7 @@ class Gram:
     Source: GRAIL (arXiv 2602.23795), section 3: uncentred second moment of the consumer's input.
     """
 
-    def __init__(
-        self, channels: int, device: torch.device | str | None = None, name: str = ""
-    ):
+    def __init__(self, channels: int, device: torch.device | str | None = None, name: str = ""):
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
             raise InputError(f"channels must be a positive integer; got {channels!r}")
         self.channels, self.name = channels, name
@@ -41,27 +39,36 @@ class Gram:
 
         Raises:
             InputError: a shape, dtype or device that does not fit; nothing was added.
-            NonFiniteError: NaN or Inf among the counted tokens. On a CPU it is raised here and nothing was added; on a
-                GPU, where looking would stall the stream, it is raised when a result is read.
+            NonFiniteError: NaN or Inf among the counted tokens. On a CPU it is raised here and
+                nothing was added; on a GPU, where looking would stall the stream, it is raised when
+                a result is read.
         """
         if x.dim() == 0 or x.shape[-1] != self.channels:
             raise InputError(f"x must be [..., {self.channels}]; got {tuple(x.shape)}")
-        if mask is not None and (
-            mask.dtype != torch.bool or mask.shape != x.shape[:-1]
-        ):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
             raise InputError(
-                f"mask must be bool of shape {tuple(x.shape[:-1])}; got {mask.dtype} {tuple(mask.shape)}"
+                f"mask must be bool {tuple(x.shape[:-1])}; got {mask.dtype} {tuple(mask.shape)}"
             )
         x = x.detach()
-        if x.device.type == "cpu":
-            self._require_finite(x, mask)
         if self._packed is None:
             self._allocate(x.device)
-        assert self._packed is not None
-        gk.gram_(self._packed, x, mask=mask, sums=self._sum, nonfinite=self._nonfinite)
-        self._tokens += (
-            x.shape[:-1].numel() if mask is None else mask.sum().to(self._tokens.device)
-        )
+        if x.device.type == "cpu":
+            self._update_checked(x if mask is None else x[mask])
+        else:
+            gk.gram_(self._filled(), x, mask=mask, sums=self._sum, nonfinite=self._nonfinite)
+            self._tokens += x.shape[:-1].numel() if mask is None else mask.sum()
+
+    def _update_checked(self, x: Tensor) -> None:
+        # The sums come first: they are finite only if every value is, and nothing was added yet.
+        dims = tuple(range(x.dim() - 1))
+        sums = x.sum(dims, dtype=torch.float32) if dims else x.float()
+        if not bool(sums.isfinite().all()):
+            bad = (~x.isfinite()).reshape(-1, self.channels).sum(0)
+            if bool(bad.any()):
+                self._refuse(bad)
+        gk.gram_(self._filled(), x)
+        self._sum += sums
+        self._tokens += x.shape[:-1].numel()
 
     def merge(self, other: "Gram") -> None:
         """Adds the sums of `other`, as if its tokens had come here.
@@ -70,9 +77,7 @@ class Gram:
             InputError: another channel count.
         """
         if other.channels != self.channels:
-            raise InputError(
-                f"cannot merge {other.channels} channels into {self.channels}"
-            )
+            raise InputError(f"cannot merge {other.channels} channels into {self.channels}")
         if other._packed is None:
             return
         if self._packed is None:
@@ -123,7 +128,7 @@ class Gram:
     def _require_tokens(self) -> None:
         if self.tokens == 0:
             raise EmptyCalibrationError(
-                f"{self._label()} saw no token: calibrate with at least one token that is not masked"
+                f"{self._label()} saw no token: calibrate with one or more that are not masked"
             )
         if bool(self._nonfinite.any()):
             self._refuse(self._nonfinite)
@@ -134,17 +139,6 @@ class Gram:
                 overflowed.nonzero().flatten().tolist(),
                 int(overflowed.sum()),
             )
-
-    def _require_finite(self, x: Tensor, mask: Tensor | None) -> None:
-        # One sum per channel is finite only if every value is (or sums cancel to overflow: counted below).
-        if bool(
-            x.reshape(-1, self.channels).sum(0, dtype=torch.float32).isfinite().all()
-        ):
-            return
-        counted = x if mask is None else x[mask]
-        bad = (~counted.isfinite()).reshape(-1, self.channels).sum(0)
-        if bool(bad.any()):
-            self._refuse(bad)
 
     def _refuse(self, counts: Tensor) -> None:
         raise NonFiniteError(

@@ -1,14 +1,14 @@
 """The loop over blocks: calibrate → select → solve → absorb.
 
-Closed loop: a block's Grams are collected with its inputs coming from the already compressed blocks before it, and the Gram of
-its MLP after its own heads were narrowed. Open loop: all Grams of a block come from one pass of the dense model.
-One block's statistics live at a time.
+Closed loop: a block's Grams are collected with its inputs coming from the already compressed blocks
+before it, and the Gram of its MLP after its own heads were narrowed. Open loop: all Grams of a
+block come from one pass of the dense model. One block's statistics live at a time.
 """
 
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,11 @@ from grail.sites import Architecture, Site
 from grail.stream import Memo, Stop, Stream
 from grail.transaction import Transaction
 
-
 Advance = Callable[[int], object]  # hears of so many tokens done
 
 
 class Clock:
-    """Wall seconds by phase, each counted once: inside `with clock("gram")` the surrounding phase stands still."""
+    """Wall seconds by phase: `with clock("gram")`. An inner phase stops the one around it."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -64,7 +63,8 @@ class Run:
         architecture, options: what to narrow, and how.
         stream: the calibration set at the entry of the first block; moved along by each block.
         transaction: through which the model is changed.
-        clock: phases "forward" (blocks, without the statistics), "gram", "select", "solve", "absorb".
+        clock: phases "forward" (blocks, without the statistics), "gram", "select", "solve",
+            "absorb".
     """
 
     def __init__(
@@ -89,16 +89,14 @@ class Run:
         passes = 1 + (len(narrowed) if self.options.closed_loop else 0)
         total = self.stream.tokens * passes * len(blocks)
         rows: list[SiteReport] = []
-        with tqdm(
-            total=total, unit="tok", unit_scale=True, disable=not progress
-        ) as bar:
+        with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
             for number, sites in enumerate(blocks):
                 bar.set_description(f"block {number + 1}/{len(blocks)}")
                 rows += self.block(sites, bar.update)
         return rows
 
     def block(self, sites: Sequence[Site], advance: Advance) -> list[SiteReport]:
-        """Compresses one block and moves the stream past it; `advance(n)` hears of n tokens done."""
+        """Compresses one block and moves the stream past it; `advance` hears of tokens done."""
         run = self._closed if self.options.closed_loop else self._open
         rows = {site.kind: self._untouched(site) for site in sites}
         for row in run([site for site in sites if self._narrows(site)], advance):
@@ -129,12 +127,11 @@ class Run:
     def _narrows(self, site: Site) -> bool:
         return self.widths[site.kind].kept < site.channels
 
-    def _pass(
-        self, block: int, grams: dict[Site, Gram], advance: Advance, finish: bool
-    ) -> None:
+    def _pass(self, block: int, grams: dict[Site, Gram], advance: Advance, finish: bool) -> None:
         """Runs every batch through a block, feeding `grams`.
 
-        With `finish` the stream moves to the block's output; without, a batch ends at the only consumer's door.
+        With `finish` the stream moves to the block's output; without, a batch ends at the only
+        consumer's door.
         """
         batch = 0
 
@@ -149,14 +146,10 @@ class Run:
 
         with ExitStack() as hooks, self.clock("forward"):
             for site, gram in grams.items():
-                hooks.callback(
-                    site.consumer.register_forward_pre_hook(feeding(gram)).remove
-                )
+                hooks.callback(site.consumer.register_forward_pre_hook(feeding(gram)).remove)
             for batch in range(len(self.stream)):
-                try:
+                with suppress(Stop):
                     self.stream.store(batch, self.stream.run(block, batch))
-                except Stop:
-                    pass
                 advance(self.stream.tokens_of(batch))
 
     def _compress(self, site: Site, gram: Gram) -> SiteReport:

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work: the process's resident set on a CPU, the allocator's peak on a GPU."""
+"""Peak memory of a stretch of work: resident set on a CPU, the allocator's peak on a GPU."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ def in_use(device: torch.device) -> int:
 
 
 class Peak:
-    """`with Peak(device) as peak: …; peak.bytes` is the highest use inside the block (0 where unknown)."""
+    """`with Peak(device) as peak: …`; then `peak.bytes` is the highest use, 0 where unknown."""
 
     def __init__(self, device: torch.device):
         self.device, self.bytes = device, 0
@@ -44,9 +44,5 @@ class Peak:
 def _status(field: str) -> int:
     if not _STATUS.exists():
         return 0
-    line = next(
-        line
-        for line in _STATUS.read_text().splitlines()
-        if line.startswith(field + ":")
-    )
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024

@@ -15,7 +15,7 @@ ALPHA = 1e-4  # chosen from bench/results/smollm2_calibration.csv
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked to do; see `grail.compress` for the meaning of each. Wrong values raise InputError at once."""
+    """The arguments of `grail.compress` that say what to do. Wrong values raise InputError."""
 
     keep: float | Mapping[str, float] = 0.7
     sites: Sequence[str] = ("mlp",)
@@ -40,18 +40,13 @@ class Options:
         if not isinstance(self.keep, Mapping):
             return self.keep
         if kind not in self.keep:
-            raise InputError(
-                f"keep names {', '.join(self.keep)}, but not the site kind {kind!r}"
-            )
+            raise InputError(f"keep names {', '.join(self.keep)}, but not the site kind {kind!r}")
         return self.keep[kind]
 
     def widths(self, architecture: Architecture) -> dict[str, Width]:
         """The feasible width of each kind, which all blocks share."""
         first = architecture.sites(self.sites)[0]
-        return {
-            site.kind: site.width(self.keep_of(site.kind), self.multiple)
-            for site in first
-        }
+        return {site.kind: site.width(self.keep_of(site.kind), self.multiple) for site in first}
 
     def as_dict(self) -> dict[str, Any]:
         """For the report: JSON-ready."""

@@ -1,12 +1,13 @@
 """What a run would save and cost, before it runs: `inspect`, and the prediction of peak memory.
 
-Memory is arithmetic on shapes (`demand`). Time is measured: one block is compressed on one made-up batch, rolled back, and scaled
-by the number of blocks and batches.
+Memory is arithmetic on shapes (`demand`). Time is measured: one block is compressed on one made-up
+batch, rolled back, and scaled by the number of blocks and batches.
 """
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ class SiteKind:
 
 @dataclass(frozen=True)
 class Saving:
-    """What one keep ratio leaves: widths in words by kind, parameters and bytes of the whole model."""
+    """What one keep ratio leaves: widths in words by kind; the model's parameters and bytes."""
 
     keep: float
     widths: dict[str, str]
@@ -68,7 +69,7 @@ def inspect(
     sequence_length: int = 1024,
     batch_size: int = 1,
 ) -> Inspection:
-    """Lists a model's sites and predicts what a run of `options` over `tokens` calibration tokens costs.
+    """Lists a model's sites and predicts what a run of `options` costs.
 
     Args:
         options: default `Options()` on every kind of site the model has.
@@ -87,9 +88,7 @@ def inspect(
     savings = []
     for keep in keeps:
         widths = {s.kind: s.width(keep, options.multiple) for s in blocks[0]}
-        saved = [
-            (s.parameters_saved(widths[s.kind]), s) for s in itertools.chain(*blocks)
-        ]
+        saved = [(s.parameters_saved(widths[s.kind]), s) for s in itertools.chain(*blocks)]
         savings.append(
             Saving(
                 keep,
@@ -102,19 +101,14 @@ def inspect(
     parts = demand(architecture, options, tokens, batch_tokens)
     parts = {"in use now": memory.in_use(architecture.device), **parts}
     return Inspection(
-        name=model.config._name_or_path or type(model).__name__,
+        name=architecture.name,
         parameters=parameters,
         bytes=size,
-        sites=[
-            SiteKind(s.kind, len(blocks), s.width(1.0, None).structure)
-            for s in blocks[0]
-        ],
+        sites=[SiteKind(s.kind, len(blocks), s.width(1.0, None).structure) for s in blocks[0]],
         savings=savings,
         tokens=tokens,
         memory={**parts, "peak": sum(parts.values())},
-        seconds=_seconds(
-            model, architecture, options, tokens, batch_size, sequence_length
-        ),
+        seconds=_seconds(model, architecture, options, tokens, batch_size, sequence_length),
     )
 
 
@@ -139,27 +133,21 @@ def demand(
     grams = [4 * gk.packed_numel(s.channels) for s in first]
     solves = [_solve_bytes(s, widths[s.kind]) for s in first]
     return {
-        "hidden states": hidden * (1 + kept_outputs)
-        if architecture.device.type == "cpu"
-        else 0,
-        "weights": sum(
-            s.parameters_at(widths[s.kind]) * element for s in itertools.chain(*blocks)
-        ),
+        "hidden states": hidden * (1 + kept_outputs) if architecture.device.type == "cpu" else 0,
+        "weights": sum(s.parameters_at(widths[s.kind]) * element for s in itertools.chain(*blocks)),
         "statistics": max(grams, default=0) if options.closed_loop else sum(grams),
-        "working set": max(
-            [batch_tokens * architecture.activations_per_token * element, *solves]
-        ),
+        "working set": max([batch_tokens * architecture.activations_per_token * element, *solves]),
     }
 
 
 def _solve_bytes(site: Site, width: Width) -> int:
-    """Peak of `grail.fit.fit`: dense G in fp32 and fp64, R·G, A, its damped copy and factor, and seven [O, ·] products."""
+    """Peak of `grail.fit`: G in fp32 and fp64, R·G, A damped and factored, and [O, ·] products."""
     h, k, o = site.channels, width.kept, site.consumer.out_features
     return 4 * h * h + 8 * (h * h + h * k + 3 * k * k + 2 * o * h + 5 * o * k)
 
 
 def _seconds(
-    model: nn.Module,
+    model: Any,
     architecture: Architecture,
     options: Options,
     tokens: int,

@@ -1,7 +1,7 @@
 """Reductions: the linear map R [K, H] from a site's H channels to the K that stay.
 
-A selection keeps rows of the identity; a folding averages clusters. Each is stored as what it is (an index,
-labels), never as a dense R, and knows four products that everything else is built from.
+A selection keeps rows of the identity; a folding averages clusters. Each is stored as what it is
+(an index, labels), never as a dense R, and knows four products that everything else is built from.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +29,7 @@ class Reduction(ABC):
 
     @abstractmethod
     def absorb(self, weight: Tensor) -> Tensor:
-        """The consumer [O, K] of plain pruning or folding, from the dense consumer `weight` [O, H]."""
+        """The consumer [O, K] of plain pruning or folding, from the dense `weight` [O, H]."""
 
     def normal(self, gram: Tensor) -> Tensor:
         """R·G·Rᵀ [K, K] for a Gram matrix [H, H]."""
@@ -63,18 +63,14 @@ class Selection(Reduction):
         self.index = _integers(index, "index")
         self.channels, self.kept = int(channels), self.index.numel()
         if self.kept == 0:
-            raise InputError(
-                "a selection must keep at least one channel; the index is empty"
-            )
+            raise InputError("a selection must keep at least one channel; the index is empty")
         if int(self.index.min()) < 0 or int(self.index.max()) >= self.channels:
             raise InputError(
                 f"channel indices must lie in [0, {self.channels}); got "
                 f"{int(self.index.min())} … {int(self.index.max())}"
             )
         if self.index.unique().numel() != self.kept:
-            raise InputError(
-                "a selection names each channel at most once; the index repeats some"
-            )
+            raise InputError("a selection names each channel at most once; the index repeats some")
 
     def narrow(self, weight: Tensor) -> Tensor:
         self._check(weight.shape[0])
@@ -99,7 +95,8 @@ class Folding(Reduction):
     """Replaces each cluster of channels by its mean.
 
     Args:
-        labels: [H] integers; channel h belongs to cluster labels[h]; every cluster of 0 … K-1 has a member.
+        labels: [H] integers; channel h belongs to cluster labels[h]; every cluster of 0 … K-1 has a
+            member.
 
     Raises:
         InputError: labels that are empty, negative, not integers, or leave a cluster empty.
@@ -109,9 +106,7 @@ class Folding(Reduction):
         self.labels = _integers(labels, "labels")
         self.channels = self.labels.numel()
         if self.channels == 0 or int(self.labels.min()) < 0:
-            raise InputError(
-                "labels must be a non-empty vector of cluster numbers from 0"
-            )
+            raise InputError("labels must be a non-empty vector of cluster numbers from 0")
         self.sizes = torch.bincount(self.labels)
         self.kept = self.sizes.numel()
         if int(self.sizes.min()) == 0:
@@ -122,9 +117,7 @@ class Folding(Reduction):
 
     def narrow(self, weight: Tensor) -> Tensor:
         self._check(weight.shape[0])
-        total = weight.new_zeros(
-            (self.kept, *weight.shape[1:]), dtype=_accumulator(weight)
-        )
+        total = weight.new_zeros((self.kept, *weight.shape[1:]), dtype=_accumulator(weight))
         total.index_add_(0, self.labels.to(weight.device), weight.to(total.dtype))
         sizes = self.sizes.to(total).view(-1, *(1,) * (weight.dim() - 1))
         return (total / sizes).to(weight.dtype)
@@ -139,12 +132,8 @@ class Folding(Reduction):
 
     def _sum_columns(self, columns: Tensor) -> Tensor:
         self._check(columns.shape[-1])
-        total = columns.new_zeros(
-            (*columns.shape[:-1], self.kept), dtype=_accumulator(columns)
-        )
-        return total.index_add_(
-            -1, self.labels.to(columns.device), columns.to(total.dtype)
-        )
+        total = columns.new_zeros((*columns.shape[:-1], self.kept), dtype=_accumulator(columns))
+        return total.index_add_(-1, self.labels.to(columns.device), columns.to(total.dtype))
 
     @property
     def is_identity(self) -> bool:
@@ -161,9 +150,7 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 def _integers(values: Tensor | Sequence[int], name: str) -> Tensor:
     vector = torch.as_tensor(values).detach().cpu()
     if vector.dim() != 1:
-        raise InputError(
-            f"{name} must be a vector of channels; got shape {tuple(vector.shape)}"
-        )
+        raise InputError(f"{name} must be a vector of channels; got shape {tuple(vector.shape)}")
     if vector.numel() and (vector.is_floating_point() or vector.dtype == torch.bool):
         raise InputError(f"{name} must be integers; got {vector.dtype}")
     return vector.to(torch.int64)

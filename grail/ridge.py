@@ -1,8 +1,9 @@
-"""The ridge solve: X (A + λI) = C by a batched Cholesky in fp64, with damping that is bounded and reported.
+"""The ridge solve: X (A + λI) = C by a batched Cholesky, with bounded, reported damping.
 
     A [.., K, K] symmetric positive semi-definite, C [.., O, K]  →  X = C (A + λI)⁻¹ [.., O, K]
 
-Cost: K³/3 + 2·O·K² multiply-adds a problem. fp64 because a Gram's condition number is its data matrix's squared:
+Cost: K³/3 + 2·O·K² multiply-adds a problem. fp64 because a Gram's condition number is its data
+    matrix's squared:
 fp32 loses half of what the fp32 Gram still knows.
 """
 
@@ -15,8 +16,8 @@ from grail.errors import InputError, NonFiniteError, SolveError
 
 GROWTH = 10.0
 ATTEMPTS = 12
-# Rounding of an fp32 Gram can push an eigenvalue of a singular A this far (relative to the mean diagonal) below 0;
-# a first retry below it would be wasted.
+# Rounding of an fp32 Gram can push an eigenvalue of a singular A this far (relative to the mean
+# diagonal) below 0; a first retry below it would be wasted.
 FLOOR = 1e-10
 
 
@@ -32,8 +33,8 @@ class Solution:
 def solve(normal: Tensor, right: Tensor, damping: Tensor | float) -> Solution:
     """Solves X (A + λI) = C for a batch of problems.
 
-    A factorisation that fails is repeated with λ ten times larger (at least 1e-10 of the mean diagonal), at most 12
-    times. A problem whose A is zero has nothing to explain and gives X = 0.
+    A factorisation that fails is repeated with λ ten times larger (at least 1e-10 of the mean
+    diagonal), at most 12 times. A problem whose A is zero has nothing to explain and gives X = 0.
 
     Args:
         normal: A [.., K, K], symmetric.
@@ -83,7 +84,7 @@ def solve(normal: Tensor, right: Tensor, damping: Tensor | float) -> Solution:
     if todo.numel():
         raise SolveError(
             f"{todo.numel()} ridge problem(s) stayed indefinite after {ATTEMPTS} dampings up to "
-            f"{(lam[todo] / GROWTH).max().item():g}: the matrix is not a Gram matrix, or its sums have overflowed"
+            f"{(lam[todo] / GROWTH).max().item():g}: no Gram matrix, or its sums overflowed"
         )
     return Solution(x.reshape(right.shape), lam.reshape(batch), retries.reshape(batch))
 

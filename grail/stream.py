@@ -1,13 +1,15 @@
-"""The calibration set on its way through the model: hidden states between two blocks, and each block's own call.
+"""The calibration set on its way through the model, from block to block.
 
-The model's forward runs once for each batch with every block replaced by a recorder, which costs an embedding and the masks:
-what a block is called with (position embeddings, masks that differ by layer) is whatever the library passes. Blocks are then
-run one at a time by their own forward with those arguments.
+The model's forward runs once for each batch with every block replaced by a recorder, which costs an
+embedding and the masks: what a block is called with (position embeddings, masks that differ by
+layer) is whatever the library passes. Blocks are then run one at a time by their own forward with
+those arguments.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +21,13 @@ from grail.errors import EmptyCalibrationError, InputError
 Batch = Tensor | Mapping[str, Any]
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818, it is no error
     """Ends a forward early: what comes after is not needed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one block for one batch, but for the hidden states."""
+    """The arguments of one block for one batch, but for the hidden states; on the model's device."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -37,8 +39,8 @@ class Stream:
     Args:
         model: called as `model(**batch, use_cache=False)`.
         blocks: the model's blocks in order.
-        batches: LongTensor [B, L] of token ids, or mappings of the model's keyword arguments; an `attention_mask` [B, L]
-            marks the tokens that count.
+        batches: LongTensor [B, L] of token ids, or mappings of the model's keyword arguments; an
+            `attention_mask` [B, L] marks the tokens that count.
         storage: where hidden states wait between blocks; the model may be elsewhere.
 
     Raises:
@@ -71,9 +73,8 @@ class Stream:
 
     def run(self, block: int, batch: int) -> Tensor:
         """The block's output for one batch, on the model's device."""
-        call = self._calls[batch][block]
-        args, kwargs = _to((call.args, call.kwargs), self.device)
-        output = self.blocks[block](self.hidden[batch].to(self.device), *args, **kwargs)
+        call, hidden = self._calls[batch][block], self.hidden[batch].to(self.device)
+        output = self.blocks[block](hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def store(self, batch: int, hidden: Tensor) -> None:
@@ -88,9 +89,7 @@ class Stream:
     def tokens_of(self, batch: int) -> int:
         """How many tokens of one batch count."""
         mask = self.masks[batch]
-        return (
-            self.hidden[batch].shape[:-1].numel() if mask is None else int(mask.sum())
-        )
+        return self.hidden[batch].shape[:-1].numel() if mask is None else int(mask.sum())
 
     def _enter(self, model: nn.Module, batch: Batch) -> None:
         inputs = _model_inputs(batch, self.device)
@@ -100,9 +99,7 @@ class Stream:
             def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 if number == 0:
                     self.hidden.append(hidden_states.detach().to(self.storage))
-                calls.append(
-                    self._shared(number, Call(*_to((args, kwargs), self.storage)))
-                )
+                calls.append(self._shared(number, Call(args, kwargs)))
                 if number == len(self.blocks) - 1:
                     raise Stop
                 return hidden_states
@@ -112,10 +109,8 @@ class Stream:
         with ExitStack() as stack:
             for number, block in enumerate(self.blocks):
                 stack.enter_context(_replaced_forward(block, recorder(number)))
-            try:
+            with suppress(Stop):
                 model(**inputs, use_cache=False)
-            except Stop:
-                pass
         self._calls.append(calls)
         mask = inputs.get("attention_mask")
         self.masks.append(None if mask is None else mask.bool().to(self.storage))
@@ -125,25 +120,18 @@ class Stream:
         if not self._calls:
             return call
         first = self._calls[0][number]
-        return (
-            first
-            if _equal((call.args, call.kwargs), (first.args, first.kwargs))
-            else call
-        )
+        return first if _equal((call.args, call.kwargs), (first.args, first.kwargs)) else call
 
 
 class Memo:
     """Outputs of modules that the next pass over the same batches would only compute again.
 
-    Of a tuple only the first entry is kept: attention's second, its weights [B, heads, L, L], is dropped by the blocks too.
+    Of a tuple only the first entry is kept: attention's second, its weights [B, heads, L, L], is
+    dropped by the blocks too.
     """
 
     def __init__(self, modules: Sequence[nn.Module], stream: Stream):
-        self._modules, self._storage, self._device = (
-            modules,
-            stream.storage,
-            stream.device,
-        )
+        self._modules, self._stream = modules, stream
         self._outputs: dict[nn.Module, list[Any]] = {module: [] for module in modules}
 
     @contextmanager
@@ -159,17 +147,17 @@ class Memo:
         """Lets the modules return what was kept, in the same order, each once."""
         with ExitStack() as stack:
             for module in self._modules:
-                kept = iter(self._outputs[module])
-                replay = lambda *args, kept=kept, **kwargs: _to(
-                    next(kept), self._device
-                )  # noqa: E731
+                replay = partial(self._next, iter(self._outputs[module]))
                 stack.enter_context(_replaced_forward(module, replay))
             yield
+
+    def _next(self, outputs: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        return _to(next(outputs), self._stream.device)
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, tuple):
             output = (output[0], *(None for _ in output[1:]))
-        self._outputs[module].append(_to(output, self._storage))
+        self._outputs[module].append(_to(output, self._stream.storage))
 
 
 @contextmanager
@@ -189,13 +177,15 @@ def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
     if isinstance(batch, Tensor):
         if batch.dim() != 2 or batch.is_floating_point():
             raise InputError(
-                f"a batch of token ids must be integers [B, L]; got {batch.dtype} {tuple(batch.shape)}"
+                f"a batch of token ids must be integers [B, L]; "
+                f"got {batch.dtype} {tuple(batch.shape)}"
             )
         return {"input_ids": batch.to(device)}
     if isinstance(batch, Mapping):
         return _to(dict(batch), device)
     raise InputError(
-        f"a batch must be a tensor of token ids or a mapping of the model's arguments; got {type(batch).__name__}"
+        "a batch must be a tensor of token ids or a mapping of the model's arguments; "
+        f"got {type(batch).__name__}"
     )
 
 
@@ -210,6 +200,4 @@ def _equal(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    return a is b or (
-        type(a) is type(b) and isinstance(a, (int, float, bool, str)) and a == b
-    )
+    return a is b or (type(a) is type(b) and isinstance(a, (int, float, bool, str)) and a == b)

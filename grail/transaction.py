@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Transaction:
-    """Records every change made through it; leaving the block by an exception undoes them, last first."""
+    """Records every change made through it; an exception through the block undoes them."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -22,10 +22,8 @@ class Transaction:
         self._undo.append(lambda: setattr(owner, name, old))
         setattr(owner, name, value)
 
-    def set_linear(
-        self, linear: nn.Linear, weight: Tensor, bias: Tensor | None
-    ) -> None:
-        """Gives `linear` a new weight [O, I] and bias [O], in the old ones' dtype and device, and its sizes."""
+    def set_linear(self, linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+        """Gives `linear` a new weight [O, I] and bias [O], cast and moved to where the old were."""
         self._set_parameter(linear, "weight", weight)
         if bias is not None:
             self._set_parameter(linear, "bias", bias)

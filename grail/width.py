@@ -1,7 +1,7 @@
 """How narrow a site may become, and the best selection of that width.
 
-A width knows the structure of its site: single channels, or attention heads in key/value groups. Selectors score
-channels; the width turns scores into a feasible `Selection`.
+A width knows the structure of its site: single channels, or attention heads in key/value groups.
+Selectors score channels; the width turns scores into a feasible `Selection`.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,14 @@ from torch import Tensor
 from grail.errors import InputError
 from grail.reduction import Selection
 
-# Quantisers and serving engines want multiples of 128 on large models; small models would lose too much to rounding.
+# Quantisers and serving engines want multiples of 128 on large models; small models would lose too
+# much to rounding.
 LARGE, LARGE_MULTIPLE, SMALL_MULTIPLE = 4096, 128, 8
 
 
 def check_keep(keep: float) -> None:
     """Raises InputError unless 0 < keep ≤ 1."""
-    if (
-        isinstance(keep, bool)
-        or not isinstance(keep, (int, float))
-        or not 0 < keep <= 1
-    ):
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
         raise InputError(
             f"keep must be a fraction in (0, 1], the share of channels that stay; got {keep!r}"
         )
@@ -38,10 +35,8 @@ class ChannelWidth:
     kept: int
 
     @classmethod
-    def nearest(
-        cls, channels: int, keep: float, multiple: int | None = None
-    ) -> "ChannelWidth":
-        """The width nearest to keep·channels among the multiples of `multiple` (ties go up), at most `channels`.
+    def nearest(cls, channels: int, keep: float, multiple: int | None = None) -> "ChannelWidth":
+        """The multiple of `multiple` nearest to keep·channels (ties go up), at most `channels`.
 
         Args:
             multiple: default 128 from 4096 channels up, else 8.
@@ -59,8 +54,8 @@ class ChannelWidth:
         kept = min(int(keep * channels / multiple + 0.5) * multiple, channels)
         if kept == 0:
             raise InputError(
-                f"keep={keep:g} of {channels} channels, in multiples of {multiple}, is a width of 0; "
-                f"keep at least {multiple / channels:.3g}, or choose a smaller multiple"
+                f"keep={keep:g} of {channels} channels, in multiples of {multiple}, is a width of "
+                f"0; keep at least {multiple / channels:.3g}, or choose a smaller multiple"
             )
         return cls(channels, kept)
 
@@ -79,9 +74,10 @@ class ChannelWidth:
 
 @dataclass(frozen=True)
 class HeadWidth:
-    """Attention heads: `kept_queries` of `queries` query heads in each of `kept_groups` of `groups` key/value groups.
+    """Attention heads: `kept_queries` of `queries` in each of `kept_groups` of `groups`.
 
-    head_dim never changes, and every group keeps equally many query heads: uneven groups would mis-wire grouped attention.
+    head_dim never changes, and every group keeps equally many query heads: uneven groups would
+    mis-wire grouped attention.
     """
 
     groups: int
@@ -99,7 +95,7 @@ class HeadWidth:
         keep: float,
         allowed: Callable[["HeadWidth"], bool] = lambda width: True,
     ) -> "HeadWidth":
-        """The feasible width nearest to keep·groups·queries heads; of equals, more heads, then fewer groups.
+        """The feasible width nearest to keep·heads; of equals, more heads, then fewer groups.
 
         Args:
             allowed: which widths the architecture can express.
@@ -152,7 +148,7 @@ class HeadWidth:
         )
 
     def best(self, scores: Tensor) -> Selection:
-        """Keeps the heads of highest summed channel score [channels]: best queries of each group, then best groups."""
+        """Keeps the best queries of each group, then the best groups, by channel scores summed."""
         heads = scores.view(self.groups, self.queries, self.head_dim).sum(-1)
         top = heads.topk(self.kept_queries, dim=1)
         chosen = top.values.sum(1).topk(self.kept_groups).indices.sort().values
@@ -163,7 +159,7 @@ class HeadWidth:
         return Selection(channels.flatten(), self.channels)
 
     def group_rows(self, selection: Selection) -> Selection:
-        """The rows of a key or value projection [groups·head_dim, ...] that belong to the kept groups."""
+        """The rows of a key or value projection [groups·head_dim, ...] that the groups keep."""
         per_group = self.queries * self.head_dim
         chosen = (selection.index // per_group).unique()
         rows = chosen[:, None] * self.head_dim + torch.arange(self.head_dim)

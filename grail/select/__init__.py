@@ -2,8 +2,8 @@
 
 A selector is one file in this folder that registers itself under a name:
 
-    @scores("magnitude")                       # a score for each channel; the width picks a feasible best set
-    def magnitude(view: View) -> Tensor: ...   # [H]
+    @scores("magnitude")                       # a score for each channel [H]; the highest stay
+    def magnitude(view: View) -> Tensor: ...
 
     @reduces("folding")                        # or the whole reduction
     def folding(view: View) -> Reduction: ...
@@ -64,9 +64,7 @@ def get(selector: str | Selector) -> Selector:
         return selector
     _load()
     if selector not in _registry:
-        raise InputError(
-            f"unknown selector {selector!r}; choose one of {', '.join(names())}"
-        )
+        raise InputError(f"unknown selector {selector!r}; choose one of {', '.join(names())}")
     return _registry[selector]
 
 

@@ -1,7 +1,8 @@
 """Folding: k-means on the producers' rows; each cluster of channels becomes its mean.
 
-Source: Wang et al., "Forget the data and fine-tuning! Just fold the network to compress" (ICLR 2025), as GRAIL uses it. Rows
-of all producers are put side by side, so that channels fold together only when everything that writes them is alike.
+Source: Wang et al., "Forget the data and fine-tuning! Just fold the network to compress" (ICLR
+2025), as GRAIL uses it. Rows of all producers are put side by side, so that channels fold together
+only when everything that writes them is alike.
 """
 
 import torch
@@ -20,7 +21,8 @@ def folding(view: View) -> Reduction:
     """k-means clusters of the producer rows.
 
     Raises:
-        InputError: at an attention site. The mean of two heads' queries and keys is no head: their softmax weights differ.
+        InputError: at an attention site. The mean of two heads' queries and keys is no head: their
+            softmax weights differ.
     """
     if not isinstance(view.width, ChannelWidth):
         raise InputError(
@@ -60,9 +62,7 @@ def _plus_plus(rows: Tensor, clusters: int, generator: torch.Generator) -> Tenso
     for _ in range(clusters - 1):
         weight = closest.double().cpu()
         weight[chosen] = 0
-        if (
-            weight.sum() == 0
-        ):  # only copies of chosen rows are left: any of them will do
+        if weight.sum() == 0:  # only copies of chosen rows are left: any of them will do
             weight = torch.ones_like(weight)
             weight[chosen] = 0
         chosen.append(int(torch.multinomial(weight, 1, generator=generator)))
@@ -72,13 +72,11 @@ def _plus_plus(rows: Tensor, clusters: int, generator: torch.Generator) -> Tenso
 
 def _squared_distance(rows: Tensor, centres: Tensor) -> Tensor:
     cross = rows @ centres.T
-    return (
-        rows.square().sum(1)[:, None] - 2 * cross + centres.square().sum(1)
-    ).clamp_min_(0)
+    return (rows.square().sum(1)[:, None] - 2 * cross + centres.square().sum(1)).clamp_min_(0)
 
 
 def _fill_empty(labels: Tensor, distance: Tensor, clusters: int) -> None:
-    """Gives each empty cluster the row that is worst served, taken from a cluster that can spare it."""
+    """Gives each empty cluster the worst-served row of a cluster that can spare one."""
     sizes = torch.bincount(labels, minlength=clusters)
     order = iter(distance.argsort(descending=True).tolist())
     for empty in (sizes == 0).nonzero().flatten().tolist():
@@ -90,9 +88,7 @@ def _fill_empty(labels: Tensor, distance: Tensor, clusters: int) -> None:
 
 def _by_first_member(labels: Tensor, clusters: int) -> Tensor:
     first = torch.full((clusters,), labels.numel(), device=labels.device)
-    first.scatter_reduce_(
-        0, labels, torch.arange(labels.numel(), device=labels.device), "amin"
-    )
+    first.scatter_reduce_(0, labels, torch.arange(labels.numel(), device=labels.device), "amin")
     rank = torch.empty_like(first)
     rank[first.argsort()] = torch.arange(clusters, device=labels.device)
     return rank[labels]

@@ -1,7 +1,7 @@
 """Magnitude: the L2 norm of everything that writes a channel. Needs no data.
 
-Source: Li et al., "Pruning filters for efficient ConvNets" (ICLR 2017), with the L2 norm, summed in squares over a site's
-producers.
+Source: Li et al., "Pruning filters for efficient ConvNets" (ICLR 2017), with the L2 norm, summed in
+squares over a site's producers.
 """
 
 import torch
@@ -13,7 +13,5 @@ from grail.select import View, scores
 @scores("magnitude")
 def magnitude(view: View) -> Tensor:
     """‖producer rows of h‖₂ [H]."""
-    squares = torch.stack(
-        [p.float().flatten(1).square().sum(1) for p in view.producers]
-    )
+    squares = torch.stack([p.float().flatten(1).square().sum(1) for p in view.producers])
     return squares.sum(0).sqrt()

@@ -13,8 +13,9 @@ from grail.width import Width
 class View:
     """One site: weights, statistics, and the width that it must come to.
 
-    `producers`: weights [H, ...] whose row h writes channel h (of grouped attention, keys and values repeated to their query
-    heads). `consumer`: [O, H]. `gram`: of the consumer's input. `generator`: seeded by run and site, for selectors that draw.
+    `producers`: weights [H, ...] whose row h writes channel h (of grouped attention, keys and
+    values repeated to their query heads). `consumer`: [O, H]. `gram`: of the consumer's input.
+    `generator`: seeded by run and site, for selectors that draw.
     """
 
     producers: tuple[Tensor, ...]

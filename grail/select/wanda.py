@@ -1,7 +1,8 @@
 """Wanda, structured: weight magnitude times input norm, added up over the outputs of a channel.
 
-Source: Sun et al., "A simple and effective pruning approach for large language models" (ICLR 2024), score |W_oh|·‖x_h‖₂;
-summed over o for whole channels as in FLAP's Wanda-sp baseline (An et al., AAAI 2024).
+Source: Sun et al., "A simple and effective pruning approach for large language models" (ICLR 2024),
+score |W_oh|·‖x_h‖₂; summed over o for whole channels as in FLAP's Wanda-sp baseline (An et al.,
+AAAI 2024).
 """
 
 from torch import Tensor

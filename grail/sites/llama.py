@@ -1,14 +1,16 @@
-"""Sites of the Llama shape: Llama and SmolLM, Mistral, Qwen2, Qwen3; grouped queries, tied embeddings.
+"""Sites of the Llama shape: Llama and SmolLM, Mistral, Qwen2, Qwen3, with grouped queries.
 
     mlp      gate_proj, up_proj  ─► act(gate)·up [intermediate]  ─► down_proj
     heads    q_proj, k_proj, v_proj ─► attention [heads·head_dim] ─► o_proj
 
-All layers get the same widths, since the configuration holds one number for all: stock transformers then reloads them.
+All layers get the same widths, since the configuration holds one number for all: stock transformers
+then reloads them.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,14 +23,8 @@ from grail.width import ChannelWidth, HeadWidth, Width
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 _LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-) + (
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
 
 
@@ -36,37 +32,41 @@ def architecture(model: nn.Module) -> "LlamaArchitecture":
     """The blocks of a `…ForCausalLM` or bare `…Model` of the family.
 
     Raises:
-        ModelError: a layer that is missing or is no plain floating-point `nn.Linear` (quantised, adapted, sharded).
+        ModelError: a layer that is missing or is no plain floating-point `nn.Linear` (quantised,
+            adapted, sharded).
     """
-    decoder = getattr(model, "model", model)
+    decoder: Any = getattr(model, "model", model)
     prefix = "model.layers" if decoder is not model else "layers"
     for number, layer in enumerate(decoder.layers):
         for name in _LINEARS:
             linear = layer.get_submodule(name)
             if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
                 raise ModelError(
-                    f"{prefix}.{number}.{name} is a {type(linear).__name__}, not a plain floating-point Linear; "
-                    "load the model without quantisation or adapters"
+                    f"{prefix}.{number}.{name} is a {type(linear).__name__}, not a plain "
+                    "floating-point Linear; load the model without quantisation or adapters"
                 )
     return LlamaArchitecture(model, list(decoder.layers), prefix)
 
 
 class LlamaArchitecture(Architecture):
+    """The blocks of a Llama-shaped decoder."""
+
     kinds = ("heads", "mlp")
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], prefix: str):
+    def __init__(self, model: Any, blocks: list[nn.Module], prefix: str):
         self.config, self.blocks, self.prefix = model.config, blocks, prefix
+        self.name = model.config._name_or_path or type(model).__name__
         self.hidden_size = model.config.hidden_size
-        # The MLP is the widest point: gate, its activation, up and their product beside three hidden states.
-        self.activations_per_token = (
-            4 * model.config.intermediate_size + 3 * self.hidden_size
-        )
+        # The MLP is the widest point: gate, its activation, up and their product beside three
+        # hidden states.
+        self.activations_per_token = 4 * model.config.intermediate_size + 3 * self.hidden_size
 
     def sites(self, kinds: Sequence[str]) -> list[list[Site]]:
         unknown = [kind for kind in kinds if kind not in self.kinds]
         if unknown or not kinds:
             raise InputError(
-                f"sites must be one or more of {', '.join(self.kinds)}; got {', '.join(unknown) or 'none'}"
+                f"sites must be one or more of {', '.join(self.kinds)}; "
+                f"got {', '.join(unknown) or 'none'}"
             )
         return [
             [self._site(kind, number, block) for kind in self.kinds if kind in kinds]
@@ -81,7 +81,7 @@ class LlamaArchitecture(Architecture):
             else:
                 transaction.set_attribute(self.config, "intermediate_size", width.kept)
 
-    def _site(self, kind: str, number: int, block: nn.Module) -> Site:
+    def _site(self, kind: str, number: int, block: Any) -> Site:
         attention, mlp = block.self_attn, block.mlp
         if kind == "mlp":
             return MlpSite(
@@ -93,16 +93,14 @@ class LlamaArchitecture(Architecture):
                 mlp,
             )
         name = f"{self.prefix}.{number}.self_attn"
-        return HeadSite(
-            name, kind, number, attention.o_proj, (), attention, self.config
-        )
+        return HeadSite(name, kind, number, attention.o_proj, (), attention, self.config)
 
 
 @dataclass(frozen=True, eq=False)
 class MlpSite(Site):
     """Intermediate channels of a gated MLP."""
 
-    mlp: nn.Module
+    mlp: Any
 
     def linears(self) -> dict[str, nn.Linear]:
         return {n: getattr(self.mlp, n) for n in ("gate_proj", "up_proj", "down_proj")}
@@ -113,18 +111,14 @@ class MlpSite(Site):
     def width(self, keep: float, multiple: int | None) -> ChannelWidth:
         return ChannelWidth.nearest(self.channels, keep, multiple)
 
-    def narrow(
-        self, reduction: Reduction, width: Width, transaction: Transaction
-    ) -> None:
+    def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
         narrow_linear(self.mlp.gate_proj, reduction, transaction)
         narrow_linear(self.mlp.up_proj, reduction, transaction)
         if hasattr(self.mlp, "intermediate_size"):
             transaction.set_attribute(self.mlp, "intermediate_size", reduction.kept)
 
     def parameters_at(self, width: Width) -> int:
-        biased = sum(
-            getattr(self.mlp, n).bias is not None for n in ("gate_proj", "up_proj")
-        )
+        biased = sum(getattr(self.mlp, n).bias is not None for n in ("gate_proj", "up_proj"))
         fixed = 0 if self.consumer.bias is None else self.consumer.bias.numel()
         return width.kept * (3 * self.consumer.out_features + biased) + fixed
 
@@ -133,14 +127,11 @@ class MlpSite(Site):
 class HeadSite(Site):
     """Query heads of grouped attention; dropping a whole group drops its key and value head too."""
 
-    attention: nn.Module
-    config: object
+    attention: Any
+    config: Any
 
     def linears(self) -> dict[str, nn.Linear]:
-        return {
-            n: getattr(self.attention, n)
-            for n in ("q_proj", "k_proj", "v_proj", "o_proj")
-        }
+        return {n: getattr(self.attention, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")}
 
     def producers(self) -> tuple[Tensor, ...]:
         attention, head_dim = self.attention, self.attention.head_dim
@@ -163,7 +154,7 @@ class HeadSite(Site):
         return HeadWidth.nearest(groups, queries, head_dim, keep, self._loads)
 
     def _loads(self, width: HeadWidth) -> bool:
-        """Whether the architecture's configuration accepts the width (Llama's wants heads to divide hidden_size)."""
+        """Whether the configuration accepts it: Llama's wants heads to divide hidden_size."""
         validate = getattr(self.config, "validate_architecture", None)
         if validate is None:
             return True
@@ -175,13 +166,9 @@ class HeadSite(Site):
             return False
         return True
 
-    def narrow(
-        self, reduction: Reduction, width: Width, transaction: Transaction
-    ) -> None:
+    def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
         if not isinstance(reduction, Selection) or not isinstance(width, HeadWidth):
-            raise InputError(
-                "attention heads are narrowed by a selection of whole heads"
-            )
+            raise InputError("attention heads are narrowed by a selection of whole heads")
         attention = self.attention
         narrow_linear(attention.q_proj, reduction, transaction)
         groups = width.group_rows(reduction)
@@ -195,8 +182,7 @@ class HeadSite(Site):
         rows = {"q_proj": width.kept, "k_proj": groups, "v_proj": groups}
         linears = self.linears()
         total = sum(
-            n * (linears[k].in_features + (linears[k].bias is not None))
-            for k, n in rows.items()
+            n * (linears[k].in_features + (linears[k].bias is not None)) for k, n in rows.items()
         )
         fixed = 0 if self.consumer.bias is None else self.consumer.bias.numel()
         return total + width.kept * self.consumer.out_features + fixed

@@ -16,8 +16,9 @@ from grail.width import Width
 class Site(ABC):
     """One hidden activation of one block.
 
-    `name`: "model.layers.3.mlp"; `kind`: "mlp" or "heads"; `consumer`: the layer whose input is the activation;
-    `upstream`: modules of the block that run before the site and that narrowing it does not touch.
+    `name`: "model.layers.3.mlp"; `kind`: "mlp" or "heads"; `consumer`: the layer whose input is the
+    activation; `upstream`: modules of the block that run before the site and that narrowing it does
+    not touch.
     """
 
     name: str
@@ -44,16 +45,12 @@ class Site(ABC):
         """The feasible width nearest to `keep`."""
 
     @abstractmethod
-    def narrow(
-        self, reduction: Reduction, width: Width, transaction: Transaction
-    ) -> None:
-        """Narrows the producers, and the block's own record of its sizes. The consumer is the fit's."""
+    def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
+        """Narrows the producers, and the block's record of its sizes; not the consumer."""
 
     def parameters_saved(self, width: Width) -> int:
         """How many parameters fewer the block has at `width`."""
-        before = sum(
-            p.numel() for linear in self.linears().values() for p in linear.parameters()
-        )
+        before = sum(p.numel() for linear in self.linears().values() for p in linear.parameters())
         return before - self.parameters_at(width)
 
     @abstractmethod
@@ -64,10 +61,12 @@ class Site(ABC):
 class Architecture(ABC):
     """A model as a chain of blocks, each with sites in the order in which they run.
 
-    `hidden_size`: values of one token between blocks. `activations_per_token`: values of one token that live at once inside a
-    block's forward, for the prediction of memory.
+    `name`: the model, for people. `hidden_size`: values of one token between blocks.
+    `activations_per_token`: values of one token that live at once inside a block's forward, for
+    the prediction of memory.
     """
 
+    name: str
     kinds: tuple[str, ...]
     blocks: Sequence[nn.Module]
     hidden_size: int
@@ -92,9 +91,7 @@ class Architecture(ABC):
         """Writes the new widths, one for each kind, into the model's configuration."""
 
 
-def narrow_linear(
-    linear: nn.Linear, reduction: Reduction, transaction: Transaction
-) -> None:
+def narrow_linear(linear: nn.Linear, reduction: Reduction, transaction: Transaction) -> None:
     """Narrows a producer's output channels: R·weight and R·bias."""
     bias = None if linear.bias is None else reduction.narrow(linear.bias.detach())
     transaction.set_linear(linear, reduction.narrow(linear.weight.detach()), bias)

@@ -1,0 +1,378 @@
+"""The driver against a brute-force reference, and what it promises about the model it was given."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import grail
+from grail.errors import EmptyCalibrationError, InputError, ModelError, NonFiniteError
+
+from .conftest import FAMILIES
+
+ALPHA = 1e-2
+
+
+def inputs_of(model: nn.Module, linear: nn.Linear, batches: list[torch.Tensor]) -> np.ndarray:
+    """What `linear` reads in plain forward passes of the whole model, [tokens, H] in fp64."""
+    seen: list[torch.Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    handle.remove()
+    return torch.cat(seen).double().numpy()
+
+
+def rebuilt(weight: np.ndarray, x: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The paper's formula in fp64: W G Rᵀ (A + λI)⁻¹."""
+    g = x.T @ x
+    a = g[np.ix_(kept, kept)]
+    return weight @ g[:, kept] @ np.linalg.inv(a + ALPHA * np.diag(a).mean() * np.eye(len(kept)))
+
+
+def brute_force(model, batches, kinds, keep, closed_loop):
+    """Compresses `model` with whole-model forward passes; magnitude selection by hand."""
+    frozen = copy.deepcopy(model)
+    for layer, dense in zip(model.model.layers, frozen.model.layers, strict=True):
+        source, origin = (model, layer) if closed_loop else (frozen, dense)
+        if "heads" in kinds:
+            _drop_heads(layer, inputs_of(source, origin.self_attn.o_proj, batches), keep)
+        if "mlp" in kinds:
+            _drop_channels(layer.mlp, inputs_of(source, origin.mlp.down_proj, batches), keep)
+    return model
+
+
+def _drop_channels(mlp: nn.Module, x: np.ndarray, keep: float) -> None:
+    squares = sum(p.weight.double().square().sum(1) for p in (mlp.gate_proj, mlp.up_proj))
+    kept = np.sort(np.argsort(-squares.detach().numpy())[: round(keep * x.shape[1])])
+    down = rebuilt(mlp.down_proj.weight.detach().double().numpy(), x, kept)
+    for producer in (mlp.gate_proj, mlp.up_proj):
+        producer.weight = nn.Parameter(producer.weight.detach()[kept])
+    mlp.down_proj.weight = nn.Parameter(torch.from_numpy(down).float())
+
+
+def _drop_heads(layer: nn.Module, x: np.ndarray, keep: float) -> None:
+    """Whole groups of two query heads of 8, scored by the norms of their rows."""
+    attention = layer.self_attn
+    q, k, v = (getattr(attention, n).weight.detach() for n in ("q_proj", "k_proj", "v_proj"))
+    shared = sum(w.double().view(3, 8, -1).square().sum(2) for w in (k, v))
+    # Each query channel's score is a norm (not a square), summed over the head: repeat that per
+    # channel.
+    per_channel = (q.double().view(3, 2, 8, -1).square().sum(3) + shared[:, None]).sqrt()
+    groups = np.sort(np.argsort(-per_channel.sum((1, 2)).numpy())[: round(keep * 3)])
+    rows = np.concatenate([np.arange(16 * g, 16 * g + 16) for g in groups])
+    shared_rows = np.concatenate([np.arange(8 * g, 8 * g + 8) for g in groups])
+    out = rebuilt(attention.o_proj.weight.detach().double().numpy(), x, rows)
+    attention.q_proj.weight = nn.Parameter(q[rows])
+    attention.k_proj.weight = nn.Parameter(k[shared_rows])
+    attention.v_proj.weight = nn.Parameter(v[shared_rows])
+    attention.o_proj.weight = nn.Parameter(torch.from_numpy(out).float())
+
+
+@pytest.mark.parametrize("closed_loop", [True, False], ids=["closed", "open"])
+@pytest.mark.parametrize("kinds", [("mlp",), ("heads",), ("mlp", "heads")], ids="+".join)
+def test_a_run_equals_brute_force_over_whole_forward_passes(
+    kinds, closed_loop, tiny_llama, tiny_batches
+):
+    model, batches = tiny_llama(num_hidden_layers=3), tiny_batches(count=8, length=24)
+    keep = 2 / 3
+    reference = brute_force(
+        copy.deepcopy(model), batches, kinds, 0.7 if "mlp" in kinds else keep, closed_loop
+    )
+    grail.compress(
+        model,
+        batches,
+        keep={"mlp": 0.7, "heads": keep},
+        sites=kinds,
+        selector="magnitude",
+        alpha=ALPHA,
+        toward="zero",
+        closed_loop=closed_loop,
+        multiple=1,
+        progress=False,
+    )
+    with torch.no_grad():
+        ours, theirs = (m(batches[0]).logits for m in (model, reference))
+    # fp32 forward passes and Grams (1e-6) through a ridge system of condition ≤ 1/α.
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kinds", [("mlp",), ("heads",), ("mlp", "heads")], ids="+".join)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_reloads_to_the_same_logits(family, kinds, tiny_model, tiny_batches, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    extra = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
+    model = tiny_model(family, tie_word_embeddings=True, **extra)
+    dense, batches = sum(p.numel() for p in model.parameters()), tiny_batches()
+    report = grail.compress(model, batches, keep=0.5, sites=kinds, progress=False)
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(reloaded(batches[0]).logits, model(batches[0]).logits)
+    assert report.model["parameters"] == {
+        "before": dense,
+        "after": sum(p.numel() for p in reloaded.parameters()),
+    }
+    assert report.model["parameters"]["after"] < dense
+
+
+@pytest.mark.parametrize("sites", [("mlp",), ("heads",), ("mlp", "heads")], ids="+".join)
+def test_compensation_lowers_the_error_of_the_logits(sites, tiny_llama, tiny_batches):
+    model, batches = tiny_llama(), tiny_batches(count=20, length=32)
+    held_out = tiny_batches(count=1, length=32, seed=1)[0]
+    with torch.no_grad():
+        dense = model(held_out).logits
+        errors = {}
+        for compensate in (False, True):
+            narrow = copy.deepcopy(model)
+            report = grail.compress(
+                narrow, batches, keep=0.7, sites=sites, compensate=compensate, progress=False
+            )
+            errors[compensate] = (narrow(held_out).logits - dense).norm()
+            for row in report.sites:
+                assert (
+                    (row.error < row.baseline_error)
+                    if compensate
+                    else row.error == row.baseline_error
+                )
+    assert errors[True] < errors[False]
+
+
+def test_heads_and_channels_that_say_nothing_can_go_without_a_trace(tiny_llama, tiny_batches):
+    # Group 1's heads and odd MLP channels are cut off at their consumers: a right wiring drops
+    # exactly those.
+    model, batches = tiny_llama(), tiny_batches()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[:, 16:32] = 0
+            layer.mlp.down_proj.weight[:, 1::2] = 0
+        dense = model(batches[0]).logits
+    grail.compress(
+        model,
+        batches,
+        keep={"mlp": 0.5, "heads": 2 / 3},
+        sites=("mlp", "heads"),
+        selector="wanda",
+        compensate=False,
+        multiple=1,
+        progress=False,
+    )
+    assert model.config.num_key_value_heads == 2
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]).logits, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_query_heads_alone_can_be_narrowed_in_every_group(tiny_llama, tiny_batches):
+    # keep = 0.5 of 6 heads in 3 groups of 2: three heads, as 3 groups of 1 or 1 group of… 3 does
+    # not exist.
+    model, batches = tiny_llama(hidden_size=48), tiny_batches()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.view(48, 3, 2, 8)[:, :, 0] = 0
+        dense = model(batches[0]).logits
+    grail.compress(model, batches, keep=0.5, sites=("heads",), compensate=False, progress=False)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (3, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]).logits, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_folding_runs_through_the_same_door(tiny_llama, tiny_batches):
+    model, batches = tiny_llama(), tiny_batches()
+    with torch.no_grad():  # every channel twice: folding by halves loses nothing
+        for mlp in (layer.mlp for layer in model.model.layers):
+            for producer in (mlp.gate_proj, mlp.up_proj):
+                producer.weight[40:] = producer.weight[:40]
+        dense = model(batches[0]).logits
+    report = grail.compress(
+        model, batches, keep=0.5, selector="folding", compensate=False, progress=False
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]).logits, dense, rtol=1e-4, atol=1e-4)
+    assert max(row.error for row in report.sites) < 1e-3
+
+
+def test_padding_counts_for_nothing(tiny_llama, tiny_batches):
+    batches = tiny_batches(count=4)
+    padded = [
+        {
+            "input_ids": nn.functional.pad(batch, (0, 5), value=2),
+            "attention_mask": nn.functional.pad(torch.ones_like(batch), (0, 5)),
+        }
+        for batch in batches
+    ]
+    narrow = []
+    for calibration in (batches, padded):
+        model = tiny_llama()
+        report = grail.compress(
+            model, calibration, keep=0.5, sites=("mlp", "heads"), progress=False
+        )
+        assert report.calibration["tokens"] == 4 * 32
+        narrow.append(model)
+    with torch.no_grad():
+        plain, with_padding = (model(batches[0]).logits for model in narrow)
+    torch.testing.assert_close(plain, with_padding, rtol=1e-3, atol=1e-3)
+
+
+def fingerprint(model: nn.Module) -> tuple:
+    """Everything a failed run must leave: tensors, configuration, hooks, flags."""
+    return (
+        {n: (id(p), p.detach().clone()) for n, p in model.named_parameters()},
+        model.config.to_dict(),
+        [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)],
+        [m.num_key_value_groups for m in model.modules() if hasattr(m, "num_key_value_groups")],
+        [m for m in model.modules() if "forward" in m.__dict__],
+    )
+
+
+def assert_untouched(model: nn.Module, before: tuple) -> None:
+    after = fingerprint(model)
+    assert after[1:] == before[1:]
+    assert after[0].keys() == before[0].keys()
+    for name, (identity, value) in before[0].items():
+        assert after[0][name][0] == identity
+        assert torch.equal(after[0][name][1], value) or not value.isfinite().all()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_leaves_the_model_as_it_was(error, tiny_llama, tiny_batches):
+    model = tiny_llama().train()
+    before = fingerprint(model)
+    calls = 0
+
+    def fails_in_the_second_block(view):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise error
+        return view.width.best(view.gram.energy)
+
+    with pytest.raises(error):
+        grail.compress(
+            model,
+            tiny_batches(),
+            keep=0.5,
+            sites=("mlp", "heads"),
+            selector=fails_in_the_second_block,
+            progress=False,
+        )
+    assert calls == 3
+    assert_untouched(model, before)
+
+
+def test_activations_that_overflow_are_refused_with_their_site(tiny_llama, tiny_batches):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[7] = 3e38
+    before = fingerprint(model)
+    with pytest.raises(NonFiniteError, match=r"activations of model\.layers\.1\.mlp") as caught:
+        grail.compress(model, tiny_batches(), keep=0.5, progress=False)
+    assert caught.value.channels == (7,)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("name", ["mlp.up_proj", "mlp.down_proj", "self_attn.k_proj"])
+def test_non_finite_weights_are_refused_with_their_layer(name, tiny_llama, tiny_batches):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].get_submodule(name).weight[3, 0] = float("nan")
+    before = fingerprint(model)
+    layer, linear = name.split(".")
+    with pytest.raises(NonFiniteError, match=rf"model\.layers\.1\.{layer}\.{linear}"):
+        grail.compress(model, tiny_batches(), keep=0.5, sites=("mlp", "heads"), progress=False)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"keep": 0.0}, InputError, r"\(0, 1\]"),
+        ({"keep": 1.5}, InputError, r"\(0, 1\]"),
+        ({"keep": 0.01}, InputError, "width of 0"),
+        ({"keep": {"heads": 0.5}}, InputError, "not the site kind 'mlp'"),
+        ({"sites": ("embeddings",)}, InputError, "heads, mlp"),
+        ({"sites": ()}, InputError, "heads, mlp"),
+        ({"selector": "magic"}, InputError, "unknown selector"),
+        ({"alpha": -1.0}, InputError, "alpha"),
+        ({"toward": "up"}, InputError, "toward"),
+        ({"multiple": 0}, InputError, "multiple"),
+        ({"batches": []}, EmptyCalibrationError, "no token"),
+    ],
+)
+def test_bad_settings_are_refused_and_change_nothing(
+    settings, error, message, tiny_llama, tiny_batches
+):
+    model = tiny_llama()
+    before = fingerprint(model)
+    with pytest.raises(error, match=message):
+        grail.compress(model, **{"batches": tiny_batches(), "progress": False, **settings})
+    assert_untouched(model, before)
+
+
+def test_a_model_of_no_known_family_is_refused_with_the_known_ones():
+    with pytest.raises(ModelError, match=r"Linear; supported are llama, mistral, qwen2, qwen3"):
+        grail.compress(nn.Linear(2, 2), [torch.ones(1, 2, dtype=torch.int64)])
+
+
+def test_a_quantised_layer_is_refused(tiny_llama, tiny_batches):
+    class QuantisedLinear(nn.Linear):
+        pass
+
+    model = tiny_llama()
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = QuantisedLinear(48, 80, bias=False)
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj is a QuantisedLinear"):
+        grail.compress(model, tiny_batches(), keep=0.5, progress=False)
+
+
+def test_keeping_everything_changes_no_bit(tiny_llama, tiny_batches):
+    model = tiny_llama()
+    before = fingerprint(model)
+    report = grail.compress(model, tiny_batches(), keep=1.0, sites=("mlp", "heads"), progress=False)
+    assert_untouched(model, before)
+    assert [(row.channels, row.kept, row.error) for row in report.sites] == [
+        (48, 48, 0),
+        (80, 80, 0),
+    ] * 2
+
+
+def test_surroundings_are_left_as_found(tiny_llama, tiny_batches):
+    model, batches = tiny_llama().train(), tiny_batches()
+    copies = [batch.clone() for batch in batches]
+    state = torch.random.get_rng_state()
+    grail.compress(model, batches, keep=0.5, selector="random", progress=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(map(torch.equal, batches, copies))
+    assert all(module.training for module in model.modules())
+    assert torch.is_grad_enabled()
+    model(batches[0]).logits.sum().backward()  # the new weights train as the old ones did
+    assert model.model.layers[0].mlp.down_proj.weight.grad is not None
+
+
+def test_a_run_is_repeatable_bit_for_bit(tiny_llama, tiny_batches):
+    runs = []
+    for _ in range(2):
+        model = tiny_llama()
+        grail.compress(model, tiny_batches(), keep=0.5, selector="folding", progress=False)
+        runs.append(model.state_dict())
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_the_report_survives_json_and_says_what_was_rounded(tiny_llama, tiny_batches):
+    report = grail.compress(
+        tiny_llama(), tiny_batches(), keep=0.9, sites=("mlp", "heads"), progress=False
+    )
+    assert grail.Report.from_json(report.to_json()) == report
+    assert report.settings["keep"] == 0.9
+    assert any(note.startswith("heads: keep=0.9") for note in report.notes)
+    assert report.model["widths"] == {
+        "before": {"heads": 48, "mlp": 80},
+        "after": {"heads": 48, "mlp": 72},
+    }
+    phases = {"forward", "gram", "select", "solve", "absorb", "other"}
+    assert phases < report.seconds.keys()
+    assert report.seconds["total"] == pytest.approx(sum(report.seconds[p] for p in phases))

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+import grail
+from grail.errors import InputError
+
+
+def dense_map(reduction: grail.Reduction) -> torch.Tensor:
+    """R [K, H] in fp64, from its definition."""
+    matrix = torch.zeros(reduction.kept, reduction.channels, dtype=torch.float64)
+    if isinstance(reduction, grail.Selection):
+        matrix[torch.arange(reduction.kept), reduction.index] = 1
+    else:
+        for channel, label in enumerate(reduction.labels.tolist()):
+            matrix[label, channel] = 1 / int((reduction.labels == label).sum())
+    return matrix
+
+
+REDUCTIONS = [
+    pytest.param(grail.Selection([4, 0, 5], 7), id="selection"),
+    pytest.param(grail.Folding([0, 2, 1, 0, 2, 2, 1]), id="folding"),
+]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_narrow_restrict_and_normal_are_products_with_r(reduction):
+    r = dense_map(reduction)
+    weight = torch.randn(7, 5, dtype=torch.float64)
+    columns = torch.randn(2, 3, 7, dtype=torch.float64)
+    gram = torch.randn(7, 7, dtype=torch.float64)
+    torch.testing.assert_close(reduction.narrow(weight), r @ weight)
+    torch.testing.assert_close(reduction.narrow(weight[:, 0]), r @ weight[:, 0])
+    torch.testing.assert_close(reduction.restrict(columns), columns @ r.T)
+    torch.testing.assert_close(reduction.normal(gram), r @ gram @ r.T)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_absorb_is_exact_where_members_of_a_cluster_agree(reduction):
+    # If x is what R x says (dropped channels zero, clustered channels equal), plain reduction loses
+    # nothing.
+    r = dense_map(reduction)
+    reduced = torch.randn(reduction.kept, 20, dtype=torch.float64)
+    x = (r != 0).to(r).T @ reduced
+    consumer = torch.randn(4, 7, dtype=torch.float64)
+    torch.testing.assert_close(reduction.absorb(consumer) @ (r @ x), consumer @ x)
+
+
+def test_folding_averages_in_fp32_and_rounds_once():
+    weight = torch.randn(64, 3).bfloat16()
+    folded = grail.Folding([0] * 64).narrow(weight)
+    assert torch.equal(folded, weight.float().mean(0, keepdim=True).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: grail.Selection([], 4), "empty"),
+        (lambda: grail.Selection([0, 4], 4), r"\[0, 4\)"),
+        (lambda: grail.Selection([-1], 4), r"\[0, 4\)"),
+        (lambda: grail.Selection([1, 1], 4), "at most once"),
+        (lambda: grail.Selection(torch.tensor([0.5]), 4), "integers"),
+        (lambda: grail.Selection(torch.tensor([True, False]), 2), "integers"),
+        (lambda: grail.Selection(torch.zeros(2, 2, dtype=torch.int64), 4), "vector"),
+        (lambda: grail.Folding([]), "non-empty"),
+        (lambda: grail.Folding([0, 2]), "cluster 1 of 3"),
+        (lambda: grail.Folding([-1, 0]), "from 0"),
+    ],
+)
+def test_impossible_reductions_are_refused(build, message):
+    with pytest.raises(InputError, match=message):
+        build()
+
+
+def test_a_tensor_of_other_channels_is_refused():
+    with pytest.raises(InputError, match="7 channels met a tensor of 6"):
+        grail.Selection([0], 7).narrow(torch.randn(6, 2))

@@ -1,0 +1,110 @@
+import itertools
+
+import pytest
+import torch
+
+import grail
+from grail import select
+from grail.errors import InputError
+from grail.select.folding import kmeans
+from grail.width import ChannelWidth, HeadWidth
+
+H = 10
+
+
+def view(width=None, seed: int = 0) -> select.View:
+    generator = torch.Generator().manual_seed(7)
+    gram = grail.Gram(H)
+    gram.update(torch.randn(50, H, generator=generator) * torch.rand(H, generator=generator))
+    return select.View(
+        producers=tuple(torch.randn(H, 6, generator=generator) for _ in range(2)),
+        consumer=torch.randn(4, H, generator=generator),
+        gram=gram,
+        width=width or ChannelWidth(H, 4),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def scores_of(name: str, seen: select.View) -> list[float]:
+    """Each channel's score from the published formula, one channel at a time in fp64."""
+    energy = seen.gram.matrix().double().diagonal()
+    formulas = {
+        "magnitude": lambda h: sum(p.double()[h].square().sum() for p in seen.producers).sqrt(),
+        "wanda": lambda h: sum(abs(w) * energy[h].sqrt() for w in seen.consumer.double()[:, h]),
+        "gram": lambda h: energy[h],
+    }
+    return [float(formulas[name](h)) for h in range(H)]
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "gram"])
+def test_the_channels_of_highest_published_score_stay(name):
+    seen = view()
+    scores = scores_of(name, seen)
+    best = sorted(sorted(range(H), key=lambda h: -scores[h])[:4])
+    assert select.get(name)(seen).index.tolist() == best
+
+
+def test_random_depends_on_the_generator_alone_and_keeps_heads_whole():
+    width = HeadWidth(5, 1, 2, 3, 1)
+    draws = [select.get("random")(view(width, seed)).index.tolist() for seed in (1, 1, 2, 3, 4)]
+    assert draws[0] == draws[1]
+    assert len({tuple(d) for d in draws}) > 1
+    assert all(d[0::2] == [c - 1 for c in d[1::2]] and len(d) == 6 for d in draws)
+
+
+def spread(rows: torch.Tensor, labels) -> float:
+    labels = torch.as_tensor(labels)
+    return sum(
+        (rows[labels == k] - rows[labels == k].mean(0)).square().sum().item()
+        for k in labels.unique()
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kmeans_finds_well_separated_clusters_exactly(seed):
+    # Against every possible labelling of 7 rows into 3 clusters.
+    generator = torch.Generator().manual_seed(seed)
+    centres = 20 * torch.randn(3, 4, generator=generator)
+    rows = centres[[0, 1, 2, 0, 1, 2, 2]] + 0.1 * torch.randn(7, 4, generator=generator)
+    labels = kmeans(rows, 3, generator)
+    best = min(
+        spread(rows, labelling)
+        for labelling in itertools.product(range(3), repeat=7)
+        if set(labelling) == {0, 1, 2}
+    )
+    assert spread(rows, labels) == pytest.approx(best, rel=1e-4)
+    assert labels[0] == 0  # numbered by first member
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 5, 6])
+def test_kmeans_leaves_no_cluster_empty_even_among_copies(clusters):
+    rows = torch.ones(6, 3)
+    labels = kmeans(rows, clusters, torch.Generator().manual_seed(0))
+    assert labels.unique().tolist() == list(range(clusters))
+
+
+def test_folding_clusters_rows_of_all_producers():
+    seen = view(ChannelWidth(H, H - 1))
+    for producer in seen.producers:
+        producer[8] = producer[2]
+    labels = select.get("folding")(seen).labels
+    assert labels[8] == labels[2]
+    assert labels.unique().numel() == H - 1
+
+
+def test_folding_refuses_attention_heads():
+    with pytest.raises(InputError, match="attention heads"):
+        select.get("folding")(view(HeadWidth(5, 1, 2, 3, 1)))
+
+
+def test_names_are_listed_and_unknown_ones_refused():
+    assert {"folding", "gram", "magnitude", "random", "wanda"} <= set(select.names())
+    with pytest.raises(InputError, match=r"'magic'; choose one of .*wanda"):
+        select.get("magic")
+
+
+def test_a_callable_is_a_selector():
+    def first(seen: select.View) -> grail.Reduction:
+        return grail.Selection(list(range(seen.width.kept)), seen.width.channels)
+
+    assert select.get(first) is first

@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from grail.errors import EmptyCalibrationError, InputError
+from grail.sites import find
+from grail.stream import Memo, Stream
+
+from .conftest import FAMILIES
+
+
+def stream_of(model, batches) -> Stream:
+    with torch.no_grad():
+        return Stream(model, find(model).blocks, batches)
+
+
+def run_through(stream: Stream) -> list[list[torch.Tensor]]:
+    """Hidden states of every batch at the entry of each block."""
+    seen = [list(stream.hidden)]
+    with torch.no_grad():
+        for block in range(len(stream.blocks)):
+            for batch in range(len(stream)):
+                stream.store(batch, stream.run(block, batch))
+            seen.append(list(stream.hidden))
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_run_alone_give_the_models_own_hidden_states(family, tiny_model, tiny_batches):
+    extra = {}
+    if family in ("qwen2", "qwen3"):  # a sliding window in one of the layers: masks differ by layer
+        extra = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    if family == "mistral":
+        extra = {"sliding_window": 4}
+    model = tiny_model(family, num_hidden_layers=3, **extra)
+    batches = tiny_batches(count=2)
+    states = run_through(stream_of(model, batches))
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            own = model(batch, output_hidden_states=True).hidden_states
+            for block in range(3):
+                assert torch.equal(states[block][number], own[block])
+            last = model.get_decoder().norm(states[3][number])
+            assert torch.equal(last, own[3])
+
+
+def test_the_model_is_as_before_after_the_calls_were_recorded(tiny_llama, tiny_batches):
+    model, batch = tiny_llama(), tiny_batches(count=1)[0]
+    before = model(batch).logits
+    stream_of(model, [batch])
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert torch.equal(model(batch).logits, before)
+
+
+def test_equal_tables_are_held_once(tiny_llama, tiny_batches):
+    stream = stream_of(tiny_llama(), tiny_batches(count=3))
+    tables = {calls[0].kwargs["position_embeddings"][0].data_ptr() for calls in stream._calls}
+    assert len(tables) == 1
+
+
+def test_a_memo_replays_what_was_recorded_in_order(tiny_llama, tiny_batches):
+    model = tiny_llama()
+    stream = stream_of(model, tiny_batches())
+    block = stream.blocks[0]
+    memo = Memo((block.self_attn,), stream)
+    with torch.no_grad():
+        with memo.recording():
+            expected = [stream.run(0, batch) for batch in range(len(stream))]
+        block.self_attn.o_proj.weight.zero_()  # would show if attention ran again
+        with memo.replaying():
+            replayed = [stream.run(0, batch) for batch in range(len(stream))]
+    assert all(map(torch.equal, expected, replayed))
+    assert not block.self_attn._forward_hooks
+    assert "forward" not in block.self_attn.__dict__
+
+
+def test_an_attention_mask_decides_which_tokens_count(tiny_llama, tiny_batches):
+    batch = tiny_batches(count=1, rows=2, length=8)[0]
+    mask = torch.ones_like(batch)
+    mask[0, 5:] = 0
+    stream = stream_of(tiny_llama(), [{"input_ids": batch, "attention_mask": mask}, batch])
+    assert stream.tokens == 13 + 16
+    assert torch.equal(stream.mask(0), mask.bool())
+    assert stream.mask(1) is None
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [
+        ([], EmptyCalibrationError),
+        ([torch.empty(0, 4, dtype=torch.int64)], EmptyCalibrationError),
+        ([torch.randn(2, 4)], InputError),
+        ([torch.ones(4, dtype=torch.int64)], InputError),
+        ([["text"]], InputError),
+    ],
+    ids=["none", "no token", "float", "vector", "text"],
+)
+def test_batches_of_another_kind_are_refused(batches, error, tiny_llama):
+    with pytest.raises(error):
+        stream_of(tiny_llama(), batches)
