@@ -16,6 +16,7 @@ tests.
 import argparse
 import copy
 import csv
+import functools
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ CELLS = [
     *(("mlp", keep) for keep in MLP_KEEPS),
     *((sites, keep) for sites in ("heads", "mlp,heads") for keep in HEAD_KEEPS),
 ]
-LENGTHS, ALPHAS = (8192, 32768, 131072), (1e-6, 1e-4, 1e-2, 1e-1)
+LENGTHS, ALPHAS = (8192, 32768, 131072), (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 
 Row = dict[str, Any]
 
@@ -145,7 +146,7 @@ def calibration(keep: float = 0.5, heldout_tokens: int = 8 * LENGTH) -> None:
     subject = Subject()
     heldout = {t: subject.batches(t, "heldout", heldout_tokens) for t in ("brown", "python")}
     todo = [(n, a, "baseline") for n in LENGTHS for a in ALPHAS]
-    todo += [(LENGTHS[1], a, "zero") for a in ALPHAS[2:]]
+    todo += [(LENGTHS[1], a, "zero") for a in ALPHAS[3:]]
     for tokens, alpha, toward in todo:
         if (tokens, alpha, toward) in out:
             continue
@@ -204,6 +205,7 @@ def _bare_seconds(model: Any, batches: list[torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
+@functools.cache  # the commit whose code was loaded, not the one of an hour later
 def _conditions() -> Row:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -217,6 +219,89 @@ def _conditions() -> Row:
 
 def plot() -> None:
     """Both figures, from the committed CSV alone."""
+    _save(_keep_figure(Table(RESULTS / "smollm2_table.csv", ()).rows), "smollm2_table.svg")
+    _save(
+        _calibration_figure(Table(RESULTS / "smollm2_calibration.csv", ()).rows),
+        "smollm2_calibration.svg",
+    )
+
+
+def recovered(dense: float, pruned: float, restored: float) -> float:
+    """Share of the lost log-perplexity that came back: ln(pruned/restored) / ln(pruned/dense)."""
+    return math.log(pruned / restored) / math.log(pruned / dense)
+
+
+def _keep_figure(rows: list[Row]) -> Any:
+    """Perplexity against keep ratio, a panel for each set of sites."""
+    from matplotlib.figure import Figure
+
+    by_cell = {(r["sites"], float(r["keep"]), r["model"]): float(r["perplexity"]) for r in rows}
+    dense = by_cell["", 1.0, "dense"]
+    panels = ("mlp", "heads", "mlp,heads")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for axes, sites in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
+        keeps = sorted({k for s, k, _ in by_cell if s == sites})
+        for model, colour in (("pruned", "#c44e52"), ("restored", "#4c72b0")):
+            values = [by_cell[sites, k, model] for k in keeps]
+            axes.plot(keeps, values, "o-", color=colour, label=model)
+        for keep in keeps:
+            pruned, restored = (by_cell[sites, keep, m] for m in ("pruned", "restored"))
+            if pruned > restored:
+                share = recovered(dense, pruned, restored)
+                axes.annotate(
+                    f"{share:.0%}",
+                    (keep, math.sqrt(pruned * restored)),
+                    textcoords="offset points",
+                    xytext=(5, -3),
+                    fontsize=8,
+                )
+        axes.axhline(dense, color="gray", linestyle=":", label="dense")
+        axes.set(title=sites.replace(",", " and "), xlabel="channels kept", yscale="log")
+        ticks = [
+            t for t in (40, 50, 70, 100, 150, 200, 300, 500, 1000) if t <= max(by_cell.values())
+        ]
+        axes.set_yticks(ticks, [str(t) for t in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("perplexity, held-out Brown text")
+    figure.axes[0].legend()
+    figure.suptitle("SmolLM2-135M: pruned and restored (share of the lost log-perplexity won back)")
+    return figure
+
+
+def _calibration_figure(rows: list[Row]) -> Any:
+    """Perplexity against ridge strength, a line for each amount of text, a panel for each domain."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = (("brown", "Brown (the calibration's domain)"), ("python", "Python reference"))
+    lengths = sorted({int(r["calibration_tokens"]) for r in rows if r["alpha"]})
+    for axes, (text, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for length in lengths:
+            for toward, style in (("baseline", "o-"), ("zero", "x:")):
+                line = sorted(
+                    (float(r["alpha"]), float(r[f"perplexity_{text}"]))
+                    for r in rows
+                    if r["alpha"]
+                    and int(r["calibration_tokens"]) == length
+                    and r["toward"] == toward
+                )
+                if line:
+                    label = f"{length // 1024}k tokens, toward {toward}"
+                    axes.plot(*zip(*line, strict=True), style, label=label)
+        axes.set(title=title, xlabel="alpha", ylabel="perplexity, held-out", xscale="log")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.suptitle("SmolLM2-135M, MLP at 0.5, calibrated on Brown text")
+    return figure
+
+
+def _save(figure: Any, name: str) -> None:
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": name}):  # the same data gives the same file
+        figure.savefig(RESULTS / name, metadata={"Date": None})
+    print(f"wrote {RESULTS / name}")
 
 
 def main() -> None:
