@@ -17,6 +17,7 @@ import argparse
 import copy
 import csv
 import functools
+import math
 import subprocess
 import sys
 import time
