@@ -3,6 +3,8 @@
 from grail_kernels.backend import resolve_backend
 from grail_kernels.errors import BackendError, GrailError, InputError
 from grail_kernels.gram import gram_
+from grail_kernels.gram_ragged import gram_ragged_
+from grail_kernels.gram_swiglu import gram_swiglu_
 from grail_kernels.tiles import diagonal, pack, packed_numel, unpack
 
 __all__ = [
@@ -11,6 +13,8 @@ __all__ = [
     "InputError",
     "diagonal",
     "gram_",
+    "gram_ragged_",
+    "gram_swiglu_",
     "pack",
     "packed_numel",
     "resolve_backend",

@@ -57,17 +57,66 @@ def gram_(
             argument. Nothing was changed.
         BackendError: the backend asked for cannot run. Nothing was changed.
     """
-    _check(out, x, mask, weights, sums, nonfinite)
-    if resolve_backend(x, backend) == "triton":
+    _gram_op(out, x.detach(), mask, weights, sums, nonfinite, backend)
+    return out
+
+
+@torch.library.custom_op(
+    "grail::gram_",
+    mutates_args=("out", "sums", "nonfinite"),
+    schema="(Tensor(a!) out, Tensor x, Tensor? mask=None, Tensor? weights=None, "
+    'Tensor(b!)? sums=None, Tensor(c!)? nonfinite=None, str backend="auto") -> ()',
+)
+def _gram_op(
+    out: Tensor,
+    x: Tensor,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    sums: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """`torch.ops.grail.gram_`: opaque to torch.compile, which only sees what it mutates."""
+    check_gram(out, x, mask, weights, sums, nonfinite)
+    checks.check_no_overlap(
+        written={"out": out, "sums": sums, "nonfinite": nonfinite},
+        read={"x": x, "mask": mask, "weights": weights},
+    )
+    add_gram(out, x, mask, weights, sums, nonfinite, resolve_backend(x, backend))
+
+
+@_gram_op.register_fake
+def _(
+    out: Tensor,
+    x: Tensor,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    sums: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    check_gram(out, x, mask, weights, sums, nonfinite)
+
+
+def add_gram(
+    out: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
+    backend: str,
+) -> None:
+    """`gram_` on arguments that were checked and a backend that was resolved."""
+    if backend == "triton":
         from grail_kernels.gram_triton import launch_gram
 
         launch_gram(out, x, mask, weights, sums, nonfinite)
     else:
         _gram_torch(out, x, mask, weights, sums, nonfinite)
-    return out
 
 
-def _check(
+def check_gram(
     out: Tensor,
     x: Tensor,
     mask: Tensor | None,
@@ -75,6 +124,7 @@ def _check(
     sums: Tensor | None,
     nonfinite: Tensor | None,
 ) -> None:
+    """Refuse arguments by what their shapes, dtypes and devices tell."""
     checks.check_activations("x", x)
     channels = x.shape[-1]
     checks.check_accumulator(out, channels)
@@ -84,10 +134,6 @@ def _check(
     if nonfinite is not None:
         checks.check_vector("nonfinite", nonfinite, (channels,), torch.int64)
     checks.check_devices(out=out, x=x, mask=mask, weights=weights, sums=sums, nonfinite=nonfinite)
-    checks.check_no_overlap(
-        written={"out": out, "sums": sums, "nonfinite": nonfinite},
-        read={"x": x, "mask": mask, "weights": weights},
-    )
 
 
 @torch.no_grad()
@@ -102,18 +148,26 @@ def _gram_torch(
     """The torch twin: one GEMM a strip, straight into the accumulator."""
     for tokens, scales in _token_blocks(x, mask, weights):
         weighted = tokens if scales is None else tokens * scales[:, None]
-        block_sums = weighted.sum(0) if sums is not None or nonfinite is not None else None
-        if sums is not None:
-            sums += block_sums
-        if nonfinite is not None and not torch.isfinite(block_sums).all():
-            nonfinite += (~torch.isfinite(tokens)).sum(0)
+        if sums is not None or nonfinite is not None:
+            _collect(tokens, weighted.sum(0), sums, nonfinite)
         for strip in strips(x.shape[-1]):
             rows = weighted[:, strip.low : strip.high]
             _add_products(strip.view(out), rows, tokens[:, : strip.high])
 
 
+def _collect(
+    tokens: Tensor, token_sums: Tensor, sums: Tensor | None, nonfinite: Tensor | None
+) -> None:
+    """Add the sums [H] of a block of tokens [t, H], and count its non-finite values."""
+    if sums is not None:
+        sums += token_sums
+    # A NaN or an infinity always shows in the sum of its channel, so a clean block is not searched.
+    if nonfinite is not None and not torch.isfinite(token_sums).all():
+        nonfinite += (~torch.isfinite(tokens)).sum(0)
+
+
 def _add_products(target: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """target [R, C] += rows^T [R, T] @ columns [T, C]."""
+    """Add rows^T [R, T] @ columns [T, C] to target [R, C]."""
     if rows.shape[1] >= _GEMM_ROWS:
         target.addmm_(rows.T, columns)
         return
@@ -139,7 +193,7 @@ def _token_blocks(
         return
     tokens = math.prod(x.shape[:-1])
     buffer = x.new_empty(min(tokens, _BLOCK_TOKENS), x.shape[-1], dtype=torch.float32)
-    for index in _block_indices(x.shape[:-1]):
+    for index in block_indices(x.shape[:-1]):
         part = x[index].reshape(-1, x.shape[-1])
         scales = None if weights is None else weights[index].flatten().float()
         if takes_part is not None:
@@ -167,12 +221,12 @@ def _is_gemm_operand(x: Tensor) -> bool:
     return by_rows or by_columns
 
 
-def _block_indices(shape: torch.Size) -> Iterator[tuple[int | slice, ...]]:
+def block_indices(shape: torch.Size) -> Iterator[tuple[int | slice, ...]]:
     """Indices that cut leading dimensions of `shape` into blocks of at most _BLOCK_TOKENS."""
     each = math.prod(shape[1:])
     if each > _BLOCK_TOKENS:
         for position in range(shape[0]):
-            for rest in _block_indices(shape[1:]):
+            for rest in block_indices(shape[1:]):
                 yield (position, *rest)
         return
     step = _BLOCK_TOKENS // max(each, 1)

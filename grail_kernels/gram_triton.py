@@ -19,6 +19,7 @@ FLUSH. Bound by the tensor cores from about 500 channels on.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -74,7 +75,7 @@ def _load_activations(x_ptr, gate_ptr, offsets, mask):
 
 @triton.jit
 def _products_of_parts(rows, cols, OPERAND: tl.constexpr):
-    """rows [R, T] @ cols [T, C] in fp32, each the exact sum of three bf16; small products first."""
+    """Rows [R, T] @ cols [T, C] in fp32, each the sum of three bf16; small products first."""
     row_high = rows.to(tl.bfloat16)
     col_high = cols.to(tl.bfloat16)
     rows -= row_high.to(tl.float32)
@@ -107,9 +108,10 @@ def _step_tokens(
     stride_xo,
     stride_xt,
     BLOCK_T: tl.constexpr,
+    REPEATS: tl.constexpr,
 ):
     """The offsets of a step's tokens, whether each takes part, and its weight; [BLOCK_T]."""
-    repeat = step // steps_each
+    repeat = step // steps_each if REPEATS else 0
     tokens = first_token + (step - repeat * steps_each) * BLOCK_T + tl.arange(0, BLOCK_T)
     takes_part = tokens < end_token
     weights = tl.full([BLOCK_T], 1.0, tl.float32)
@@ -122,7 +124,7 @@ def _step_tokens(
     return repeat * stride_xo + tokens * stride_xt, takes_part, weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "span"])
 def _gram_kernel(
     out_ptr,  # [batch, P]
     x_ptr,  # [outer, inner, H]
@@ -147,6 +149,7 @@ def _gram_kernel(
     FLUSH: tl.constexpr,
     PARTS: tl.constexpr,
     OPERAND: tl.constexpr,
+    REPEATS: tl.constexpr,
 ):
     """One tile of one matrix, over the tokens of an expert (offsets) or `span` steps of them all.
 
@@ -156,10 +159,7 @@ def _gram_kernel(
     program = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     tile_rows = tl.cdiv(H, BLOCK_H).to(tl.int64)
-    if sums_ptr is None and nonfinite_ptr is None:
-        collectors = tl.zeros([], tl.int64)
-    else:
-        collectors = tile_rows
+    collectors = 0 if sums_ptr is None and nonfinite_ptr is None else tile_rows
 
     if offsets_ptr is None:
         first_token = tl.zeros([], tl.int64)
@@ -191,6 +191,7 @@ def _gram_kernel(
                 stride_xo,
                 stride_xt,
                 BLOCK_T,
+                REPEATS,
             )
             x = _load_activations(
                 x_ptr,
@@ -240,6 +241,7 @@ def _gram_kernel(
                     stride_xo,
                     stride_xt,
                     BLOCK_T,
+                    REPEATS,
                 )
                 row_x = _load_activations(
                     x_ptr,
@@ -275,29 +277,52 @@ def launch_gram(
     weights: Tensor | None,
     sums: Tensor | None,
     nonfinite: Tensor | None,
+    gate: Tensor | None = None,
 ) -> None:
-    """Add the Gram matrix of checked `x` [..., H] to `out`; the arguments of `gram_`."""
-    batches = _as_batches(x)
-    if batches is None:
-        for index in range(x.shape[0]):
-            part_mask = None if mask is None else mask[index]
-            part_weights = None if weights is None else weights[index]
-            launch_gram(out, x[index], part_mask, part_weights, sums, nonfinite)
-        return
+    """Add the Gram matrix of checked `x` [..., H] to `out`; the arguments of `gram_`.
+
+    With `gate`, of the shape and strides of `x`, that of silu(gate) * x.
+    """
     if not x.numel():
         return
+    shape = _batched_shape(x)
+    if shape is None:
+        for index in range(x.shape[0]):
+            part = [None if t is None else t[index] for t in (mask, weights, gate)]
+            launch_gram(out, x[index], part[0], part[1], sums, nonfinite, part[2])
+        return
+    x = x.view(shape)
+    gate = None if gate is None else gate.view(shape)
     mask = None if mask is None else mask.reshape(-1).view(torch.uint8)
     weights = None if weights is None else weights.reshape(-1).float()
-    _launch_split(out, batches, mask, weights, sums, nonfinite)
+    _launch_split(out, x, mask, weights, sums, nonfinite, gate)
 
 
-def _as_batches(x: Tensor) -> Tensor | None:
-    """`x` [..., H] as a view [outer, inner, H], or None where its strides need more dimensions."""
+def launch_gram_ragged(
+    out: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
+) -> None:
+    """Add the Gram matrix of each expert; the checked arguments of `gram_ragged_`."""
+    if not x.numel() or not out.numel():
+        return
+    config = tuning.gram_config(x.dtype, x.shape[1], aligned=_is_aligned(x[None]))
+    _launch(config, out, x[None], None, None, sums, nonfinite, offsets=offsets)
+
+
+def _batched_shape(x: Tensor) -> tuple[int, int, int] | None:
+    """[outer, inner, H] such that `x` [..., H] has that view; None if it needs more dimensions."""
+    channels = x.shape[-1]
+    tokens = x.numel() // channels
     for outer in (1, x.shape[0]):
+        shape = (outer, tokens // outer, channels)
         try:
-            return x.view(outer, -1, x.shape[-1]) if x.numel() else x.reshape(0, 0, x.shape[-1])
+            x.view(shape)
         except RuntimeError:
             continue
+        return shape
     return None
 
 
@@ -308,20 +333,27 @@ def _launch_split(
     weights: Tensor | None,
     sums: Tensor | None,
     nonfinite: Tensor | None,
+    gate: Tensor | None,
 ) -> None:
     """Split the tokens over as many partial matrices as fill the GPU, and add those up in order."""
     outer, inner, channels = x.shape
-    config = tuning.gram_config(x.dtype, weights is not None, channels)
+    config = tuning.gram_config(
+        x.dtype,
+        channels,
+        weighted=weights is not None,
+        gated=gate is not None,
+        aligned=_is_aligned(x),
+    )
     steps = outer * math.ceil(inner / config.block_tokens)
     splits = tuning.token_splits(_tiles(channels, config), outer * inner, _processors(x))
     span = math.ceil(steps / splits)
     if splits == 1:
-        _launch(config, out[None], x, mask, weights, sums, nonfinite, None, span)
+        _launch(config, out[None], x, mask, weights, sums, nonfinite, gate=gate, span=span)
         return
     parts = out.new_zeros(splits, out.numel())
     part_sums = None if sums is None else sums.new_zeros(splits, channels)
     part_counts = None if nonfinite is None else nonfinite.new_zeros(splits, channels)
-    _launch(config, parts, x, mask, weights, part_sums, part_counts, None, span)
+    _launch(config, parts, x, mask, weights, part_sums, part_counts, gate=gate, span=span)
     for target, part in ((out, parts), (sums, part_sums), (nonfinite, part_counts)):
         if target is not None and part is not None:
             target += part.sum(0)
@@ -335,12 +367,13 @@ def _launch(
     weights: Tensor | None,  # [outer * inner]
     sums: Tensor | None,  # [batch, H]
     nonfinite: Tensor | None,  # [batch, H]
-    offsets: Tensor | None,  # [batch + 1]
-    span: int,
+    *,
+    offsets: Tensor | None = None,  # [batch + 1]
     gate: Tensor | None = None,  # as x
+    span: int = 0,
 ) -> None:
+    """Launch a program for each tile of each matrix, and for each block of channels to collect."""
     outer, inner, channels = x.shape
-    native = x.dtype != torch.float32 and weights is None
     collects = sums is not None or nonfinite is not None
     programs = _tiles(channels, config)
     programs += math.ceil(channels / config.block_channels) if collects else 0
@@ -359,23 +392,37 @@ def _launch(
         span,
         out.stride(0),
         *x.stride(),
-        STRIP=tiles.BLOCK,
-        BLOCK_T=config.block_tokens,
-        BLOCK_H=config.block_channels,
-        GROUP=config.group,
-        FLUSH=tuning.FLUSH_TOKENS // config.block_tokens,
-        PARTS=1 if native else 3,
-        OPERAND=_operand(x.dtype, native),
+        **constants(config, x.dtype, weights is not None, outer > 1),
         num_warps=config.warps,
         num_stages=config.stages,
     )
 
 
-def _operand(dtype: torch.dtype, native: bool) -> tl.dtype:
-    """The dtype that tensor cores multiply; the interpreter gets products of bf16 wrong."""
-    if interpreting():
-        return tl.float32
-    return tl.float16 if native and dtype == torch.float16 else tl.bfloat16
+def constants(
+    config: tuning.GramConfig, dtype: torch.dtype, weighted: bool, repeats: bool
+) -> dict[str, Any]:
+    """The compile-time arguments of the kernel; `bench/aot.py` compiles with the same."""
+    native = tuning.multiplies_natively(dtype, weighted)
+    operand = tl.float16 if native and dtype == torch.float16 else tl.bfloat16
+    return {
+        "STRIP": tiles.BLOCK,
+        "BLOCK_T": config.block_tokens,
+        "BLOCK_H": config.block_channels,
+        "GROUP": config.group,
+        "FLUSH": tuning.FLUSH_TOKENS // config.block_tokens,
+        "PARTS": 1 if native else 3,
+        # The interpreter gets products of bf16 wrong.
+        "OPERAND": tl.float32 if interpreting() else operand,
+        "REPEATS": repeats,
+    }
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether the kernel can read 16 bytes of `x` [outer, inner, H] at once."""
+    _, inner, channels = x.shape
+    run = channels if x.stride(2) == 1 else inner if x.stride(1) == 1 else 1
+    lengths = (run, *(stride for stride in x.stride() if stride != 1))
+    return x.data_ptr() % 16 == 0 and all(length % 16 == 0 for length in lengths)
 
 
 def _tiles(channels: int, config: tuning.GramConfig) -> int:

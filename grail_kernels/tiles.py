@@ -52,7 +52,7 @@ def packed_numel(channels: int) -> int:
     """
     if channels < 1:
         raise InputError(f"a Gram matrix needs at least 1 channel, got {channels}")
-    full, rest = divmod(channels, BLOCK)
+    full, rest = channels // BLOCK, channels % BLOCK  # divmod does not take traced sizes
     return BLOCK * BLOCK * full * (full + 1) // 2 + rest * channels
 
 

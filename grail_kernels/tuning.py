@@ -39,30 +39,46 @@ class GramConfig:
     stages: int
 
 
-# By (activations are multiplied as they are, more than 64 channels).
-_GRAM = {
-    (True, True): GramConfig(64, 128, 8, 8, 3),
-    (True, False): GramConfig(64, 64, 1, 4, 3),
-    (False, True): GramConfig(32, 64, 8, 4, 2),
-    (False, False): GramConfig(32, 64, 1, 4, 2),
-}
+_PLAIN = GramConfig(64, 128, 8, 8, 3)
+_NARROW = GramConfig(64, 64, 1, 4, 3)
+# Six products of bf16 parts, which live in registers.
+_PARTS = GramConfig(32, 64, 8, 4, 2)
+# Four blocks in shared memory where the others have two.
+_GATED = GramConfig(32, 128, 8, 8, 3)
+# One 64-bit address an element: a larger tile would spill a kilobyte of them.
+_SCATTERED = GramConfig(32, 64, 8, 8, 2)
+_SCATTERED_PARTS = GramConfig(16, 64, 8, 8, 2)
 
 
-def gram_config(dtype: torch.dtype, weighted: bool, channels: int) -> GramConfig:
+def gram_config(
+    dtype: torch.dtype,
+    channels: int,
+    *,
+    weighted: bool = False,
+    gated: bool = False,
+    aligned: bool = True,
+) -> GramConfig:
     """The launch of the Gram kernel for one call.
 
     Args:
         dtype: of the activations.
-        weighted: whether tokens have weights; products are then split like those of fp32.
         channels: H.
+        weighted: whether tokens have weights; products are then split like those of fp32.
+        gated: whether activations are multiplied from two tensors on the way in.
+        aligned: whether 16 bytes of activations can be read at once.
     """
-    native = dtype != torch.float32 and not weighted
-    return _GRAM[native, channels > 64]
+    if not multiplies_natively(dtype, weighted):
+        return _PARTS if aligned else _SCATTERED_PARTS
+    if not aligned:
+        return _SCATTERED
+    if gated:
+        return _GATED
+    return _PLAIN if channels > 64 else _NARROW
 
 
-def gram_configs() -> dict[tuple[bool, bool], GramConfig]:
-    """Every shipped launch, by (native products, more than 64 channels); for the compile gate."""
-    return dict(_GRAM)
+def multiplies_natively(dtype: torch.dtype, weighted: bool) -> bool:
+    """Whether tensor cores take the activations as they are, not in three bf16 parts."""
+    return dtype != torch.float32 and not weighted
 
 
 def token_splits(tiles: int, tokens: int, processors: int) -> int:

@@ -1,0 +1,81 @@
+"""torch.ops.grail.*: the kernels as operators that torch.compile can carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import grail_kernels as gk
+from tests.kernels.cases import positive
+
+CHANNELS = 67
+
+
+def zeros() -> Tensor:
+    return torch.zeros(gk.packed_numel(CHANNELS))
+
+
+def gram(x: Tensor) -> tuple[Tensor, ...]:
+    out, sums = zeros(), torch.zeros(CHANNELS)
+    gk.gram_(out, x.tanh(), mask=x[..., 0] > 0, sums=sums)
+    return gk.unpack(out, CHANNELS), sums
+
+
+def gram_of_operator(x: Tensor) -> tuple[Tensor, ...]:
+    out, sums = zeros(), torch.zeros(CHANNELS)
+    torch.ops.grail.gram_(out, x.tanh(), x[..., 0] > 0, None, sums)
+    return gk.unpack(out, CHANNELS), sums
+
+
+def gram_swiglu(x: Tensor) -> tuple[Tensor, ...]:
+    out = zeros()
+    gk.gram_swiglu_(out, x, x.tanh())
+    return (gk.unpack(out, CHANNELS),)
+
+
+def gram_ragged(x: Tensor) -> tuple[Tensor, ...]:
+    out = torch.zeros(2, gk.packed_numel(CHANNELS))
+    gk.gram_ragged_(out, x.tanh(), torch.tensor([0, 20, 50]))
+    return (gk.unpack(out, CHANNELS),)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("function", [gram, gram_of_operator, gram_swiglu, gram_ragged])
+def test_compiled_code_gives_the_same_bits(
+    function: Callable[[Tensor], tuple[Tensor, ...]], backend: str
+) -> None:
+    x = positive(50, CHANNELS)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    for expected, got in zip(function(x), compiled(x), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        (torch.ops.grail.gram_, lambda: (zeros(), positive(50, CHANNELS))),
+        (
+            torch.ops.grail.gram_swiglu_,
+            lambda: (zeros(), positive(50, CHANNELS), positive(50, CHANNELS)),
+        ),
+        (
+            torch.ops.grail.gram_ragged_,
+            lambda: (zeros()[None], positive(50, CHANNELS), torch.tensor([0, 50])),
+        ),
+    ],
+    ids=["gram_", "gram_swiglu_", "gram_ragged_"],
+)
+def test_operators_declare_what_they_do(
+    operator: Callable[..., None], arguments: Callable[[], tuple[Tensor, ...]]
+) -> None:
+    torch.library.opcheck(operator, arguments())
+
+
+def test_a_wrong_shape_is_refused_while_tracing() -> None:
+    fake = torch.zeros(5, 3, device="meta")
+    with pytest.raises(gk.InputError, match="3 channels has"):
+        torch.ops.grail.gram_(torch.zeros(4, device="meta"), fake)
