@@ -295,7 +295,10 @@ def test_non_finite_weights_are_refused_with_their_site(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_in_use_is_refused_and_left_alone(arguments, tmp_path):
+def test_an_output_folder_in_use_is_refused_before_the_model_is_loaded(
+    arguments, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert "is not empty" in refusal(grail(*arguments))
