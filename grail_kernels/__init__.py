@@ -1,5 +1,6 @@
 """Triton kernels and their torch twins for Gram matrices. Knows tensors, no models."""
 
+from grail_kernels.absorb import absorb
 from grail_kernels.backend import resolve_backend
 from grail_kernels.errors import BackendError, GrailError, InputError
 from grail_kernels.gram import gram_
@@ -11,6 +12,7 @@ __all__ = [
     "BackendError",
     "GrailError",
     "InputError",
+    "absorb",
     "diagonal",
     "gram_",
     "gram_ragged_",

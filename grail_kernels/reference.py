@@ -32,6 +32,12 @@ def nonfinite_counts(
     return (~torch.isfinite(rows)).sum(0)
 
 
+def absorb(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
+    """W_D G_DP in fp64 as [O, K], for weight [O, H], a dense gram [H, H] and kept channels [K]."""
+    of_dropped = weight.double().index_fill(1, keep, 0.0)
+    return of_dropped @ gram.double()[:, keep]
+
+
 def error_ratio(result: Tensor, exact: Tensor, magnitude: Tensor) -> float:
     """The largest |result - exact| / (eps * magnitude) of any component; NaN counts as infinite.
 

@@ -48,7 +48,7 @@ def test_leading_dimensions_are_a_batch() -> None:
     assert torch.equal(gk.diagonal(packed, 300), matrices.diagonal(dim1=-2, dim2=-1))
 
 
-@pytest.mark.parametrize("channels", (2560, 4096, 11008))
+@pytest.mark.parametrize("channels", [2560, 4096, 11008])
 def test_packing_takes_at_most_55_percent_of_dense(channels: int) -> None:
     assert gk.packed_numel(channels) <= 0.55 * channels**2
 

@@ -1,0 +1,275 @@
+"""What every shipped Triton kernel compiles to, without a GPU.
+
+    python bench/aot.py            compile everything, compare with the record, say what differs
+    python bench/aot.py --write    compile everything and write the record
+
+A kernel is compiled for each architecture, dtype, alignment, launch configuration and set of fused
+features that `grail_kernels` launches. The record, bench/results/aot.json, holds what decides its
+speed: registers, stack, shared memory, tensor-core instructions, wide and narrow loads, atomics.
+Numbers differ between versions of Triton, so they are compared with the record of the same version
+only; the limits of `violations` hold for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from grail_kernels import tuning
+from grail_kernels.gram_triton import _gram_kernel, constants
+
+RECORD = Path(__file__).parent / "results" / "aot.json"
+Resources = dict[str, int]
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory (LDS) that one program may take.
+SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+TENSOR_CORE = {
+    "sm_80": r"mma\.sync",
+    "sm_90": r"wgmma\.mma_async",
+    "sm_100": r"tcgen05\.mma",
+    "gfx942": r"v_mfma",
+}
+# Bytes of spilled registers that are accepted: a dozen registers, next to the kilobyte of a tile that
+# does not fit.
+STACK_LIMIT = 64
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+POINTERS = {
+    "gate_ptr": "*{x}",
+    "mask_ptr": "*u8",
+    "weights_ptr": "*fp32",
+    "sums_ptr": "*fp32",
+    "nonfinite_ptr": "*i64",
+    "offsets_ptr": "*i64",
+}
+FEATURES = {
+    "plain": (),
+    "collecting": ("mask_ptr", "sums_ptr", "nonfinite_ptr"),
+    "weighted": ("weights_ptr", "sums_ptr", "nonfinite_ptr"),
+    "ragged": ("offsets_ptr", "sums_ptr", "nonfinite_ptr"),
+    "swiglu": ("gate_ptr", "sums_ptr", "nonfinite_ptr"),
+    "pixels": ("sums_ptr", "nonfinite_ptr"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation of the Gram kernel."""
+
+    target: str
+    dtype: torch.dtype
+    aligned: bool
+    channels: int
+    feature: str
+
+    @property
+    def name(self) -> str:
+        """The key of this case in the record."""
+        alignment = "aligned" if self.aligned else "unaligned"
+        width = "wide" if self.channels > 64 else "narrow"
+        return f"gram/{self.target}/{TYPES[self.dtype]}/{alignment}/{width}/{self.feature}"
+
+
+def cases() -> Iterator[Case]:
+    """Every launch configuration, and every fused feature with the activations it is meant for."""
+    for target in TARGETS:
+        for dtype in TYPES:
+            yield Case(target, dtype, True, 4096, "plain")
+            yield Case(target, dtype, True, 64, "plain")
+            yield Case(target, dtype, False, 4096, "collecting")
+        for feature in FEATURES:
+            if feature != "plain":
+                yield Case(target, torch.bfloat16, True, 4096, feature)
+        for feature in ("collecting", "swiglu", "pixels"):
+            yield Case(target, torch.float32, True, 4096, feature)
+
+
+def compile_case(case: Case) -> Resources:
+    """What `case` compiles to; nothing is read from or left in Triton's cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        config = tuning.gram_config(
+            case.dtype,
+            case.channels,
+            weighted=case.feature == "weighted",
+            gated=case.feature == "swiglu",
+            aligned=case.aligned,
+        )
+        compiled = triton.compile(
+            _source(case, config),
+            target=TARGETS[case.target],
+            options={"num_warps": config.warps, "num_stages": config.stages},
+        )
+        return _resources(case.target, compiled)
+
+
+def _source(case: Case, config: tuning.GramConfig) -> ASTSource:
+    """The kernel with the argument types and the alignment that Triton would see in a launch."""
+    by_pixels = case.feature == "pixels"
+    x = TYPES[case.dtype]
+    present = FEATURES[case.feature]
+    types: dict[str, Any] = {"out_ptr": "*fp32", "x_ptr": f"*{x}"}
+    types |= {n: t.format(x=x) if n in present else None for n, t in POINTERS.items()}
+    types |= dict.fromkeys(("H", "inner", "outer", "span", "stride_xo"), "i32")
+    types |= {"out_stride": "i64"}
+    types |= (
+        {"stride_xt": 1, "stride_xc": "i32"} if by_pixels else {"stride_xt": "i32", "stride_xc": 1}
+    )
+    weighted = case.feature == "weighted"
+    constexprs = {name: value for name, value in types.items() if not isinstance(value, str)}
+    constexprs |= constants(config, case.dtype, weighted, repeats=by_pixels)
+    arguments = _gram_kernel.arg_names
+    signature = {name: "constexpr" if name in constexprs else types[name] for name in arguments}
+    # An allocation is aligned; a view into one, like its width and strides, is if the caller's is.
+    sixteen = ["out_ptr", *(name for name in present if name != "gate_ptr")]
+    if case.aligned:
+        sixteen += ["x_ptr", "gate_ptr", "H", "out_stride", "stride_xo", "stride_xt", "stride_xc"]
+        sixteen += ["inner"] if by_pixels else []
+    attributes = {
+        (arguments.index(name),): [["tt.divisibility", 16]]
+        for name in sixteen
+        if name not in constexprs
+    }
+    return ASTSource(_gram_kernel, signature, constexprs, attributes)
+
+
+def _resources(target: str, compiled: Any) -> Resources:
+    is_cuda = "cubin" in compiled.asm
+    assembly = compiled.asm["ptx" if is_cuda else "amdgcn"]
+    used = _cuda_usage(compiled.asm["cubin"]) if is_cuda else _hip_usage(assembly)
+    wide, narrow, atomic = (
+        # Bytes of an asynchronous copy stand in its operands, those of a plain load in its name.
+        (
+            r"cp\.async\.[^;]*, 0x10,|ld\.global[^ ]*\.v4\.b32|ld\.global[^ ]*\.v2\.b64",
+            r"cp\.async\.[^;]*, 0x[48],|ld\.global[^ ]*\.b16 ",
+            r"\b(?:atom|red)\.global",
+        )
+        if is_cuda
+        else (
+            r"(?:global|buffer)_load_dwordx4",
+            r"(?:global|buffer)_load_(?:ushort|short_d16)",
+            r"(?:global|buffer)_atomic",
+        )
+    )
+    return used | {
+        "shared": compiled.metadata.shared,
+        "tensor_core": len(re.findall(TENSOR_CORE[target], assembly)),
+        "wide_loads": len(re.findall(wide, assembly)),
+        "narrow_loads": len(re.findall(narrow, assembly)),
+        "atomics": len(re.findall(atomic, assembly)),
+    }
+
+
+def _cuda_usage(cubin: bytes) -> Resources:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {"registers": _number(r"REG:(\d+)", output), "stack": _number(r"STACK:(\d+)", output)}
+
+
+def _hip_usage(assembly: str) -> Resources:
+    return {
+        "registers": _number(r"\.vgpr_count:\s*(\d+)", assembly),
+        "stack": _number(r"\.private_segment_fixed_size:\s*(\d+)", assembly),
+    }
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if not found:
+        raise RuntimeError(f"the compiler's output has no {pattern}")
+    return int(found[1])
+
+
+def violations(case: Case, found: Resources) -> list[str]:
+    """The limits that hold for every version of Triton, as sentences; empty if all do."""
+    limit = SHARED_LIMITS[case.target]
+    rules = {
+        f"takes {found['shared']} B of shared memory, the limit is {limit}": found["shared"]
+        > limit,
+        f"spills {found['stack']} B": found["stack"] > STACK_LIMIT,
+        "uses no tensor cores": found["tensor_core"] == 0,
+        "has atomics, so its bits may vary": found["atomics"] > 0,
+        "reads aligned activations in pieces": case.aligned and found["narrow_loads"] > 0,
+        "has no 16-byte loads": case.aligned and found["wide_loads"] == 0,
+    }
+    return [f"{case.name} {rule}" for rule, broken in rules.items() if broken]
+
+
+def differences(recorded: dict[str, Resources], found: dict[str, Resources]) -> list[str]:
+    """What changed since the record, one line a number."""
+    lines = []
+    for name in sorted(recorded.keys() | found.keys()):
+        before, now = recorded.get(name), found.get(name)
+        if before is None or now is None:
+            lines.append(f"{name}: {'not recorded' if before is None else 'no longer compiled'}")
+            continue
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
+        if changed:
+            lines.append(f"{name}: {', '.join(changed)}")
+    return lines
+
+
+def compile_all() -> dict[Case, Resources]:
+    """Every case, two at a time."""
+    everything = list(cases())
+    with ProcessPoolExecutor(2) as pool:
+        return dict(zip(everything, pool.map(compile_case, everything, chunksize=4), strict=True))
+
+
+def check() -> list[str]:
+    """Everything wrong with what the kernels compile to now; empty if nothing is."""
+    found = compile_all()
+    problems = [line for case, resources in found.items() for line in violations(case, resources)]
+    record = json.loads(RECORD.read_text())
+    if record["triton"] == triton.__version__:
+        now = {case.name: resources for case, resources in found.items()}
+        problems += differences(record["cases"], now)
+    return problems
+
+
+def main() -> int:
+    """Run from the command line; the exit code is 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="write the record")
+    if parser.parse_args().write:
+        found = compile_all()
+        problems = [line for case, row in found.items() for line in violations(case, row)]
+        rows = {case.name: row for case, row in found.items()}
+        RECORD.write_text(
+            json.dumps({"triton": triton.__version__, "cases": rows}, indent=1) + "\n"
+        )
+    else:
+        problems = check()
+    print("\n".join(problems) or "nothing to report")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

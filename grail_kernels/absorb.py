@@ -1,0 +1,117 @@
+"""The correction of a consumer whose producer keeps a selection of its channels: W_D G_DP.
+
+With kept channels P and dropped ones D, the ridge's right-hand side needs only the dropped columns
+of W [O, H] and the part of G that couples them to the kept ones: 2*O*D*K FLOPs, against 2*O*H*K for
+all rows. The packed Gram is read strip by strip, each strip once, so neither a dense G (4*H^2
+bytes) nor G_DP (4*D*K) is ever formed; beside the result no more than one strip is held.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grail_kernels import checks
+from grail_kernels.errors import InputError
+from grail_kernels.tiles import check_packed, strips
+
+# Dropped channels that a dense product takes at a time: enough for the GEMM, little to hold.
+_DROPPED_ROWS = 1024
+
+
+@torch.no_grad()
+def absorb(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
+    """What the dropped channels owe to the kept ones, seen by a consumer: W_D G_DP.
+
+    Args:
+        weight: [O, H], floating point, any strides.
+        gram: the packed accumulator [packed_numel(H)], or a dense symmetric [H, H]; fp32 or fp64.
+        keep: [K] int64, distinct channels; the columns of the result follow their order.
+
+    Returns:
+        [O, K] in the dtype of `gram`, in which the products are also summed.
+
+    Raises:
+        InputError: a dtype, shape or device does not fit, or `keep` repeats or leaves [0, H).
+
+    Source: Tang et al. (CPAL 2026, arXiv 2602.23795), with the identity on P split off:
+        W G_:P = W_P G_PP + W_D G_DP.
+    """
+    _check(weight, gram, keep)
+    channels = weight.shape[1]
+    dropped_mask = torch.ones(channels, dtype=torch.bool, device=keep.device)
+    dropped_mask[keep] = False
+    dropped = dropped_mask.nonzero().flatten()
+    kept, order = keep.sort()
+    by_position = gram.new_zeros(weight.shape[0], keep.numel())
+    add = _add_dense if gram.dim() == 2 else _add_packed
+    add(by_position, weight, gram, kept, dropped)
+    result = torch.empty_like(by_position)
+    result[:, order] = by_position
+    return result
+
+
+def _add_packed(
+    result: Tensor,  # [O, K]
+    weight: Tensor,  # [O, H]
+    packed: Tensor,  # [P]
+    kept: Tensor,  # [K], ascending
+    dropped: Tensor,  # [H - K], ascending
+) -> None:
+    """Add W_D G_DP strip by strip: a strip couples its rows to the columns before, both ways."""
+    for strip in strips(weight.shape[1]):
+        bounds = torch.tensor([strip.low, strip.high], device=kept.device)
+        kept_low, kept_high = torch.searchsorted(kept, bounds).tolist()
+        dropped_low, dropped_high = torch.searchsorted(dropped, bounds).tolist()
+        rows = strip.view(packed)
+        block = rows[:, strip.low :].tril()
+        rows = torch.cat([rows[:, : strip.low], block + block.tril(-1).mT], dim=1)
+
+        own_dropped = dropped[dropped_low:dropped_high]
+        coupling = rows[own_dropped - strip.low].index_select(1, kept[:kept_high])
+        result[:, :kept_high] += weight[:, own_dropped].to(rows.dtype) @ coupling
+
+        own_kept, before = kept[kept_low:kept_high], dropped[:dropped_low]
+        coupling = rows[own_kept - strip.low].index_select(1, before)
+        result[:, kept_low:kept_high] += weight[:, before].to(rows.dtype) @ coupling.mT
+
+
+def _add_dense(
+    result: Tensor,  # [O, K]
+    weight: Tensor,  # [O, H]
+    gram: Tensor,  # [H, H]
+    kept: Tensor,  # [K]
+    dropped: Tensor,  # [H - K]
+) -> None:
+    """Add W_D G_DP for a block of dropped channels at a time, so that G_DP is never held whole."""
+    for rows in dropped.split(_DROPPED_ROWS):
+        coupling = gram.index_select(0, rows).index_select(1, kept)
+        result += weight[:, rows].to(gram.dtype) @ coupling
+
+
+def _check(weight: Tensor, gram: Tensor, keep: Tensor) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise InputError(
+            f"weight must be a floating point [outputs, channels], got {weight.dtype} "
+            f"{tuple(weight.shape)}; flatten the kernel of a convolution first"
+        )
+    channels = weight.shape[1]
+    if gram.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"gram must be float32 or float64, got {gram.dtype}")
+    if gram.dim() != 2:
+        check_packed(gram, channels)
+    if gram.dim() > 2 or (gram.dim() == 2 and tuple(gram.shape) != (channels, channels)):
+        raise InputError(
+            f"gram must be packed or [{channels}, {channels}] for a weight of {channels} "
+            f"channels, got {tuple(gram.shape)}"
+        )
+    if keep.dim() != 1 or keep.dtype != torch.int64 or not keep.numel():
+        raise InputError(
+            f"keep must be a 1-D int64 tensor of channels, got {keep.dtype} {tuple(keep.shape)}"
+        )
+    checks.check_devices(weight=weight, gram=gram, keep=keep)
+    low, high = int(keep.min()), int(keep.max())
+    if low < 0 or high >= channels:
+        raise InputError(f"keep must lie in [0, {channels}), got {low} to {high}")
+    if keep.unique().numel() != keep.numel():
+        raise InputError("keep names a channel more than once")
