@@ -32,7 +32,7 @@ from bench import assets
 from grail.calibration import token_batches
 from grail.evaluate import evaluate
 from grail.models import load_model
-from grail.report import Evaluation, Report
+from grail.report import Evaluation, Report, recovered
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS = Path(".assets")
@@ -227,11 +227,6 @@ def plot() -> None:
     )
 
 
-def recovered(dense: float, pruned: float, restored: float) -> float:
-    """Share of the lost log-perplexity that came back: ln(pruned/restored) / ln(pruned/dense)."""
-    return math.log(pruned / restored) / math.log(pruned / dense)
-
-
 def _keep_figure(rows: list[Row]) -> Any:
     """Perplexity against keep ratio, a panel for each set of sites."""
     from matplotlib.figure import Figure
@@ -247,8 +242,8 @@ def _keep_figure(rows: list[Row]) -> Any:
             axes.plot(keeps, values, "o-", color=colour, label=model)
         for keep in keeps:
             pruned, restored = (by_cell[sites, keep, m] for m in ("pruned", "restored"))
-            if pruned > restored:
-                share = recovered(dense, pruned, restored)
+            share = recovered(dense, pruned, restored)
+            if share is not None:
                 axes.annotate(
                     f"{share:.0%}",
                     (keep, math.sqrt(pruned * restored)),
@@ -271,7 +266,7 @@ def _keep_figure(rows: list[Row]) -> Any:
 
 
 def _calibration_figure(rows: list[Row]) -> Any:
-    """Perplexity against ridge strength, a line for each amount of text, a panel for each domain."""
+    """Perplexity against ridge strength: a line for each amount of text, a panel a domain."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")

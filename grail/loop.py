@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from grail import select
-from grail.fit import fit
+from grail.errors import InputError
+from grail.fit import Fit, fit
 from grail.gram import Gram
 from grail.options import Options
 from grail.reduction import Reduction
@@ -99,8 +100,8 @@ class Run:
         """Compresses one block and moves the stream past it; `advance` hears of tokens done."""
         run = self._closed if self.options.closed_loop else self._open
         rows = {site.kind: self._untouched(site) for site in sites}
-        for row in run([site for site in sites if self._narrows(site)], advance):
-            rows[row.kind] = row
+        if narrowed := [site for site in sites if self._narrows(site)]:
+            rows |= {row.kind: row for row in run(narrowed, advance)}
         return list(rows.values())
 
     def _closed(self, sites: Sequence[Site], advance: Advance) -> Iterator[SiteReport]:
@@ -168,47 +169,39 @@ class Run:
         with self.clock("absorb"):
             site.narrow(reduction, width, self.transaction)
             self.transaction.set_linear(site.consumer, result.weight, None)
-        return SiteReport(
-            name=site.name,
-            kind=site.kind,
-            block=site.block,
-            channels=channels,
-            kept=reduction.kept,
-            tokens=gram.tokens,
-            damping=result.damping,
-            retries=result.retries,
-            error=result.error,
-            baseline_error=result.baseline_error,
-        )
+        return _row(site, channels, reduction.kept, gram.tokens, result)
 
     def _untouched(self, site: Site) -> SiteReport:
-        return SiteReport(
-            name=site.name,
-            kind=site.kind,
-            block=site.block,
-            channels=site.channels,
-            kept=site.channels,
-            tokens=self.stream.tokens,
-            damping=0.0,
-            retries=0,
-            error=0.0,
-            baseline_error=0.0,
-        )
+        nothing = Fit((), error=0.0, baseline_error=0.0, damping=0.0, retries=0)
+        return _row(site, site.channels, site.channels, self.stream.tokens, nothing)
 
     def _reduction(self, site: Site, gram: Gram) -> Reduction:
         # Seeded by the site as well, so that a block's draw depends on no other block.
         generator = torch.Generator().manual_seed(
             self.options.seed ^ zlib.crc32(site.name.encode())
         )
-        return self._select(
-            select.View(
-                site.producers(),
-                site.consumer.weight.detach(),
-                gram,
-                self.widths[site.kind],
-                generator,
+        width, weight = self.widths[site.kind], site.consumer.weight.detach()
+        reduction = self._select(select.View(site.producers(), weight, gram, width, generator))
+        if (reduction.channels, reduction.kept) != (width.channels, width.kept):
+            raise InputError(
+                f"the selector answered {reduction!r} at {site.name}, where {width} must stay"
             )
-        )
+        return reduction
+
+
+def _row(site: Site, channels: int, kept: int, tokens: int, result: Fit) -> SiteReport:
+    return SiteReport(
+        name=site.name,
+        kind=site.kind,
+        block=site.block,
+        channels=channels,
+        kept=kept,
+        tokens=tokens,
+        damping=result.damping,
+        retries=result.retries,
+        error=result.error,
+        baseline_error=result.baseline_error,
+    )
 
 
 @contextmanager

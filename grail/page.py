@@ -42,24 +42,9 @@ _PHASES = {
 _KINDS = {"mlp": "MLP channels", "heads": "attention heads"}
 
 
-def recovered(evaluation: dict[str, Evaluation]) -> float | None:
-    """The share of the lost log-perplexity that came back, ln(pruned/restored)/ln(pruned/dense).
-
-    Returns:
-        1 when the restored model equals the dense one, 0 when it equals the pruned one, negative
-        when it is worse; None when a row is missing, plain pruning lost nothing, or lost it all.
-    """
-    if not evaluation.keys() >= set(_MODELS):
-        return None
-    dense, pruned, restored = (math.log(evaluation[name].perplexity) for name in _MODELS)
-    if not dense < pruned < math.inf:
-        return None
-    return (pruned - restored) / (pruned - dense)
-
-
 def headline(report: Report) -> tuple[str, str]:
     """The one figure that sums a run up, and what it says: ("64%", "of the lost … came back")."""
-    share = recovered(report.evaluation)
+    share = report.recovered
     if share is not None:
         return f"{share:.0%}", "of the lost log-perplexity came back"
     pairs = _error_pairs(report.sites)
@@ -173,7 +158,7 @@ def _header(report: Report, name: str) -> str:
 
 
 def _explanation(report: Report) -> str:
-    rows, share = report.evaluation, recovered(report.evaluation)
+    rows, share = report.evaluation, report.recovered
     if share is not None:
         dense, pruned, restored = (format_number(rows[name].perplexity) for name in _MODELS)
         verdict = "" if share >= 0 else " Restoration made this text worse than plain pruning."

@@ -2,11 +2,24 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+
+
+def recovered(dense: float, pruned: float, restored: float) -> float | None:
+    """The share of the lost log-perplexity that came back, ln(pruned/restored)/ln(pruned/dense).
+
+    Returns:
+        1 when the restored model is as good as the dense one, 0 when as bad as the pruned one,
+        negative when worse; None when plain pruning lost nothing, or lost it all.
+    """
+    if not dense < pruned < math.inf:
+        return None
+    return math.log(pruned / restored) / math.log(pruned / dense)
 
 
 @dataclass
@@ -19,7 +32,7 @@ class SiteReport:
     channels: int  # before
     kept: int  # after
     tokens: int  # calibration tokens behind the Gram
-    damping: float  # λ that the factorisation used, in units of the Gram's diagonal; 0 if not compensated
+    damping: float  # λ of the factorisation, in the Gram's units; 0 if not compensated
     retries: int  # how often λ had to grow before the Cholesky held
     error: float | None  # ‖WX − W'RX‖ / ‖WX‖ as written into the model; None without a Gram
     baseline_error: float | None  # the same for plain pruning or folding
@@ -41,7 +54,7 @@ class Report:
     """Everything a run decided and measured. Seconds are wall time, sizes are bytes."""
 
     settings: dict[str, Any]  # keep, sites, selector, alpha, toward, compensate, closed_loop, ...
-    model: dict[str, Any]  # name, class, dtype, device, parameters {before, after}, widths {before, after}
+    model: dict[str, Any]  # name, class, dtype, device; parameters, widths {before, after}
     calibration: dict[str, Any]  # source, tokens, sequences, sequence_length
     sites: list[SiteReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # forward, gram, select, solve, total
@@ -50,6 +63,15 @@ class Report:
     notes: list[str] = field(default_factory=list)  # what a person should know: rounding, fallbacks
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    @property
+    def recovered(self) -> float | None:
+        """The share of the lost log-perplexity that came back; None without all three rows."""
+        if not self.evaluation.keys() >= {"dense", "pruned", "restored"}:
+            return None
+        return recovered(
+            *(self.evaluation[row].perplexity for row in ("dense", "pruned", "restored"))
+        )
 
     def to_json(self) -> str:
         """The report as indented JSON text."""

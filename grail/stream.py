@@ -27,7 +27,7 @@ class Stop(Exception):  # noqa: N818, it is no error
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one block for one batch, but for the hidden states; on the model's device."""
+    """The arguments of one block for one batch, without the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

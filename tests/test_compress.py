@@ -313,6 +313,14 @@ def test_bad_settings_are_refused_and_change_nothing(
     assert_untouched(model, before)
 
 
+def test_a_selector_that_keeps_another_number_is_refused(tiny_llama, tiny_batches):
+    def too_few(view):
+        return grail.Selection([0, 1], view.width.channels)
+
+    with pytest.raises(InputError, match=r"Selection\(2 of 80 channels\) at model\.layers\.0\.mlp"):
+        grail.compress(tiny_llama(), tiny_batches(), keep=0.5, selector=too_few, progress=False)
+
+
 def test_a_model_of_no_known_family_is_refused_with_the_known_ones():
     with pytest.raises(ModelError, match=r"Linear; supported are llama, mistral, qwen2, qwen3"):
         grail.compress(nn.Linear(2, 2), [torch.ones(1, 2, dtype=torch.int64)])

@@ -15,7 +15,6 @@ from grail.page import (
     format_number,
     format_seconds,
     page,
-    recovered,
     save_page,
 )
 from grail.report import Evaluation, Report, SiteReport
@@ -96,7 +95,7 @@ class Document(HTMLParser):
 @pytest.mark.parametrize(
     ("perplexities", "share"),
     [
-        # PAPER.md's own example, by hand: ln(47.4/25.7) / ln(47.4/18.2) = 0.6122 / 0.9571.
+        # By hand: ln(47.4/25.7) / ln(47.4/18.2) = 0.6122 / 0.9571.
         ({"dense": 18.2, "pruned": 47.4, "restored": 25.7}, 0.6396),
         ({"dense": 10, "pruned": 1000, "restored": 100}, 0.5),
         ({"dense": 10, "pruned": 20, "restored": 10}, 1.0),
@@ -106,7 +105,9 @@ class Document(HTMLParser):
     ids=["paper", "half", "all", "none", "worse"],
 )
 def test_recovered_is_the_share_of_lost_log_perplexity(perplexities, share):
-    assert recovered(rows(**perplexities)) == pytest.approx(share, abs=1e-4)
+    assert Report({}, {}, {}, evaluation=rows(**perplexities)).recovered == pytest.approx(
+        share, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_recovered_is_the_share_of_lost_log_perplexity(perplexities, share):
     ids=["no pruned row", "nothing lost", "all lost", "no rows"],
 )
 def test_recovered_is_none_where_the_share_has_no_meaning(perplexities):
-    assert recovered(rows(**perplexities)) is None
+    assert Report({}, {}, {}, evaluation=rows(**perplexities)).recovered is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+import pytest
+import torch
+
+import grail
+from grail import memory, plan
+from grail.options import Options
+from grail.sites import find
+from grail.transaction import Transaction
+
+from .test_compress import assert_untouched, fingerprint
+
+PHASES = {"forward", "gram", "select", "solve", "absorb"}
+
+
+def inspected(model, **settings) -> grail.Inspection:
+    return grail.inspect(model, tokens=256, sequence_length=16, **settings)
+
+
+@pytest.mark.parametrize("kinds", [("mlp",), ("heads",), ("mlp", "heads")], ids="+".join)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_predicted_savings_are_what_a_run_leaves(family, kinds, tiny_model, tiny_batches):
+    biased = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
+    model = tiny_model(family, tie_word_embeddings=True, **biased)
+    saving = inspected(model, options=Options(sites=kinds), keeps=[0.5]).savings[0]
+    report = grail.compress(model, tiny_batches(), keep=0.5, sites=kinds, progress=False)
+    assert saving.parameters == report.model["parameters"]["after"]
+    assert saving.bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def test_inspecting_changes_nothing(tiny_llama):
+    model = tiny_llama().train()
+    before, state = fingerprint(model), torch.random.get_rng_state()
+    inspected(model)
+    assert_untouched(model, before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_an_inspection_names_sites_and_predicts_every_phase(tiny_llama):
+    found = inspected(tiny_llama())
+    assert [(s.kind, s.count) for s in found.sites] == [("heads", 2), ("mlp", 2)]
+    assert found.sites[0].structure == "6 heads of 8 in 3 key/value groups of 2"
+    assert found.sites[1].structure == "80 channels"
+    assert found.seconds.keys() == PHASES | {"total"}
+    assert all(seconds > 0 for seconds in found.seconds.values())
+    parts = {name: size for name, size in found.memory.items() if name != "peak"}
+    assert found.memory["peak"] == sum(parts.values())
+
+
+def test_keeping_everything_costs_nothing(tiny_llama):
+    assert inspected(tiny_llama(), options=Options(keep=1.0)).seconds["total"] < 0.1
+
+
+def test_demand_follows_the_sizes_it_is_made_of(tiny_llama):
+    architecture = find(tiny_llama())
+    options = Options(keep=0.5, sites=("mlp", "heads"))
+    once, twice = (plan.demand(architecture, options, tokens, 16) for tokens in (1000, 2000))
+    assert once["hidden states"] == 1000 * 48 * 4 * 2  # the MLP's attention output is kept as well
+    assert twice["hidden states"] == 2 * once["hidden states"]
+    assert {**twice, "hidden states": 0} == {**once, "hidden states": 0}
+    # Heads: 3 of 6, as 3 groups of 1 → q 24, k and v 24 rows, o 24 columns; MLP: 40 of 80.
+    assert once["weights"] == 2 * 4 * 48 * (4 * 24 + 3 * 40)
+    assert once["statistics"] == 4 * 80 * 80
+
+
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(tiny_llama, tiny_batches):
+    # Big enough that hidden states, Grams and solves show beside the interpreter: 140 MB.
+    model = tiny_llama(
+        hidden_size=256,
+        intermediate_size=2048,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+    )
+    batches = tiny_batches(count=40, rows=4, length=128)
+    report = grail.compress(model, batches, keep=0.5, sites=("mlp", "heads"), progress=False)
+    predicted, measured = report.memory["predicted_peak"], report.memory["measured_peak"]
+    assert measured > 0
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_peak_sees_memory_that_is_gone_by_the_end():
+    with memory.Peak(torch.device("cpu")) as peak:
+        before = memory.in_use(torch.device("cpu"))
+        torch.ones(64 << 20, dtype=torch.uint8)
+    assert peak.bytes - before == pytest.approx(64 << 20, rel=0.2)
+
+
+def test_a_transaction_puts_back_the_very_objects():
+    linear = torch.nn.Linear(4, 3)
+    weight, bias = linear.weight, linear.bias
+
+    def fails() -> None:
+        with Transaction() as transaction:
+            transaction.set_linear(linear, torch.ones(2, 4), torch.ones(2))
+            transaction.set_linear(linear, torch.ones(1, 4), torch.ones(1))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
+    assert linear.weight is weight
+    assert linear.bias is bias
+    assert (linear.in_features, linear.out_features) == (4, 3)
+
+
+def test_a_transaction_that_succeeds_keeps_its_changes():
+    linear = torch.nn.Linear(4, 3, dtype=torch.bfloat16)
+    linear.weight.requires_grad_(False)
+    with Transaction() as transaction:
+        transaction.set_linear(linear, torch.ones(2, 4), torch.ones(2))
+    assert linear.weight.shape == (2, 4)
+    assert linear.weight.dtype == torch.bfloat16
+    assert not linear.weight.requires_grad
+    assert linear.out_features == 2
