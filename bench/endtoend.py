@@ -219,12 +219,34 @@ def _conditions() -> Row:
 
 
 def plot() -> None:
-    """Both figures, from the committed CSV alone."""
-    _save(_keep_figure(Table(RESULTS / "smollm2_table.csv", ()).rows), "smollm2_table.svg")
+    """Both figures and the table in Markdown, from the committed CSV alone."""
+    rows = Table(RESULTS / "smollm2_table.csv", ()).rows
+    print(markdown(rows))
+    _save(_keep_figure(rows), "smollm2_table.svg")
     _save(
         _calibration_figure(Table(RESULTS / "smollm2_calibration.csv", ()).rows),
         "smollm2_calibration.svg",
     )
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table of README.md: a line for each cell, from the rows of smollm2_table.csv."""
+    found = {(r["sites"], float(r["keep"]), r["model"]): r for r in rows}
+    dense = float(found["", 1.0, "dense"]["perplexity"])
+    total = int(found["", 1.0, "dense"]["parameters"])
+    lines = [
+        "| sites | keep | parameters | pruned | restored | recovered |",
+        "|---|---|---|---|---|---|",
+    ]
+    for sites, keep in sorted(CELLS, key=lambda cell: (cell[0] != "mlp", len(cell[0]), -cell[1])):
+        pruned, restored = found[sites, keep, "pruned"], found[sites, keep, "restored"]
+        ends = float(pruned["perplexity"]), float(restored["perplexity"])
+        share = recovered(dense, *ends)
+        lines.append(
+            f"| {sites} | {keep:g} | {int(restored['parameters']) / total:.0%} "
+            f"| {ends[0]:.1f} | {ends[1]:.1f} | {'–' if share is None else f'{share:.0%}'} |"
+        )
+    return "\n".join(lines)
 
 
 def _keep_figure(rows: list[Row]) -> Any:

@@ -3,6 +3,7 @@
 from grail.compress import compress
 from grail.fit import Fit, fit
 from grail.gram import Gram
+from grail.options import Options
 from grail.plan import Inspection, inspect
 from grail.reduction import Folding, Reduction, Selection
 from grail.report import Report
@@ -14,6 +15,7 @@ __all__ = [
     "Folding",
     "Gram",
     "Inspection",
+    "Options",
     "Reduction",
     "Report",
     "Selection",

@@ -195,6 +195,34 @@ def test_folding_runs_through_the_same_door(tiny_llama, tiny_batches):
     assert max(row.error for row in report.sites) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_model_stays_16_bit(dtype, tiny_llama, tiny_batches):
+    model = tiny_llama().to(dtype)
+    report = grail.compress(
+        model, tiny_batches(count=8), keep=0.5, sites=("mlp", "heads"), progress=False
+    )
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    # Rounding W' to 8 bits costs far less than dropping half of the channels does.
+    assert all(row.error < row.baseline_error for row in report.sites)
+
+
+def test_batches_of_several_lengths_are_one_calibration_set(tiny_llama, tiny_batches):
+    mixed = tiny_batches(count=2, length=16) + tiny_batches(count=2, rows=3, length=9)
+    alone = [row[None] for batch in mixed for row in batch]  # the same sequences, one by one
+    logits = []
+    for batches in (mixed, alone):
+        model = tiny_llama()
+        report = grail.compress(model, batches, keep=0.5, sites=("mlp", "heads"), progress=False)
+        assert report.calibration == {
+            "tokens": 2 * 2 * 16 + 2 * 3 * 9,
+            "sequences": 10,
+            "sequence_length": 16,
+        }
+        with torch.no_grad():
+            logits.append(model(mixed[0]).logits)
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+
+
 def test_padding_counts_for_nothing(tiny_llama, tiny_batches):
     batches = tiny_batches(count=4)
     padded = [
