@@ -17,9 +17,11 @@ from grail_kernels import checks
 from grail_kernels.backend import resolve_backend
 from grail_kernels.tiles import strips
 
-# Tokens that are copied at a time when a block must be upcast, gathered or weighted: long enough
-# that the accumulator's traffic (2*H^2 bytes each way per block) hides behind the products.
-_BLOCK_TOKENS = 1024
+# Activations that are copied at a time where they must be upcast, gathered or weighted: 32 MB of
+# fp32 stay near the cache; the bounds keep the accumulator's traffic (4*H^2 bytes a block) and the
+# number of GEMMs small.
+_BLOCK_ELEMENTS = 2**23
+_FEWEST_TOKENS, _MOST_TOKENS = 512, 8192
 
 # With fewer rows than this MKL's GEMM adds all tokens in one chain (error 35 eps at 4097 tokens,
 # 800 at 200k, against 3 and 13): such few rows are summed in fp64 instead.
@@ -171,7 +173,8 @@ def _add_products(target: Tensor, rows: Tensor, columns: Tensor) -> None:
     if rows.shape[1] >= _GEMM_ROWS:
         target.addmm_(rows.T, columns)
         return
-    blocks = zip(rows.split(_BLOCK_TOKENS), columns.split(_BLOCK_TOKENS), strict=True)
+    tokens = block_tokens(columns.shape[1])
+    blocks = zip(rows.split(tokens), columns.split(tokens), strict=True)
     for block_rows, block_columns in blocks:
         target += block_rows.T.double() @ block_columns.double()
 
@@ -191,9 +194,9 @@ def _token_blocks(
     elif takes_part is None and _is_gemm_operand(x):
         yield x, None
         return
-    tokens = math.prod(x.shape[:-1])
-    buffer = x.new_empty(min(tokens, _BLOCK_TOKENS), x.shape[-1], dtype=torch.float32)
-    for index in block_indices(x.shape[:-1]):
+    most = block_tokens(x.shape[-1])
+    buffer = x.new_empty(min(math.prod(x.shape[:-1]), most), x.shape[-1], dtype=torch.float32)
+    for index in block_indices(x.shape[:-1], most):
         part = x[index].reshape(-1, x.shape[-1])
         scales = None if weights is None else weights[index].flatten().float()
         if takes_part is not None:
@@ -221,14 +224,19 @@ def _is_gemm_operand(x: Tensor) -> bool:
     return by_rows or by_columns
 
 
-def block_indices(shape: torch.Size) -> Iterator[tuple[int | slice, ...]]:
-    """Indices that cut leading dimensions of `shape` into blocks of at most _BLOCK_TOKENS."""
+def block_tokens(channels: int) -> int:
+    """How many tokens of `channels` channels are copied at a time."""
+    return max(_FEWEST_TOKENS, min(_BLOCK_ELEMENTS // channels, _MOST_TOKENS))
+
+
+def block_indices(shape: torch.Size, most: int) -> Iterator[tuple[int | slice, ...]]:
+    """Indices that cut leading dimensions of `shape` into blocks of at most `most` tokens."""
     each = math.prod(shape[1:])
-    if each > _BLOCK_TOKENS:
+    if each > most:
         for position in range(shape[0]):
-            for rest in block_indices(shape[1:]):
+            for rest in block_indices(shape[1:], most):
                 yield (position, *rest)
         return
-    step = _BLOCK_TOKENS // max(each, 1)
+    step = most // max(each, 1)
     for start in range(0, shape[0], step):
         yield (slice(start, start + step),)

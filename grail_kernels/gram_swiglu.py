@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from grail_kernels import checks
 from grail_kernels.backend import resolve_backend
 from grail_kernels.errors import InputError
-from grail_kernels.gram import add_gram, block_indices, check_gram
+from grail_kernels.gram import add_gram, block_indices, block_tokens, check_gram
 
 
 def gram_swiglu_(
@@ -77,7 +77,7 @@ def _gram_swiglu_op(
 
         launch_gram(out, up, mask, weights, sums, nonfinite, gate)
         return
-    for index in block_indices(up.shape[:-1]):
+    for index in block_indices(up.shape[:-1], block_tokens(up.shape[-1])):
         add_gram(
             out,
             F.silu(gate[index]) * up[index],

@@ -134,6 +134,16 @@ def test_flushing_often_matches_fp64(
     assert_matches_fp64(matrix(x, runner), x)
 
 
+@pytest.mark.parametrize("layout", ["rows", "padded batch", "pixels"])
+def test_blocks_of_few_tokens_match_fp64(
+    layout: str, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grail_kernels.gram.block_tokens", lambda channels: 100)
+    x = in_dtype(LAYOUTS[layout](180, 67), torch.float16)
+    mask = torch.rand(x.shape[:-1]) < 0.7
+    assert_matches_fp64(matrix(x, runner, mask=mask), x, mask)
+
+
 def test_shards_add_up(dtype: torch.dtype, runner: Runner) -> None:
     x = positive(runner.tokens, 130).to(dtype)
     merged = accumulate(x[:100], runner) + accumulate(x[100:], runner)
