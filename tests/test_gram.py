@@ -2,6 +2,8 @@ import pytest
 import torch
 
 import grail
+import grail_kernels as gk
+from grail import gram as gram_module
 from grail.errors import EmptyCalibrationError, InputError, NonFiniteError
 
 H = 20
@@ -50,6 +52,91 @@ def test_merge_adds_sums_and_counts():
     assert first.tokens == 50
 
 
+BUFFER = 64  # tokens; with 2H = 40, batches of up to 8 fp32 or 15 bf16 tokens are worth the wait
+
+
+@pytest.fixture
+def flushes(monkeypatch):
+    """How many tokens entered G at a time."""
+    sizes = []
+    multiply = gk.gram_
+
+    def counting(out, x, **rest):
+        sizes.append(x.shape[:-1].numel())
+        return multiply(out, x, **rest)
+
+    monkeypatch.setattr(gk, "gram_", counting)
+    return sizes
+
+
+def test_small_batches_wait_until_they_fill_the_buffer(flushes):
+    x = torch.randn(17, 8, H)
+    gram = grail.Gram(H, buffer=BUFFER)
+    for batch in x:
+        gram.update(batch)
+    assert flushes == [BUFFER, BUFFER]
+    gram.update(torch.zeros(40, H))  # copying it would cost more than touching G
+    assert flushes == [BUFFER, BUFFER, 40]
+
+
+def merged(gram: grail.Gram) -> torch.Tensor:
+    empty = grail.Gram(H)
+    empty.merge(gram)
+    return empty.matrix()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda g: g.matrix(), lambda g: g.energy, lambda g: g.sum, lambda g: g.tokens, merged],
+    ids=["matrix", "energy", "sum", "tokens", "merge"],
+)
+def test_every_result_has_the_tokens_that_wait(read):
+    x = torch.randint(-9, 9, (7, H)).float()  # sums of small integers are exact in any order
+    whole, waiting = grail.Gram(H), grail.Gram(H, buffer=BUFFER)
+    whole.update(x)
+    waiting.update(x[:3])
+    waiting.update(x[3:])
+    assert torch.equal(torch.as_tensor(read(waiting)), torch.as_tensor(read(whole)))
+
+
+def test_reading_between_batches_counts_none_twice():
+    x, gram = torch.randn(5, 6, H), grail.Gram(H, buffer=BUFFER)
+    for batch in x:
+        gram.update(batch)
+        gram.matrix()
+    x = x.flatten(0, 1)
+    assert ((gram.matrix().double() - x.double().T @ x.double()).abs() <= bound(x)).all()
+
+
+def test_a_batch_that_waits_is_the_callers_to_overwrite():
+    x, gram = torch.randn(7, H), grail.Gram(H, buffer=BUFFER)
+    reused = x.clone()
+    gram.update(reused)
+    reused.fill_(1e30)
+    assert ((gram.matrix().double() - x.double().T @ x.double()).abs() <= bound(x)).all()
+
+
+def test_a_batch_of_another_dtype_keeps_its_precision(flushes):
+    x = torch.randn(14, H)
+    gram = grail.Gram(H, buffer=BUFFER)
+    gram.update(x[:7].bfloat16())
+    gram.update(x[7:])
+    x = torch.cat([x[:7].bfloat16().float(), x[7:]])
+    assert ((gram.matrix().double() - x.double().T @ x.double()).abs() <= bound(x)).all()
+    assert flushes == [7, 7]
+
+
+def test_the_buffer_keeps_masks_beside_the_tokens():
+    # What a GPU does, where counting masked tokens would stall the stream.
+    x, mask = torch.randn(2, 7, H), torch.rand(7) > 0.4
+    x[1, ~mask] = float("nan")
+    buffer = gram_module._Buffer(BUFFER, x)
+    buffer.append(x[0], None)
+    buffer.append(x[1], mask)
+    tokens, counts = buffer.content()
+    assert torch.equal(tokens[counts], torch.cat([x[0], x[1, mask]]))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_non_finite_activation_is_refused_and_nothing_is_added(value):
     gram = grail.Gram(H, name="model.layers.3.mlp")
@@ -94,8 +181,22 @@ def test_no_token_is_an_error_when_read():
         lambda g: g.merge(grail.Gram(H + 1)),
         lambda g: grail.Gram(0),
         lambda g: grail.Gram(2.5),
+        lambda g: grail.Gram(H, buffer=-1),
+        lambda g: g.update(torch.empty(3, H, device="meta")),
     ],
-    ids=["channels", "scalar", "fp64", "int", "mask dtype", "mask shape", "merge", "zero", "float"],
+    ids=[
+        "channels",
+        "scalar",
+        "fp64",
+        "int",
+        "mask dtype",
+        "mask shape",
+        "merge",
+        "zero",
+        "float",
+        "buffer",
+        "device",
+    ],
 )
 def test_input_that_does_not_fit_changes_nothing(call):
     gram = grail.Gram(H)
@@ -112,3 +213,35 @@ def test_the_input_is_read_only():
     copy = x.clone()
     grail.Gram(H).update(x)
     assert torch.equal(x, copy)
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_a_gpu_counts_batches_that_the_caller_overwrites_at_once(where):
+    channels = 1024
+    x, mask = torch.randn(30, 300, channels).bfloat16(), torch.rand(30, 300) > 0.4
+    gram = grail.Gram(channels, device="cuda")
+    batch, counts = x[0].to(where), mask[0].to(where)
+    for source, chosen in zip(x, mask, strict=True):
+        batch.copy_(source)
+        counts.copy_(chosen)
+        gram.update(batch, counts)
+    exact = x[mask].double()
+    assert ((gram.matrix().cpu().double() - exact.T @ exact).abs() <= bound(exact)).all()
+    assert gram.tokens == int(mask.sum())
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_gpu_refuses_non_finite_values_when_read():
+    gram = grail.Gram(H, device="cuda")
+    x = torch.randn(10, H, device="cuda")
+    x[2, 5] = float("nan")
+    gram.update(x)
+    with pytest.raises(NonFiniteError) as caught:
+        gram.matrix()
+    assert caught.value.channels == (5,)
