@@ -7,6 +7,7 @@ import grail
 from grail import select
 from grail.errors import InputError
 from grail.select.folding import kmeans
+from grail.select.greedy import forward, removal_costs
 from grail.width import ChannelWidth, HeadWidth
 
 H = 10
@@ -108,3 +109,54 @@ def test_a_callable_is_a_selector():
         return grail.Selection(list(range(seen.width.kept)), seen.width.channels)
 
     assert select.get(first) is first
+
+
+def compensated_error(gram: torch.Tensor, weight: torch.Tensor, kept: list[int]) -> float:
+    """min over W' of ‖W X − W' X_P‖², from its definition."""
+    schur = gram - gram[:, kept] @ torch.linalg.inv(gram[kept][:, kept]) @ gram[kept]
+    return torch.trace(weight @ schur @ weight.T).item()
+
+
+def correlated(tokens: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(tokens, H, generator=generator) @ torch.randn(H, H, generator=generator)
+    weight = torch.randn(4, H, generator=generator)
+    return (x.T @ x).double(), weight.double()
+
+
+def test_each_greedy_step_is_the_best_of_all_steps():
+    gram, weight = correlated()
+    order = forward(gram, weight, 6).tolist()
+    for step in range(6):
+        kept = order[:step]
+        errors = {j: compensated_error(gram, weight, [*kept, j]) for j in range(H) if j not in kept}
+        assert min(errors, key=errors.__getitem__) == order[step]
+
+
+def test_greedy_never_keeps_a_copy_while_another_channel_helps():
+    gram, weight = correlated()
+    copies = [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+    order = forward(gram[copies][:, copies], weight, 5).tolist()
+    assert sorted(copies[j] for j in order) == [0, 1, 2, 3, 4]
+
+
+def test_greedy_fills_up_when_nothing_is_left_to_gain():
+    gram = torch.diag(torch.tensor([0.0, 2, 0, 1], dtype=torch.float64))
+    weight = torch.tensor([[1.0, 0, 1, 1]], dtype=torch.float64)  # the loudest is not read
+    assert forward(gram, weight, 2).tolist() == [3, 1]
+    assert sorted(forward(gram, weight, 4).tolist()) == [0, 1, 2, 3]
+
+
+def test_a_heads_cost_is_the_error_that_its_removal_leaves():
+    gram, weight = correlated()
+    costs = removal_costs(gram, weight, 2)
+    for head in range(H // 2):
+        kept = [c for c in range(H) if c // 2 != head]
+        # removal_costs damps by 1e-6 of the mean diagonal.
+        assert costs[head].item() == pytest.approx(compensated_error(gram, weight, kept), rel=1e-2)
+
+
+def test_greedy_keeps_whole_heads():
+    index = select.get("greedy")(view(HeadWidth(5, 1, 2, 3, 1))).index.tolist()
+    assert index[0::2] == [c - 1 for c in index[1::2]]
+    assert len(index) == 6

@@ -1,0 +1,86 @@
+"""Output-aware greedy: keep next what lowers the compensated output error ‖W X − W'R X‖ most.
+
+With P kept, the error of the best W' is tr(W S Wᵀ), S = G − G_:P G_PP⁻¹ G_P: (a Schur complement:
+what P cannot say of X). Keeping channel j as well lowers it by
+
+    ‖W S_:j‖² / S_jj        and then        S ← S − S_:j S_j: / S_jj
+
+Neither S nor its square is ever formed: a pivoted partial Cholesky G ≈ V Vᵀ gives the one column
+S_:j = G_:j − V V_jᵀ that a step needs, and W S [O, H] is corrected by its outer product. K steps
+cost K·O·H + H·K²/2 multiply-adds.
+
+Attention heads come in groups of equal size, where a greedy order could leave the feasible set. A
+head's score is what its removal alone costs after compensation, tr(W_g ((G⁻¹)_gg)⁻¹ W_gᵀ).
+
+Source: orthogonal least squares (Chen, Billings, Luo, Int. J. Control 1989) with W X as the target;
+for heads optimal brain surgeon (Hassibi, Stork, NeurIPS 1992) with blocks of channels.
+"""
+
+import torch
+from torch import Tensor
+
+from grail.reduction import Reduction, Selection
+from grail.select import View, reduces
+from grail.width import HeadWidth
+
+# What the kept channels leave of a channel's energy below this share is an fp32 Gram's rounding.
+NOISE = 1e-6
+
+
+@reduces("greedy")
+def greedy(view: View) -> Reduction:
+    """Forward selection of channels by their gain; of heads by the cost of losing them."""
+    gram = view.gram.matrix().double()
+    weight = view.consumer.double().to(gram.device)
+    if isinstance(view.width, HeadWidth):
+        cost = removal_costs(gram, weight, view.width.head_dim)
+        return view.width.best(cost.repeat_interleave(view.width.head_dim) / view.width.head_dim)
+    return Selection(forward(gram, weight, view.width.kept).sort().values, view.width.channels)
+
+
+def forward(gram: Tensor, weight: Tensor, kept: int) -> Tensor:
+    """The `kept` channels of largest gain, in the order of their choice.
+
+    Args:
+        gram: G [H, H] fp64.
+        weight: W [O, H] fp64.
+    """
+    energy = gram.diagonal()
+    left = energy.clone()  # diag S
+    seen = weight @ gram  # W S
+    factor = gram.new_zeros(gram.shape[0], kept)  # V
+    chosen = torch.zeros_like(energy, dtype=torch.bool)
+    order = []
+    for step in range(kept):
+        gain = seen.square().sum(0) / left
+        gain[left <= NOISE * energy] = 0
+        # Where nothing is left to gain, the loudest of the rest fill up.
+        gain = torch.where(chosen, -1, gain if bool((gain > 0).any()) else energy)
+        j = int(gain.argmax())
+        column = gram[:, j] - factor[:, :step] @ factor[j, :step]
+        column = (
+            column / left[j].sqrt() if left[j] > NOISE * energy[j] else torch.zeros_like(column)
+        )
+        seen -= torch.outer(weight @ column, column)
+        left = (left - column.square()).clamp_min(0)
+        factor[:, step] = column
+        chosen[j] = True
+        order.append(j)
+    return torch.tensor(order)
+
+
+def removal_costs(gram: Tensor, weight: Tensor, head_dim: int) -> Tensor:
+    """What losing each head costs in squared output error, the others compensating; [heads].
+
+    Args:
+        gram: G [H, H] fp64.
+        weight: W [O, H] fp64.
+        head_dim: channels of a head.
+    """
+    damped = gram.clone()
+    damped.diagonal().add_(NOISE * gram.diagonal().mean())
+    inverse = torch.linalg.inv(damped)
+    heads = range(0, gram.shape[0], head_dim)
+    own = torch.stack([inverse[h : h + head_dim, h : h + head_dim] for h in heads])
+    columns = torch.stack([weight[:, h : h + head_dim] for h in heads])
+    return (columns @ torch.linalg.inv(own) * columns).sum((1, 2))
