@@ -1,6 +1,8 @@
 """Metadata and pins agree with each other."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,9 +30,16 @@ def test_every_dependency_is_pinned_within_its_range():
         assert "+" not in pin.version  # a local version would bind everyone to one build
 
 
-def test_import_needs_no_extra():
+def test_core_needs_five_packages():
     core = requirements(PROJECT["dependencies"])
     assert set(core) == {"torch", "triton", "numpy", "safetensors", "tqdm"}
+
+
+def test_import_loads_no_extra_and_no_triton():
+    late = ("transformers", "datasets", "matplotlib", "typer", "rich", "gguf", "scipy", "triton")
+    code = f"import sys, grail, grail_kernels; print(*sorted({set(late)!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 def test_citation_names_this_version():
