@@ -2,23 +2,31 @@
 
     A [.., K, K] symmetric positive semi-definite, C [.., O, K]  →  X = C (A + λI)⁻¹ [.., O, K]
 
-Cost: K³/3 + 2·O·K² multiply-adds a problem. fp64 because a Gram's condition number is its data
-    matrix's squared:
-fp32 loses half of what the fp32 Gram still knows.
+K³/3 + 2·O·K² FLOPs a problem, in fp64 where the device is good at it: a Gram's condition number is
+its data matrix's squared, so fp32 loses half of what the fp32 Gram still knows. Elsewhere the
+factor is an fp32 one of the scaled system D (A + λI) D, D = diag(A + λI)^-½, and refinement brings
+X to fp32's precision: each step is one fp64 product of 2·O·K² FLOPs, and the first is mostly
+enough. What does not converge is solved in fp64.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from grail.errors import InputError, NonFiniteError, SolveError
 
+Precision = Literal["auto", "fp64", "refined"]
+
 GROWTH = 10.0
 ATTEMPTS = 12
 # Rounding of an fp32 Gram can push an eigenvalue of a singular A this far (relative to the mean
 # diagonal) below 0; a first retry below it would be wasted.
 FLOOR = 1e-10
+# Steps of refinement. A system that needs more is so ill-conditioned that fp64 is cheaper.
+REFINEMENTS = 5
 
 
 @dataclass(frozen=True)
@@ -30,67 +38,173 @@ class Solution:
     retries: Tensor
 
 
-def solve(normal: Tensor, right: Tensor, damping: Tensor | float) -> Solution:
+def solve(
+    normal: Tensor | Callable[[], Tensor],
+    right: Tensor,
+    damping: Tensor | float,
+    *,
+    precision: Precision = "auto",
+) -> Solution:
     """Solves X (A + λI) = C for a batch of problems.
 
     A factorisation that fails is repeated with λ ten times larger (at least 1e-10 of the mean
     diagonal), at most 12 times. A problem whose A is zero has nothing to explain and gives X = 0.
 
     Args:
-        normal: A [.., K, K], symmetric.
+        normal: A [.., K, K], symmetric; or a function that makes it anew at every call. What a
+            function returns is overwritten, so that a large problem needs no second K·K matrix.
         right: C [.., O, K].
         damping: λ ≥ 0, a number or [..].
+        precision: "fp64"; "refined", fp32 with refinement to a relative error of 6e-8; "auto", fp64
+            on CPUs and on GPUs of compute capability 8.0 and 9.0, gfx90a and gfx942, else refined.
 
     Returns:
         A `Solution` in fp64.
 
     Raises:
-        InputError: shapes that do not fit, or a negative λ.
+        InputError: shapes that do not fit, a negative λ or an unknown precision.
         NonFiniteError: NaN or Inf in A or C.
         SolveError: still indefinite after the last retry.
+
+    Memory: 8·(K² + O·K) bytes a problem, refined 12·K² + 36·O·K, beside A (if given as a tensor)
+    and C. X is part of it.
     """
+    if precision not in get_args(Precision):
+        raise InputError(f"precision must be one of {', '.join(get_args(Precision))}")
+    diagonal = _checked_diagonal(_made(normal), right)
+    batch, diagonal = diagonal.shape[:-1], diagonal.reshape(-1, diagonal.shape[-1])
+    scale, empty = diagonal.mean(-1), (diagonal == 0).all(-1)
+    c = right.reshape(-1, *right.shape[-2:])
+    lam = torch.as_tensor(damping, dtype=torch.float64, device=c.device)
+    lam = lam.expand(batch).reshape(-1).clone()
+    if bool((lam < 0).any()):
+        raise InputError(f"damping must not be negative; got {lam.min().item():g}")
+
+    def attempt(todo: Tensor) -> tuple[Tensor, Tensor]:
+        a = _made(normal)
+        a = _picked(a.reshape(-1, *a.shape[-2:]), todo)
+        a = a.to(torch.float64, copy=isinstance(normal, Tensor))
+        a.diagonal(dim1=-2, dim2=-1).add_((lam + empty)[todo, None])  # the identity where A is 0
+        return method(a, _picked(c, todo))
+
+    fast = _fp64_is_fast(c.device) if precision == "auto" else precision == "fp64"
+    method = _direct if fast else _refined
+    retries = torch.zeros_like(lam, dtype=torch.int64)
+    x, good = attempt(torch.arange(len(c), device=c.device))
+    for _ in range(ATTEMPTS):
+        todo = (~good).nonzero().flatten()
+        if todo.numel() == 0:
+            break
+        lam[todo] = torch.maximum(lam[todo] * GROWTH, FLOOR * scale[todo])
+        retries[todo] += 1
+        x[todo], good[todo] = attempt(todo)
+    if not bool(good.all()):
+        raise SolveError(
+            f"{int((~good).sum())} ridge problem(s) stayed indefinite after {ATTEMPTS} dampings up "
+            f"to {lam[~good].max().item():g}: no Gram matrix, or its sums overflowed"
+        )
+    x[empty] = 0
+    return Solution(x.reshape(right.shape), lam.reshape(batch), retries.reshape(batch))
+
+
+def _made(normal: Tensor | Callable[[], Tensor]) -> Tensor:
+    return normal if isinstance(normal, Tensor) else normal()
+
+
+def _picked(batch: Tensor, todo: Tensor) -> Tensor:
+    return batch if todo.numel() == len(batch) else batch[todo]
+
+
+def _checked_diagonal(normal: Tensor, right: Tensor) -> Tensor:
+    """The diagonal [.., K] of A in fp64, once A and C are known to be finite and to fit."""
     if normal.shape[-1] != normal.shape[-2] or right.shape[-1] != normal.shape[-1]:
         raise InputError(
             f"normal must be [.., K, K] and right [.., O, K]; got {tuple(normal.shape)} "
             f"and {tuple(right.shape)}"
         )
-    batch = normal.shape[:-2]
-    a = normal.double().reshape(-1, *normal.shape[-2:])
-    c = right.double().reshape(-1, *right.shape[-2:])
     # cholesky_ex may report success on NaN, so finiteness is tested first.
-    _require_finite(a, "the normal matrix of a ridge")
-    _require_finite(c, "the right-hand side of a ridge")
-    lam = torch.as_tensor(damping, dtype=torch.float64, device=a.device)
-    lam = lam.expand(batch).reshape(-1).clone()
-    if bool((lam < 0).any()):
-        raise InputError(f"damping must not be negative; got {lam.min().item():g}")
-
-    retries = torch.zeros_like(lam, dtype=torch.int64)
-    scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)
-    x = torch.zeros_like(c)
-    todo = (scale > 0).nonzero().flatten()
-    for _ in range(ATTEMPTS + 1):
-        if todo.numel() == 0:
-            break
-        damped = a[todo]
-        damped.diagonal(dim1=-2, dim2=-1).add_(lam[todo, None])
-        factor, info = torch.linalg.cholesky_ex(damped)
-        solved = torch.cholesky_solve(c[todo].mT, factor).mT
-        good = (info == 0) & solved.isfinite().all(-1).all(-1)
-        x[todo[good]] = solved[good]
-        todo = todo[~good]
-        lam[todo] = torch.maximum(lam[todo] * GROWTH, FLOOR * scale[todo])
-        retries[todo] += 1
-    if todo.numel():
-        raise SolveError(
-            f"{todo.numel()} ridge problem(s) stayed indefinite after {ATTEMPTS} dampings up to "
-            f"{(lam[todo] / GROWTH).max().item():g}: no Gram matrix, or its sums overflowed"
-        )
-    return Solution(x.reshape(right.shape), lam.reshape(batch), retries.reshape(batch))
+    _require_finite(normal, "the normal matrix of a ridge")
+    _require_finite(right, "the right-hand side of a ridge")
+    return normal.diagonal(dim1=-2, dim2=-1).to(torch.float64, copy=True)  # no view that holds A
 
 
 def _require_finite(values: Tensor, what: str) -> None:
+    # A sum is finite only if every value is, and needs no memory.
+    if bool(values.sum(dtype=torch.float64).isfinite()):
+        return
     bad = ~values.isfinite()
     if bool(bad.any()):
         channels = bad.flatten(0, -2).any(0).nonzero().flatten().tolist()
         raise NonFiniteError(what, channels, int(bad.sum()))
+
+
+def _fp64_is_fast(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0] in ("gfx90a", "gfx942")
+    return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
+
+
+def _direct(system: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """X [n, O, K] of X·system = right in fp64, and where [n] that went well.
+
+    Args:
+        system: [n, K, K] fp64, symmetric; becomes the factor.
+        right: [n, O, K].
+    """
+    factor, positive = _factor(system)
+    x = _substitute(factor, right.to(torch.float64, copy=True))
+    return x, positive & x.sum((-2, -1)).isfinite()
+
+
+def _refined(system: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_direct`, by an fp32 factor and refinement; `system` is scaled in place.
+
+    A step's correction d measures the error e before it, and with the rate r = ‖d‖/‖d before‖ what
+    is left is r·‖d‖: a row is done when that is below eps·‖row‖. (As LAPACK's dsposv, which goes on
+    to fp64's eps; the fp32 Gram behind a system knows no more.)
+    """
+    eps = torch.finfo(torch.float32).eps
+    diagonal = system.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()
+    system.mul_(scale[:, :, None]).mul_(scale[:, None, :])
+    target = right.double() * scale[:, None, :]
+    factor, positive = _factor(system.float())
+    x = change = _substitute_normalised(factor, target)
+    good = torch.zeros_like(positive)
+    for _ in range(REFINEMENTS):
+        before = _norms(change)
+        change = _substitute_normalised(factor, torch.baddbmm(target, x, system, alpha=-1))
+        x = x + change
+        good = positive & (_norms(change).square() <= eps * before * _norms(x)).all(-1)
+        if bool((good | ~positive).all()):
+            break
+    if not bool(good.all()):
+        x[~good], good[~good] = _direct(system[~good], target[~good])
+    return x * scale[:, None, :], good
+
+
+def _factor(system: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factors, lower, of matrices [n, K, K] in their place; where [n] it exists."""
+    columns = system.mT  # LAPACK's order, of a symmetric matrix
+    info = torch.empty(len(system), dtype=torch.int32, device=system.device)
+    factor, info = torch.linalg.cholesky_ex(columns, out=(columns, info))
+    return factor, info == 0
+
+
+def _substitute(factor: Tensor, right: Tensor) -> Tensor:
+    """X of X·factor·factorᵀ = right, in the place of `right` [n, O, K]."""
+    torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False, out=right)
+    return torch.linalg.solve_triangular(factor, right, upper=False, left=False, out=right)
+
+
+def _substitute_normalised(factor: Tensor, right: Tensor) -> Tensor:
+    """`_substitute` in fp32, with rows brought into its range; fp64 in and out."""
+    size = right.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return _substitute(factor, (right / size).float()).double() * size
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1)
