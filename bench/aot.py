@@ -30,6 +30,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
+
 from grail_kernels import tuning
 from grail_kernels.gram_triton import _gram_kernel, constants
 
@@ -50,8 +52,8 @@ TENSOR_CORE = {
     "sm_100": r"tcgen05\.mma",
     "gfx942": r"v_mfma",
 }
-# Bytes of spilled registers that are accepted: a dozen registers, next to the kilobyte of a tile that
-# does not fit.
+# Bytes of spilled registers that are accepted: a dozen registers, where a tile that does not fit
+# spills a kilobyte.
 STACK_LIMIT = 64
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

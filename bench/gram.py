@@ -38,6 +38,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
+
 import grail_kernels as gk
 from grail_kernels import reference
 
@@ -203,10 +205,10 @@ def measure_roof(dtype: torch.dtype, device: str) -> Roof:
     size = 8192 if device == "cuda" else 2048
     square = torch.randn(size, size, device=device).to(dtype)
     product = torch.empty_like(square)
-    best = min(_seconds(lambda x: torch.mm(x, x, out=product), square) for _ in range(5))
+    best = min(_seconds(lambda x: torch.mm(x, x, out=product), square) for _ in range(10))
     source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    copied = min(_seconds(target.copy_, source) for _ in range(5))
+    copied = min(_seconds(target.copy_, source) for _ in range(10))
     return Roof(2.0 * size**3 / best, 2.0 * source.numel() * source.element_size() / copied)
 
 
@@ -330,6 +332,9 @@ def plot(path: Path, rows: Iterable[Row], roofs: dict[str, Roof]) -> None:
             roof.flops / 1e12, color="grey", linestyle=":", label="library's best product"
         )
         panel.set(xscale="log", xlabel="channels H", ylabel="TF-eq = 2TH²/time", title=dtype)
+        channels = sorted({row.shape.channels for row in ours})
+        panel.set_xticks(channels, [str(channel) for channel in channels])
+        panel.minorticks_off()
         panel.set_ylim(bottom=0)
         panel.legend()
     figure.tight_layout()

@@ -3,7 +3,7 @@
 With kept channels P and dropped ones D, the ridge's right-hand side needs only the dropped columns
 of W [O, H] and the part of G that couples them to the kept ones: 2*O*D*K FLOPs, against 2*O*H*K for
 all rows. The packed Gram is read strip by strip, each strip once, so neither a dense G (4*H^2
-bytes) nor G_DP (4*D*K) is ever formed; beside the result no more than one strip is held.
+bytes) nor G_DP (4*D*K) is ever formed: beside W_D and the result one strip is held.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ def absorb(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
     dropped = dropped_mask.nonzero().flatten()
     kept, order = keep.sort()
     by_position = gram.new_zeros(weight.shape[0], keep.numel())
+    # Gathered once: columns of a row-major weight are the slow direction.
+    of_dropped = weight.index_select(1, dropped).to(gram.dtype)
     add = _add_dense if gram.dim() == 2 else _add_packed
-    add(by_position, weight, gram, kept, dropped)
+    add(by_position, of_dropped, gram, kept, dropped)
     result = torch.empty_like(by_position)
     result[:, order] = by_position
     return result
@@ -53,13 +55,13 @@ def absorb(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
 
 def _add_packed(
     result: Tensor,  # [O, K]
-    weight: Tensor,  # [O, H]
+    weight: Tensor,  # [O, D]
     packed: Tensor,  # [P]
     kept: Tensor,  # [K], ascending
-    dropped: Tensor,  # [H - K], ascending
+    dropped: Tensor,  # [D], ascending
 ) -> None:
     """Add W_D G_DP strip by strip: a strip couples its rows to the columns before, both ways."""
-    for strip in strips(weight.shape[1]):
+    for strip in strips(kept.numel() + dropped.numel()):
         bounds = torch.tensor([strip.low, strip.high], device=kept.device)
         kept_low, kept_high = torch.searchsorted(kept, bounds).tolist()
         dropped_low, dropped_high = torch.searchsorted(dropped, bounds).tolist()
@@ -69,24 +71,25 @@ def _add_packed(
 
         own_dropped = dropped[dropped_low:dropped_high]
         coupling = rows[own_dropped - strip.low].index_select(1, kept[:kept_high])
-        result[:, :kept_high] += weight[:, own_dropped].to(rows.dtype) @ coupling
+        result[:, :kept_high].addmm_(weight[:, dropped_low:dropped_high], coupling)
 
         own_kept, before = kept[kept_low:kept_high], dropped[:dropped_low]
         coupling = rows[own_kept - strip.low].index_select(1, before)
-        result[:, kept_low:kept_high] += weight[:, before].to(rows.dtype) @ coupling.mT
+        result[:, kept_low:kept_high].addmm_(weight[:, :dropped_low], coupling.mT)
 
 
 def _add_dense(
     result: Tensor,  # [O, K]
-    weight: Tensor,  # [O, H]
+    weight: Tensor,  # [O, D]
     gram: Tensor,  # [H, H]
     kept: Tensor,  # [K]
-    dropped: Tensor,  # [H - K]
+    dropped: Tensor,  # [D]
 ) -> None:
     """Add W_D G_DP for a block of dropped channels at a time, so that G_DP is never held whole."""
-    for rows in dropped.split(_DROPPED_ROWS):
+    blocks = zip(weight.split(_DROPPED_ROWS, dim=1), dropped.split(_DROPPED_ROWS), strict=True)
+    for columns, rows in blocks:
         coupling = gram.index_select(0, rows).index_select(1, kept)
-        result += weight[:, rows].to(gram.dtype) @ coupling
+        result.addmm_(columns, coupling)
 
 
 def _check(weight: Tensor, gram: Tensor, keep: Tensor) -> None:
