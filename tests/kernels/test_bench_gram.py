@@ -63,6 +63,21 @@ def test_the_limit_is_the_slower_of_products_and_memory() -> None:
     assert gram.Roof(1e30, 1e6).limit(shape, 4) == pytest.approx(moved / 1e6)
 
 
+def test_a_library_that_fails_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not on this machine")
+
+    right = gram.providers
+    monkeypatch.setattr(gram, "providers", lambda *case: right(*case) | {"addmm": fail})
+    assert run("--dtype", "fp32") == 0
+    output = capsys.readouterr().out
+    assert "addmm left out: not on this machine" in output
+    assert "\naddmm  " not in output
+    assert "\ngrail " in output
+
+
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "gram.png"
