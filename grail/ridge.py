@@ -66,7 +66,7 @@ def solve(
         NonFiniteError: NaN or Inf in A or C.
         SolveError: still indefinite after the last retry.
 
-    Memory: 8·(K² + O·K) bytes a problem, refined 12·K² + 36·O·K, beside A (if given as a tensor)
+    Memory: 8·(K² + O·K) bytes a problem, refined 12·K² + 40·O·K, beside A (if given as a tensor)
     and C. X is part of it.
     """
     if precision not in get_args(Precision):

@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from grail import memory, ridge
+from grail import ridge
 from grail.errors import InputError, NonFiniteError, SolveError
+
+from .allocations import peak_bytes
 
 EPS = {"fp64": torch.finfo(torch.float64).eps, "refined": torch.finfo(torch.float32).eps}
 PRECISIONS = list(EPS)
@@ -107,18 +109,14 @@ def test_a_function_is_solved_like_the_tensor_it_makes(precision):
     ("precision", "formula"),
     [
         ("fp64", lambda k, o: 8 * (k * k + o * k)),
-        ("refined", lambda k, o: 12 * k * k + 36 * o * k),
+        ("refined", lambda k, o: 12 * k * k + 40 * o * k),
     ],
 )
 def test_the_memory_is_what_the_docstring_says(precision, formula):
-    k, o = 2000, 1000
-    a = torch.eye(k, dtype=torch.float64)
-    c = torch.ones(o, k, dtype=torch.float64)
-    ridge.solve(a[:32, :32], c[:, :32], 1.0, precision=precision)  # the library's own buffers
-    with memory.Peak(torch.device("cpu")) as peak:
-        before = memory.in_use(torch.device("cpu"))
-        ridge.solve(a.clone, c, 1.0, precision=precision)
-    assert peak.bytes - before == pytest.approx(formula(k, o), rel=0.15)
+    k, o = 600, 400
+    a, c = torch.eye(k, dtype=torch.float64), torch.ones(o, k, dtype=torch.float64)
+    used = peak_bytes(lambda: ridge.solve(a.clone, c, 1.0, precision=precision))
+    assert used == pytest.approx(formula(k, o), rel=0.02)  # vectors of K are not in the formula
 
 
 def test_devices_that_are_good_at_fp64_use_it(monkeypatch):
