@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grail_kernels import checks
 from grail_kernels.errors import InputError
+from grail_kernels.precision import full_fp32
 from grail_kernels.tiles import check_packed, strips
 
 # Dropped channels that a dense product takes at a time: enough for the GEMM, little to hold.
@@ -47,7 +48,8 @@ def absorb(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
     # Gathered once: columns of a row-major weight are the slow direction.
     of_dropped = weight.index_select(1, dropped).to(gram.dtype)
     add = _add_dense if gram.dim() == 2 else _add_packed
-    add(by_position, of_dropped, gram, kept, dropped)
+    with full_fp32(gram.device):
+        add(by_position, of_dropped, gram, kept, dropped)
     result = torch.empty_like(by_position)
     result[:, order] = by_position
     return result

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grail_kernels import checks
 from grail_kernels.backend import resolve_backend
+from grail_kernels.precision import full_fp32
 from grail_kernels.tiles import strips
 
 # Activations that are copied at a time where they must be upcast, gathered or weighted: 32 MB of
@@ -115,7 +116,8 @@ def add_gram(
 
         launch_gram(out, x, mask, weights, sums, nonfinite)
     else:
-        _gram_torch(out, x, mask, weights, sums, nonfinite)
+        with full_fp32(x.device):
+            _gram_torch(out, x, mask, weights, sums, nonfinite)
 
 
 def check_gram(
