@@ -168,32 +168,29 @@ def calibration(keep: float = 0.5, heldout_tokens: int = 8 * LENGTH) -> None:
 
 def cost(tokens: int = 32 * LENGTH, keep: float = 0.5) -> None:
     """GRAIL's time against one bare forward pass of the same tokens; peak memory."""
-    out = Table(RESULTS / "smollm2_cost.csv", ("sites", "compensate"))
+    out = Table(RESULTS / "smollm2_cost.csv", ("sites",))
     subject = Subject()
     batches = subject.batches("brown", "calibration", tokens)
     for sites in ("mlp", "heads", "mlp,heads"):
-        for compensate in (True, False):
-            if (sites, compensate) in out:
-                continue
-            bare = _bare_seconds(subject.model, batches)
-            settings = {"keep": keep, "sites": tuple(sites.split(",")), "compensate": compensate}
-            _, report = subject.compressed(batches, **settings)
-            own = sum(report.seconds[p] for p in ("gram", "select", "solve", "absorb"))
-            out.add(
-                {
-                    "sites": sites,
-                    "compensate": compensate,
-                    "keep": keep,
-                    "tokens": tokens,
-                    "bare_forward_s": round(bare, 3),
-                    **{f"{phase}_s": round(s, 3) for phase, s in report.seconds.items()},
-                    "own_work_over_bare": round(own / bare, 4),
-                    "total_over_bare": round(report.seconds["total"] / bare, 4),
-                    "predicted_peak_bytes": report.memory["predicted_peak"],
-                    "measured_peak_bytes": report.memory["measured_peak"],
-                    **_conditions(),
-                }
-            )
+        if (sites,) in out:
+            continue
+        bare = _bare_seconds(subject.model, batches)
+        _, report = subject.compressed(batches, keep=keep, sites=tuple(sites.split(",")))
+        own = sum(report.seconds[p] for p in ("gram", "select", "solve", "absorb"))
+        out.add(
+            {
+                "sites": sites,
+                "keep": keep,
+                "tokens": tokens,
+                "bare_forward_s": round(bare, 3),
+                **{f"{phase}_s": round(s, 3) for phase, s in report.seconds.items()},
+                "own_work_over_bare": round(own / bare, 4),
+                "total_over_bare": round(report.seconds["total"] / bare, 4),
+                "predicted_peak_bytes": report.memory["predicted_peak"],
+                "measured_peak_bytes": report.memory["measured_peak"],
+                **_conditions(),
+            }
+        )
 
 
 def _bare_seconds(model: Any, batches: list[torch.Tensor]) -> float:
