@@ -1,19 +1,21 @@
-"""Absorb, then solve: the ridge regression of GRAIL, written straight into the consumer's weight.
+"""The ridge regression of GRAIL, written straight into the consumer's weight.
 
-With A = R G Rᵀ, λ = α·mean(diag A) and W₀ the consumer of plain pruning or folding,
+With A = R G Rᵀ, λ = α·mean(diag A), W₀ the consumer of plain pruning or folding, and V = W − W₀R
+what that leaves out (for a selection: the dropped columns of W, nothing else),
 
-    C  = W G Rᵀ − W₀ A                       what W₀ leaves unexplained
+    C  = V G Rᵀ                              what the kept channels can still say about V
     W' = W₀ + C (A + λI)⁻¹                   toward the baseline: λ→∞ is W₀
     W' = W₀ + (C − λ W₀)(A + λI)⁻¹            toward zero, the paper's W G Rᵀ (A + λI)⁻¹
 
-The solve has O right-hand sides, not H. Both errors come from the same products, before a weight is
-touched:
+The errors come from the same products, before a weight is touched:
 
-    ‖(W − W₀R)X‖² = tr(W G Wᵀ) − 2 tr(W₀ (W G Rᵀ)ᵀ) + tr(W₀ A W₀ᵀ)
-    ‖(W − W'R)X‖² = ‖(W − W₀R)X‖² − 2 tr(Δ Cᵀ) + tr(Δ A Δᵀ),   Δ = W' − W₀
+    ‖(W − W₀R)X‖² = tr(V G Vᵀ)               ‖WX‖² = tr(V G Vᵀ) + 2 tr(C W₀ᵀ) + tr(W₀ A W₀ᵀ)
+    ‖(W − W'R)X‖² = tr(V G Vᵀ) − 2 tr(C Δᵀ) + tr(Δ A Δᵀ),   Δ = W' − W₀
 
-Source: GRAIL (arXiv 2602.23795), equations of section 3; identities in fp64 throughout, one
-rounding into the weight's dtype.
+FLOPs for O outputs and D channels in V: 2·O·D·H for V G, K³/3 + 2·O·K² for the solve, 4·O·K² for
+the errors. Identities in fp64 throughout, one rounding into the weight's dtype.
+
+Source: GRAIL (arXiv 2602.23795), equations of section 3.
 """
 
 from collections.abc import Sequence
@@ -26,9 +28,12 @@ from torch import Tensor
 from grail import ridge
 from grail.errors import InputError, NonFiniteError
 from grail.gram import Gram
-from grail.reduction import Reduction
+from grail.reduction import Folding, Reduction, Selection
 
 Toward = Literal["zero", "baseline"]
+
+# Rows of G that are held in fp64 at a time: enough for the GEMM.
+ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -79,42 +84,122 @@ def fit(
         InputError: shapes that do not fit, or an alpha or toward that is not allowed.
         NonFiniteError: NaN or Inf in a weight or in the Gram.
         SolveError: see `grail.ridge.solve`.
+
+    Memory: `peak_bytes`.
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     _check(gram, reduction, weights, alpha, toward)
     if reduction.is_identity:
         return Fit(tuple(w.detach().clone() for w in weights), 0.0, 0.0, 0.0, 0)
 
-    matrix = gram.matrix().double()
-    dense = torch.cat([w.detach().double().to(matrix.device) for w in weights])
-    seen = dense @ matrix
-    target, normal = reduction.restrict(seen), reduction.normal(matrix)
-    baseline = reduction.absorb(dense)
-    unexplained = target - baseline @ normal
-
-    damping, retries, fitted = 0.0, 0, baseline
+    matrix = gram.matrix()
+    dense = torch.cat([w.detach().to(matrix.device, torch.float64) for w in weights])
+    problem = _Problem(matrix, reduction, dense)
+    del dense  # large, and no longer needed
+    damping, retries, fitted = 0.0, 0, problem.baseline
     if compensate:
-        strength = alpha * normal.diagonal().mean()
-        right = unexplained - strength * baseline if toward == "zero" else unexplained
-        solution = ridge.solve(normal, right, strength)
-        fitted = baseline + solution.x
-        damping, retries = solution.damping.item(), int(solution.retries)
-
+        fitted, damping, retries = problem.solve(alpha, toward)
     rounded = [
         part.to(w.dtype)
         for part, w in zip(fitted.split([w.shape[0] for w in weights]), weights, strict=True)
     ]
-    change = torch.cat([part.double() for part in rounded]) - baseline
-    total = (seen * dense).sum()
-    before = total - 2 * (baseline * target).sum() + ((baseline @ normal) * baseline).sum()
-    after = before - 2 * (change * unexplained).sum() + ((change @ normal) * change).sum()
+    fitted = torch.cat([part.double() for part in rounded])
+    error, baseline_error = problem.errors(fitted.sub_(problem.baseline))
     return Fit(
         tuple(part.to(w.device) for part, w in zip(rounded, weights, strict=True)),
-        _relative(after, total),
-        _relative(before, total),
+        error,
+        baseline_error,
         damping,
         retries,
     )
+
+
+def peak_bytes(channels: int, kept: int, outputs: int, folding: bool = False) -> int:
+    """The most memory that `fit` takes beside its arguments, where `grail.ridge` solves in fp64.
+
+    Args:
+        channels, kept, outputs: H, K, and O of all consumers, with weights of 4 bytes.
+        folding: whether clusters are averaged, for which G is held in fp64.
+    """
+    h, k, o = channels, kept, outputs
+    if folding:
+        products = 8 * o * (3 * h + k) + max(12 * min(h, ROWS) * h, 8 * o * (h + k))
+        narrowing = 8 * (h * h + h * k + k * max(h, 2 * k))
+        errors = 8 * o * (h + 3 * k) + 4 * o * k
+        return 4 * h * h + max(products, errors + narrowing)
+    products = 24 * o * h + max(12 * min(h - k, ROWS) * h, 8 * o * h)
+    narrowing = 8 * o * (h + k) + 4 * k * (h + k)
+    errors = 8 * o * (h + 2 * k) + 4 * o * k + 4 * k * max(3 * k, 2 * (k + o), 4 * o)
+    return 4 * h * h + max(products, narrowing, errors)
+
+
+class _Problem:
+    """The terms of the equations above for one site, in fp64.
+
+    Args:
+        matrix: G [H, H] fp32.
+        reduction: R.
+        dense: W [O, H].
+    """
+
+    def __init__(self, matrix: Tensor, reduction: Reduction, dense: Tensor):
+        self._matrix, self._reduction = matrix, reduction
+        self.baseline = reduction.absorb(dense)
+        self._lost, self._left_out = _left_out(dense, reduction, self.baseline)  # V: [D], [O, D]
+        seen = torch.zeros_like(dense)  # V G
+        for rows, part in zip(self._lost.split(ROWS), self._left_out.split(ROWS, 1), strict=True):
+            seen.addmm_(part, matrix[rows].double())
+        self._unexplained = reduction.restrict(seen)  # C
+        self._baseline_squared = _inner(seen[:, self._lost], self._left_out)  # tr(V G Vᵀ)
+
+    def solve(self, alpha: float, toward: str) -> tuple[Tensor, float, int]:
+        """W' [O, K], the damping that held, and how often it had to grow."""
+        outputs, kept = self.baseline.shape
+        damping = alpha * self._normal().diagonal().mean()
+        if toward == "zero":
+            right = self._unexplained - damping * self.baseline
+            solution = ridge.solve(self._normal, right, damping)
+            change = solution.x
+        # 2·D·K² FLOPs to solve for the D lost channels and 2·O·D·K to absorb them, or 2·O·K².
+        elif self._lost.numel() * (kept + outputs) < outputs * kept:
+            coupling = self._reduction.restrict(self._matrix[self._lost])
+            solution = ridge.solve(self._normal, coupling, damping)
+            change = self._left_out @ solution.x
+        else:
+            solution = ridge.solve(self._normal, self._unexplained, damping)
+            change = solution.x
+        return change.add_(self.baseline), solution.damping.item(), int(solution.retries)
+
+    def errors(self, change: Tensor) -> tuple[float, float]:
+        """‖WX − W'RX‖/‖WX‖ for Δ = `change` [O, K], and for none."""
+        a, before, c = self._normal(), self._baseline_squared, self._unexplained
+        total = before + 2 * _inner(c, self.baseline) + _inner(self.baseline @ a, self.baseline)
+        after = before - 2 * _inner(c, change) + _inner(change @ a, change)
+        return _relative(after, total), _relative(before, total)
+
+    def _normal(self) -> Tensor:
+        """A [K, K], made anew. A selection only picks, so that G need not be held in fp64."""
+        if isinstance(self._reduction, Selection):
+            return self._reduction.normal(self._matrix).double()
+        return self._reduction.normal(self._matrix.double())
+
+
+def _left_out(dense: Tensor, reduction: Reduction, baseline: Tensor) -> tuple[Tensor, Tensor]:
+    """V = W − W₀R: the channels [D] where it is not zero by construction, and its columns there."""
+    if isinstance(reduction, Selection):
+        dropped = torch.ones(reduction.channels, dtype=torch.bool)
+        dropped[reduction.index] = False
+        lost = dropped.nonzero().flatten().to(dense.device)
+        return lost, dense[:, lost]
+    if isinstance(reduction, Folding):
+        labels, sizes = reduction.labels.to(dense.device), reduction.sizes.to(dense.device)
+        members = (baseline / sizes).index_select(1, labels)
+        return torch.arange(reduction.channels, device=dense.device), dense - members
+    raise InputError(f"a reduction is a Selection or a Folding; got {type(reduction).__name__}")
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten())
 
 
 def _relative(squared: Tensor, total: Tensor) -> float:

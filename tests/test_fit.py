@@ -1,9 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import grail
+from grail import ridge
 from grail.errors import InputError, NonFiniteError
+from grail.fit import peak_bytes as predicted_peak
+
+from .allocations import peak_bytes
 
 H, O, TOKENS = 12, 5, 200
 SELECTION = grail.Selection([1, 4, 5, 9, 10], H)
@@ -197,3 +202,63 @@ def test_a_non_finite_weight_is_located(x, weight):
     with pytest.raises(NonFiniteError) as caught:
         grail.fit(gram_of(x), SELECTION, weight)
     assert caught.value.channels == (7,)
+
+
+def test_only_the_dropped_rows_are_multiplied(x, weight):
+    k, d = SELECTION.kept, H - SELECTION.kept
+    gram = gram_of(x)
+    in_place = {torch.ops.aten.addmm_: lambda out, a, b, **rest: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        grail.fit(gram, SELECTION, weight, compensate=False)
+    assert counter.get_total_flops() == 2 * O * d * H + 4 * O * k * k
+
+
+def test_whichever_order_costs_less_gives_the_same_weight(x, monkeypatch):
+    weight, few = torch.randn(40, H), grail.Selection(list(range(1, H)), H)
+    rows = []
+    solve = ridge.solve
+    monkeypatch.setattr(
+        ridge, "solve", lambda a, right, *rest: rows.append(len(right)) or solve(a, right, *rest)
+    )
+    many = grail.Selection(list(range(5)), H)
+    for reduction, right in ((few, H - few.kept), (many, len(weight))):
+        g, r = x.double().T @ x.double(), torch.from_numpy(maps(reduction))
+        a = r @ g @ r.T
+        plain = reduction.absorb(weight.double())
+        target = weight.double() @ g @ r.T - plain @ a
+        lam = 0.1 * a.diagonal().mean()
+        expected = plain + target @ torch.linalg.inv(a + lam * torch.eye(len(a)))
+        fit = grail.fit(gram_of(x), reduction, weight, alpha=0.1, toward="baseline")
+        torch.testing.assert_close(fit.weight, expected.float(), rtol=1e-4, atol=1e-4)
+        assert rows.pop() == right
+
+
+@pytest.mark.parametrize("outputs", [40, 600])
+@pytest.mark.parametrize("kept", [100, 300, 350])
+@pytest.mark.parametrize("folding", [False, True], ids=["selection", "folding"])
+def test_the_predicted_memory_is_what_torch_allocates(folding, kept, outputs):
+    h = 400
+    gram = gram_of(torch.randn(500, h))
+    index = [i % kept for i in range(h)]
+    reduction = grail.Folding(index) if folding else grail.Selection(range(kept), h)
+    weight = torch.randn(outputs, h)
+    used = peak_bytes(lambda: grail.fit(gram, reduction, weight, toward="zero"))
+    # The rest are vectors of H, and memory that a step lets go a little earlier than assumed.
+    assert used == pytest.approx(predicted_peak(h, kept, outputs, folding), rel=0.03)
+
+
+def test_a_reduction_of_another_kind_is_refused(x, weight):
+    class Other(grail.Selection.__base__):
+        channels, kept = H, 1
+
+        def narrow(self, weight):
+            return weight[:1]
+
+        def restrict(self, columns):
+            return columns[..., :1]
+
+        def absorb(self, weight):
+            return weight[..., :1]
+
+    with pytest.raises(InputError, match="a Selection or a Folding; got Other"):
+        grail.fit(gram_of(x), Other(), weight)
