@@ -14,12 +14,12 @@ from torch import nn
 
 import grail_kernels as gk
 from grail import memory
+from grail.fit import peak_bytes
 from grail.loop import Clock, Run, steady
 from grail.options import Options
-from grail.sites import Architecture, Site, find
+from grail.sites import Architecture, find
 from grail.stream import Stream
 from grail.transaction import Transaction
-from grail.width import Width
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -131,19 +131,16 @@ def demand(
     hidden = tokens * architecture.hidden_size * element
     kept_outputs = options.closed_loop and any(s.upstream for s in first[-1:])
     grams = [4 * gk.packed_numel(s.channels) for s in first]
-    solves = [_solve_bytes(s, widths[s.kind]) for s in first]
+    folding = options.selector == "folding"
+    solves = [
+        peak_bytes(s.channels, widths[s.kind].kept, s.consumer.out_features, folding) for s in first
+    ]
     return {
         "hidden states": hidden * (1 + kept_outputs) if architecture.device.type == "cpu" else 0,
         "weights": sum(s.parameters_at(widths[s.kind]) * element for s in itertools.chain(*blocks)),
         "statistics": max(grams, default=0) if options.closed_loop else sum(grams),
         "working set": max([batch_tokens * architecture.activations_per_token * element, *solves]),
     }
-
-
-def _solve_bytes(site: Site, width: Width) -> int:
-    """Peak of `grail.fit`: G in fp32 and fp64, R·G, A damped and factored, and [O, ·] products."""
-    h, k, o = site.channels, width.kept, site.consumer.out_features
-    return 4 * h * h + 8 * (h * h + h * k + 3 * k * k + 2 * o * h + 5 * o * k)
 
 
 def _seconds(
