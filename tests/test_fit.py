@@ -4,11 +4,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import grail
+from bench.allocations import peak_bytes
 from grail import ridge
 from grail.errors import InputError, NonFiniteError
 from grail.fit import peak_bytes as predicted_peak
-
-from .allocations import peak_bytes
 
 H, O, TOKENS = 12, 5, 200
 SELECTION = grail.Selection([1, 4, 5, 9, 10], H)

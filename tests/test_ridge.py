@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from bench.allocations import peak_bytes
 from grail import ridge
 from grail.errors import InputError, NonFiniteError, SolveError
-
-from .allocations import peak_bytes
 
 EPS = {"fp64": torch.finfo(torch.float64).eps, "refined": torch.finfo(torch.float32).eps}
 PRECISIONS = list(EPS)
