@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from grail.errors import InputError, NonFiniteError, SolveError
+from grail_kernels.precision import full_fp32
 
 Precision = Literal["auto", "fp64", "refined"]
 
@@ -203,7 +204,8 @@ def _substitute(factor: Tensor, right: Tensor) -> Tensor:
 def _substitute_normalised(factor: Tensor, right: Tensor) -> Tensor:
     """`_substitute` in fp32, with rows brought into its range; fp64 in and out."""
     size = right.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    return _substitute(factor, (right / size).float()).double() * size
+    with full_fp32(right.device):
+        return _substitute(factor, (right / size).float()).double() * size
 
 
 def _norms(rows: Tensor) -> Tensor:
