@@ -74,7 +74,7 @@ class Site:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """O, H, K."""
-        return (*self.weight.shape, self.selection.kept)  # type: ignore[return-value]
+        return (*self.weight.shape, self.selection.kept)
 
     def damped(self, dtype: torch.dtype) -> Tensor:
         """G_PP + λI [K, K]."""
