@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import os
 import platform
 import statistics
 import subprocess
@@ -308,6 +309,7 @@ def machine(device: str) -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.1f}",  # above `threads`, others were using the processor
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
