@@ -21,7 +21,7 @@ class Gram:
         device: where the sums live; by default the device of the first update.
         name: the site, for error messages.
         buffer: how many tokens wait, copied in their own dtype, until G is touched. Default 8192 on
-            a GPU. 0, none, on a CPU: from 256 tokens a call on it would save 2% at most.
+            a GPU. 0, none, on a CPU, where it saves 10% at 256 tokens a call and 4% at 1024.
 
     Memory: 2·H·(H + 256) bytes, and until G is read buffer·H values where batches are buffered.
 

@@ -20,6 +20,7 @@ from grail.options import Options
 from grail.sites import Architecture, find
 from grail.stream import Stream
 from grail.transaction import Transaction
+from grail_kernels.tuning import FLUSH_TOKENS
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -119,7 +120,8 @@ def demand(
 
     hidden states   tokens · hidden, twice if an MLP's upstream outputs are kept for the second pass
     weights         the narrowed layers, beside the dense ones that an error would bring back
-    statistics      packed Grams 2H² of a block (one site's in the closed loop)
+    statistics      packed Grams 2H² of a block (one site's in the closed loop), and on a GPU the
+                    tokens that wait for one
     working set     the larger of a batch's activations and of a solve in fp64
     """
     widths = options.widths(architecture)
@@ -130,7 +132,8 @@ def demand(
     first, element = blocks[0], architecture.element_size
     hidden = tokens * architecture.hidden_size * element
     kept_outputs = options.closed_loop and any(s.upstream for s in first[-1:])
-    grams = [4 * gk.packed_numel(s.channels) for s in first]
+    waiting = FLUSH_TOKENS if architecture.device.type == "cuda" else 0
+    grams = [4 * gk.packed_numel(s.channels) + waiting * s.channels * element for s in first]
     folding = options.selector == "folding"
     solves = [
         peak_bytes(s.channels, widths[s.kind].kept, s.consumer.out_features, folding) for s in first
