@@ -163,14 +163,17 @@ def test_what_masked_tokens_hold_changes_no_bit(dtype: torch.dtype, runner: Runn
     assert torch.equal(matrix(poisoned, runner, mask=mask), matrix(x, runner, mask=mask))
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_weight_zero_removes_a_token_and_weight_two_repeats_it(
-    dtype: torch.dtype, runner: Runner
+    masked: bool, dtype: torch.dtype, runner: Runner
 ) -> None:
     x = positive(200, 67).to(dtype)
     weights = torch.randint(0, 3, (200,)).float()
     x[weights == 0] = torch.nan
-    repeated = x.repeat_interleave(weights.long(), dim=0)
-    assert_matches_fp64(matrix(x, runner, weights=weights), repeated)
+    mask = torch.rand(200) < 0.7 if masked else torch.ones(200, dtype=torch.bool)
+    repeated = x[mask].repeat_interleave(weights[mask].long(), dim=0)
+    result = matrix(x, runner, weights=weights, mask=mask if masked else None)
+    assert_matches_fp64(result, repeated)
 
 
 @pytest.mark.parametrize("padding", [1, 64, 500])
