@@ -2,8 +2,8 @@
 
 With kept channels P and dropped ones D, the ridge's right-hand side needs only the dropped columns
 of W [O, H] and the part of G that couples them to the kept ones: 2*O*D*K FLOPs, against 2*O*H*K for
-all rows. The packed Gram is read strip by strip, each strip once, so neither a dense G (4*H^2
-bytes) nor G_DP (4*D*K) is ever formed: beside W_D and the result one strip is held.
+all rows. The packed Gram is read where it lies, so neither a dense G (4*H^2 bytes) nor G_DP (4*D*K)
+is ever formed: beside W_D and the result torch holds one strip, Triton nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from grail_kernels import checks
-from grail_kernels.errors import InputError
+from grail_kernels.backend import resolve_backend
+from grail_kernels.errors import BackendError, InputError
 from grail_kernels.precision import full_fp32
 from grail_kernels.tiles import check_packed, strips
 
@@ -21,30 +22,62 @@ _DROPPED_ROWS = 1024
 
 
 @torch.no_grad()
-def absorb(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
+def absorb(weight: Tensor, gram: Tensor, keep: Tensor, backend: str = "auto") -> Tensor:
     """What the dropped channels owe to the kept ones, seen by a consumer: W_D G_DP.
 
     Args:
         weight: [O, H], floating point, any strides.
         gram: the packed accumulator [packed_numel(H)], or a dense symmetric [H, H]; fp32 or fp64.
         keep: [K] int64, distinct channels; the columns of the result follow their order.
+        backend: "auto", "torch" or "triton"; see `resolve_backend`. Triton takes a gram of fp32 and
+            a weight of bf16, fp16 or fp32; "auto" leaves others to torch.
 
     Returns:
         [O, K] in the dtype of `gram`, in which the products are also summed.
 
     Raises:
         InputError: a dtype, shape or device does not fit, or `keep` repeats or leaves [0, H).
+        BackendError: the backend asked for cannot run.
 
     Source: Tang et al. (CPAL 2026, arXiv 2602.23795), with the identity on P split off:
         W G_:P = W_P G_PP + W_D G_DP.
     """
     _check(weight, gram, keep)
-    channels = weight.shape[1]
-    dropped_mask = torch.ones(channels, dtype=torch.bool, device=keep.device)
+    chosen = _resolve(weight, gram, backend)
+    dropped_mask = torch.ones(weight.shape[1], dtype=torch.bool, device=keep.device)
     dropped_mask[keep] = False
     dropped = dropped_mask.nonzero().flatten()
     kept, order = keep.sort()
-    by_position = gram.new_zeros(weight.shape[0], keep.numel())
+    if chosen == "triton":
+        from grail_kernels.absorb_triton import launch_absorb
+
+        return launch_absorb(weight, gram, kept, dropped, order)
+    return _absorb_torch(weight, gram, kept, dropped, order)
+
+
+def _resolve(weight: Tensor, gram: Tensor, backend: str) -> str:
+    """The backend of a call: as `resolve_backend`, but fp64 is for torch."""
+    chosen = resolve_backend(weight, backend)
+    fits = gram.dtype == torch.float32 and weight.dtype in checks.ACTIVATION_DTYPES
+    if chosen == "torch" or fits:
+        return chosen
+    if backend == "triton":
+        raise BackendError(
+            "backend='triton' takes a float32 gram and a bfloat16, float16 or float32 weight, got "
+            f"{gram.dtype} and {weight.dtype}; use backend='auto'"
+        )
+    return "torch"
+
+
+def _absorb_torch(
+    weight: Tensor,  # [O, H]
+    gram: Tensor,  # [P] or [H, H]
+    kept: Tensor,  # [K], ascending
+    dropped: Tensor,  # [D], ascending
+    order: Tensor,  # [K], the column of the result that belongs to each of `kept`
+) -> Tensor:
+    """The torch twin: one or two GEMMs a strip."""
+    by_position = gram.new_zeros(weight.shape[0], kept.numel())
     # Gathered once: columns of a row-major weight are the slow direction.
     of_dropped = weight.index_select(1, dropped).to(gram.dtype)
     add = _add_dense if gram.dim() == 2 else _add_packed

@@ -1,7 +1,8 @@
 """Which tile sizes and how many warps each kernel launches with: a static table, no autotuning.
 
 Every row is compiled ahead of time for every architecture by `bench/aot.py`, whose record says
-that it neither spills nor outgrows shared memory. No row has been timed on a GPU yet.
+that it fits shared memory and spills two dozen registers at most. No row has been timed on a GPU
+yet.
 """
 
 from __future__ import annotations
@@ -39,6 +40,26 @@ class GramConfig:
     stages: int
 
 
+@dataclass(frozen=True)
+class AbsorbConfig:
+    """How the absorb kernel is launched.
+
+    Attributes:
+        block_outputs, block_kept: the tile of the result that a program owns. Every element of G
+            that it gathers and splits serves `block_outputs` rows.
+        block_dropped: dropped channels that one step of a program multiplies.
+        group: tile rows that neighbouring programs share, so that W and G meet in the cache.
+        warps, stages: as Triton takes them.
+    """
+
+    block_outputs: int
+    block_kept: int
+    block_dropped: int
+    group: int
+    warps: int
+    stages: int
+
+
 _PLAIN = GramConfig(64, 128, 8, 8, 3)
 _NARROW = GramConfig(64, 64, 1, 4, 3)
 # Six products of bf16 parts, which live in registers.
@@ -48,6 +69,10 @@ _GATED = GramConfig(32, 128, 8, 8, 3)
 # One 64-bit address an element: a larger tile would spill a kilobyte of them.
 _SCATTERED = GramConfig(32, 64, 8, 8, 2)
 _SCATTERED_PARTS = GramConfig(16, 64, 8, 8, 2)
+
+_ABSORB = AbsorbConfig(128, 128, 32, 8, 8, 3)
+# Six products where a bf16 weight takes three.
+_ABSORB_PARTS = AbsorbConfig(128, 64, 32, 8, 8, 3)
 
 
 def gram_config(
@@ -74,6 +99,11 @@ def gram_config(
     if gated:
         return _GATED
     return _PLAIN if channels > 64 else _NARROW
+
+
+def absorb_config(dtype: torch.dtype) -> AbsorbConfig:
+    """The launch of the absorb kernel for weights of this dtype."""
+    return _ABSORB if dtype == torch.bfloat16 else _ABSORB_PARTS
 
 
 def multiplies_natively(dtype: torch.dtype, weighted: bool) -> bool:

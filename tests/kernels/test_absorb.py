@@ -8,58 +8,165 @@ from torch import Tensor
 
 import grail_kernels as gk
 from grail_kernels import reference
+from tests.kernels.cases import LAYOUTS
+from tests.kernels.conftest import Runner
 
 
 def problem(channels: int, kept: int, outputs: int = 33) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight [O, H], a dense Gram [H, H] and an unsorted selection."""
+    """A weight [O, H], a symmetric dense Gram [H, H] and an unsorted selection."""
     x = torch.randn(2 * channels, channels)
-    return torch.randn(outputs, channels), x.T @ x, torch.randperm(channels)[:kept]
+    gram = x.T @ x
+    symmetric = gram.tril() + gram.tril(-1).T
+    return torch.randn(outputs, channels), symmetric, torch.randperm(channels)[:kept]
 
 
-def symmetric(gram: Tensor) -> Tensor:
-    return gram.tril() + gram.tril(-1).T
+def error(runner: Runner, weight: Tensor, gram: Tensor, keep: Tensor, packed: bool) -> float:
+    """The error ratio of `gk.absorb`, for a weight of any dtype and strides and a dense Gram."""
+    given = gk.pack(gram) if packed else gram
+    on_device = [tensor.to(runner.device) for tensor in (weight, given, keep)]
+    result = gk.absorb(*on_device, backend=runner.backend)
+    assert result.dtype == gram.dtype
+    exact = reference.absorb(weight, gram, keep)
+    magnitude = reference.absorb(weight.abs(), gram.abs(), keep)
+    return reference.error_ratio(result.cpu(), exact, magnitude)
+
+
+both_layouts = pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 
 
 @pytest.mark.parametrize(
-    ("channels", "kept"),
-    [(1, 1), (2, 1), (17, 16), (256, 100), (257, 1), (257, 256), (600, 300)],
+    ("channels", "kept", "outputs"),
+    [
+        (1, 1, 1),
+        (2, 1, 2),
+        (17, 16, 15),
+        (256, 100, 33),
+        (257, 1, 129),
+        (257, 256, 1),
+        (600, 300, 33),
+        (700, 129, 257),
+    ],
 )
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_all_sizes_match_fp64(channels: int, kept: int, packed: bool, dtype: torch.dtype) -> None:
-    weight, gram, keep = problem(channels, kept)
-    gram, weight = symmetric(gram), weight.to(dtype)
-    result = gk.absorb(weight, gk.pack(gram) if packed else gram, keep)
-    exact = reference.absorb(weight, gram, keep)
-    magnitude = reference.absorb(weight.abs(), gram.abs(), keep)
-    assert result.dtype == torch.float32
-    assert reference.error_ratio(result, exact, magnitude) < reference.ERROR_LIMIT
+@both_layouts
+def test_all_sizes_match_fp64(
+    runner: Runner, dtype: torch.dtype, packed: bool, channels: int, kept: int, outputs: int
+) -> None:
+    weight, gram, keep = problem(channels, kept, outputs)
+    assert error(runner, weight.to(dtype), gram, keep, packed) < reference.ERROR_LIMIT
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_keeping_everything_owes_nothing(packed: bool) -> None:
-    weight, gram, _ = problem(300, 1)
-    gram = gk.pack(gram) if packed else gram
-    assert not gk.absorb(weight, gram, torch.randperm(300)).any()
+SELECTIONS = {
+    "first": torch.arange(250),
+    "last": torch.arange(350, 600),
+    "middle": torch.arange(200, 450),
+    "ends": torch.cat([torch.arange(120), torch.arange(480, 600)]),
+    "every other, descending": torch.arange(599, 0, -2),
+}
 
 
-def test_scratch_of_the_packed_gram_is_not_read() -> None:
-    weight, gram, keep = problem(300, 120)
+@pytest.mark.parametrize("selection", SELECTIONS)
+@both_layouts
+def test_wherever_the_kept_channels_lie(runner: Runner, packed: bool, selection: str) -> None:
+    weight, gram, _ = problem(600, 1)
+    assert error(runner, weight, gram, SELECTIONS[selection], packed) < reference.ERROR_LIMIT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_stride_of_the_weight(runner: Runner, layout: str) -> None:
+    weight = LAYOUTS[layout](40, 300)
+    weight = weight.reshape(-1, 300) if weight.dim() != 2 else weight
+    _, gram, keep = problem(300, 120)
+    assert error(runner, weight, gram, keep, packed=True) < reference.ERROR_LIMIT
+
+
+def test_every_stride_of_the_gram(runner: Runner) -> None:
+    weight, gram, keep = (t.to(runner.device) for t in problem(300, 120))
+    expected = gk.absorb(weight, gram, keep, backend=runner.backend)
+    whole = torch.full((602, 905), torch.nan, device=runner.device)
+    whole[1::2, 4:904:3][:300] = gram
+    for view in (whole[1::2, 4:904:3][:300], whole[1::2, 4:904:3][:300].T):
+        # The twin sums the same blocks in the same order; so does the kernel its steps.
+        assert torch.equal(gk.absorb(weight, view, keep, backend=runner.backend), expected)
+
+
+def test_the_columns_follow_the_order_of_keep(runner: Runner) -> None:
+    weight, gram, keep = (t.to(runner.device) for t in problem(300, 120))
+    shuffle = torch.randperm(120)
+    result = gk.absorb(weight, gk.pack(gram), keep, backend=runner.backend)
+    shuffled = gk.absorb(weight, gk.pack(gram), keep[shuffle], backend=runner.backend)
+    assert torch.equal(shuffled, result[:, shuffle])
+
+
+@both_layouts
+def test_every_element_is_written(runner: Runner, packed: bool) -> None:
+    weight, gram, keep = problem(300, 129)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    try:
+        assert error(runner, weight, gram, keep, packed) < reference.ERROR_LIMIT
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_same_call_gives_the_same_bits(runner: Runner) -> None:
+    weight, gram, keep = (t.to(runner.device) for t in problem(600, 300))
     packed = gk.pack(gram)
-    expected = gk.absorb(weight, packed, keep)
+    first, second = (gk.absorb(weight, packed, keep, backend=runner.backend) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@both_layouts
+def test_keeping_everything_owes_nothing(runner: Runner, packed: bool) -> None:
+    weight, gram, keep = problem(300, 300)
+    assert error(runner, weight, gram, keep, packed) == 0.0
+
+
+def test_a_consumer_without_rows_gives_none(runner: Runner) -> None:
+    weight, gram, keep = (t.to(runner.device) for t in problem(300, 120, outputs=0))
+    assert gk.absorb(weight, gk.pack(gram), keep, backend=runner.backend).shape == (0, 120)
+
+
+def test_scratch_of_the_packed_gram_is_not_read(runner: Runner) -> None:
+    weight, gram, keep = (t.to(runner.device) for t in problem(300, 120))
+    packed = gk.pack(gram)
+    expected = gk.absorb(weight, packed, keep, backend=runner.backend)
     for strip in gk.tiles.strips(300):
         block = strip.view(packed)[:, strip.low :]
         block.masked_fill_(torch.ones_like(block).triu(1).bool(), torch.nan)
-    assert torch.equal(gk.absorb(weight, packed, keep), expected)
+    assert torch.equal(gk.absorb(weight, packed, keep, backend=runner.backend), expected)
 
 
-def test_a_gram_in_fp64_is_worked_on_in_fp64() -> None:
+@both_layouts
+def test_only_the_dropped_side_is_read(runner: Runner, packed: bool) -> None:
     weight, gram, keep = problem(300, 120)
-    gram = symmetric(gram).double()
+    given = [t.to(runner.device) for t in (weight, gk.pack(gram) if packed else gram, keep)]
+    expected = gk.absorb(*given, backend=runner.backend)
+    weight[:, keep] = torch.nan
+    gram[keep[:, None], keep] = torch.nan
+    given = [t.to(runner.device) for t in (weight, gk.pack(gram) if packed else gram, keep)]
+    assert torch.equal(gk.absorb(*given, backend=runner.backend), expected)
+
+
+def test_a_gram_in_fp64_is_worked_on_in_fp64(runner: Runner) -> None:
+    weight, gram, keep = problem(300, 120)
+    gram = gram.double()
+    result = gk.absorb(*(tensor.to(runner.device) for tensor in (weight, gk.pack(gram), keep)))
     exact = reference.absorb(weight, gram, keep)
     # 180 products of fp64: below 180 eps of the sum of their magnitudes.
     bound = 180 * torch.finfo(torch.float64).eps * reference.absorb(weight.abs(), gram.abs(), keep)
-    assert ((gk.absorb(weight, gk.pack(gram), keep) - exact).abs() <= bound).all()
+    assert ((result.cpu() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("which", ["weight", "gram"])
+def test_triton_refuses_fp64(which: str) -> None:
+    given = dict(zip(("weight", "gram", "keep"), problem(20, 8), strict=True))
+    given[which] = given[which].double()
+    with pytest.raises(gk.BackendError, match="use backend='auto'"):
+        gk.absorb(**given, backend="triton")
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(gk.InputError, match="backend must be one of"):
+        gk.absorb(*problem(20, 8), backend="cublas")
 
 
 @pytest.mark.parametrize(
