@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from grail_kernels import checks
+from grail_kernels import checks, cpu_blas
 from grail_kernels.backend import resolve_backend
 from grail_kernels.precision import full_fp32
 from grail_kernels.tiles import strips
@@ -149,11 +149,15 @@ def _gram_torch(
     sums: Tensor | None,
     nonfinite: Tensor | None,
 ) -> None:
-    """The torch twin: one GEMM a strip, straight into the accumulator."""
+    """The torch twin."""
     for tokens, scales in _token_blocks(x, mask, weights):
         weighted = tokens if scales is None else tokens * scales[:, None]
         if sums is not None or nonfinite is not None:
             _collect(tokens, weighted.sum(0), sums, nonfinite)
+        if cpu_blas.takes(tokens):
+            with cpu_blas.held_to_torch():
+                cpu_blas.add_gram(out, weighted, tokens)
+            continue
         for strip in strips(x.shape[-1]):
             rows = weighted[:, strip.low : strip.high]
             _add_products(strip.view(out), rows, tokens[:, : strip.high])
@@ -176,8 +180,7 @@ def _add_products(target: Tensor, rows: Tensor, columns: Tensor) -> None:
         target.addmm_(rows.T, columns)
         return
     tokens = block_tokens(columns.shape[1])
-    blocks = zip(rows.split(tokens), columns.split(tokens), strict=True)
-    for block_rows, block_columns in blocks:
+    for block_rows, block_columns in zip(rows.split(tokens), columns.split(tokens), strict=True):
         target += block_rows.T.double() @ block_columns.double()
 
 
