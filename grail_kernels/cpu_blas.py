@@ -1,7 +1,10 @@
-"""fp32 products on a CPU by NumPy's OpenBLAS, where it can be held to torch's number of threads.
+"""Gram products on a CPU by NumPy's OpenBLAS, single-threaded, a strip to a thread of our own.
 
-torch's x86 builds multiply with MKL, which on AMD chips runs at half of OpenBLAS's rate, and offer
-no syrk; NumPy calls syrk for X^T X. It cannot add to a result, so products are temporaries.
+torch's x86 builds multiply with MKL, which on AMD chips runs at half of OpenBLAS's rate. But
+OpenBLAS's own threads wait for work by spinning, which takes the cores from torch's in a model's
+forward (measured: twice its time); ours sleep. So OpenBLAS is held to one thread here, and strips
+of `grail_kernels.tiles`, the longest first, go to as many threads as torch uses.
+
 A NumPy built on another library, or none that can be told how many threads to use, is left alone.
 """
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,15 +21,57 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grail_kernels.tiles import BLOCK, strips
+from grail_kernels.tiles import Strip, strips
 
 # Tokens of one product, and the fewest that are worth one: a shorter block is filled up to it.
 BLOCK_TOKENS = 1024
 
-# Up to so many channels one syrk and its dense result beat a GEMM a strip.
-SYRK_CHANNELS = 1024
-
 _PREFIXES = ("scipy_openblas_{}64_", "scipy_openblas_{}", "openblas_{}64_", "openblas_{}")
+
+
+def takes(tokens: Tensor) -> bool:
+    """Whether `add_gram` is possible and worth it for a block of tokens [T, H]."""
+    many = tokens.device.type == "cpu" and tokens.shape[0] >= BLOCK_TOKENS
+    return many and _thread_calls() is not None
+
+
+def add_gram(out: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Add rows^T @ columns to the packed `out`, from fp32 [T, H] each, which may be one tensor.
+
+    Whole blocks of BLOCK_TOKENS, the last filled up with zeros: OpenBLAS cuts a sum by its length,
+    and so zero tokens at the end of `rows` change no bit.
+    """
+    left = _blocks(rows)
+    right = left if columns is rows else _blocks(columns)
+
+    def add_strip(strip: Strip) -> None:
+        target = strip.view(out).numpy()
+        product = np.empty_like(target)  # one for all blocks: fresh memory costs as much as filling
+        with np.errstate(all="ignore"):  # a NaN among activations is for the caller to refuse
+            for block_rows, block in zip(left, right, strict=True):
+                operands = block_rows[:, strip.low : strip.high].T, block[:, : strip.high]
+                target += np.matmul(*operands, out=product)
+
+    longest_first = sorted(strips(rows.shape[1]), key=lambda s: -(s.high - s.low) * s.high)
+    workers = min(torch.get_num_threads(), len(longest_first))
+    with _single_threaded():
+        if workers == 1:
+            for strip in longest_first:
+                add_strip(strip)
+        else:
+            list(_pool(workers).map(add_strip, longest_first))  # a list, to hear of errors
+
+
+def _blocks(tokens: Tensor) -> list[NDArray[np.float32]]:
+    blocks = list(tokens.split(BLOCK_TOKENS))
+    missing = BLOCK_TOKENS - blocks[-1].shape[0]
+    blocks[-1] = torch.nn.functional.pad(blocks[-1], (0, 0, 0, missing)) if missing else blocks[-1]
+    return [block.numpy() for block in blocks]
+
+
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="grail-gram")
 
 
 @functools.cache
@@ -44,55 +90,15 @@ def _thread_calls() -> tuple[Callable[[], int], Callable[[int], None]] | None:
     return None
 
 
-def takes(tokens: Tensor) -> bool:
-    """Whether `add_gram` is possible and worth it for a block of tokens [T, H]."""
-    many = tokens.device.type == "cpu" and tokens.shape[0] >= BLOCK_TOKENS
-    return many and _thread_calls() is not None
-
-
 @contextmanager
-def held_to_torch() -> Iterator[None]:
-    """NumPy's BLAS uses as many threads as torch does, and no warnings; put back afterwards."""
+def _single_threaded() -> Iterator[None]:
+    """OpenBLAS multiplies on the calling thread alone; put back afterwards."""
     calls = _thread_calls()
     assert calls is not None
     get, put = calls
     before = get()
-    put(torch.get_num_threads())
+    put(1)
     try:
-        with np.errstate(all="ignore"):  # a NaN among activations is for the caller to refuse
-            yield
+        yield
     finally:
         put(before)
-
-
-def add_gram(out: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """Add rows^T @ columns to the packed `out`, from fp32 [T, H] each, which may be one tensor.
-
-    Whole blocks of BLOCK_TOKENS, the last filled up with zeros: OpenBLAS cuts a sum by its length,
-    and so zero tokens at the end of `rows` change no bit.
-    """
-    symmetric, channels = columns is rows, rows.shape[1]
-    use_syrk = symmetric and channels <= SYRK_CHANNELS
-    # One result for all products: fresh memory costs as much as filling it.
-    result = np.empty((channels if use_syrk else BLOCK) * channels, np.float32)
-    for start in range(0, rows.shape[0], BLOCK_TOKENS):
-        left = _block(rows, start)
-        right = left if symmetric else _block(columns, start)
-        if use_syrk:
-            dense = np.matmul(left.T, left, out=result.reshape(channels, channels))
-        for low, high, target in ((s.low, s.high, s.view(out).numpy()) for s in strips(channels)):
-            # Added by NumPy: torch's threads would spin on after an addition, in OpenBLAS's way.
-            if use_syrk:
-                target += dense[low:high, :high]
-            else:
-                product = result[: (high - low) * high].reshape(high - low, high)
-                target += np.matmul(left[:, low:high].T, right[:, :high], out=product)
-
-
-def _block(tokens: Tensor, start: int) -> NDArray[np.float32]:
-    block = tokens[start : start + BLOCK_TOKENS]
-    if block.shape[0] < BLOCK_TOKENS:
-        filled = block.new_zeros(BLOCK_TOKENS, block.shape[1])
-        filled[: block.shape[0]] = block
-        block = filled
-    return block.numpy()

@@ -155,8 +155,7 @@ def _gram_torch(
         if sums is not None or nonfinite is not None:
             _collect(tokens, weighted.sum(0), sums, nonfinite)
         if cpu_blas.takes(tokens):
-            with cpu_blas.held_to_torch():
-                cpu_blas.add_gram(out, weighted, tokens)
+            cpu_blas.add_gram(out, weighted, tokens)
             continue
         for strip in strips(x.shape[-1]):
             rows = weighted[:, strip.low : strip.high]
