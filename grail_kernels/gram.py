@@ -24,10 +24,6 @@ from grail_kernels.tiles import strips
 _BLOCK_ELEMENTS = 2**23
 _FEWEST_TOKENS, _MOST_TOKENS = 512, 8192
 
-# With fewer rows than this MKL's GEMM adds all tokens in one chain (error 35 eps at 4097 tokens,
-# 800 at 200k, against 3 and 13): such few rows are summed in fp64 instead.
-_GEMM_ROWS = 16
-
 
 def gram_(
     out: Tensor,
@@ -175,7 +171,7 @@ def _collect(
 
 def _add_products(target: Tensor, rows: Tensor, columns: Tensor) -> None:
     """Add rows^T [R, T] @ columns [T, C] to target [R, C]."""
-    if rows.shape[1] >= _GEMM_ROWS:
+    if rows.shape[1] >= cpu_blas.GEMM_ROWS:
         target.addmm_(rows.T, columns)
         return
     tokens = block_tokens(columns.shape[1])
