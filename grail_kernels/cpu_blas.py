@@ -55,8 +55,9 @@ def add_gram(out: Tensor, rows: Tensor, columns: Tensor) -> None:
         product = np.empty(target.shape, dtype)
         with np.errstate(all="ignore"):  # a NaN among activations is for the caller to refuse
             for block_rows, block in zip(left, right, strict=True):
-                operands = block_rows[:, strip.low : strip.high].T, block[:, : strip.high]
-                target += np.matmul(*(part.astype(dtype, copy=False) for part in operands), product)
+                rows_part = block_rows[:, strip.low : strip.high].T.astype(dtype, copy=False)
+                columns_part = block[:, : strip.high].astype(dtype, copy=False)
+                target += np.matmul(rows_part, columns_part, out=product)
 
     longest_first = sorted(strips(rows.shape[1]), key=lambda s: -(s.high - s.low) * s.high)
     workers = min(torch.get_num_threads(), len(longest_first))
