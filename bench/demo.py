@@ -23,7 +23,7 @@ HELDOUT_TOKENS = 12 * 1024
 def main() -> None:
     """Writes the two texts, and runs `grail compress` on them."""
     parser = argparse.ArgumentParser(description="Halves and restores SmolLM2-135M.")
-    parser.add_argument("--output", type=Path, default=Path("out/demo"), help="replaced if there")
+    parser.add_argument("--output", type=Path, default=Path("demo-out"), help="replaced if there")
     parser.add_argument("--texts", type=Path, default=Path(".assets"), help="folder for the texts")
     folders = parser.parse_args()
     calibration, heldout = write_halves(folders.texts)

@@ -65,7 +65,7 @@ class Table:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
+            writer = csv.DictWriter(file, fieldnames=list(row if new else self.rows[0]))
             if new:
                 writer.writeheader()
             writer.writerow(row)

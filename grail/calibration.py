@@ -143,7 +143,7 @@ def _require_file(path: Path) -> None:
 
 def _read_text(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             while piece := lines.readlines(_PIECE):
                 yield "".join(piece)
     except (OSError, UnicodeDecodeError) as error:
@@ -165,7 +165,7 @@ def _read_json_lines(path: Path, field: str) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     for piece in _read_text(path):
-        yield from piece.splitlines()
+        yield from piece.removesuffix("\n").split("\n")  # splitlines cuts at U+2028 too
 
 
 def _from_datasets(
@@ -179,15 +179,18 @@ def _from_datasets(
             f"Reading {source} needs datasets: pip install 'grail-kernels[llm]'; "
             "text and JSON lines work without."
         ) from error
-    try:
-        rows = iter(datasets.load_dataset(builder, split=split, streaming=True, **options))
-        first = next(rows, None)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{source} cannot be read as a file or a dataset: {reason}") from error
-    if first is not None:
-        yield _text_of(first, field, source)
-    for row in rows:
+    rows: Iterator[dict[str, Any]] | None = None
+    while True:
+        try:
+            rows = rows or iter(
+                datasets.load_dataset(builder, split=split, streaming=True, **options)
+            )
+            row = next(rows, None)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"{source} cannot be read as a file or a dataset: {reason}") from error
+        if row is None:
+            return
         yield _text_of(row, field, source)
 
 

@@ -67,13 +67,21 @@ class Commands(TyperGroup):
                 traceback.print_exc()
             typer.echo(f"grail: {error}", err=True)
             raise typer.Exit(2) from error
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             advice = "lower --batch-size or --sequence-length, or choose --device cpu"
             typer.echo(f"grail: out of memory; nothing was written: {advice}.", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             typer.echo("\ngrail: interrupted; nothing was written.", err=True)
             raise typer.Exit(130) from error
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)
 
 
 app = typer.Typer(
@@ -221,7 +229,7 @@ def compress(
     """
     options = Options(
         keep,
-        _split(sites),
+        sites,
         selector,
         compensate,
         alpha,
@@ -334,10 +342,11 @@ def inspect(
     Nothing is changed or written. Example: `grail inspect MODEL --sites mlp --tokens 24576`
     """
     network, _ = _load(model, device, dtype)
-    options = Options(sites=_split(sites)) if sites else None
+    first = keep[0] if keep else 0.7
     inspection = inspect_model(
         network,
-        options=options,
+        options=Options(keep=first, sites=sites) if sites else None,
+        keep=first,
         keeps=keep or KEEPS,
         tokens=tokens,
         sequence_length=sequence_length,
@@ -365,7 +374,7 @@ def _plan(network: Any, options: Options, keep: float, batches: list[Tensor]) ->
 def _prediction(inspection: Inspection) -> str:
     memory, seconds = inspection.memory["peak"], inspection.seconds["total"]
     return (
-        f"Predicted for {inspection.tokens:,} calibration tokens: peak memory "
+        f"Predicted for keep={inspection.keep:g}, {inspection.tokens:,} tokens: peak memory "
         f"{format_bytes(memory)}, time {format_seconds(seconds)}."
     )
 
@@ -373,10 +382,6 @@ def _prediction(inspection: Inspection) -> str:
 def _name(model: str) -> str:
     """What the user calls the model, without the folders before it."""
     return Path(model).absolute().name
-
-
-def _split(names: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in names.split(","))
 
 
 def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:

@@ -12,12 +12,12 @@ from torch import nn
 from grail import memory, plan, select
 from grail.errors import NonFiniteError
 from grail.fit import Toward
-from grail.loop import Clock, Run, steady
+from grail.loop import Clock, Run
 from grail.options import ALPHA, Options
 from grail.report import Report, SiteReport
 from grail.sites import Architecture, find
 from grail.stream import Batch, Stream
-from grail.transaction import Transaction
+from grail.transaction import Transaction, steady
 from grail.width import Width
 
 
@@ -53,7 +53,8 @@ def compress(
             smaller one.
         toward: what a strong ridge shrinks to: "baseline" (plain pruning: never worse on the
             calibration data) or "zero" (the paper).
-        closed_loop: see the module's docstring.
+        closed_loop: calibrate each block behind the already compressed ones; False: on the dense
+            model.
         multiple: round MLP widths to multiples of this; default 128 from 4096 channels up, else 8.
         seed: for selectors that draw.
         storage: where the hidden states of the calibration set wait between blocks.
@@ -86,7 +87,7 @@ def compress(
         with clock("forward"):
             stream = Stream(model, architecture.blocks, batches, storage)
         batch_tokens = max(h.shape[:-1].numel() for h in stream.hidden)
-        demand = plan.demand(architecture, options, stream.tokens, batch_tokens)
+        demand = plan.demand(architecture, options, stream.tokens, batch_tokens, storage)
         run = Run(architecture, options, stream, transaction, clock)
         rows = run.all_blocks(progress)
         architecture.settle(widths, transaction)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from grail.errors import EmptyCalibrationError, ModelError
 from grail.report import Evaluation
+from grail.transaction import steady
 
 _LOGITS = 1 << 24  # logits held at a time, 64 MiB of fp32: 16 sequences × 1024 × 49152 are 3 GiB
 
@@ -39,12 +40,8 @@ def evaluate(
 
     Numerics: log-probabilities in fp32 whatever the model's dtype, their sum in fp64.
     """
-    training = model.training
-    model.eval()
-    try:
+    with steady(model):
         loss, predicted, tokens, seconds = _total_loss(model, batches, progress)
-    finally:
-        model.train(training)
     if predicted == 0:
         raise EmptyCalibrationError(
             "The evaluation batches hold no token to predict; give sequences of 2 or more tokens."

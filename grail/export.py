@@ -12,6 +12,7 @@ from torch import Tensor
 from grail.errors import ExportError, InputError
 from grail.evaluate import measure_size
 from grail.report import Report
+from grail.transaction import steady
 
 _MARGIN = 32 << 20  # bytes for tokenizer, configuration and report beside the weights
 _PROBE = (2, 32)  # sequences and tokens on which the reloaded model must agree
@@ -75,7 +76,9 @@ def check_output(output: str | Path, size: int = 0) -> Path:
         InputError: `output` is a file, or a folder that is not empty.
         ExportError: the disk has less space than `size` and a margin of 32 MiB.
     """
-    final = Path(output).absolute()
+    final = Path(output).resolve()  # renaming onto a link would fail at the very end
+    if final.is_mount():
+        raise InputError(f"The output {output} is a mount point; name a folder inside it.")
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         kind = "is not empty" if final.is_dir() else "is a file"
         raise InputError(f"The output {output} {kind}; name a new or an empty folder.")
@@ -98,10 +101,8 @@ def _write(
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    except (
-        ValueError,
-        RuntimeError,
-    ) as error:  # how transformers refuses to save a model
+    # Refusals and full disks come as ValueError, RuntimeError, OSError, SafetensorError, …
+    except Exception as error:
         raise ExportError(f"transformers cannot save this model: {error}") from error
     if report is not None:
         report.save(folder / "report.json")
@@ -116,7 +117,7 @@ def _verify(folder: Path, model: Any) -> None:
         reloaded = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation=model.config._attn_implementation
         )
-    except (ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:
         raise ExportError(f"The exported model does not load again: {error}") from error
     expected, found = _logits(model), _logits(reloaded.to(model.device))
     if expected.dtype != found.dtype:
@@ -139,12 +140,8 @@ def _logits(model: Any) -> Tensor:
     """Logits [sequences, tokens, vocabulary] on random tokens, the same for each call."""
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = torch.randint(vocabulary, _PROBE, generator=torch.Generator().manual_seed(0))
-    training = model.training
-    model.eval()
-    try:
+    with steady(model):
         return model(tokens.to(model.device), use_cache=False).logits
-    finally:
-        model.train(training)
 
 
 def _flush(folder: Path) -> None:

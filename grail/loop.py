@@ -202,16 +202,3 @@ def _row(site: Site, channels: int, kept: int, tokens: int, result: Fit) -> Site
         error=result.error,
         baseline_error=result.baseline_error,
     )
-
-
-@contextmanager
-def steady(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's training flag is put back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -44,5 +44,6 @@ class Peak:
 def _status(field: str) -> int:
     if not _STATUS.exists():
         return 0
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
+    found = (line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    line = next(found, "")
+    return int(line.split()[1]) * 1024 if line else 0

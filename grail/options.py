@@ -31,7 +31,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if isinstance(self.sites, str):
-            object.__setattr__(self, "sites", tuple(self.sites.split(",")))
+            object.__setattr__(self, "sites", tuple(s.strip() for s in self.sites.split(",")))
         for kind in self.sites:
             check_keep(self.keep_of(kind))
         check_ridge(self.alpha, self.toward)

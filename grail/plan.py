@@ -15,11 +15,11 @@ from torch import nn
 import grail_kernels as gk
 from grail import memory
 from grail.fit import peak_bytes
-from grail.loop import Clock, Run, steady
+from grail.loop import Clock, Run
 from grail.options import Options
 from grail.sites import Architecture, find
 from grail.stream import Stream
-from grail.transaction import Transaction
+from grail.transaction import Transaction, steady
 from grail_kernels.tuning import FLUSH_TOKENS
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -56,6 +56,7 @@ class Inspection:
     bytes: int
     sites: list[SiteKind]
     savings: list[Saving]
+    keep: Any  # of the predicted run: a ratio, or one for each kind
     tokens: int
     memory: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -65,6 +66,7 @@ def inspect(
     model: nn.Module,
     *,
     options: Options | None = None,
+    keep: float = 0.7,
     keeps: Sequence[float] = KEEPS,
     tokens: int = 65536,
     sequence_length: int = 1024,
@@ -73,7 +75,8 @@ def inspect(
     """Lists a model's sites and predicts what a run of `options` costs.
 
     Args:
-        options: default `Options()` on every kind of site the model has.
+        options: of the predicted run; default `Options(keep)` on every kind of site.
+        keep: see `options`.
         keeps: ratios for the table of savings.
         tokens, sequence_length, batch_size: the calibration set.
 
@@ -82,7 +85,7 @@ def inspect(
         InputError: a keep that is not allowed.
     """
     architecture = find(model)
-    options = options or Options(sites=architecture.kinds)
+    options = options or Options(keep, sites=architecture.kinds)
     blocks = architecture.sites(options.sites)
     parameters = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -107,6 +110,7 @@ def inspect(
         bytes=size,
         sites=[SiteKind(s.kind, len(blocks), s.width(1.0, None).structure) for s in blocks[0]],
         savings=savings,
+        keep=options.keep,
         tokens=tokens,
         memory={**parts, "peak": sum(parts.values())},
         seconds=_seconds(model, architecture, options, tokens, batch_size, sequence_length),
@@ -114,15 +118,23 @@ def inspect(
 
 
 def demand(
-    architecture: Architecture, options: Options, tokens: int, batch_tokens: int
+    architecture: Architecture,
+    options: Options,
+    tokens: int,
+    batch_tokens: int,
+    storage: torch.device | str = "cpu",
 ) -> dict[str, int]:
     """Bytes that a run adds on the model's device, by part; their sum is its peak.
 
-    hidden states   tokens · hidden, twice if an MLP's upstream outputs are kept for the second pass
+    hidden states   tokens · hidden, twice if an MLP's upstream outputs are kept for the second
+                    pass; where `storage` is the model's device
     weights         the narrowed layers, beside the dense ones that an error would bring back
     statistics      packed Grams 2H² of a block (one site's in the closed loop), and on a GPU the
                     tokens that wait for one
     working set     the larger of a batch's activations and of a solve in fp64
+
+    Not counted: attention masks of padded batches, and what a selector holds for itself (greedy:
+    8·H·(H + K + 2·O) bytes).
     """
     widths = options.widths(architecture)
     blocks = [
@@ -134,12 +146,13 @@ def demand(
     kept_outputs = options.closed_loop and any(s.upstream for s in first[-1:])
     waiting = FLUSH_TOKENS if architecture.device.type == "cuda" else 0
     grams = [4 * gk.packed_numel(s.channels) + waiting * s.channels * element for s in first]
+    stored_here = torch.device(storage).type == architecture.device.type
     folding = options.selector == "folding"
     solves = [
         peak_bytes(s.channels, widths[s.kind].kept, s.consumer.out_features, folding) for s in first
     ]
     return {
-        "hidden states": hidden * (1 + kept_outputs) if architecture.device.type == "cpu" else 0,
+        "hidden states": hidden * (1 + kept_outputs) if stored_here else 0,
         "weights": sum(s.parameters_at(widths[s.kind]) * element for s in itertools.chain(*blocks)),
         "statistics": max(grams, default=0) if options.closed_loop else sum(grams),
         "working set": max([batch_tokens * architecture.activations_per_token * element, *solves]),

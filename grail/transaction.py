@@ -3,10 +3,12 @@
 Old tensors are kept by reference, never copied; undoing puts the very same objects back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -17,9 +19,12 @@ class Transaction:
         self._undo: list[Callable[[], None]] = []
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Sets `owner.name = value`."""
-        old = getattr(owner, name)
-        self._undo.append(lambda: setattr(owner, name, old))
+        """Sets `owner.name = value`; undoing removes a name that was not there."""
+        if hasattr(owner, name):
+            old = getattr(owner, name)
+            self._undo.append(lambda: setattr(owner, name, old))
+        else:
+            self._undo.append(lambda: delattr(owner, name))
         setattr(owner, name, value)
 
     def set_linear(self, linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
@@ -55,3 +60,16 @@ class Transaction:
         if kind is not None:
             self.undo()
         self._undo.clear()
+
+
+@contextmanager
+def steady(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's training flag is put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +32,9 @@ BLOCK_TOKENS = 1024
 # tokens, 800 at 200k, against 3 and 13): such few rows are summed in fp64 instead.
 GEMM_ROWS = 16
 
+# One caller at a time: a second would take the first one's thread count for OpenBLAS's own.
+_held = threading.Lock()
+
 _PREFIXES = ("scipy_openblas_{}64_", "scipy_openblas_{}", "openblas_{}64_", "openblas_{}")
 
 
@@ -43,7 +48,7 @@ def add_gram(out: Tensor, rows: Tensor, columns: Tensor) -> None:
     """Add rows^T @ columns to the packed `out`, from fp32 [T, H] each, which may be one tensor.
 
     Whole blocks of BLOCK_TOKENS, the last filled up with zeros: OpenBLAS cuts a sum by its length,
-    and so zero tokens at the end of `rows` change no bit.
+    and so zero tokens at the end of `rows` change no bit, as long as `takes` says the same of both.
     """
     left = _blocks(rows)
     right = left if columns is rows else _blocks(columns)
@@ -81,6 +86,16 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="grail-gram")
 
 
+def _forget_threads() -> None:
+    global _held
+    _held = threading.Lock()
+    _pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
 @functools.cache
 def _thread_calls() -> tuple[Callable[[], int], Callable[[int], None]] | None:
     """OpenBLAS's own get and set of its number of threads; None if NumPy has no OpenBLAS."""
@@ -103,9 +118,10 @@ def _single_threaded() -> Iterator[None]:
     calls = _thread_calls()
     assert calls is not None
     get, put = calls
-    before = get()
-    put(1)
-    try:
-        yield
-    finally:
-        put(before)
+    with _held:
+        before = get()
+        put(1)
+        try:
+            yield
+        finally:
+            put(before)

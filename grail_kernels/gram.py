@@ -22,7 +22,7 @@ from grail_kernels.tiles import strips
 # fp32 stay near the cache; the bounds keep the accumulator's traffic (4*H^2 bytes a block) and the
 # number of GEMMs small.
 _BLOCK_ELEMENTS = 2**23
-_FEWEST_TOKENS, _MOST_TOKENS = 512, 8192
+_FEWEST_TOKENS, _MOST_TOKENS = cpu_blas.BLOCK_TOKENS, 8192
 
 
 def gram_(
@@ -225,8 +225,9 @@ def _is_gemm_operand(x: Tensor) -> bool:
 
 
 def block_tokens(channels: int) -> int:
-    """How many tokens of `channels` channels are copied at a time."""
-    return max(_FEWEST_TOKENS, min(_BLOCK_ELEMENTS // channels, _MOST_TOKENS))
+    """How many tokens of `channels` channels are copied at a time: whole blocks of a product."""
+    most = max(_FEWEST_TOKENS, min(_BLOCK_ELEMENTS // channels, _MOST_TOKENS))
+    return most - most % cpu_blas.BLOCK_TOKENS
 
 
 def block_indices(shape: torch.Size, most: int) -> Iterator[tuple[int | slice, ...]]:

@@ -114,6 +114,26 @@ def test_rows_are_documents(tmp_path, name):
     assert list(load_texts(write(tmp_path / name, field="body"), field="body")) == DOCUMENTS
 
 
+def test_json_lines_end_at_line_feeds_alone(tmp_path):
+    # U+2028 may stand raw in a JSON string; a byte order mark is no part of the text.
+    text = "one\u2028two\u0085three"
+    row = json.dumps({"text": text}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(row + "\n" + row, encoding="utf-8-sig")
+    assert list(load_texts(tmp_path / "a.jsonl")) == [text, text]
+
+
+def test_a_dataset_that_breaks_later_is_an_input_error(monkeypatch):
+    def rows(*args, **kwargs):
+        yield {"text": "first"}
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr("datasets.load_dataset", rows)
+    texts = load_texts("some-dataset")
+    assert next(texts) == "first"
+    with pytest.raises(InputError, match=r"some-dataset cannot be read.*gone"):
+        next(texts)
+
+
 def test_a_dataset_name_is_left_to_datasets(tmp_path):
     # `datasets` takes a folder of data files for a name; no network is needed.
     write(tmp_path / "train.jsonl")

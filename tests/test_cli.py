@@ -341,9 +341,18 @@ def test_ctrl_c_ends_the_process_with_130_and_leaves_nothing(arguments, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
 
 
-def test_running_out_of_memory_names_the_knobs(arguments, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+    ids=["gpu", "cpu", "python"],
+)
+def test_running_out_of_memory_names_the_knobs(error, arguments, monkeypatch):
     def exhausted(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(commands, "compress_model", exhausted)
     assert "--batch-size" in refusal(grail(*arguments))

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,3 +165,38 @@ def test_everything_is_flushed_before_the_rename(tiny_llama, tmp_path, monkeypat
     monkeypatch.setattr(type(tmp_path), "rename", check)
     export(tiny_llama(), None, tmp_path / "out")
     assert {"config.json", "model.safetensors"} <= set(at_rename)
+
+
+def test_a_link_to_an_empty_folder_is_followed(tiny_llama, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    export(tiny_llama(), None, tmp_path / "link")
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path.resolve())
+    with pytest.raises(InputError, match="mount point"):
+        check_output(tmp_path)
+
+
+def test_whatever_stops_the_writing_is_an_export_error(tiny_llama, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(folder):
+        raise SafetensorError("No space left on device")
+
+    model = tiny_llama()
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(ExportError, match="No space left"):
+        export(model, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_frozen_parts_stay_in_their_mode(tiny_llama, tmp_path):
+    model = tiny_llama().train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    export(model, None, tmp_path / "out")
+    assert [module.training for module in model.modules()] == before

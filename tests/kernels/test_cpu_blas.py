@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -100,3 +103,32 @@ def test_a_nan_raises_no_warning_and_reaches_the_sums(recwarn):
     gram_of(x, nonfinite=nonfinite)
     assert nonfinite.tolist() == [0, 0, 1, 0]
     assert not recwarn.list
+
+
+@needs_openblas
+def test_concurrent_callers_leave_openblas_as_they_found_it():
+    get, put = cpu_blas._thread_calls()
+    before = get()
+    try:
+        put(2)
+        x = torch.randn(cpu_blas.BLOCK_TOKENS, 700)
+        alone = gram_of(x)
+        with ThreadPoolExecutor(4) as pool:
+            assert all(torch.equal(g, alone) for g in pool.map(gram_of, [x] * 12))
+        assert get() == 2
+    finally:
+        put(before)
+
+
+@needs_openblas
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_threads_of_its_own():
+    x = torch.randn(cpu_blas.BLOCK_TOKENS, 700)
+    expected, out = (torch.zeros(gk.packed_numel(700)) for _ in range(2))
+    cpu_blas.add_gram(expected, x, x)
+    child = os.fork()
+    if child == 0:  # NumPy alone from here on: torch's own threads do not survive a fork
+        signal.alarm(20)  # ends a child that waits for its parent's threads
+        cpu_blas.add_gram(out, x, x)
+        os._exit(0 if (out.numpy() == expected.numpy()).all() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
