@@ -269,11 +269,14 @@ def _keep_figure(rows: list[Row]) -> Any:
                     textcoords="offset points",
                     xytext=(5, -3),
                     fontsize=8,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
                 )
         axes.axhline(dense, color="gray", linestyle=":", label="dense")
         axes.set(title=sites.replace(",", " and "), xlabel="channels kept", yscale="log")
         ticks = [
-            t for t in (40, 50, 70, 100, 150, 200, 300, 500, 1000) if t <= max(by_cell.values())
+            t
+            for t in (40, 50, 70, 100, 150, 200, 300, 500, 1000, 2000, 3000)
+            if t <= max(by_cell.values())
         ]
         axes.set_yticks(ticks, [str(t) for t in ticks])
         axes.minorticks_off()
