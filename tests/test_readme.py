@@ -1,5 +1,6 @@
-"""README.md runs as typed, and its numbers are those of the committed results."""
+"""README.md and docs/ run as typed, and their numbers are those of the committed results."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -34,6 +35,34 @@ def test_its_python_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch, capsys
     assert names["down_proj"].weight.shape == (5, 4)
     assert Path("out/model.safetensors").is_file()
     assert "→" in capsys.readouterr().out
+
+
+def test_the_kernels_page_runs():
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    x = torch.randn(4, 300, 20)
+    names = {"torch": torch, "channels": 20, "x": x, "weight": torch.randn(5, 20)}
+    names["keep"] = torch.tensor([1, 2, 8])
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(block, names)
+    matrix = names["gk"].unpack(names["out"], 20)
+    expected = x.flatten(0, 1).double().T @ x.flatten(0, 1).double()
+    torch.testing.assert_close(matrix.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_the_kernels_page_quotes_the_committed_csv():
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    with (ROOT / "bench" / "results" / "gram_cpu.csv").open(newline="") as file:
+        times = {
+            (row["channels"], row["provider"]): float(row["p50"])
+            for row in csv.DictReader(file)
+            if (row["kernel"], row["metric"], row["dtype"]) == ("gram", "time", "fp32")
+        }
+    quoted = re.findall(r"^\| (\d+) \| \d+ \| ([\d.]+)× \| ([\d.]+)× \| ([\d.]+)× \|", page, re.M)
+    assert len(quoted) >= 5
+    for channels, *ratios in quoted:
+        for provider, ratio in zip(("grail", "numpy syrk", "scipy ssyrk"), ratios, strict=True):
+            measured = times[channels, "addmm"] / times[channels, provider]
+            assert float(ratio) == pytest.approx(measured, abs=0.006)
 
 
 def test_its_commands_run(tiny_folder, tmp_path, monkeypatch):
