@@ -15,7 +15,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 import numpy as np
@@ -71,7 +71,10 @@ def add_gram(out: Tensor, rows: Tensor, columns: Tensor) -> None:
             for strip in longest_first:
                 add_strip(strip)
         else:
-            list(_pool(workers).map(add_strip, longest_first))  # a list, to hear of errors
+            jobs = [_pool(workers).submit(add_strip, strip) for strip in longest_first]
+            wait(jobs)  # all, also where one fails: OpenBLAS gets its threads back afterwards
+            for job in jobs:
+                job.result()
 
 
 def _blocks(tokens: Tensor) -> list[NDArray[np.float32]]:

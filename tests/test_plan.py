@@ -79,10 +79,11 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(tiny_llama, ti
 
 
 def test_peak_sees_memory_that_is_gone_by_the_end():
+    size = 512 << 20  # more than the allocator may have kept of earlier tests
     with memory.Peak(torch.device("cpu")) as peak:
         before = memory.in_use(torch.device("cpu"))
-        torch.ones(64 << 20, dtype=torch.uint8)
-    assert peak.bytes - before == pytest.approx(64 << 20, rel=0.2)
+        torch.ones(size, dtype=torch.uint8)
+    assert peak.bytes - before == pytest.approx(size, rel=0.2)
 
 
 def test_a_transaction_puts_back_the_very_objects():
