@@ -10,8 +10,8 @@ from grail.fit import Toward, check_ridge
 from grail.sites import Architecture
 from grail.width import Width, check_keep
 
-# From bench/results/smollm2_calibration.csv: the best or within 2% of it at 8k, 32k and 128k tokens,
-# on the calibration's text and on another.
+# From bench/results/smollm2_calibration.csv: the best or within 2% of it at 8k, 32k and 128k
+# tokens, on the calibration's text and on another.
 ALPHA = 1e-3
 
 
