@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench.assets import python_reference, smollm2, split_topics
+from bench.assets import python_reference, smollm2, split_topics, write_texts
 from grail.commands import app
 
 # On 2 cores SmolLM2 reads about 760 tokens a second. 24k calibration tokens cost two compressions
@@ -26,7 +26,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo-out"), help="replaced if there")
     parser.add_argument("--texts", type=Path, default=Path(".assets"), help="folder for the texts")
     folders = parser.parse_args()
-    calibration, heldout = write_halves(folders.texts)
+    halves = split_topics(python_reference())
+    calibration, heldout = write_texts("python", halves, folders.texts)
     if (folders.output / "report.json").is_file():  # only what an earlier run wrote
         shutil.rmtree(folders.output)
     folders.output.parent.mkdir(parents=True, exist_ok=True)
@@ -36,15 +37,6 @@ def main() -> None:
     arguments += ["--output", str(folders.output)]
     print(f"$ grail {shlex.join(arguments)}", file=sys.stderr)
     app(arguments)
-
-
-def write_halves(folder: Path) -> tuple[Path, Path]:
-    """Writes the calibration and the held-out half of the Python language reference."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "python-calibration.txt", folder / "python-heldout.txt"
-    for path, documents in zip(paths, split_topics(python_reference()), strict=True):
-        path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
-    return paths
 
 
 if __name__ == "__main__":
