@@ -1,25 +1,50 @@
 """Which tile sizes and how many warps each kernel launches with: a static table, no autotuning.
 
-Every row is compiled ahead of time for every architecture by `bench/aot.py`, whose record says
-that it fits shared memory and spills two dozen registers at most. No row has been timed on a GPU
-yet.
+`launches.json`, beside this file, has a row for each kernel, operand class and shape class. The
+rows of "default" are complete and serve every architecture that has no row of its own;
+`bench/tune.py` measures candidates on a GPU and writes the rows of its architecture. Every row is
+compiled ahead of time by `bench/aot.py`, whose record says that it fits shared memory and spills
+two dozen registers at most. No row has been timed on a GPU yet.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from grail_kernels import tiles
+from grail_kernels.errors import GrailError
+
+TABLE = Path(__file__).with_name("launches.json")
+
+# The architecture whose rows serve all others.
+DEFAULT = "default"
 
 # Tokens that one fp32 accumulator takes before it is added to the Gram matrix: a tensor core that
 # truncates biases the diagonal by 1e-5 over so many and by 1e-3 over a million.
 FLUSH_TOKENS = 8192
+
+# The most channels of a "narrow" matrix, one tile of which holds it, and of a "middle" one, which
+# fills a GPU only together with others: heads, experts.
+_NARROW_CHANNELS, _MIDDLE_CHANNELS = 64, 2048
 
 # Programs per multiprocessor at which a launch stops splitting the tokens of small matrices.
 _PROGRAMS_PER_PROCESSOR = 4
 
 # A split shorter than this costs more to write and add up than it computes.
 _FEWEST_SPLIT_TOKENS = 1024
+
+_METHODS = ("fused", "gathered")
+
+
+class LaunchTableError(GrailError, ValueError):
+    """The launch table cannot be read, lacks a row, or holds one that no kernel can launch with."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +67,7 @@ class GramConfig:
 
 @dataclass(frozen=True)
 class AbsorbConfig:
-    """How the absorb kernel is launched.
+    """How the correction of a selection is computed.
 
     Attributes:
         block_outputs, block_kept: the tile of the result that a program owns. Every element of G
@@ -50,6 +75,8 @@ class AbsorbConfig:
         block_dropped: dropped channels that one step of a program multiplies.
         group: tile rows that neighbouring programs share, so that W and G meet in the cache.
         warps, stages: as Triton takes them.
+        method: what `backend="auto"` takes on a GPU: "fused", the kernel, or "gathered", the
+            library's GEMM on gathered operands.
     """
 
     block_outputs: int
@@ -58,21 +85,26 @@ class AbsorbConfig:
     group: int
     warps: int
     stages: int
+    method: str = "fused"
 
 
-_PLAIN = GramConfig(64, 128, 8, 8, 3)
-_NARROW = GramConfig(64, 64, 1, 4, 3)
-# Six products of bf16 parts, which live in registers.
-_PARTS = GramConfig(32, 64, 8, 4, 2)
-# Four blocks in shared memory where the others have two.
-_GATED = GramConfig(32, 128, 8, 8, 3)
-# One 64-bit address an element: a larger tile would spill a kilobyte of them.
-_SCATTERED = GramConfig(32, 64, 8, 8, 2)
-_SCATTERED_PARTS = GramConfig(16, 64, 8, 8, 2)
+Config = GramConfig | AbsorbConfig
+Key = tuple[str, str, str]  # kernel, operand class, shape class
 
-_ABSORB = AbsorbConfig(128, 128, 32, 8, 8, 3)
-# Six products where a bf16 weight takes three.
-_ABSORB_PARTS = AbsorbConfig(128, 64, 32, 8, 8, 3)
+# Every row that "default" has to have. Operands are split into three bf16 parts where tensor cores
+# do not take them as they are; "gated" and "scattered" activations are loaded in their own way.
+ROWS: dict[Key, type[Config]] = {
+    **{
+        ("gram", operands, shape): GramConfig
+        for operands in ("16-bit", "split")
+        for shape in ("narrow", "middle", "wide", "gated", "scattered")
+    },
+    **{
+        ("absorb", operands, shape): AbsorbConfig
+        for operands in ("bf16", "split")
+        for shape in ("middle", "wide")
+    },
+}
 
 
 def gram_config(
@@ -82,6 +114,7 @@ def gram_config(
     weighted: bool = False,
     gated: bool = False,
     aligned: bool = True,
+    architecture: str = DEFAULT,
 ) -> GramConfig:
     """The launch of the Gram kernel for one call.
 
@@ -91,19 +124,41 @@ def gram_config(
         weighted: whether tokens have weights; products are then split like those of fp32.
         gated: whether activations are multiplied from two tensors on the way in.
         aligned: whether 16 bytes of activations can be read at once.
+        architecture: as `architecture_of` names it.
+
+    Raises:
+        LaunchTableError: the table is damaged.
     """
-    if not multiplies_natively(dtype, weighted):
-        return _PARTS if aligned else _SCATTERED_PARTS
-    if not aligned:
-        return _SCATTERED
-    if gated:
-        return _GATED
-    return _PLAIN if channels > 64 else _NARROW
+    operands = "16-bit" if multiplies_natively(dtype, weighted) else "split"
+    shape = "scattered" if not aligned else "gated" if gated else _width(channels)
+    config = _row(architecture, ("gram", operands, shape))
+    assert isinstance(config, GramConfig)
+    return config
 
 
-def absorb_config(dtype: torch.dtype) -> AbsorbConfig:
-    """The launch of the absorb kernel for weights of this dtype."""
-    return _ABSORB if dtype == torch.bfloat16 else _ABSORB_PARTS
+def absorb_config(
+    dtype: torch.dtype, channels: int = _MIDDLE_CHANNELS + 1, architecture: str = DEFAULT
+) -> AbsorbConfig:
+    """How the correction is computed for weights [O, H] of this dtype and H = `channels`.
+
+    Raises:
+        LaunchTableError: the table is damaged.
+    """
+    operands = "bf16" if dtype == torch.bfloat16 else "split"
+    shape = "middle" if channels <= _MIDDLE_CHANNELS else "wide"
+    config = _row(architecture, ("absorb", operands, shape))
+    assert isinstance(config, AbsorbConfig)
+    return config
+
+
+def architecture_of(device: torch.device) -> str:
+    """What the table calls the GPU `device`, such as "sm_90" or "gfx942"; else "interpreter"."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def multiplies_natively(dtype: torch.dtype, weighted: bool) -> bool:
@@ -115,3 +170,94 @@ def token_splits(tiles: int, tokens: int, processors: int) -> int:
     """Into how many parts the tokens are cut so that a small matrix still fills the GPU."""
     wanted = _PROGRAMS_PER_PROCESSOR * processors // tiles
     return max(1, min(wanted, tokens // _FEWEST_SPLIT_TOKENS))
+
+
+@functools.cache
+def read_table(path: Path) -> Mapping[tuple[str, Key], Config]:
+    """Every row of the table in `path`, by architecture and key.
+
+    Raises:
+        LaunchTableError: it cannot be read, "default" lacks a row, or a row cannot be launched.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise LaunchTableError(f"the launch table {path} cannot be read: {problem}") from problem
+    table = {}
+    for architecture, key, values in _flatten(document):
+        name = "/".join((architecture, *key))
+        if key not in ROWS:
+            raise LaunchTableError(f"{path}: {name} is no row that a kernel asks for")
+        table[architecture, key] = _config(ROWS[key], values, f"{path}: {name}")
+    missing = ["/".join(key) for key in ROWS if (DEFAULT, key) not in table]
+    if missing:
+        raise LaunchTableError(f"{path}: {DEFAULT} lacks {', '.join(missing)}")
+    return table
+
+
+def write_table(path: Path, table: Mapping[tuple[str, Key], Config]) -> None:
+    """Write a table that `read_table` reads, a line a row; the file is replaced as a whole."""
+    document: dict[str, Any] = {}
+    for (architecture, (kernel, operands, shape)), config in table.items():
+        rows = document.setdefault(architecture, {}).setdefault(kernel, {}).setdefault(operands, {})
+        rows[shape] = asdict(config)
+    written = path.with_name(path.name + ".new")
+    written.write_text(_text(document) + "\n", encoding="utf-8")
+    written.replace(path)
+    read_table.cache_clear()
+
+
+def _row(architecture: str, key: Key) -> Config:
+    table = read_table(TABLE)
+    return table.get((architecture, key)) or table[DEFAULT, key]
+
+
+def _width(channels: int) -> str:
+    if channels <= _NARROW_CHANNELS:
+        return "narrow"
+    return "middle" if channels <= _MIDDLE_CHANNELS else "wide"
+
+
+def _flatten(document: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Key, Any]]:
+    """Architecture, key and values of every row, which lie four names deep."""
+    if len(path) == 4:
+        yield path[0], path[1:], document
+    elif isinstance(document, dict):
+        for name, part in document.items():
+            yield from _flatten(part, (*path, name))
+    else:
+        raise LaunchTableError(f"the launch table has no names under {'/'.join(path) or 'its top'}")
+
+
+def _config(kind: type[Config], values: Any, name: str) -> Config:
+    """The row `values` as a `kind`, refused under `name` if the kernel could not launch with it."""
+    names = {field.name for field in fields(kind)}
+    if not isinstance(values, dict) or values.keys() != names:
+        raise LaunchTableError(f"{name} must have {', '.join(sorted(names))}; it has {values}")
+    for field, value in values.items():
+        if field == "method":
+            fits, allowed = value in _METHODS, " or ".join(_METHODS)
+        elif not isinstance(value, int) or isinstance(value, bool):
+            fits, allowed = False, "an integer"
+        elif field.startswith("block_"):
+            # Triton's ranges are powers of two, its products of 16 at least.
+            fits, allowed = (
+                16 <= value <= tiles.BLOCK and tiles.BLOCK % value == 0,
+                (f"16 or more and a divisor of {tiles.BLOCK}"),
+            )
+        elif field == "warps":
+            fits, allowed = value in (1, 2, 4, 8, 16), "1, 2, 4, 8 or 16"
+        else:
+            fits, allowed = value >= 1, "1 or more"
+        if not fits:
+            raise LaunchTableError(f"{name}: {field} must be {allowed}; it is {value!r}")
+    return kind(**values)
+
+
+def _text(document: dict[str, Any], indent: str = "") -> str:
+    """JSON with the innermost objects on one line each."""
+    if not any(isinstance(part, dict) for part in document.values()):
+        return json.dumps(document)
+    inner = indent + " "
+    parts = (f"{inner}{json.dumps(name)}: {_text(part, inner)}" for name, part in document.items())
+    return "{\n" + ",\n".join(parts) + f"\n{indent}}}"

@@ -1,0 +1,134 @@
+"""The static launch table: which row a call gets, and which tables are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grail_kernels import GrailError, tuning
+
+
+@pytest.fixture
+def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the shipped table that launches read instead."""
+    path = tmp_path / "launches.json"
+    path.write_bytes(tuning.TABLE.read_bytes())
+    monkeypatch.setattr(tuning, "TABLE", path)
+    return path
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    tuning.read_table.cache_clear()
+
+
+def test_an_architecture_without_a_row_takes_the_default(own_table: Path) -> None:
+    ours = {"block_tokens": 32, "block_channels": 64, "group": 4, "warps": 4, "stages": 4}
+    edit(own_table, lambda table: table.update(sm_90={"gram": {"16-bit": {"wide": ours}}}))
+    found = {
+        architecture: tuning.gram_config(torch.bfloat16, 4096, architecture=architecture)
+        for architecture in ("sm_90", "sm_80")
+    }
+    assert found["sm_90"] == tuning.GramConfig(**ours)
+    assert found["sm_80"] == tuning.gram_config(torch.bfloat16, 4096)
+    assert tuning.gram_config(torch.bfloat16, 64, architecture="sm_90") == tuning.gram_config(
+        torch.bfloat16, 64
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "call"),
+    [
+        (("16-bit", "narrow"), {"channels": 64}),
+        (("16-bit", "middle"), {"channels": 65}),
+        (("16-bit", "wide"), {"channels": 2049}),
+        (("16-bit", "gated"), {"channels": 4096, "gated": True}),
+        (("16-bit", "scattered"), {"channels": 4096, "aligned": False, "gated": True}),
+        (("split", "wide"), {"channels": 4096, "weighted": True}),
+        (("split", "scattered"), {"channels": 4096, "weighted": True, "aligned": False}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_call_gets_the_row_of_its_class(
+    key: tuple[str, str], call: dict[str, Any], own_table: Path
+) -> None:
+    operands, shape = key
+    edit(own_table, lambda table: table["default"]["gram"][operands][shape].update(group=77))
+    assert tuning.gram_config(torch.float16, **call).group == 77
+
+
+def test_a_correction_gets_the_row_of_its_class(own_table: Path) -> None:
+    edit(own_table, lambda table: table["default"]["absorb"]["bf16"]["wide"].update(group=77))
+    groups = {
+        (dtype, channels): tuning.absorb_config(dtype, channels).group
+        for dtype in (torch.bfloat16, torch.float32)
+        for channels in (2048, 2049)
+    }
+    assert [case for case, group in groups.items() if group == 77] == [(torch.bfloat16, 2049)]
+
+
+def test_a_written_table_is_read_again(own_table: Path) -> None:
+    table = dict(tuning.read_table(own_table))
+    key = ("absorb", "split", "wide")
+    row = tuning.absorb_config(torch.float32)
+    table["gfx942", key] = replace(row, method="gathered", stages=1)
+    tuning.write_table(own_table, table)
+    assert tuning.read_table(own_table) == table
+    assert tuning.absorb_config(torch.float32, architecture="gfx942").method == "gathered"
+
+
+def _row(table: dict[str, Any]) -> dict[str, Any]:
+    row = table["default"]["gram"]["16-bit"]["wide"]
+    assert isinstance(row, dict)
+    return row
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: _row(table).update(block_channels=96), "divisor of 256; it is 96"),
+        (lambda table: _row(table).update(block_tokens=8), "16 or more"),
+        (lambda table: _row(table).update(warps=3), "warps must be"),
+        (lambda table: _row(table).update(stages=True), "stages must be an integer"),
+        (lambda table: _row(table).update(group=0), "group must be 1 or more"),
+        (lambda table: _row(table).update(colour=1), "must have block_channels"),
+        (lambda table: _row(table).pop("warps"), "must have block_channels"),
+        (
+            lambda table: table["default"]["absorb"]["bf16"]["wide"].update(method="guess"),
+            "fused or gathered",
+        ),
+        (lambda table: table["default"]["gram"]["16-bit"].pop("wide"), "lacks gram/16-bit/wide"),
+        (lambda table: table.update(sm_90={"gram": {"8-bit": {"wide": {}}}}), "8-bit/wide is no"),
+        (lambda table: table.update(sm_90=[]), "no names under sm_90"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_malformed_table_is_refused_by_name(
+    change: Callable[[dict[str, Any]], object], message: str, own_table: Path
+) -> None:
+    edit(own_table, change)
+    with pytest.raises(tuning.LaunchTableError, match=message) as refused:
+        tuning.gram_config(torch.bfloat16, 4096)
+    assert isinstance(refused.value, GrailError)
+
+
+@pytest.mark.parametrize("content", ["{", None], ids=["no JSON", "no file"])
+def test_an_unreadable_table_is_refused_by_name(content: str | None, own_table: Path) -> None:
+    own_table.unlink()
+    if content is not None:
+        own_table.write_text(content)
+    tuning.read_table.cache_clear()
+    with pytest.raises(tuning.LaunchTableError, match="cannot be read"):
+        tuning.gram_config(torch.bfloat16, 4096)
+
+
+def test_the_interpreter_has_an_architecture_of_its_own() -> None:
+    assert tuning.architecture_of(torch.device("cpu")) == "interpreter"
