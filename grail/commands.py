@@ -30,9 +30,9 @@ from grail.compress import compress as compress_model
 from grail.errors import GrailError, InputError
 from grail.evaluate import evaluate as evaluate_model
 from grail.export import check_output, export
-from grail.fit import Toward
+from grail.fit import Auto, Toward
 from grail.models import load_model
-from grail.options import ALPHA, Options
+from grail.options import Options
 from grail.page import (
     evaluation_table,
     format_bytes,
@@ -51,6 +51,13 @@ _DEBUG = "grail.debug"
 _Restoring = partial(typer.Option, rich_help_panel="Restoring")
 _Comparing = partial(typer.Option, rich_help_panel="Comparing on held-out text")
 _Running = partial(typer.Option, rich_help_panel="Running")
+
+
+def _number_or_auto(text: str) -> float | Auto:
+    try:
+        return "auto" if text == "auto" else float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is neither a number nor auto") from error
 
 
 class Commands(TyperGroup):
@@ -192,13 +199,27 @@ def compress(
         _Restoring(help="Rebuild lost channels from kept ones; without, plain pruning."),
     ] = True,
     alpha: Annotated[
-        float,
-        _Restoring(help="Ridge strength, relative to the mean energy of a kept channel."),
-    ] = ALPHA,
+        Any,
+        _Restoring(
+            help="Ridge strength, relative to the mean energy of a kept channel; auto chooses it "
+            "at each site by held-out sequences.",
+            parser=_number_or_auto,
+            metavar="FLOAT|auto",
+        ),
+    ] = "auto",
     toward: Annotated[
         Toward,
         _Restoring(help="What a strong ridge shrinks to; baseline is plain pruning."),
     ] = "baseline",
+    drift_correction: Annotated[
+        Any,
+        _Restoring(
+            help="Share of the drift from the dense network that each consumer also undoes; 0 is "
+            "the paper, auto chooses by held-out sequences.",
+            parser=_number_or_auto,
+            metavar="FLOAT|auto",
+        ),
+    ] = "auto",
     closed_loop: Annotated[
         bool,
         _Restoring(
@@ -234,6 +255,7 @@ def compress(
         compensate,
         alpha,
         toward,
+        drift_correction,
         closed_loop,
         multiple,
         seed,

@@ -11,9 +11,9 @@ from torch import nn
 
 from grail import memory, plan, select
 from grail.errors import NonFiniteError
-from grail.fit import Toward
+from grail.fit import Auto, Toward
 from grail.loop import Clock, Run
-from grail.options import ALPHA, Options
+from grail.options import Options
 from grail.report import Report, SiteReport
 from grail.sites import Architecture, find
 from grail.stream import Batch, Stream
@@ -29,8 +29,9 @@ def compress(
     selector: str | select.Selector = "wanda",
     *,
     compensate: bool = True,
-    alpha: float = ALPHA,
+    alpha: float | Auto = "auto",
     toward: Toward = "baseline",
+    drift_correction: float | Auto = "auto",
     closed_loop: bool = True,
     multiple: int | None = None,
     seed: int = 0,
@@ -49,10 +50,13 @@ def compress(
         selector: a name of `grail.select.names()`, or a function from `grail.select.View` to a
             `Reduction`.
         compensate: False is plain pruning (or folding).
-        alpha: ridge strength relative to the Gram's mean diagonal. More calibration tokens want a
-            smaller one.
+        alpha: ridge strength relative to the Gram's mean diagonal; "auto" chooses it at each site
+            by held-out sequences (every fifth).
         toward: what a strong ridge shrinks to: "baseline" (plain pruning: never worse on the
             calibration data) or "zero" (the paper).
+        drift_correction: how much of the compressed network's drift from the dense one each
+            consumer is also to undo, in [0, 1]; 0 is the paper, "auto" chooses by held-out
+            sequences. Costs a forward pass of the dense blocks.
         closed_loop: calibrate each block behind the already compressed ones; False: on the dense
             model.
         multiple: round MLP widths to multiples of this; default 128 from 4096 channels up, else 8.
@@ -69,7 +73,18 @@ def compress(
 
     Source: GRAIL (arXiv 2602.23795), algorithm 1.
     """
-    options = Options(keep, sites, selector, compensate, alpha, toward, closed_loop, multiple, seed)
+    options = Options(
+        keep,
+        sites,
+        selector,
+        compensate,
+        alpha,
+        toward,
+        drift_correction,
+        closed_loop,
+        multiple,
+        seed,
+    )
     architecture = find(model)
     widths = options.widths(architecture)
     _require_finite_weights(architecture, options)

@@ -1,53 +1,43 @@
-"""The ridge regression of GRAIL, written straight into the consumer's weight.
+"""The fit: a site's Gram, a reduction and the consumer's weight in, the rewritten weight out.
 
-With A = R G Rᵀ, λ = α·mean(diag A), W₀ the consumer of plain pruning or folding, and V = W − W₀R
-what that leaves out (for a selection: the dropped columns of W, nothing else),
-
-    C  = V G Rᵀ                              what the kept channels can still say about V
-    W' = W₀ + C (A + λI)⁻¹                   toward the baseline: λ→∞ is W₀
-    W' = W₀ + (C − λ W₀)(A + λI)⁻¹            toward zero, the paper's W G Rᵀ (A + λI)⁻¹
-
-The errors come from the same products, before a weight is touched:
-
-    ‖(W − W₀R)X‖² = tr(V G Vᵀ)               ‖WX‖² = tr(V G Vᵀ) + 2 tr(C W₀ᵀ) + tr(W₀ A W₀ᵀ)
-    ‖(W − W'R)X‖² = tr(V G Vᵀ) − 2 tr(C Δᵀ) + tr(Δ A Δᵀ),   Δ = W' − W₀
-
-FLOPs for O outputs and D channels in V: 2·O·D·H for V G, K³/3 + 2·O·K² for the solve, 4·O·K² for
-the errors. Identities in fp64 throughout, one rounding into the weight's dtype.
-
-Source: GRAIL (arXiv 2602.23795), equations of section 3.
+The mathematics is in `grail.problem`, the choice of the ridge strength and of the drift correction
+by held-out tokens in `grail.heldout`. fp64 throughout, one rounding into the weight's dtype.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor
 
-from grail import ridge
 from grail.errors import InputError, NonFiniteError
 from grail.gram import Gram
-from grail.reduction import Folding, Reduction, Selection
+from grail.heldout import ALPHAS, choose
+from grail.problem import ROWS, Problem
+from grail.reduction import Reduction
 
 Toward = Literal["zero", "baseline"]
-
-# Rows of G that are held in fp64 at a time: enough for the GEMM.
-ROWS = 1024
+Auto = Literal["auto"]
 
 
 @dataclass(frozen=True)
 class Fit:
     """A site's rewritten consumers and how well they rebuild the dense output.
 
-    `weights`: one [O, K] per consumer given. `error` and `baseline_error`: ‖WX − W'RX‖/‖WX‖ with
-    and without compensation, over all consumers, measured on the rounded weights. `damping`: the λ
-    used. `retries`: how often it had to grow.
+    `weights`: one [O, K] per consumer given. `error` and `baseline_error`: ‖T − W'RX‖/‖T‖ with and
+    without compensation, over all consumers, measured on the rounded weights; T is WX, or what the
+    dense network's stream asks for where the Gram knows its drift. `alpha` and `drift_correction`:
+    as given or chosen; an infinite alpha is plain pruning or folding. `damping`: the λ used.
+    `retries`: how often it had to grow.
     """
 
     weights: tuple[Tensor, ...]
     error: float
     baseline_error: float
+    alpha: float
+    drift_correction: float
     damping: float
     retries: int
 
@@ -64,9 +54,11 @@ def fit(
     reduction: Reduction,
     weight: Tensor | Sequence[Tensor],
     *,
-    alpha: float = 1e-3,
+    alpha: float | Auto = 1e-3,
     toward: Toward = "zero",
     compensate: bool = True,
+    drift_correction: float | Auto = 0.0,
+    held_out: Gram | None = None,
 ) -> Fit:
     """Rebuilds a consumer's output from the channels that `reduction` keeps.
 
@@ -79,26 +71,45 @@ def fit(
         toward: what a strong ridge shrinks to: "zero" (the paper) or "baseline" (plain pruning or
             folding).
         compensate: False returns the baseline itself, with its error.
+        drift_correction: the share in [0, 1] of the drift that the Gram recorded (`Gram.update`)
+            which the consumer is to undo; 0 is the paper.
+        held_out: the Gram of other tokens of the site. What is "auto", `alpha` or
+            `drift_correction`, is chosen for the least error on them; then they join the fit.
 
     Raises:
-        InputError: shapes that do not fit, or an alpha or toward that is not allowed.
+        InputError: shapes that do not fit, a setting that is not allowed, or "auto" without
+            `held_out`.
         NonFiniteError: NaN or Inf in a weight or in the Gram.
         SolveError: see `grail.ridge.solve`.
 
     Memory: `peak_bytes`.
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
-    _check(gram, reduction, weights, alpha, toward)
-    if reduction.is_identity:
-        return Fit(tuple(w.detach().clone() for w in weights), 0.0, 0.0, 0.0, 0)
+    _check(gram, reduction, weights)
+    check_settings(alpha, toward, drift_correction)
+    if held_out is None and "auto" in (alpha, drift_correction):
+        raise InputError("alpha or drift_correction 'auto' needs held_out, a Gram of other tokens")
+    drifts = any(g.drift is not None for g in (gram, held_out) if g is not None)
+    if reduction.is_identity and not (drifts and compensate):
+        return Fit(tuple(w.detach().clone() for w in weights), 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
-    matrix = gram.matrix()
-    dense = torch.cat([w.detach().to(matrix.device, torch.float64) for w in weights])
-    problem = _Problem(matrix, reduction, dense)
+    dense = torch.cat([w.detach().to(gram.device, torch.float64) for w in weights])
+    problem = Problem(gram.matrix(), reduction, dense, gram.drift)
+    if held_out is not None:
+        other = Problem(held_out.matrix(), reduction, dense, held_out.drift)
+        if compensate:
+            alpha, drift_correction = _chosen(problem, other, toward, alpha, drift_correction)
+        problem.add(other)
+        del other
     del dense  # large, and no longer needed
+    if not compensate:
+        alpha, drift_correction = math.inf, 0.0
+    assert alpha != "auto"
+    assert drift_correction != "auto"
     damping, retries, fitted = 0.0, 0, problem.baseline
-    if compensate:
-        fitted, damping, retries = problem.solve(alpha, toward)
+    if alpha < math.inf:
+        fitted, damping, retries = problem.solve(alpha, toward, drift_correction)
+        fitted.add_(problem.baseline)
     rounded = [
         part.to(w.dtype)
         for part, w in zip(fitted.split([w.shape[0] for w in weights]), weights, strict=True)
@@ -109,9 +120,21 @@ def fit(
         tuple(part.to(w.device) for part, w in zip(rounded, weights, strict=True)),
         error,
         baseline_error,
+        alpha,
+        drift_correction,
         damping,
         retries,
     )
+
+
+def _chosen(
+    train: Problem, held_out: Problem, toward: str, alpha: float | Auto, correction: float | Auto
+) -> tuple[float, float]:
+    if alpha != "auto" and correction != "auto":
+        return alpha, correction
+    alphas = ALPHAS if alpha == "auto" else (alpha,)
+    choice = choose(train, held_out, toward, alphas, None if correction == "auto" else correction)
+    return choice.alpha, choice.correction
 
 
 def peak_bytes(channels: int, kept: int, outputs: int, folding: bool = False) -> int:
@@ -133,86 +156,10 @@ def peak_bytes(channels: int, kept: int, outputs: int, folding: bool = False) ->
     return 4 * h * h + max(products, narrowing, errors)
 
 
-class _Problem:
-    """The terms of the equations above for one site, in fp64.
-
-    Args:
-        matrix: G [H, H] fp32.
-        reduction: R.
-        dense: W [O, H].
-    """
-
-    def __init__(self, matrix: Tensor, reduction: Reduction, dense: Tensor):
-        self._matrix, self._reduction = matrix, reduction
-        self.baseline = reduction.absorb(dense)
-        self._lost, self._left_out = _left_out(dense, reduction, self.baseline)  # V: [D], [O, D]
-        seen = torch.zeros_like(dense)  # V G
-        for rows, part in zip(self._lost.split(ROWS), self._left_out.split(ROWS, 1), strict=True):
-            seen.addmm_(part, matrix[rows].double())
-        self._unexplained = reduction.restrict(seen)  # C
-        self._baseline_squared = _inner(seen[:, self._lost], self._left_out)  # tr(V G Vᵀ)
-
-    def solve(self, alpha: float, toward: str) -> tuple[Tensor, float, int]:
-        """W' [O, K], the damping that held, and how often it had to grow."""
-        outputs, kept = self.baseline.shape
-        damping = alpha * self._normal().diagonal().mean()
-        if toward == "zero":
-            right = self._unexplained - damping * self.baseline
-            solution = ridge.solve(self._normal, right, damping)
-            change = solution.x
-        # 2·D·K² FLOPs to solve for the D lost channels and 2·O·D·K to absorb them, or 2·O·K².
-        elif self._lost.numel() * (kept + outputs) < outputs * kept:
-            coupling = self._reduction.restrict(self._matrix[self._lost])
-            solution = ridge.solve(self._normal, coupling, damping)
-            change = self._left_out @ solution.x
-        else:
-            solution = ridge.solve(self._normal, self._unexplained, damping)
-            change = solution.x
-        return change.add_(self.baseline), solution.damping.item(), int(solution.retries)
-
-    def errors(self, change: Tensor) -> tuple[float, float]:
-        """‖WX − W'RX‖/‖WX‖ for Δ = `change` [O, K], and for none."""
-        a, before, c = self._normal(), self._baseline_squared, self._unexplained
-        total = before + 2 * _inner(c, self.baseline) + _inner(self.baseline @ a, self.baseline)
-        after = before - 2 * _inner(c, change) + _inner(change @ a, change)
-        return _relative(after, total), _relative(before, total)
-
-    def _normal(self) -> Tensor:
-        """A [K, K], made anew. A selection only picks, so that G need not be held in fp64."""
-        if isinstance(self._reduction, Selection):
-            return self._reduction.normal(self._matrix).double()
-        return self._reduction.normal(self._matrix.double())
-
-
-def _left_out(dense: Tensor, reduction: Reduction, baseline: Tensor) -> tuple[Tensor, Tensor]:
-    """V = W − W₀R: the channels [D] where it is not zero by construction, and its columns there."""
-    if isinstance(reduction, Selection):
-        dropped = torch.ones(reduction.channels, dtype=torch.bool)
-        dropped[reduction.index] = False
-        lost = dropped.nonzero().flatten().to(dense.device)
-        return lost, dense[:, lost]
-    if isinstance(reduction, Folding):
-        labels, sizes = reduction.labels.to(dense.device), reduction.sizes.to(dense.device)
-        members = (baseline / sizes).index_select(1, labels)
-        return torch.arange(reduction.channels, device=dense.device), dense - members
-    raise InputError(f"a reduction is a Selection or a Folding; got {type(reduction).__name__}")
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.flatten(), b.flatten())
-
-
-def _relative(squared: Tensor, total: Tensor) -> float:
-    # Rounding can leave a perfect fit a little below 0; a dead site (total 0) is rebuilt exactly.
-    return (squared.clamp_min(0) / total).sqrt().item() if total > 0 else 0.0
-
-
 def _check(
     gram: Gram,
     reduction: Reduction,
     weights: tuple[Tensor, ...],
-    alpha: float,
-    toward: str,
 ) -> None:
     if reduction.channels != gram.channels:
         raise InputError(
@@ -230,12 +177,21 @@ def _check(
             raise NonFiniteError(
                 f"consumer weight of {gram.name or 'a site'}", channels, int(bad.sum())
             )
-    check_ridge(alpha, toward)
 
 
-def check_ridge(alpha: float, toward: str) -> None:
-    """Raises InputError unless `alpha` is a finite number ≥ 0 and `toward` is known."""
-    if not 0 <= alpha < float("inf"):
-        raise InputError(f"alpha must be a finite number ≥ 0; got {alpha}")
+def check_settings(alpha: float | str, toward: str, drift_correction: float | str) -> None:
+    """Raises InputError for an alpha, toward or drift correction that is not allowed."""
+    if alpha != "auto" and not (_is_number(alpha) and 0 <= alpha < math.inf):
+        raise InputError(f"alpha must be a finite number ≥ 0, or 'auto'; got {alpha!r}")
+    if drift_correction != "auto" and not (
+        _is_number(drift_correction) and 0 <= drift_correction <= 1
+    ):
+        raise InputError(
+            f"drift_correction must be a share in [0, 1], or 'auto'; got {drift_correction!r}"
+        )
     if toward not in get_args(Toward):
         raise InputError(f"toward must be one of {', '.join(get_args(Toward))}; got {toward!r}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

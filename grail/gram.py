@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import grail_kernels as gk
+from grail.drift import Drift
 from grail.errors import EmptyCalibrationError, InputError, NonFiniteError
 from grail_kernels.checks import check_activations
 from grail_kernels.tuning import FLUSH_TOKENS
@@ -40,19 +41,22 @@ class Gram:
         if buffer is not None and buffer < 0:
             raise InputError(f"buffer must be a number of tokens ≥ 0; got {buffer}")
         self.channels, self.name, self._capacity = channels, name, buffer
+        self.drift: Drift | None = None
         self._packed: Tensor | None = None
         self._buffer: _Buffer | None = None
         self._feed: _HostFeed | None = None
         if device is not None:
             self._allocate(torch.device(device))
 
-    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+    def update(self, x: Tensor, mask: Tensor | None = None, drift: Tensor | None = None) -> None:
         """Adds the tokens of `x`.
 
         Args:
             x: [..., H] fp32, bf16 or fp16, any strides. On the Gram's device, or on the CPU for a
                 Gram on a GPU: it is then copied there while the batch before is multiplied.
             mask: [...] bool, where `x` is; tokens where it is False do not count.
+            drift: [..., O] what the consumer's output lacks of the dense network's stream, on the
+                Gram's device; see `grail.drift`. None is no drift.
 
         Raises:
             InputError: a shape, dtype or device that does not fit; nothing was added.
@@ -67,6 +71,12 @@ class Gram:
                 f"mask must be bool {tuple(x.shape[:-1])}; got {mask.dtype} {tuple(mask.shape)}"
             )
         check_activations("x", x)
+        if drift is not None:
+            outputs = "O" if self.drift is None else self.drift.outputs
+            if drift.shape[:-1] != x.shape[:-1] or outputs not in ("O", drift.shape[-1]):
+                raise InputError(
+                    f"drift must be {[*x.shape[:-1], outputs]}; got {list(drift.shape)}"
+                )
         x = x.detach()
         if self._packed is None:
             self._allocate(x.device)
@@ -76,13 +86,21 @@ class Gram:
         if x.device != device or (mask is not None and mask.device != device):
             raise InputError(f"x and its mask must be on {device} with the sums; got {x.device}")
         if device.type == "cpu":
-            x, mask = x if mask is None else x[mask], None
+            if mask is not None:
+                x, drift, mask = x[mask], None if drift is None else drift[mask], None
             sums = self._finite_sums(x)
             self._add(x, None)
             self._sum += sums
         else:
             self._add(x, mask)
+        if drift is not None:
+            self._add_drift(drift.detach(), x, mask)
         self._tokens += x.shape[:-1].numel() if mask is None else mask.sum()
+
+    def _add_drift(self, drift: Tensor, x: Tensor, mask: Tensor | None) -> None:
+        if self.drift is None:
+            self.drift = Drift(drift.shape[-1], self.channels, self._filled().device)
+        self.drift.update(drift, x, mask)
 
     def _sent(self, x: Tensor, device: torch.device) -> Tensor:
         if self._feed is None:
@@ -147,6 +165,10 @@ class Gram:
         self._sum += other._sum.to(self._sum.device)
         self._nonfinite += other._nonfinite.to(self._nonfinite.device)
         self._tokens += other._tokens.to(self._tokens.device)
+        if other.drift is not None:
+            if self.drift is None:
+                self.drift = Drift(other.drift.outputs, self.channels, packed.device)
+            self.drift.merge(other.drift)
 
     def matrix(self) -> Tensor:
         """G [H, H], fp32, bitwise symmetric.
@@ -169,6 +191,11 @@ class Gram:
         """Σ x by channel, [H] fp32."""
         self._require_tokens()
         return self._sum.clone()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums live; the CPU before the first update of a Gram that was given none."""
+        return torch.device("cpu") if self._packed is None else self._packed.device
 
     @property
     def tokens(self) -> int:
@@ -202,6 +229,8 @@ class Gram:
                 overflowed.nonzero().flatten().tolist(),
                 int(overflowed.sum()),
             )
+        if self.drift is not None:
+            self.drift.require_finite(self._label())
 
     def _refuse(self, counts: Tensor) -> None:
         raise NonFiniteError(

@@ -3,8 +3,12 @@
 Closed loop: a block's Grams are collected with its inputs coming from the already compressed blocks
 before it, and the Gram of its MLP after its own heads were narrowed. Open loop: all Grams of a
 block come from one pass of the dense model. One block's statistics live at a time.
+
+Where drift is to be corrected, the dense network's stream goes along: a block's dense output is
+taken before anything in it is narrowed (see `grail.drift`).
 """
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +22,11 @@ from grail import select
 from grail.errors import InputError
 from grail.fit import Fit, fit
 from grail.gram import Gram
-from grail.options import Options
+from grail.options import ALPHA, Options
 from grail.reduction import Reduction
 from grail.report import SiteReport
 from grail.sites import Architecture, Site
+from grail.statistics import Statistics
 from grail.stream import Memo, Stop, Stream
 from grail.transaction import Transaction
 
@@ -79,6 +84,8 @@ class Run:
         self.architecture, self.options, self.stream = architecture, options, stream
         self.transaction, self.clock = transaction, clock
         self.widths = options.widths(architecture)
+        self._dense = stream.fork() if options.follows_drift else None
+        self._dense_after: dict[Site, list[Tensor]] = {}
         self._select = select.get(options.selector)
 
     def all_blocks(self, progress: bool) -> list[SiteReport]:
@@ -88,6 +95,7 @@ class Run:
         if not narrowed:
             return [self._untouched(site) for sites in blocks for site in sites]
         passes = 1 + (len(narrowed) if self.options.closed_loop else 0)
+        passes += self._dense is not None
         total = self.stream.tokens * passes * len(blocks)
         rows: list[SiteReport] = []
         with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
@@ -105,74 +113,123 @@ class Run:
         return list(rows.values())
 
     def _closed(self, sites: Sequence[Site], advance: Advance) -> Iterator[SiteReport]:
+        if self._dense is not None:
+            self._follow_dense(self._dense, sites, advance)
         memo = Memo((), self.stream)
         for site in sites:
-            gram = self._gram(site)
+            statistics = self._statistics(site)
             # The block is finished from the last site on: what ran before it need not run again.
             memo = Memo(site.upstream if site is sites[-1] else (), self.stream)
             with memo.recording():
-                self._pass(site.block, {site: gram}, advance, finish=False)
-            yield self._compress(site, gram)
+                self._pass(site.block, {site: statistics}, advance, finish=False)
+            yield self._compress(site, statistics)
         with memo.replaying():
             self._pass(sites[0].block, {}, advance, finish=True)
 
     def _open(self, sites: Sequence[Site], advance: Advance) -> Iterator[SiteReport]:
-        grams = {site: self._gram(site) for site in sites}
-        self._pass(sites[0].block, grams, advance, finish=True)
-        for site, gram in grams.items():
-            yield self._compress(site, gram)
+        collected = {site: self._statistics(site) for site in sites}
+        self._pass(sites[0].block, collected, advance, finish=True)
+        for site, statistics in collected.items():
+            yield self._compress(site, statistics)
 
-    def _gram(self, site: Site) -> Gram:
-        return Gram(site.channels, device=self.stream.device, name=site.name)
+    def _statistics(self, site: Site) -> Statistics:
+        return Statistics(site, self.stream, self.options.holds_out)
 
     def _narrows(self, site: Site) -> bool:
         return self.widths[site.kind].kept < site.channels
 
-    def _pass(self, block: int, grams: dict[Site, Gram], advance: Advance, finish: bool) -> None:
-        """Runs every batch through a block, feeding `grams`.
+    def _follow_dense(self, dense: Stream, sites: Sequence[Site], advance: Advance) -> None:
+        """Moves the dense stream past a block; keeps what it held after each site."""
+        self._dense_after = {site: [] for site in sites}
 
-        With `finish` the stream moves to the block's output; without, a batch ends at the only
-        consumer's door.
+        def keeping(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _, args: self._dense_after[site].append(args[0].to(dense.storage))
+
+        with ExitStack() as hooks, self.clock("forward"):
+            for site in sites:
+                if site.after is not None:
+                    hooks.callback(site.after.register_forward_pre_hook(keeping(site)).remove)
+                else:
+                    self._dense_after[site] = dense.hidden
+            for batch in range(len(dense)):
+                dense.store(batch, dense.run(sites[0].block, batch))
+                advance(dense.tokens_of(batch))
+
+    def _pass(
+        self, block: int, collected: dict[Site, Statistics], advance: Advance, finish: bool
+    ) -> None:
+        """Runs every batch through a block, feeding the statistics.
+
+        With `finish` the stream moves to the block's output; without, a batch ends where the only
+        site has been seen.
         """
         batch = 0
+        inputs: dict[Site, Tensor] = {}
 
-        def feeding(gram: Gram) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def feed(site: Site, after: Tensor | None) -> None:
+            with self.clock("gram"):
+                drift = None
+                if after is not None:
+                    drift = self._dense_after[site][batch].to(after.device, torch.float32) - after
+                collected[site].update(batch, inputs.pop(site), drift)
+
+        def reading(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                with self.clock("gram"):
-                    gram.update(args[0], self.stream.mask(batch))
-                if not finish:
-                    raise Stop
+                inputs[site] = args[0]
+                if self._dense is None:
+                    feed(site, None)
+                    if not finish:
+                        raise Stop
+
+            return hook
+
+        def landing(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                feed(site, args[0])
+                raise Stop
 
             return hook
 
         with ExitStack() as hooks, self.clock("forward"):
-            for site, gram in grams.items():
-                hooks.callback(site.consumer.register_forward_pre_hook(feeding(gram)).remove)
+            for site in collected:
+                hooks.callback(site.consumer.register_forward_pre_hook(reading(site)).remove)
+                if self._dense is not None and site.after is not None:
+                    hooks.callback(site.after.register_forward_pre_hook(landing(site)).remove)
             for batch in range(len(self.stream)):
                 with suppress(Stop):
-                    self.stream.store(batch, self.stream.run(block, batch))
+                    output = self.stream.run(block, batch)
+                    for site in list(inputs):
+                        feed(site, output)
+                    if finish:
+                        self.stream.store(batch, output)
                 advance(self.stream.tokens_of(batch))
 
-    def _compress(self, site: Site, gram: Gram) -> SiteReport:
+    def _compress(self, site: Site, statistics: Statistics) -> SiteReport:
         width, channels = self.widths[site.kind], site.channels
+        alpha, correction = self.options.alpha, self.options.drift_correction
+        if statistics.held_out is None:  # nothing to choose by
+            alpha = ALPHA if alpha == "auto" else alpha
+            correction = 0.0 if correction == "auto" else correction
         with self.clock("select"):
-            reduction = self._reduction(site, gram)
+            reduction = self._reduction(site, statistics.train)
         with self.clock("solve"):
             result = fit(
-                gram,
+                statistics.train,
                 reduction,
                 site.consumer.weight,
-                alpha=self.options.alpha,
+                alpha=alpha,
                 toward=self.options.toward,
                 compensate=self.options.compensate,
+                drift_correction=correction,
+                held_out=statistics.held_out,
             )
         with self.clock("absorb"):
             site.narrow(reduction, width, self.transaction)
             self.transaction.set_linear(site.consumer, result.weight, None)
-        return _row(site, channels, reduction.kept, gram.tokens, result)
+        return _row(site, channels, reduction.kept, statistics.tokens, result)
 
     def _untouched(self, site: Site) -> SiteReport:
-        nothing = Fit((), error=0.0, baseline_error=0.0, damping=0.0, retries=0)
+        nothing = Fit((), 0.0, 0.0, alpha=0.0, drift_correction=0.0, damping=0.0, retries=0)
         return _row(site, site.channels, site.channels, self.stream.tokens, nothing)
 
     def _reduction(self, site: Site, gram: Gram) -> Reduction:
@@ -197,6 +254,8 @@ def _row(site: Site, channels: int, kept: int, tokens: int, result: Fit) -> Site
         channels=channels,
         kept=kept,
         tokens=tokens,
+        alpha=None if math.isinf(result.alpha) else result.alpha,
+        drift_correction=result.drift_correction,
         damping=result.damping,
         retries=result.retries,
         error=result.error,

@@ -6,7 +6,7 @@ from typing import Any
 
 from grail import select
 from grail.errors import InputError
-from grail.fit import Toward, check_ridge
+from grail.fit import Auto, Toward, check_settings
 from grail.sites import Architecture
 from grail.width import Width, check_keep
 
@@ -23,8 +23,9 @@ class Options:
     sites: Sequence[str] = ("mlp",)
     selector: str | select.Selector = "wanda"
     compensate: bool = True
-    alpha: float = ALPHA
+    alpha: float | Auto = "auto"
     toward: Toward = "baseline"
+    drift_correction: float | Auto = "auto"
     closed_loop: bool = True
     multiple: int | None = None
     seed: int = 0
@@ -34,8 +35,23 @@ class Options:
             object.__setattr__(self, "sites", tuple(s.strip() for s in self.sites.split(",")))
         for kind in self.sites:
             check_keep(self.keep_of(kind))
-        check_ridge(self.alpha, self.toward)
+        check_settings(self.alpha, self.toward, self.drift_correction)
+        if self.drift_correction not in ("auto", 0) and not self.closed_loop:
+            raise InputError(
+                "drift_correction needs the closed loop: an open one sees no drift to correct"
+            )
         select.get(self.selector)
+
+    @property
+    def follows_drift(self) -> bool:
+        """Whether the dense network's stream is carried beside the compressed one's."""
+        return self.compensate and self.closed_loop and self.drift_correction != 0
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether something is chosen by held-out tokens."""
+        automatic = self.alpha == "auto" or (self.follows_drift and self.drift_correction == "auto")
+        return self.compensate and automatic
 
     def keep_of(self, kind: str) -> float:
         """The share of that kind's channels that stays."""

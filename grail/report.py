@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def recovered(dense: float, pruned: float, restored: float) -> float | None:
@@ -32,9 +32,13 @@ class SiteReport:
     channels: int  # before
     kept: int  # after
     tokens: int  # calibration tokens behind the Gram
+    alpha: float | None  # ridge strength, given or chosen by held-out tokens; None: plain pruning
+    drift_correction: float  # share of the drift from the dense stream that the fit undoes
     damping: float  # λ of the factorisation, in the Gram's units; 0 if not compensated
     retries: int  # how often λ had to grow before the Cholesky held
-    error: float | None  # ‖WX − W'RX‖ / ‖WX‖ as written into the model; None without a Gram
+    # ‖T − W'RX‖ / ‖T‖ as written into the model; None without a Gram. T is what the dense network's
+    # stream asks of the consumer where drift is followed, else the consumer's own output WX.
+    error: float | None
     baseline_error: float | None  # the same for plain pruning or folding
 
 

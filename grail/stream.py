@@ -6,6 +6,7 @@ layer) is whatever the library passes. Blocks are then run one at a time by thei
 those arguments.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from torch.utils._pytree import tree_map_only
 from grail.errors import EmptyCalibrationError, InputError
 
 Batch = Tensor | Mapping[str, Any]
+
+# One sequence in so many is held out.
+HELD_OUT = 5
 
 
 class Stop(Exception):  # noqa: N818, it is no error
@@ -90,6 +94,23 @@ class Stream:
         """How many tokens of one batch count."""
         mask = self.masks[batch]
         return self.hidden[batch].shape[:-1].numel() if mask is None else int(mask.sum())
+
+    def held_out(self, batch: int) -> Tensor | None:
+        """[B] bool on the model's device, every fifth sequence of all (of fewer, the last).
+
+        None where the batch has none of them.
+        """
+        sizes = [hidden.shape[0] for hidden in self.hidden]
+        step = min(HELD_OUT, sum(sizes))
+        first = sum(sizes[:batch])
+        held = torch.arange(first, first + sizes[batch], device=self.device) % step == step - 1
+        return held if step > 1 and bool(held.any()) else None
+
+    def fork(self) -> "Stream":
+        """A second stream of the same batches, where this one is; each then moves on its own."""
+        other = copy.copy(self)
+        other.hidden = list(self.hidden)
+        return other
 
     def _enter(self, model: nn.Module, batch: Batch) -> None:
         inputs = _model_inputs(batch, self.device)

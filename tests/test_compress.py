@@ -15,10 +15,16 @@ from .conftest import FAMILIES
 ALPHA = 1e-2
 
 
-def inputs_of(model: nn.Module, linear: nn.Linear, batches: list[torch.Tensor]) -> np.ndarray:
-    """What `linear` reads in plain forward passes of the whole model, [tokens, H] in fp64."""
+def seen_by(
+    model: nn.Module, module: nn.Module, batches: list[torch.Tensor], output: bool = False
+) -> np.ndarray:
+    """What `module` reads, or returns, in plain forward passes of `model`, [tokens, _] in fp64."""
     seen: list[torch.Tensor] = []
-    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+
+    def keep(_: nn.Module, args: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
+        seen.append((result if output else args[0]).flatten(0, -2))
+
+    handle = module.register_forward_hook(keep)
     with torch.no_grad():
         for batch in batches:
             model(batch)
@@ -26,35 +32,46 @@ def inputs_of(model: nn.Module, linear: nn.Linear, batches: list[torch.Tensor]) 
     return torch.cat(seen).double().numpy()
 
 
-def rebuilt(weight: np.ndarray, x: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The paper's formula in fp64: W G Rᵀ (A + λI)⁻¹."""
+def rebuilt(weight: np.ndarray, x: np.ndarray, kept: np.ndarray, drift: np.ndarray) -> np.ndarray:
+    """(W G + β C) Rᵀ (A + λI)⁻¹ in fp64 for the drift βδ; the paper's formula where it is 0."""
     g = x.T @ x
     a = g[np.ix_(kept, kept)]
-    return weight @ g[:, kept] @ np.linalg.inv(a + ALPHA * np.diag(a).mean() * np.eye(len(kept)))
+    target = weight @ g[:, kept] + drift.T @ x[:, kept]
+    return target @ np.linalg.inv(a + ALPHA * np.diag(a).mean() * np.eye(len(kept)))
 
 
-def brute_force(model, batches, kinds, keep, closed_loop):
+def brute_force(model, batches, kinds, keep, closed_loop, correction):
     """Compresses `model` with whole-model forward passes; magnitude selection by hand."""
     frozen = copy.deepcopy(model)
     for layer, dense in zip(model.model.layers, frozen.model.layers, strict=True):
         source, origin = (model, layer) if closed_loop else (frozen, dense)
+
+        def drift(name: str, layer: nn.Module = layer, dense: nn.Module = dense) -> np.ndarray:
+            after = {"output": not name}
+            there = seen_by(frozen, dense.get_submodule(name), batches, **after)
+            return correction * (
+                there - seen_by(model, layer.get_submodule(name), batches, **after)
+            )
+
         if "heads" in kinds:
-            _drop_heads(layer, inputs_of(source, origin.self_attn.o_proj, batches), keep)
+            x = seen_by(source, origin.self_attn.o_proj, batches)
+            _drop_heads(layer, x, keep, drift("post_attention_layernorm"))
         if "mlp" in kinds:
-            _drop_channels(layer.mlp, inputs_of(source, origin.mlp.down_proj, batches), keep)
+            x = seen_by(source, origin.mlp.down_proj, batches)
+            _drop_channels(layer.mlp, x, keep, drift(""))
     return model
 
 
-def _drop_channels(mlp: nn.Module, x: np.ndarray, keep: float) -> None:
+def _drop_channels(mlp: nn.Module, x: np.ndarray, keep: float, drift: np.ndarray) -> None:
     squares = sum(p.weight.double().square().sum(1) for p in (mlp.gate_proj, mlp.up_proj))
     kept = np.sort(np.argsort(-squares.detach().numpy())[: round(keep * x.shape[1])])
-    down = rebuilt(mlp.down_proj.weight.detach().double().numpy(), x, kept)
+    down = rebuilt(mlp.down_proj.weight.detach().double().numpy(), x, kept, drift)
     for producer in (mlp.gate_proj, mlp.up_proj):
         producer.weight = nn.Parameter(producer.weight.detach()[kept])
     mlp.down_proj.weight = nn.Parameter(torch.from_numpy(down).float())
 
 
-def _drop_heads(layer: nn.Module, x: np.ndarray, keep: float) -> None:
+def _drop_heads(layer: nn.Module, x: np.ndarray, keep: float, drift: np.ndarray) -> None:
     """Whole groups of two query heads of 8, scored by the norms of their rows."""
     attention = layer.self_attn
     q, k, v = (getattr(attention, n).weight.detach() for n in ("q_proj", "k_proj", "v_proj"))
@@ -65,22 +82,31 @@ def _drop_heads(layer: nn.Module, x: np.ndarray, keep: float) -> None:
     groups = np.sort(np.argsort(-per_channel.sum((1, 2)).numpy())[: round(keep * 3)])
     rows = np.concatenate([np.arange(16 * g, 16 * g + 16) for g in groups])
     shared_rows = np.concatenate([np.arange(8 * g, 8 * g + 8) for g in groups])
-    out = rebuilt(attention.o_proj.weight.detach().double().numpy(), x, rows)
+    out = rebuilt(attention.o_proj.weight.detach().double().numpy(), x, rows, drift)
     attention.q_proj.weight = nn.Parameter(q[rows])
     attention.k_proj.weight = nn.Parameter(k[shared_rows])
     attention.v_proj.weight = nn.Parameter(v[shared_rows])
     attention.o_proj.weight = nn.Parameter(torch.from_numpy(out).float())
 
 
-@pytest.mark.parametrize("closed_loop", [True, False], ids=["closed", "open"])
+@pytest.mark.parametrize(
+    ("closed_loop", "correction"),
+    [(True, 0.0), (True, 0.7), (False, 0.0)],
+    ids=["closed", "drift", "open"],
+)
 @pytest.mark.parametrize("kinds", [("mlp",), ("heads",), ("mlp", "heads")], ids="+".join)
 def test_a_run_equals_brute_force_over_whole_forward_passes(
-    kinds, closed_loop, tiny_llama, tiny_batches
+    kinds, closed_loop, correction, tiny_llama, tiny_batches
 ):
     model, batches = tiny_llama(num_hidden_layers=3), tiny_batches(count=8, length=24)
     keep = 2 / 3
     reference = brute_force(
-        copy.deepcopy(model), batches, kinds, 0.7 if "mlp" in kinds else keep, closed_loop
+        copy.deepcopy(model),
+        batches,
+        kinds,
+        0.7 if "mlp" in kinds else keep,
+        closed_loop,
+        correction,
     )
     grail.compress(
         model,
@@ -90,6 +116,7 @@ def test_a_run_equals_brute_force_over_whole_forward_passes(
         selector="magnitude",
         alpha=ALPHA,
         toward="zero",
+        drift_correction=correction,
         closed_loop=closed_loop,
         multiple=1,
         progress=False,
@@ -199,7 +226,13 @@ def test_folding_runs_through_the_same_door(tiny_llama, tiny_batches):
 def test_a_16_bit_model_stays_16_bit(dtype, tiny_llama, tiny_batches):
     model = tiny_llama().to(dtype)
     report = grail.compress(
-        model, tiny_batches(count=8), keep=0.5, sites=("mlp", "heads"), progress=False
+        model,
+        tiny_batches(count=8),
+        keep=0.5,
+        sites=("mlp", "heads"),
+        alpha=ALPHA,
+        drift_correction=0,
+        progress=False,
     )
     assert {p.dtype for p in model.parameters()} == {dtype}
     # Rounding W' to 8 bits costs far less than dropping half of the channels does.

@@ -90,10 +90,12 @@ class LlamaArchitecture(Architecture):
                 number,
                 mlp.down_proj,
                 (attention,),
+                None,
                 mlp,
             )
         name = f"{self.prefix}.{number}.self_attn"
-        return HeadSite(name, kind, number, attention.o_proj, (), attention, self.config)
+        after = block.post_attention_layernorm
+        return HeadSite(name, kind, number, attention.o_proj, (), after, attention, self.config)
 
 
 @dataclass(frozen=True, eq=False)

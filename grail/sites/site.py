@@ -18,7 +18,8 @@ class Site(ABC):
 
     `name`: "model.layers.3.mlp"; `kind`: "mlp" or "heads"; `consumer`: the layer whose input is the
     activation; `upstream`: modules of the block that run before the site and that narrowing it does
-    not touch.
+    not touch; `after`: the module whose input is the residual stream right after the consumer was
+    added to it, None if that is the block's output.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Site(ABC):
     block: int
     consumer: nn.Linear
     upstream: tuple[nn.Module, ...]
+    after: nn.Module | None
 
     @property
     def channels(self) -> int:

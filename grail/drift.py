@@ -1,0 +1,57 @@
+"""The drift of a compressed network from the dense one, as a consumer sees it: C = Σ δ xᵀ.
+
+In a closed loop a block's inputs already carry the errors of the blocks before it. With the
+un-narrowed consumer W, the compressed network's stream holds r + W x after the site, the dense
+network's stream h. Their difference is the drift
+
+    δ = h − (r + W x)   [O]
+
+and a consumer that aims at W x + β δ, not at W x, undoes a share β of it. What a fit needs of it
+is the cross moment with the consumer's input, one GEMM of 2·T·O·H FLOPs.
+"""
+
+import torch
+from torch import Tensor
+
+from grail.errors import NonFiniteError
+from grail_kernels.precision import full_fp32
+
+
+class Drift:
+    """Accumulates C = Σ δ xᵀ [O, H] and Σ|δ|² in fp32 and fp64.
+
+    Args:
+        outputs, channels: O and H.
+        device: where the sums live.
+    """
+
+    def __init__(self, outputs: int, channels: int, device: torch.device):
+        self.cross = torch.zeros(outputs, channels, device=device)
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return self.cross.shape[0]
+
+    def update(self, drift: Tensor, x: Tensor, mask: Tensor | None) -> None:
+        """Adds the drift [..., O] of the tokens `x` [..., H] that `mask` [...] counts."""
+        drift, x = drift.flatten(0, -2).float(), x.flatten(0, -2).float()
+        if mask is not None:
+            # Not by multiplying: what is masked may hold NaN.
+            drift, x = drift[mask.flatten()], x[mask.flatten()]
+        with full_fp32(x.device):
+            self.cross.addmm_(drift.T, x)
+        self.energy += drift.square().sum(dtype=torch.float64)
+
+    def merge(self, other: "Drift") -> None:
+        """Adds the sums of `other`."""
+        self.cross += other.cross.to(self.cross.device)
+        self.energy += other.energy.to(self.energy.device)
+
+    def require_finite(self, label: str) -> None:
+        """Raises NonFiniteError where a sum is NaN or infinite."""
+        bad = ~self.cross.isfinite()
+        if bool(bad.any()):
+            outputs = bad.any(1).nonzero().flatten().tolist()
+            raise NonFiniteError(f"drift at {label}", outputs, int(bad.sum()))
