@@ -86,6 +86,8 @@ def fit(
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     _check(gram, reduction, weights)
+    if held_out is not None and held_out.channels != gram.channels:
+        raise InputError(f"held_out has {held_out.channels} channels, the Gram {gram.channels}")
     check_settings(alpha, toward, drift_correction)
     if held_out is None and "auto" in (alpha, drift_correction):
         raise InputError("alpha or drift_correction 'auto' needs held_out, a Gram of other tokens")

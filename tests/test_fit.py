@@ -8,6 +8,7 @@ from bench.allocations import peak_bytes
 from grail import ridge
 from grail.errors import InputError, NonFiniteError
 from grail.fit import peak_bytes as predicted_peak
+from grail.heldout import ALPHAS
 
 H, O, TOKENS = 12, 5, 200
 SELECTION = grail.Selection([1, 4, 5, 9, 10], H)
@@ -119,6 +120,117 @@ def test_both_errors_equal_the_errors_on_the_data(x, weight, reduction, toward):
     assert fit.baseline_error == pytest.approx(error(reduction.absorb(weight)), rel=1e-4)
 
 
+@pytest.fixture
+def drift() -> torch.Tensor:
+    return torch.randn(TOKENS, O, generator=torch.Generator().manual_seed(3))
+
+
+def drifting(x: torch.Tensor, drift: torch.Tensor) -> grail.Gram:
+    gram = grail.Gram(H)
+    gram.update(x, drift=drift)
+    return gram
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("toward", ["zero", "baseline"])
+@pytest.mark.parametrize("beta", [0.0, 0.6, 1.0])
+def test_a_consumer_aims_at_its_output_and_a_share_of_the_drift(
+    x, weight, drift, reduction, toward, beta
+):
+    fit = grail.fit(
+        drifting(x, drift), reduction, weight, alpha=0.05, toward=toward, drift_correction=beta
+    )
+    data, r, w = x.double(), torch.from_numpy(maps(reduction)), weight.double()
+    narrow, plain = data @ r.T, reduction.absorb(w)
+    shrunk = plain if toward == "baseline" else torch.zeros_like(plain)
+    normal = narrow.T @ narrow
+    damped = normal + 0.05 * normal.diagonal().mean() * torch.eye(len(r))
+    target = data @ w.T + beta * drift.double()
+    expected = shrunk + (target - narrow @ shrunk.T).T @ narrow @ torch.linalg.inv(damped)
+    # fp32 sums (1e-6) through a system of condition < 100.
+    torch.testing.assert_close(fit.weight.double(), expected, rtol=1e-4, atol=1e-4)
+    # Both errors are those from the dense stream, whatever share was undone.
+    full = data @ w.T + drift.double()
+    for error, used in ((fit.error, fit.weight.double()), (fit.baseline_error, plain)):
+        assert error == pytest.approx(
+            ((full - narrow @ used.T).norm() / full.norm()).item(), rel=1e-4
+        )
+
+
+def test_a_site_that_keeps_all_its_channels_can_undo_drift(x, weight, drift):
+    everything = grail.Selection(range(H), H)
+    fit = grail.fit(
+        drifting(x, drift),
+        everything,
+        weight,
+        alpha=0.0,
+        toward="baseline",
+        drift_correction=1.0,
+    )
+    expected = weight.T.double() + torch.linalg.lstsq(x.double(), drift.double()).solution
+    torch.testing.assert_close(fit.weight.double(), expected.T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("toward", ["zero", "baseline"])
+def test_what_is_auto_has_the_least_error_on_the_held_out_tokens(
+    x, weight, drift, reduction, toward
+):
+    signal = x @ torch.randn(H, O, generator=torch.Generator().manual_seed(4))
+    drift = drift + 0.2 * signal
+    train, held = slice(0, 30), slice(30, TOKENS)
+    grams = drifting(x[train], drift[train]), drifting(x[held], drift[held])
+    fit = grail.fit(
+        grams[0],
+        reduction,
+        weight,
+        alpha="auto",
+        drift_correction="auto",
+        toward=toward,
+        held_out=grams[1],
+    )
+    r = torch.from_numpy(maps(reduction))
+    seen, wanted = x[held].double() @ r.T, x[held].double() @ weight.T.double() + drift[held]
+
+    def error(alpha: float, beta: float) -> float:
+        only = grail.fit(
+            grams[0], reduction, weight, alpha=alpha, drift_correction=beta, toward=toward
+        )
+        return (wanted - seen @ only.weight.double().T).square().sum().item()
+
+    tried = {
+        (a, b): error(a, b) for a in ALPHAS for b in torch.linspace(0, 1, 11, dtype=float).tolist()
+    }
+    # The grid's best is no better, but for the rounding of the weights to fp32.
+    assert error(fit.alpha, fit.drift_correction) <= min(tried.values()) * (1 + 1e-5)
+    assert 0 < fit.drift_correction <= 1
+    # All tokens then join the fit.
+    both = grail.fit(
+        drifting(x, drift),
+        reduction,
+        weight,
+        alpha=fit.alpha,
+        drift_correction=fit.drift_correction,
+        toward=toward,
+    )
+    torch.testing.assert_close(fit.weight, both.weight, rtol=1e-3, atol=1e-4)
+    assert (fit.error, fit.baseline_error) == pytest.approx(
+        (both.error, both.baseline_error), rel=1e-4
+    )
+
+
+def test_where_nothing_holds_on_other_tokens_plain_pruning_stays(weight):
+    # Calibration says that channel 0 tells of channel 1; the held-out tokens say the opposite.
+    train, held = torch.eye(H), torch.eye(H)
+    train[1, 0], held[1, 0] = 1.0, -1.0
+    selection = grail.Selection([c for c in range(H) if c != 1], H)
+    fit = grail.fit(
+        gram_of(train), selection, weight, alpha="auto", toward="baseline", held_out=gram_of(held)
+    )
+    assert torch.equal(fit.weight, selection.absorb(weight))
+    assert fit.alpha == float("inf")
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_nudge_improves_the_ridge_objective(x, weight, reduction):
     alpha = 0.01
@@ -187,8 +299,24 @@ def test_fewer_tokens_than_channels_and_duplicated_channels_stay_finite(weight):
         ({"alpha": -1.0}, "alpha must be"),
         ({"alpha": float("nan")}, "alpha must be"),
         ({"toward": "nowhere"}, "zero, baseline"),
+        ({"drift_correction": 1.5}, r"share in \[0, 1\]"),
+        ({"alpha": "auto"}, "needs held_out"),
+        ({"drift_correction": "auto"}, "needs held_out"),
+        ({"held_out": gram_of(torch.ones(3, H + 1))}, "13 channels, the Gram 12"),
     ],
-    ids=["reduction", "weight", "vector", "none", "negative", "nan", "toward"],
+    ids=[
+        "reduction",
+        "weight",
+        "vector",
+        "none",
+        "negative",
+        "nan",
+        "toward",
+        "correction",
+        "no choice",
+        "no choice of correction",
+        "held out",
+    ],
 )
 def test_arguments_that_do_not_fit_are_refused(x, weight, change, message):
     arguments = {"gram": gram_of(x), "reduction": SELECTION, "weight": weight, **change}

@@ -97,3 +97,27 @@ def test_an_attention_mask_decides_which_tokens_count(tiny_llama, tiny_batches):
 def test_batches_of_another_kind_are_refused(batches, error, tiny_llama):
     with pytest.raises(error):
         stream_of(tiny_llama(), batches)
+
+
+@pytest.mark.parametrize(
+    ("rows", "held"),
+    [([1], []), ([2], [1]), ([1, 1, 1], [2]), ([4, 4, 4], [4, 9]), ([3, 0, 9], [4, 9])],
+    ids=str,
+)
+def test_every_fifth_sequence_is_held_out_or_the_last_of_fewer(
+    rows, held, tiny_llama, tiny_batches
+):
+    stream = stream_of(tiny_llama(), [torch.full((n, 4), 5) for n in rows])
+    masks = [stream.held_out(batch) for batch in range(len(rows))]
+    flags = [torch.zeros(n) if m is None else m for m, n in zip(masks, rows, strict=True)]
+    assert torch.cat(flags).nonzero().flatten().tolist() == held
+
+
+def test_a_fork_moves_on_its_own(tiny_llama, tiny_batches):
+    stream = stream_of(tiny_llama(), tiny_batches(count=2))
+    first = list(stream.hidden)
+    other = stream.fork()
+    with torch.no_grad():
+        other.store(0, other.run(0, 0))
+    assert all(a is b for a, b in zip(stream.hidden, first, strict=True))
+    assert not torch.equal(other.hidden[0], first[0])
