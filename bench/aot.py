@@ -111,7 +111,8 @@ class GramCase:
         present = FEATURES[self.feature]
         types: dict[str, Any] = {"out_ptr": "*fp32", "x_ptr": f"*{x}"}
         types |= {n: t.format(x=x) if n in present else None for n, t in POINTERS.items()}
-        types |= dict.fromkeys(("H", "inner", "outer", "span", "stride_xo"), "i32")
+        types |= dict.fromkeys(("H", "inner", "outer", "matrices", "span"), "i32")
+        types |= dict.fromkeys(("stride_xm", "stride_xo"), "i32")
         types |= {"out_stride": "i64"}
         types |= (
             {"stride_xt": 1, "stride_xc": "i32"}
@@ -124,8 +125,8 @@ class GramCase:
         # is.
         sixteen = ["out_ptr", *(name for name in present if name != "gate_ptr")]
         if self.aligned:
-            sixteen += ["x_ptr", "gate_ptr", "H", "out_stride", "stride_xo", "stride_xt"]
-            sixteen += ["stride_xc", *(["inner"] if by_pixels else [])]
+            sixteen += ["x_ptr", "gate_ptr", "H", "out_stride", "stride_xm", "stride_xo"]
+            sixteen += ["stride_xt", "stride_xc", *(["inner"] if by_pixels else [])]
         return _source(gram_triton._gram_kernel, types, sixteen)
 
 
@@ -174,6 +175,7 @@ def cases() -> Iterator[Case]:
                 yield GramCase(target, torch.bfloat16, True, 4096, feature)
         for feature in ("collecting", "swiglu", "pixels"):
             yield GramCase(target, torch.float32, True, 4096, feature)
+        yield GramCase(target, torch.bfloat16, True, 64, "collecting")  # heads
         for dtype in TYPES:
             yield AbsorbCase(target, dtype)
 

@@ -4,6 +4,7 @@ from grail_kernels.absorb import absorb
 from grail_kernels.backend import resolve_backend
 from grail_kernels.errors import BackendError, GrailError, InputError
 from grail_kernels.gram import gram_
+from grail_kernels.gram_batched import gram_batched_
 from grail_kernels.gram_ragged import gram_ragged_
 from grail_kernels.gram_swiglu import gram_swiglu_
 from grail_kernels.tiles import diagonal, pack, packed_numel, unpack
@@ -15,6 +16,7 @@ __all__ = [
     "absorb",
     "diagonal",
     "gram_",
+    "gram_batched_",
     "gram_ragged_",
     "gram_swiglu_",
     "pack",

@@ -21,7 +21,6 @@ from grail_kernels.tiles import check_packed, strips
 _DROPPED_ROWS = 1024
 
 
-@torch.no_grad()
 def absorb(weight: Tensor, gram: Tensor, keep: Tensor, backend: str = "auto") -> Tensor:
     """What the dropped channels owe to the kept ones, seen by a consumer: W_D G_DP.
 
@@ -42,7 +41,18 @@ def absorb(weight: Tensor, gram: Tensor, keep: Tensor, backend: str = "auto") ->
     Source: Tang et al. (CPAL 2026, arXiv 2602.23795), with the identity on P split off:
         W G_:P = W_P G_PP + W_D G_DP.
     """
+    return _absorb_op(weight.detach(), gram.detach(), keep, backend)
+
+
+@torch.library.custom_op(
+    "grail::absorb",
+    mutates_args=(),
+    schema='(Tensor weight, Tensor gram, Tensor keep, str backend="auto") -> Tensor',
+)
+def _absorb_op(weight: Tensor, gram: Tensor, keep: Tensor, backend: str = "auto") -> Tensor:
+    """`torch.ops.grail.absorb`: opaque to torch.compile, which only sees the shape it gives."""
     _check(weight, gram, keep)
+    _check_distinct(keep, weight.shape[1])
     chosen = _resolve(weight, gram, backend)
     dropped_mask = torch.ones(weight.shape[1], dtype=torch.bool, device=keep.device)
     dropped_mask[keep] = False
@@ -53,6 +63,12 @@ def absorb(weight: Tensor, gram: Tensor, keep: Tensor, backend: str = "auto") ->
 
         return launch_absorb(weight, gram, kept, dropped, order)
     return _absorb_torch(weight, gram, kept, dropped, order)
+
+
+@_absorb_op.register_fake
+def _(weight: Tensor, gram: Tensor, keep: Tensor, backend: str = "auto") -> Tensor:
+    _check(weight, gram, keep)
+    return gram.new_empty(weight.shape[0], keep.shape[0])
 
 
 def _resolve(weight: Tensor, gram: Tensor, backend: str) -> str:
@@ -128,6 +144,7 @@ def _add_dense(
 
 
 def _check(weight: Tensor, gram: Tensor, keep: Tensor) -> None:
+    """Refuse arguments by what their shapes, dtypes and devices tell."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise InputError(
             f"weight must be a floating point [outputs, channels], got {weight.dtype} "
@@ -148,6 +165,10 @@ def _check(weight: Tensor, gram: Tensor, keep: Tensor) -> None:
             f"keep must be a 1-D int64 tensor of channels, got {keep.dtype} {tuple(keep.shape)}"
         )
     checks.check_devices(weight=weight, gram=gram, keep=keep)
+
+
+def _check_distinct(keep: Tensor, channels: int) -> None:
+    """Refuse a selection by the channels that it names."""
     low, high = int(keep.min()), int(keep.max())
     if low < 0 or high >= channels:
         raise InputError(f"keep must lie in [0, {channels}), got {low} to {high}")

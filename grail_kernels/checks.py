@@ -41,18 +41,17 @@ def check_vector(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch
         raise InputError(f"{name} is updated in place and must be contiguous")
 
 
-def check_per_token(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
-    """Refuse a mask or weights that do not have one entry for each token of `x` [..., H]."""
-    tokens = tuple(x.shape[:-1])
+def check_per_token(tokens: tuple[int, ...], mask: Tensor | None, weights: Tensor | None) -> None:
+    """Refuse a mask or weights that are not of the shape of the tokens, one entry for each."""
     if mask is not None and mask.dtype != torch.bool:
         raise InputError(f"mask must be torch.bool (True = the token counts), got {mask.dtype}")
     if weights is not None and not weights.is_floating_point():
         raise InputError(f"weights must be floating point, got {weights.dtype}")
     for name, tensor in (("mask", mask), ("weights", weights)):
-        if tensor is not None and tuple(tensor.shape) != tokens:
+        if tensor is not None and tensor.shape != tokens:
             raise InputError(
-                f"{name} must have one entry per token, shape {tokens} for activations of shape "
-                f"{tuple(x.shape)}; got {tuple(tensor.shape)}"
+                f"{name} must have one entry per token, shape {tuple(tokens)}; "
+                f"got {tuple(tensor.shape)}"
             )
 
 

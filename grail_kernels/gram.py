@@ -22,7 +22,11 @@ from grail_kernels.tiles import strips
 # fp32 stay near the cache; the bounds keep the accumulator's traffic (4*H^2 bytes a block) and the
 # number of GEMMs small.
 _BLOCK_ELEMENTS = 2**23
-_FEWEST_TOKENS, _MOST_TOKENS = cpu_blas.BLOCK_TOKENS, 8192
+_FEWEST_TOKENS, _MOST_TOKENS = 1024, 8192
+
+# With fewer rows than this a GEMM adds all tokens in one chain (MKL: an error of 35 eps at 4097
+# tokens, 800 at 200k, against 3 and 13): such few rows are summed in fp64 instead.
+_GEMM_ROWS = 16
 
 
 def gram_(
@@ -110,7 +114,7 @@ def add_gram(
     if backend == "triton":
         from grail_kernels.gram_triton import launch_gram
 
-        launch_gram(out, x, mask, weights, sums, nonfinite)
+        launch_gram(out, x[None], mask, weights, sums, nonfinite)
     else:
         with full_fp32(x.device):
             _gram_torch(out, x, mask, weights, sums, nonfinite)
@@ -123,16 +127,21 @@ def check_gram(
     weights: Tensor | None,
     sums: Tensor | None,
     nonfinite: Tensor | None,
+    batch: tuple[int, ...] = (),
 ) -> None:
-    """Refuse arguments by what their shapes, dtypes and devices tell."""
+    """Refuse arguments by what their shapes, dtypes and devices tell.
+
+    `batch`, the leading dimensions of the targets, leads those of `x` as well if it has any mask
+    or weights.
+    """
     checks.check_activations("x", x)
     channels = x.shape[-1]
-    checks.check_accumulator(out, channels)
-    checks.check_per_token(x, mask, weights)
+    checks.check_accumulator(out, channels, batch)
+    checks.check_per_token(x.shape[len(batch) : -1], mask, weights)
     if sums is not None:
-        checks.check_vector("sums", sums, (channels,), torch.float32)
+        checks.check_vector("sums", sums, (*batch, channels), torch.float32)
     if nonfinite is not None:
-        checks.check_vector("nonfinite", nonfinite, (channels,), torch.int64)
+        checks.check_vector("nonfinite", nonfinite, (*batch, channels), torch.int64)
     checks.check_devices(out=out, x=x, mask=mask, weights=weights, sums=sums, nonfinite=nonfinite)
 
 
@@ -171,7 +180,7 @@ def _collect(
 
 def _add_products(target: Tensor, rows: Tensor, columns: Tensor) -> None:
     """Add rows^T [R, T] @ columns [T, C] to target [R, C]."""
-    if rows.shape[1] >= cpu_blas.GEMM_ROWS:
+    if rows.shape[1] >= _GEMM_ROWS:
         target.addmm_(rows.T, columns)
         return
     tokens = block_tokens(columns.shape[1])
@@ -227,7 +236,7 @@ def _is_gemm_operand(x: Tensor) -> bool:
 def block_tokens(channels: int) -> int:
     """How many tokens of `channels` channels are copied at a time: whole blocks of a product."""
     most = max(_FEWEST_TOKENS, min(_BLOCK_ELEMENTS // channels, _MOST_TOKENS))
-    return most - most % cpu_blas.BLOCK_TOKENS
+    return most - most % cpu_blas.CHUNK_TOKENS
 
 
 def block_indices(shape: torch.Size, most: int) -> Iterator[tuple[int | slice, ...]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from grail_kernels import checks
 from grail_kernels.backend import resolve_backend
 from grail_kernels.errors import InputError
-from grail_kernels.gram import add_gram
+from grail_kernels.gram import add_gram, check_gram
 
 
 def gram_ragged_(
@@ -101,19 +101,13 @@ def _(
 def _check(
     out: Tensor, x: Tensor, offsets: Tensor, sums: Tensor | None, nonfinite: Tensor | None
 ) -> None:
-    checks.check_activations("x", x)
     if x.dim() != 2:
         raise InputError(f"x must be [tokens, channels] sorted by expert, got {tuple(x.shape)}")
     if out.dim() != 2:
         raise InputError(f"out must be [experts, packed_numel(channels)], got {tuple(out.shape)}")
-    experts, channels = out.shape[0], x.shape[1]
-    checks.check_accumulator(out, channels, (experts,))
+    experts = out.shape[0]
+    check_gram(out, x, None, None, sums, nonfinite, (experts,))
     checks.check_vector("offsets", offsets, (experts + 1,), torch.int64)
-    if sums is not None:
-        checks.check_vector("sums", sums, (experts, channels), torch.float32)
-    if nonfinite is not None:
-        checks.check_vector("nonfinite", nonfinite, (experts, channels), torch.int64)
-    checks.check_devices(out=out, x=x, sums=sums, nonfinite=nonfinite)
 
 
 def _check_bounds(bounds: list[int], tokens: int) -> None:

@@ -75,7 +75,7 @@ def _gram_swiglu_op(
     if backend == "triton" and gate.stride() == up.stride():
         from grail_kernels.gram_triton import launch_gram
 
-        launch_gram(out, up, mask, weights, sums, nonfinite, gate)
+        launch_gram(out, up[None], mask, weights, sums, nonfinite, gate[None])
         return
     for index in block_indices(up.shape[:-1], block_tokens(up.shape[-1])):
         add_gram(

@@ -6,8 +6,8 @@ triangle of T*H*(H + BLOCK) executed FLOPs is then the tightest. Neighbouring pr
 of tile rows, so that one wave reads a square patch of channels and its tokens meet in L2.
 
 Accumulation is fp32; every FLUSH steps it is added to the matrix, because tensor cores truncate.
-A matrix of too few tiles to fill the GPU splits its tokens over programs that write to a workspace,
-which is added up in a fixed order.
+A batch of matrices is one launch. Where it has too few tiles to fill the GPU, the tokens of each
+tile are split over programs that write to a workspace, which is added up in a fixed order.
 
 fp32 activations, and weighted ones, become three bf16 parts each (8 + 8 + 8 bits, exact), and the
 six products above 2^-24 are taken. Two parts would leave 2^-17, a hundred times fp32's rounding.
@@ -124,21 +124,23 @@ def _step_tokens(
     return repeat * stride_xo + tokens * stride_xt, takes_part, weights
 
 
-@triton.jit(do_not_specialize=["outer", "span"])
+@triton.jit(do_not_specialize=["matrices", "outer", "span"])
 def _gram_kernel(
-    out_ptr,  # [batch, P]
-    x_ptr,  # [outer, inner, H]
+    out_ptr,  # [splits, matrices, P]
+    x_ptr,  # [matrices, outer, inner, H]
     gate_ptr,  # as x_ptr, or None
     mask_ptr,  # [outer * inner], or None
     weights_ptr,  # [outer * inner], or None
-    sums_ptr,  # [batch, H], or None
-    nonfinite_ptr,  # [batch, H], or None
-    offsets_ptr,  # [batch + 1], or None
+    sums_ptr,  # [splits, matrices, H], or None
+    nonfinite_ptr,  # [splits, matrices, H], or None
+    offsets_ptr,  # [matrices + 1], or None
     H,
     inner,
     outer,
+    matrices,
     span,
     out_stride,
+    stride_xm,
     stride_xo,
     stride_xt,
     stride_xc,
@@ -157,19 +159,27 @@ def _gram_kernel(
     each: inside the loop of products it would cost every tile its registers.
     """
     program = tl.program_id(0).to(tl.int64)
-    batch = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
     tile_rows = tl.cdiv(H, BLOCK_H).to(tl.int64)
     collectors = 0 if sums_ptr is None and nonfinite_ptr is None else tile_rows
+    # The matrices share the first axis of the grid: the others end at 65,535.
+    programs = collectors + tile_rows * (tile_rows + 1) // 2
+    matrix = program // programs
+    program -= matrix * programs
+    target = split * matrices + matrix
+    x_ptr += matrix * stride_xm
+    if gate_ptr is not None:
+        gate_ptr += matrix * stride_xm
 
     if offsets_ptr is None:
         first_token = tl.zeros([], tl.int64)
         end_token = tl.zeros([], tl.int64) + inner
         steps_each = tl.cdiv(end_token, BLOCK_T)
-        first_step = batch * span
+        first_step = split * span
         end_step = tl.minimum(first_step + span, outer * steps_each)
     else:
-        first_token = tl.load(offsets_ptr + batch)
-        end_token = tl.load(offsets_ptr + batch + 1)
+        first_token = tl.load(offsets_ptr + matrix)
+        end_token = tl.load(offsets_ptr + matrix + 1)
         steps_each = tl.cdiv(end_token - first_token, BLOCK_T)
         first_step = tl.zeros([], tl.int64)
         end_step = steps_each
@@ -203,11 +213,11 @@ def _gram_kernel(
             row_counts += tl.sum((~is_finite).to(tl.int32), axis=0)
             row_sums += tl.sum(x * weights[:, None], axis=0)
         if sums_ptr is not None:
-            pointers = sums_ptr + batch * H + rows
+            pointers = sums_ptr + target * H + rows
             before = tl.load(pointers, mask=row_mask, other=0.0)
             tl.store(pointers, before + row_sums, mask=row_mask)
         if nonfinite_ptr is not None:
-            pointers = nonfinite_ptr + batch * H + rows
+            pointers = nonfinite_ptr + target * H + rows
             before = tl.load(pointers, mask=row_mask, other=0)
             tl.store(pointers, before + row_counts, mask=row_mask)
     else:
@@ -221,7 +231,7 @@ def _gram_kernel(
         # tile fit 32 bits, and 64-bit ones would take half of the registers.
         strip = tile_row * BLOCK_H // STRIP
         row_stride = tl.minimum((strip + 1) * STRIP, H)
-        tile_ptr = out_ptr + batch * out_stride + STRIP * STRIP * strip * (strip + 1) // 2
+        tile_ptr = out_ptr + target * out_stride + STRIP * STRIP * strip * (strip + 1) // 2
         tile_ptr += (tile_row * BLOCK_H - strip * STRIP) * row_stride + tile_column * BLOCK_H
         within = tl.arange(0, BLOCK_H)
         out_offsets = within[:, None] * row_stride.to(tl.int32) + within[None, :]
@@ -271,25 +281,26 @@ def _gram_kernel(
 
 
 def launch_gram(
-    out: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    weights: Tensor | None,
-    sums: Tensor | None,
-    nonfinite: Tensor | None,
-    gate: Tensor | None = None,
+    out: Tensor,  # [E, P]
+    x: Tensor,  # [E, ..., H]
+    mask: Tensor | None,  # [...]
+    weights: Tensor | None,  # [...]
+    sums: Tensor | None,  # [E, H]
+    nonfinite: Tensor | None,  # [E, H]
+    gate: Tensor | None = None,  # as x, with the same strides
 ) -> None:
-    """Add the Gram matrix of checked `x` [..., H] to `out`; the arguments of `gram_`.
+    """Add the Gram matrix of each x of a batch, with a gate that of silu(gate) * x.
 
-    With `gate`, of the shape and strides of `x`, that of silu(gate) * x.
+    Everything was checked. The targets of a batch of one need not have its dimension.
     """
     if not x.numel():
         return
-    shape = _batched_shape(x)
+    shape = _mergeable_shape(x)
     if shape is None:
-        for index in range(x.shape[0]):
-            part = [None if t is None else t[index] for t in (mask, weights, gate)]
-            launch_gram(out, x[index], part[0], part[1], sums, nonfinite, part[2])
+        for index in range(x.shape[1]):
+            part_mask, part_weights = (None if t is None else t[index] for t in (mask, weights))
+            part_gate = None if gate is None else gate[:, index]
+            launch_gram(out, x[:, index], part_mask, part_weights, sums, nonfinite, part_gate)
         return
     x = x.view(shape)
     gate = None if gate is None else gate.view(shape)
@@ -299,25 +310,26 @@ def launch_gram(
 
 
 def launch_gram_ragged(
-    out: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    sums: Tensor | None,
-    nonfinite: Tensor | None,
+    out: Tensor,  # [E, P]
+    x: Tensor,  # [T, H]
+    offsets: Tensor,  # [E + 1]
+    sums: Tensor | None,  # [E, H]
+    nonfinite: Tensor | None,  # [E, H]
 ) -> None:
     """Add the Gram matrix of each expert; the checked arguments of `gram_ragged_`."""
     if not x.numel() or not out.numel():
         return
-    config = tuning.gram_config(x.dtype, x.shape[1], aligned=_is_aligned(x[None]))
-    _launch(config, out, x[None], None, None, sums, nonfinite, offsets=offsets)
+    x = x.expand(out.shape[0], 1, -1, -1)
+    config = tuning.gram_config(x.dtype, x.shape[-1], aligned=_is_aligned(x))
+    _launch(config, out, x, None, None, sums, nonfinite, offsets=offsets)
 
 
-def _batched_shape(x: Tensor) -> tuple[int, int, int] | None:
-    """[outer, inner, H] such that `x` [..., H] has that view; None if it needs more dimensions."""
-    channels = x.shape[-1]
-    tokens = x.numel() // channels
-    for outer in (1, x.shape[0]):
-        shape = (outer, tokens // outer, channels)
+def _mergeable_shape(x: Tensor) -> tuple[int, int, int, int] | None:
+    """[E, outer, inner, H] such that `x` [E, ..., H] has that view; None if more are needed."""
+    matrices, channels = x.shape[0], x.shape[-1]
+    tokens = x.numel() // (matrices * channels)
+    for outer in (1, x.shape[1]):
+        shape = (matrices, outer, tokens // outer, channels)
         try:
             x.view(shape)
         except RuntimeError:
@@ -327,16 +339,16 @@ def _batched_shape(x: Tensor) -> tuple[int, int, int] | None:
 
 
 def _launch_split(
-    out: Tensor,  # [P]
-    x: Tensor,  # [outer, inner, H]
+    out: Tensor,  # [E, P]
+    x: Tensor,  # [E, outer, inner, H]
     mask: Tensor | None,
     weights: Tensor | None,
     sums: Tensor | None,
     nonfinite: Tensor | None,
     gate: Tensor | None,
 ) -> None:
-    """Split the tokens over as many partial matrices as fill the GPU, and add those up in order."""
-    outer, inner, channels = x.shape
+    """Split the tokens into as many partial batches as fill the GPU, and add those up in order."""
+    matrices, outer, inner, channels = x.shape
     config = tuning.gram_config(
         x.dtype,
         channels,
@@ -345,15 +357,18 @@ def _launch_split(
         aligned=_is_aligned(x),
     )
     steps = outer * math.ceil(inner / config.block_tokens)
-    splits = tuning.token_splits(_tiles(channels, config), outer * inner, _processors(x))
+    tiles_of_all = matrices * _tiles(channels, config)
+    splits = tuning.token_splits(tiles_of_all, outer * inner, _processors(x))
     span = math.ceil(steps / splits)
     if splits == 1:
-        _launch(config, out[None], x, mask, weights, sums, nonfinite, gate=gate, span=span)
+        _launch(config, out, x, mask, weights, sums, nonfinite, gate=gate, span=span)
         return
-    parts = out.new_zeros(splits, out.numel())
-    part_sums = None if sums is None else sums.new_zeros(splits, channels)
-    part_counts = None if nonfinite is None else nonfinite.new_zeros(splits, channels)
-    _launch(config, parts, x, mask, weights, part_sums, part_counts, gate=gate, span=span)
+    parts = out.new_zeros(splits, *out.shape)
+    part_sums = None if sums is None else sums.new_zeros(splits, *sums.shape)
+    part_counts = None if nonfinite is None else nonfinite.new_zeros(splits, *nonfinite.shape)
+    _launch(
+        config, parts, x, mask, weights, part_sums, part_counts, gate=gate, span=span, splits=splits
+    )
     for target, part in ((out, parts), (sums, part_sums), (nonfinite, part_counts)):
         if target is not None and part is not None:
             target += part.sum(0)
@@ -361,23 +376,24 @@ def _launch_split(
 
 def _launch(
     config: tuning.GramConfig,
-    out: Tensor,  # [batch, P]
-    x: Tensor,  # [outer, inner, H]
+    out: Tensor,  # [splits, E, P]
+    x: Tensor,  # [E, outer, inner, H]
     mask: Tensor | None,  # [outer * inner]
     weights: Tensor | None,  # [outer * inner]
-    sums: Tensor | None,  # [batch, H]
-    nonfinite: Tensor | None,  # [batch, H]
+    sums: Tensor | None,  # [splits, E, H]
+    nonfinite: Tensor | None,  # [splits, E, H]
     *,
-    offsets: Tensor | None = None,  # [batch + 1]
+    offsets: Tensor | None = None,  # [E + 1]
     gate: Tensor | None = None,  # as x
     span: int = 0,
+    splits: int = 1,
 ) -> None:
     """Launch a program for each tile of each matrix, and for each block of channels to collect."""
-    outer, inner, channels = x.shape
+    matrices, outer, inner, channels = x.shape
     collects = sums is not None or nonfinite is not None
     programs = _tiles(channels, config)
     programs += math.ceil(channels / config.block_channels) if collects else 0
-    _gram_kernel[(programs, out.shape[0])](
+    _gram_kernel[(programs * matrices, splits)](
         out,
         x,
         gate,
@@ -389,8 +405,9 @@ def _launch(
         channels,
         inner,
         outer,
+        matrices,
         span,
-        out.stride(0),
+        out.shape[-1],
         *x.stride(),
         **constants(config, x.dtype, weights is not None, outer > 1),
         num_warps=config.warps,
@@ -418,9 +435,9 @@ def constants(
 
 
 def _is_aligned(x: Tensor) -> bool:
-    """Whether the kernel can read 16 bytes of `x` [outer, inner, H] at once."""
-    _, inner, channels = x.shape
-    run = channels if x.stride(2) == 1 else inner if x.stride(1) == 1 else 1
+    """Whether the kernel can read 16 bytes of `x` [E, outer, inner, H] at once."""
+    _, _, inner, channels = x.shape
+    run = channels if x.stride(3) == 1 else inner if x.stride(2) == 1 else 1
     lengths = (run, *(stride for stride in x.stride() if stride != 1))
     return x.data_ptr() % 16 == 0 and all(length % 16 == 0 for length in lengths)
 

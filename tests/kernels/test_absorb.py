@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor
@@ -192,3 +195,23 @@ def test_bad_arguments_are_refused(message: str, changes: dict[str, Tensor]) -> 
     } | changes
     with pytest.raises(gk.InputError, match=message):
         gk.absorb(**arguments)
+
+
+def test_the_result_carries_no_gradient_history(runner: Runner) -> None:
+    weight, gram, keep = (t.to(runner.device) for t in problem(20, 8))
+    result = gk.absorb(weight.requires_grad_(), gram, keep, backend=runner.backend)
+    assert not result.requires_grad
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],
+    ids=["inference mode", "autocast"],
+)
+def test_the_callers_mode_changes_no_bit(
+    context: Callable[[], AbstractContextManager[object]], runner: Runner
+) -> None:
+    weight, gram, keep = (t.to(runner.device) for t in problem(300, 120))
+    expected = gk.absorb(weight, gram, keep, backend=runner.backend)
+    with context():
+        assert torch.equal(gk.absorb(weight, gram, keep, backend=runner.backend), expected)

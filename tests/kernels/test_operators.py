@@ -42,8 +42,23 @@ def gram_ragged(x: Tensor) -> tuple[Tensor, ...]:
     return (gk.unpack(out, CHANNELS),)
 
 
+def gram_batched(x: Tensor) -> tuple[Tensor, ...]:
+    out, sums = torch.zeros(5, gk.packed_numel(CHANNELS)), torch.zeros(5, CHANNELS)
+    heads = x.tanh().view(10, 5, CHANNELS).transpose(0, 1)
+    gk.gram_batched_(out, heads, mask=x[:10, 0] > 0, sums=sums)
+    return gk.unpack(out, CHANNELS), sums
+
+
+def absorb(x: Tensor) -> tuple[Tensor, ...]:
+    out, keep = zeros(), x[0].argsort()[:20]
+    gk.gram_(out, x)
+    return gk.absorb(x.tanh(), out, keep), torch.ops.grail.absorb(x, gk.unpack(out, CHANNELS), keep)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("function", [gram, gram_of_operator, gram_swiglu, gram_ragged])
+@pytest.mark.parametrize(
+    "function", [gram, gram_of_operator, gram_swiglu, gram_ragged, gram_batched, absorb]
+)
 def test_compiled_code_gives_the_same_bits(
     function: Callable[[Tensor], tuple[Tensor, ...]], backend: str
 ) -> None:
@@ -66,8 +81,16 @@ def test_compiled_code_gives_the_same_bits(
             torch.ops.grail.gram_ragged_,
             lambda: (zeros()[None], positive(50, CHANNELS), torch.tensor([0, 50])),
         ),
+        (
+            torch.ops.grail.gram_batched_,
+            lambda: (zeros().expand(2, -1).clone(), positive(50, 2, CHANNELS).transpose(0, 1)),
+        ),
+        (
+            torch.ops.grail.absorb,
+            lambda: (positive(5, CHANNELS), zeros() + 1, torch.tensor([66, 0, 3])),
+        ),
     ],
-    ids=["gram_", "gram_swiglu_", "gram_ragged_"],
+    ids=["gram_", "gram_swiglu_", "gram_ragged_", "gram_batched_", "absorb"],
 )
 def test_operators_declare_what_they_do(
     operator: Callable[..., None], arguments: Callable[[], tuple[Tensor, ...]]
@@ -79,3 +102,5 @@ def test_a_wrong_shape_is_refused_while_tracing() -> None:
     fake = torch.zeros(5, 3, device="meta")
     with pytest.raises(gk.InputError, match="3 channels has"):
         torch.ops.grail.gram_(torch.zeros(4, device="meta"), fake)
+    with pytest.raises(gk.InputError, match="3 channels has"):
+        torch.ops.grail.absorb(fake, torch.zeros(4, device="meta"), fake[0].long())
