@@ -15,7 +15,7 @@ from torch import Tensor
 from grail.errors import InputError, NonFiniteError
 from grail.gram import Gram
 from grail.heldout import ALPHAS, choose
-from grail.problem import ROWS, Problem
+from grail.problem import ROWS, Consumer, Problem
 from grail.reduction import Reduction
 
 Toward = Literal["zero", "baseline"]
@@ -96,14 +96,15 @@ def fit(
         return Fit(tuple(w.detach().clone() for w in weights), 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
     dense = torch.cat([w.detach().to(gram.device, torch.float64) for w in weights])
-    problem = Problem(gram.matrix(), reduction, dense, gram.drift)
+    consumer = Consumer(dense, reduction)
+    del dense  # large, and no longer needed
+    problem = Problem(consumer, gram.matrix(), gram.drift)
     if held_out is not None:
-        other = Problem(held_out.matrix(), reduction, dense, held_out.drift)
+        other = Problem(consumer, held_out.matrix(), held_out.drift)
         if compensate:
             alpha, drift_correction = _chosen(problem, other, toward, alpha, drift_correction)
         problem.add(other)
         del other
-    del dense  # large, and no longer needed
     if not compensate:
         alpha, drift_correction = math.inf, 0.0
     assert alpha != "auto"
@@ -139,23 +140,42 @@ def _chosen(
     return choice.alpha, choice.correction
 
 
-def peak_bytes(channels: int, kept: int, outputs: int, folding: bool = False) -> int:
+def peak_bytes(
+    channels: int,
+    kept: int,
+    outputs: int,
+    *,
+    folding: bool = False,
+    drift: bool = False,
+    held_out: bool = False,
+) -> int:
     """The most memory that `fit` takes beside its arguments, where `grail.ridge` solves in fp64.
 
     Args:
         channels, kept, outputs: H, K, and O of all consumers, with weights of 4 bytes.
         folding: whether clusters are averaged, for which G is held in fp64.
+        drift, held_out: whether the Grams know a drift, and whether there is a second one.
     """
-    h, k, o = channels, kept, outputs
-    if folding:
-        products = 8 * o * (3 * h + k) + max(12 * min(h, ROWS) * h, 8 * o * (h + k))
-        narrowing = 8 * (h * h + h * k + k * max(h, 2 * k))
-        errors = 8 * o * (h + 3 * k) + 4 * o * k
-        return 4 * h * h + max(products, errors + narrowing)
-    products = 24 * o * h + max(12 * min(h - k, ROWS) * h, 8 * o * h)
-    narrowing = 8 * o * (h + k) + 4 * k * (h + k)
-    errors = 8 * o * (h + 2 * k) + 4 * o * k + 4 * k * max(3 * k, 2 * (k + o), 4 * o)
-    return 4 * h * h + max(products, narrowing, errors)
+    h, k, o, lost = channels, kept, outputs, channels if folding else channels - kept
+    consumer = 8 * o * (k + lost)  # W₀ and V
+    terms = 8 * o * k * (1 + drift)  # V G Rᵀ, and C Rᵀ
+    normal = 8 * (h * h + h * k + k * max(h, 2 * k)) if folding else 4 * k * (h + k)
+    building = 8 * o * h + max(12 * min(lost, ROWS) * h, 8 * o * (k + lost))
+    if drift:
+        building = max(building, terms + 8 * min(o, ROWS) * (h + lost))
+    making = max(normal, 12 * k * k)  # of A
+    result = 8 * o * k
+    products = 8 * k * k + 8 * k * o
+    errors = 12 * o * k + max(
+        making if folding else 12 * k * k, 2 * result, products + drift * result
+    )
+    one = 4 * h * h + consumer + max(building, terms + max(normal, errors))
+    if not held_out:
+        return one
+    solving = max(making + 4 * drift * result, 8 * k * k + (6 if drift else 2) * result)
+    pricing = terms + max(making, products + 2 * drift * result)
+    choosing = terms + max(building, terms + max(solving, pricing))
+    return max(one, 8 * h * h + consumer + choosing)
 
 
 def _check(

@@ -1,7 +1,7 @@
 """What a run would save and cost, before it runs: `inspect`, and the prediction of peak memory.
 
-Memory is arithmetic on shapes (`demand`). Time is measured: one block is compressed on one made-up
-batch, rolled back, and scaled by the number of blocks and batches.
+Memory is arithmetic on shapes (`demand`). Time is measured: one block is compressed on two made-up
+batches, rolled back, and scaled by the number of blocks and batches.
 """
 
 import itertools
@@ -126,11 +126,12 @@ def demand(
 ) -> dict[str, int]:
     """Bytes that a run adds on the model's device, by part; their sum is its peak.
 
-    hidden states   tokens · hidden, twice if an MLP's upstream outputs are kept for the second
-                    pass; where `storage` is the model's device
+    hidden states   tokens · hidden, and as much again for an MLP's upstream outputs that are kept
+                    for the second pass, for the dense stream, and for what that holds after each
+                    site within a block; where `storage` is the model's device
     weights         the narrowed layers, beside the dense ones that an error would bring back
-    statistics      packed Grams 2H² of a block (one site's in the closed loop), and on a GPU the
-                    tokens that wait for one
+    statistics      packed Grams 2H² of a block (one site's in the closed loop), drift 4·O·H, twice
+                    if sequences are held out, and on a GPU the tokens that wait for one
     working set     the larger of a batch's activations and of a solve in fp64
 
     Not counted: attention masks of padded batches, and what a selector holds for itself (greedy:
@@ -144,15 +145,33 @@ def demand(
     first, element = blocks[0], architecture.element_size
     hidden = tokens * architecture.hidden_size * element
     kept_outputs = options.closed_loop and any(s.upstream for s in first[-1:])
+    streams = 1 + kept_outputs
+    if options.follows_drift:
+        streams += 1 + sum(s.after is not None for s in first)
     waiting = FLUSH_TOKENS if architecture.device.type == "cuda" else 0
-    grams = [4 * gk.packed_numel(s.channels) + waiting * s.channels * element for s in first]
+    grams = [
+        (1 + options.holds_out)
+        * (
+            4 * gk.packed_numel(s.channels)
+            + waiting * s.channels * element
+            + 4 * options.follows_drift * s.consumer.out_features * s.channels
+        )
+        for s in first
+    ]
     stored_here = torch.device(storage).type == architecture.device.type
-    folding = options.selector == "folding"
     solves = [
-        peak_bytes(s.channels, widths[s.kind].kept, s.consumer.out_features, folding) for s in first
+        peak_bytes(
+            s.channels,
+            widths[s.kind].kept,
+            s.consumer.out_features,
+            folding=options.selector == "folding",
+            drift=options.follows_drift,
+            held_out=options.holds_out,
+        )
+        for s in first
     ]
     return {
-        "hidden states": hidden * (1 + kept_outputs) if stored_here else 0,
+        "hidden states": hidden * streams if stored_here else 0,
         "weights": sum(s.parameters_at(widths[s.kind]) * element for s in itertools.chain(*blocks)),
         "statistics": max(grams, default=0) if options.closed_loop else sum(grams),
         "working set": max([batch_tokens * architecture.activations_per_token * element, *solves]),
@@ -170,17 +189,18 @@ def _seconds(
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, sequence_length)
-    ids = torch.randint(vocabulary, shape, generator=generator)
+    # Two, so that there is one to hold out.
+    trial = [torch.randint(vocabulary, shape, generator=generator) for _ in range(2)]
     blocks = len(architecture.blocks)
-    batches = -(-tokens // ids.numel())
+    repeats = -(-tokens // sum(ids.numel() for ids in trial))
     phases: dict[str, float] = {}
     for _ in range(2):  # the first time warms up
         clock = Clock(architecture.device)
         with steady(model), Transaction() as transaction:
-            stream = Stream(model, architecture.blocks, [ids])
+            stream = Stream(model, architecture.blocks, trial)
             run = Run(architecture, options, stream, transaction, clock)
             run.block(architecture.sites(options.sites)[0], lambda n: None)
             transaction.undo()
-        repeats = {"forward": batches, "gram": batches}
-        phases = {k: v * blocks * repeats.get(k, 1) for k, v in clock.seconds.items()}
+        each = {"forward": repeats, "gram": repeats}
+        phases = {k: v * blocks * each.get(k, 1) for k, v in clock.seconds.items()}
     return {**phases, "total": sum(phases.values())}

@@ -35,41 +35,79 @@ from grail.reduction import Folding, Reduction, Selection
 ROWS = 1024
 
 
-class Problem:
-    """The terms above for one site.
+class Consumer:
+    """W = W₀R + V: what plain pruning or folding keeps of a consumer, and what it leaves out.
 
     Args:
-        matrix: G [H, H] fp32.
-        reduction: R.
         dense: W [O, H] fp64.
+        reduction: R.
+
+    `baseline`: W₀ [O, K]. `lost`: the channels [D] where V is not zero by construction, and
+    `left_out`: V's columns [O, D] there.
+    """
+
+    def __init__(self, dense: Tensor, reduction: Reduction):
+        self.reduction, self.baseline = reduction, reduction.absorb(dense)
+        if isinstance(reduction, Selection):
+            dropped = torch.ones(reduction.channels, dtype=torch.bool)
+            dropped[reduction.index] = False
+            self.lost = dropped.nonzero().flatten().to(dense.device)
+            self.left_out = dense[:, self.lost]
+        elif isinstance(reduction, Folding):
+            labels, sizes = reduction.labels.to(dense.device), reduction.sizes.to(dense.device)
+            members = (self.baseline / sizes).index_select(1, labels)
+            self.lost = torch.arange(reduction.channels, device=dense.device)
+            self.left_out = dense - members
+        else:
+            kind = type(reduction).__name__
+            raise InputError(f"a reduction is a Selection or a Folding; got {kind}")
+
+
+class Problem:
+    """The terms above for one consumer over one set of tokens.
+
+    Args:
+        consumer: W₀ and V.
+        matrix: G [H, H] fp32. `add` and nothing else changes it.
         drift: C and Σ|δ|², if the consumer is to undo some of it.
     """
 
-    def __init__(
-        self, matrix: Tensor, reduction: Reduction, dense: Tensor, drift: Drift | None = None
-    ):
-        self._matrix, self._reduction = matrix, reduction
-        self.baseline = reduction.absorb(dense)  # W₀
-        self._lost, self._left_out = _left_out(dense, reduction, self.baseline)  # V: [D], [O, D]
-        seen = torch.zeros_like(dense)  # V G
-        for rows, part in zip(self._lost.split(ROWS), self._left_out.split(ROWS, 1), strict=True):
-            seen.addmm_(part, matrix[rows].double())
-        self._own = reduction.restrict(seen)  # V G Rᵀ
-        self._squared = _inner(seen[:, self._lost], self._left_out)  # ‖T − W₀RX‖²
-        self._drifted: Tensor | None = None  # C Rᵀ
+    def __init__(self, consumer: Consumer, matrix: Tensor, drift: Drift | None = None):
+        self._reduction, self.baseline = consumer.reduction, consumer.baseline
+        self._lost, self._left_out = consumer.lost, consumer.left_out
+        self._matrix = matrix
+        self._own, self._squared = self._of_own_output()
+        self._drifted: Tensor | None = None
         if drift is not None:
-            cross = drift.cross.to(dense)
-            self._drifted = reduction.restrict(cross)
-            self._squared += 2 * _inner(cross[:, self._lost], self._left_out) + drift.energy
+            self._drifted, squared = self._of_drift(drift)
+            self._squared += squared
+
+    def _of_own_output(self) -> tuple[Tensor, Tensor]:
+        """V G Rᵀ and tr(V G Vᵀ)."""
+        seen = self._left_out.new_zeros(self.baseline.shape[0], self._matrix.shape[0])  # V G
+        for rows, part in zip(self._lost.split(ROWS), self._left_out.split(ROWS, 1), strict=True):
+            seen.addmm_(part, self._matrix[rows].double())
+        return self._reduction.restrict(seen), _inner(seen[:, self._lost], self._left_out)
+
+    def _of_drift(self, drift: Drift) -> tuple[Tensor, Tensor]:
+        """C Rᵀ and 2 tr(V Cᵀ) + Σ|δ|²."""
+        drifted, squared = torch.empty_like(self._own), drift.energy.clone()
+        for low in range(0, drift.outputs, ROWS):
+            outputs = slice(low, low + ROWS)
+            cross = drift.cross[outputs].double()
+            drifted[outputs] = self._reduction.restrict(cross)
+            squared += 2 * _inner(cross[:, self._lost], self._left_out[outputs])
+        return drifted, squared
 
     def add(self, other: "Problem") -> None:
         """Joins the tokens of `other`, a problem of the same reduction and weight."""
-        self._matrix = self._matrix + other._matrix
+        self._matrix += other._matrix
         self._own += other._own
-        self._squared = self._squared + other._squared
-        if other._drifted is not None:
-            mine = 0 if self._drifted is None else self._drifted
-            self._drifted = mine + other._drifted
+        self._squared += other._squared
+        if self._drifted is None:
+            self._drifted = other._drifted
+        elif other._drifted is not None:
+            self._drifted += other._drifted
 
     def damping(self, alpha: float) -> Tensor:
         """λ for a relative strength."""
@@ -90,25 +128,26 @@ class Problem:
             change = solution.x
         return change, solution.damping.item(), int(solution.retries)
 
-    def parts(self, alpha: float, toward: str) -> tuple[Tensor, Tensor]:
-        """Δ = U + β D: U and D, [O, K] each, from one factorisation. D is zero without a drift."""
+    def parts(self, alpha: float, toward: str) -> tuple[Tensor, Tensor | None]:
+        """Δ = U + β D: U and D, [O, K] each, from one factorisation; no D without a drift."""
         damping = self.damping(alpha)
         right = self._right(damping, toward, 0.0)
         if self._drifted is None:
-            solution = ridge.solve(self._normal, right, damping)
-            return solution.x, torch.zeros_like(solution.x)
+            return ridge.solve(self._normal, right, damping).x, None
         both = ridge.solve(self._normal, torch.cat([right, self._drifted]), damping).x
         own, drifted = both.split(right.shape[0])
         return own, drifted
 
     def price(
-        self, own: Tensor, drifted: Tensor, correction: float | None = None
+        self, own: Tensor, drifted: Tensor | None, correction: float | None = None
     ) -> tuple[float, float]:
         """β and ‖T − (W₀ + U + βD)RX‖² here; the best β in [0, 1] if none is given."""
         normal, target = self._normal(), self._target()
-        own_seen = own @ normal
-        alone = self._squared - 2 * _inner(target, own) + _inner(own_seen, own)
-        slope = _inner(target - own_seen, drifted)
+        seen = own @ normal
+        alone = self._squared - 2 * _inner(target, own) + _inner(seen, own)
+        if drifted is None:
+            return correction or 0.0, alone.item()
+        slope = _inner(target - seen, drifted)
         curvature = _inner(drifted @ normal, drifted)
         if correction is None:
             correction = (slope / curvature).clamp(0, 1).item() if curvature > 0 else 0.0
@@ -142,20 +181,6 @@ class Problem:
         if isinstance(self._reduction, Selection):
             return self._reduction.normal(self._matrix).double()
         return self._reduction.normal(self._matrix.double())
-
-
-def _left_out(dense: Tensor, reduction: Reduction, baseline: Tensor) -> tuple[Tensor, Tensor]:
-    """V = W − W₀R: the channels [D] where it is not zero by construction, and its columns there."""
-    if isinstance(reduction, Selection):
-        dropped = torch.ones(reduction.channels, dtype=torch.bool)
-        dropped[reduction.index] = False
-        lost = dropped.nonzero().flatten().to(dense.device)
-        return lost, dense[:, lost]
-    if isinstance(reduction, Folding):
-        labels, sizes = reduction.labels.to(dense.device), reduction.sizes.to(dense.device)
-        members = (baseline / sizes).index_select(1, labels)
-        return torch.arange(reduction.channels, device=dense.device), dense - members
-    raise InputError(f"a reduction is a Selection or a Folding; got {type(reduction).__name__}")
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -363,15 +363,30 @@ def test_whichever_order_costs_less_gives_the_same_weight(x, monkeypatch):
 @pytest.mark.parametrize("outputs", [40, 600])
 @pytest.mark.parametrize("kept", [100, 300, 350])
 @pytest.mark.parametrize("folding", [False, True], ids=["selection", "folding"])
-def test_the_predicted_memory_is_what_torch_allocates(folding, kept, outputs):
+@pytest.mark.parametrize("drift", [False, True], ids=["", "drift"])
+@pytest.mark.parametrize("held_out", [False, True], ids=["", "held out"])
+def test_the_predicted_memory_is_what_torch_allocates(held_out, drift, folding, kept, outputs):
     h = 400
-    gram = gram_of(torch.randn(500, h))
+    grams = [grail.Gram(h), grail.Gram(h)]
+    for gram in grams:
+        gram.update(torch.randn(500, h), drift=torch.randn(500, outputs) if drift else None)
     index = [i % kept for i in range(h)]
     reduction = grail.Folding(index) if folding else grail.Selection(range(kept), h)
     weight = torch.randn(outputs, h)
-    used = peak_bytes(lambda: grail.fit(gram, reduction, weight, toward="zero"))
-    # The rest are vectors of H, and memory that a step lets go a little earlier than assumed.
-    assert used == pytest.approx(predicted_peak(h, kept, outputs, folding), rel=0.03)
+    chosen = {"alpha": "auto", "held_out": grams[1]} if held_out else {}
+    used = peak_bytes(
+        lambda: grail.fit(
+            grams[0],
+            reduction,
+            weight,
+            toward="baseline",
+            drift_correction=("auto" if held_out else 0.5) if drift else 0.0,
+            **chosen,
+        )
+    )
+    predicted = predicted_peak(h, kept, outputs, folding=folding, drift=drift, held_out=held_out)
+    # The rest are vectors of H.
+    assert used == pytest.approx(predicted, rel=0.01)
 
 
 def test_a_reduction_of_another_kind_is_refused(x, weight):

@@ -52,7 +52,7 @@ def test_keeping_everything_costs_nothing(tiny_llama):
 
 def test_demand_follows_the_sizes_it_is_made_of(tiny_llama):
     architecture = find(tiny_llama())
-    options = Options(keep=0.5, sites=("mlp", "heads"))
+    options = Options(keep=0.5, sites=("mlp", "heads"), alpha=1e-3, drift_correction=0)
     once, twice = (plan.demand(architecture, options, tokens, 16) for tokens in (1000, 2000))
     assert once["hidden states"] == 1000 * 48 * 4 * 2  # the MLP's attention output is kept as well
     assert twice["hidden states"] == 2 * once["hidden states"]
@@ -60,6 +60,18 @@ def test_demand_follows_the_sizes_it_is_made_of(tiny_llama):
     # Heads: 3 of 6, as 3 groups of 1 → q 24, k and v 24 rows, o 24 columns; MLP: 40 of 80.
     assert once["weights"] == 2 * 4 * 48 * (4 * 24 + 3 * 40)
     assert once["statistics"] == 4 * 80 * 80
+
+
+def test_drift_and_held_out_sequences_are_counted(tiny_llama):
+    architecture = find(tiny_llama())
+    base, full = (
+        plan.demand(architecture, Options(keep=0.5, sites=("mlp", "heads"), **rest), 1000, 16)
+        for rest in ({"alpha": 1e-3, "drift_correction": 0}, {})
+    )
+    # The dense stream, and what it holds between attention and MLP.
+    assert full["hidden states"] == 2 * base["hidden states"]
+    # Two Grams, each with a cross moment [48, 80].
+    assert full["statistics"] == 2 * (base["statistics"] + 4 * 48 * 80)
 
 
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(tiny_llama, tiny_batches):
