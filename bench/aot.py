@@ -90,7 +90,7 @@ class GramCase:
     def name(self) -> str:
         """The key of this case in the record."""
         alignment = "aligned" if self.aligned else "unaligned"
-        width = "wide" if self.channels > 64 else "narrow"
+        width = {64: "narrow", 1024: "middle", 4096: "wide"}[self.channels]
         return f"gram/{self.target}/{TYPES[self.dtype]}/{alignment}/{width}/{self.feature}"
 
     @property
@@ -102,6 +102,7 @@ class GramCase:
             weighted=self.feature == "weighted",
             gated=self.feature == "swiglu",
             aligned=self.aligned,
+            architecture=self.target,
         )
 
     def source(self) -> ASTSource:
@@ -139,16 +140,18 @@ class AbsorbCase:
 
     target: str
     dtype: torch.dtype
+    channels: int = 4096
 
     @property
     def name(self) -> str:
         """The key of this case in the record."""
-        return f"absorb/{self.target}/{TYPES[self.dtype]}"
+        width = "" if self.channels > 1024 else "/middle"
+        return f"absorb/{self.target}/{TYPES[self.dtype]}{width}"
 
     @property
     def config(self) -> tuning.AbsorbConfig:
         """The launch that the shipped table picks."""
-        return tuning.absorb_config(self.dtype)
+        return tuning.absorb_config(self.dtype, self.channels, self.target)
 
     def source(self) -> ASTSource:
         """The kernel with the argument types and the alignment that Triton sees in a launch."""
@@ -178,6 +181,21 @@ def cases() -> Iterator[Case]:
         yield GramCase(target, torch.bfloat16, True, 64, "collecting")  # heads
         for dtype in TYPES:
             yield AbsorbCase(target, dtype)
+        yield from _tuned_apart(target)
+
+
+def _tuned_apart(target: str) -> Iterator[Case]:
+    """The rows of matrices of middle width, where they are not those of wide ones."""
+    for dtype in TYPES:
+        for wide, middle in (
+            (
+                GramCase(target, dtype, True, 4096, "plain"),
+                GramCase(target, dtype, True, 1024, "plain"),
+            ),
+            (AbsorbCase(target, dtype), AbsorbCase(target, dtype, 1024)),
+        ):
+            if middle.config != wide.config:
+                yield middle
 
 
 def compile_case(case: Case) -> Resources:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grail_kernels import checks
+from grail_kernels import checks, tuning
 from grail_kernels.backend import resolve_backend
 from grail_kernels.errors import BackendError, InputError
 from grail_kernels.precision import full_fp32
@@ -72,9 +72,16 @@ def _(weight: Tensor, gram: Tensor, keep: Tensor, backend: str = "auto") -> Tens
 
 
 def _resolve(weight: Tensor, gram: Tensor, backend: str) -> str:
-    """The backend of a call: as `resolve_backend`, but fp64 is for torch."""
+    """The backend of a call: as `resolve_backend`, but fp64 is for torch.
+
+    So are, without an explicit backend, the shapes where the library's GEMM was measured faster.
+    """
     chosen = resolve_backend(weight, backend)
     fits = gram.dtype == torch.float32 and weight.dtype in checks.ACTIVATION_DTYPES
+    if backend == "auto" and chosen == "triton" and fits:
+        architecture = tuning.architecture_of(weight.device)
+        config = tuning.absorb_config(weight.dtype, weight.shape[1], architecture)
+        return "triton" if config.method == "fused" else "torch"
     if chosen == "torch" or fits:
         return chosen
     if backend == "triton":

@@ -143,8 +143,8 @@ def launch_absorb(
     order: Tensor,  # [K], the column of the result that belongs to each of `kept`
 ) -> Tensor:
     """W_D G_DP [O, K] of the checked arguments of `absorb`."""
-    config = tuning.absorb_config(weight.dtype)
     outputs, channels = weight.shape
+    config = tuning.absorb_config(weight.dtype, channels, tuning.architecture_of(weight.device))
     result = gram.new_empty(outputs, kept.numel())
     if not outputs or not dropped.numel():
         return result.zero_()

@@ -320,7 +320,12 @@ def launch_gram_ragged(
     if not x.numel() or not out.numel():
         return
     x = x.expand(out.shape[0], 1, -1, -1)
-    config = tuning.gram_config(x.dtype, x.shape[-1], aligned=_is_aligned(x))
+    config = tuning.gram_config(
+        x.dtype,
+        x.shape[-1],
+        aligned=_is_aligned(x),
+        architecture=tuning.architecture_of(x.device),
+    )
     _launch(config, out, x, None, None, sums, nonfinite, offsets=offsets)
 
 
@@ -355,6 +360,7 @@ def _launch_split(
         weighted=weights is not None,
         gated=gate is not None,
         aligned=_is_aligned(x),
+        architecture=tuning.architecture_of(x.device),
     )
     steps = outer * math.ceil(inner / config.block_tokens)
     tiles_of_all = matrices * _tiles(channels, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import grail_kernels as gk
 from grail_kernels import GrailError, tuning
 
 
@@ -132,3 +134,33 @@ def test_an_unreadable_table_is_refused_by_name(content: str | None, own_table: 
 
 def test_the_interpreter_has_an_architecture_of_its_own() -> None:
     assert tuning.architecture_of(torch.device("cpu")) == "interpreter"
+
+
+@pytest.mark.parametrize(("method", "backend"), [("fused", "triton"), ("gathered", "torch")])
+def test_a_correction_takes_the_method_of_its_row(
+    method: str, backend: str, own_table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(own_table, lambda table: table["default"]["absorb"]["bf16"]["wide"].update(method=method))
+    # As on a GPU, where "auto" means Triton.
+    absorb = importlib.import_module("grail_kernels.absorb")
+    monkeypatch.setattr(absorb, "resolve_backend", lambda x, backend: "triton")
+    weight, gram = torch.zeros(3, 4096, dtype=torch.bfloat16), torch.zeros(1)
+    assert absorb._resolve(weight, gram, "auto") == backend
+    assert absorb._resolve(weight, gram, "triton") == "triton"
+    assert absorb._resolve(weight[:, :2048], gram, "auto") == "triton"
+
+
+def test_triton_launches_with_the_row_of_its_own_architecture(
+    own_table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[tuning.GramConfig] = []
+    gram_triton = pytest.importorskip("grail_kernels.gram_triton")
+    monkeypatch.setattr(gram_triton, "_launch", lambda config, *_, **__: launched.append(config))
+    row = {"block_tokens": 16, "block_channels": 32, "group": 3, "warps": 4, "stages": 2}
+    rows = {"16-bit": {"narrow": row, "scattered": row}}
+    edit(own_table, lambda table: table.update(interpreter={"gram": rows}))
+    x = torch.zeros(5, 40, dtype=torch.float16)
+    out = torch.zeros(1, gk.packed_numel(40))
+    gram_triton.launch_gram(out, x[None], None, None, None, None)
+    gram_triton.launch_gram_ragged(out, x, torch.tensor([0, 5]), None, None)
+    assert launched == 2 * [tuning.GramConfig(**row)]
