@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import grail_kernels as gk
 from grail_kernels import cpu_blas
+from tests.kernels.cases import positive
 
 EPS = torch.finfo(torch.float32).eps
 
 needs_openblas = pytest.mark.skipif(
-    cpu_blas._thread_calls() is None, reason="NumPy has no OpenBLAS whose threads can be set"
+    cpu_blas._openblas() is None, reason="NumPy has no OpenBLAS that can be called"
 )
 
 
@@ -26,104 +29,132 @@ def gram_of(x: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
     return gk.unpack(out, x.shape[-1])
 
 
+def in_columns(x: torch.Tensor) -> torch.Tensor:
+    return x.T.contiguous().T
+
+
 # One strip, two, and five of which the last is narrow.
 @pytest.mark.parametrize("channels", [3, 300, 1029])
-@pytest.mark.parametrize("openblas", [True, False], ids=["openblas", "torch"])
-def test_each_library_is_within_16_eps_of_fp64(channels, openblas, monkeypatch):
-    if not openblas:
-        monkeypatch.setattr(cpu_blas, "_thread_calls", lambda: None)
-    x = torch.randn(cpu_blas.BLOCK_TOKENS + 77, channels)
+@pytest.mark.parametrize("library", ["openblas", "torch"])
+def test_each_library_is_within_16_eps_of_fp64(channels, library, monkeypatch):
+    if library == "torch":
+        monkeypatch.setattr(cpu_blas, "_openblas", lambda: None)
+    x = torch.randn(1101, channels)
     error = (gram_of(x).double() - x.double().T @ x.double()).abs()
     assert (error <= 16 * EPS * (x.double().abs().T @ x.double().abs())).all()
 
 
 @needs_openblas
-def test_it_is_taken_from_a_whole_block_of_tokens_on(monkeypatch):
+def test_a_million_tokens_are_within_16_eps_of_fp64():
+    # Sums of 256 tokens added one after another, 3900 of them, would be off by 40 eps.
+    x = positive(10**6, 20)
+    exact = x.double().T @ x.double()
+    assert ((gram_of(x).double() - exact).abs() <= 16 * EPS * exact).all()
+
+
+@needs_openblas
+@pytest.mark.parametrize("tokens", [1, 1023, 1024])
+def test_any_number_of_tokens_takes_it(tokens, monkeypatch):
     calls = []
     monkeypatch.setattr(cpu_blas, "add_gram", lambda *arguments: calls.append(arguments))
-    gram_of(torch.randn(cpu_blas.BLOCK_TOKENS - 1, 4))
-    assert not calls
-    gram_of(torch.randn(cpu_blas.BLOCK_TOKENS, 4))
+    gram_of(torch.randn(tokens, 4))
     assert len(calls) == 1
 
 
 @needs_openblas
-def test_weights_multiply_one_side_only():
-    x, weights = torch.randn(2000, 40), torch.rand(2000)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, in_columns], ids=["rows", "columns"])
+@pytest.mark.parametrize("channels", [3, 90, 261, 290, 700])
+@pytest.mark.parametrize("tokens", [1, 20, 255, 300, 8200])
+def test_zero_tokens_at_the_end_change_no_bit(tokens, channels, layout):
+    x = torch.randn(tokens, channels)
+    expected = gram_of(layout(x))
+    for padding in (1, 100, 300):
+        padded = torch.cat([x, torch.zeros(padding, channels)])
+        assert torch.equal(gram_of(layout(padded)), expected)
+
+
+@needs_openblas
+@pytest.mark.parametrize("tokens", [70, 2000])
+def test_weights_multiply_one_side_only(tokens):
+    x, weights = torch.randn(tokens, 300), torch.rand(tokens)
     expected = x.double().T @ (weights.double()[:, None] * x.double())
     torch.testing.assert_close(gram_of(x, weights=weights).double(), expected, rtol=1e-4, atol=1e-3)
 
 
 @needs_openblas
 def test_openblas_has_one_thread_inside_and_its_own_afterwards_even_on_an_error(monkeypatch):
-    get, put = cpu_blas._thread_calls()
-    before, seen = get(), []
+    library, seen = cpu_blas._openblas(), []
+    before = library.get_threads()
 
-    def fails(*_, **__):
-        seen.append(get())
+    def fails(*_):
+        seen.append(library.get_threads())
         raise RuntimeError
 
-    monkeypatch.setattr(cpu_blas.np, "matmul", fails)
+    monkeypatch.setattr(cpu_blas, "_multiply", fails)
     try:
-        put(2)
+        library.set_threads(2)
         with pytest.raises(RuntimeError):
-            gram_of(torch.randn(cpu_blas.BLOCK_TOKENS, 600))
+            gram_of(torch.randn(1024, 600))
         assert set(seen) == {1}
-        assert get() == 2
+        assert library.get_threads() == 2
     finally:
-        put(before)
+        library.set_threads(before)
 
 
 @needs_openblas
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 def test_as_many_threads_work_as_torch_has_and_change_no_bit(threads, monkeypatch):
-    x, workers = torch.randn(1500, 600), set()
-    real, before = cpu_blas.np.matmul, torch.get_num_threads()
+    x, workers, started = torch.randn(1500, 600), set(), threading.Barrier(threads)
+    real, before = cpu_blas._multiply, torch.get_num_threads()
     alone = gram_of(x)
 
-    def noted(*arguments, **options):
-        workers.add(threading.get_ident())
-        return real(*arguments, **options)
+    def noted(*arguments):
+        if threading.get_ident() not in workers:
+            workers.add(threading.get_ident())
+            started.wait(timeout=20)  # for the others, which must come
+        real(*arguments)
 
-    monkeypatch.setattr(cpu_blas.np, "matmul", noted)
+    monkeypatch.setattr(cpu_blas, "_multiply", noted)
     try:
         torch.set_num_threads(threads)
         assert torch.equal(gram_of(x), alone)
     finally:
         torch.set_num_threads(before)
-    assert len(workers) <= threads
-    assert (threading.get_ident() in workers) == (threads == 1)
+    assert len(workers) == threads
+    assert threading.get_ident() in workers
 
 
 @needs_openblas
 def test_a_nan_raises_no_warning_and_reaches_the_sums(recwarn):
-    x = torch.randn(cpu_blas.BLOCK_TOKENS, 4)
+    x = torch.randn(1024, 4)
     x[5, 2] = float("nan")
+    x[6:8, 3] = float("inf")
     nonfinite = torch.zeros(4, dtype=torch.int64)
-    gram_of(x, nonfinite=nonfinite)
-    assert nonfinite.tolist() == [0, 0, 1, 0]
+    gram = gram_of(x, nonfinite=nonfinite)
+    assert nonfinite.tolist() == [0, 0, 1, 2]
+    assert not gram[2:].isfinite().any()
     assert not recwarn.list
 
 
 @needs_openblas
 def test_concurrent_callers_leave_openblas_as_they_found_it():
-    get, put = cpu_blas._thread_calls()
-    before = get()
+    library = cpu_blas._openblas()
+    before = library.get_threads()
     try:
-        put(2)
-        x = torch.randn(cpu_blas.BLOCK_TOKENS, 700)
+        library.set_threads(2)
+        x = torch.randn(1024, 700)
         alone = gram_of(x)
         with ThreadPoolExecutor(4) as pool:
             assert all(torch.equal(g, alone) for g in pool.map(gram_of, [x] * 12))
-        assert get() == 2
+        assert library.get_threads() == 2
     finally:
-        put(before)
+        library.set_threads(before)
 
 
 @needs_openblas
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_has_threads_of_its_own():
-    x = torch.randn(cpu_blas.BLOCK_TOKENS, 700)
+    x = torch.randn(1024, 700)
     expected, out = (torch.zeros(gk.packed_numel(700)) for _ in range(2))
     cpu_blas.add_gram(expected, x, x)
     child = os.fork()
@@ -132,3 +163,42 @@ def test_a_forked_child_has_threads_of_its_own():
         cpu_blas.add_gram(out, x, x)
         os._exit(0 if (out.numpy() == expected.numpy()).all() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def library_of(names: tuple[str, ...], config: bytes = b"OpenBLAS 0.3.26") -> SimpleNamespace:
+    calls = {name: SimpleNamespace() for name in names}
+    for name in names:
+        if "get_config" in name:
+            calls[name] = type("Call", (), {"__call__": lambda _: config})()
+    return SimpleNamespace(**calls)
+
+
+@pytest.mark.parametrize("name", ["scipy_{}64_", "scipy_{}", "{}64_", "{}"])
+@pytest.mark.parametrize("wide", [True, False], ids=["64-bit sizes", "32-bit sizes"])
+def test_openblas_is_found_under_each_of_its_names(name, wide, monkeypatch):
+    names = tuple(name.format(call) for call in cpu_blas._CALLS)
+    library = library_of(names, b"OpenBLAS 0.3.26 USE64BITINT" if wide else b"OpenBLAS 0.3.26")
+    monkeypatch.setattr(cpu_blas.ctypes, "CDLL", lambda _: library)
+    found = cpu_blas._openblas.__wrapped__()
+    assert found.gemm is getattr(library, names[0])
+    size = ctypes.c_int64 if wide else ctypes.c_int
+    assert found.gemm.argtypes[3:6] == [size] * 3
+
+
+def unloadable(_: str) -> None:
+    raise OSError
+
+
+LIBRARIES = {
+    "of another kind": lambda _: library_of(("cblas_sgemm", "cblas_ssyrk")),
+    "without its C interface": lambda _: library_of(cpu_blas._CALLS[2:]),
+    "that cannot be opened": unloadable,
+}
+
+
+@pytest.mark.parametrize("opened", LIBRARIES.values(), ids=LIBRARIES.keys())
+def test_a_library_is_left_alone(opened, monkeypatch):
+    monkeypatch.setattr(cpu_blas.ctypes, "CDLL", opened)
+    monkeypatch.setattr(cpu_blas, "_openblas", cpu_blas._openblas.__wrapped__)
+    assert not cpu_blas.takes(torch.ones(2, 2))
+    assert torch.equal(gram_of(torch.ones(2, 2)), torch.full((2, 2), 2.0))
