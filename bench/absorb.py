@@ -33,7 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
 
 import grail_kernels as gk
-from bench.gram import machine, quantiles, time_in_turns
+from bench.measuring import machine, quantiles, time_in_turns
 from grail_kernels import reference
 
 # (consumer rows O, channels H) of the MLP sites.

@@ -24,7 +24,6 @@ reported and the exit code is 1.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from dataclasses import dataclass
@@ -37,7 +36,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
 
 import grail
-from bench.gram import machine, quantiles
+from bench import figures
+from bench.measuring import machine, quantiles, settle, write_rows
 from grail.report import Report
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -89,17 +89,12 @@ def bare_seconds(model: Any, batches: list[Tensor], device: str) -> float:
     """The dense decoder over all batches, after one that warms up."""
     with torch.no_grad():
         model.model(batches[0].to(device), use_cache=False)
-        _settle(device)
+        settle(device)
         start = time.perf_counter()
         for batch in batches:
             model.model(batch.to(device), use_cache=False)
-        _settle(device)
+        settle(device)
     return time.perf_counter() - start
-
-
-def _settle(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def run_round(shape: dict[str, Any], batches: list[Tensor], options: argparse.Namespace) -> Round:
@@ -158,9 +153,8 @@ def show(rounds: list[Round]) -> str:
     return "\n".join(lines)
 
 
-def write_csv(path: Path, rounds: list[Round], conditions: dict[str, str]) -> None:
-    """One line a number, its conditions beside it; seconds and bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def records(rounds: list[Round], conditions: dict[str, str]) -> list[dict[str, str]]:
+    """One record a number, its conditions beside it; seconds and bytes."""
     rows = [
         {"metric": phase, "unit": "s"}
         | {name: f"{v:.6g}" for name, v in zip(("p20", "p50", "p80"), values, strict=True)}
@@ -170,10 +164,7 @@ def write_csv(path: Path, rounds: list[Round], conditions: dict[str, str]) -> No
         {"metric": metric, "unit": "B", "p50": str(getattr(rounds[-1], metric))}
         for metric in ("predicted_peak", "measured_peak")
     ]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["kernel", *rows[0], *conditions])
-        writer.writeheader()
-        writer.writerows({"kernel": "calibrate"} | row | conditions for row in rows)
+    return [{"kernel": "calibrate"} | row | conditions for row in rows]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,7 +195,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(show(rounds))
     if options.csv:
-        write_csv(options.csv, rounds, conditions)
+        write_rows(options.csv, records(rounds, conditions))
+    if options.plot:
+        figures.save(options.plot, figures.phases(records(rounds, conditions)))
     return 0
 
 
@@ -226,6 +219,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
     parser.add_argument("--csv", type=Path, help="write every number here, in long format")
+    parser.add_argument("--plot", type=Path, help="draw the phases here (needs matplotlib)")
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, options.dtype, tokens, length = DEFAULTS[options.device]

@@ -3,18 +3,30 @@
     python bench/gram.py                        every model below, on the GPU if there is one
     python bench/gram.py --model llama-3-8b     the sites of one model
     python bench/gram.py --shape 8192,4096      8192 tokens of 4096 channels; may be repeated
-    python bench/gram.py --dtype bf16 --csv out.csv --plot out.png
+    python bench/gram.py --heads 8192,32,128    8192 tokens of 32 heads of 128 channels
+    python bench/gram.py --experts 4096,8,768   4096 tokens among 8 experts of 768 channels
+    python bench/gram.py --dtype bf16 --csv out.csv --plot out.svg
 
 How to read the table
+  first          milliseconds of the very first call, in which kernels compile and libraries load
   p20, p50, p80  milliseconds of one call; all providers take turns, so that a slow moment of the
                  machine hits each alike
   TF-eq          2*T*H^2 / p50: the FLOPs of a full product, whether they were executed or not
-  x addmm        how many times faster than the library's own accumulation, p50 against p50
+  x library      how many times faster than the library's own accumulation, p50 against p50: addmm,
+                 for heads and experts a loop of it
   % limit        time of the limit / p50. The limit is the larger of T*H*(H + 1) FLOPs at the rate
                  of the library's best product, and one read of x plus one read and write of half of
                  G at the rate of the best copy; both measured in this run
   error          largest error in units of eps = 2^-23 of the summed magnitudes, against fp64, on a
                  sample of channels; a correct fp32 accumulation stays below 16
+
+Providers
+  grail          gram_, gram_batched_ for heads, gram_ragged_ for experts
+  addmm, loop    torch.addmm into fp32, or one for each head or expert
+  float addmm    a copy in fp32, then the product: today's calibration libraries
+  mm             the product in the dtype of the activations, not accumulated
+  bmm            torch.bmm over all heads, or over experts padded to the longest
+  numpy syrk, scipy ssyrk, flash-muon, quack    where installed; none of them accumulates
 
 Correctness comes first: where grail's error is 16 or more, that shape gets no times and the exit
 code is 1. A provider that rounds (mm in bf16) keeps its row, and its error stands beside it.
@@ -24,16 +36,11 @@ On a CPU the tokens are fewer. Inputs are random and rotate, so that none of the
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -42,9 +49,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
 
 import grail_kernels as gk
+from bench import figures
+from bench.measuring import (
+    Call,
+    machine,
+    quantiles,
+    seconds_of,
+    settle,
+    time_in_turns,
+    write_rows,
+)
 from grail_kernels import reference
 
-# Channels of the sites whose Gram matrices a compression needs: attention heads, MLP.
+# Channels of the sites whose Gram matrices a compression needs: attention heads together, MLP.
 MODELS = {
     "smollm2-135m": (576, 1536),
     "qwen3-0.6b": (2048, 3072),
@@ -53,27 +70,53 @@ MODELS = {
     "qwen2.5-7b": (3584, 18944),
     "vit-b-16": (768, 3072),
 }
-DEFAULT_MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-2-7b")
+# Heads and their channels, for a Gram matrix each.
+HEADS = {"smollm2-135m": (9, 64), "llama-2-7b": (32, 128), "llama-3-8b": (32, 128)}
+# Experts and the channels inside each.
+EXPERTS = {"qwen3-30b-a3b": (128, 768)}
+DEFAULT_MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-2-7b", "qwen3-30b-a3b")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GPU_TOKENS = 65_536
 # FLOPs of a full product that one call may take on a CPU: a second or two on a few cores.
 CPU_FLOPS = 1.5e11
 CHECKED_CHANNELS = 64
-
-Call = Callable[[Tensor], Tensor]
+CHECKED_MATRICES = 3
+LIBRARY = ("addmm", "loop")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One case: `tokens` activations of `channels` channels."""
+    """One case: `tokens` activations of `channels` channels; for each head, or among experts.
+
+    With experts the tokens are those of all together.
+    """
 
     tokens: int
     channels: int
+    matrices: int = 1
+    ragged: bool = False
+
+    @property
+    def kernel(self) -> str:
+        """The function of `grail_kernels` that is measured."""
+        return "gram_ragged" if self.ragged else "gram_batched" if self.matrices > 1 else "gram"
+
+    @property
+    def products(self) -> int:
+        """Tokens times the matrices that each is added to."""
+        return self.tokens * (1 if self.ragged else self.matrices)
 
     @property
     def flops(self) -> float:
-        """FLOPs of the full product."""
-        return 2.0 * self.tokens * self.channels**2
+        """FLOPs of the full products."""
+        return 2.0 * self.products * self.channels**2
+
+    def describe(self) -> str:
+        """The case in words."""
+        many = {"gram": "", "gram_batched": " of each of {} heads", "gram_ragged": ", {} experts"}
+        return f"{self.tokens} tokens x {self.channels} channels" + many[self.kernel].format(
+            self.matrices
+        )
 
 
 @dataclass(frozen=True)
@@ -85,8 +128,9 @@ class Roof:
 
     def limit(self, shape: Shape, itemsize: int) -> float:
         """Seconds below which a symmetric accumulation cannot go."""
-        executed = shape.tokens * shape.channels * (shape.channels + 1)
-        moved = shape.tokens * shape.channels * itemsize + 4 * shape.channels * (shape.channels + 1)
+        executed = shape.products * shape.channels * (shape.channels + 1)
+        moved = shape.products * shape.channels * itemsize
+        moved += 4 * shape.matrices * shape.channels * (shape.channels + 1)
         return max(executed / self.flops, moved / self.bandwidth)
 
 
@@ -97,6 +141,7 @@ class Row:
     provider: str
     dtype: str
     shape: Shape
+    first: float
     p20: float
     p50: float
     p80: float
@@ -106,7 +151,17 @@ class Row:
 
 def shapes_of(model: str, device: str) -> list[Shape]:
     """The cases of a model."""
-    return [Shape(default_tokens(channels, device), channels) for channels in MODELS[model]]
+    found = [
+        Shape(default_tokens(channels, device), channels) for channels in MODELS.get(model, ())
+    ]
+    if model in HEADS:
+        heads, channels = HEADS[model]
+        found.append(Shape(default_tokens(heads * channels, device), channels, heads))
+    if model in EXPERTS:
+        experts, channels = EXPERTS[model]
+        experts = experts if device == "cuda" else experts // 8
+        found.append(Shape(default_tokens(channels, device), channels, experts, ragged=True))
+    return found
 
 
 def default_tokens(channels: int, device: str) -> int:
@@ -116,29 +171,85 @@ def default_tokens(channels: int, device: str) -> int:
     return max(256, min(8192, int(CPU_FLOPS / (2 * channels**2)) // 256 * 256))
 
 
-def providers(channels: int, dtype: torch.dtype, device: str) -> dict[str, Call]:
-    """Every way to accumulate, each adding to an accumulator of its own that it returns dense."""
-    packed = torch.zeros(gk.packed_numel(channels), device=device)
-    dense = torch.zeros(channels, channels, device=device)
-    calls: dict[str, Call] = {"grail": lambda x: gk.gram_(packed, x)}
-    if dtype == torch.float32:
-        calls["addmm"] = lambda x: dense.addmm_(x.T, x)
-    elif device == "cuda":
-        calls["addmm"] = lambda x: torch.addmm(dense, x.T, x, out_dtype=torch.float32, out=dense)
-        calls["float addmm"] = lambda x: dense.addmm_(x.float().T, x.float())
+def activations(shape: Shape, dtype: torch.dtype, device: str) -> Tensor:
+    """Random activations: [tokens, channels], for heads [heads, tokens, channels] as models lie."""
+    size = (shape.tokens, shape.channels)
+    if shape.kernel == "gram_batched":
+        size = (shape.tokens, shape.matrices, shape.channels)
+    # A mean, as activations have one: sums of cancelling terms would hide a biased adder.
+    x = (torch.randn(size, device=device) + 0.5).to(dtype)
+    return x.transpose(0, 1) if x.dim() == 3 else x
+
+
+def expert_bounds(shape: Shape) -> list[int]:
+    """Where each expert's tokens begin, and the end: as uneven as routing is, the last has none."""
+    shares = torch.linspace(1, 0, shape.matrices).square()
+    ends = (shares.cumsum(0) / shares.sum() * shape.tokens).round().long()
+    return [0, *ends.tolist()]
+
+
+def matrices_of(x: Tensor, shape: Shape) -> list[Tensor]:
+    """The activations [T, H] behind every Gram matrix of a case."""
+    if shape.kernel == "gram":
+        return [x]
+    if shape.kernel == "gram_batched":
+        return list(x.unbind(0))
+    bounds = expert_bounds(shape)
+    return [x[low:high] for low, high in pairwise(bounds)]
+
+
+def providers(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Call]:
+    """Every way to accumulate, each adding to an accumulator of its own that it returns."""
+    if shape.kernel != "gram":
+        return _batch_providers(shape, dtype, device)
+    packed = torch.zeros(gk.packed_numel(shape.channels), device=device)
+    dense, upcast = torch.zeros(2, shape.channels, shape.channels, device=device)
+    calls: dict[str, Call] = {
+        "grail": lambda x: gk.gram_(packed, x),
+        "addmm": lambda x: _add_product(dense, x),
+    }
+    if dtype != torch.float32:
         calls["mm"] = lambda x: x.T @ x
-    else:
-        calls["addmm"] = lambda x: _upcast_addmm(dense, x)
-        calls["mm"] = lambda x: x.T @ x
-    if device == "cpu" and dtype == torch.float32:
+        if device == "cuda":
+            calls["float addmm"] = lambda x: _add_product(upcast, x.float())
+            calls |= _published()
+    elif device == "cpu":
         calls |= _cpu_syrks()
     return calls
 
 
-def _upcast_addmm(dense: Tensor, x: Tensor) -> Tensor:
-    """What calibration libraries do with 16-bit activations: a copy in fp32, then the product."""
-    copy = x.float()
-    return dense.addmm_(copy.T, copy)
+def _batch_providers(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Call]:
+    packed = torch.zeros(shape.matrices, gk.packed_numel(shape.channels), device=device)
+    size = (shape.matrices, shape.channels, shape.channels)
+    looped, batched = torch.zeros(2, *size, device=device)
+    offsets = torch.tensor(expert_bounds(shape))
+
+    def grail(x: Tensor) -> Tensor:
+        return gk.gram_ragged_(packed, x, offsets) if shape.ragged else gk.gram_batched_(packed, x)
+
+    def loop(x: Tensor) -> Tensor:
+        for target, part in zip(looped, matrices_of(x, shape), strict=True):
+            _add_product(target, part)
+        return looped
+
+    def bmm(x: Tensor) -> Tensor:
+        if shape.ragged:
+            parts = matrices_of(x, shape)
+            x = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        if device == "cuda" and dtype != torch.float32:
+            return batched.add_(torch.bmm(x.mT, x, out_dtype=torch.float32))
+        x = x.float()
+        return batched.baddbmm_(x.mT, x)
+
+    return {"grail": grail, "loop": loop, "bmm": bmm}
+
+
+def _add_product(dense: Tensor, x: Tensor) -> Tensor:
+    """Add x^T x in fp32: straight from 16 bits on a GPU, which a CPU's library cannot."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.addmm(dense, x.T, x, out_dtype=torch.float32, out=dense)
+    x = x.float()
+    return dense.addmm_(x.T, x)
 
 
 def _cpu_syrks() -> dict[str, Call]:
@@ -155,59 +266,79 @@ def _cpu_syrks() -> dict[str, Call]:
     return calls
 
 
-def errors(calls: dict[str, Call], x: Tensor) -> dict[str, float]:
-    """The error ratio of each provider's first call, on a sample of channels, lower triangle.
+def _published() -> dict[str, Call]:
+    """Kernels that others published, where they are installed; both write X X^T, none adds to it.
 
-    A library that cannot make that call here is left out.
+    Sources: github.com/nil0x9/flash-muon, which wants rows; github.com/Dao-AILab/quack.
     """
-    channels = x.shape[1]
-    chosen = torch.randperm(channels)[:CHECKED_CHANNELS].to(x.device)
-    rows, exact = x[:, chosen].double(), x.new_zeros(())
-    below = torch.arange(channels, device=x.device)[None, :] <= chosen[:, None]
-    exact, magnitude = (
-        torch.cat([left.T @ part.double() for part in right.split(4096, dim=1)], dim=1)
-        for left, right in ((rows, x), (rows.abs(), x.abs()))
-    )
+    calls: dict[str, Call] = {}
+    try:
+        from flash_muon import matmul_transpose
+
+        calls["flash-muon"] = lambda x: matmul_transpose(x.T.contiguous())
+    except ImportError:
+        pass
+    try:
+        from quack.gemm_interface import gemm_symmetric
+
+        calls["quack"] = lambda x: gemm_symmetric(x.T, x, out_dtype=torch.float32)
+    except ImportError:
+        pass
+    return calls
+
+
+def errors(calls: dict[str, Call], x: Tensor, shape: Shape) -> dict[str, tuple[float, float]]:
+    """The error ratio of each provider's first call, and the seconds that this call took.
+
+    On a sample of channels of a few of the matrices, lower triangle. A library that cannot make
+    that call here is left out.
+    """
+    parts = matrices_of(x, shape)
+    chosen = range(0, len(parts), max(1, (len(parts) - 1) // (CHECKED_MATRICES - 1)))
+    checks = {index: _Check(parts[index]) for index in chosen}
     found = {}
     for name, call in calls.items():
         try:
+            settle(x.device.type)
+            start = time.perf_counter()
             result = call(x)
-        except (RuntimeError, TypeError) as problem:
+            settle(x.device.type)
+            first = time.perf_counter() - start
+            ratio = max(
+                check.ratio(result if shape.kernel == "gram" else result[index])
+                for index, check in checks.items()
+            )
+        except Exception as problem:
             if name == "grail":
                 raise
             print(f"{name} left out: {str(problem).splitlines()[0]}")
             continue
-        dense = gk.unpack(result, channels) if result.dim() == 1 else result
-        found[name] = reference.error_ratio(
-            dense[chosen][below].float(), exact[below], magnitude[below]
-        )
+        found[name] = ratio, first
     return found
 
 
-def time_in_turns(
-    calls: dict[str, Call], inputs: list[Tensor], repeats: int
-) -> dict[str, list[float]]:
-    """Seconds of each call, every provider once per round, inputs rotating."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(repeats + 1):
-        for name, call in calls.items():
-            elapsed = _seconds(call, inputs[round_number % len(inputs)])
-            if round_number:  # the first round compiles and allocates
-                seconds[name].append(elapsed)
-    return seconds
+class _Check:
+    """A sample of the Gram matrix of `x` [T, H] in fp64, to compare with."""
 
+    def __init__(self, x: Tensor):
+        self._channels = x.shape[1]
+        self._chosen = torch.randperm(self._channels)[:CHECKED_CHANNELS].to(x.device)
+        columns = torch.arange(self._channels, device=x.device)
+        self._below = columns[None, :] <= self._chosen[:, None]
+        rows = x[:, self._chosen].double()
+        self._exact, self._magnitude = (
+            torch.cat([left.T @ part.double() for part in right.split(4096, dim=1)], dim=1)
+            for left, right in ((rows, x), (rows.abs(), x.abs()))
+        )
 
-def _seconds(call: Call, x: Tensor) -> float:
-    if not x.is_cuda:
-        start = time.perf_counter()
-        call(x)
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call(x)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    def ratio(self, result: Tensor) -> float:
+        """The error ratio of a packed or dense `result`."""
+        dense = gk.unpack(result, self._channels) if result.dim() == 1 else result
+        return reference.error_ratio(
+            dense[self._chosen][self._below].float(),
+            self._exact[self._below],
+            self._magnitude[self._below],
+        )
 
 
 def measure_roof(dtype: torch.dtype, device: str) -> Roof:
@@ -215,10 +346,14 @@ def measure_roof(dtype: torch.dtype, device: str) -> Roof:
     size = 8192 if device == "cuda" else 2048
     square = torch.randn(size, size, device=device).to(dtype)
     product = torch.empty_like(square)
-    best = min(_seconds(lambda x: torch.mm(x, x, out=product), square) for _ in range(10))
+    best = min(seconds_of(lambda x: torch.mm(x, x, out=product), square) for _ in range(10))
+    if device == "cpu" and dtype == torch.float32:
+        # On AMD, NumPy's OpenBLAS is the faster library.
+        multiply: Call = lambda x: torch.from_numpy(x.numpy() @ product.numpy())  # noqa: E731
+        best = min(best, *(seconds_of(multiply, square) for _ in range(10)))
     source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    copied = min(_seconds(target.copy_, source) for _ in range(10))
+    copied = min(seconds_of(target.copy_, source) for _ in range(10))
     return Roof(2.0 * size**3 / best, 2.0 * source.numel() * source.element_size() / copied)
 
 
@@ -229,129 +364,64 @@ def measure(shape: Shape, dtype_name: str, device: str, roof: Roof, repeats: int
         ArithmeticError: grail's result is wrong, so nothing was timed.
     """
     dtype = DTYPES[dtype_name]
-    size = (shape.tokens, shape.channels)
-    # A mean, as activations have one: sums of cancelling terms would hide a biased adder.
-    inputs = [(torch.randn(size, device=device) + 0.5).to(dtype) for _ in range(2)]
-    calls = providers(shape.channels, dtype, device)
-    ratios = errors(calls, inputs[0])
-    if not ratios["grail"] < reference.ERROR_LIMIT:
-        raise ArithmeticError(f"{dtype_name} {size}: grail is off by {ratios['grail']:.1f} eps")
+    inputs = [activations(shape, dtype, device) for _ in range(2)]
+    calls = providers(shape, dtype, device)
+    found = errors(calls, inputs[0], shape)
+    ratio, _ = found["grail"]
+    if not ratio < reference.ERROR_LIMIT:
+        raise ArithmeticError(f"{dtype_name} {shape.describe()}: grail is off by {ratio:.1f} eps")
     limit = roof.limit(shape, inputs[0].element_size())
     rows = []
-    working = {name: calls[name] for name in ratios}
+    working = {name: calls[name] for name in found}
     for name, seconds in time_in_turns(working, inputs, repeats).items():
-        rows.append(Row(name, dtype_name, shape, *quantiles(seconds), limit, ratios[name]))
+        ratio, first = found[name]
+        rows.append(Row(name, dtype_name, shape, first, *quantiles(seconds), limit, ratio))
     return rows
 
 
-def quantiles(seconds: list[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile."""
-    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-    return fifths[0], statistics.median(seconds), fifths[3]
-
-
-def table(rows: Iterable[Row]) -> Iterator[str]:
-    """The rows as lines of text, one block a case."""
-    columns = ("p20", "p50", "p80", "TF-eq", "x addmm", "% limit", "error")
-    header = " ".join([f"{'provider':12}", *(f"{name:>9}" for name in columns)])
-    case = None
-    rows = list(rows)
-    library = {(row.dtype, row.shape): row.p50 for row in rows if row.provider == "addmm"}
+def table(rows: list[Row]) -> Iterator[str]:
+    """The rows of one case as lines of text."""
+    columns = ("first", "p20", "p50", "p80", "TF-eq", "x library", "% limit", "error")
+    yield f"\n{rows[0].dtype}  {rows[0].shape.describe()}, ms"
+    yield " ".join([f"{'provider':12}", *(f"{name:>9}" for name in columns)])
+    library = next((row.p50 for row in rows if row.provider in LIBRARY), float("nan"))
     for row in rows:
-        if case != (row.dtype, row.shape):
-            case = (row.dtype, row.shape)
-            yield f"\n{row.dtype}  {row.shape.tokens} tokens x {row.shape.channels} channels, ms"
-            yield header
-        times = " ".join(f"{1e3 * value:9.2f}" for value in (row.p20, row.p50, row.p80))
-        rival = library.get(case, float("nan"))
+        seconds = (row.first, row.p20, row.p50, row.p80)
+        times = " ".join(f"{1e3 * value:9.2f}" for value in seconds)
         yield (
             f"{row.provider:12} {times} {row.shape.flops / row.p50 / 1e12:9.3f} "
-            f"{rival / row.p50:9.2f} {100 * row.limit / row.p50:9.1f} {row.error:9.2f}"
+            f"{library / row.p50:9.2f} {100 * row.limit / row.p50:9.1f} {row.error:9.2f}"
         )
 
 
-def write_csv(path: Path, rows: Iterable[Row], roofs: dict[str, Roof], device: str) -> None:
-    """All that was measured in long format: one line a number, its conditions beside it."""
-    conditions = machine(device)
-    columns = ("kernel", "provider", "metric", "unit", "dtype", "tokens", "channels")
-    columns += ("p20", "p50", "p80")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, *conditions])
-        writer.writeheader()
-        for dtype, roof in roofs.items():
-            for metric, unit, value in (
-                ("product", "FLOP/s", roof.flops),
-                ("copy", "B/s", roof.bandwidth),
-            ):
-                fixed = {"kernel": "roof", "provider": "torch", "metric": metric, "unit": unit}
-                writer.writerow(fixed | {"dtype": dtype, "p50": f"{value:.5g}"} | conditions)
-        for row in rows:
-            case = {"kernel": "gram", "provider": row.provider, "dtype": row.dtype}
-            case |= asdict(row.shape)
-            times = {name: f"{getattr(row, name):.6g}" for name in ("p20", "p50", "p80")}
-            writer.writerow(case | {"metric": "time", "unit": "s"} | times | conditions)
-            for metric, unit, value in (("limit", "s", row.limit), ("error", "eps", row.error)):
-                number = {"metric": metric, "unit": unit, "p50": f"{value:.6g}"}
-                writer.writerow(case | number | conditions)
-
-
-def machine(device: str) -> dict[str, str]:
-    """The conditions that belong beside every number."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = ""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "threads": str(torch.get_num_threads()),
-        "load": f"{os.getloadavg()[0]:.1f}",  # above `threads`, others were using the processor
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def plot(path: Path, rows: Iterable[Row], roofs: dict[str, Roof]) -> None:
-    """TF-eq by channels, one panel a dtype, with the rate of the library's best product."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = list(rows)
-    figure, panels = pyplot.subplots(1, len(roofs), figsize=(6 * len(roofs), 4), squeeze=False)
-    for panel, (dtype, roof) in zip(panels[0], roofs.items(), strict=True):
-        ours = [row for row in rows if row.dtype == dtype]
-        for name in dict.fromkeys(row.provider for row in ours):
-            points = sorted(
-                (r.shape.channels, r.shape.flops / r.p50 / 1e12) for r in ours if r.provider == name
-            )
-            panel.plot(*zip(*points, strict=True), marker="o", label=name)
-        panel.axhline(
-            roof.flops / 1e12, color="grey", linestyle=":", label="library's best product"
-        )
-        panel.set(xscale="log", xlabel="channels H", ylabel="TF-eq = 2TH²/time", title=dtype)
-        channels = sorted({row.shape.channels for row in ours})
-        panel.set_xticks(channels, [str(channel) for channel in channels])
-        panel.minorticks_off()
-        panel.set_ylim(bottom=0)
-        panel.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+def records(
+    rows: Iterable[Row], roofs: dict[str, Roof], conditions: dict[str, str]
+) -> list[dict[str, str]]:
+    """All that was measured in long format: one record a number, its conditions beside it."""
+    empty = dict.fromkeys(("kernel", "provider", "metric", "unit", "dtype", "tokens"), "")
+    empty |= dict.fromkeys(("channels", "matrices", "p20", "p50", "p80"), "")
+    found = []
+    for dtype, roof in roofs.items():
+        for metric, unit, value in (
+            ("product", "FLOP/s", roof.flops),
+            ("copy", "B/s", roof.bandwidth),
+        ):
+            fixed = {"kernel": "roof", "provider": "torch", "metric": metric, "unit": unit}
+            number = {"dtype": dtype, "p50": f"{value:.5g}"}
+            found.append(empty | fixed | number | conditions)
+    for row in rows:
+        sizes = {name: str(value) for name, value in asdict(row.shape).items() if name != "ragged"}
+        case = {"kernel": row.shape.kernel, "provider": row.provider, "dtype": row.dtype} | sizes
+        times = {name: f"{getattr(row, name):.6g}" for name in ("p20", "p50", "p80")}
+        found.append(empty | case | {"metric": "time", "unit": "s"} | times | conditions)
+        for metric, unit, value in (
+            ("first call", "s", row.first),
+            ("limit", "s", row.limit),
+            ("error", "eps", row.error),
+        ):
+            number = {"metric": metric, "unit": unit, "p50": f"{value:.6g}"}
+            found.append(empty | case | number | conditions)
+    return found
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -359,14 +429,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", action="append", choices=[*MODELS], help="may be repeated")
-    parser.add_argument(
-        "--shape",
-        action="append",
-        type=_shape,
-        metavar="T,H",
-        help="a case of its own, may be repeated",
-    )
+    models = sorted({*MODELS, *HEADS, *EXPERTS})
+    parser.add_argument("--model", action="append", choices=models, help="may be repeated")
+    for name, example in (("shape", "T,H"), ("heads", "T,E,H"), ("experts", "T,E,H")):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            type=_sizes(example),
+            default=[],
+            metavar=example,
+            help="a case of its own, may be repeated",
+        )
     parser.add_argument(
         "--dtype", action="append", choices=[*DTYPES], help="default: fp32 and bf16"
     )
@@ -374,41 +447,50 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--device", choices=["cpu", "cuda"], help="default: the GPU if there is one"
     )
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--seconds", type=float, help="no case starts later than this")
     parser.add_argument("--csv", type=Path, help="write every number here, in long format")
-    parser.add_argument("--plot", type=Path, help="draw TF-eq by channels here (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="draw % of the limit here (needs matplotlib)")
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or ["fp32", "bf16"]
-    if not options.shape and not options.model:
-        options.model = list(DEFAULT_MODELS)
+    options.shapes = [Shape(*sizes) for sizes in options.shape]
+    options.shapes += [Shape(tokens, h, heads) for tokens, heads, h in options.heads]
+    options.shapes += [Shape(tokens, h, e, ragged=True) for tokens, e, h in options.experts]
+    for model in options.model or (() if options.shapes else DEFAULT_MODELS):
+        options.shapes += shapes_of(model, options.device)
     if options.repeats < 2:
         parser.error("--repeats: percentiles need at least 2 rounds")
     return options
 
 
-def _shape(text: str) -> Shape:
-    try:
-        tokens, channels = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not T,H such as 8192,4096") from None
-    if tokens < 1 or channels < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: tokens and channels must be positive")
-    return Shape(tokens, channels)
+def _sizes(example: str) -> Callable[[str], tuple[int, ...]]:
+    """Reads as many positive numbers with commas between as `example` has, for argparse."""
+
+    def read(text: str) -> tuple[int, ...]:
+        numbers = tuple(int(part) if part.isdecimal() else 0 for part in text.split(","))
+        if len(numbers) != len(example.split(",")) or min(numbers) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {example}, each of them positive")
+        return numbers
+
+    return read
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, save; the exit code is 1 if a result was wrong."""
     options = parse(arguments)
-    shapes = list(options.shape or [])
-    for model in options.model or []:
-        shapes += shapes_of(model, options.device)
-    print(", ".join(f"{name} {value}" for name, value in machine(options.device).items() if value))
+    deadline = time.monotonic() + (options.seconds or float("inf"))
+    conditions = machine(options.device)
+    print(", ".join(f"{name} {value}" for name, value in conditions.items() if value))
     rows: list[Row] = []
     failed = False
     roofs = {dtype: measure_roof(DTYPES[dtype], options.device) for dtype in options.dtype}
     for dtype, roof in roofs.items():
         print(f"roof {dtype}: {roof.flops / 1e12:.3f} TFLOP/s, {roof.bandwidth / 1e9:.0f} GB/s")
-        for shape in dict.fromkeys(shapes):
+    for shape in dict.fromkeys(options.shapes):
+        for dtype, roof in roofs.items():
+            if time.monotonic() > deadline:
+                print(f"{dtype} {shape.describe()}: left out, --seconds are over")
+                continue
             try:
                 found = measure(shape, dtype, options.device, roof, options.repeats)
             except ArithmeticError as wrong:
@@ -417,10 +499,11 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             rows += found
             print("\n".join(table(found)), flush=True)
+    numbers = records(rows, roofs, conditions)
     if options.csv:
-        write_csv(options.csv, rows, roofs, options.device)
+        write_rows(options.csv, numbers)
     if options.plot:
-        plot(options.plot, rows, roofs)
+        figures.save(options.plot, figures.roof(numbers))
     return int(failed)
 
 

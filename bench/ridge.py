@@ -28,10 +28,10 @@ exit code is 1. The reference keeps its row, and its ratio stands beside it.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -41,8 +41,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
 
 import grail
+from bench import figures
 from bench.allocations import peak_bytes
-from bench.gram import machine, quantiles, time_in_turns
+from bench.measuring import machine, quantiles, time_in_turns, write_rows
 from grail import ridge
 
 # (consumer rows O, channels H) of the MLP sites.
@@ -205,50 +206,31 @@ def show(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_csv(path: Path, rows: Iterable[Row], conditions: dict[str, str]) -> None:
-    """One line a row, its conditions beside it; times in seconds, memory in bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = [field.name for field in fields(Row)]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["kernel", "alpha", *columns, *conditions])
-        writer.writeheader()
-        for row in rows:
-            numbers = {
-                name: f"{value:.6g}" if isinstance(value, float) else value
-                for name, value in asdict(row).items()
-            }
-            writer.writerow({"kernel": "ridge", "alpha": ALPHA} | numbers | conditions)
-
-
-def plot(path: Path, rows: Iterable[Row]) -> None:
-    """Times of every provider by channels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = list(rows)
-    figure, panel = pyplot.subplots(figsize=(6, 4))
-    for name in dict.fromkeys(row.provider for row in rows):
-        points = sorted((row.channels, row.p50) for row in rows if row.provider == name)
-        panel.plot(*zip(*points, strict=True), marker="o", label=name)
-    panel.set(xscale="log", yscale="log", xlabel="channels H", ylabel="seconds (p50)")
-    channels = sorted({row.channels for row in rows})
-    panel.set_xticks(channels, [str(channel) for channel in channels])
-    panel.minorticks_off()
-    panel.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+def records(rows: Iterable[Row], conditions: dict[str, str]) -> list[dict[str, str]]:
+    """One record a row, its conditions beside it; times in seconds, memory in bytes."""
+    return [
+        {"kernel": "ridge", "alpha": str(ALPHA)}
+        | {
+            name: f"{value:.6g}" if isinstance(value, float) else str(value)
+            for name, value in asdict(row).items()
+        }
+        | conditions
+        for row in rows
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, save; the exit code is 1 if a result was wrong."""
     options = parse(arguments)
+    deadline = time.monotonic() + (options.seconds or float("inf"))
     conditions = machine(options.device)
     print(", ".join(f"{name} {value}" for name, value in conditions.items() if value))
     rows: list[Row] = []
     failed = False
     for outputs, channels in options.shape:
+        if time.monotonic() > deadline:
+            print(f"{outputs} x {channels}: left out, --seconds are over")
+            continue
         try:
             found = measure(site(outputs, channels, options.keep, options.device), options.repeats)
         except ArithmeticError as wrong:
@@ -258,9 +240,9 @@ def main(arguments: list[str] | None = None) -> int:
         rows += found
         print(show(found), flush=True)
     if options.csv and rows:
-        write_csv(options.csv, rows, conditions)
+        write_rows(options.csv, records(rows, conditions))
     if options.plot and rows:
-        plot(options.plot, rows)
+        figures.save(options.plot, figures.ridge(records(rows, conditions)))
     return int(failed)
 
 
@@ -282,6 +264,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--device", choices=["cpu", "cuda"], help="default: the GPU if there is one"
     )
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--seconds", type=float, help="no case starts later than this")
     parser.add_argument("--csv", type=Path, help="write every number here")
     parser.add_argument("--plot", type=Path, help="draw the times here (needs matplotlib)")
     options = parser.parse_args(arguments)

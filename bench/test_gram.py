@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import gram
+from bench.measuring import settle
 
 pytest.importorskip("pytest_benchmark")
 
@@ -17,18 +18,19 @@ SHAPES = {shape for model in gram.DEFAULT_MODELS for shape in gram.shapes_of(mod
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "shape", sorted(SHAPES, key=lambda shape: shape.channels), ids=lambda shape: str(shape.channels)
+    "shape", sorted(SHAPES, key=lambda shape: shape.flops), ids=gram.Shape.describe
 )
-@pytest.mark.parametrize("provider", ["grail", "addmm"])
+@pytest.mark.parametrize("provider", ["grail", "library"])
 def test_gram(provider: str, shape: gram.Shape, dtype: str, benchmark: Any) -> None:
     """One provider on one case; a few seconds each on a CPU."""
-    x = torch.randn(shape.tokens, shape.channels, device=DEVICE).to(gram.DTYPES[dtype])
-    call = gram.providers(shape.channels, x.dtype, DEVICE)[provider]
+    x = gram.activations(shape, gram.DTYPES[dtype], DEVICE)
+    calls = gram.providers(shape, x.dtype, DEVICE)
+    library = next(name for name in gram.LIBRARY if name in calls)
+    call = calls[library if provider == "library" else provider]
 
     def run() -> None:
         call(x)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        settle(DEVICE)
 
-    benchmark.group = f"{dtype} {shape.channels} channels"
+    benchmark.group = f"{dtype} {shape.describe()}"
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ def test_every_number_is_written_with_its_conditions(tmp_path: Path) -> None:
     assert run("--dtype", "fp32", "--csv", str(path)) == 0
     rows = list(csv.DictReader(path.open()))
     ours = {row["metric"]: row for row in rows if row["provider"] == "grail"}
-    assert ours.keys() == {"time", "limit", "error"}
+    assert ours.keys() == {"first call", "time", "limit", "error"}
+    assert float(ours["first call"]["p50"]) > 0
     assert float(ours["time"]["p20"]) <= float(ours["time"]["p50"]) <= float(ours["time"]["p80"])
     assert float(ours["error"]["p50"]) < 16
     assert all(row["torch"] == torch.__version__ and row["device"] for row in rows)
@@ -51,9 +54,75 @@ def test_a_wrong_result_is_not_timed(
 
 
 def test_a_product_in_bf16_shows_its_rounding() -> None:
-    x = (torch.randn(300, 33) + 0.5).bfloat16()
-    found = gram.errors(gram.providers(33, torch.bfloat16, "cpu"), x)
-    assert found["grail"] < 16 < found["mm"]
+    shape = gram.Shape(300, 33)
+    x = gram.activations(shape, torch.bfloat16, "cpu")
+    found = gram.errors(gram.providers(shape, torch.bfloat16, "cpu"), x, shape)
+    assert found["grail"][0] < 16 < found["mm"][0]
+
+
+@pytest.mark.parametrize(
+    ("option", "kernel"), [("--heads", "gram_batched"), ("--experts", "gram_ragged")]
+)
+def test_batches_are_measured_against_a_loop_and_bmm(
+    option: str, kernel: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "gram.csv"
+    case = [option, "60,5,20", "--dtype", "bf16", "--csv", str(path)]
+    assert gram.main(["--device", "cpu", "--repeats", "2", *case]) == 0
+    rows = [row for row in csv.DictReader(path.open()) if row["metric"] == "error"]
+    assert {(row["kernel"], row["provider"]) for row in rows} == {
+        (kernel, provider) for provider in ("grail", "loop", "bmm")
+    }
+    assert all(float(row["p50"]) < 16 and row["matrices"] == "5" for row in rows)
+
+
+def test_a_wrong_matrix_of_a_batch_is_found() -> None:
+    shape = gram.Shape(60, 20, matrices=5)
+    calls = gram.providers(shape, torch.float32, "cpu")
+    right = calls["grail"]
+
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        result = right(x).clone()
+        result[-1] *= 1.0001
+        return result
+
+    x = gram.activations(shape, torch.float32, "cpu")
+    assert gram.errors(calls | {"grail": wrong}, x, shape)["grail"][0] > 16
+
+
+def test_experts_share_all_tokens_and_one_has_none() -> None:
+    shape = gram.Shape(1000, 20, matrices=7, ragged=True)
+    x = gram.activations(shape, torch.float32, "cpu")
+    sizes = [len(part) for part in gram.matrices_of(x, shape)]
+    assert sum(sizes) == 1000
+    assert len(sizes) == 7
+    assert sizes[-1] == 0 < min(sizes[:-1])
+
+
+def test_published_kernels_join_where_they_are_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    theirs = ModuleType("flash_muon")
+    theirs.matmul_transpose = lambda rows: rows @ rows.T  # type: ignore[attr-defined]
+    interface = ModuleType("quack.gemm_interface")
+    interface.gemm_symmetric = (  # type: ignore[attr-defined]
+        lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype)
+    )
+    assert gram._published() == {}
+    for module in (theirs, ModuleType("quack"), interface):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    x = torch.randn(50, 8)
+    found = gram._published()
+    assert found.keys() == {"flash-muon", "quack"}
+    for call in found.values():
+        torch.testing.assert_close(call(x), x.T @ x)
+
+
+def test_no_case_starts_when_the_seconds_are_over(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--dtype", "fp32", "--seconds", "1e-9") == 0
+    output = capsys.readouterr().out
+    assert "left out, --seconds are over" in output
+    assert "grail" not in output
 
 
 def test_the_limit_is_the_slower_of_products_and_memory() -> None:
@@ -61,6 +130,10 @@ def test_the_limit_is_the_slower_of_products_and_memory() -> None:
     assert gram.Roof(1e6, 1e30).limit(shape, 4) == pytest.approx(1000 * 99 * 100 / 1e6)
     moved = 1000 * 99 * 4 + 4 * 99 * 100
     assert gram.Roof(1e30, 1e6).limit(shape, 4) == pytest.approx(moved / 1e6)
+    heads = gram.Shape(tokens=1000, channels=99, matrices=3)
+    assert gram.Roof(1e30, 1e6).limit(heads, 4) == pytest.approx(3 * moved / 1e6)
+    experts = gram.Shape(tokens=1000, channels=99, matrices=3, ragged=True)
+    assert gram.Roof(1e6, 1e30).limit(experts, 4) == pytest.approx(1000 * 99 * 100 / 1e6)
 
 
 def test_a_library_that_fails_is_left_out(

@@ -1,0 +1,144 @@
+"""Error and bias of a Gram matrix against the number of tokens, on activations with a mean.
+
+    python -m bench.accuracy --csv bench/results/accuracy_cpu.csv
+
+Every provider gets all tokens in one call. Sums of a positive mean only grow, so that an adder that
+truncates, or a short accumulator, shows as a bias of the diagonal that grows with the tokens.
+
+Columns of the CSV
+  flush          on a GPU, tokens that one fp32 accumulator takes before it is added to G. Tokens
+                 are not split over programs, as in a matrix too wide for that: the longest chain
+  error          largest |G - G64| / (eps |X|^T|X|), eps = 2^-23, over all elements
+  diagonal_bias  mean of (g - g64) / g64 over the diagonal
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
+
+import grail_kernels as gk
+from bench.measuring import Row, machine, write_rows
+from grail_kernels import reference, tuning
+
+CHANNELS = 128
+MOST_TOKENS = 2**20
+FEWEST_TOKENS = 2**8
+BIAS_LIMIT = 1e-5
+FLUSHES = (1024, tuning.FLUSH_TOKENS, 65_536, 2**30)
+# Tokens that are taken to fp64 at a time.
+_STEP = 2**16
+
+Provider = tuple[str, str, torch.dtype, Callable[[Tensor], Tensor]]  # name, flush, of x, dense G
+
+
+def providers(device: str, channels: int) -> Iterator[Provider]:
+    """Every way from x [T, H] to its dense Gram matrix [H, H]."""
+
+    def grail(flush: int) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            out = torch.zeros(gk.packed_numel(channels), device=device)
+            with (
+                mock.patch.object(tuning, "FLUSH_TOKENS", flush),
+                mock.patch.object(tuning, "token_splits", return_value=1),
+            ):
+                return gk.unpack(gk.gram_(out, x), channels)
+
+        return call
+
+    def addmm(x: Tensor) -> Tensor:
+        zero = torch.zeros(channels, channels, device=device)
+        if device == "cuda" and x.dtype != torch.float32:
+            return torch.addmm(zero, x.T, x, out_dtype=torch.float32)
+        return torch.addmm(zero, x.T, x)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for flush in FLUSHES if device == "cuda" else (tuning.FLUSH_TOKENS,):
+            yield "grail", str(flush) if device == "cuda" else "", dtype, grail(flush)
+        if device == "cuda" or dtype == torch.float32:
+            yield "addmm", "", dtype, addmm
+    yield "mm", "", torch.bfloat16, lambda x: x.T @ x
+
+
+def measure(
+    device: str, most: int, channels: int = CHANNELS, deadline: float = float("inf")
+) -> list[Row]:
+    """A row for each provider and power of two of tokens, up to `most`, until `deadline`."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(most, channels, generator=generator, device=device).add_(0.5)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        given = x.to(dtype)
+        ours = [provider for provider in providers(device, channels) if provider[2] == dtype]
+        for tokens, exact, magnitude in _exact(given):
+            for name, flush, _, call in ours:
+                if time.monotonic() > deadline:
+                    return rows
+                result = call(given[:tokens])
+                bias = (result.diagonal() - exact.diagonal()) / exact.diagonal()
+                rows.append(
+                    {"kernel": "accuracy", "provider": name, "flush": flush}
+                    | {"dtype": str(dtype).removeprefix("torch."), "tokens": str(tokens)}
+                    | {"channels": str(channels), "diagonal_bias": f"{bias.mean().item():.4g}"}
+                    | {"error": f"{reference.error_ratio(result.float(), exact, magnitude):.4g}"}
+                )
+    return rows
+
+
+def _exact(x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """X^T X and |X|^T|X| in fp64 of the first 2^k tokens of x, for every k; tokens beside them."""
+    exact = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    magnitude = torch.zeros_like(exact)
+    done, tokens = 0, FEWEST_TOKENS
+    while tokens <= x.shape[0]:
+        for part in x[done:tokens].split(_STEP):
+            exact += reference.gram(part)
+            magnitude += reference.gram(part.abs())
+        done = tokens
+        yield tokens, exact, magnitude
+        tokens *= 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, save; the exit code is 1 if grail's sums are biased."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=MOST_TOKENS, help="the most (default 2^20)")
+    parser.add_argument("--channels", type=int, default=CHANNELS, help="default %(default)s")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--csv", type=Path, help="write every number here")
+    options = parser.parse_args(arguments)
+    rows = measure(options.device, options.tokens, options.channels)
+    names = ("provider", "dtype", "flush", "tokens", "error", "diagonal_bias")
+    for row in rows:
+        print(" ".join(f"{row[name]:>13}" for name in names))
+    if options.csv:
+        conditions = machine(options.device)
+        write_rows(options.csv, [row | conditions for row in rows])
+    return int(bool(biased(rows)))
+
+
+def biased(rows: list[Row]) -> list[Row]:
+    """The rows in which grail, as it ships, has a bias that grows beyond the target."""
+    shipped = ("", str(tuning.FLUSH_TOKENS))
+    return [
+        row
+        for row in rows
+        if row["provider"] == "grail"
+        and row["flush"] in shipped
+        and not abs(float(row["diagonal_bias"])) < BIAS_LIMIT
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
