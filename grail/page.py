@@ -201,7 +201,8 @@ def _error_section(sites: Sequence[SiteReport]) -> str:
         _error_plot(sites),
         caption=(
             "Relative error of what each site hands to the next layer, on the calibration text: "
-            "‖WX − W′RX‖ / ‖WX‖. Lower is better; the distance between the points is what "
+            "‖T − W′RX‖ / ‖T‖, where T is its own output WX, plus its drift from the dense network "
+            "where that is followed. Lower is better; the distance between the points is what "
             f"compensation took away. {better} of {len(pairs)} sites improved."
         ),
     )
@@ -263,6 +264,8 @@ def _site_table(sites: Sequence[SiteReport]) -> str:
         "kept",
         "of",
         "tokens",
+        "alpha",
+        "drift undone",
         "damping",
         "retries",
         "pruned error",
@@ -274,6 +277,8 @@ def _site_table(sites: Sequence[SiteReport]) -> str:
             f"{site.kept:,}",
             f"{site.channels:,}",
             f"{site.tokens:,}",
+            "–" if site.alpha is None else f"{site.alpha:g}",
+            f"{site.drift_correction:.0%}",
             f"{site.damping:.1e}",
             str(site.retries),
             *("–" if e is None else f"{e:.4f}" for e in (site.baseline_error, site.error)),

@@ -32,7 +32,20 @@ def rows(**perplexities):
 
 def report(blocks=4, kinds=("mlp", "heads"), **changes):
     sites = [
-        SiteReport(f"model.layers.{block}.{kind}", kind, block, 64, 32, 2048, 1e-3, 0, 0.2, 0.4)
+        SiteReport(
+            name=f"model.layers.{block}.{kind}",
+            kind=kind,
+            block=block,
+            channels=64,
+            kept=32,
+            tokens=2048,
+            alpha=1e-4,
+            drift_correction=0.25,
+            damping=1e-3,
+            retries=0,
+            error=0.2,
+            baseline_error=0.4,
+        )
         for block in range(blocks)
         for kind in kinds
     ]
@@ -180,7 +193,7 @@ def test_references_inside_the_drawings_are_unique_and_resolve():
 
 def test_every_text_is_escaped():
     hostile = "<evil onload='x'>&amp;$x_1$"
-    site = SiteReport(hostile, hostile, 0, 4, 2, 8, 1e-3, 0, 0.1, 0.2)
+    site = SiteReport(hostile, hostile, 0, 4, 2, 8, None, 0.0, 0.0, 0, 0.1, 0.2)
     document = Document(
         page(
             report(
