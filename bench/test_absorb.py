@@ -16,11 +16,14 @@ MODELS = absorb.CPU_MODELS if DEVICE == "cpu" else tuple(absorb.MODELS)
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("provider", ["grail packed", "grail dense", "gather", "full"])
+@pytest.mark.parametrize("provider", ["fused", "gathered", "permuted", "full"])
 def test_absorb(provider: str, model: str, benchmark: Any) -> None:
     """One provider on the MLP site of one model, half of its channels kept."""
     case = absorb.problem(*absorb.MODELS[model], keep=0.5, device=DEVICE)
-    call = absorb.providers(case)[provider]
+    calls = absorb.providers(case)
+    if provider not in calls:
+        pytest.skip("no GPU to run the kernel on")
+    call = calls[provider]
 
     def run() -> None:
         call(case.weight)
