@@ -4,28 +4,31 @@
     python bench/on_gpu.py --steps checks   only the named steps
     python bench/on_gpu.py --dry-run        the same code on the CPU at toy sizes: does it run?
 
-Steps, in this order
-  tests      tests/kernels on the GPU, every backend
-  checks     each shipped launch gives the same bits twice and in a new process; more than 2^31
-             elements of activations and of the accumulator; compute-sanitizer, where installed
-  accuracy   error and bias of the diagonal against the number of tokens, by flush interval, on
-             activations with a mean
-  bench      bench/gram.py and bench/absorb.py on the real models
-  tuning     other launch configurations on the same shapes, errors first
+Steps, in this order, with the seconds that each may take
+  tests      130  tests/kernels on the GPU, the Triton backend
+  checks      80  each kernel gives the same bits twice and in a new process; more than 2^31
+                  elements of activations and of the accumulator; compute-sanitizer, if installed
+  accuracy    40  error and bias of the diagonal against the number of tokens, by flush interval
+  tuning     130  bench/tune.py: the launch table's rows for this architecture, written to
+                  grail_kernels/launches.json and beside the results
+  bench      130  bench/gram.py, absorb.py and ridge.py on the real models, with the tuned table
+  calibrate   60  bench/calibrate.py, a whole compression
 
-A step that fails is reported with its reason and the others go on; the exit code is 1. After
---seconds (default 570) no new measurement starts. Each step writes its CSV as soon as it ends.
+Every step runs in a process of its own, so that one that hangs or takes the GPU down costs only its
+own time. A step that fails is reported with its reason and the others go on; the exit code is 1.
+Each writes its CSV as soon as it ends. Draw the figures with `python -m bench.figures`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import hashlib
+import importlib.util
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,7 +36,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -42,11 +44,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without a
 
 import grail_kernels as gk
 from bench import absorb as absorb_bench
+from bench import accuracy, calibrate, tune
 from bench import gram as gram_bench
+from bench import ridge as ridge_bench
+from bench.measuring import Row, machine, write_rows
 from grail_kernels import reference, tuning
 
 ROOT = Path(__file__).resolve().parent.parent
-Row = dict[str, str]
+# Seconds in which a step that is out of time may finish the measurement it is at.
+GRACE = 15.0
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,15 @@ class Run:
         """`real`, or `toy` in a dry run."""
         return toy if self.dry else real
 
-    def in_time(self) -> bool:
-        """Whether another measurement may start."""
-        return time.monotonic() < self.deadline
+    def left(self) -> float:
+        """Seconds until the deadline, below 0 after it."""
+        return self.deadline - time.monotonic()
+
+    def write(self, name: str, rows: list[Row]) -> None:
+        """Rows as CSV, each with the conditions of the run."""
+        conditions = machine(self.device)
+        write_rows(self.output / f"{name}.csv", [row | conditions for row in rows])
+        print(f"{name}: {len(rows)} rows", flush=True)
 
 
 def activations(tokens: int, channels: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -77,69 +89,113 @@ def activations(tokens: int, channels: int, dtype: torch.dtype, device: str) -> 
 def packed_gram(x: Tensor, **options: Tensor) -> Tensor:
     """The packed Gram of `x`, zero where it is scratch."""
     out = torch.zeros(gk.packed_numel(x.shape[-1]), device=x.device)
-    gk.gram_(out, x, **options)
-    return gk.pack(gk.unpack(out, x.shape[-1]))
+    return _without_scratch(gk.gram_(out, x, **options), x.shape[-1])
 
 
-def run_tests(run: Run) -> list[Row]:
-    """The tests of the kernels, on what this machine has."""
-    selected = "test_tiles" if run.dry else "not compiled and not bench"
+def _without_scratch(packed: Tensor, channels: int) -> Tensor:
+    return gk.pack(gk.unpack(packed, channels))
+
+
+def run_tests(run: Run) -> None:
+    """The tests of the kernels that need a GPU."""
+    selected = "test_tiles" if run.dry else "triton and not interpreter and not bench"
     command = [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-x", "-k", selected]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    summary = finished.stdout.strip().splitlines()[-1:]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=run.left())
     if finished.returncode:
-        raise RuntimeError(finished.stdout[-3000:])
-    return [{"check": "tests", "result": " ".join(summary)}]
+        raise RuntimeError(finished.stdout[-3000:] + finished.stderr[-1000:])
+    summary = finished.stdout.strip().splitlines()[-1:]
+    run.write("tests", [{"check": "tests", "result": " ".join(summary)}])
 
 
-def launches(run: Run) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-    """An input for each shipped launch: by dtype, width, alignment and weights."""
+def launches(run: Run) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """A call for each shipped launch: by kernel, dtype, width, alignment and weights."""
     tokens = run.size(20_000, 300)
-    for dtype, channels in itertools.product(gram_bench.DTYPES.values(), (64, 192, 201, 4096)):
+    for (name, dtype), channels in itertools.product(
+        gram_bench.DTYPES.items(), (64, 192, 201, 4096)
+    ):
         x = activations(tokens, run.size(channels, min(channels, 201)), dtype, run.device)
-        name = f"{dtype} {channels}".removeprefix("torch.")
-        yield name, x, {}
-        yield f"{name} weighted", x, {"weights": x[:, 0].float().abs()}
+        yield f"gram {name} {channels}", lambda x=x: packed_gram(x)
+        weights = x[:, 0].float().abs()
+        yield (
+            f"gram {name} {channels} weighted",
+            lambda x=x, w=weights: packed_gram(x, weights=w),
+        )
+        yield f"batched {name} {channels}", lambda x=x: _heads(x)
+        yield f"ragged {name} {channels}", lambda x=x: _experts(x)
+        yield f"swiglu {name} {channels}", lambda x=x: _gated(x)
+        yield f"absorb {name} {channels}", lambda x=x: _absorbed(x)
+
+
+def _heads(x: Tensor) -> Tensor:
+    """Three heads, each a third of the tokens' neighbours: strided as a model's heads are."""
+    heads = x[: len(x) // 3 * 3].view(-1, 3, x.shape[1]).transpose(0, 1)
+    out = torch.zeros(3, gk.packed_numel(x.shape[1]), device=x.device)
+    return _without_scratch(gk.gram_batched_(out, heads), x.shape[1])
+
+
+def _experts(x: Tensor) -> Tensor:
+    """Three experts, of which one has no token."""
+    offsets = torch.tensor([0, len(x) // 3, len(x) // 3, len(x)])
+    out = torch.zeros(3, gk.packed_numel(x.shape[1]), device=x.device)
+    return _without_scratch(gk.gram_ragged_(out, x, offsets), x.shape[1])
+
+
+def _gated(x: Tensor) -> Tensor:
+    out = torch.zeros(gk.packed_numel(x.shape[1]), device=x.device)
+    return _without_scratch(gk.gram_swiglu_(out, x.flip(0), x), x.shape[1])
+
+
+def _absorbed(x: Tensor) -> Tensor:
+    """The correction for a consumer of 100 rows when every other channel stays."""
+    keep = torch.arange(0, x.shape[1], 2, device=x.device)
+    return gk.absorb(x[:100], packed_gram(x), keep)
 
 
 def digests(run: Run) -> dict[str, str]:
     """A hash of the bits that each launch gives."""
     return {
-        name: hashlib.sha256(packed_gram(x, **options).cpu().numpy().tobytes()).hexdigest()
-        for name, x, options in launches(run)
+        name: hashlib.sha256(call().cpu().numpy().tobytes()).hexdigest()
+        for name, call in launches(run)
     }
 
 
-def run_checks(run: Run) -> list[Row]:
-    """Repeats, sizes beyond 32 bits, and the sanitizer."""
-    rows = [{"check": f"repeats bitwise: {name}", "result": "yes"} for name in _repeats(run)]
-    rows += [_many_activations(run), _large_accumulator(run), _sanitizer(run)]
-    return rows
+def run_checks(run: Run) -> None:
+    """Repeats, sizes beyond 32 bits, and the sanitizer; what was found is written either way."""
+    rows: list[Row] = []
+    try:
+        for check in (_repeats, _many_activations, _large_accumulator, _sanitizer):
+            rows += check(run)
+    finally:
+        run.write("checks", rows)
 
 
-def _repeats(run: Run) -> list[str]:
-    """The names of the launches, all of which gave the same bits three times, once elsewhere."""
+def _repeats(run: Run) -> list[Row]:
+    """Every launch, all of which gave the same bits three times, once elsewhere."""
     first = digests(run)
     command = [sys.executable, __file__, "--digests"] + ["--dry-run"] * run.dry
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=run.left()
+    ).stdout
     elsewhere = dict(line.rsplit(" ", 1) for line in printed.splitlines())
     for again in (digests(run), elsewhere):
         changed = [name for name, digest in first.items() if again.get(name) != digest]
         if changed:
             raise ArithmeticError(f"not the same bits again: {', '.join(changed)}")
-    return list(first)
+    return [{"check": f"repeats bitwise: {name}", "result": "yes"} for name in first]
 
 
-def _many_activations(run: Run) -> Row:
+def _many_activations(run: Run) -> list[Row]:
     """More than 2^31 elements in, the last tokens apart from all others."""
     tokens, channels = run.size(2**17 + 64, 200), run.size(2**14 + 16, 130)
     x = torch.zeros(tokens, channels, dtype=torch.bfloat16, device=run.device)
     x[-50:] = activations(50, channels, x.dtype, run.device)
-    _assert_matches(gk.unpack(packed_gram(x), channels), x[-50:])
-    return {"check": f"{x.numel()} activations", "result": "matches fp64"}
+    result = gk.unpack(packed_gram(x), channels)
+    for rows in (slice(0, 64), slice(-64, None)):
+        _assert_error(result[rows], x[-50:, rows], x[-50:])
+    return [{"check": f"{x.numel()} activations", "result": "matches fp64"}]
 
 
-def _large_accumulator(run: Run) -> Row:
+def _large_accumulator(run: Run) -> list[Row]:
     """More than 2^31 elements out; the last rows of the triangle are compared."""
     channels = run.size(65_792, 300)
     x = activations(64, channels, torch.bfloat16, run.device)
@@ -148,13 +204,7 @@ def _large_accumulator(run: Run) -> Row:
     low = (channels - 1) // gk.tiles.BLOCK * gk.tiles.BLOCK
     last = out[-(channels - low) * channels :].view(-1, channels)[:, :low]
     _assert_error(last, x[:, low:], x[:, :low])
-    return {"check": f"{out.numel()} elements of G", "result": "matches fp64"}
-
-
-def _assert_matches(result: Tensor, x: Tensor) -> None:
-    rows = slice(0, 64), slice(-64, None)
-    for part in rows:
-        _assert_error(result[part], x[:, part], x)
+    return [{"check": f"{out.numel()} elements of G", "result": "matches fp64"}]
 
 
 def _assert_error(result: Tensor, left: Tensor, right: Tensor) -> None:
@@ -165,125 +215,154 @@ def _assert_error(result: Tensor, left: Tensor, right: Tensor) -> None:
         raise ArithmeticError(f"off by {ratio:.1f} eps, the limit is {reference.ERROR_LIMIT:.0f}")
 
 
-def _sanitizer(run: Run) -> Row:
-    """compute-sanitizer over the odd shapes of the launches, where it is installed."""
+# Every kernel once, at widths around the edges of a tile.
+ODD_SHAPES = """
+import sys, torch, grail_kernels as gk
+device = sys.argv[1]
+for channels in (2, 17, 129, 257):
+    x = torch.randn(65, channels, device=device).bfloat16()
+    out = torch.zeros(3, gk.packed_numel(channels), device=device)
+    gk.gram_(out[0], x)
+    gk.gram_batched_(out, x.expand(3, -1, -1))
+    gk.gram_ragged_(out, x, torch.tensor([0, 1, 1, 65]))
+    gk.gram_swiglu_(out[0], x, x)
+    gk.absorb(x, out[0], torch.arange(0, channels, 2, device=device))
+if device == "cuda":
+    torch.cuda.synchronize()
+"""
+
+
+def _sanitizer(run: Run) -> list[Row]:
+    """compute-sanitizer over odd shapes, where it is installed; a dry run does without it."""
     tool = shutil.which("compute-sanitizer")
-    if run.dry or not tool:
-        return {"check": "compute-sanitizer", "result": "skipped: not installed here"}
-    code = (
-        "import torch, grail_kernels as gk\n"
-        "for h in (1, 17, 129, 257):\n"
-        "    x = torch.randn(65, h, device='cuda').bfloat16()\n"
-        "    gk.gram_(torch.zeros(gk.packed_numel(h), device='cuda'), x)\n"
-        "torch.cuda.synchronize()\n"
-    )
-    command = [tool, "--error-exitcode", "9", sys.executable, "-c", code]
+    if not run.dry and not tool:
+        return [{"check": "compute-sanitizer", "result": "skipped: not installed here"}]
+    watched = [] if run.dry or not tool else [tool, "--error-exitcode", "9"]
+    command = [*watched, sys.executable, "-c", ODD_SHAPES, run.device]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    finished = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=run.left()
+    )
     if finished.returncode:
-        raise RuntimeError(finished.stdout[-3000:])
-    return {"check": "compute-sanitizer", "result": "no errors"}
+        raise RuntimeError(finished.stdout[-3000:] + finished.stderr[-1000:])
+    return [{"check": "compute-sanitizer", "result": "dry" if run.dry else "no errors"}]
 
 
-def run_accuracy(run: Run) -> list[Row]:
+def run_accuracy(run: Run) -> None:
     """Error and bias against tokens, for several intervals of adding to fp32 G."""
-    channels, most = 128, run.size(2**21, 2**10)
-    rows = []
-    x = activations(most, channels, torch.bfloat16, run.device)
-    for flush in (1024, 8192, 65_536, 2**30):
-        for exponent in range(8, most.bit_length()):
-            if not run.in_time():
-                return rows
-            part = x[: 2**exponent]
-            with mock.patch.object(tuning, "FLUSH_TOKENS", flush):
-                result = gk.unpack(packed_gram(part), channels)
-            exact = reference.gram(part)
-            bias = ((result.diagonal() - exact.diagonal()) / exact.diagonal()).mean().item()
-            error = reference.error_ratio(result, exact, reference.gram(part.abs()))
-            rows.append(
-                {"tokens": str(2**exponent), "flush": str(flush)}
-                | {"error": f"{error:.4g}", "diagonal_bias": f"{bias:.4g}"}
-            )
-    return rows
+    rows = accuracy.measure(run.device, run.size(2**22, 2**10), deadline=run.deadline)
+    run.write("accuracy", rows)
+    biased = accuracy.biased(rows)
+    if biased:
+        raise ArithmeticError(f"the diagonal is biased by {accuracy.BIAS_LIMIT} or more: {biased}")
 
 
-def run_bench(run: Run) -> list[Row]:
+def run_tuning(run: Run) -> None:
+    """The rows of this architecture; a copy of the table stands beside the results."""
+    copy = run.output / "launches.json"
+    if run.dry:
+        shutil.copy(tuning.TABLE, copy)
+    keys = list(tune.ORDER[: run.size(len(tune.ORDER), 3)])
+    table = copy if run.dry else tuning.TABLE
+    rows = tune.tune(keys, run.device, dry=run.dry, table=table, seconds=run.left())
+    run.write("tuning", rows)
+    if not run.dry:
+        shutil.copy(tuning.TABLE, copy)
+
+
+def run_bench(run: Run) -> None:
     """The benches; they write CSV files of their own, and print their tables."""
-    device = ["--device", run.device]
-    small = ["--shape", "64,40", "--repeats", "2"] if run.dry else []
-    models = [] if run.dry else [f"--model={name}" for name in gram_bench.MODELS]
-    kinds = ["--dtype", "bf16", "--dtype", "fp32", "--csv", str(run.output / "gram.csv")]
-    gram_code = gram_bench.main([*device, *small, *models, *kinds])
-    small = ["--shape", "20,40", "--repeats", "2"] if run.dry else []
-    absorb_code = absorb_bench.main([*device, *small, "--csv", str(run.output / "absorb.csv")])
-    if gram_code or absorb_code:
-        raise ArithmeticError("a result was wrong; see the tables above")
-    return []
+    two = ["--repeats", "2"]
+    toys = {
+        "gram": ["--shape", "64,40", "--heads", "64,3,20", "--experts", "64,3,20", *two],
+        "absorb": ["--shape", "20,40", *two],
+        "ridge": ["--shape", "20,40", *two],
+    }
+    models = sorted({*gram_bench.MODELS, *gram_bench.HEADS, *gram_bench.EXPERTS})
+    real = {
+        "gram": [f"--model={name}" for name in models],
+        "absorb": ["--dtype", "bf16", "--dtype", "fp32"],
+        "ridge": [],
+    }
+    # What is left of the budget: most of it for the Grams.
+    benches = {
+        "absorb": (absorb_bench.main, 0.2),
+        "ridge": (ridge_bench.main, 0.35),
+        "gram": (gram_bench.main, 1.0),
+    }
+    failed = []
+    for name, (main_of, share) in benches.items():
+        limit = ["--device", run.device, "--seconds", str(share * run.left())]
+        case = (toys if run.dry else real)[name]
+        failed += [name] * main_of([*limit, *case, "--csv", str(run.output / f"{name}.csv")])
+        _empty_cache()
+    if failed:
+        raise ArithmeticError(f"a result was wrong, see the tables above: {', '.join(failed)}")
 
 
-CANDIDATES = {
-    torch.bfloat16: [
-        tuning.GramConfig(*sizes, group, warps, stages)
-        for sizes, warps in (((64, 128), 8), ((32, 128), 8), ((128, 128), 8), ((64, 64), 4))
-        for stages in (3, 4)
-        for group in (4, 8, 16)
-    ],
-    torch.float32: [
-        tuning.GramConfig(tokens, channels, group, warps, stages)
-        for tokens, channels, warps in ((32, 64, 4), (64, 64, 8), (32, 64, 8), (32, 128, 8))
-        for stages in (2, 3)
-        for group in (4, 8)
-    ],
+def run_calibrate(run: Run) -> None:
+    """A whole compression by phase, where transformers is installed."""
+    if importlib.util.find_spec("transformers") is None:
+        print("calibrate: skipped, transformers is not installed here")
+        return
+    toy = ["--blocks", "1", "--tokens", "64", "--sequence-length", "32"] if run.dry else []
+    path = str(run.output / "calibrate.csv")
+    if calibrate.main(["--device", run.device, "--repeats", "2", *toy, "--csv", path]):
+        raise ArithmeticError("a compensated site was worse than a pruned one, see above")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step does, and the seconds that it may take."""
+
+    work: Callable[[Run], None]
+    seconds: float
+
+
+STEPS = {
+    "tests": Step(run_tests, 130),
+    "checks": Step(run_checks, 80),
+    "accuracy": Step(run_accuracy, 40),
+    "tuning": Step(run_tuning, 130),
+    "bench": Step(run_bench, 130),
+    "calibrate": Step(run_calibrate, 60),
 }
 
 
-def run_tuning(run: Run) -> list[Row]:
-    """Other launches on the shapes of real sites: time where the result is right and it fits."""
-    rows: list[Row] = []
-    for channels, (dtype, candidates) in itertools.product(
-        (11_008, 4096, 1024), CANDIDATES.items()
-    ):
-        x = activations(run.size(32_768, 64), run.size(channels, 40), dtype, run.device)
-        for config in candidates[: run.size(len(candidates), 1)]:
-            if not run.in_time():
-                return rows
-            with mock.patch.object(tuning, "gram_config", lambda *_, config=config, **__: config):
-                rows.append(_candidate(x, config))
-    return rows
-
-
-def _candidate(x: Tensor, config: tuning.GramConfig) -> Row:
-    out = torch.zeros(gk.packed_numel(x.shape[1]), device=x.device)
-    row = {"dtype": str(x.dtype).removeprefix("torch."), "tokens": str(x.shape[0])}
-    row |= {"channels": str(x.shape[1]), "config": str(config)}
+def run_step(name: str, run: Run) -> bool:
+    """Run one step here; False, with the reason printed, if it failed."""
+    begin = time.monotonic()
     try:
-        gk.gram_(out, x)
-        _assert_matches(gk.unpack(out, x.shape[1]), x)
-    except Exception as problem:  # a candidate that does not fit or is wrong is a result, too
-        return row | {"p50": "", "problem": str(problem).strip().splitlines()[-1]}
-    seconds = gram_bench.time_in_turns({"grail": lambda y: gk.gram_(out, y)}, [x], 5)["grail"]
-    p20, p50, p80 = gram_bench.quantiles(seconds)
-    rate = 2.0 * x.shape[0] * x.shape[1] ** 2 / p50 / 1e12
-    times = {"p20": f"{p20:.6g}", "p50": f"{p50:.6g}", "p80": f"{p80:.6g}"}
-    return row | times | {"tf_eq": f"{rate:.4g}"}
+        STEPS[name].work(run)
+    except Exception:
+        traceback.print_exc()
+        return False
+    finally:
+        _empty_cache()
+        print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
+    return True
 
 
-STEPS: dict[str, Callable[[Run], list[Row]]] = {
-    "tests": run_tests,
-    "checks": run_checks,
-    "accuracy": run_accuracy,
-    "bench": run_bench,
-    "tuning": run_tuning,
-}
+def run_apart(name: str, options: argparse.Namespace, seconds: float) -> bool:
+    """Run one step in a process of its own, which ends with its time at the latest."""
+    command = [sys.executable, __file__, "--steps", name, "--seconds", str(seconds)]
+    command += ["--output", str(options.output)] + ["--dry-run"] * options.dry_run
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(seconds + GRACE) == 0
+    except subprocess.TimeoutExpired:
+        print(f"{name}: stopped, it had {seconds:.0f} s", flush=True)
+        return False
+    finally:
+        # With all that it started, and also where we are interrupted.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def write(path: Path, rows: list[Row], conditions: Row) -> None:
-    """`rows` as CSV, each with the conditions of the run."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, *conditions])
-        writer.writeheader()
-        writer.writerows(row | conditions for row in rows)
+def _empty_cache() -> None:
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -293,41 +372,29 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", nargs="+", choices=[*STEPS], default=[*STEPS])
     parser.add_argument("--output", type=Path, default=ROOT / "bench/results/gpu")
-    parser.add_argument("--seconds", type=float, default=570, help="no measurement starts later")
+    parser.add_argument("--seconds", type=float, default=585, help="of all steps (default 585)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")
     parser.add_argument("--digests", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         print("no GPU is visible to torch; --dry-run runs the same code on the CPU")
         return 2
+    deadline = time.monotonic() + options.seconds
     device = "cpu" if options.dry_run else "cuda"
-    run = Run(device, options.dry_run, options.output, time.monotonic() + options.seconds)
+    run = Run(device, options.dry_run, options.output, deadline)
     if options.digests:
         print("\n".join(f"{name} {digest}" for name, digest in digests(run).items()))
         return 0
     options.output.mkdir(parents=True, exist_ok=True)
-    conditions = gram_bench.machine(device)
-    print(", ".join(f"{name} {value}" for name, value in conditions.items() if value))
-    failed = [name for name in options.steps if not _step(name, run, conditions)]
+    if len(options.steps) == 1:
+        return int(not run_step(options.steps[0], run))
+    failed = []
+    for name in options.steps:
+        left = deadline - time.monotonic()
+        if left <= 0 or not run_apart(name, options, min(left, STEPS[name].seconds)):
+            failed.append(name)
     print(f"failed: {', '.join(failed)}" if failed else "every step passed")
     return int(bool(failed))
-
-
-def _step(name: str, run: Run, conditions: Row) -> bool:
-    """Run one step and write what it found; False, with the reason printed, if it failed."""
-    begin = time.monotonic()
-    try:
-        rows = STEPS[name](run)
-    except Exception:
-        traceback.print_exc()
-        return False
-    finally:
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.empty_cache()
-    if rows:
-        write(run.output / f"{name}.csv", rows, conditions)
-    print(f"{name}: {len(rows)} rows in {time.monotonic() - begin:.0f} s", flush=True)
-    return True
 
 
 if __name__ == "__main__":
