@@ -21,9 +21,10 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_ridge_writes_every_number_with_its_conditions(tmp_path):
-    out = tmp_path / "ridge.csv"
+    out, drawn = tmp_path / "ridge.csv", tmp_path / "ridge.svg"
     arguments = ["--shape", "8,24", "--device", "cpu", "--repeats", "2", "--csv", str(out)]
-    assert ridge.main(arguments) == 0
+    assert ridge.main([*arguments, "--plot", str(drawn)]) == 0
+    assert drawn.stat().st_size > 5000
     rows = rows_of(out)
     assert [row["provider"] for row in rows] == ["grail", "grail solve", "reference"]
     for row in rows:
@@ -63,8 +64,9 @@ def tiny_shape(monkeypatch):
 
 
 def test_calibrate_writes_every_phase_and_the_peaks(tiny_shape, tmp_path):
-    out = tmp_path / "calibrate.csv"
-    assert calibrate.main([*tiny_shape, "--csv", str(out)]) == 0
+    out, drawn = tmp_path / "calibrate.csv", tmp_path / "calibrate.svg"
+    assert calibrate.main([*tiny_shape, "--csv", str(out), "--plot", str(drawn)]) == 0
+    assert drawn.stat().st_size > 5000
     rows = {row["metric"]: row for row in rows_of(out)}
     assert rows.keys() == {*calibrate.PHASES, "predicted_peak", "measured_peak"}
     parts = sum(float(rows[p]["p50"]) for p in calibrate.PHASES[1:-1])
