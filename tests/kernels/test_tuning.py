@@ -14,6 +14,7 @@ import torch
 
 import grail_kernels as gk
 from grail_kernels import GrailError, tuning
+from grail_kernels.backend import interpreting
 
 
 @pytest.fixture
@@ -164,3 +165,18 @@ def test_triton_launches_with_the_row_of_its_own_architecture(
     gram_triton.launch_gram(out, x[None], None, None, None, None)
     gram_triton.launch_gram_ragged(out, x, torch.tensor([0, 5]), None, None)
     assert launched == 2 * [tuning.GramConfig(**row)]
+
+
+@pytest.mark.skipif(interpreting(), reason="interpreted kernels do not compile")
+def test_the_gate_compiles_the_rows_of_each_architecture(own_table: Path) -> None:
+    aot = pytest.importorskip("bench.aot")
+    row = {"block_tokens": 16, "block_channels": 32, "group": 3, "warps": 4, "stages": 2}
+    rows = {"16-bit": {"wide": row, "middle": {**row, "group": 5}}}
+    before = {case.name for case in aot.cases()}
+    edit(own_table, lambda table: table.update(sm_90={"gram": rows}))
+    configs = {case.name: case.config for case in aot.cases()}
+    assert configs["gram/sm_90/bf16/aligned/wide/plain"] == tuning.GramConfig(**row)
+    assert configs["gram/sm_80/bf16/aligned/wide/plain"] != tuning.GramConfig(**row)
+    assert {*configs} - before == {
+        f"gram/sm_90/{dtype}/aligned/middle/plain" for dtype in ("fp16", "bf16")
+    }
