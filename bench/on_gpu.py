@@ -5,14 +5,14 @@
     python bench/on_gpu.py --dry-run        the same code on the CPU at toy sizes: does it run?
 
 Steps, in this order, with the seconds that each may take
-  tests      130  tests/kernels on the GPU, the Triton backend
-  checks      80  each kernel gives the same bits twice and in a new process; more than 2^31
+  tests      120  tests/kernels on the GPU, the Triton backend
+  checks      70  each kernel gives the same bits twice and in a new process; more than 2^31
                   elements of activations and of the accumulator; compute-sanitizer, if installed
-  accuracy    40  error and bias of the diagonal against the number of tokens, by flush interval
+  accuracy    30  error and bias of the diagonal against the number of tokens, by flush interval
   tuning     130  bench/tune.py: the launch table's rows for this architecture, written to
                   grail_kernels/launches.json and beside the results
   bench      130  bench/gram.py, absorb.py and ridge.py on the real models, with the tuned table
-  calibrate   60  bench/calibrate.py, a whole compression
+  calibrate  100  bench/calibrate.py, a whole compression
 
 Every step runs in a process of its own, so that one that hangs or takes the GPU down costs only its
 own time. A step that fails is reported with its reason and the others go on; the exit code is 1.
@@ -148,7 +148,7 @@ def _gated(x: Tensor) -> Tensor:
 def _absorbed(x: Tensor) -> Tensor:
     """The correction for a consumer of 100 rows when every other channel stays."""
     keep = torch.arange(0, x.shape[1], 2, device=x.device)
-    return gk.absorb(x[:100], packed_gram(x), keep)
+    return gk.absorb(x[:100], packed_gram(x), keep, tune.kernel_backend(x.device.type))
 
 
 def digests(run: Run) -> dict[str, str]:
@@ -320,12 +320,12 @@ class Step:
 
 
 STEPS = {
-    "tests": Step(run_tests, 130),
-    "checks": Step(run_checks, 80),
-    "accuracy": Step(run_accuracy, 40),
+    "tests": Step(run_tests, 120),
+    "checks": Step(run_checks, 70),
+    "accuracy": Step(run_accuracy, 30),
     "tuning": Step(run_tuning, 130),
     "bench": Step(run_bench, 130),
-    "calibrate": Step(run_calibrate, 60),
+    "calibrate": Step(run_calibrate, 100),
 }
 
 

@@ -88,25 +88,26 @@ class Work:
 
 
 def candidates(key: Key) -> list[Config]:
-    """The launches that are worth a try for a row."""
+    """The launches that are worth a try for a row: a dozen, for each takes seconds to compile."""
     kernel, operands, _ = key
     if kernel == "absorb":
         return [
-            AbsorbConfig(outputs, kept, dropped, group, 8, stages)
-            for (outputs, kept), dropped, group, stages in itertools.product(
-                ((128, 128), (128, 64), (64, 128), (256, 64)), (32, 64), (8,), (2, 3)
+            AbsorbConfig(outputs, kept, dropped, 8, 8, stages)
+            for (outputs, kept), (dropped, stages) in itertools.product(
+                ((128, 128), (128, 64), (64, 128), (256, 64)), ((32, 2), (32, 3), (64, 2))
             )
         ]
     if operands == "split":
         sizes = (((32, 64), 4), ((16, 64), 8), ((64, 64), 8), ((32, 128), 8), ((16, 128), 8))
         return [
-            GramConfig(*edges, group, warps, stages)
-            for (edges, warps), stages, group in itertools.product(sizes, (2, 3), (8,))
+            GramConfig(*edges, 8, warps, stages)
+            for (edges, warps), stages in itertools.product(sizes, (2, 3))
         ]
     sizes = (((64, 128), 8), ((32, 128), 8), ((128, 128), 8), ((64, 64), 4), ((32, 64), 4))
-    return [
-        GramConfig(*edges, group, warps, stages)
-        for (edges, warps), stages, group in itertools.product(sizes, (3, 4), (4, 8, 16))
+    groups = [GramConfig(64, 128, group, 8, 3) for group in (4, 16)]
+    return groups + [
+        GramConfig(*edges, 8, warps, stages)
+        for (edges, warps), stages in itertools.product(sizes, (3, 4))
     ]
 
 
@@ -128,7 +129,7 @@ def _gram_work(operands: str, shape: str, size: tuple[int, int, int], device: st
     # The interpreter gets products of bf16 wrong.
     half = torch.bfloat16 if device == "cuda" else torch.float16
     dtype = torch.float32 if operands == "split" else half
-    backend = _kernel_backend(device)
+    backend = kernel_backend(device)
     # A mean, as activations have one; heads lie beside each other within a token.
     x = (torch.randn(tokens, matrices, channels, device=device) + 0.5).to(dtype).transpose(0, 1)
     # Of these silu is the identity in every dtype, so that its last bit is nobody's matter.
@@ -171,7 +172,7 @@ def _absorb_work(operands: str, outputs: int, channels: int, device: str) -> Wor
     def call() -> Tensor:
         config = tuning.absorb_config(dtype, channels)
         fused = config.method == "fused"
-        return gk.absorb(weight, packed, keep, _kernel_backend(device) if fused else "torch")
+        return gk.absorb(weight, packed, keep, kernel_backend(device) if fused else "torch")
 
     def error(result: Tensor) -> float:
         dense, rows = gk.unpack(packed, channels), weight[:CHECKED]
@@ -182,7 +183,8 @@ def _absorb_work(operands: str, outputs: int, channels: int, device: str) -> Wor
     return Work(f"{outputs} outputs x {channels} channels", call, error)
 
 
-def _kernel_backend(device: str) -> str:
+def kernel_backend(device: str) -> str:
+    """The backend whose launches are searched; without a GPU or interpreter its twin stands in."""
     return "triton" if device == "cuda" or interpreting() else "torch"
 
 

@@ -78,6 +78,18 @@ def test_accuracy_is_that_of_every_power_of_two_of_tokens() -> None:
     assert float(last["error"]) == pytest.approx(ratio, rel=1e-3)
 
 
+def test_a_library_that_cannot_is_left_out_of_accuracy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> torch.Tensor:
+        raise RuntimeError("not on this machine")
+
+    monkeypatch.setattr(torch, "addmm", fail)
+    rows = accuracy.measure("cpu", most=256, channels=3)
+    assert {row["provider"] for row in rows} == {"grail", "mm"}
+    assert "addmm in torch.float32 left out: not on this machine" in capsys.readouterr().out
+
+
 def test_accuracy_patches_the_flush_interval_that_launches_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
