@@ -2,12 +2,13 @@
 
 torch's x86 builds multiply with MKL, which on AMD chips runs at half of OpenBLAS's rate. But
 OpenBLAS's own threads wait for work by spinning, which takes the cores from torch's in a model's
-forward (measured: twice its time); ours sleep. So OpenBLAS is held to one thread here, and panels
-of the packed triangle, the longest first, go to as many threads as torch uses.
+forward (measured: twice its time); ours sleep. So OpenBLAS is held to one thread here, and square
+tiles of the lower triangle, the largest first, go to as many threads as torch uses.
 
-It is called by its C interface, which adds to what is there, reads activations where they lie, and
-has a product of half the FLOPs for the diagonal. A NumPy built on another library, or on one that
-does not have these calls, is left alone.
+It is called by its C interface, which reads activations where they lie, adds to sums where they
+lie, and has syrk for a tile on the diagonal: T*H*(H + 1) FLOPs in all. A tile is wider than a strip
+of the accumulator (the wider, the nearer to OpenBLAS's full rate), so that it is summed in memory
+of its own. A NumPy built on another library, or on one without these calls, is left alone.
 """
 
 from __future__ import annotations
@@ -29,25 +30,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grail_kernels.tiles import BLOCK, Strip, strips
+from grail_kernels.tiles import strips
 
 # Tokens of one product. No OpenBLAS kernel cuts a sum this short, and so a sum does not depend on
 # how many tokens follow; longer ones are 1% faster.
 CHUNK_TOKENS = 256
 
-# Tokens that are summed before they are added to the accumulator: in one chain of chunks, an error
-# of 15 eps at 200k tokens, against 3.
-FLUSH_TOKENS = 8192
+# Tokens whose chunks are summed before they are added to the accumulator: with all in one chain,
+# 200k tokens have an error of 15 eps, against 3.
+_FLUSH_TOKENS = 8192
 
-# Columns of one panel: enough for OpenBLAS's full rate, and 1 MB of sums, which stay in the cache.
-_WIDTH = 1024
+# Channels of one side of a tile: products of 128 by 128 run at 0.8 of the rate of 1024 by 1024, and
+# wider ones no faster.
+_NARROWEST, _WIDEST = 128, 1024
 
 # OpenBLAS sums in another order in products of at most so many multiplications, and in what is left
 # of the tokens after whole steps of a kernel's loop: zeros lift a shorter chunk above both.
 _SMALL_PRODUCT = 10**6
 _STEP = 32
-
-_SQUARE = 128
 
 _CALLS = (
     "cblas_sgemm",
@@ -71,10 +71,9 @@ class _OpenBlas(NamedTuple):
     set_threads: Callable[[int], None]
 
 
-class _Panel(NamedTuple):
-    """Rows [top, bottom) and columns [left, right) of the matrix, all of them in one strip."""
+class _Tile(NamedTuple):
+    """Rows [top, bottom) and columns [left, right) of the matrix."""
 
-    strip: Strip
     top: int
     bottom: int
     left: int
@@ -113,24 +112,27 @@ def add_gram(out: Tensor, rows: Tensor, columns: Tensor) -> None:
     Args:
         out: [packed_numel(H)] fp32, contiguous.
         rows: [T, H] fp32, rows or columns contiguous.
-        columns: like `rows`; the same tensor makes a symmetric product.
+        columns: like `rows`; the same tensor makes the product symmetric and half as long.
 
     Numerics:
-        Zero tokens at the end of both change no bit, nor does the number of threads.
+        Zero tokens at the end of both change no bit. Another number of threads cuts other tiles,
+        which on some chips (Haswell's kernels) are rounded otherwise.
     """
     left = _chunks(rows)
     right = left if columns is rows else _chunks(columns)
-    panels = deque(sorted(_panels(rows.shape[1]), key=lambda panel: -math.prod(panel.shape)))
-    workers = min(torch.get_num_threads(), len(panels))
+    threads = torch.get_num_threads()
+    width = _tile_width(rows.shape[1], threads)
+    tiles = deque(_tiles(rows.shape[1], width))
+    workers = min(threads, len(tiles))
 
     def work() -> None:
-        buffer = np.empty(BLOCK * _WIDTH, np.float32)
+        memory = np.empty(width * width, np.float32)
         while True:
             try:
-                panel = panels.popleft()
+                tile = tiles.popleft()
             except IndexError:
                 return
-            _add_panel(out, panel, left, right, buffer)
+            _add_tile(out, tile, left, right, memory)
 
     with _single_threaded():
         others = [_pool(workers - 1).submit(work) for _ in range(workers - 1)]
@@ -142,16 +144,18 @@ def add_gram(out: Tensor, rows: Tensor, columns: Tensor) -> None:
         other.result()
 
 
-def _panels(channels: int) -> Iterator[_Panel]:
-    """Panels that cover the lower triangle, each left of the diagonal or a square on it."""
-    for strip in strips(channels):
-        for left in range(0, strip.low, _WIDTH):
-            yield _Panel(strip, strip.low, strip.high, left, min(left + _WIDTH, strip.low))
-        for low in range(strip.low, strip.high, _SQUARE):
-            high = min(low + _SQUARE, strip.high)
-            yield _Panel(strip, low, high, low, high)
-            if high < strip.high:
-                yield _Panel(strip, high, strip.high, low, high)
+def _tile_width(channels: int, threads: int) -> int:
+    """As many tiles a side as threads, or a multiple: then all threads get the same work."""
+    tiles = threads * math.ceil(channels / (threads * _WIDEST))
+    tiles = max(1, min(tiles, channels // _NARROWEST))
+    return 16 * math.ceil(channels / tiles / 16)  # OpenBLAS's kernels make 16 channels at a time
+
+
+def _tiles(channels: int, width: int) -> list[_Tile]:
+    """Squares that cover the lower triangle; those on its diagonal, half the work, come last."""
+    sides = [(low, min(low + width, channels)) for low in range(0, channels, width)]
+    below = [_Tile(*rows, *columns) for columns, rows in itertools.combinations(sides, 2)]
+    return below + [_Tile(*side, *side) for side in sides]
 
 
 def _chunks(tokens: Tensor) -> list[_Chunk]:
@@ -166,50 +170,49 @@ def _chunks(tokens: Tensor) -> list[_Chunk]:
     return chunks
 
 
-def _add_panel(
-    out: Tensor, panel: _Panel, left: list[_Chunk], right: list[_Chunk], buffer: NDArray[np.float32]
+def _add_tile(
+    out: Tensor,
+    tile: _Tile,
+    left: list[_Chunk],
+    right: list[_Chunk],
+    memory: NDArray[np.float32],
 ) -> None:
-    """Add the products of all chunks to one panel of `out`, by way of `buffer`."""
-    strip, top = panel.strip, panel.top - panel.strip.low
-    target = strip.view(out).numpy()[top : top + panel.shape[0], panel.left : panel.right]
-    sums = buffer[: target.size].reshape(target.shape)
-    at_once = FLUSH_TOKENS // CHUNK_TOKENS
-    for first in range(0, len(left), at_once):
+    """Add the products of all chunks to one tile of `out`, by way of `memory`."""
+    sums = memory[: math.prod(tile.shape)].reshape(tile.shape)
+    chunks = list(zip(left, right, strict=True))
+    at_once = _FLUSH_TOKENS // CHUNK_TOKENS
+    for first in range(0, len(chunks), at_once):
         sums.fill(0)
-        for rows, columns in zip(
-            left[first : first + at_once], right[first : first + at_once], strict=True
-        ):
-            _multiply(panel, rows, columns, sums.ctypes.data)
+        for rows, columns in chunks[first : first + at_once]:
+            _multiply(tile, rows, columns, sums.ctypes.data)
+        _add_to_strips(out, left[0].values.shape[1], tile, sums)
+
+
+def _add_to_strips(out: Tensor, channels: int, tile: _Tile, sums: NDArray[np.float32]) -> None:
+    for strip in strips(channels):
+        top, bottom = max(tile.top, strip.low), min(tile.bottom, strip.high)
+        right = min(tile.right, strip.high)
+        if top >= bottom:
+            continue
+        target = strip.view(out).numpy()[top - strip.low : bottom - strip.low, tile.left : right]
         with np.errstate(all="ignore"):  # a NaN among activations is for the caller to refuse
-            target += sums
+            target += sums[top - tile.top : bottom - tile.top, : right - tile.left]
 
 
-def _multiply(panel: _Panel, rows: _Chunk, columns: _Chunk, sums: int) -> None:
-    """Add the product of a chunk to sums [R, C] fp32 at an address."""
+def _multiply(tile: _Tile, rows: _Chunk, columns: _Chunk, sums: int) -> None:
+    """Add the product of a chunk to the sums of a tile [R, C] fp32, given by their address."""
     library = _openblas()
     assert library is not None
-    height, width = panel.shape
+    height, width = tile.shape
     steps = math.ceil(max(rows.tokens, _SMALL_PRODUCT / (height * width) + 1) / _STEP)
     tokens = min(CHUNK_TOKENS, steps * _STEP)
-    left, right = rows.at(panel.top), columns.at(panel.left)
-    transposed, as_is = (_TRANSPOSED, _AS_IS) if rows.by_rows else (_AS_IS, _TRANSPOSED)
+    left, right = rows.at(tile.top), columns.at(tile.left)
+    forms = (_TRANSPOSED, _AS_IS) if rows.by_rows else (_AS_IS, _TRANSPOSED)
     if left == right:
-        library.syrk(_ROW_MAJOR, _LOWER, transposed, width, tokens, 1.0, *left, 1.0, sums, width)
+        library.syrk(_ROW_MAJOR, _LOWER, forms[0], width, tokens, 1, *left, 1, sums, width)
     else:
-        library.gemm(
-            _ROW_MAJOR,
-            transposed,
-            as_is,
-            height,
-            width,
-            tokens,
-            1.0,
-            *left,
-            *right,
-            1.0,
-            sums,
-            width,
-        )
+        sizes = (height, width, tokens)
+        library.gemm(_ROW_MAJOR, *forms, *sizes, 1, *left, *right, 1, sums, width)
 
 
 @functools.cache
