@@ -27,7 +27,7 @@ from grail.reduction import Reduction
 from grail.report import SiteReport
 from grail.sites import Architecture, Site
 from grail.statistics import Statistics
-from grail.stream import Memo, Stop, Stream
+from grail.stream import Memo, Shelf, Stop, Stream
 from grail.transaction import Transaction
 
 Advance = Callable[[int], object]  # hears of so many tokens done
@@ -85,7 +85,8 @@ class Run:
         self.transaction, self.clock = transaction, clock
         self.widths = options.widths(architecture)
         self._dense = stream.fork() if options.follows_drift else None
-        self._dense_after: dict[Site, list[Tensor]] = {}
+        self._memo = Memo((), stream)
+        self._dense_after: dict[str, Shelf] = {}  # by kind of site
         self._select = select.get(options.selector)
 
     def all_blocks(self, progress: bool) -> list[SiteReport]:
@@ -115,15 +116,15 @@ class Run:
     def _closed(self, sites: Sequence[Site], advance: Advance) -> Iterator[SiteReport]:
         if self._dense is not None:
             self._follow_dense(self._dense, sites, advance)
-        memo = Memo((), self.stream)
         for site in sites:
             statistics = self._statistics(site)
             # The block is finished from the last site on: what ran before it need not run again.
-            memo = Memo(site.upstream if site is sites[-1] else (), self.stream)
-            with memo.recording():
+            upstream = site.upstream if site is sites[-1] else ()
+            self._memo = Memo(upstream, self.stream, self._memo.shelves)
+            with self._memo.recording():
                 self._pass(site.block, {site: statistics}, advance, finish=False)
             yield self._compress(site, statistics)
-        with memo.replaying():
+        with self._memo.replaying():
             self._pass(sites[0].block, {}, advance, finish=True)
 
     def _open(self, sites: Sequence[Site], advance: Advance) -> Iterator[SiteReport]:
@@ -140,17 +141,18 @@ class Run:
 
     def _follow_dense(self, dense: Stream, sites: Sequence[Site], advance: Advance) -> None:
         """Moves the dense stream past a block; keeps what it held after each site."""
-        self._dense_after = {site: [] for site in sites}
+        batch = 0
 
-        def keeping(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _, args: self._dense_after[site].append(args[0].to(dense.storage))
+        def keeping(shelf: Shelf) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _, args: shelf.put(batch, args[0])
 
         with ExitStack() as hooks, self.clock("forward"):
             for site in sites:
-                if site.after is not None:
-                    hooks.callback(site.after.register_forward_pre_hook(keeping(site)).remove)
-                else:
-                    self._dense_after[site] = dense.hidden
+                if site.after is None:
+                    self._dense_after[site.kind] = dense.hidden
+                    continue
+                shelf = self._dense_after.setdefault(site.kind, Shelf(dense.storage))
+                hooks.callback(site.after.register_forward_pre_hook(keeping(shelf)).remove)
             for batch in range(len(dense)):
                 dense.store(batch, dense.run(sites[0].block, batch))
                 advance(dense.tokens_of(batch))
@@ -170,7 +172,9 @@ class Run:
             with self.clock("gram"):
                 drift = None
                 if after is not None:
-                    drift = self._dense_after[site][batch].to(after.device, torch.float32) - after
+                    drift = (
+                        self._dense_after[site.kind][batch].to(after.device, torch.float32) - after
+                    )
                 collected[site].update(batch, inputs.pop(site), drift)
 
         def reading(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

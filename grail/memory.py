@@ -1,11 +1,13 @@
 """Peak memory of a stretch of work: resident set on a CPU, the allocator's peak on a GPU."""
 
+import ctypes
 import os
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
+_C = ctypes.CDLL(None)
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -13,6 +15,8 @@ def in_use(device: torch.device) -> int:
     """Bytes in use now on `device`; 0 where the platform does not tell."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    if hasattr(_C, "malloc_trim"):  # else what glibc kept of freed memory would count, too
+        _C.malloc_trim(0)
     return _status("VmRSS")
 
 

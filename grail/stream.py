@@ -7,6 +7,7 @@ those arguments.
 """
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -37,6 +38,41 @@ class Call:
     kwargs: dict[str, Any]
 
 
+class Shelf:
+    """One tensor for each batch, in memory that is allocated once.
+
+    Tensors that live long between those of a forward pass would tear the allocator's memory into
+    pieces: a quarter of a run's peak.
+    """
+
+    def __init__(self, storage: torch.device):
+        self._storage = storage
+        self._tensors: list[Tensor] = []
+
+    def put(self, batch: int, tensor: Tensor) -> None:
+        """Keeps a copy of the tensor of one batch; the first ones come in order."""
+        if batch == len(self._tensors):
+            self._tensors.append(tensor.detach().to(self._storage, copy=True))
+        else:
+            self._tensors[batch].copy_(tensor)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        return self._tensors[batch]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def copy(self) -> "Shelf":
+        """Another one of the same content."""
+        other = Shelf(self._storage)
+        for batch, tensor in enumerate(self._tensors):
+            other.put(batch, tensor)
+        return other
+
+
 class Stream:
     """Hidden states of every calibration batch at the entry of one block.
 
@@ -61,7 +97,7 @@ class Stream:
     ):
         self.blocks, self.storage = blocks, torch.device(storage)
         self.device = next(model.parameters()).device
-        self.hidden: list[Tensor] = []
+        self.hidden = Shelf(self.storage)
         self.masks: list[Tensor | None] = []
         self._calls: list[list[Call]] = []
         for batch in batches:
@@ -83,7 +119,7 @@ class Stream:
 
     def store(self, batch: int, hidden: Tensor) -> None:
         """Replaces one batch's hidden states by those at the next block's entry."""
-        self.hidden[batch] = hidden.to(self.storage)
+        self.hidden.put(batch, hidden)
 
     def mask(self, batch: int) -> Tensor | None:
         """[B, L] bool on the model's device, or None where every token counts."""
@@ -109,7 +145,7 @@ class Stream:
     def fork(self) -> "Stream":
         """A second stream of the same batches, where this one is; each then moves on its own."""
         other = copy.copy(self)
-        other.hidden = list(self.hidden)
+        other.hidden = self.hidden.copy()
         return other
 
     def _enter(self, model: nn.Module, batch: Batch) -> None:
@@ -119,7 +155,7 @@ class Stream:
         def recorder(number: int) -> Any:
             def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 if number == 0:
-                    self.hidden.append(hidden_states.detach().to(self.storage))
+                    self.hidden.put(len(self._calls), hidden_states)
                 calls.append(self._shared(number, Call(args, kwargs)))
                 if number == len(self.blocks) - 1:
                     raise Stop
@@ -149,36 +185,50 @@ class Memo:
 
     Of a tuple only the first entry is kept: attention's second, its weights [B, heads, L, L], is
     dropped by the blocks too.
+
+    Args:
+        modules: whose outputs are kept.
+        stream: the batches.
+        shelves: of an earlier memo, whose memory is used again.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], stream: Stream):
+    def __init__(self, modules: Sequence[nn.Module], stream: Stream, shelves: Sequence[Shelf] = ()):
         self._modules, self._stream = modules, stream
-        self._outputs: dict[nn.Module, list[Any]] = {module: [] for module in modules}
+        new = [Shelf(stream.storage) for _ in modules[len(shelves) :]]
+        self.shelves = [*shelves, *new]
+        self._entries: dict[nn.Module, int] = {}  # of a tuple that a module returns
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keeps what the modules return."""
         with ExitStack() as stack:
-            for module in self._modules:
-                stack.callback(module.register_forward_hook(self._keep).remove)
+            for module, shelf in zip(self._modules, self.shelves, strict=False):
+                keep = partial(self._keep, shelf, itertools.count())
+                stack.callback(module.register_forward_hook(keep).remove)
             yield
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Lets the modules return what was kept, in the same order, each once."""
         with ExitStack() as stack:
-            for module in self._modules:
-                replay = partial(self._next, iter(self._outputs[module]))
+            for module, shelf in zip(self._modules, self.shelves, strict=False):
+                replay = partial(self._next, module, iter(shelf))
                 stack.enter_context(_replaced_forward(module, replay))
             yield
 
-    def _next(self, outputs: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        return _to(next(outputs), self._stream.device)
+    def _next(self, module: nn.Module, kept: Iterator[Tensor], *args: Any, **kwargs: Any) -> Any:
+        output = next(kept).to(self._stream.device)
+        if module not in self._entries:
+            return output
+        return (output, *(None for _ in range(self._entries[module] - 1)))
 
-    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _keep(
+        self, shelf: Shelf, batches: Iterator[int], module: nn.Module, args: Any, output: Any
+    ) -> None:
         if isinstance(output, tuple):
-            output = (output[0], *(None for _ in output[1:]))
-        self._outputs[module].append(_to(output, self._stream.storage))
+            self._entries[module] = len(output)
+            output = output[0]
+        shelf.put(next(batches), output)
 
 
 @contextmanager

@@ -3,7 +3,7 @@ import torch
 
 from grail.errors import EmptyCalibrationError, InputError
 from grail.sites import find
-from grail.stream import Memo, Stream
+from grail.stream import Memo, Shelf, Stream
 
 from .conftest import FAMILIES
 
@@ -15,12 +15,12 @@ def stream_of(model, batches) -> Stream:
 
 def run_through(stream: Stream) -> list[list[torch.Tensor]]:
     """Hidden states of every batch at the entry of each block."""
-    seen = [list(stream.hidden)]
+    seen = [[hidden.clone() for hidden in stream.hidden]]
     with torch.no_grad():
         for block in range(len(stream.blocks)):
             for batch in range(len(stream)):
                 stream.store(batch, stream.run(block, batch))
-            seen.append(list(stream.hidden))
+            seen.append([hidden.clone() for hidden in stream.hidden])
     return seen
 
 
@@ -115,9 +115,21 @@ def test_every_fifth_sequence_is_held_out_or_the_last_of_fewer(
 
 def test_a_fork_moves_on_its_own(tiny_llama, tiny_batches):
     stream = stream_of(tiny_llama(), tiny_batches(count=2))
-    first = list(stream.hidden)
+    first = [hidden.clone() for hidden in stream.hidden]
     other = stream.fork()
+    assert all(map(torch.equal, other.hidden, first))
     with torch.no_grad():
         other.store(0, other.run(0, 0))
-    assert all(a is b for a, b in zip(stream.hidden, first, strict=True))
+    assert all(map(torch.equal, stream.hidden, first))
     assert not torch.equal(other.hidden[0], first[0])
+
+
+def test_a_shelf_keeps_each_batch_in_the_memory_of_its_first_tensor():
+    shelf = Shelf(torch.device("cpu"))
+    source = torch.ones(3)
+    shelf.put(0, source)
+    place = shelf[0].data_ptr()
+    assert place != source.data_ptr()
+    shelf.put(0, 2 * source)
+    assert shelf[0].tolist() == [2, 2, 2]
+    assert shelf[0].data_ptr() == place
