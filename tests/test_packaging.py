@@ -35,6 +35,11 @@ def test_core_needs_five_packages():
     assert set(core) == {"torch", "triton", "numpy", "safetensors", "tqdm"}
 
 
+def test_the_launch_table_ships():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "launches.json" in config["tool"]["setuptools"]["package-data"]["grail_kernels"]
+
+
 def test_import_loads_no_extra_and_no_triton():
     late = ("transformers", "datasets", "matplotlib", "typer", "rich", "gguf", "scipy", "triton")
     code = f"import sys, grail, grail_kernels; print(*sorted({set(late)!r} & set(sys.modules)))"
