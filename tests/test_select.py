@@ -124,13 +124,30 @@ def correlated(tokens: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.T @ x).double(), weight.double()
 
 
-def test_each_greedy_step_is_the_best_of_all_steps():
+@pytest.mark.parametrize("block", [1, 3, 16])  # all channels are candidates
+def test_each_greedy_step_is_the_best_of_all_steps(block, monkeypatch):
+    monkeypatch.setattr("grail.select.greedy.POOL", H)
     gram, weight = correlated()
-    order = forward(gram, weight, 6).tolist()
+    order = forward(gram, weight, 6, block=block).tolist()
     for step in range(6):
         kept = order[:step]
         errors = {j: compensated_error(gram, weight, [*kept, j]) for j in range(H) if j not in kept}
         assert min(errors, key=errors.__getitem__) == order[step]
+
+
+def test_choosing_by_blocks_costs_little():
+    channels, kept = 240, 120
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.randn(channels, channels, generator=generator).double()
+    mixing *= torch.logspace(0, -2, channels)  # a spectrum that falls, as activations' do
+    gram = (mixing @ mixing.T) / channels
+    weight = torch.randn(60, channels, generator=generator).double()
+    exact, blocks = (
+        compensated_error(gram, weight, forward(gram, weight, kept, block=b).tolist())
+        for b in (1, 16)
+    )
+    random = compensated_error(gram, weight, list(range(kept)))
+    assert blocks - exact < 0.02 * (random - exact)
 
 
 def test_greedy_never_keeps_a_copy_while_another_channel_helps():

@@ -5,9 +5,11 @@ what P cannot say of X). Keeping channel j as well lowers it by
 
     ‖W S_:j‖² / S_jj        and then        S ← S − S_:j S_j: / S_jj
 
-Neither S nor its square is ever formed: a pivoted partial Cholesky G ≈ V Vᵀ gives the one column
-S_:j = G_:j − V V_jᵀ that a step needs, and W S [O, H] is corrected by its outer product. K steps
-cost K·O·H + H·K²/2 multiply-adds.
+Neither S nor its square is ever formed: a pivoted partial Cholesky G ≈ V Vᵀ gives the columns of S
+that are asked for, S_:j = G_:j − V V_jᵀ, and W S [O, H] is corrected by the outer products of V. To
+work with matrices, not vectors, the order is exact among the candidates only, those of largest
+gain, and all channels are looked at again after a block of choices. With p candidates for a block
+of b: 2·H·K²·p/b + 2·K·O·H FLOPs in matrix products, and K passes over [H, p].
 
 Attention heads come in groups of equal size, where a greedy order could leave the feasible set. A
 head's score is what its removal alone costs after compensation, tr(W_g ((G⁻¹)_gg)⁻¹ W_gᵀ).
@@ -26,6 +28,10 @@ from grail.width import HeadWidth
 # What the kept channels leave of a channel's energy below this share is an fp32 Gram's rounding.
 NOISE = 1e-6
 
+# Channels that are chosen between two looks at all of them, and how many times as many of the best
+# are candidates for that.
+BLOCK, POOL = 16, 8
+
 
 @reduces("greedy")
 def greedy(view: View) -> Reduction:
@@ -38,35 +44,50 @@ def greedy(view: View) -> Reduction:
     return Selection(forward(gram, weight, view.width.kept).sort().values, view.width.channels)
 
 
-def forward(gram: Tensor, weight: Tensor, kept: int) -> Tensor:
+def forward(gram: Tensor, weight: Tensor, kept: int, block: int = BLOCK) -> Tensor:
     """The `kept` channels of largest gain, in the order of their choice.
 
     Args:
         gram: G [H, H] fp64.
         weight: W [O, H] fp64.
+        block: how many are chosen between two looks at all channels; 1 is the exact greedy order.
     """
     energy = gram.diagonal()
     left = energy.clone()  # diag S
     seen = weight @ gram  # W S
     factor = gram.new_zeros(gram.shape[0], kept)  # V
     chosen = torch.zeros_like(energy, dtype=torch.bool)
-    order = []
-    for step in range(kept):
-        gain = seen.square().sum(0) / left
-        gain[left <= NOISE * energy] = 0
-        # Where nothing is left to gain, the loudest of the rest fill up.
-        gain = torch.where(chosen, -1, gain if bool((gain > 0).any()) else energy)
-        j = int(gain.argmax())
-        column = gram[:, j] - factor[:, :step] @ factor[j, :step]
-        column = (
-            column / left[j].sqrt() if left[j] > NOISE * energy[j] else torch.zeros_like(column)
-        )
-        seen -= torch.outer(weight @ column, column)
-        left = (left - column.square()).clamp_min(0)
-        factor[:, step] = column
-        chosen[j] = True
-        order.append(j)
+    order: list[int] = []
+    while len(order) < kept:
+        first = len(order)
+        pool = _gain(seen, left, energy, chosen).topk(min(POOL * block, len(energy))).indices
+        columns = gram[:, pool] - factor[:, :first] @ factor[pool, :first].T  # S_:pool
+        candidates, outputs = seen[:, pool], []
+        while len(order) < min(first + block, kept):
+            gain = _gain(candidates, left[pool], energy[pool], chosen[pool])
+            best = int(gain.argmax())
+            if gain[best] <= 0:
+                break
+            j = int(pool[best])
+            column, output = (t[:, best] / left[j].sqrt() for t in (columns, candidates))
+            columns -= torch.outer(column, column[pool])
+            candidates -= torch.outer(output, column[pool])
+            left = (left - column.square()).clamp_min(0)
+            factor[:, len(order)] = column
+            outputs.append(output)
+            chosen[j] = True
+            order.append(j)
+        if not outputs:  # nothing is left to gain: the loudest of the rest fill up
+            rest = energy.where(~chosen, -1).topk(kept - first).indices
+            return torch.tensor(order + rest.tolist())
+        seen -= torch.stack(outputs, 1) @ factor[:, first : len(order)].T
     return torch.tensor(order)
+
+
+def _gain(seen: Tensor, left: Tensor, energy: Tensor, chosen: Tensor) -> Tensor:
+    """‖W S_:j‖² / S_jj by channel; 0 where a channel was chosen or has nothing of its own left."""
+    gain = seen.square().sum(0) / left
+    return gain.where((left > NOISE * energy) & ~chosen, 0)
 
 
 def removal_costs(gram: Tensor, weight: Tensor, head_dim: int) -> Tensor:
