@@ -14,6 +14,7 @@ from torch import Tensor
 from grail_kernels import checks, tuning
 from grail_kernels.backend import resolve_backend
 from grail_kernels.errors import BackendError, InputError
+from grail_kernels.operators import operator
 from grail_kernels.precision import full_fp32
 from grail_kernels.tiles import check_packed, strips
 
@@ -44,7 +45,7 @@ def absorb(weight: Tensor, gram: Tensor, keep: Tensor, backend: str = "auto") ->
     return _absorb_op(weight.detach(), gram.detach(), keep, backend)
 
 
-@torch.library.custom_op(
+@operator(
     "grail::absorb",
     mutates_args=(),
     schema='(Tensor weight, Tensor gram, Tensor keep, str backend="auto") -> Tensor',

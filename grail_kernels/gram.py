@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grail_kernels import checks, cpu_blas
 from grail_kernels.backend import resolve_backend
+from grail_kernels.operators import operator
 from grail_kernels.precision import full_fp32
 from grail_kernels.tiles import strips
 
@@ -64,7 +65,7 @@ def gram_(
     return out
 
 
-@torch.library.custom_op(
+@operator(
     "grail::gram_",
     mutates_args=("out", "sums", "nonfinite"),
     schema="(Tensor(a!) out, Tensor x, Tensor? mask=None, Tensor? weights=None, "

@@ -7,13 +7,13 @@ Their tokens are the same, and so mask and weights are shared by the batch.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from grail_kernels import checks
 from grail_kernels.backend import resolve_backend
 from grail_kernels.errors import InputError
 from grail_kernels.gram import add_gram, check_gram
+from grail_kernels.operators import operator
 
 
 def gram_batched_(
@@ -48,7 +48,7 @@ def gram_batched_(
     return out
 
 
-@torch.library.custom_op(
+@operator(
     "grail::gram_batched_",
     mutates_args=("out", "sums", "nonfinite"),
     schema="(Tensor(a!) out, Tensor x, Tensor? mask=None, Tensor? weights=None, "

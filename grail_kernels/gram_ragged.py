@@ -15,6 +15,7 @@ from grail_kernels import checks
 from grail_kernels.backend import resolve_backend
 from grail_kernels.errors import InputError
 from grail_kernels.gram import add_gram, check_gram
+from grail_kernels.operators import operator
 
 
 def gram_ragged_(
@@ -48,7 +49,7 @@ def gram_ragged_(
     return out
 
 
-@torch.library.custom_op(
+@operator(
     "grail::gram_ragged_",
     mutates_args=("out", "sums", "nonfinite"),
     schema="(Tensor(a!) out, Tensor x, Tensor offsets, Tensor(b!)? sums=None, "

@@ -6,7 +6,6 @@ stored: 2*T*H*itemsize bytes of memory and as much traffic less than `gram_` of 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,6 +13,7 @@ from grail_kernels import checks
 from grail_kernels.backend import resolve_backend
 from grail_kernels.errors import InputError
 from grail_kernels.gram import add_gram, block_indices, block_tokens, check_gram
+from grail_kernels.operators import operator
 
 
 def gram_swiglu_(
@@ -50,7 +50,7 @@ def gram_swiglu_(
     return out
 
 
-@torch.library.custom_op(
+@operator(
     "grail::gram_swiglu_",
     mutates_args=("out", "sums", "nonfinite"),
     schema="(Tensor(a!) out, Tensor gate, Tensor up, Tensor? mask=None, Tensor? weights=None, "

@@ -1,0 +1,33 @@
+"""Operators of `torch.ops.grail` whose first call does not wait for the import of torch._dynamo."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def operator(
+    name: str, *, mutates_args: tuple[str, ...], schema: str
+) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a kernel as `torch.library.custom_op` does.
+
+    That runs kernels where Dynamo does not compile them, and imports Dynamo to do so: more than a
+    second of the first call of a process. For CPU and GPU the kernel is registered once more, to be
+    guarded only where something else has imported Dynamo.
+    """
+
+    def register(kernel: Callable[..., Any]) -> Any:
+        defined = torch.library.custom_op(name, kernel, mutates_args=mutates_args, schema=schema)
+
+        @torch.library.impl(name, ("cpu", "cuda"))
+        def run(*arguments: Any) -> Any:
+            if "torch._dynamo" in sys.modules:
+                return torch.compiler.disable(kernel)(*arguments)
+            return kernel(*arguments)
+
+        return defined
+
+    return register
