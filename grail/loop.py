@@ -23,7 +23,7 @@ from grail.errors import InputError
 from grail.fit import Fit, fit
 from grail.gram import Gram
 from grail.options import ALPHA, Options
-from grail.reduction import Reduction
+from grail.reduction import Reduction, Selection
 from grail.report import SiteReport
 from grail.sites import Architecture, Site
 from grail.statistics import Statistics
@@ -92,10 +92,10 @@ class Run:
     def all_blocks(self, progress: bool) -> list[SiteReport]:
         """Compresses every block in order; returns a row for each site."""
         blocks = self.architecture.sites(self.options.sites)
-        narrowed = [site for site in blocks[0] if self._narrows(site)]
-        if not narrowed:
+        active = self.options.active(blocks[0], self.widths)
+        if not active:
             return [self._untouched(site) for sites in blocks for site in sites]
-        passes = 1 + (len(narrowed) if self.options.closed_loop else 0)
+        passes = 1 + (len(active) if self.options.closed_loop else 0)
         passes += self._dense is not None
         total = self.stream.tokens * passes * len(blocks)
         rows: list[SiteReport] = []
@@ -109,8 +109,8 @@ class Run:
         """Compresses one block and moves the stream past it; `advance` hears of tokens done."""
         run = self._closed if self.options.closed_loop else self._open
         rows = {site.kind: self._untouched(site) for site in sites}
-        if narrowed := [site for site in sites if self._narrows(site)]:
-            rows |= {row.kind: row for row in run(narrowed, advance)}
+        if active := self.options.active(sites, self.widths):
+            rows |= {row.kind: row for row in run(active, advance)}
         return list(rows.values())
 
     def _closed(self, sites: Sequence[Site], advance: Advance) -> Iterator[SiteReport]:
@@ -135,9 +135,6 @@ class Run:
 
     def _statistics(self, site: Site) -> Statistics:
         return Statistics(site, self.stream, self.options.holds_out)
-
-    def _narrows(self, site: Site) -> bool:
-        return self.widths[site.kind].kept < site.channels
 
     def _follow_dense(self, dense: Stream, sites: Sequence[Site], advance: Advance) -> None:
         """Moves the dense stream past a block; keeps what it held after each site."""
@@ -228,7 +225,8 @@ class Run:
                 held_out=statistics.held_out,
             )
         with self.clock("absorb"):
-            site.narrow(reduction, width, self.transaction)
+            if not reduction.is_identity:
+                site.narrow(reduction, width, self.transaction)
             self.transaction.set_linear(site.consumer, result.weight, None)
         return _row(site, channels, reduction.kept, statistics.tokens, result)
 
@@ -242,6 +240,8 @@ class Run:
             self.options.seed ^ zlib.crc32(site.name.encode())
         )
         width, weight = self.widths[site.kind], site.consumer.weight.detach()
+        if width.kept == site.channels:
+            return Selection(range(site.channels), site.channels)
         reduction = self._select(select.View(site.producers(), weight, gram, width, generator))
         if (reduction.channels, reduction.kept) != (width.channels, width.kept):
             raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 from grail import select
 from grail.errors import InputError
 from grail.fit import Auto, Toward, check_settings
-from grail.sites import Architecture
+from grail.sites import Architecture, Site
 from grail.width import Width, check_keep
 
 # From bench/results/smollm2_calibration.csv: the best or within 2% of it at 8k, 32k and 128k
@@ -65,6 +65,14 @@ class Options:
         """The feasible width of each kind, which all blocks share."""
         first = architecture.sites(self.sites)[0]
         return {site.kind: site.width(self.keep_of(site.kind), self.multiple) for site in first}
+
+    def active(self, sites: Sequence[Site], widths: Mapping[str, Width]) -> list[Site]:
+        """The sites of a block that a run works on, in order: those that become narrower.
+
+        Where drift is followed the others join them: a consumer of full width can undo it, too.
+        """
+        narrowed = [site for site in sites if widths[site.kind].kept < site.channels]
+        return list(sites) if narrowed and self.follows_drift else narrowed
 
     def as_dict(self) -> dict[str, Any]:
         """For the report: JSON-ready."""

@@ -138,10 +138,7 @@ def demand(
     8·H·(H + K + 2·O) bytes).
     """
     widths = options.widths(architecture)
-    blocks = [
-        [s for s in sites if widths[s.kind].kept < s.channels]
-        for sites in architecture.sites(options.sites)
-    ]
+    blocks = [options.active(sites, widths) for sites in architecture.sites(options.sites)]
     first, element = blocks[0], architecture.element_size
     hidden = tokens * architecture.hidden_size * element
     kept_outputs = options.closed_loop and any(s.upstream for s in first[-1:])

@@ -40,7 +40,7 @@ def rebuilt(weight: np.ndarray, x: np.ndarray, kept: np.ndarray, drift: np.ndarr
     return target @ np.linalg.inv(a + ALPHA * np.diag(a).mean() * np.eye(len(kept)))
 
 
-def brute_force(model, batches, kinds, keep, closed_loop, correction):
+def brute_force(model, batches, keep, closed_loop, correction):
     """Compresses `model` with whole-model forward passes; magnitude selection by hand."""
     frozen = copy.deepcopy(model)
     for layer, dense in zip(model.model.layers, frozen.model.layers, strict=True):
@@ -53,12 +53,12 @@ def brute_force(model, batches, kinds, keep, closed_loop, correction):
                 there - seen_by(model, layer.get_submodule(name), batches, **after)
             )
 
-        if "heads" in kinds:
+        if keep.get("heads", 1) < 1 or (correction and "heads" in keep):
             x = seen_by(source, origin.self_attn.o_proj, batches)
-            _drop_heads(layer, x, keep, drift("post_attention_layernorm"))
-        if "mlp" in kinds:
+            _drop_heads(layer, x, keep["heads"], drift("post_attention_layernorm"))
+        if "mlp" in keep:
             x = seen_by(source, origin.mlp.down_proj, batches)
-            _drop_channels(layer.mlp, x, keep, drift(""))
+            _drop_channels(layer.mlp, x, keep["mlp"], drift(""))
     return model
 
 
@@ -94,25 +94,21 @@ def _drop_heads(layer: nn.Module, x: np.ndarray, keep: float, drift: np.ndarray)
     [(True, 0.0), (True, 0.7), (False, 0.0)],
     ids=["closed", "drift", "open"],
 )
-@pytest.mark.parametrize("kinds", [("mlp",), ("heads",), ("mlp", "heads")], ids="+".join)
+@pytest.mark.parametrize(
+    "keep",
+    [{"mlp": 0.7}, {"heads": 2 / 3}, {"mlp": 0.7, "heads": 2 / 3}, {"mlp": 0.7, "heads": 1.0}],
+    ids=["mlp", "heads", "mlp+heads", "mlp+full heads"],
+)
 def test_a_run_equals_brute_force_over_whole_forward_passes(
-    kinds, closed_loop, correction, tiny_llama, tiny_batches
+    keep, closed_loop, correction, tiny_llama, tiny_batches
 ):
     model, batches = tiny_llama(num_hidden_layers=3), tiny_batches(count=8, length=24)
-    keep = 2 / 3
-    reference = brute_force(
-        copy.deepcopy(model),
-        batches,
-        kinds,
-        0.7 if "mlp" in kinds else keep,
-        closed_loop,
-        correction,
-    )
+    reference = brute_force(copy.deepcopy(model), batches, keep, closed_loop, correction)
     grail.compress(
         model,
         batches,
-        keep={"mlp": 0.7, "heads": keep},
-        sites=kinds,
+        keep=keep,
+        sites=tuple(keep),
         selector="magnitude",
         alpha=ALPHA,
         toward="zero",
