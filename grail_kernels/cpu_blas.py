@@ -44,10 +44,9 @@ _FLUSH_TOKENS = 8192
 # wider ones no faster.
 _NARROWEST, _WIDEST = 128, 1024
 
-# OpenBLAS sums in another order in products of at most so many multiplications, and in what is left
-# of the tokens after whole steps of a kernel's loop: zeros lift a shorter chunk above both.
-_SMALL_PRODUCT = 10**6
-_STEP = 32
+# A kernel's loop takes at most so many tokens in one step, and some (Haswell's) sum what is left
+# over in another order: the last chunk is filled up with zeros to whole steps.
+_STEP_TOKENS = 32
 
 _CALLS = (
     "cblas_sgemm",
@@ -82,23 +81,6 @@ class _Tile(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         return self.bottom - self.top, self.right - self.left
-
-
-class _Chunk(NamedTuple):
-    """The first `tokens` of `values` [t, H] are tokens of an operand, the others are zeros."""
-
-    values: Tensor
-    tokens: int
-
-    @property
-    def by_rows(self) -> bool:
-        return self.values.stride(1) == 1 and self.values.stride(0) >= self.values.shape[1]
-
-    def at(self, channel: int) -> tuple[int, int]:
-        """The address of a channel's first token, and BLAS's leading dimension."""
-        stride = self.values.stride(1)
-        address = self.values.data_ptr() + self.values.element_size() * channel * stride
-        return address, self.values.stride(0) if self.by_rows else stride
 
 
 def takes(tokens: Tensor) -> bool:
@@ -158,23 +140,20 @@ def _tiles(channels: int, width: int) -> list[_Tile]:
     return below + [_Tile(*side, *side) for side in sides]
 
 
-def _chunks(tokens: Tensor) -> list[_Chunk]:
-    """An operand [T, H] in chunks of CHUNK_TOKENS, the last one a copy that zeros fill up."""
-    chunks = [_Chunk(part, part.shape[0]) for part in tokens.split(CHUNK_TOKENS)]
-    last = chunks[-1]
-    if last.tokens < CHUNK_TOKENS:
-        size = (CHUNK_TOKENS, tokens.shape[1])
-        filled = tokens.new_zeros(size) if last.by_rows else tokens.new_zeros(size[::-1]).T
-        filled[: last.tokens] = last.values
-        chunks[-1] = _Chunk(filled, last.tokens)
+def _chunks(tokens: Tensor) -> list[Tensor]:
+    """An operand [T, H] in chunks of CHUNK_TOKENS, the last of them filled up to whole steps."""
+    chunks = list(tokens.split(CHUNK_TOKENS))
+    missing = -chunks[-1].shape[0] % _STEP_TOKENS
+    if missing:
+        chunks[-1] = torch.nn.functional.pad(chunks[-1], (0, 0, 0, missing))
     return chunks
 
 
 def _add_tile(
     out: Tensor,
     tile: _Tile,
-    left: list[_Chunk],
-    right: list[_Chunk],
+    left: list[Tensor],
+    right: list[Tensor],
     memory: NDArray[np.float32],
 ) -> None:
     """Add the products of all chunks to one tile of `out`, by way of `memory`."""
@@ -185,7 +164,7 @@ def _add_tile(
         sums.fill(0)
         for rows, columns in chunks[first : first + at_once]:
             _multiply(tile, rows, columns, sums.ctypes.data)
-        _add_to_strips(out, left[0].values.shape[1], tile, sums)
+        _add_to_strips(out, left[0].shape[1], tile, sums)
 
 
 def _add_to_strips(out: Tensor, channels: int, tile: _Tile, sums: NDArray[np.float32]) -> None:
@@ -199,20 +178,31 @@ def _add_to_strips(out: Tensor, channels: int, tile: _Tile, sums: NDArray[np.flo
             target += sums[top - tile.top : bottom - tile.top, : right - tile.left]
 
 
-def _multiply(tile: _Tile, rows: _Chunk, columns: _Chunk, sums: int) -> None:
+def _multiply(tile: _Tile, rows: Tensor, columns: Tensor, sums: int) -> None:
     """Add the product of a chunk to the sums of a tile [R, C] fp32, given by their address."""
     library = _openblas()
     assert library is not None
     height, width = tile.shape
-    steps = math.ceil(max(rows.tokens, _SMALL_PRODUCT / (height * width) + 1) / _STEP)
-    tokens = min(CHUNK_TOKENS, steps * _STEP)
-    left, right = rows.at(tile.top), columns.at(tile.left)
-    forms = (_TRANSPOSED, _AS_IS) if rows.by_rows else (_AS_IS, _TRANSPOSED)
+    tokens = rows.shape[0]
+    left, right = _operand(rows, tile.top), _operand(columns, tile.left)
+    forms = (_TRANSPOSED, _AS_IS) if _is_by_rows(rows) else (_AS_IS, _TRANSPOSED)
     if left == right:
         library.syrk(_ROW_MAJOR, _LOWER, forms[0], width, tokens, 1, *left, 1, sums, width)
     else:
         sizes = (height, width, tokens)
         library.gemm(_ROW_MAJOR, *forms, *sizes, 1, *left, *right, 1, sums, width)
+
+
+def _operand(chunk: Tensor, channel: int) -> tuple[int, int]:
+    """The address of a channel's first token, and BLAS's leading dimension."""
+    token_stride, channel_stride = chunk.stride()
+    address = chunk.data_ptr() + chunk.element_size() * channel * channel_stride
+    return address, token_stride if _is_by_rows(chunk) else channel_stride
+
+
+def _is_by_rows(chunk: Tensor) -> bool:
+    """Whether the channels of a token are neighbours; else the tokens of a channel are."""
+    return chunk.stride(1) == 1 and chunk.stride(0) >= chunk.shape[1]
 
 
 @functools.cache
