@@ -6,6 +6,7 @@
     python bench/gram.py --heads 8192,32,128    8192 tokens of 32 heads of 128 channels
     python bench/gram.py --experts 4096,8,768   4096 tokens among 8 experts of 768 channels
     python bench/gram.py --dtype bf16 --csv out.csv --plot out.svg
+    python bench/gram.py --predict h100         what the model of time says; needs no GPU
 
 How to read the table
   first          milliseconds of the very first call, in which kernels compile and libraries load
@@ -17,6 +18,9 @@ How to read the table
   % limit        time of the limit / p50. The limit is the larger of T*H*(H + 1) FLOPs at the rate
                  of the library's best product, and one read of x plus one read and write of half of
                  G at the rate of the best copy; both measured in this run
+  model          milliseconds that grail's launch should take at those rates: the FLOPs and bytes of
+                 its tiles, in whole waves of programs; see bench/model.py
+  waves          programs over the places for them on the GPU; a last wave of few is time lost
   error          largest error in units of eps = 2^-23 of the summed magnitudes, against fp64, on a
                  sample of channels; a correct fp32 accumulation stays below 16
 
@@ -49,7 +53,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
 
 import grail_kernels as gk
-from bench import figures
+from bench import figures, model
 from bench.measuring import (
     Call,
     machine,
@@ -59,7 +63,7 @@ from bench.measuring import (
     time_in_turns,
     write_rows,
 )
-from grail_kernels import reference
+from grail_kernels import reference, tuning
 
 # Channels of the sites whose Gram matrices a compression needs: attention heads together, MLP.
 MODELS = {
@@ -82,6 +86,9 @@ CPU_FLOPS = 1.5e11
 CHECKED_CHANNELS = 64
 CHECKED_MATRICES = 3
 LIBRARY = ("addmm", "loop")
+COLUMNS = dict.fromkeys(
+    ("kernel", "provider", "metric", "unit", "dtype", "tokens", "channels", "matrices"), ""
+) | dict.fromkeys(("p20", "p50", "p80"), "")
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,13 @@ class Shape:
     def flops(self) -> float:
         """FLOPs of the full products."""
         return 2.0 * self.products * self.channels**2
+
+    @property
+    def tokens_of_each(self) -> list[int]:
+        """The tokens of each matrix."""
+        if self.ragged:
+            return [high - low for low, high in pairwise(expert_bounds(self))]
+        return [self.tokens] * self.matrices
 
     def describe(self) -> str:
         """The case in words."""
@@ -147,6 +161,7 @@ class Row:
     p80: float
     limit: float
     error: float
+    prediction: model.Prediction | None
 
 
 def shapes_of(model: str, device: str) -> list[Shape]:
@@ -357,7 +372,35 @@ def measure_roof(dtype: torch.dtype, device: str) -> Roof:
     return Roof(2.0 * size**3 / best, 2.0 * source.numel() * source.element_size() / copied)
 
 
-def measure(shape: Shape, dtype_name: str, device: str, roof: Roof, repeats: int) -> list[Row]:
+def operand_of(dtype: str, device: str) -> str:
+    """What grail multiplies: a CPU upcasts 16 bits, a GPU takes fp32 apart into bf16."""
+    if device == "cpu":
+        return "fp32"
+    return "bf16" if dtype == "fp32" else dtype
+
+
+def modelled(dtype: str, device: str, roofs: dict[str, Roof]) -> model.Cpu | model.Gpu:
+    """This machine as the model of time sees it, at the measured rate of what it multiplies."""
+    roof = roofs[operand_of(dtype, device)]
+    if device == "cpu":
+        return model.Cpu(roof.flops, roof.bandwidth)
+    return model.Gpu(
+        torch.cuda.get_device_name(),
+        tuning.architecture_of(torch.device(device)),
+        torch.cuda.get_device_properties(device).multi_processor_count,
+        roof.flops,
+        roof.bandwidth,
+    )
+
+
+def measure(
+    shape: Shape,
+    dtype_name: str,
+    device: str,
+    roof: Roof,
+    machine_model: model.Cpu | model.Gpu,
+    repeats: int,
+) -> list[Row]:
     """The rows of one case.
 
     Raises:
@@ -370,12 +413,15 @@ def measure(shape: Shape, dtype_name: str, device: str, roof: Roof, repeats: int
     ratio, _ = found["grail"]
     if not ratio < reference.ERROR_LIMIT:
         raise ArithmeticError(f"{dtype_name} {shape.describe()}: grail is off by {ratio:.1f} eps")
-    limit = roof.limit(shape, inputs[0].element_size())
+    limit = roof.limit(shape, dtype.itemsize)
+    prediction = machine_model.predict(shape.tokens_of_each, shape.channels, dtype, shape.ragged)
     rows = []
     working = {name: calls[name] for name in found}
     for name, seconds in time_in_turns(working, inputs, repeats).items():
         ratio, first = found[name]
-        rows.append(Row(name, dtype_name, shape, first, *quantiles(seconds), limit, ratio))
+        times = quantiles(seconds)
+        ours = prediction if name == "grail" else None
+        rows.append(Row(name, dtype_name, shape, first, *times, limit, ratio, ours))
     return rows
 
 
@@ -383,7 +429,7 @@ def table(rows: list[Row]) -> Iterator[str]:
     """The rows of one case as lines of text."""
     columns = ("first", "p20", "p50", "p80", "TF-eq", "x library", "% limit", "error")
     yield f"\n{rows[0].dtype}  {rows[0].shape.describe()}, ms"
-    yield " ".join([f"{'provider':12}", *(f"{name:>9}" for name in columns)])
+    yield " ".join([f"{'provider':12}", *(f"{name:>9}" for name in (*columns, "model", "waves"))])
     library = next((row.p50 for row in rows if row.provider in LIBRARY), float("nan"))
     for row in rows:
         seconds = (row.first, row.p20, row.p50, row.p80)
@@ -391,36 +437,74 @@ def table(rows: list[Row]) -> Iterator[str]:
         yield (
             f"{row.provider:12} {times} {row.shape.flops / row.p50 / 1e12:9.3f} "
             f"{library / row.p50:9.2f} {100 * row.limit / row.p50:9.1f} {row.error:9.2f}"
+            f"{_model_columns(row.prediction)}"
         )
+
+
+def _model_columns(prediction: model.Prediction | None) -> str:
+    if prediction is None:
+        return ""
+    waves = "-" if prediction.waves is None else f"{prediction.waves:.2f}"
+    return f" {1e3 * prediction.seconds:9.2f} {waves:>9}"
 
 
 def records(
     rows: Iterable[Row], roofs: dict[str, Roof], conditions: dict[str, str]
 ) -> list[dict[str, str]]:
     """All that was measured in long format: one record a number, its conditions beside it."""
-    empty = dict.fromkeys(("kernel", "provider", "metric", "unit", "dtype", "tokens"), "")
-    empty |= dict.fromkeys(("channels", "matrices", "p20", "p50", "p80"), "")
     found = []
     for dtype, roof in roofs.items():
-        for metric, unit, value in (
-            ("product", "FLOP/s", roof.flops),
-            ("copy", "B/s", roof.bandwidth),
-        ):
-            fixed = {"kernel": "roof", "provider": "torch", "metric": metric, "unit": unit}
-            number = {"dtype": dtype, "p50": f"{value:.5g}"}
-            found.append(empty | fixed | number | conditions)
+        case = COLUMNS | {"kernel": "roof", "provider": "torch", "dtype": dtype} | conditions
+        found += numbers(case, [("product", "FLOP/s", roof.flops), ("copy", "B/s", roof.bandwidth)])
     for row in rows:
-        sizes = {name: str(value) for name, value in asdict(row.shape).items() if name != "ragged"}
-        case = {"kernel": row.shape.kernel, "provider": row.provider, "dtype": row.dtype} | sizes
+        case = case_of(row.shape, row.provider, row.dtype) | conditions
         times = {name: f"{getattr(row, name):.6g}" for name in ("p20", "p50", "p80")}
-        found.append(empty | case | {"metric": "time", "unit": "s"} | times | conditions)
-        for metric, unit, value in (
-            ("first call", "s", row.first),
-            ("limit", "s", row.limit),
-            ("error", "eps", row.error),
-        ):
-            number = {"metric": metric, "unit": unit, "p50": f"{value:.6g}"}
-            found.append(empty | case | number | conditions)
+        found.append(case | {"metric": "time", "unit": "s"} | times)
+        found += numbers(case, [("first call", "s", row.first), ("limit", "s", row.limit)])
+        found += numbers(case, [("error", "eps", row.error)])
+        found += numbers(case, row.prediction.numbers() if row.prediction else ())
+    return found
+
+
+def case_of(shape: Shape, provider: str, dtype: str) -> dict[str, str]:
+    """The columns that say what a number is of."""
+    sizes = {name: str(value) for name, value in asdict(shape).items() if name != "ragged"}
+    return COLUMNS | {"kernel": shape.kernel, "provider": provider, "dtype": dtype} | sizes
+
+
+def numbers(
+    case: dict[str, str], measured: Iterable[tuple[str, str, float]]
+) -> list[dict[str, str]]:
+    """A record of `case` for each (metric, unit, value)."""
+    return [
+        case | {"metric": metric, "unit": unit, "p50": f"{value:.6g}"}
+        for metric, unit, value in measured
+    ]
+
+
+def predict(gpu: model.Gpu, shapes: Iterable[Shape], dtypes: list[str]) -> list[dict[str, str]]:
+    """Print and return what the model of time says of a GPU that need not be here."""
+    print(
+        f"\n{gpu.name}, predicted, not measured: {gpu.products / 1e12:.0f} TFLOP/s of 16-bit "
+        f"products, {gpu.bandwidth / 1e12:.2f} TB/s; addmm at these rates, without waves"
+    )
+    columns = ("ms", "TF-eq", "x addmm", "waves", "% busy")
+    print(" ".join([f"{'':54}", *(f"{name:>9}" for name in columns)]))
+    found = []
+    for shape in shapes:
+        for dtype in dtypes:
+            sizes = (shape.tokens_of_each, shape.channels, DTYPES[dtype])
+            prediction = gpu.predict(*sizes, ragged=shape.ragged)
+            equivalent = shape.flops / prediction.seconds / 1e12
+            speed = gpu.full_product(*sizes) / prediction.seconds
+            print(
+                f"{dtype}  {shape.describe():48} {1e3 * prediction.seconds:9.3f} "
+                f"{equivalent:9.1f} {speed:9.2f} {prediction.waves:9.2f} "
+                f"{100 * prediction.busy:9.1f}"
+            )
+            case = case_of(shape, "model", dtype) | {"device": f"{gpu.name} (predicted)"}
+            found += numbers(case, prediction.numbers())
+            found += numbers(case, [("TF-eq", "TFLOP/s", equivalent), ("speed", "x addmm", speed)])
     return found
 
 
@@ -430,6 +514,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     models = sorted({*MODELS, *HEADS, *EXPERTS})
+    parser.add_argument(
+        "--predict",
+        action="append",
+        choices=[*model.GPUS],
+        help="measure nothing; what the model of time says of this GPU, for every model",
+    )
     parser.add_argument("--model", action="append", choices=models, help="may be repeated")
     for name, example in (("shape", "T,H"), ("heads", "T,E,H"), ("experts", "T,E,H")):
         parser.add_argument(
@@ -456,10 +546,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.shapes = [Shape(*sizes) for sizes in options.shape]
     options.shapes += [Shape(tokens, h, heads) for tokens, heads, h in options.heads]
     options.shapes += [Shape(tokens, h, e, ragged=True) for tokens, e, h in options.experts]
-    for model in options.model or (() if options.shapes else DEFAULT_MODELS):
-        options.shapes += shapes_of(model, options.device)
+    usual = models if options.predict else DEFAULT_MODELS
+    for name in options.model or (() if options.shapes else usual):
+        options.shapes += shapes_of(name, "cuda" if options.predict else options.device)
+    options.shapes = list(dict.fromkeys(options.shapes))
     if options.repeats < 2:
         parser.error("--repeats: percentiles need at least 2 rounds")
+    if options.predict and options.plot:
+        parser.error("--plot: what is predicted has no figure")
     return options
 
 
@@ -478,32 +572,48 @@ def _sizes(example: str) -> Callable[[str], tuple[int, ...]]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, save; the exit code is 1 if a result was wrong."""
     options = parse(arguments)
+    if options.predict:
+        found = [
+            number
+            for name in options.predict
+            for number in predict(model.GPUS[name], options.shapes, options.dtype)
+        ]
+        if options.csv:
+            write_rows(options.csv, found)
+        return 0
     deadline = time.monotonic() + (options.seconds or float("inf"))
     conditions = machine(options.device)
     print(", ".join(f"{name} {value}" for name, value in conditions.items() if value))
     rows: list[Row] = []
     failed = False
-    roofs = {dtype: measure_roof(DTYPES[dtype], options.device) for dtype in options.dtype}
+    operands = (operand_of(dtype, options.device) for dtype in options.dtype)
+    roofs = {
+        dtype: measure_roof(DTYPES[dtype], options.device)
+        for dtype in dict.fromkeys((*options.dtype, *operands))
+    }
     for dtype, roof in roofs.items():
         print(f"roof {dtype}: {roof.flops / 1e12:.3f} TFLOP/s, {roof.bandwidth / 1e9:.0f} GB/s")
-    for shape in dict.fromkeys(options.shapes):
-        for dtype, roof in roofs.items():
+    machines = {dtype: modelled(dtype, options.device, roofs) for dtype in options.dtype}
+    for shape in options.shapes:
+        for dtype, machine_model in machines.items():
             if time.monotonic() > deadline:
                 print(f"{dtype} {shape.describe()}: left out, --seconds are over")
                 continue
             try:
-                found = measure(shape, dtype, options.device, roof, options.repeats)
+                found = measure(
+                    shape, dtype, options.device, roofs[dtype], machine_model, options.repeats
+                )
             except ArithmeticError as wrong:
                 print(wrong)
                 failed = True
                 continue
             rows += found
             print("\n".join(table(found)), flush=True)
-    numbers = records(rows, roofs, conditions)
+    written = records(rows, roofs, conditions)
     if options.csv:
-        write_rows(options.csv, numbers)
+        write_rows(options.csv, written)
     if options.plot:
-        figures.save(options.plot, figures.roof(numbers))
+        figures.save(options.plot, figures.roof(written))
     return int(failed)
 
 

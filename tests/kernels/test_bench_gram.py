@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 import grail_kernels as gk
-from bench import gram
+from bench import gram, model
 
 
 def run(*arguments: str) -> int:
@@ -28,12 +28,67 @@ def test_every_number_is_written_with_its_conditions(tmp_path: Path) -> None:
     assert run("--dtype", "fp32", "--csv", str(path)) == 0
     rows = list(csv.DictReader(path.open()))
     ours = {row["metric"]: row for row in rows if row["provider"] == "grail"}
-    assert ours.keys() == {"first call", "time", "limit", "error"}
+    assert ours.keys() == {"first call", "time", "limit", "error", "model", "executed", "moved"}
     assert float(ours["first call"]["p50"]) > 0
     assert float(ours["time"]["p20"]) <= float(ours["time"]["p50"]) <= float(ours["time"]["p80"])
     assert float(ours["error"]["p50"]) < 16
     assert all(row["torch"] == torch.__version__ and row["device"] for row in rows)
     assert {row["metric"] for row in rows if row["kernel"] == "roof"} == {"product", "copy"}
+
+
+def test_the_model_of_time_stands_beside_every_row_of_grail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = model.Gpu("a GPU", "sm_90", 132, 1e11, 1e10)
+    monkeypatch.setattr(gram, "modelled", lambda dtype, device, roofs: gpu)
+    path = tmp_path / "gram.csv"
+    assert run("--dtype", "fp32", "--csv", str(path)) == 0
+    expected = gpu.predict([70], 33, torch.float32)
+    found = {
+        row["metric"]: float(row["p50"])
+        for row in csv.DictReader(path.open())
+        if row["provider"] == "grail"
+    }
+    for metric, _, value in expected.numbers():
+        assert found[metric] == pytest.approx(value, rel=1e-5)
+    (printed,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("grail"))
+    assert printed.split()[-2:] == [f"{1e3 * expected.seconds:.2f}", f"{expected.waves:.2f}"]
+
+
+def test_the_model_takes_a_gpu_as_it_is_with_the_rate_of_its_operands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    properties = SimpleNamespace(multi_processor_count=78)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    roofs = {"fp32": gram.Roof(1e13, 1e12), "bf16": gram.Roof(1e14, 2e12)}
+    for dtype in roofs:
+        found = gram.modelled(dtype, "cuda", roofs)
+        assert found == model.Gpu("a GPU", "sm_90", 78, 1e14, 2e12)
+    assert gram.modelled("bf16", "cpu", roofs) == model.Cpu(1e13, 1e12)
+
+
+def test_a_prediction_is_labelled_and_measures_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gram, "measure_roof", None)
+    path = tmp_path / "predicted.csv"
+    assert run("--predict", "h200", "--dtype", "bf16", "--csv", str(path)) == 0
+    assert "H200, predicted, not measured" in capsys.readouterr().out
+    rows = list(csv.DictReader(path.open()))
+    assert {(row["provider"], row["device"]) for row in rows} == {("model", "H200 (predicted)")}
+    values = {row["metric"]: float(row["p50"]) for row in rows}
+    assert values["TF-eq"] == pytest.approx(2 * 70 * 33**2 / values["model"] / 1e12, rel=1e-5)
+    # 70 x 33 bf16 activations, and G in fp32 to and fro.
+    full = (2 * 70 * 33 + 8 * 33**2) / 4.8e12
+    assert values["speed"] == pytest.approx(full / values["model"], rel=1e-5)
+
+
+def test_a_prediction_is_of_every_model_unless_one_is_named() -> None:
+    options = gram.parse(["--predict", "h100"])
+    every = {*gram.MODELS, *gram.HEADS, *gram.EXPERTS}
+    assert set(options.shapes) == {s for name in every for s in gram.shapes_of(name, "cuda")}
 
 
 @pytest.mark.parametrize("dtype", gram.DTYPES)
