@@ -212,7 +212,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, help="default: 1024 on a CPU, 2048 on a GPU")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences a batch (default 1)")
     parser.add_argument("--sites", default="mlp", help="mlp, heads or mlp,heads (default mlp)")
-    parser.add_argument("--selector", default="wanda", help="see grail.select (default wanda)")
+    parser.add_argument("--selector", default="greedy", help="see grail.select (default greedy)")
     parser.add_argument("--keep", type=float, default=0.5, help="share of channels (default 0.5)")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: the GPU if there is one"

@@ -178,7 +178,7 @@ def compress(
     selector: Annotated[
         str,
         typer.Option(help=f"Who chooses what stays: {', '.join(select.names())}."),
-    ] = "wanda",
+    ] = "greedy",
     tokens: Annotated[
         int, typer.Option(help="Calibration tokens. More is better up to about 10⁵.")
     ] = 65536,
@@ -282,7 +282,14 @@ def compress(
         evaluation["dense"] = evaluate_model(network, heldout)
     if heldout and baseline and compensate:
         _say("Measuring plain pruning …")
-        compress_model(network, batches, **vars(replace(options, compensate=False)))
+        plain = replace(options, compensate=False)
+        if selector == "greedy":
+            plain = replace(plain, selector="wanda")
+            notes.append(
+                "Plain pruning was measured with Wanda's choice of channels: what the greedy "
+                "selector keeps is chosen to be compensated."
+            )
+        compress_model(network, batches, **vars(plain))
         evaluation["pruned"] = evaluate_model(network, heldout)
         del network  # loaded again, because two models at once would double the peak
         network, tokenizer = load()

@@ -26,7 +26,7 @@ def compress(
     batches: Iterable[Batch],
     keep: float | Mapping[str, float] = 0.7,
     sites: Sequence[str] = ("mlp",),
-    selector: str | select.Selector = "wanda",
+    selector: str | select.Selector = "greedy",
     *,
     compensate: bool = True,
     alpha: float | Auto = "auto",

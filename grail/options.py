@@ -21,7 +21,7 @@ class Options:
 
     keep: float | Mapping[str, float] = 0.7
     sites: Sequence[str] = ("mlp",)
-    selector: str | select.Selector = "wanda"
+    selector: str | select.Selector = "greedy"
     compensate: bool = True
     alpha: float | Auto = "auto"
     toward: Toward = "baseline"

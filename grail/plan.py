@@ -17,6 +17,7 @@ from grail import memory
 from grail.fit import peak_bytes
 from grail.loop import Clock, Run
 from grail.options import Options
+from grail.select import greedy
 from grail.sites import Architecture, find
 from grail.stream import Stream
 from grail.transaction import Transaction, steady
@@ -132,10 +133,10 @@ def demand(
     weights         the narrowed layers, beside the dense ones that an error would bring back
     statistics      packed Grams 2H² of a block (one site's in the closed loop), drift 4·O·H, twice
                     if sequences are held out, and on a GPU the tokens that wait for one
-    working set     the larger of a batch's activations and of a solve in fp64
+    working set     the largest of a batch's activations, of a solve in fp64 and of the greedy
+                    selector's work
 
-    Not counted: attention masks of padded batches, and what a selector holds for itself (greedy:
-    8·H·(H + K + 2·O) bytes).
+    Not counted: attention masks of padded batches, and what another selector holds for itself.
     """
     widths = options.widths(architecture)
     blocks = [options.active(sites, widths) for sites in architecture.sites(options.sites)]
@@ -167,11 +168,17 @@ def demand(
         )
         for s in first
     ]
+    selections = [
+        greedy.peak_bytes(s.channels, widths[s.kind].kept, s.consumer.out_features)
+        for s in first
+        if options.selector == "greedy"
+    ]
+    largest_batch = batch_tokens * architecture.activations_per_token * element
     return {
         "hidden states": hidden * streams if stored_here else 0,
         "weights": sum(s.parameters_at(widths[s.kind]) * element for s in itertools.chain(*blocks)),
         "statistics": max(grams, default=0) if options.closed_loop else sum(grams),
-        "working set": max([batch_tokens * architecture.activations_per_token * element, *solves]),
+        "working set": max([largest_batch, *solves, *selections]),
     }
 
 

@@ -127,12 +127,14 @@ def test_pruned_row_is_the_model_that_plain_pruning_writes(finished, arguments, 
     _, output = finished
     result = grail(
         *arguments, "--no-compensate", "--keep", 0.5, "--sites", "mlp,heads", "--json",
+        *("--selector", "wanda"),  # greedy's choice would be for a compensated model
         *("--evaluate", folder / "heldout.txt", "--evaluate-tokens", 512),
     )  # fmt: skip
     alone = Report.from_json(result.stdout)
     beside = Report.from_json((output / "report.json").read_text())
     assert list(alone.evaluation) == ["dense", "pruned"]
     assert alone.evaluation["pruned"].perplexity == beside.evaluation["pruned"].perplexity
+    assert any("Wanda's choice" in note for note in beside.notes)
 
 
 def test_without_heldout_text_nothing_is_evaluated(arguments):

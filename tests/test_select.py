@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import grail
+from bench import allocations
 from grail import select
 from grail.errors import InputError
 from grail.select.folding import kmeans
-from grail.select.greedy import forward, removal_costs
+from grail.select.greedy import forward, peak_bytes, removal_costs
 from grail.width import ChannelWidth, HeadWidth
 
 H = 10
@@ -148,6 +149,22 @@ def test_choosing_by_blocks_costs_little():
     )
     random = compensated_error(gram, weight, list(range(kept)))
     assert blocks - exact < 0.02 * (random - exact)
+
+
+@pytest.mark.parametrize(("kept", "outputs"), [(100, 40), (300, 600)], ids=str)
+def test_the_predicted_memory_of_greedy_is_what_torch_allocates(kept, outputs):
+    channels = 400
+    gram = grail.Gram(channels)
+    gram.update(torch.randn(500, channels))
+    seen = select.View(
+        (),
+        torch.randn(outputs, channels),
+        gram,
+        ChannelWidth(channels, kept),
+        torch.Generator(),
+    )
+    used = allocations.peak_bytes(lambda: select.get("greedy")(seen))
+    assert used == pytest.approx(peak_bytes(channels, kept, outputs), rel=0.02)
 
 
 def test_greedy_never_keeps_a_copy_while_another_channel_helps():

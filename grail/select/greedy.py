@@ -44,6 +44,15 @@ def greedy(view: View) -> Reduction:
     return Selection(forward(gram, weight, view.width.kept).sort().values, view.width.channels)
 
 
+def peak_bytes(channels: int, kept: int, outputs: int) -> int:
+    """The most memory that the choice of `kept` of H channels for O outputs takes."""
+    h, k, o = channels, kept, outputs
+    pool = min(POOL * BLOCK, h)
+    held = h * (h + k + 2 * o)  # G, V, W and W S
+    # Candidates are gathered while those of the block before are still there, or W S is corrected.
+    return 8 * (held + max(pool * (4 * h + o), h * o + pool * (h + o) + 2 * BLOCK * o))
+
+
 def forward(gram: Tensor, weight: Tensor, kept: int, block: int = BLOCK) -> Tensor:
     """The `kept` channels of largest gain, in the order of their choice.
 
