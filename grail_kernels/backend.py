@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -42,9 +43,15 @@ def resolve_backend(x: Tensor, backend: str = "auto") -> str:
     return "torch"
 
 
+@functools.cache
+def _has_triton() -> bool:
+    """Whether Triton is installed: looked up once, the search takes as long as a small call."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton_obstacle(x: Tensor) -> str:
     """Why Triton cannot run on `x`, or "" if it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if interpreting():
         return ""
