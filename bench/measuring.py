@@ -15,6 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# Seconds between two calls on a CPU. OpenBLAS's threads spin for up to 2^28 cycles before they
+# sleep: without a pause NumPy and SciPy would take cores from whoever comes next.
+PAUSE = 0.2
+
 Call = Callable[[Tensor], Tensor]
 Row = dict[str, str]
 
@@ -26,7 +30,10 @@ def time_in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(repeats + 1):
         for name, call in calls.items():
-            elapsed = seconds_of(call, inputs[round_number % len(inputs)])
+            x = inputs[round_number % len(inputs)]
+            if not x.is_cuda:
+                time.sleep(PAUSE)
+            elapsed = seconds_of(call, x)
             if round_number:  # the first round compiles and allocates
                 seconds[name].append(elapsed)
     return seconds
