@@ -235,7 +235,7 @@ def _is_gemm_operand(x: Tensor) -> bool:
 
 
 def block_tokens(channels: int) -> int:
-    """How many tokens of `channels` channels are copied at a time: whole blocks of a product."""
+    """How many tokens of `channels` channels are copied at a time: whole chunks of a product."""
     most = max(_FEWEST_TOKENS, min(_BLOCK_ELEMENTS // channels, _MOST_TOKENS))
     return most - most % cpu_blas.CHUNK_TOKENS
 
