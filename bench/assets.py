@@ -103,14 +103,18 @@ def split_genres(genres: Mapping[str, Sequence[str]]) -> tuple[list[str], list[s
     return halves[0], halves[1]
 
 
-def split_topics(topics: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Calibration and held-out documents, halves of about equal length in the order of names."""
+def split_topics(topics: Mapping[str, str], calibration: int = 1) -> tuple[list[str], list[str]]:
+    """Calibration and held-out documents, in the order of names.
+
+    Args:
+        calibration: how many times as much text is for calibration as is held out.
+    """
     names: tuple[list[str], list[str]] = ([], [])
-    sizes = [0, 0]
+    sizes = [0.0, 0.0]
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         smaller = sizes.index(min(sizes))
         names[smaller].append(name)
-        sizes[smaller] += len(topics[name])
+        sizes[smaller] += len(topics[name]) / (1 if smaller else calibration)
     return [topics[name] for name in sorted(names[0])], [topics[name] for name in sorted(names[1])]
 
 

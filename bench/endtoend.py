@@ -1,16 +1,16 @@
 """SmolLM2-135M, compressed and restored: perplexity, by keep ratio, text length and ridge.
 
-    python -m bench.endtoend table          # keep × sites: dense, pruned, restored
+    python -m bench.endtoend table          # keep × sites: dense, pruned, the paper's way, ours
     python -m bench.endtoend calibration    # calibration length × alpha, on two domains
     python -m bench.endtoend cost           # time against bare forward passes; memory
     python -m bench.endtoend plot           # the figures, from the CSV files alone
 
 Results are bench/results/smollm2_{table,calibration,cost}.csv.
 
-Calibration and held-out text are disjoint halves of the Brown corpus; the other domain is the
-Python language reference (see bench/assets.py). A row is written as soon as it is measured and
-never measured again: kill it and run it again to go on. Hours on two cores; never part of the
-tests.
+Calibration and held-out text of the table are disjoint halves of the Brown corpus (32k and 17k
+tokens), or three quarters and a quarter of the Python language reference (64k and 12k), called
+technical; see bench/assets.py. A row is written as soon as it is measured and never measured again:
+kill it and run it again to go on. Hours on two cores; never part of the tests.
 """
 
 import argparse
@@ -37,11 +37,26 @@ from grail.report import Evaluation, Report, recovered
 RESULTS = Path(__file__).parent / "results"
 TEXTS = Path(".assets")
 LENGTH = 1024
-MLP_KEEPS, HEAD_KEEPS = (0.5, 0.9, 0.8, 0.7, 0.6), (0.5, 0.7, 0.9)
+# In the order of measuring.
 CELLS = [
-    *(("mlp", keep) for keep in MLP_KEEPS),
-    *((sites, keep) for sites in ("heads", "mlp,heads") for keep in HEAD_KEEPS),
+    ("technical", "mlp", 0.5),
+    ("brown", "mlp", 0.5),
+    ("brown", "heads", 0.5),
+    ("brown", "mlp,heads", 0.5),
+    ("technical", "mlp", 0.75),
+    ("brown", "mlp", 0.7),
+    ("brown", "heads", 0.7),
+    ("brown", "mlp,heads", 0.7),
 ]
+# Calibration and held-out tokens of a text.
+TOKENS = {"brown": (32 * LENGTH, 17 * LENGTH), "technical": (64 * LENGTH, 12 * LENGTH)}
+# The paper's selector, target and ridge; what a user gets who sets nothing.
+PAPER: dict[str, Any] = {"selector": "wanda", "alpha": 1e-3, "drift_correction": 0.0}
+MODELS: dict[str, dict[str, Any]] = {
+    "pruned": {"selector": "wanda", "compensate": False},
+    "paper": PAPER,
+    "restored": {},
+}
 LENGTHS, ALPHAS = (8192, 32768, 131072), (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 
 Row = dict[str, Any]
@@ -78,7 +93,9 @@ class Subject:
 
     def __init__(self) -> None:
         assets.write_texts("brown", assets.split_genres(assets.brown(TEXTS)), TEXTS)
-        assets.write_texts("python", assets.split_topics(assets.python_reference()), TEXTS)
+        reference = assets.python_reference()
+        assets.write_texts("python", assets.split_topics(reference), TEXTS)
+        assets.write_texts("technical", assets.split_topics(reference, calibration=3), TEXTS)
         self.model, self.tokenizer = load_model(assets.smollm2())
 
     def batches(self, text: str, half: str, tokens: int) -> list[torch.Tensor]:
@@ -97,45 +114,50 @@ class Subject:
         return model, grail.compress(model, calibration, progress=sys.stderr.isatty(), **settings)
 
 
-def table(calibration_tokens: int = 32 * LENGTH, heldout_tokens: int = 17 * LENGTH) -> None:
-    """Pruned and restored at every keep ratio, on held-out Brown text."""
-    out = Table(RESULTS / "smollm2_table.csv", ("sites", "keep", "model"))
+def table() -> None:
+    """Every model of every cell, on held-out text."""
+    out = Table(RESULTS / "smollm2_table.csv", ("text", "sites", "keep", "model"))
     subject = Subject()
-    calibration = subject.batches("brown", "calibration", calibration_tokens)
-    heldout = subject.batches("brown", "heldout", heldout_tokens)
-    if ("", 1.0, "dense") not in out:
-        dense = evaluate(subject.model, heldout, progress=False)
-        out.add(_table_row("", 1.0, "dense", dense, None, calibration_tokens))
-    for sites, keep in CELLS:
-        for name, compensate in (("pruned", False), ("restored", True)):
-            if (sites, keep, name) in out:
+    for text, sites, keep in CELLS:
+        calibration_tokens, heldout_tokens = TOKENS[text]
+        calibration = subject.batches(text, "calibration", calibration_tokens)
+        heldout = subject.batches(text, "heldout", heldout_tokens)
+        if (text, "", 1.0, "dense") not in out:
+            dense = evaluate(subject.model, heldout, progress=False)
+            out.add(_table_row(text, "", 1.0, "dense", dense, None))
+        for name, settings in MODELS.items():
+            if (text, sites, keep, name) in out:
                 continue
-            settings = {"keep": keep, "sites": tuple(sites.split(",")), "compensate": compensate}
-            model, report = subject.compressed(calibration, **settings)
+            chosen = {"keep": keep, "sites": tuple(sites.split(",")), **settings}
+            model, report = subject.compressed(calibration, **chosen)
             result = evaluate(model, heldout, progress=False)
-            out.add(_table_row(sites, keep, name, result, report, calibration_tokens))
+            out.add(_table_row(text, sites, keep, name, result, report))
 
 
 def _table_row(
-    sites: str, keep: float, name: str, result: Evaluation, report: Report | None, tokens: int
+    text: str,
+    sites: str,
+    keep: float,
+    name: str,
+    result: Evaluation,
+    report: Report | None,
 ) -> Row:
     errors = [site.error for site in report.sites] if report else []
+    settings = report.settings if report else {}
     return {
-        "text": "brown",
+        "text": text,
         "sites": sites,
         "keep": keep,
         "model": name,
         "perplexity": round(result.perplexity, 4),
         "parameters": result.parameters,
         "bytes": result.bytes,
-        "selector": report.settings["selector"] if report else "",
-        "alpha": report.settings["alpha"] if report else "",
-        "toward": report.settings["toward"] if report else "",
+        **{k: settings.get(k, "") for k in ("selector", "alpha", "drift_correction", "toward")},
         "widths": " ".join(f"{k}={v}" for k, v in report.model["widths"]["after"].items())
         if report
         else "",
         "mean_error": round(sum(errors) / len(errors), 5) if errors else "",
-        "calibration_tokens": tokens,
+        "calibration_tokens": report.calibration["tokens"] if report else "",
         "heldout_tokens": result.tokens,
         **_conditions(),
     }
@@ -152,7 +174,8 @@ def calibration(keep: float = 0.5, heldout_tokens: int = 8 * LENGTH) -> None:
         if (tokens, alpha, toward) in out:
             continue
         batches = subject.batches("brown", "calibration", tokens)
-        model, report = subject.compressed(batches, keep=keep, alpha=alpha, toward=toward)
+        settings = {**PAPER, "keep": keep, "alpha": alpha, "toward": toward}
+        model, report = subject.compressed(batches, **settings)
         row = {
             "calibration_tokens": tokens,
             "alpha": alpha,
@@ -228,37 +251,49 @@ def plot() -> None:
 
 def markdown(rows: list[Row]) -> str:
     """The table of README.md: a line for each cell, from the rows of smollm2_table.csv."""
-    found = {(r["sites"], float(r["keep"]), r["model"]): r for r in rows}
-    dense = float(found["", 1.0, "dense"]["perplexity"])
-    total = int(found["", 1.0, "dense"]["parameters"])
+    found = {(r["text"], r["sites"], float(r["keep"]), r["model"]): r for r in rows}
     lines = [
-        "| sites | keep | parameters | pruned | restored | recovered |",
-        "|---|---|---|---|---|---|",
+        "| text | sites | keep | parameters | dense | pruned | the paper's way | grail |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for sites, keep in sorted(CELLS, key=lambda cell: (cell[0] != "mlp", len(cell[0]), -cell[1])):
-        pruned, restored = found[sites, keep, "pruned"], found[sites, keep, "restored"]
-        ends = float(pruned["perplexity"]), float(restored["perplexity"])
-        share = recovered(dense, *ends)
+    for text, sites, keep in sorted(
+        CELLS, key=lambda c: (c[0] != "technical", c[1] != "mlp", len(c[1]), -c[2])
+    ):
+        dense = found[text, "", 1.0, "dense"]
+        pruned, paper, ours = (found[text, sites, keep, model] for model in MODELS)
+        left = int(ours["parameters"]) / int(dense["parameters"])
+        base = float(dense["perplexity"]), float(pruned["perplexity"])
         lines.append(
-            f"| {sites} | {keep:g} | {int(restored['parameters']) / total:.0%} "
-            f"| {ends[0]:.1f} | {ends[1]:.1f} | {'–' if share is None else f'{share:.0%}'} |"
+            f"| {text} | {sites} | {keep:g} | {left:.0%} | {base[0]:.1f} | {base[1]:.1f} "
+            f"| {_with_share(paper, *base)} | {_with_share(ours, *base)} |"
         )
     return "\n".join(lines)
+
+
+def _with_share(row: Row, dense: float, pruned: float) -> str:
+    perplexity = float(row["perplexity"])
+    share = recovered(dense, pruned, perplexity)
+    return f"{perplexity:.1f}" if share is None else f"{perplexity:.1f} ({share:.0%})"
 
 
 def _keep_figure(rows: list[Row]) -> Any:
     """Perplexity against keep ratio, a panel for each set of sites."""
     from matplotlib.figure import Figure
 
-    by_cell = {(r["sites"], float(r["keep"]), r["model"]): float(r["perplexity"]) for r in rows}
+    brown = [r for r in rows if r["text"] == "brown"]
+    by_cell = {(r["sites"], float(r["keep"]), r["model"]): float(r["perplexity"]) for r in brown}
     dense = by_cell["", 1.0, "dense"]
     panels = ("mlp", "heads", "mlp,heads")
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axes, sites in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
         keeps = sorted({k for s, k, _ in by_cell if s == sites})
-        for model, colour in (("pruned", "#c44e52"), ("restored", "#4c72b0")):
+        for model, label, colour in (
+            ("pruned", "pruned", "#c44e52"),
+            ("paper", "the paper's way", "#dd8452"),
+            ("restored", "grail", "#4c72b0"),
+        ):
             values = [by_cell[sites, k, model] for k in keeps]
-            axes.plot(keeps, values, "o-", color=colour, label=model)
+            axes.plot(keeps, values, "o-", color=colour, label=label)
         for keep in keeps:
             pruned, restored = (by_cell[sites, keep, m] for m in ("pruned", "restored"))
             share = recovered(dense, pruned, restored)
