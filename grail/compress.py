@@ -13,7 +13,7 @@ from grail import memory, plan, select
 from grail.errors import NonFiniteError
 from grail.fit import Auto, Toward
 from grail.loop import Clock, Run
-from grail.options import Options
+from grail.options import ALPHA, Options
 from grail.report import Report, SiteReport
 from grail.sites import Architecture, find
 from grail.stream import Batch, Stream
@@ -128,7 +128,7 @@ def compress(
             "predicted_peak": in_use + sum(demand.values()),
             "measured_peak": peak.bytes,
         },
-        notes=_notes(options, widths, rows),
+        notes=_notes(options, widths, stream, rows),
         versions=_versions(),
     )
 
@@ -150,8 +150,15 @@ def _size(model: nn.Module, architecture: Architecture, options: Options) -> dic
     }
 
 
-def _notes(options: Options, widths: dict[str, Width], rows: list[SiteReport]) -> list[str]:
+def _notes(
+    options: Options, widths: dict[str, Width], stream: Stream, rows: list[SiteReport]
+) -> list[str]:
     notes = []
+    if options.holds_out and all(stream.held_out(batch) is None for batch in range(len(stream))):
+        notes.append(
+            f"the calibration is one sequence, so nothing could be held out: what is auto was "
+            f"alpha={ALPHA:g} and drift_correction=0"
+        )
     for kind, width in widths.items():
         keep, got = options.keep_of(kind), width.kept / width.channels
         if abs(keep - got) > 5e-4:

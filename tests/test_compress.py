@@ -203,6 +203,22 @@ def test_query_heads_alone_can_be_narrowed_in_every_group(tiny_llama, tiny_batch
         torch.testing.assert_close(model(batches[0]).logits, dense, rtol=1e-4, atol=1e-4)
 
 
+def test_one_sequence_leaves_nothing_to_hold_out_and_the_report_says_so(tiny_llama, tiny_batches):
+    batches = tiny_batches(count=1, rows=1, length=200)
+    report = grail.compress(tiny_llama(), batches, keep=0.5, progress=False)
+    assert any("nothing could be held out" in note for note in report.notes)
+    assert {(row.alpha, row.drift_correction) for row in report.sites} == {(1e-3, 0.0)}
+
+
+def test_held_out_sequences_choose_for_every_site(tiny_llama, tiny_batches):
+    model = tiny_llama(num_hidden_layers=3)
+    report = grail.compress(model, tiny_batches(count=20, length=32), keep=0.5, progress=False)
+    assert not any("held out" in note for note in report.notes)
+    assert report.sites[0].drift_correction == 0  # nothing drifts before the first block
+    assert all(0 < row.drift_correction <= 1 for row in report.sites[1:])
+    assert all(row.tokens == 20 * 2 * 32 for row in report.sites)
+
+
 def test_folding_runs_through_the_same_door(tiny_llama, tiny_batches):
     model, batches = tiny_llama(), tiny_batches()
     with torch.no_grad():  # every channel twice: folding by halves loses nothing
