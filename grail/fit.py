@@ -85,14 +85,13 @@ def fit(
     Memory: `peak_bytes`.
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
-    _check(gram, reduction, weights)
-    if held_out is not None and held_out.channels != gram.channels:
-        raise InputError(f"held_out has {held_out.channels} channels, the Gram {gram.channels}")
+    grams = [gram] if held_out is None else [gram, held_out]
+    _check(grams, reduction, weights)
     check_settings(alpha, toward, drift_correction)
     if held_out is None and "auto" in (alpha, drift_correction):
         raise InputError("alpha or drift_correction 'auto' needs held_out, a Gram of other tokens")
-    drifts = any(g.drift is not None for g in (gram, held_out) if g is not None)
-    if reduction.is_identity and not (drifts and compensate):
+    drifts = compensate and any(g.drift is not None for g in grams)
+    if reduction.is_identity and not drifts:
         return Fit(tuple(w.detach().clone() for w in weights), 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
     dense = torch.cat([w.detach().to(gram.device, torch.float64) for w in weights])
@@ -178,15 +177,13 @@ def peak_bytes(
     return max(one, 8 * h * h + consumer + choosing)
 
 
-def _check(
-    gram: Gram,
-    reduction: Reduction,
-    weights: tuple[Tensor, ...],
-) -> None:
-    if reduction.channels != gram.channels:
+def _check(grams: Sequence[Gram], reduction: Reduction, weights: tuple[Tensor, ...]) -> None:
+    gram = grams[0]
+    channels = [g.channels for g in grams]
+    if {*channels, reduction.channels} != {gram.channels}:
         raise InputError(
-            f"the reduction has {reduction.channels} channels, the Gram {gram.channels}: "
-            "both must describe one site"
+            f"the reduction has {reduction.channels} channels, the Gram "
+            f"{', '.join(map(str, channels))}: all must describe one site"
         )
     if not weights:
         raise InputError("at least one consumer weight is needed")
@@ -195,9 +192,17 @@ def _check(
             raise InputError(f"a consumer must be [O, {gram.channels}]; got {tuple(w.shape)}")
         bad = ~w.isfinite()
         if bool(bad.any()):
-            channels = bad.any(0).nonzero().flatten().tolist()
             raise NonFiniteError(
-                f"consumer weight of {gram.name or 'a site'}", channels, int(bad.sum())
+                f"consumer weight of {gram.name or 'a site'}",
+                bad.any(0).nonzero().flatten().tolist(),
+                int(bad.sum()),
+            )
+    outputs = sum(w.shape[0] for w in weights)
+    for drift in (g.drift for g in grams if g.drift is not None):
+        if drift.outputs != outputs:
+            raise InputError(
+                f"the Gram recorded a drift of {drift.outputs} outputs, "
+                f"the consumers have {outputs}"
             )
 
 

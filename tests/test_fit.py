@@ -302,7 +302,11 @@ def test_fewer_tokens_than_channels_and_duplicated_channels_stay_finite(weight):
         ({"drift_correction": 1.5}, r"share in \[0, 1\]"),
         ({"alpha": "auto"}, "needs held_out"),
         ({"drift_correction": "auto"}, "needs held_out"),
-        ({"held_out": gram_of(torch.ones(3, H + 1))}, "13 channels, the Gram 12"),
+        ({"held_out": gram_of(torch.ones(3, H + 1))}, "12 channels, the Gram 12, 13"),
+        (
+            {"gram": drifting(torch.ones(3, H), torch.ones(3, O + 1))},
+            "drift of 6 outputs, the consumers have 5",
+        ),
     ],
     ids=[
         "reduction",
@@ -316,6 +320,7 @@ def test_fewer_tokens_than_channels_and_duplicated_channels_stay_finite(weight):
         "no choice",
         "no choice of correction",
         "held out",
+        "drift",
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(x, weight, change, message):
