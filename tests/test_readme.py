@@ -65,6 +65,20 @@ def test_the_kernels_page_quotes_the_committed_csv():
             assert float(ratio) == pytest.approx(measured, abs=0.006)
 
 
+def test_the_kernels_page_quotes_the_committed_predictions():
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    with (ROOT / "bench" / "results" / "gram_predicted.csv").open(newline="") as file:
+        found = {
+            (row["channels"], row["metric"]): float(row["p50"])
+            for row in csv.DictReader(file)
+            if (row["device"], row["dtype"], row["tokens"], row["matrices"])
+            == ("H100 (predicted)", "bf16", "65536", "1")
+        }
+    speed, rate = found["11008", "speed"], found["11008", "TF-eq"]
+    assert f"*predicted* {speed:.2f}×, {rate:.0f} TF-eq (H = 11008)" in page
+    assert f"*predicted* {found['4096', 'speed']:.2f}× |" in page
+
+
 def test_its_commands_run(tiny_folder, tmp_path, monkeypatch):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
