@@ -47,6 +47,8 @@ CELLS = [
     ("brown", "mlp", 0.7),
     ("brown", "heads", 0.7),
     ("brown", "mlp,heads", 0.7),
+    *(("brown", "mlp", keep) for keep in (0.9, 0.8, 0.6)),
+    *(("brown", sites, 0.9) for sites in ("heads", "mlp,heads")),
 ]
 # Calibration and held-out tokens of a text.
 TOKENS = {"brown": (32 * LENGTH, 17 * LENGTH), "technical": (64 * LENGTH, 12 * LENGTH)}
@@ -259,18 +261,27 @@ def markdown(rows: list[Row]) -> str:
     for text, sites, keep in sorted(
         CELLS, key=lambda c: (c[0] != "technical", c[1] != "mlp", len(c[1]), -c[2])
     ):
-        dense = found[text, "", 1.0, "dense"]
-        pruned, paper, ours = (found[text, sites, keep, model] for model in MODELS)
-        left = int(ours["parameters"]) / int(dense["parameters"])
+        dense, pruned = (
+            found.get((text, "", 1.0, "dense")),
+            found.get((text, sites, keep, "pruned")),
+        )
+        if dense is None or pruned is None:
+            continue
+        left = int(pruned["parameters"]) / int(dense["parameters"])
         base = float(dense["perplexity"]), float(pruned["perplexity"])
+        ours = (
+            _with_share(found.get((text, sites, keep, m)), *base) for m in ("paper", "restored")
+        )
         lines.append(
             f"| {text} | {sites} | {keep:g} | {left:.0%} | {base[0]:.1f} | {base[1]:.1f} "
-            f"| {_with_share(paper, *base)} | {_with_share(ours, *base)} |"
+            f"| {' | '.join(ours)} |"
         )
     return "\n".join(lines)
 
 
-def _with_share(row: Row, dense: float, pruned: float) -> str:
+def _with_share(row: Row | None, dense: float, pruned: float) -> str:
+    if row is None:  # not measured yet
+        return "–"
     perplexity = float(row["perplexity"])
     share = recovered(dense, pruned, perplexity)
     return f"{perplexity:.1f}" if share is None else f"{perplexity:.1f} ({share:.0%})"
@@ -292,9 +303,11 @@ def _keep_figure(rows: list[Row]) -> Any:
             ("paper", "the paper's way", "#dd8452"),
             ("restored", "grail", "#4c72b0"),
         ):
-            values = [by_cell[sites, k, model] for k in keeps]
-            axes.plot(keeps, values, "o-", color=colour, label=label)
+            line = [(k, by_cell[sites, k, model]) for k in keeps if (sites, k, model) in by_cell]
+            axes.plot(*zip(*line, strict=True), "o-", color=colour, label=label)
         for keep in keeps:
+            if (sites, keep, "restored") not in by_cell:
+                continue
             pruned, restored = (by_cell[sites, keep, m] for m in ("pruned", "restored"))
             share = recovered(dense, pruned, restored)
             if share is not None:
