@@ -14,10 +14,15 @@ from grail.width import ChannelWidth, HeadWidth
 H = 10
 
 
+def activations(generator: torch.Generator) -> torch.Tensor:
+    sizes, means = torch.rand(2, H, generator=generator)
+    return torch.randn(50, H, generator=generator) * sizes + means
+
+
 def view(width=None, seed: int = 0) -> select.View:
     generator = torch.Generator().manual_seed(7)
     gram = grail.Gram(H)
-    gram.update(torch.randn(50, H, generator=generator) * torch.rand(H, generator=generator))
+    gram.update(activations(generator))
     return select.View(
         producers=tuple(torch.randn(H, 6, generator=generator) for _ in range(2)),
         consumer=torch.randn(4, H, generator=generator),
@@ -30,20 +35,44 @@ def view(width=None, seed: int = 0) -> select.View:
 def scores_of(name: str, seen: select.View) -> list[float]:
     """Each channel's score from the published formula, one channel at a time in fp64."""
     energy = seen.gram.matrix().double().diagonal()
+    variance = activations(torch.Generator().manual_seed(7)).double().var(0)
     formulas = {
         "magnitude": lambda h: sum(p.double()[h].square().sum() for p in seen.producers).sqrt(),
         "wanda": lambda h: sum(abs(w) * energy[h].sqrt() for w in seen.consumer.double()[:, h]),
         "gram": lambda h: energy[h],
+        "flap": lambda h: variance[h] * seen.consumer.double()[:, h].square().sum(),
     }
     return [float(formulas[name](h)) for h in range(H)]
 
 
-@pytest.mark.parametrize("name", ["magnitude", "wanda", "gram"])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "gram", "flap"])
 def test_the_channels_of_highest_published_score_stay(name):
     seen = view()
     scores = scores_of(name, seen)
     best = sorted(sorted(range(H), key=lambda h: -scores[h])[:4])
     assert select.get(name)(seen).index.tolist() == best
+
+
+def test_each_pivot_is_what_those_before_say_least_about():
+    seen = view(ChannelWidth(H, H))
+    gram = seen.gram.matrix().double()
+    kept: list[int] = []
+    for width in range(1, H):
+        schur = gram - gram[:, kept] @ torch.linalg.inv(gram[kept][:, kept]) @ gram[kept]
+        left = schur.diagonal().clone()
+        left[kept] = -1
+        kept.append(int(left.argmax()))
+        chosen = select.get("cholesky")(view(ChannelWidth(H, width))).index.tolist()
+        assert chosen == sorted(kept)
+
+
+def test_a_combination_of_others_is_never_a_pivot_too():
+    x = (10 * torch.randn(40, 4, generator=torch.Generator().manual_seed(0))).round()
+    gram = grail.Gram(5)
+    gram.update(torch.cat([x[:, :1] + x[:, 1:2], x], 1))  # integers: exact in fp32
+    seen = select.View((), torch.ones(1, 5), gram, ChannelWidth(5, 4), torch.Generator())
+    (dropped,) = set(range(5)) - set(select.get("cholesky")(seen).index.tolist())
+    assert dropped in (0, 1, 2)
 
 
 def test_random_depends_on_the_generator_alone_and_keeps_heads_whole():

@@ -1,0 +1,21 @@
+"""FLAP's score: how much a channel fluctuates about its mean, times what reads it.
+
+A channel that hardly fluctuates can be replaced by its mean, whatever its size. The adaptive budget
+across layers and the bias that FLAP adds for the lost means are not part of a score.
+
+Source: An et al., "Fluctuation-based adaptive structured pruning for large language models" (AAAI
+2024), the metric WIFV.
+"""
+
+from torch import Tensor
+
+from grail.select import View, scores
+
+
+@scores("flap")
+def flap(view: View) -> Tensor:
+    """Σ (x_h − mean)² · Σ_o W_oh² [H]."""
+    gram = view.gram
+    fluctuation = gram.energy.double() - gram.sum.double().square() / gram.tokens
+    weight = view.consumer.double().square().sum(0)
+    return weight * fluctuation.to(weight.device)
