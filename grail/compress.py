@@ -52,8 +52,7 @@ def compress(
         compensate: False is plain pruning (or folding).
         alpha: ridge strength relative to the Gram's mean diagonal; "auto" chooses it at each site
             by held-out sequences (every fifth).
-        toward: what a strong ridge shrinks to: "baseline" (plain pruning: never worse on the
-            calibration data) or "zero" (the paper).
+        toward: what a strong ridge shrinks to: "baseline" (plain pruning) or "zero" (the paper).
         drift_correction: how much of the compressed network's drift from the dense one each
             consumer is also to undo, in [0, 1]; 0 is the paper, "auto" chooses by held-out
             sequences. Costs a forward pass of the dense blocks.

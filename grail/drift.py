@@ -36,7 +36,7 @@ class Drift:
 
     def update(self, drift: Tensor, x: Tensor, mask: Tensor | None) -> None:
         """Adds the drift [..., O] of the tokens `x` [..., H] that `mask` [...] counts."""
-        drift, x = drift.flatten(0, -2).float(), x.flatten(0, -2).float()
+        drift, x = (t.reshape(-1, t.shape[-1]).float() for t in (drift, x))
         if mask is not None:
             # Not by multiplying: what is masked may hold NaN.
             drift, x = drift[mask.flatten()], x[mask.flatten()]

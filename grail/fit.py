@@ -74,12 +74,14 @@ def fit(
         drift_correction: the share in [0, 1] of the drift that the Gram recorded (`Gram.update`)
             which the consumer is to undo; 0 is the paper.
         held_out: the Gram of other tokens of the site. What is "auto", `alpha` or
-            `drift_correction`, is chosen for the least error on them; then they join the fit.
+            `drift_correction`, is chosen for the least error on them; then they join the fit. An
+            automatic alpha may be infinite: plain pruning or folding, where nothing did better.
 
     Raises:
         InputError: shapes that do not fit, a setting that is not allowed, or "auto" without
             `held_out`.
-        NonFiniteError: NaN or Inf in a weight or in the Gram.
+        NonFiniteError: NaN or Inf in a weight or in the Gram, or a result beyond the weight's
+            dtype.
         SolveError: see `grail.ridge.solve`.
 
     Memory: `peak_bytes`.
@@ -105,7 +107,9 @@ def fit(
         problem.add(other)
         del other
     if not compensate:
-        alpha, drift_correction = math.inf, 0.0
+        alpha = math.inf
+    if not drifts:
+        drift_correction = 0.0
     assert alpha != "auto"
     assert drift_correction != "auto"
     damping, retries, fitted = 0.0, 0, problem.baseline
@@ -117,6 +121,7 @@ def fit(
         for part, w in zip(fitted.split([w.shape[0] for w in weights]), weights, strict=True)
     ]
     fitted = torch.cat([part.double() for part in rounded])
+    _require_finite(fitted, f"rewritten weight of {gram.name or 'a site'}, in {weights[0].dtype}")
     error, baseline_error = problem.errors(fitted.sub_(problem.baseline))
     return Fit(
         tuple(part.to(w.device) for part, w in zip(rounded, weights, strict=True)),
@@ -135,6 +140,8 @@ def _chosen(
     if alpha != "auto" and correction != "auto":
         return alpha, correction
     alphas = ALPHAS if alpha == "auto" else (alpha,)
+    if alpha == "auto" and correction in ("auto", 0):
+        alphas = (math.inf, *alphas)  # first: of equals the one that changes nothing
     choice = choose(train, held_out, toward, alphas, None if correction == "auto" else correction)
     return choice.alpha, choice.correction
 
@@ -190,13 +197,7 @@ def _check(grams: Sequence[Gram], reduction: Reduction, weights: tuple[Tensor, .
     for w in weights:
         if w.dim() != 2 or w.shape[1] != gram.channels:
             raise InputError(f"a consumer must be [O, {gram.channels}]; got {tuple(w.shape)}")
-        bad = ~w.isfinite()
-        if bool(bad.any()):
-            raise NonFiniteError(
-                f"consumer weight of {gram.name or 'a site'}",
-                bad.any(0).nonzero().flatten().tolist(),
-                int(bad.sum()),
-            )
+        _require_finite(w, f"consumer weight of {gram.name or 'a site'}")
     outputs = sum(w.shape[0] for w in weights)
     for drift in (g.drift for g in grams if g.drift is not None):
         if drift.outputs != outputs:
@@ -204,6 +205,12 @@ def _check(grams: Sequence[Gram], reduction: Reduction, weights: tuple[Tensor, .
                 f"the Gram recorded a drift of {drift.outputs} outputs, "
                 f"the consumers have {outputs}"
             )
+
+
+def _require_finite(weight: Tensor, name: str) -> None:
+    bad = ~weight.isfinite()
+    if bool(bad.any()):
+        raise NonFiniteError(name, bad.any(0).nonzero().flatten().tolist(), int(bad.sum()))
 
 
 def check_settings(alpha: float | str, toward: str, drift_correction: float | str) -> None:

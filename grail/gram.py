@@ -77,14 +77,17 @@ class Gram:
                 raise InputError(
                     f"drift must be {[*x.shape[:-1], outputs]}; got {list(drift.shape)}"
                 )
+            check_activations("drift", drift)
         x = x.detach()
         if self._packed is None:
             self._allocate(x.device)
         device = self._filled().device
         if device.type == "cuda" and x.device.type == "cpu":
             x, mask = self._sent(x, device), None if mask is None else mask.to(device)
-        if x.device != device or (mask is not None and mask.device != device):
-            raise InputError(f"x and its mask must be on {device} with the sums; got {x.device}")
+        beside = [t for t in (x, mask, drift) if t is not None]
+        if any(t.device != device for t in beside):
+            found = ", ".join(str(t.device) for t in beside)
+            raise InputError(f"x, its mask and its drift must be on {device}; got {found}")
         if device.type == "cpu":
             if mask is not None:
                 x, drift, mask = x[mask], None if drift is None else drift[mask], None
@@ -151,10 +154,15 @@ class Gram:
         """Adds the sums of `other`, as if its tokens had come here.
 
         Raises:
-            InputError: another channel count.
+            InputError: another channel count, or a drift of another number of outputs.
         """
         if other.channels != self.channels:
             raise InputError(f"cannot merge {other.channels} channels into {self.channels}")
+        if self.drift and other.drift and self.drift.outputs != other.drift.outputs:
+            raise InputError(
+                f"cannot merge a drift of {other.drift.outputs} outputs into one of "
+                f"{self.drift.outputs}"
+            )
         if other._packed is None:
             return
         if self._packed is None:

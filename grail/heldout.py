@@ -19,7 +19,7 @@ ALPHAS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 class Choice:
     """`alpha` and `correction` of least held-out error, and that error, ‖T − W'RX‖².
 
-    An infinite `alpha` stands for plain pruning or folding, where nothing was better.
+    An infinite `alpha` is plain pruning or folding.
     """
 
     alpha: float
@@ -34,15 +34,19 @@ def choose(
     alphas: Sequence[float] = ALPHAS,
     correction: float | None = None,
 ) -> Choice:
-    """The best of `alphas`, each with its best correction, and of plain pruning or folding.
+    """The best of `alphas`, each with its best correction.
 
     Args:
         train, held_out: one site's problem over two disjoint sets of tokens.
         toward: see `grail.fit`.
+        alphas: an infinite one is plain pruning or folding.
         correction: β, if it is not to be chosen.
     """
-    choices = [Choice(math.inf, 0.0, held_out.baseline_squared)]
+    choices = []
     for alpha in alphas:
+        if math.isinf(alpha):
+            choices.append(Choice(alpha, 0.0, held_out.baseline_squared))
+            continue
         parts = train.parts(alpha, toward)
         choices.append(Choice(alpha, *held_out.price(*parts, correction)))
     return min(choices, key=lambda choice: choice.squared_error)

@@ -15,8 +15,7 @@ def in_use(device: torch.device) -> int:
     """Bytes in use now on `device`; 0 where the platform does not tell."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    if hasattr(_C, "malloc_trim"):  # else what glibc kept of freed memory would count, too
-        _C.malloc_trim(0)
+    _trim()
     return _status("VmRSS")
 
 
@@ -30,6 +29,7 @@ class Peak:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif os.access(_CLEAR_REFS, os.W_OK):
+            _trim()
             _CLEAR_REFS.write_text("5")  # resets the high-water mark, see proc(5)
         return self
 
@@ -43,6 +43,11 @@ class Peak:
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         else:
             self.bytes = _status("VmHWM")
+
+
+def _trim() -> None:
+    if hasattr(_C, "malloc_trim"):  # else what glibc kept of freed memory would count, too
+        _C.malloc_trim(0)
 
 
 def _status(field: str) -> int:

@@ -18,7 +18,7 @@ from grail.fit import peak_bytes
 from grail.loop import Clock, Run
 from grail.options import Options
 from grail.select import greedy
-from grail.sites import Architecture, find
+from grail.sites import Architecture, Site, find
 from grail.stream import Stream
 from grail.transaction import Transaction, steady
 from grail_kernels.tuning import FLUSH_TOKENS
@@ -173,10 +173,16 @@ def demand(
         for s in first
         if options.selector == "greedy"
     ]
+
+    def rewritten(site: Site) -> int:
+        width = widths[site.kind]
+        full = width.kept == site.channels  # then only the consumer changes
+        return site.consumer.weight.numel() if full else site.parameters_at(width)
+
     largest_batch = batch_tokens * architecture.activations_per_token * element
     return {
         "hidden states": hidden * streams if stored_here else 0,
-        "weights": sum(s.parameters_at(widths[s.kind]) * element for s in itertools.chain(*blocks)),
+        "weights": sum(rewritten(s) * element for s in itertools.chain(*blocks)),
         "statistics": max(grams, default=0) if options.closed_loop else sum(grams),
         "working set": max([largest_batch, *solves, *selections]),
     }

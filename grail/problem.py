@@ -117,7 +117,7 @@ class Problem:
         """Δ [O, K] at β = `correction`, the damping that held, and how often it had to grow."""
         outputs, kept = self.baseline.shape
         # 2·D·K² FLOPs to solve for the D lost channels and 2·O·D·K to absorb them, or 2·O·K².
-        few_lost = self._lost.numel() * (kept + outputs) < outputs * kept
+        few_lost = 0 < self._lost.numel() * (kept + outputs) < outputs * kept
         damping = self.damping(alpha)
         if few_lost and toward == "baseline" and not (correction and self._drifted is not None):
             coupling = self._reduction.restrict(self._matrix[self._lost])

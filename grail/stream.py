@@ -7,6 +7,7 @@ those arguments.
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -134,13 +135,23 @@ class Stream:
     def held_out(self, batch: int) -> Tensor | None:
         """[B] bool on the model's device, every fifth sequence of all (of fewer, the last).
 
-        None where the batch has none of them.
+        Sequences of which no token counts are passed over. None where the batch has no other.
         """
+        held = self._held_out[batch]
+        return held.to(self.device) if bool(held.any()) else None
+
+    @functools.cached_property
+    def _held_out(self) -> tuple[Tensor, ...]:
         sizes = [hidden.shape[0] for hidden in self.hidden]
-        step = min(HELD_OUT, sum(sizes))
-        first = sum(sizes[:batch])
-        held = torch.arange(first, first + sizes[batch], device=self.device) % step == step - 1
-        return held if step > 1 and bool(held.any()) else None
+        counts = torch.cat(
+            [
+                torch.ones(size, dtype=torch.bool) if mask is None else mask.any(1).cpu()
+                for size, mask in zip(sizes, self.masks, strict=True)
+            ]
+        )
+        step = max(1, min(HELD_OUT, int(counts.sum())))
+        held = counts & (counts.cumsum(0) % step == 0) & (step > 1)
+        return held.split(sizes)
 
     def fork(self) -> "Stream":
         """A second stream of the same batches, where this one is; each then moves on its own."""

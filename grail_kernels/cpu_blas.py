@@ -3,7 +3,8 @@
 torch's x86 builds multiply with MKL, which on AMD chips runs at half of OpenBLAS's rate. But
 OpenBLAS's own threads wait for work by spinning, which takes the cores from torch's in a model's
 forward (measured: twice its time); ours sleep. So OpenBLAS is held to one thread here, and square
-tiles of the lower triangle, the largest first, go to as many threads as torch uses.
+tiles of the lower triangle, those on the diagonal last (half the work), go to as many threads as
+torch uses.
 
 It is called by its C interface, which reads activations where they lie, adds to sums where they
 lie, and has syrk for a tile on the diagonal: T*H*(H + 1) FLOPs in all. A tile is wider than a strip
@@ -117,7 +118,8 @@ def add_gram(out: Tensor, rows: Tensor, columns: Tensor) -> None:
             _add_tile(out, tile, left, right, memory)
 
     with _single_threaded():
-        others = [_pool(workers - 1).submit(work) for _ in range(workers - 1)]
+        pool = _pool(max(1, torch.get_num_threads() - 1))
+        others = [pool.submit(work) for _ in range(workers - 1)]
         try:
             work()
         finally:

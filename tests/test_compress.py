@@ -243,7 +243,6 @@ def test_a_16_bit_model_stays_16_bit(dtype, tiny_llama, tiny_batches):
         keep=0.5,
         sites=("mlp", "heads"),
         alpha=ALPHA,
-        drift_correction=0,
         progress=False,
     )
     assert {p.dtype for p in model.parameters()} == {dtype}

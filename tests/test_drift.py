@@ -62,6 +62,34 @@ def test_a_drift_of_another_shape_is_refused_before_anything_is_added(tokens, sh
     assert gram.tokens == 200
 
 
+def test_one_token_may_come_without_a_dimension_of_its_own(tokens):
+    x, drift = tokens
+    alone, row = grail.Gram(H), grail.Gram(H)
+    alone.update(x[0, 0], drift=drift[0, 0])
+    row.update(x[:1, 0], drift=drift[:1, 0])
+    assert torch.equal(alone.drift.cross, row.drift.cross)
+
+
+def test_a_drift_on_another_device_is_refused_before_anything_is_added(tokens):
+    x, drift = tokens
+    gram = grail.Gram(H)
+    with pytest.raises(InputError, match="its drift must be on cpu"):
+        gram.update(x, drift=drift.to("meta"))
+    gram.update(x)
+    assert gram.tokens == 200
+
+
+@pytest.mark.parametrize("outputs", [1, O + 1])
+def test_drifts_of_different_outputs_do_not_merge(tokens, outputs):
+    x, drift = tokens
+    one, other = grail.Gram(H), grail.Gram(H)
+    one.update(x, drift=drift)
+    other.update(x, drift=torch.ones(4, 50, outputs))
+    with pytest.raises(InputError, match="cannot merge a drift"):
+        one.merge(other)
+    assert one.tokens == 200
+
+
 def test_a_drift_that_is_not_finite_is_located(tokens):
     x, drift = tokens
     drift[1, 2, 3] = float("inf")

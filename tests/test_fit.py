@@ -219,6 +219,24 @@ def test_what_is_auto_has_the_least_error_on_the_held_out_tokens(
     )
 
 
+@pytest.mark.parametrize(
+    "given", [{"alpha": 0.1}, {"drift_correction": 0.7}, {"alpha": 0.1, "drift_correction": 0.7}]
+)
+def test_what_is_given_is_never_chosen_anew(x, weight, drift, given):
+    train, held = drifting(x[:9], drift[:9]), drifting(-x[9:].flip(1), drift[9:])
+    settings = {"alpha": "auto", "drift_correction": "auto", **given}
+    fit = grail.fit(train, SELECTION, weight, toward="baseline", held_out=held, **settings)
+    assert {name: getattr(fit, name) for name in given} == given
+
+
+def test_a_weight_beyond_its_dtype_is_refused(x):
+    x = x.clone()
+    x[:, 1] *= 1e-4  # kept, and so quiet that its weight must be huge
+    weight = 100 * torch.ones(O, H, dtype=torch.float16)
+    with pytest.raises(NonFiniteError, match=r"rewritten weight of a site, in torch\.float16"):
+        grail.fit(gram_of(x), SELECTION, weight, alpha=0.0)
+
+
 def test_where_nothing_holds_on_other_tokens_plain_pruning_stays(weight):
     # Calibration says that channel 0 tells of channel 1; the held-out tokens say the opposite.
     train, held = torch.eye(H), torch.eye(H)

@@ -77,8 +77,13 @@ def test_drift_and_held_out_sequences_are_counted(tiny_llama):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"alpha": 1e-3, "drift_correction": 0}, {"closed_loop": False}],
-    ids=["default", "paper", "open"],
+    [
+        {},
+        {"alpha": 1e-3, "drift_correction": 0},
+        {"closed_loop": False},
+        {"keep": {"mlp": 0.5, "heads": 1.0}},
+    ],
+    ids=["default", "paper", "open", "full heads"],
 )
 def test_the_predicted_peak_is_within_a_tenth_of_what_torch_allocates(
     settings, tiny_llama, tiny_batches
@@ -90,13 +95,13 @@ def test_the_predicted_peak_is_within_a_tenth_of_what_torch_allocates(
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
+        num_hidden_layers=6,
     )
     batches = tiny_batches(count=40, rows=4, length=128)
-    options = Options(0.5, sites=("mlp", "heads"), **settings)
+    settings = {"keep": 0.5, "sites": ("mlp", "heads"), **settings}
+    options = Options(**settings)
     predicted = sum(plan.demand(find(model), options, 40 * 4 * 128, 4 * 128).values())
-    used = peak_bytes(
-        lambda: grail.compress(model, batches, 0.5, ("mlp", "heads"), progress=False, **settings)
-    )
+    used = peak_bytes(lambda: grail.compress(model, batches, progress=False, **settings))
     assert predicted == pytest.approx(used, rel=0.1)
 
 

@@ -133,3 +133,12 @@ def test_a_shelf_keeps_each_batch_in_the_memory_of_its_first_tensor():
     shelf.put(0, 2 * source)
     assert shelf[0].tolist() == [2, 2, 2]
     assert shelf[0].data_ptr() == place
+
+
+def test_sequences_without_a_counted_token_are_not_held_out(tiny_llama):
+    ids = torch.full((3, 4), 5)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
+    stream = stream_of(tiny_llama(), [{"input_ids": ids, "attention_mask": mask}])
+    assert stream.held_out(0).tolist() == [False, True, False]
+    alone = stream_of(tiny_llama(), [{"input_ids": ids[1:], "attention_mask": mask[1:]}])
+    assert alone.held_out(0) is None

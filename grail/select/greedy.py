@@ -21,12 +21,17 @@ for heads optimal brain surgeon (Hassibi, Stork, NeurIPS 1992) with blocks of ch
 import torch
 from torch import Tensor
 
+from grail import ridge
 from grail.reduction import Reduction, Selection
 from grail.select import View, reduces
 from grail.width import HeadWidth
 
 # What the kept channels leave of a channel's energy below this share is an fp32 Gram's rounding.
 NOISE = 1e-6
+
+# Of the mean diagonal, for the inverse: with fewer tokens than channels an fp32 Gram has
+# eigenvalues of some -1e-5 of it.
+DAMPING = 3e-5
 
 # Channels that are chosen between two looks at all of them, and how many times as many of the best
 # are candidates for that.
@@ -107,10 +112,11 @@ def removal_costs(gram: Tensor, weight: Tensor, head_dim: int) -> Tensor:
         weight: W [O, H] fp64.
         head_dim: channels of a head.
     """
-    damped = gram.clone()
-    damped.diagonal().add_(NOISE * gram.diagonal().mean())
-    inverse = torch.linalg.inv(damped)
     heads = range(0, gram.shape[0], head_dim)
+    if not gram.diagonal().any():
+        return gram.new_zeros(len(heads))
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = ridge.solve(gram, identity, DAMPING * gram.diagonal().mean()).x
     own = torch.stack([inverse[h : h + head_dim, h : h + head_dim] for h in heads])
     columns = torch.stack([weight[:, h : h + head_dim] for h in heads])
     return (columns @ torch.linalg.inv(own) * columns).sum((1, 2))
