@@ -14,8 +14,8 @@ from pathlib import Path
 from bench.assets import python_reference, smollm2, split_topics, write_texts
 from grail.commands import app
 
-# On 2 cores SmolLM2 reads about 760 tokens a second. 24k calibration tokens cost two compressions
-# (plain and compensated) of about 1.5 forward passes each, 12k held-out tokens three: 2½ minutes.
+# On 2 cores SmolLM2 reads about 760 tokens a second. 24k calibration tokens cost one compression of
+# 1.5 forward passes (plain) and one of 2.5, 12k held-out tokens three: 4 minutes.
 CALIBRATION_TOKENS = 24 * 1024
 HELDOUT_TOKENS = 12 * 1024
 
