@@ -77,6 +77,7 @@ class Problem:
         self._lost, self._left_out = consumer.lost, consumer.left_out
         self._matrix = matrix
         self._own, self._squared = self._of_own_output()
+        self._energy = self._normal().diagonal().mean()
         self._drifted: Tensor | None = None
         if drift is not None:
             self._drifted, squared = self._of_drift(drift)
@@ -103,6 +104,7 @@ class Problem:
         """Joins the tokens of `other`, a problem of the same reduction and weight."""
         self._matrix += other._matrix
         self._own += other._own
+        self._energy += other._energy
         self._squared += other._squared
         if self._drifted is None:
             self._drifted = other._drifted
@@ -111,7 +113,7 @@ class Problem:
 
     def damping(self, alpha: float) -> Tensor:
         """λ for a relative strength."""
-        return alpha * self._normal().diagonal().mean()
+        return alpha * self._energy
 
     def solve(self, alpha: float, toward: str, correction: float) -> tuple[Tensor, float, int]:
         """Δ [O, K] at β = `correction`, the damping that held, and how often it had to grow."""
