@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,10 +23,14 @@ def operator(
     def register(kernel: Callable[..., Any]) -> Any:
         defined = torch.library.custom_op(name, kernel, mutates_args=mutates_args, schema=schema)
 
+        @functools.cache
+        def guarded() -> Callable[..., Any]:
+            return torch.compiler.disable(kernel)
+
         @torch.library.impl(name, ("cpu", "cuda"))
         def run(*arguments: Any) -> Any:
             if "torch._dynamo" in sys.modules:
-                return torch.compiler.disable(kernel)(*arguments)
+                return guarded()(*arguments)
             return kernel(*arguments)
 
         return defined
