@@ -5,11 +5,13 @@ Triton needs a GPU, or its interpreter: `test_interpreter.py` runs this folder o
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from grail_kernels import tuning
 from grail_kernels.backend import interpreting
 
 
@@ -44,3 +46,12 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the shipped table that launches read instead."""
+    path = tmp_path / "launches.json"
+    path.write_bytes(tuning.TABLE.read_bytes())
+    monkeypatch.setattr(tuning, "TABLE", path)
+    return path

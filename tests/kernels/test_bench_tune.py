@@ -20,15 +20,6 @@ from grail_kernels.backend import interpreting
 WIDE = ("gram", "16-bit", "wide")
 
 
-@pytest.fixture
-def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the shipped table that launches read instead."""
-    path = tmp_path / "launches.json"
-    path.write_bytes(tuning.TABLE.read_bytes())
-    monkeypatch.setattr(tuning, "TABLE", path)
-    return path
-
-
 def default(key: tuning.Key) -> tuning.Config:
     return tuning.read_table(tuning.TABLE)[tuning.DEFAULT, key]
 

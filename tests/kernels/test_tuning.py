@@ -17,15 +17,6 @@ from grail_kernels import GrailError, tuning
 from grail_kernels.backend import interpreting
 
 
-@pytest.fixture
-def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the shipped table that launches read instead."""
-    path = tmp_path / "launches.json"
-    path.write_bytes(tuning.TABLE.read_bytes())
-    monkeypatch.setattr(tuning, "TABLE", path)
-    return path
-
-
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     document = json.loads(path.read_text())
     change(document)
