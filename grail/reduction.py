@@ -35,6 +35,10 @@ class Reduction(ABC):
         """R·G·Rᵀ [K, K] for a Gram matrix [H, H]."""
         return self.restrict(self.narrow(gram))
 
+    @abstractmethod
+    def repeat(self, times: int) -> "Reduction":
+        """The same map of channels that each are `times` columns side by side, as taps are."""
+
     @property
     def is_identity(self) -> bool:
         """Whether every channel stays where it was."""
@@ -82,6 +86,9 @@ class Selection(Reduction):
 
     def absorb(self, weight: Tensor) -> Tensor:
         return self.restrict(weight)
+
+    def repeat(self, times: int) -> "Selection":
+        return Selection(_repeated(self.index, times), self.channels * times)
 
     @property
     def is_identity(self) -> bool:
@@ -135,12 +142,19 @@ class Folding(Reduction):
         total = columns.new_zeros((*columns.shape[:-1], self.kept), dtype=_accumulator(columns))
         return total.index_add_(-1, self.labels.to(columns.device), columns.to(total.dtype))
 
+    def repeat(self, times: int) -> "Folding":
+        return Folding(_repeated(self.labels, times))
+
     @property
     def is_identity(self) -> bool:
         return torch.equal(self.labels, torch.arange(self.channels))
 
     def __repr__(self) -> str:
         return f"Folding({self.channels} channels into {self.kept} clusters)"
+
+
+def _repeated(numbers: Tensor, times: int) -> Tensor:
+    return (numbers[:, None] * times + torch.arange(times)).flatten()
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:

@@ -74,3 +74,12 @@ def test_impossible_reductions_are_refused(build, message):
 def test_a_tensor_of_other_channels_is_refused():
     with pytest.raises(InputError, match="7 channels met a tensor of 6"):
         grail.Selection([0], 7).narrow(torch.randn(6, 2))
+
+
+@pytest.mark.parametrize(
+    "reduction", [Selection([4, 1, 2], 5), Folding([0, 1, 0, 2, 1])], ids=["selection", "folding"]
+)
+def test_a_repeated_reduction_is_its_kronecker_product_with_the_identity(reduction):
+    r = reduction.narrow(torch.eye(5, dtype=torch.float64))
+    repeated = reduction.repeat(3).narrow(torch.eye(15, dtype=torch.float64))
+    assert torch.equal(repeated, torch.kron(r, torch.eye(3, dtype=torch.float64)))
