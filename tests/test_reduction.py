@@ -77,7 +77,9 @@ def test_a_tensor_of_other_channels_is_refused():
 
 
 @pytest.mark.parametrize(
-    "reduction", [Selection([4, 1, 2], 5), Folding([0, 1, 0, 2, 1])], ids=["selection", "folding"]
+    "reduction",
+    [grail.Selection([4, 1, 2], 5), grail.Folding([0, 1, 0, 2, 1])],
+    ids=["selection", "folding"],
 )
 def test_a_repeated_reduction_is_its_kronecker_product_with_the_identity(reduction):
     r = reduction.narrow(torch.eye(5, dtype=torch.float64))
