@@ -1,4 +1,4 @@
-import itertools
+import dataclasses
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ import grail
 from bench import allocations
 from grail import select
 from grail.errors import InputError
-from grail.select.folding import kmeans
 from grail.select.greedy import forward, peak_bytes, removal_costs
 from grail.width import ChannelWidth, HeadWidth
 
@@ -24,33 +23,145 @@ def view(width=None, seed: int = 0) -> select.View:
     gram = grail.Gram(H)
     gram.update(activations(generator))
     return select.View(
-        producers=tuple(torch.randn(H, 6, generator=generator) for _ in range(2)),
+        producers=(
+            torch.randn(H, 6, generator=generator),
+            torch.randn(H, 2, 1, 3, generator=generator),  # a convolution
+        ),
         consumer=torch.randn(4, H, generator=generator),
         gram=gram,
         width=width or ChannelWidth(H, 4),
         generator=torch.Generator().manual_seed(seed),
+        gradient=torch.rand(4, H, generator=generator),
     )
 
 
 def scores_of(name: str, seen: select.View) -> list[float]:
     """Each channel's score from the published formula, one channel at a time in fp64."""
-    energy = seen.gram.matrix().double().diagonal()
-    variance = activations(torch.Generator().manual_seed(7)).double().var(0)
+    x = activations(torch.Generator().manual_seed(7)).double()
+    read = seen.consumer.double()
+
+    def written(h: int) -> list[float]:
+        return [v for p in seen.producers for v in p[h].flatten().tolist()]
+
+    def norm(values: list[float]) -> float:
+        return sum(v * v for v in values) ** 0.5
+
     formulas = {
-        "magnitude": lambda h: sum(p.double()[h].square().sum() for p in seen.producers).sqrt(),
-        "wanda": lambda h: sum(abs(w) * energy[h].sqrt() for w in seen.consumer.double()[:, h]),
-        "gram": lambda h: energy[h],
-        "flap": lambda h: variance[h] * seen.consumer.double()[:, h].square().sum(),
+        "magnitude": lambda h: norm(written(h)),
+        "magnitude-l1": lambda h: sum(abs(v) for v in written(h)),
+        "magnitude-consumers": lambda h: norm(read[:, h].tolist()),
+        "magnitude-both": lambda h: norm(written(h) + read[:, h].tolist()),
+        "wanda": lambda h: sum(abs(w) * norm(x[:, h].tolist()) for w in read[:, h]),
+        "wanda++": lambda h: sum(
+            (100 * g + norm(x[:, h].tolist())) * abs(w)
+            for g, w in zip(seen.gradient[:, h].double(), read[:, h], strict=True)
+        ),
+        "gram": lambda h: x[:, h].square().sum(),
+        "flap": lambda h: x[:, h].var() * read[:, h].square().sum(),  # of N - 1
     }
     return [float(formulas[name](h)) for h in range(H)]
 
 
-@pytest.mark.parametrize("name", ["magnitude", "wanda", "gram", "flap"])
-def test_the_channels_of_highest_published_score_stay(name):
-    seen = view()
+PUBLISHED = (
+    "magnitude",
+    "magnitude-l1",
+    "magnitude-consumers",
+    "magnitude-both",
+    "wanda",
+    "wanda++",
+    "gram",
+    "flap",
+)
+
+
+@pytest.mark.parametrize("kept", range(1, H))
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_channels_of_highest_published_score_stay(name, kept):
+    seen = view(ChannelWidth(H, kept))
     scores = scores_of(name, seen)
-    best = sorted(sorted(range(H), key=lambda h: -scores[h])[:4])
+    best = sorted(sorted(range(H), key=lambda h: -scores[h])[:kept])
     assert select.get(name)(seen).index.tolist() == best
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_heads_of_highest_published_score_stay(name):
+    seen = view(HeadWidth(5, 1, 2, 3, 1))
+    scores = scores_of(name, seen)
+    best = sorted(sorted(range(5), key=lambda i: -scores[2 * i] - scores[2 * i + 1])[:3])
+    assert select.get(name)(seen).index.tolist() == [c for i in best for c in (2 * i, 2 * i + 1)]
+
+
+def test_only_regional_gradients_need_a_gradient():
+    assert [name for name in select.names() if select.needs_gradient(name)] == ["wanda++"]
+
+
+def test_a_callable_says_itself_that_it_needs_a_gradient():
+    class Mine:
+        needs_gradient = True
+
+        def __call__(self, seen: select.View) -> grail.Reduction:
+            return seen.width.best(seen.gradient.sum(0))
+
+    assert select.needs_gradient(Mine())
+    assert not select.needs_gradient(lambda seen: seen.width.best(seen.gram.energy))
+
+
+@pytest.mark.parametrize(
+    ("gradient", "message"),
+    [(None, "'wanda\\+\\+' needs the gradient"), (torch.ones(H, 4), r"must be \[4, 10\]")],
+    ids=["missing", "transposed"],
+)
+def test_a_gradient_that_is_missing_or_does_not_fit_is_refused(gradient, message):
+    with pytest.raises(InputError, match=message):
+        select.get("wanda++")(dataclasses.replace(view(), gradient=gradient))
+
+
+BY_DATA = ("wanda", "flap", "gram", "cholesky", "greedy", "slimgpt", "backward")
+
+
+@pytest.mark.parametrize("name", BY_DATA)
+def test_channels_without_data_go_first_however_much_they_are_read(name):
+    seen = view(ChannelWidth(H, 7))
+    x = activations(torch.Generator().manual_seed(7))
+    x[:, [0, 4, 9]] = 0
+    gram = grail.Gram(H)
+    gram.update(x)
+    consumer = seen.consumer.clone()
+    consumer[:, [0, 4, 9]] = 1e4
+    dead = dataclasses.replace(seen, gram=gram, consumer=consumer)
+    assert select.get(name)(dead).index.tolist() == [1, 2, 3, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("name", BY_DATA)
+@pytest.mark.parametrize("width", [ChannelWidth(H, 4), HeadWidth(5, 1, 2, 3, 1)], ids=str)
+def test_a_site_without_any_data_comes_to_its_width(name, width):
+    gram = grail.Gram(H)
+    gram.update(torch.zeros(3, H))
+    assert select.get(name)(dataclasses.replace(view(width), gram=gram)).kept == width.kept
+
+
+@pytest.mark.parametrize("name", ["cholesky", "greedy", "slimgpt", "backward"])
+def test_as_many_channels_as_tokens_say_all_the_rest(name):
+    tokens, channels = 6, 40
+    x = torch.randn(tokens, channels, generator=torch.Generator().manual_seed(0))
+    gram = grail.Gram(channels)
+    gram.update(x)
+    consumer = torch.randn(9, channels, generator=torch.Generator().manual_seed(1))
+    seen = select.View((), consumer, gram, ChannelWidth(channels, tokens), torch.Generator())
+    kept = select.get(name)(seen).index
+    # Six random vectors of six are a basis; a choice that repeats itself would leave a direction.
+    rebuilt = x[:, kept].double() @ torch.linalg.pinv(x[:, kept].double()) @ x.double()
+    torch.testing.assert_close(rebuilt, x.double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("greedy", [0, 1, 2]), ("slimgpt", [7, 8, 9]), ("backward", [7, 8, 9])]
+)
+def test_of_equal_channels_the_first_is_chosen(name, kept):
+    gram = grail.Gram(H)
+    gram.update(torch.eye(H))
+    seen = select.View((), torch.ones(2, H), gram, ChannelWidth(H, 3), torch.Generator())
+    assert select.get(name)(seen).index.tolist() == kept  # chosen to stay, chosen to go
 
 
 def test_each_pivot_is_what_those_before_say_least_about():
@@ -83,51 +194,6 @@ def test_random_depends_on_the_generator_alone_and_keeps_heads_whole():
     assert all(d[0::2] == [c - 1 for c in d[1::2]] and len(d) == 6 for d in draws)
 
 
-def spread(rows: torch.Tensor, labels) -> float:
-    labels = torch.as_tensor(labels)
-    return sum(
-        (rows[labels == k] - rows[labels == k].mean(0)).square().sum().item()
-        for k in labels.unique()
-    )
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_kmeans_finds_well_separated_clusters_exactly(seed):
-    # Against every possible labelling of 7 rows into 3 clusters.
-    generator = torch.Generator().manual_seed(seed)
-    centres = 20 * torch.randn(3, 4, generator=generator)
-    rows = centres[[0, 1, 2, 0, 1, 2, 2]] + 0.1 * torch.randn(7, 4, generator=generator)
-    labels = kmeans(rows, 3, generator)
-    best = min(
-        spread(rows, labelling)
-        for labelling in itertools.product(range(3), repeat=7)
-        if set(labelling) == {0, 1, 2}
-    )
-    assert spread(rows, labels) == pytest.approx(best, rel=1e-4)
-    assert labels[0] == 0  # numbered by first member
-
-
-@pytest.mark.parametrize("clusters", [1, 2, 5, 6])
-def test_kmeans_leaves_no_cluster_empty_even_among_copies(clusters):
-    rows = torch.ones(6, 3)
-    labels = kmeans(rows, clusters, torch.Generator().manual_seed(0))
-    assert labels.unique().tolist() == list(range(clusters))
-
-
-def test_folding_clusters_rows_of_all_producers():
-    seen = view(ChannelWidth(H, H - 1))
-    for producer in seen.producers:
-        producer[8] = producer[2]
-    labels = select.get("folding")(seen).labels
-    assert labels[8] == labels[2]
-    assert labels.unique().numel() == H - 1
-
-
-def test_folding_refuses_attention_heads():
-    with pytest.raises(InputError, match="attention heads"):
-        select.get("folding")(view(HeadWidth(5, 1, 2, 3, 1)))
-
-
 def test_names_are_listed_and_unknown_ones_refused():
     assert {"folding", "gram", "magnitude", "random", "wanda"} <= set(select.names())
     with pytest.raises(InputError, match=r"'magic'; choose one of .*wanda"):
@@ -156,7 +222,7 @@ def correlated(tokens: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("block", [1, 3, 16])  # all channels are candidates
 def test_each_greedy_step_is_the_best_of_all_steps(block, monkeypatch):
-    monkeypatch.setattr("grail.select.greedy.POOL", H)
+    monkeypatch.setattr("grail.select.pivots.POOL", H)
     gram, weight = correlated()
     order = forward(gram, weight, 6, block=block).tolist()
     for step in range(6):

@@ -8,12 +8,15 @@ A selector is one file in this folder that registers itself under a name:
     @reduces("folding")                        # or the whole reduction
     def folding(view: View) -> Reduction: ...
 
-Anything callable of the second form can be passed to `grail.compress(selector=...)` directly.
+Anything callable of the second form can be passed to `grail.compress(selector=...)` directly. One
+that reads `view.gradient`, for which a run has to go backwards through every block, says so:
+`@scores(name, needs_gradient=True)`, or an attribute `needs_gradient` of its own.
 """
 
 import importlib
 import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -21,11 +24,28 @@ from grail.errors import InputError
 from grail.reduction import Reduction
 from grail.select.view import View
 
-__all__ = ["Selector", "View", "get", "names", "reduces", "scores"]
+__all__ = ["Selector", "View", "get", "names", "needs_gradient", "reduces", "scores"]
 
 Selector = Callable[[View], Reduction]
 
 _registry: dict[str, Selector] = {}
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A selector that keeps the channels of highest score [H]."""
+
+    name: str
+    score: Callable[[View], Tensor]
+    needs_gradient: bool
+
+    def __call__(self, view: View) -> Reduction:
+        if self.needs_gradient and view.gradient is None:
+            raise InputError(
+                f"selector {self.name!r} needs the gradient of the block's output; run it through "
+                "grail.compress, or fill View.gradient"
+            )
+        return view.width.best(self.score(view))
 
 
 def reduces(name: str) -> Callable[[Selector], Selector]:
@@ -38,11 +58,13 @@ def reduces(name: str) -> Callable[[Selector], Selector]:
     return register
 
 
-def scores(name: str) -> Callable[[Callable[[View], Tensor]], Callable[[View], Tensor]]:
+def scores(
+    name: str, *, needs_gradient: bool = False
+) -> Callable[[Callable[[View], Tensor]], Callable[[View], Tensor]]:
     """Registers a function from `View` to channel scores [H] (higher stays) as selector `name`."""
 
     def register(score: Callable[[View], Tensor]) -> Callable[[View], Tensor]:
-        _registry[name] = lambda view: view.width.best(score(view))
+        _registry[name] = _Scored(name, score, needs_gradient)
         return score
 
     return register
@@ -66,6 +88,15 @@ def get(selector: str | Selector) -> Selector:
     if selector not in _registry:
         raise InputError(f"unknown selector {selector!r}; choose one of {', '.join(names())}")
     return _registry[selector]
+
+
+def needs_gradient(selector: str | Selector) -> bool:
+    """Whether that selector reads `View.gradient`.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    return bool(getattr(get(selector), "needs_gradient", False))
 
 
 def _load() -> None:

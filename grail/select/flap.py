@@ -1,10 +1,14 @@
 """FLAP's score: how much a channel fluctuates about its mean, times what reads it.
 
 A channel that hardly fluctuates can be replaced by its mean, whatever its size. The adaptive budget
-across layers and the bias that FLAP adds for the lost means are not part of a score.
+across sites is `grail.budget.flap`; the bias that FLAP adds for the lost means is no part of a
+score.
 
 Source: An et al., "Fluctuation-based adaptive structured pruning for large language models" (AAAI
-2024), the metric WIFV.
+2024), the metric WIFV: sample variance × squared L2 norm of the weight's column. The variance's
+1/(N − 1) is left out: it is the same for all channels of a site, and drops out of standardised
+scores. The released code squares the metric once more for attention heads, without saying why; the
+paper does not, nor do we.
 """
 
 from torch import Tensor

@@ -18,7 +18,12 @@ ITERATIONS = 25
 
 @reduces("folding")
 def folding(view: View) -> Reduction:
-    """k-means clusters of the producer rows.
+    """k-means clusters of the producer rows."""
+    return Folding(kmeans(view.rows, foldable(view).kept, view.generator))
+
+
+def foldable(view: View) -> ChannelWidth:
+    """The width of a site whose channels can be averaged.
 
     Raises:
         InputError: at an attention site. The mean of two heads' queries and keys is no head: their
@@ -28,8 +33,7 @@ def folding(view: View) -> Reduction:
         raise InputError(
             "folding works on mlp channels, not on attention heads; choose sites=('mlp',)"
         )
-    rows = torch.cat([p.float().flatten(1) for p in view.producers], dim=1)
-    return Folding(kmeans(rows, view.width.kept, view.generator))
+    return view.width
 
 
 def kmeans(rows: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
@@ -53,7 +57,7 @@ def kmeans(rows: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
         labels = assigned
         centres = torch.zeros_like(centres).index_add_(0, labels, rows)
         centres /= torch.bincount(labels, minlength=clusters)[:, None]
-    return _by_first_member(labels, clusters)
+    return by_first_member(labels, clusters)
 
 
 def _plus_plus(rows: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
@@ -86,7 +90,8 @@ def _fill_empty(labels: Tensor, distance: Tensor, clusters: int) -> None:
         sizes[empty] = 1
 
 
-def _by_first_member(labels: Tensor, clusters: int) -> Tensor:
+def by_first_member(labels: Tensor, clusters: int) -> Tensor:
+    """Labels [H] in [0, clusters), renumbered by each cluster's first member."""
     first = torch.full((clusters,), labels.numel(), device=labels.device)
     first.scatter_reduce_(0, labels, torch.arange(labels.numel(), device=labels.device), "amin")
     rank = torch.empty_like(first)

@@ -5,11 +5,9 @@ what P cannot say of X). Keeping channel j as well lowers it by
 
     ‖W S_:j‖² / S_jj        and then        S ← S − S_:j S_j: / S_jj
 
-Neither S nor its square is ever formed: a pivoted partial Cholesky G ≈ V Vᵀ gives the columns of S
-that are asked for, S_:j = G_:j − V V_jᵀ, and W S [O, H] is corrected by the outer products of V. To
-work with matrices, not vectors, the order is exact among the candidates only, those of largest
-gain, and all channels are looked at again after a block of choices. With p candidates for a block
-of b: 2·H·K²·p/b + 2·K·O·H FLOPs in matrix products, and K passes over [H, p].
+The search is in `grail.select.pivots`: of K channels 2·H·K²·p/(2b) + 2·K·O·H FLOPs, with p = 128
+and b = 16. `grail.select.backward` finds as good a set from the other end in H − K steps and an
+inverse, 2·H³.
 
 Attention heads come in groups of equal size, where a greedy order could leave the feasible set. A
 head's score is what its removal alone costs after compensation, tr(W_g ((G⁻¹)_gg)⁻¹ W_gᵀ).
@@ -18,12 +16,15 @@ Source: orthogonal least squares (Chen, Billings, Luo, Int. J. Control 1989) wit
 for heads optimal brain surgeon (Hassibi, Stork, NeurIPS 1992) with blocks of channels.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from grail import ridge
 from grail.reduction import Reduction, Selection
 from grail.select import View, reduces
+from grail.select.pivots import BLOCK, POOL, pivots
 from grail.width import HeadWidth
 
 # What the kept channels leave of a channel's energy below this share is an fp32 Gram's rounding.
@@ -32,10 +33,6 @@ NOISE = 1e-6
 # Of the mean diagonal, for the inverse: with fewer tokens than channels an fp32 Gram has
 # eigenvalues of some -1e-5 of it.
 DAMPING = 3e-5
-
-# Channels that are chosen between two looks at all of them, and how many times as many of the best
-# are candidates for that.
-BLOCK, POOL = 16, 8
 
 
 @reduces("greedy")
@@ -66,42 +63,17 @@ def forward(gram: Tensor, weight: Tensor, kept: int, block: int = BLOCK) -> Tens
         weight: W [O, H] fp64.
         block: how many are chosen between two looks at all channels; 1 is the exact greedy order.
     """
-    energy = gram.diagonal()
-    left = energy.clone()  # diag S
-    seen = weight @ gram  # W S
-    factor = gram.new_zeros(gram.shape[0], kept)  # V
-    chosen = torch.zeros_like(energy, dtype=torch.bool)
-    order: list[int] = []
-    while len(order) < kept:
-        first = len(order)
-        pool = _gain(seen, left, energy, chosen).topk(min(POOL * block, len(energy))).indices
-        columns = gram[:, pool] - factor[:, :first] @ factor[pool, :first].T  # S_:pool
-        candidates, outputs = seen[:, pool], []
-        while len(order) < min(first + block, kept):
-            gain = _gain(candidates, left[pool], energy[pool], chosen[pool])
-            best = int(gain.argmax())
-            if gain[best] <= 0:
-                break
-            j = int(pool[best])
-            column, output = (t[:, best] / left[j].sqrt() for t in (columns, candidates))
-            columns -= torch.outer(column, column[pool])
-            candidates -= torch.outer(output, column[pool])
-            left = (left - column.square()).clamp_min(0)
-            factor[:, len(order)] = column
-            outputs.append(output)
-            chosen[j] = True
-            order.append(j)
-        if not outputs:  # nothing is left to gain: the loudest of the rest fill up
-            rest = energy.where(~chosen, -1).topk(kept - first).indices
-            return torch.tensor(order + rest.tolist())
-        seen -= torch.stack(outputs, 1) @ factor[:, first : len(order)].T
-    return torch.tensor(order)
+    order = pivots(gram, weight @ gram, kept, _gain, block)
+    energy = gram.diagonal().clone()
+    energy[order] = -1  # nothing is left to gain: the loudest of the rest fill up
+    rest = energy.argsort(descending=True, stable=True)[: kept - len(order)]
+    return torch.tensor(order + rest.tolist())
 
 
-def _gain(seen: Tensor, left: Tensor, energy: Tensor, chosen: Tensor) -> Tensor:
-    """‖W S_:j‖² / S_jj by channel; 0 where a channel was chosen or has nothing of its own left."""
+def _gain(seen: Tensor, left: Tensor, energy: Tensor) -> Tensor:
+    """‖W S_:j‖² / S_jj by channel; -inf where it is 0 or a channel has nothing of its own left."""
     gain = seen.square().sum(0) / left
-    return gain.where((left > NOISE * energy) & ~chosen, 0)
+    return gain.where((gain > 0) & (left > NOISE * energy), -math.inf)
 
 
 def removal_costs(gram: Tensor, weight: Tensor, head_dim: int) -> Tensor:

@@ -14,8 +14,11 @@ class View:
     """One site: weights, statistics, and the width that it must come to.
 
     `producers`: weights [H, ...] whose row h writes channel h (of grouped attention, keys and
-    values repeated to their query heads). `consumer`: [O, H]. `gram`: of the consumer's input.
-    `generator`: seeded by run and site, for selectors that draw.
+    values repeated to their query heads). `consumer`: [O, H]; of several consumers, or of a
+    convolution's taps, all rows stacked along O. `gram`: of the consumer's input. `generator`:
+    seeded by run and site, for selectors that draw. `gradient`: [O, H] fp32, root mean square over
+    calibration sequences of the gradient of the block output's L2 norm with respect to the
+    consumer's weight; only for selectors that `select.needs_gradient`.
     """
 
     producers: tuple[Tensor, ...]
@@ -23,3 +26,9 @@ class View:
     gram: Gram
     width: Width
     generator: torch.Generator
+    gradient: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """What writes each channel, all producers side by side: [H, D] fp32."""
+        return torch.cat([p.float().reshape(len(p), -1) for p in self.producers], dim=1)

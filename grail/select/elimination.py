@@ -1,0 +1,89 @@
+"""Optimal brain surgeon by whole columns: drop next the channel whose loss costs the output least.
+
+With H = G + λI, and every weight free to make up for what is dropped, dropping channel j costs
+
+    ‖W_:j‖² / [H⁻¹]_jj        and then        W ← W − W_:j [H⁻¹]_j: / [H⁻¹]_jj
+                                              H⁻¹ ← H⁻¹ − [H⁻¹]_:j [H⁻¹]_j: / [H⁻¹]_jj
+
+which is the forward search of `grail.select.greedy` with H⁻¹ in the place of S, W in that of W S
+and the least in that of the most: both run `grail.select.pivots`. Of H channels, D dropped: 2·H³
+FLOPs for the inverse, then 2·H·D²·p/(2b) + 2·D·O·H.
+
+The updates of W need no code of their own: whatever the order, with the set D dropped and P kept
+they end in W_P + W_D H_DP H_PP⁻¹, which is `grail.fit(..., toward="baseline")` with the same λ.
+
+Heads go one by one, as blocks of channels: first those that a key/value group has too many of, then
+whole groups. A channel without data costs nothing.
+
+Source: Hassibi, Stork, "Second order derivatives for network pruning: optimal brain surgeon"
+(NeurIPS 1992), by columns as in Kurtic, Frantar, Alistarh, "ZipLM" (NeurIPS 2023).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grail import ridge
+from grail.reduction import Selection
+from grail.select.pivots import pivots
+from grail.select.view import View
+from grail.width import HeadWidth
+
+# What the loss of a block of channels costs, from its columns [O, d] and block of H⁻¹ [d, d].
+BlockCost = Callable[[Tensor, Tensor], Tensor]
+
+
+def eliminate(view: View, damping: float, block_cost: BlockCost) -> Selection:
+    """What is left once the channels, or heads, of least cost are dropped one after another.
+
+    Args:
+        damping: λ as a share of the mean diagonal of G.
+        block_cost: of a head.
+    """
+    gram, width = view.gram.matrix().double(), view.width
+    weight = view.consumer.to(gram.device, torch.float64, copy=True)
+    mean, dead = gram.diagonal().mean(), gram.diagonal() == 0
+    gram.diagonal()[dead], weight[:, dead] = 1, 0
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = ridge.solve(gram, identity, damping * mean).x
+    if isinstance(width, HeadWidth):
+        return Selection(_kept_heads(inverse, weight, width, block_cost), width.channels)
+    dropped = pivots(inverse, weight, width.channels - width.kept, cheapness)
+    kept = torch.ones(width.channels, dtype=torch.bool)
+    kept[dropped] = False
+    return Selection(kept.nonzero().flatten(), width.channels)
+
+
+def exact_cost(columns: Tensor, inverse: Tensor) -> Tensor:
+    """tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ): the squared output error once all others compensate."""
+    return (columns @ torch.linalg.inv(inverse) * columns).sum()
+
+
+def cheapness(columns: Tensor, left: Tensor, first: Tensor) -> Tensor:
+    """-‖W_:j‖² / [H⁻¹]_jj by channel, for `pivots`."""
+    return -columns.square().sum(0) / left
+
+
+def _kept_heads(inverse: Tensor, weight: Tensor, width: HeadWidth, cost: BlockCost) -> Tensor:
+    """The channels [K] that stay; `inverse` and `weight` are overwritten."""
+    channels = torch.arange(width.channels).view(width.groups, width.queries, width.head_dim)
+    groups = [list(group) for group in channels]  # of each, the channels of its heads
+
+    def drop_cheapest(blocks: list[Tensor]) -> int:
+        costs = [float(cost(weight[:, g], inverse[g[:, None], g])) for g in blocks]
+        cheapest = costs.index(min(costs))
+        g = blocks[cheapest]
+        share = torch.linalg.solve(inverse[g[:, None], g], inverse[g])
+        weight.sub_(weight[:, g] @ share)
+        inverse.sub_(inverse[:, g] @ share)
+        return cheapest
+
+    for _ in range(width.groups * (width.queries - width.kept_queries)):
+        crowded = [group for group in groups if len(group) > width.kept_queries]
+        heads = [(group, i) for group in crowded for i in range(len(group))]
+        group, i = heads[drop_cheapest([group[i] for group, i in heads])]
+        del group[i]
+    for _ in range(width.groups - width.kept_groups):
+        del groups[drop_cheapest([torch.cat(group) for group in groups])]
+    return torch.cat([head for group in groups for head in group])
