@@ -7,6 +7,7 @@ from grail.options import Options
 from grail.plan import Inspection, inspect
 from grail.reduction import Folding, Reduction, Selection
 from grail.report import Report
+from grail.sites import Site
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "Reduction",
     "Report",
     "Selection",
+    "Site",
     "compress",
     "fit",
     "inspect",

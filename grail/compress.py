@@ -2,7 +2,7 @@
 
 import itertools
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -13,9 +13,9 @@ from grail import memory, plan, select
 from grail.errors import NonFiniteError
 from grail.fit import Auto, Toward
 from grail.loop import Clock, Run
-from grail.options import ALPHA, Options
+from grail.options import ALPHA, Compensation, Keep, Options
 from grail.report import Report, SiteReport
-from grail.sites import Architecture, find
+from grail.sites import Architecture, Site, find
 from grail.stream import Batch, Stream
 from grail.transaction import Transaction, steady
 from grail.width import Width
@@ -24,32 +24,41 @@ from grail.width import Width
 def compress(
     model: nn.Module,
     batches: Iterable[Batch],
-    keep: float | Mapping[str, float] = 0.7,
-    sites: Sequence[str] = ("mlp",),
+    keep: Keep = 0.7,
+    sites: Sequence[str | Site] | None = None,
     selector: str | select.Selector = "greedy",
     *,
-    compensate: bool = True,
+    compensate: bool | Compensation = True,
     alpha: float | Auto = "auto",
     toward: Toward = "baseline",
     drift_correction: float | Auto = "auto",
     closed_loop: bool = True,
     multiple: int | None = None,
     seed: int = 0,
+    per_tap: bool = True,
+    exact_folding: bool = True,
+    repair: bool = False,
     storage: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Report:
     """Narrows `model` in place and rebuilds what the lost channels said from the kept ones.
 
     Args:
-        model: a causal language model of a supported family (`grail.sites.supported()`).
-        batches: calibration: LongTensor [B, L] of token ids, or mappings of the model's keyword
-            arguments, where an `attention_mask` marks the tokens that count. Read once.
-        keep: the share of each site's channels that stays, in (0, 1]; or one for each kind, {"mlp":
-            0.5, "heads": 0.7}. The nearest width that the structure allows is used and reported.
-        sites: kinds of sites: "mlp", "heads".
+        model: a network of a supported family (`grail.sites.supported()`), or any other whose
+            sites are named.
+        batches: calibration, read once: LongTensor [B, L] of token ids, images [B, C, H, W],
+            tuples of the model's arguments, or mappings of its keyword arguments, where an
+            `attention_mask` marks the tokens that count.
+        keep: the share of each site's channels that stays, in (0, 1]; or one for each kind or
+            site, {"mlp": 0.5, "heads": 0.7}, or for each block of a kind, {"mlp": [0.9, 0.8, …]}.
+            The nearest width that the structure allows is used and reported.
+        sites: kinds of sites ("mlp", "heads", "conv"; default "mlp", or "conv" where there is no
+            MLP), or `grail.Site`s, which name the layers of a network.
         selector: a name of `grail.select.names()`, or a function from `grail.select.View` to a
             `Reduction`.
-        compensate: False is plain pruning (or folding).
+        compensate: "weights" (or True) fits the consumers; "bias" leaves their weights and lets
+            their biases take up the means of what is lost, as FLAP does; "both" fits both at once;
+            False is plain pruning (or folding).
         alpha: ridge strength relative to the Gram's mean diagonal; "auto" chooses it at each site
             by held-out sequences (every fifth).
         toward: what a strong ridge shrinks to: "baseline" (plain pruning) or "zero" (the paper).
@@ -60,6 +69,12 @@ def compress(
             model.
         multiple: round MLP widths to multiples of this; default 128 from 4096 channels up, else 8.
         seed: for selectors that draw.
+        per_tap: fit every tap of a convolution for itself, for the least error of its output; False
+            is the paper's map of channels, the same at every tap, which needs less data.
+        exact_folding: fit a folding to what the folded producers write, at the cost of one more
+            pass; False is the paper's.
+        repair: set the batch norms of each block to the statistics of their inputs once its sites
+            are done (see `grail.batchnorm`).
         storage: where the hidden states of the calibration set wait between blocks.
         progress: show a progress bar.
 
@@ -83,9 +98,16 @@ def compress(
         closed_loop,
         multiple,
         seed,
+        per_tap,
+        exact_folding,
+        repair,
     )
-    architecture = find(model)
+    architecture = find(model, options.sites)
     widths = options.widths(architecture)
+    asked = plan.by_kind(
+        (site, (options.keep_of(site), widths[site.name]))
+        for site in itertools.chain(*options.sites_of(architecture))
+    )
     _require_finite_weights(architecture, options)
     device = architecture.device
     in_use = memory.in_use(device)
@@ -100,8 +122,7 @@ def compress(
     ):
         with clock("forward"):
             stream = Stream(model, architecture.blocks, batches, storage)
-        batch_tokens = max(h.shape[:-1].numel() for h in stream.hidden)
-        demand = plan.demand(architecture, options, stream.tokens, batch_tokens, storage)
+        predicted = _predicted_peak(architecture, options, stream, storage)
         run = Run(architecture, options, stream, transaction, clock)
         rows = run.all_blocks(progress)
         architecture.settle(widths, transaction)
@@ -118,39 +139,58 @@ def compress(
         },
         calibration={
             "tokens": stream.tokens,
-            "sequences": sum(h.shape[0] for h in stream.hidden),
-            "sequence_length": max(h.shape[1] for h in stream.hidden),
+            "sequences": stream.samples,
+            "sequence_length": max(
+                h.shape[1] if stream.has_sequences(h) else 1 for h in stream.hidden
+            ),
         },
         sites=rows,
         seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         memory={
-            "predicted_peak": in_use + sum(demand.values()),
+            "predicted_peak": in_use + predicted if predicted else 0,
             "measured_peak": peak.bytes,
         },
-        notes=_notes(options, widths, stream, rows),
+        notes=_notes(options, asked, stream, rows),
         versions=_versions(),
     )
 
 
+def _predicted_peak(
+    architecture: Architecture, options: Options, stream: Stream, storage: torch.device | str
+) -> int:
+    """Bytes that the run adds; 0 where they depend on more than shapes of weights."""
+    if architecture.activations_per_token is None:
+        return 0
+    batch_tokens = max(h.shape[:2].numel() for h in stream.hidden)
+    return sum(plan.demand(architecture, options, stream.tokens, batch_tokens, storage).values())
+
+
 def _require_finite_weights(architecture: Architecture, options: Options) -> None:
-    for site in itertools.chain(*architecture.sites(options.sites)):
-        for name, linear in site.linears().items():
-            bad = ~linear.weight.detach().isfinite()
-            if bool(bad.any()):
-                rows = bad.any(1).nonzero().flatten().tolist()
-                raise NonFiniteError(f"weights of {site.name}.{name}", rows, int(bad.sum()))
+    for site in itertools.chain(*options.sites_of(architecture)):
+        for name, module in site.modules().items():
+            for key, weight in module.named_parameters(recurse=False):
+                bad = ~weight.detach().isfinite()
+                if bool(bad.any()):
+                    rows = bad.flatten(1).any(1) if bad.dim() > 1 else bad
+                    raise NonFiniteError(
+                        f"{key} of {name}", rows.nonzero().flatten().tolist(), int(bad.sum())
+                    )
 
 
 def _size(model: nn.Module, architecture: Architecture, options: Options) -> dict[str, Any]:
-    first = architecture.sites(options.sites)[0]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "widths": {site.kind: site.width(1.0, None).kept for site in first},
+        "widths": plan.by_kind(
+            (site, site.channels) for site in itertools.chain(*options.sites_of(architecture))
+        ),
     }
 
 
 def _notes(
-    options: Options, widths: dict[str, Width], stream: Stream, rows: list[SiteReport]
+    options: Options,
+    asked: dict[str, tuple[float, Width]],
+    stream: Stream,
+    rows: list[SiteReport],
 ) -> list[str]:
     notes = []
     if options.holds_out and all(stream.held_out(batch) is None for batch in range(len(stream))):
@@ -158,11 +198,11 @@ def _notes(
             f"the calibration is one sequence, so nothing could be held out: what is auto was "
             f"alpha={ALPHA:g} and drift_correction=0"
         )
-    for kind, width in widths.items():
-        keep, got = options.keep_of(kind), width.kept / width.channels
+    for name, (keep, width) in asked.items():
+        got = width.kept / width.channels
         if abs(keep - got) > 5e-4:
             notes.append(
-                f"{kind}: keep={keep:g} is not feasible; the nearest width was used, "
+                f"{name}: keep={keep:g} is not feasible; the nearest width was used, "
                 f"{width} = {got:.3f}"
             )
     notes += [

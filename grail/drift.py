@@ -7,7 +7,8 @@ network's stream h. Their difference is the drift
     δ = h − (r + W x)   [O]
 
 and a consumer that aims at W x + β δ, not at W x, undoes a share β of it. What a fit needs of it
-is the cross moment with the consumer's input, one GEMM of 2·T·O·H FLOPs.
+is the cross moment with the consumer's input, one GEMM of 2·T·O·H FLOPs; of an affine fit also the
+sum d = Σ δ.
 """
 
 import torch
@@ -18,7 +19,7 @@ from grail_kernels.precision import full_fp32
 
 
 class Drift:
-    """Accumulates C = Σ δ xᵀ [O, H] and Σ|δ|² in fp32 and fp64.
+    """Accumulates C = Σ δ xᵀ [O, H] in fp32, and Σ δ [O] and Σ|δ|² in fp64.
 
     Args:
         outputs, channels: O and H.
@@ -27,6 +28,7 @@ class Drift:
 
     def __init__(self, outputs: int, channels: int, device: torch.device):
         self.cross = torch.zeros(outputs, channels, device=device)
+        self.sum = torch.zeros(outputs, dtype=torch.float64, device=device)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
 
     @property
@@ -42,11 +44,13 @@ class Drift:
             drift, x = drift[mask.flatten()], x[mask.flatten()]
         with full_fp32(x.device):
             self.cross.addmm_(drift.T, x)
+        self.sum += drift.sum(0, dtype=torch.float64)
         self.energy += drift.square().sum(dtype=torch.float64)
 
     def merge(self, other: "Drift") -> None:
         """Adds the sums of `other`."""
         self.cross += other.cross.to(self.cross.device)
+        self.sum += other.sum.to(self.sum.device)
         self.energy += other.energy.to(self.energy.device)
 
     def require_finite(self, label: str) -> None:

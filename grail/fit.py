@@ -19,6 +19,7 @@ from grail.problem import ROWS, Consumer, Problem
 from grail.reduction import Reduction
 
 Toward = Literal["zero", "baseline"]
+Damping = Literal["site", "channel"]
 Auto = Literal["auto"]
 
 
@@ -26,11 +27,12 @@ Auto = Literal["auto"]
 class Fit:
     """A site's rewritten consumers and how well they rebuild the dense output.
 
-    `weights`: one [O, K] per consumer given. `error` and `baseline_error`: ‖T − W'RX‖/‖T‖ with and
-    without compensation, over all consumers, measured on the rounded weights; T is WX, or what the
-    dense network's stream asks for where the Gram knows its drift. `alpha` and `drift_correction`:
-    as given or chosen; an infinite alpha is plain pruning or folding. `damping`: the λ used.
-    `retries`: how often it had to grow.
+    `weights`: one [O, K] per consumer given. `shifts`: of an affine fit, what is to be added to
+    each consumer's bias, [O] fp64, else None. `error` and `baseline_error`: ‖T − W'RX‖/‖T‖ with
+    compensation and without any, no bias either, over all consumers, measured on the rounded
+    weights; T is WX, or what the dense network's stream asks for where the Gram knows its drift.
+    `alpha` and `drift_correction`: as given or chosen; an infinite alpha is plain pruning or
+    folding. `damping`: the λ used, per channel its mean. `retries`: how often it had to grow.
     """
 
     weights: tuple[Tensor, ...]
@@ -40,6 +42,7 @@ class Fit:
     drift_correction: float
     damping: float
     retries: int
+    shifts: tuple[Tensor, ...] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -56,6 +59,8 @@ def fit(
     *,
     alpha: float | Auto = 1e-3,
     toward: Toward = "zero",
+    damping: Damping = "site",
+    affine: bool = False,
     compensate: bool = True,
     drift_correction: float | Auto = 0.0,
     held_out: Gram | None = None,
@@ -64,13 +69,20 @@ def fit(
 
     Args:
         gram: the Gram of the consumer's input, H channels.
-        reduction: a `Selection` or `Folding` of the same H channels.
+        reduction: a `Selection`, a `Folding` or another map of the same H channels.
         weight: the consumer [O, H], or several that read the same channels: one factorisation
             serves all.
-        alpha: ridge strength, relative to the mean diagonal of R G Rᵀ; ≥ 0.
+        alpha: ridge strength, relative to the mean diagonal of R G Rᵀ, affine of the centred one;
+            ≥ 0.
         toward: what a strong ridge shrinks to: "zero" (the paper) or "baseline" (plain pruning or
             folding).
-        compensate: False returns the baseline itself, with its error.
+        damping: whether the ridge is the same for all channels of the "site", or proportional to
+            the energy of each "channel", which spares the quiet ones.
+        affine: also fits what is to be added to the consumers' biases, from centred sums: the fit
+            returns its `shifts`. Without compensation, or with an infinite ridge toward the
+            baseline, W₀ stays and the shift is the mean of what is lost, (W − W₀R) s/N: the bias
+            compensation of FLAP (An et al., AAAI 2024).
+        compensate: False returns the baseline itself, with its error; affine, the shift as well.
         drift_correction: the share in [0, 1] of the drift that the Gram recorded (`Gram.update`)
             which the consumer is to undo; 0 is the paper.
         held_out: the Gram of other tokens of the site. What is "auto", `alpha` or
@@ -89,49 +101,34 @@ def fit(
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     grams = [gram] if held_out is None else [gram, held_out]
     _check(grams, reduction, weights)
-    check_settings(alpha, toward, drift_correction)
+    check_settings(alpha, toward, drift_correction, damping, affine)
     if held_out is None and "auto" in (alpha, drift_correction):
         raise InputError("alpha or drift_correction 'auto' needs held_out, a Gram of other tokens")
-    drifts = compensate and any(g.drift is not None for g in grams)
-    if reduction.is_identity and not drifts:
-        return Fit(tuple(w.detach().clone() for w in weights), 0.0, 0.0, 0.0, 0.0, 0.0, 0)
-
-    dense = torch.cat([w.detach().to(gram.device, torch.float64) for w in weights])
-    consumer = Consumer(dense, reduction)
-    del dense  # large, and no longer needed
-    problem = Problem(consumer, gram.matrix(), gram.drift)
-    if held_out is not None:
-        other = Problem(consumer, held_out.matrix(), held_out.drift)
-        if compensate:
-            alpha, drift_correction = _chosen(problem, other, toward, alpha, drift_correction)
-        problem.add(other)
-        del other
+    if not (compensate and any(g.drift is not None for g in grams)):
+        if reduction.is_identity:
+            return _unchanged(weights, affine)
+        drift_correction = 0.0
     if not compensate:
         alpha = math.inf
-    if not drifts:
-        drift_correction = 0.0
+
+    dense = torch.cat([w.detach().to(gram.device, torch.float64) for w in weights])
+    consumer = Consumer(dense, reduction, affine)
+    del dense  # large, and no longer needed
+    problem = Problem(consumer, gram, damping)
+    if held_out is not None:
+        other = Problem(consumer, held_out, damping)
+        alpha, drift_correction = _chosen(problem, other, toward, alpha, drift_correction)
+        problem.add(other)
+        del other
     assert alpha != "auto"
     assert drift_correction != "auto"
-    damping, retries, fitted = 0.0, 0, problem.baseline
-    if alpha < math.inf:
-        fitted, damping, retries = problem.solve(alpha, toward, drift_correction)
-        fitted.add_(problem.baseline)
-    rounded = [
-        part.to(w.dtype)
-        for part, w in zip(fitted.split([w.shape[0] for w in weights]), weights, strict=True)
-    ]
-    fitted = torch.cat([part.double() for part in rounded])
-    _require_finite(fitted, f"rewritten weight of {gram.name or 'a site'}, in {weights[0].dtype}")
-    error, baseline_error = problem.errors(fitted.sub_(problem.baseline))
-    return Fit(
-        tuple(part.to(w.device) for part, w in zip(rounded, weights, strict=True)),
-        error,
-        baseline_error,
-        alpha,
-        drift_correction,
-        damping,
-        retries,
-    )
+    return _solved(problem, weights, alpha, toward, drift_correction)
+
+
+def _unchanged(weights: tuple[Tensor, ...], affine: bool) -> Fit:
+    shifts = tuple(w.new_zeros(len(w), dtype=torch.float64) for w in weights)
+    same = tuple(w.detach().clone() for w in weights)
+    return Fit(same, 0.0, 0.0, 0.0, 0.0, 0.0, 0, shifts if affine else None)
 
 
 def _chosen(
@@ -140,10 +137,39 @@ def _chosen(
     if alpha != "auto" and correction != "auto":
         return alpha, correction
     alphas = ALPHAS if alpha == "auto" else (alpha,)
-    if alpha == "auto" and correction in ("auto", 0):
+    if alpha == "auto" and (train.affine or correction in ("auto", 0)):
         alphas = (math.inf, *alphas)  # first: of equals the one that changes nothing
     choice = choose(train, held_out, toward, alphas, None if correction == "auto" else correction)
     return choice.alpha, choice.correction
+
+
+def _solved(
+    problem: Problem, weights: tuple[Tensor, ...], alpha: float, toward: str, correction: float
+) -> Fit:
+    """The fit of consumers of the shapes, dtypes and devices of `weights`, rounded once."""
+    fitted, damping, retries = problem.solve(alpha, toward, correction)
+    fitted.add_(problem.plain)
+    outputs = [len(w) for w in weights]
+    rounded = [part.to(w.dtype) for part, w in zip(fitted.split(outputs), weights, strict=True)]
+    fitted = torch.cat([part.double() for part in rounded])
+    name = problem.name or "a site"
+    _require_finite(fitted, f"rewritten weight of {name}, in {weights[0].dtype}")
+    fitted = problem.complete(fitted.sub_(problem.plain), correction)
+    error, baseline_error = problem.errors(fitted)
+    shifts = None
+    if problem.affine:
+        parts = zip(fitted[:, -1].split(outputs), weights, strict=True)
+        shifts = tuple(part.to(w.device, copy=True) for part, w in parts)
+    return Fit(
+        tuple(part.to(w.device) for part, w in zip(rounded, weights, strict=True)),
+        error,
+        baseline_error,
+        alpha,
+        correction,
+        damping,
+        retries,
+        shifts,
+    )
 
 
 def peak_bytes(
@@ -154,6 +180,7 @@ def peak_bytes(
     folding: bool = False,
     drift: bool = False,
     held_out: bool = False,
+    affine: bool = False,
 ) -> int:
     """The most memory that `fit` takes beside its arguments, where `grail.ridge` solves in fp64.
 
@@ -161,25 +188,27 @@ def peak_bytes(
         channels, kept, outputs: H, K, and O of all consumers, with weights of 4 bytes.
         folding: whether clusters are averaged, for which G is held in fp64.
         drift, held_out: whether the Grams know a drift, and whether there is a second one.
+        affine: whether the biases are fitted as well.
     """
     h, k, o, lost = channels, kept, outputs, channels if folding else channels - kept
-    consumer = 8 * o * (k + lost)  # W₀ and V
-    terms = 8 * o * k * (1 + drift)  # V G Rᵀ, and C Rᵀ
-    normal = 8 * (h * h + h * k + k * max(h, 2 * k)) if folding else 4 * k * (h + k)
+    full, parts = k + affine, 1 + drift  # columns with the constant's; W x and the drift's share
+    consumer = 8 * o * (full + lost)  # W₀ and V
+    result = 8 * o * full
+    terms = parts * result  # V G Rᵀ, and C Rᵀ
+    normal = 8 * (h * h + 2 * h * k) if folding else 4 * k * (h + k)
+    making = max(normal, 12 * k * k)  # of A
+    bordering = max(making, 8 * k * k + 8 * full * full) if affine else making
     building = 8 * o * h + max(12 * min(lost, ROWS) * h, 8 * o * (k + lost))
     if drift:
         building = max(building, terms + 8 * min(o, ROWS) * (h + lost))
-    making = max(normal, 12 * k * k)  # of A
-    result = 8 * o * k
-    products = 8 * k * k + 8 * k * o
-    errors = 12 * o * k + max(
-        making if folding else 12 * k * k, 2 * result, products + drift * result
-    )
-    one = 4 * h * h + consumer + max(building, terms + max(normal, errors))
+    products = 8 * full * full + result
+    errors = 12 * o * k + max(bordering, 2 * result, products + drift * result)
+    one = 4 * h * h + consumer + max(building, terms + errors)
     if not held_out:
         return one
-    solving = max(making + 4 * drift * result, 8 * k * k + (6 if drift else 2) * result)
-    pricing = terms + max(making, products + 2 * drift * result)
+    right = terms if drift or affine else 0
+    solving = right + max(making, 8 * k * k + parts * result)
+    pricing = parts * result + max(bordering, products + 2 * drift * result)
     choosing = terms + max(building, terms + max(solving, pricing))
     return max(one, 8 * h * h + consumer + choosing)
 
@@ -213,8 +242,14 @@ def _require_finite(weight: Tensor, name: str) -> None:
         raise NonFiniteError(name, bad.any(0).nonzero().flatten().tolist(), int(bad.sum()))
 
 
-def check_settings(alpha: float | str, toward: str, drift_correction: float | str) -> None:
-    """Raises InputError for an alpha, toward or drift correction that is not allowed."""
+def check_settings(
+    alpha: float | str,
+    toward: str,
+    drift_correction: float | str,
+    damping: str = "site",
+    affine: bool = False,
+) -> None:
+    """Raises InputError for a setting of `fit` that is not allowed."""
     if alpha != "auto" and not (_is_number(alpha) and 0 <= alpha < math.inf):
         raise InputError(f"alpha must be a finite number ≥ 0, or 'auto'; got {alpha!r}")
     if drift_correction != "auto" and not (
@@ -225,6 +260,10 @@ def check_settings(alpha: float | str, toward: str, drift_correction: float | st
         )
     if toward not in get_args(Toward):
         raise InputError(f"toward must be one of {', '.join(get_args(Toward))}; got {toward!r}")
+    if damping not in get_args(Damping):
+        raise InputError(f"damping must be one of {', '.join(get_args(Damping))}; got {damping!r}")
+    if not isinstance(affine, bool):
+        raise InputError(f"affine must be True or False; got {affine!r}")
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -5,7 +5,6 @@ the drift correction β, and the second prices it in closed form: a parabola in 
 in [0, 1] is taken. No forward pass is repeated.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,11 +41,7 @@ def choose(
         alphas: an infinite one is plain pruning or folding.
         correction: β, if it is not to be chosen.
     """
-    choices = []
-    for alpha in alphas:
-        if math.isinf(alpha):
-            choices.append(Choice(alpha, 0.0, held_out.baseline_squared))
-            continue
-        parts = train.parts(alpha, toward)
-        choices.append(Choice(alpha, *held_out.price(*parts, correction)))
+    choices = [
+        Choice(alpha, *held_out.price(*train.parts(alpha, toward), correction)) for alpha in alphas
+    ]
     return min(choices, key=lambda choice: choice.squared_error)

@@ -4,33 +4,41 @@ Closed loop: a block's Grams are collected with its inputs coming from the alrea
 before it, and the Gram of its MLP after its own heads were narrowed. Open loop: all Grams of a
 block come from one pass of the dense model. One block's statistics live at a time.
 
-Where drift is to be corrected, the dense network's stream goes along: a block's dense output is
-taken before anything in it is narrowed (see `grail.drift`).
+Where drift is to be corrected, the dense network's stream goes along: what a block's dense form
+holds after each site is taken before anything in it is narrowed (see `grail.drift`).
+
+Folding is fitted exactly: a folded producer writes φ(R W x), not R φ(W x), so the block runs once
+more with its producers folded, and the fit sees what the narrow network computes.
 """
 
+import functools
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from grail import select
+from grail.batchnorm import reset_norm
 from grail.errors import InputError
-from grail.fit import Fit, fit
+from grail.fit import Auto, Fit, fit
 from grail.gram import Gram
+from grail.layers import Consumer, stacked
 from grail.options import ALPHA, Options
-from grail.reduction import Reduction, Selection
+from grail.reduction import Folding, Reduction, Selection
 from grail.report import SiteReport
-from grail.sites import Architecture, Site
+from grail.sites import Architecture, BoundSite
 from grail.statistics import Statistics
 from grail.stream import Memo, Shelf, Stop, Stream
 from grail.transaction import Transaction
 
 Advance = Callable[[int], object]  # hears of so many tokens done
+Rows = dict[str, list[SiteReport]]  # by name of site, one for each of its consumers
 
 
 class Clock:
@@ -86,163 +94,271 @@ class Run:
         self.widths = options.widths(architecture)
         self._dense = stream.fork() if options.follows_drift else None
         self._memo = Memo((), stream)
-        self._dense_after: dict[str, Shelf] = {}  # by kind of site
+        # What the network is to hold where each site of a block lands.
+        self._aims: list[Shelf] = []
         self._select = select.get(options.selector)
 
     def all_blocks(self, progress: bool) -> list[SiteReport]:
-        """Compresses every block in order; returns a row for each site."""
-        blocks = self.architecture.sites(self.options.sites)
-        active = self.options.active(blocks[0], self.widths)
-        if not active:
-            return [self._untouched(site) for sites in blocks for site in sites]
-        passes = 1 + (len(active) if self.options.closed_loop else 0)
-        passes += self._dense is not None
-        total = self.stream.tokens * passes * len(blocks)
+        """Compresses every block in order; returns a row for each consumer of each site."""
+        blocks = self.options.sites_of(self.architecture)
+        active = [self.options.active(sites, self.widths) for sites in blocks]
+        if not any(active):
+            return [row for sites in blocks for site in sites for row in self._untouched(site)]
+        passes = sum(1 + len(sites) * self.options.closed_loop for sites in active)
+        passes += (self._dense is not None) * len(blocks)
         rows: list[SiteReport] = []
-        with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
+        with tqdm(
+            total=self.stream.tokens * passes, unit="tok", unit_scale=True, disable=not progress
+        ) as bar:
             for number, sites in enumerate(blocks):
                 bar.set_description(f"block {number + 1}/{len(blocks)}")
-                rows += self.block(sites, bar.update)
+                rows += self.block(number, sites, bar.update)
         return rows
 
-    def block(self, sites: Sequence[Site], advance: Advance) -> list[SiteReport]:
+    def block(self, number: int, sites: Sequence[BoundSite], advance: Advance) -> list[SiteReport]:
         """Compresses one block and moves the stream past it; `advance` hears of tokens done."""
         run = self._closed if self.options.closed_loop else self._open
-        rows = {site.kind: self._untouched(site) for site in sites}
-        if active := self.options.active(sites, self.widths):
-            rows |= {row.kind: row for row in run(active, advance)}
-        return list(rows.values())
+        rows = {site.name: self._untouched(site) for site in sites}
+        rows |= run(number, self.options.active(sites, self.widths), advance)
+        return [row for of_site in rows.values() for row in of_site]
 
-    def _closed(self, sites: Sequence[Site], advance: Advance) -> Iterator[SiteReport]:
+    def _closed(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
         if self._dense is not None:
-            self._follow_dense(self._dense, sites, advance)
-        for site in sites:
-            statistics = self._statistics(site)
+            self._follow(self._dense, block, sites, advance)
+        rows = {}
+        for place, site in enumerate(sites):
             # The block is finished from the last site on: what ran before it need not run again.
             upstream = site.upstream if site is sites[-1] else ()
             self._memo = Memo(upstream, self.stream, self._memo.shelves)
+            aims = {site: self._aims[place]} if self._undoes_drift(site) else {}
             with self._memo.recording():
-                self._pass(site.block, {site: statistics}, advance, finish=False)
-            yield self._compress(site, statistics)
+                collected = self._collect(block, [site], aims, advance, finish=False)
+            rows[site.name] = self._compress(site, collected[site], aims.get(site))
         with self._memo.replaying():
-            self._pass(sites[0].block, {}, advance, finish=True)
+            self._finish(block, sites, advance)
+        return rows
 
-    def _open(self, sites: Sequence[Site], advance: Advance) -> Iterator[SiteReport]:
-        collected = {site: self._statistics(site) for site in sites}
-        self._pass(sites[0].block, collected, advance, finish=True)
-        for site, statistics in collected.items():
-            yield self._compress(site, statistics)
+    def _open(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
+        collected = self._collect(block, sites, {}, advance, finish=True)
+        return {site.name: self._compress(site, collected[site]) for site in sites}
 
-    def _statistics(self, site: Site) -> Statistics:
-        return Statistics(site, self.stream, self.options.holds_out)
+    def _undoes_drift(self, site: BoundSite) -> bool:
+        return self._dense is not None and site.can_aim(self.options.per_tap)
 
-    def _follow_dense(self, dense: Stream, sites: Sequence[Site], advance: Advance) -> None:
-        """Moves the dense stream past a block; keeps what it held after each site."""
+    def _finish(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> None:
+        """Moves the stream past a block whose sites are done; its batch norms first."""
+        if self.options.repair and sites:
+            for norm in self.architecture.norms(block):
+                reset_norm(norm, functools.partial(self._inputs_of, norm, block), self.transaction)
+        if block + 1 < len(self.architecture.blocks):
+            self._collect(block, [], {}, advance, finish=True)
+
+    def _follow(
+        self, stream: Stream, block: int, sites: Sequence[BoundSite], advance: Advance
+    ) -> None:
+        """Moves a stream past a block; keeps what it held where each site lands."""
         batch = 0
+        kept = self._aims + [Shelf(stream.storage) for _ in sites[len(self._aims) :]]
+        # A block's output is kept by the stream itself.
+        self._aims = [
+            stream.hidden if site.lands_at_output else shelf
+            for site, shelf in zip(sites, kept, strict=False)
+        ]
 
-        def keeping(shelf: Shelf) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _, args: shelf.put(batch, args[0])
+        def keeping(shelf: Shelf) -> Callable[[Tensor], None]:
+            return lambda landed: shelf.put(batch, landed)
+
+        with ExitStack() as hooks, self.clock("forward"):
+            for site, shelf in zip(sites, self._aims, strict=True):
+                if site.can_aim(self.options.per_tap) and not site.lands_at_output:
+                    hooks.enter_context(_watch(site, stream.blocks[block], _ignore, keeping(shelf)))
+            for batch in range(len(stream)):
+                output = stream.run(block, batch)
+                if isinstance(output, Tensor):
+                    stream.store(batch, output)
+                advance(stream.tokens_of(batch))
+
+    def _inputs_of(self, module: nn.Module, block: int) -> Iterator[Tensor]:
+        """What a module of a block reads, batch by batch."""
+        seen: list[Tensor] = []
+
+        def read(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise Stop
+
+        with ExitStack() as hooks, self.clock("forward"):
+            hooks.callback(module.register_forward_pre_hook(read).remove)
+            for batch in range(len(self.stream)):
+                with suppress(Stop):
+                    self.stream.run(block, batch)
+                yield seen.pop()
+
+    def _collect(
+        self,
+        block: int,
+        sites: Sequence[BoundSite],
+        aims: Mapping[BoundSite, Shelf],
+        advance: Advance,
+        finish: bool,
+    ) -> dict[BoundSite, list[Statistics]]:
+        """Runs every batch through a block, collecting what the consumers of `sites` read.
+
+        Args:
+            aims: what the sites that undo drift aim at.
+            finish: whether the stream moves to the block's output; without, a batch ends where
+                all has been seen.
+        """
+        collected = {site: self._statistics(site) for site in sites}
+        batch = 0
+        inputs: dict[Consumer, Tensor] = {}
+        waiting: set[Consumer] = set()
+
+        def add(site: BoundSite, consumer: Consumer, drift: Tensor | None) -> None:
+            with self.clock("gram"):
+                statistics = collected[site][site.consumers.index(consumer)]
+                statistics.update(batch, inputs.pop(consumer), drift)
+            waiting.discard(consumer)
+            if not waiting and not finish:
+                raise Stop
+
+        def reading(site: BoundSite) -> Callable[[Consumer, Tensor], None]:
+            def read(consumer: Consumer, x: Tensor) -> None:
+                inputs[consumer] = x
+                if site not in aims:
+                    add(site, consumer, None)
+
+            return read
+
+        def landing(site: BoundSite) -> Callable[[Tensor], None]:
+            def land(landed: Tensor) -> None:
+                with self.clock("gram"):
+                    drift = site.drift(aims[site][batch], landed)
+                add(site, site.consumers[0], drift)
+
+            return land
 
         with ExitStack() as hooks, self.clock("forward"):
             for site in sites:
-                if site.after is None:
-                    self._dense_after[site.kind] = dense.hidden
-                    continue
-                shelf = self._dense_after.setdefault(site.kind, Shelf(dense.storage))
-                hooks.callback(site.after.register_forward_pre_hook(keeping(shelf)).remove)
-            for batch in range(len(dense)):
-                dense.store(batch, dense.run(sites[0].block, batch))
-                advance(dense.tokens_of(batch))
-
-    def _pass(
-        self, block: int, collected: dict[Site, Statistics], advance: Advance, finish: bool
-    ) -> None:
-        """Runs every batch through a block, feeding the statistics.
-
-        With `finish` the stream moves to the block's output; without, a batch ends where the only
-        site has been seen.
-        """
-        batch = 0
-        inputs: dict[Site, Tensor] = {}
-
-        def feed(site: Site, after: Tensor | None) -> None:
-            with self.clock("gram"):
-                drift = None
-                if after is not None:
-                    drift = (
-                        self._dense_after[site.kind][batch].to(after.device, torch.float32) - after
-                    )
-                collected[site].update(batch, inputs.pop(site), drift)
-
-        def reading(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                inputs[site] = args[0]
-                if self._dense is None:
-                    feed(site, None)
-                    if not finish:
-                        raise Stop
-
-            return hook
-
-        def landing(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                feed(site, args[0])
-                raise Stop
-
-            return hook
-
-        with ExitStack() as hooks, self.clock("forward"):
-            for site in collected:
-                hooks.callback(site.consumer.register_forward_pre_hook(reading(site)).remove)
-                if self._dense is not None and site.after is not None:
-                    hooks.callback(site.after.register_forward_pre_hook(landing(site)).remove)
+                land = landing(site) if site in aims else None
+                hooks.enter_context(_watch(site, self.stream.blocks[block], reading(site), land))
             for batch in range(len(self.stream)):
+                waiting.update(c for site in sites for c in site.consumers)
                 with suppress(Stop):
                     output = self.stream.run(block, batch)
-                    for site in list(inputs):
-                        feed(site, output)
-                    if finish:
+                    if finish and isinstance(output, Tensor):
                         self.stream.store(batch, output)
                 advance(self.stream.tokens_of(batch))
+        return collected
 
-    def _compress(self, site: Site, statistics: Statistics) -> SiteReport:
-        width, channels = self.widths[site.kind], site.channels
-        alpha, correction = self.options.alpha, self.options.drift_correction
-        if statistics.held_out is None:  # nothing to choose by
-            alpha = ALPHA if alpha == "auto" else alpha
-            correction = 0.0 if correction == "auto" else correction
-        with self.clock("select"):
-            reduction = self._reduction(site, statistics.train)
-        with self.clock("solve"):
-            result = fit(
-                statistics.train,
-                reduction,
-                site.consumer.weight,
-                alpha=alpha,
-                toward=self.options.toward,
-                compensate=self.options.compensate,
-                drift_correction=correction,
-                held_out=statistics.held_out,
+    def _statistics(self, site: BoundSite) -> list[Statistics]:
+        return [
+            Statistics(
+                site.name, consumer, self.stream, self.options.holds_out, self.options.per_tap
             )
+            for consumer in site.consumers
+        ]
+
+    def _compress(
+        self, site: BoundSite, collected: Sequence[Statistics], aim: Shelf | None = None
+    ) -> list[SiteReport]:
+        channels, width = site.channels, self.widths[site.name]
+        with self.clock("select"):
+            reduction = self._reduction(site, collected)
+        if isinstance(reduction, Folding) and self._folds_exactly(site):
+            return self._fold_exactly(site, reduction, aim)
+        fits = [
+            self._fit(statistics, consumer, reduction)
+            for statistics, consumer in zip(collected, site.consumers, strict=True)
+        ]
         with self.clock("absorb"):
             if not reduction.is_identity:
                 site.narrow(reduction, width, self.transaction)
-            self.transaction.set_linear(site.consumer, result.weight, None)
-        return _row(site, channels, reduction.kept, statistics.tokens, result)
+            self._rewrite(site, fits, reduction.kept)
+        return [
+            _row(site, consumer, channels, reduction.kept, statistics.tokens, result)
+            for statistics, consumer, result in zip(collected, site.consumers, fits, strict=True)
+        ]
 
-    def _untouched(self, site: Site) -> SiteReport:
+    def _folds_exactly(self, site: BoundSite) -> bool:
+        asked = self.options.exact_folding and self.options.fits_weights
+        return asked and self.options.closed_loop and site.can_aim(self.options.per_tap)
+
+    def _fold_exactly(
+        self, site: BoundSite, reduction: Folding, aim: Shelf | None
+    ) -> list[SiteReport]:
+        """Folds, runs the folded block, and fits the plainly folded consumer to what is amiss.
+
+        What is amiss is a drift: from the dense network's stream, or if that is not followed, from
+        what the block itself held before it was folded.
+        """
+        channels, (consumer,) = site.channels, site.consumers
+        correction: float | Auto = self.options.drift_correction
+        if aim is None:
+            with self._memo.replaying():
+                self._follow(self.stream.fork(), site.block, [site], _ignore)
+            aim, correction = self._aims[0], 1.0
+        with self.clock("absorb"):
+            plain = reduction.absorb(consumer.by_channel)
+            site.narrow(reduction, self.widths[site.name], self.transaction)
+            consumer.rewrite(plain, reduction.kept, False, None, self.transaction)
+        with self._memo.replaying():
+            collected = self._collect(site.block, [site], {site: aim}, _ignore, finish=False)
+        (statistics,) = collected[site]
+        everything = Selection(range(reduction.kept), reduction.kept)
+        result = self._fit(statistics, consumer, everything, correction)
+        with self.clock("absorb"):
+            self._rewrite(site, [result], reduction.kept)
+        return [_row(site, consumer, channels, reduction.kept, statistics.tokens, result)]
+
+    def _fit(
+        self,
+        statistics: Statistics,
+        consumer: Consumer,
+        reduction: Reduction,
+        correction: float | Auto | None = None,
+    ) -> Fit:
+        options, per_tap = self.options, self.options.per_tap
+        alpha = options.alpha
+        correction = options.drift_correction if correction is None else correction
+        if statistics.held_out is None:  # nothing to choose by
+            alpha = ALPHA if alpha == "auto" else alpha
+            correction = 0.0 if correction == "auto" else correction
+        with self.clock("solve"):
+            return fit(
+                statistics.train,
+                reduction.repeat(consumer.taps) if per_tap else reduction,
+                consumer.by_tap if per_tap else consumer.by_channel,
+                alpha=alpha,
+                toward=options.toward,
+                compensate=options.fits_weights,
+                drift_correction=correction,
+                held_out=statistics.held_out,
+            )
+
+    def _rewrite(self, site: BoundSite, fits: Sequence[Fit], kept: int) -> None:
+        for consumer, result in zip(site.consumers, fits, strict=True):
+            consumer.rewrite(result.weight, kept, self.options.per_tap, None, self.transaction)
+
+    def _untouched(self, site: BoundSite) -> list[SiteReport]:
         nothing = Fit((), 0.0, 0.0, alpha=0.0, drift_correction=0.0, damping=0.0, retries=0)
-        return _row(site, site.channels, site.channels, self.stream.tokens, nothing)
+        channels, tokens = site.channels, self.stream.tokens
+        return [_row(site, c, channels, channels, tokens, nothing) for c in site.consumers]
 
-    def _reduction(self, site: Site, gram: Gram) -> Reduction:
+    def _reduction(self, site: BoundSite, collected: Sequence[Statistics]) -> Reduction:
         # Seeded by the site as well, so that a block's draw depends on no other block.
         generator = torch.Generator().manual_seed(
             self.options.seed ^ zlib.crc32(site.name.encode())
         )
-        width, weight = self.widths[site.kind], site.consumer.weight.detach()
+        width = self.widths[site.name]
         if width.kept == site.channels:
             return Selection(range(site.channels), site.channels)
-        reduction = self._select(select.View(site.producers(), weight, gram, width, generator))
+        gram = collected[0].channels
+        if len(collected) > 1:
+            gram = Gram(site.channels, name=site.name)
+            for statistics in collected:
+                gram.merge(statistics.channels)
+        view = select.View(site.weights(), stacked(site.consumers), gram, width, generator)
+        reduction = self._select(view)
         if (reduction.channels, reduction.kept) != (width.channels, width.kept):
             raise InputError(
                 f"the selector answered {reduction!r} at {site.name}, where {width} must stay"
@@ -250,9 +366,53 @@ class Run:
         return reduction
 
 
-def _row(site: Site, channels: int, kept: int, tokens: int, result: Fit) -> SiteReport:
+def _ignore(*_: object) -> None:
+    """Hears and does nothing."""
+
+
+@contextmanager
+def _watch(
+    site: BoundSite,
+    block: nn.Module,
+    read: Callable[[Consumer, Tensor], None],
+    landed: Callable[[Tensor], None] | None,
+) -> Iterator[None]:
+    """Reports what each consumer of a site reads, and then what the network holds at its landing."""
+    reading = False
+
+    def reader(consumer: Consumer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal reading
+            reading = True
+            read(consumer, args[0])
+
+        return hook
+
+    def land(module: nn.Module, args: Any, output: Any = None) -> None:
+        nonlocal reading
+        seen = args if output is None else output
+        if reading and landed is not None:  # a module may run before the consumer, too
+            reading = False
+            landed(seen[0] if isinstance(seen, tuple) else seen)
+
+    with ExitStack() as hooks:
+        for consumer in site.consumers:
+            handle = consumer.module.register_forward_pre_hook(reader(consumer))
+            hooks.callback(handle.remove)
+        if landed is not None and site.landing is not None:
+            module = site.landing.module or block
+            if site.lands_at_output or site.landing.output:
+                hooks.callback(module.register_forward_hook(land).remove)
+            else:
+                hooks.callback(module.register_forward_pre_hook(land).remove)
+        yield
+
+
+def _row(
+    site: BoundSite, consumer: Consumer, channels: int, kept: int, tokens: int, result: Fit
+) -> SiteReport:
     return SiteReport(
-        name=site.name,
+        name=site.name if len(site.consumers) == 1 else f"{site.name} → {consumer.name}",
         kind=site.kind,
         block=site.block,
         channels=channels,

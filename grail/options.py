@@ -2,39 +2,51 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from grail import select
 from grail.errors import InputError
 from grail.fit import Auto, Toward, check_settings
-from grail.sites import Architecture, Site
+from grail.sites import Architecture, BoundSite, Site
 from grail.width import Width, check_keep
 
 # From bench/results/smollm2_calibration.csv: the best or within 2% of it at 8k, 32k and 128k
 # tokens, on the calibration's text and on another.
 ALPHA = 1e-3
 
+Compensation = Literal["weights", "bias", "both"]
+Keep = float | Mapping[str, float | Sequence[float]]
+
 
 @dataclass(frozen=True)
 class Options:
     """The arguments of `grail.compress` that say what to do. Wrong values raise InputError."""
 
-    keep: float | Mapping[str, float] = 0.7
-    sites: Sequence[str] = ("mlp",)
+    keep: Keep = 0.7
+    sites: Sequence[str | Site] | None = None
     selector: str | select.Selector = "greedy"
-    compensate: bool = True
+    compensate: bool | Compensation = True
     alpha: float | Auto = "auto"
     toward: Toward = "baseline"
     drift_correction: float | Auto = "auto"
     closed_loop: bool = True
     multiple: int | None = None
     seed: int = 0
+    per_tap: bool = True
+    exact_folding: bool = True
+    repair: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.sites, str):
             object.__setattr__(self, "sites", tuple(s.strip() for s in self.sites.split(",")))
-        for kind in self.sites:
-            check_keep(self.keep_of(kind))
+        for keep in self.keep.values() if isinstance(self.keep, Mapping) else (self.keep,):
+            for share in keep if isinstance(keep, Sequence) else (keep,):
+                check_keep(share)
+        if not isinstance(self.compensate, bool) and self.compensate not in get_args(Compensation):
+            raise InputError(
+                f"compensate must be True, False or one of {', '.join(get_args(Compensation))}; "
+                f"got {self.compensate!r}"
+            )
         check_settings(self.alpha, self.toward, self.drift_correction)
         if self.drift_correction not in ("auto", 0) and not self.closed_loop:
             raise InputError(
@@ -43,39 +55,74 @@ class Options:
         select.get(self.selector)
 
     @property
+    def fits_weights(self) -> bool:
+        """Whether consumers are fitted, not only narrowed."""
+        return self.compensate in (True, "weights", "both")
+
+    @property
+    def shifts_bias(self) -> bool:
+        """Whether a consumer's bias takes up the mean of what is lost."""
+        return self.compensate in ("bias", "both")
+
+    @property
     def follows_drift(self) -> bool:
         """Whether the dense network's stream is carried beside the compressed one's."""
-        return self.compensate and self.closed_loop and self.drift_correction != 0
+        return self.fits_weights and self.closed_loop and self.drift_correction != 0
 
     @property
     def holds_out(self) -> bool:
         """Whether something is chosen by held-out tokens."""
         automatic = self.alpha == "auto" or (self.follows_drift and self.drift_correction == "auto")
-        return self.compensate and automatic
+        return self.fits_weights and automatic
 
-    def keep_of(self, kind: str) -> float:
-        """The share of that kind's channels that stays."""
+    def sites_of(self, architecture: Architecture) -> list[list[BoundSite]]:
+        """For each block the sites to be narrowed, in the order in which they run."""
+        sites = architecture.default if self.sites is None else self.sites
+        kinds = [site for site in sites if isinstance(site, str)]
+        if len(kinds) < len(sites):
+            return architecture.sites(architecture.kinds)  # they were named; there are no others
+        architecture.check_kinds(kinds)
+        return architecture.sites(kinds)
+
+    def keep_of(self, site: BoundSite) -> float:
+        """The share of that site's channels that stays."""
         if not isinstance(self.keep, Mapping):
             return self.keep
-        if kind not in self.keep:
-            raise InputError(f"keep names {', '.join(self.keep)}, but not the site kind {kind!r}")
-        return self.keep[kind]
+        keep = self.keep.get(site.name, self.keep.get(site.kind))
+        if keep is None:
+            raise InputError(
+                f"keep names {', '.join(self.keep)}, but not the site kind {site.kind!r}"
+            )
+        if not isinstance(keep, Sequence):
+            return keep
+        if site.block >= len(keep):
+            raise InputError(
+                f"keep gives {len(keep)} shares for {site.kind}, one for each block; {site.name} "
+                f"is in block {site.block}"
+            )
+        return keep[site.block]
 
     def widths(self, architecture: Architecture) -> dict[str, Width]:
-        """The feasible width of each kind, which all blocks share."""
-        first = architecture.sites(self.sites)[0]
-        return {site.kind: site.width(self.keep_of(site.kind), self.multiple) for site in first}
+        """The feasible width of each site, by its name."""
+        return {
+            site.name: site.width(self.keep_of(site), self.multiple)
+            for sites in self.sites_of(architecture)
+            for site in sites
+        }
 
-    def active(self, sites: Sequence[Site], widths: Mapping[str, Width]) -> list[Site]:
+    def active(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[BoundSite]:
         """The sites of a block that a run works on, in order: those that become narrower.
 
         Where drift is followed the others join them: a consumer of full width can undo it, too.
         """
-        narrowed = [site for site in sites if widths[site.kind].kept < site.channels]
+        narrowed = [site for site in sites if widths[site.name].kept < site.channels]
         return list(sites) if narrowed and self.follows_drift else narrowed
 
     def as_dict(self) -> dict[str, Any]:
         """For the report: JSON-ready."""
         name = self.selector if isinstance(self.selector, str) else repr(self.selector)
-        keep = dict(self.keep) if isinstance(self.keep, Mapping) else self.keep
-        return {**vars(self), "keep": keep, "sites": list(self.sites), "selector": name}
+        keep: Any = self.keep
+        if isinstance(keep, Mapping):
+            keep = {k: list(v) if isinstance(v, Sequence) else v for k, v in keep.items()}
+        sites = None if self.sites is None else [str(site) for site in self.sites]
+        return {**vars(self), "keep": keep, "sites": sites, "selector": name}

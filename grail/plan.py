@@ -5,7 +5,7 @@ batches, rolled back, and scaled by the number of blocks and batches.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from grail.fit import peak_bytes
 from grail.loop import Clock, Run
 from grail.options import Options
 from grail.select import greedy
-from grail.sites import Architecture, Site, find
+from grail.sites import Architecture, BoundSite, find
 from grail.stream import Stream
 from grail.transaction import Transaction, steady
 from grail_kernels.tuning import FLUSH_TOKENS
@@ -49,7 +49,8 @@ class Saving:
 class Inspection:
     """Sites, savings and the predicted cost of a run. Nothing was changed to find out.
 
-    `memory`: bytes by part, and their "peak"; `seconds`: by phase, and their "total".
+    `memory`: bytes by part, and their "peak"; `seconds`: by phase, and their "total". Both are
+    empty for a model that does not read token ids.
     """
 
     name: str
@@ -85,37 +86,59 @@ def inspect(
         ModelError: a model of no known family.
         InputError: a keep that is not allowed.
     """
-    architecture = find(model)
+    architecture = find(model, None if options is None else options.sites)
     options = options or Options(keep, sites=architecture.kinds)
-    blocks = architecture.sites(options.sites)
+    sites = list(itertools.chain(*options.sites_of(architecture)))
     parameters = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     savings = []
     for keep in keeps:
-        widths = {s.kind: s.width(keep, options.multiple) for s in blocks[0]}
-        saved = [(s.parameters_saved(widths[s.kind]), s) for s in itertools.chain(*blocks)]
+        widths = [(s, s.width(keep, options.multiple)) for s in sites]
+        saved = sum(site.parameters_saved(width) for site, width in widths)
         savings.append(
             Saving(
                 keep,
-                {kind: str(width) for kind, width in widths.items()},
-                parameters - sum(n for n, _ in saved),
-                size - sum(n * s.consumer.weight.element_size() for n, s in saved),
+                {kind: str(width) for kind, width in by_kind(widths).items()},
+                parameters - saved,
+                size - saved * architecture.element_size,
             )
         )
-    batch_tokens = batch_size * sequence_length
-    parts = demand(architecture, options, tokens, batch_tokens)
-    parts = {"in use now": memory.in_use(architecture.device), **parts}
+    parts: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if hasattr(embeddings, "num_embeddings") and architecture.activations_per_token is not None:
+        parts = {
+            "in use now": memory.in_use(architecture.device),
+            **demand(architecture, options, tokens, batch_size * sequence_length),
+        }
+        seconds = _seconds(model, architecture, options, tokens, batch_size, sequence_length)
+    structures = by_kind((site, site.width(1.0, None).structure) for site in sites)
     return Inspection(
         name=architecture.name,
         parameters=parameters,
         bytes=size,
-        sites=[SiteKind(s.kind, len(blocks), s.width(1.0, None).structure) for s in blocks[0]],
+        sites=[
+            SiteKind(name, max(1, sum(s.kind == name for s in sites)), structure)
+            for name, structure in structures.items()
+        ],
         savings=savings,
         keep=options.keep,
         tokens=tokens,
-        memory={**parts, "peak": sum(parts.values())},
-        seconds=_seconds(model, architecture, options, tokens, batch_size, sequence_length),
+        memory={**parts, "peak": sum(parts.values())} if parts else {},
+        seconds=seconds,
     )
+
+
+def by_kind(values: Iterable[tuple[BoundSite, Any]]) -> dict[str, Any]:
+    """One value for each kind of site where it is the same for all, else one for each site."""
+    found: dict[str, dict[str, Any]] = {}
+    for site, value in values:
+        found.setdefault(site.kind, {})[site.name] = value
+    merged: dict[str, Any] = {}
+    for kind, of_sites in found.items():
+        same = len(set(of_sites.values())) == 1
+        merged |= {kind: next(iter(of_sites.values()))} if same else of_sites
+    return merged
 
 
 def demand(
@@ -139,20 +162,22 @@ def demand(
     Not counted: attention masks of padded batches, and what another selector holds for itself.
     """
     widths = options.widths(architecture)
-    blocks = [options.active(sites, widths) for sites in architecture.sites(options.sites)]
+    blocks = [options.active(sites, widths) for sites in options.sites_of(architecture)]
     first, element = blocks[0], architecture.element_size
+    assert architecture.hidden_size is not None
+    assert architecture.activations_per_token is not None
     hidden = tokens * architecture.hidden_size * element
     kept_outputs = options.closed_loop and any(s.upstream for s in first[-1:])
     streams = 1 + kept_outputs
     if options.follows_drift:
-        streams += 1 + sum(s.after is not None for s in first)
+        streams += 1 + sum(not s.lands_at_output for s in first)
     waiting = FLUSH_TOKENS if architecture.device.type == "cuda" else 0
     grams = [
         (1 + options.holds_out)
         * (
             4 * gk.packed_numel(s.channels)
             + waiting * s.channels * element
-            + 4 * options.follows_drift * s.consumer.out_features * s.channels
+            + 4 * options.follows_drift * s.outputs * s.channels
         )
         for s in first
     ]
@@ -160,24 +185,25 @@ def demand(
     solves = [
         peak_bytes(
             s.channels,
-            widths[s.kind].kept,
-            s.consumer.out_features,
-            folding=options.selector == "folding",
+            widths[s.name].kept,
+            s.outputs,
+            folding=str(options.selector).startswith("folding"),
             drift=options.follows_drift,
             held_out=options.holds_out,
         )
         for s in first
     ]
     selections = [
-        greedy.peak_bytes(s.channels, widths[s.kind].kept, s.consumer.out_features)
+        greedy.peak_bytes(s.channels, widths[s.name].kept, s.outputs)
         for s in first
         if options.selector == "greedy"
     ]
 
-    def rewritten(site: Site) -> int:
-        width = widths[site.kind]
-        full = width.kept == site.channels  # then only the consumer changes
-        return site.consumer.weight.numel() if full else site.parameters_at(width)
+    def rewritten(site: BoundSite) -> int:
+        if widths[site.name].kept == site.channels:  # then only the consumers change
+            return site.outputs * site.channels
+        whole = sum(p.numel() for m in site.modules().values() for p in m.parameters())
+        return whole - site.parameters_saved(widths[site.name])
 
     largest_batch = batch_tokens * architecture.activations_per_token * element
     return {
@@ -209,7 +235,8 @@ def _seconds(
         with steady(model), Transaction() as transaction:
             stream = Stream(model, architecture.blocks, trial)
             run = Run(architecture, options, stream, transaction, clock)
-            run.block(architecture.sites(options.sites)[0], lambda n: None)
+            if any(width.kept < width.channels for width in run.widths.values()):
+                run.block(0, options.sites_of(architecture)[0], lambda n: None)
             transaction.undo()
         each = {"forward": repeats, "gram": repeats}
         phases = {k: v * blocks * each.get(k, 1) for k, v in clock.seconds.items()}

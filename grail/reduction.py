@@ -1,7 +1,7 @@
 """Reductions: the linear map R [K, H] from a site's H channels to the K that stay.
 
 A selection keeps rows of the identity; a folding averages clusters. Each is stored as what it is
-(an index, labels), never as a dense R, and knows four products that everything else is built from.
+(an index, labels), never as a dense R, and knows the products that everything else is built from.
 """
 
 from abc import ABC, abstractmethod
@@ -31,9 +31,22 @@ class Reduction(ABC):
     def absorb(self, weight: Tensor) -> Tensor:
         """The consumer [O, K] of plain pruning or folding, from the dense `weight` [O, H]."""
 
+    @abstractmethod
+    def lift(self, columns: Tensor) -> Tensor:
+        """columns·R: [..., K] → [..., H]."""
+
+    def left_out(self, weight: Tensor, baseline: Tensor) -> tuple[Tensor, Tensor]:
+        """What plain reduction leaves out of a consumer: V = W − W₀R, W₀ what `absorb` gave.
+
+        Returns:
+            The channels [D] outside of which V is zero by construction, and V there, [O, D].
+        """
+        every = torch.arange(self.channels, device=weight.device)
+        return every, weight - self.lift(baseline)
+
     def normal(self, gram: Tensor) -> Tensor:
-        """R·G·Rᵀ [K, K] for a Gram matrix [H, H]."""
-        return self.restrict(self.narrow(gram))
+        """R·G·Rᵀ [K, K] in fp64 for a Gram matrix [H, H]."""
+        return self.restrict(self.narrow(gram.double()))
 
     @abstractmethod
     def repeat(self, times: int) -> "Reduction":
@@ -87,6 +100,20 @@ class Selection(Reduction):
     def absorb(self, weight: Tensor) -> Tensor:
         return self.restrict(weight)
 
+    def lift(self, columns: Tensor) -> Tensor:
+        every = columns.new_zeros((*columns.shape[:-1], self.channels))
+        return every.index_copy_(-1, self.index.to(columns.device), columns)
+
+    def left_out(self, weight: Tensor, baseline: Tensor) -> tuple[Tensor, Tensor]:
+        dropped = torch.ones(self.channels, dtype=torch.bool)
+        dropped[self.index] = False
+        lost = dropped.nonzero().flatten().to(weight.device)
+        return lost, weight[:, lost]
+
+    def normal(self, gram: Tensor) -> Tensor:
+        # Picks before it widens, so that G need not be held in fp64.
+        return self.restrict(self.narrow(gram)).double()
+
     def repeat(self, times: int) -> "Selection":
         return Selection(_repeated(self.index, times), self.channels * times)
 
@@ -136,6 +163,10 @@ class Folding(Reduction):
     def absorb(self, weight: Tensor) -> Tensor:
         # Every member of a cluster is replaced by the mean, so the consumer's columns add up.
         return self._sum_columns(weight).to(weight.dtype)
+
+    def lift(self, columns: Tensor) -> Tensor:
+        means = columns / self.sizes.to(columns)
+        return means.index_select(-1, self.labels.to(columns.device))
 
     def _sum_columns(self, columns: Tensor) -> Tensor:
         self._check(columns.shape[-1])

@@ -44,6 +44,7 @@ def solve(
     right: Tensor,
     damping: Tensor | float,
     *,
+    profile: Tensor | None = None,
     precision: Precision = "auto",
 ) -> Solution:
     """Solves X (A + λI) = C for a batch of problems.
@@ -56,6 +57,7 @@ def solve(
             function returns is overwritten, so that a large problem needs no second K·K matrix.
         right: C [.., O, K].
         damping: λ ≥ 0, a number or [..].
+        profile: [.., K] > 0, so that λ·diag(profile) stands for λI; ones by default.
         precision: "fp64"; "refined", fp32 with refinement to a relative error of 6e-8; "auto", fp64
             on CPUs and on GPUs of compute capability 8.0 and 9.0, gfx90a and gfx942, else refined.
 
@@ -63,7 +65,8 @@ def solve(
         A `Solution` in fp64.
 
     Raises:
-        InputError: shapes that do not fit, a negative λ or an unknown precision.
+        InputError: shapes that do not fit, a negative λ, a profile that is not positive or an
+            unknown precision.
         NonFiniteError: NaN or Inf in A or C.
         SolveError: still indefinite after the last retry.
 
@@ -80,12 +83,17 @@ def solve(
     lam = lam.expand(batch).reshape(-1).clone()
     if bool((lam < 0).any()):
         raise InputError(f"damping must not be negative; got {lam.min().item():g}")
+    shape = torch.ones_like(diagonal) if profile is None else profile.expand(*batch, -1).double()
+    shape = shape.reshape(diagonal.shape)
+    if not bool((shape > 0).all()):
+        raise InputError(f"a profile of damping must be positive; got {shape.min().item():g}")
 
     def attempt(todo: Tensor) -> tuple[Tensor, Tensor]:
         a = _made(normal)
         a = _picked(a.reshape(-1, *a.shape[-2:]), todo)
         a = a.to(torch.float64, copy=isinstance(normal, Tensor))
-        a.diagonal(dim1=-2, dim2=-1).add_((lam + empty)[todo, None])  # the identity where A is 0
+        added = lam[:, None] * shape + empty[:, None]  # the identity where A is 0
+        a.diagonal(dim1=-2, dim2=-1).add_(added[todo])
         return method(a, _picked(c, todo))
 
     fast = _fp64_is_fast(c.device) if precision == "auto" else precision == "fp64"

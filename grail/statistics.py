@@ -1,40 +1,72 @@
-"""What a run collects of one site: the Gram of most sequences, and the Gram of those held out."""
+"""What a run collects of one consumer: the Gram of most samples, and the Gram of those held out."""
 
 from torch import Tensor
 
 from grail.gram import Gram
-from grail.sites import Site
+from grail.layers import Consumer
 from grail.stream import Stream
 
 
 class Statistics:
-    """The Grams of one site, fed batch by batch.
+    """The Grams of what one consumer reads, fed batch by batch.
 
     Args:
-        site: whose consumer's input is summed up.
+        name: the site, for error messages.
+        consumer: whose input is summed up.
         stream: the calibration set.
-        holds_out: whether every fifth sequence goes to a Gram of its own.
+        holds_out: whether every fifth sample goes to a Gram of its own.
+        per_tap: whether a convolution's taps are columns of their own (see `Consumer.by_tap`).
 
-    `train`: for selection and fit. `held_out`: for what is chosen; None if it has no token.
+    `train`: for the fit. `held_out`: for what is chosen; None if it has no token. `channels`: of
+    the channels alone, for selection; the same as `train` unless taps are columns.
     """
 
-    def __init__(self, site: Site, stream: Stream, holds_out: bool):
-        self._stream = stream
-        self.train = Gram(site.channels, device=stream.device, name=site.name)
-        self._held_out = Gram(site.channels, device=stream.device, name=site.name)
-        self._holds_out = holds_out
+    def __init__(
+        self, name: str, consumer: Consumer, stream: Stream, holds_out: bool, per_tap: bool
+    ):
+        self._consumer, self._stream, self._holds_out = consumer, stream, holds_out
+        self.per_tap = per_tap
+        columns = consumer.channels * (consumer.taps if per_tap else 1)
+        self.train = Gram(columns, device=stream.device, name=name)
+        self._held_out = Gram(columns, device=stream.device, name=name)
+        self.channels = self.train
+        if columns > consumer.channels:
+            self.channels = Gram(consumer.channels, device=stream.device, name=name)
 
     def update(self, batch: int, x: Tensor, drift: Tensor | None = None) -> None:
-        """Adds the consumer's input [B, L, H] of one batch, and the drift [B, L, O] after it."""
+        """Adds the consumer's input of one batch, and what its output lacks.
+
+        Args:
+            x: as the consumer gets it.
+            drift: [..., O], of the tokens that it makes of its input.
+        """
+        tokens = self._consumer.patches(x) if self.per_tap else self._consumer.pixels(x)
+        mask, held = self._flags(batch, tokens)
+        if held is None:
+            self._add(x, tokens, mask, drift)
+        elif bool((~held).any()):
+            parts = (None if t is None else t[~held] for t in (mask, drift))
+            self._add(x[~held], tokens[~held], *parts)
+        if held is not None:
+            parts = (None if t is None else t[held] for t in (mask, drift))
+            self._held_out.update(tokens[held], *parts)
+
+    def _add(self, x: Tensor, tokens: Tensor, mask: Tensor | None, drift: Tensor | None) -> None:
+        self.train.update(tokens, mask, drift)
+        if self.channels is not self.train:
+            self.channels.update(self._consumer.pixels(x))
+
+    def _flags(self, batch: int, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Which tokens count, and which rows of the first axis are held out."""
         mask = self._stream.mask(batch)
         held = self._stream.held_out(batch) if self._holds_out else None
-        if held is None:
-            self.train.update(x, mask, drift)
-            return
-        for gram, rows in ((self.train, ~held), (self._held_out, held)):
-            if bool(rows.any()):
-                parts = (None if t is None else t[rows] for t in (mask, drift))
-                gram.update(x[rows], *parts)
+        samples = self._stream.hidden[batch].shape[0]
+        if mask is not None and mask.shape != tokens.shape[:-1]:
+            # Some modules see all tokens of a batch in one row.
+            mask = mask.flatten() if tokens.shape[:-1] == (mask.numel(),) else None
+        if held is not None and tokens.shape[0] != samples:
+            held = held.repeat_interleave(tokens.shape[0] // samples)
+        return mask, held
 
     @property
     def held_out(self) -> Gram | None:

@@ -8,6 +8,7 @@ those arguments.
 
 import copy
 import functools
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from grail.errors import EmptyCalibrationError, InputError
 
-Batch = Tensor | Mapping[str, Any]
+Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 
 # One sequence in so many is held out.
 HELD_OUT = 5
@@ -33,10 +34,14 @@ class Stop(Exception):  # noqa: N818, it is no error
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one block for one batch, without the hidden states."""
+    """The arguments of one block for one batch, without the hidden states.
+
+    `key`: the name under which those are passed; None is the first place.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    key: str | None = None
 
 
 class Shelf:
@@ -54,6 +59,8 @@ class Shelf:
         """Keeps a copy of the tensor of one batch; the first ones come in order."""
         if batch == len(self._tensors):
             self._tensors.append(tensor.detach().to(self._storage, copy=True))
+        elif self._tensors[batch].shape != tensor.shape:
+            self._tensors[batch] = tensor.detach().to(self._storage, copy=True)
         else:
             self._tensors[batch].copy_(tensor)
 
@@ -78,11 +85,14 @@ class Stream:
     """Hidden states of every calibration batch at the entry of one block.
 
     Args:
-        model: called as `model(**batch, use_cache=False)`.
-        blocks: the model's blocks in order.
-        batches: LongTensor [B, L] of token ids, or mappings of the model's keyword arguments; an
-            `attention_mask` [B, L] marks the tokens that count.
+        model: called as `model(**batch)`, `model(*batch)` or `model(batch)`.
+        blocks: the model's blocks in order; the model itself is a block, too.
+        batches: LongTensor [B, L] of token ids, other tensors with samples along the first axis
+            (images [B, C, H, W]), tuples of the model's arguments, or mappings of its keyword
+            arguments, of which an `attention_mask` [B, L] marks the tokens that count.
         storage: where hidden states wait between blocks; the model may be elsewhere.
+
+    `tokens`: how many were counted; samples, where a sample has no tokens (images).
 
     Raises:
         EmptyCalibrationError: no batch, or no token.
@@ -112,10 +122,13 @@ class Stream:
     def __len__(self) -> int:
         return len(self.hidden)
 
-    def run(self, block: int, batch: int) -> Tensor:
+    def run(self, block: int, batch: int) -> Any:
         """The block's output for one batch, on the model's device."""
         call, hidden = self._calls[batch][block], self.hidden[batch].to(self.device)
-        output = self.blocks[block](hidden, *call.args, **call.kwargs)
+        if call.key is None:
+            output = self.blocks[block](hidden, *call.args, **call.kwargs)
+        else:
+            output = self.blocks[block](*call.args, **{call.key: hidden}, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def store(self, batch: int, hidden: Tensor) -> None:
@@ -128,9 +141,21 @@ class Stream:
         return None if mask is None else mask.to(self.device)
 
     def tokens_of(self, batch: int) -> int:
-        """How many tokens of one batch count."""
-        mask = self.masks[batch]
-        return self.hidden[batch].shape[:-1].numel() if mask is None else int(mask.sum())
+        """How many tokens of one batch count; samples, where those have no tokens."""
+        mask, hidden = self.masks[batch], self.hidden[batch]
+        if mask is not None:
+            return int(mask.sum())
+        return hidden.shape[: 1 + self.has_sequences(hidden)].numel()
+
+    @staticmethod
+    def has_sequences(hidden: Tensor) -> bool:
+        """Whether hidden states have an axis of tokens: [B, L, _], or token ids [B, L]."""
+        return hidden.dim() == 3 or (hidden.dim() == 2 and not hidden.is_floating_point())
+
+    @property
+    def samples(self) -> int:
+        """Sequences, or images."""
+        return sum(hidden.shape[0] for hidden in self.hidden)
 
     def held_out(self, batch: int) -> Tensor | None:
         """[B] bool on the model's device, every fifth sequence of all (of fewer, the last).
@@ -160,17 +185,18 @@ class Stream:
         return other
 
     def _enter(self, model: nn.Module, batch: Batch) -> None:
-        inputs = _model_inputs(batch, self.device)
+        args, kwargs = _model_inputs(model, batch, self.device)
         calls: list[Call] = []
 
         def recorder(number: int) -> Any:
-            def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            def record(*args: Any, **kwargs: Any) -> Tensor:
+                hidden, call = _without_hidden(args, kwargs)
                 if number == 0:
-                    self.hidden.put(len(self._calls), hidden_states)
-                calls.append(self._shared(number, Call(args, kwargs)))
+                    self.hidden.put(len(self._calls), hidden)
+                calls.append(self._shared(number, call))
                 if number == len(self.blocks) - 1:
                     raise Stop
-                return hidden_states
+                return hidden
 
             return record
 
@@ -178,9 +204,9 @@ class Stream:
             for number, block in enumerate(self.blocks):
                 stack.enter_context(_replaced_forward(block, recorder(number)))
             with suppress(Stop):
-                model(**inputs, use_cache=False)
+                model(*args, **kwargs)
         self._calls.append(calls)
-        mask = inputs.get("attention_mask")
+        mask = kwargs.get("attention_mask")
         self.masks.append(None if mask is None else mask.bool().to(self.storage))
 
     def _shared(self, number: int, call: Call) -> Call:
@@ -188,7 +214,7 @@ class Stream:
         if not self._calls:
             return call
         first = self._calls[0][number]
-        return first if _equal((call.args, call.kwargs), (first.args, first.kwargs)) else call
+        return first if _equal(vars(call), vars(first)) else call
 
 
 class Memo:
@@ -255,20 +281,43 @@ def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
             module.forward = had
 
 
-def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
-    if isinstance(batch, Tensor):
+def _model_inputs(
+    model: nn.Module, batch: Batch, device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the model's forward."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        kwargs = dict(batch)
+    elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        args = tuple(batch)
+    elif isinstance(batch, Tensor):
+        args = (batch,)
+    else:
+        raise InputError(
+            "a batch must be a tensor (token ids [B, L], images [B, C, H, W]), a tuple of the "
+            f"model's arguments, or a mapping of its keyword arguments; got {type(batch).__name__}"
+        )
+    known = inspect.signature(model.forward).parameters
+    if isinstance(batch, Tensor) and "input_ids" in known:
         if batch.dim() != 2 or batch.is_floating_point():
             raise InputError(
                 f"a batch of token ids must be integers [B, L]; "
                 f"got {batch.dtype} {tuple(batch.shape)}"
             )
-        return {"input_ids": batch.to(device)}
-    if isinstance(batch, Mapping):
-        return _to(dict(batch), device)
-    raise InputError(
-        "a batch must be a tensor of token ids or a mapping of the model's arguments; "
-        f"got {type(batch).__name__}"
-    )
+        args, kwargs = (), {"input_ids": batch}
+    if "use_cache" in known:
+        kwargs = {"use_cache": False, **kwargs}
+    return _to(args, device), _to(kwargs, device)
+
+
+def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """A block's hidden states, its first tensor, and the rest of its arguments."""
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    key = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+    rest = {name: value for name, value in kwargs.items() if name != key}
+    return kwargs[key], Call((), rest, key)
 
 
 def _to(tree: Any, device: torch.device) -> Any:

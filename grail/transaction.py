@@ -27,26 +27,23 @@ class Transaction:
             self._undo.append(lambda: delattr(owner, name))
         setattr(owner, name, value)
 
-    def set_linear(self, linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-        """Gives `linear` a new weight [O, I] and bias [O], cast and moved to where the old were."""
-        self._set_parameter(linear, "weight", weight)
-        if bias is not None:
-            self._set_parameter(linear, "bias", bias)
-        self.set_attribute(linear, "out_features", weight.shape[0])
-        self.set_attribute(linear, "in_features", weight.shape[1])
-
-    def undo(self) -> None:
-        """Takes back every change so far, last first."""
-        while self._undo:
-            self._undo.pop()()
-
-    def _set_parameter(self, module: nn.Module, name: str, value: Tensor) -> None:
+    def set_parameter(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Gives a parameter a new value, cast and moved to where the old one was."""
         old = getattr(module, name)
         new = nn.Parameter(
             value.detach().to(device=old.device, dtype=old.dtype).contiguous(),
             requires_grad=old.requires_grad,
         )
         self.set_attribute(module, name, new)
+
+    def set_buffer(self, module: Any, name: str, value: Tensor) -> None:
+        """Gives a buffer a new tensor, cast and moved to where the old one was."""
+        self.set_attribute(module, name, value.detach().to(getattr(module, name)).contiguous())
+
+    def undo(self) -> None:
+        """Takes back every change so far, last first."""
+        while self._undo:
+            self._undo.pop()()
 
     def __enter__(self) -> "Transaction":
         return self

@@ -1,31 +1,47 @@
 """Where a model's sites are. A family of architectures is one file in this folder."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
-from grail.errors import ModelError
-from grail.sites import llama
-from grail.sites.site import Architecture, Site
+from grail.errors import InputError, ModelError
+from grail.sites import decoders
+from grail.sites.named import Named, Site
+from grail.sites.site import Architecture, BoundSite, Landing
 
-__all__ = ["Architecture", "Site", "find", "supported"]
+__all__ = ["Architecture", "BoundSite", "Landing", "Site", "find", "supported"]
 
-_FAMILIES = (llama,)
+_FAMILIES = (decoders,)
 
 
 def supported() -> list[str]:
-    """The `model_type`s whose sites are known."""
-    return sorted(name for family in _FAMILIES for name in family.MODEL_TYPES)
+    """The architectures whose sites are known."""
+    return sorted(name for family in _FAMILIES for name in family.LAYOUTS)
 
 
-def find(model: nn.Module) -> Architecture:
+def find(model: nn.Module, sites: Sequence[str | Site] | None = None) -> Architecture:
     """The architecture of `model`: its blocks and their sites.
+
+    Args:
+        sites: kinds of sites of a known family, or sites by the names of their layers.
 
     Raises:
         ModelError: a model of no known family, or one whose modules are not what its family
             promises.
+        InputError: sites of both forms.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    named = [site for site in sites or () if isinstance(site, Site)]
+    if named:
+        if len(named) < len(sites or ()):
+            raise InputError("sites are either kinds, such as 'mlp', or all of them grail.Site")
+        return Named(model, named)
     for family in _FAMILIES:
-        if model_type in family.MODEL_TYPES:
-            return family.architecture(model)
+        architecture = family.architecture(model)
+        if architecture is not None:
+            return architecture
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
     name = f"model_type {model_type!r}" if model_type else type(model).__name__
-    raise ModelError(f"no sites are known for {name}; supported are {', '.join(supported())}")
+    raise ModelError(
+        f"no sites are known for {name}; supported are {', '.join(supported())}. For another "
+        "network name them: sites=[grail.Site(producers=[…], consumers=[…])]"
+    )

@@ -1,78 +1,152 @@
-"""A site is one hidden activation: producers write its channels, a consumer reads them."""
+"""A site is one hidden activation: producers write its channels, consumers read them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grail.errors import InputError, ModelError
+from grail.layers import NORMS, Consumer, Producer, narrow_along, values_along
 from grail.reduction import Reduction
 from grail.transaction import Transaction
-from grail.width import Width
+from grail.width import ChannelWidth, Width
 
 
 @dataclass(frozen=True, eq=False)
-class Site(ABC):
-    """One hidden activation of one block.
+class Landing:
+    """Where the network shows what it holds once a consumer's output is in.
 
-    `name`: "model.layers.3.mlp"; `kind`: "mlp" or "heads"; `consumer`: the layer whose input is the
-    activation; `upstream`: modules of the block that run before the site and that narrowing it does
-    not touch; `after`: the module whose input is the residual stream right after the consumer was
-    added to it, None if that is the block's output.
+    `module`: whose input is looked at, or whose output with `output`; None is the block's output.
+    `scale`: [O], what a unit of the consumer's output is there (a batch norm's slope); None is 1.
+    """
+
+    module: nn.Module | None = None
+    output: bool = False
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class BoundSite:
+    """One hidden activation of one block, bound to the modules of a model.
+
+    `name`: "model.layers.3.mlp"; `kind`: "mlp", "heads", "conv", …; `along`: layers between
+    producers and consumers that treat every channel by itself, by name; `upstream`: modules of the
+    block that run before the site and that narrowing it does not touch; `landing`: where drift is
+    seen, None if nowhere; `sizes`: attributes that hold the width, as (owner, name).
     """
 
     name: str
     kind: str
     block: int
-    consumer: nn.Linear
-    upstream: tuple[nn.Module, ...]
-    after: nn.Module | None
+    producers: tuple[Producer, ...]
+    consumers: tuple[Consumer, ...]
+    along: tuple[tuple[str, nn.Module], ...] = ()
+    upstream: tuple[nn.Module, ...] = ()
+    landing: Landing | None = None
+    sizes: tuple[tuple[Any, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.producers or not self.consumers:
+            raise ModelError(f"{self.name}: a site needs a producer and a consumer")
+        counts = {p.name: len(rows) for p in self.producers for rows in p.rows()}
+        counts |= {c.name: c.channels for c in self.consumers}
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ModelError(f"{self.name}: its layers disagree on the number of channels: {found}")
 
     @property
     def channels(self) -> int:
-        """H, the consumer's input width."""
-        return self.consumer.in_features
+        """H."""
+        return self.consumers[0].channels
 
-    @abstractmethod
-    def linears(self) -> dict[str, nn.Linear]:
-        """Every layer that narrowing rewrites, by its name in the block."""
+    @property
+    def outputs(self) -> int:
+        """O of all consumers, each tap of a convolution counted."""
+        return sum(c.outputs * c.taps for c in self.consumers)
 
-    @abstractmethod
-    def producers(self) -> tuple[Tensor, ...]:
+    @property
+    def lands_at_output(self) -> bool:
+        """Whether the block's output is where its landing is."""
+        return self.landing is not None and self.landing.module is None
+
+    def can_aim(self, per_tap: bool) -> bool:
+        """Whether what the network is to hold where it lands can be asked of the consumer.
+
+        A map of channels that is the same at every tap of a convolution leaves no such choice.
+        """
+        one = len(self.consumers) == 1 and (per_tap or self.consumers[0].taps == 1)
+        return self.landing is not None and one
+
+    def drift(self, aim: Tensor, landed: Tensor) -> Tensor:
+        """What the consumer's output lacks, [..., O] fp32, for the network to hold `aim`."""
+        assert self.landing is not None
+        missing = aim.to(landed.device, torch.float32) - landed
+        missing = self.consumers[0].outputs_as_tokens(missing)
+        if self.landing.scale is None:
+            return missing
+        scale = self.landing.scale.to(missing)
+        return (missing / scale).where(scale != 0, 0)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every layer that narrowing rewrites, by its name."""
+        writing = {producer.name: producer.module for producer in self.producers}
+        reading = {consumer.name: consumer.module for consumer in self.consumers}
+        return {**writing, **dict(self.along), **reading}
+
+    def weights(self) -> tuple[Tensor, ...]:
         """Weights [H, ...] whose row h writes channel h."""
+        return tuple(rows for producer in self.producers for rows in producer.rows())
 
-    @abstractmethod
     def width(self, keep: float, multiple: int | None) -> Width:
         """The feasible width nearest to `keep`."""
+        return ChannelWidth.nearest(self.channels, keep, multiple)
 
-    @abstractmethod
     def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
-        """Narrows the producers, and the block's record of its sizes; not the consumer."""
+        """Narrows producers, what runs along, and records of the width; not the consumers."""
+        self._narrow({"channels": reduction}, transaction)
 
     def parameters_saved(self, width: Width) -> int:
-        """How many parameters fewer the block has at `width`."""
-        before = sum(p.numel() for linear in self.linears().values() for p in linear.parameters())
-        return before - self.parameters_at(width)
+        """How many parameters fewer the model has at `width`."""
+        return self._saved({"channels": width.channels - width.kept})
 
-    @abstractmethod
-    def parameters_at(self, width: Width) -> int:
-        """Parameters of `linears()` at `width`."""
+    def _narrow(self, reductions: Mapping[str, Reduction], transaction: Transaction) -> None:
+        reduction = reductions["channels"]
+        for producer in self.producers:
+            producer.narrow(reductions, transaction)
+        for name, module in self.along:
+            narrow_along(name, module, reduction, transaction)
+        for owner, name in self.sizes:
+            transaction.set_attribute(owner, name, reduction.kept)
+
+    def _saved(self, lost: Mapping[str, int]) -> int:
+        rows = sum(
+            producer.values_per_row() * count * len(producer.rows(role))
+            for producer in self.producers
+            for role, count in lost.items()
+        )
+        columns = sum(c.outputs * c.taps for c in self.consumers)
+        beside = sum(values_along(module, self.channels) for _, module in self.along)
+        return rows + (columns + beside) * lost["channels"]
 
 
 class Architecture(ABC):
     """A model as a chain of blocks, each with sites in the order in which they run.
 
-    `name`: the model, for people. `hidden_size`: values of one token between blocks.
-    `activations_per_token`: values of one token that live at once inside a block's forward, for
-    the prediction of memory.
+    `name`: the model, for people. `kinds`: of sites, in the order in which they run; `default`:
+    those that are narrowed if none are named. `hidden_size`: values of one token between blocks;
+    `activations_per_token`: values of one token that live at once inside a block's forward, both
+    for the prediction of memory; None where they depend on the input.
     """
 
     name: str
     kinds: tuple[str, ...]
+    default: tuple[str, ...]
     blocks: Sequence[nn.Module]
-    hidden_size: int
-    activations_per_token: int
+    hidden_size: int | None = None
+    activations_per_token: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -84,16 +158,22 @@ class Architecture(ABC):
         """Bytes of one weight."""
         return next(self.blocks[0].parameters()).element_size()
 
-    @abstractmethod
-    def sites(self, kinds: Sequence[str]) -> list[list[Site]]:
-        """For each block its sites of those kinds."""
+    def norms(self, block: int) -> list[nn.Module]:
+        """The batch norms of a block, in the order in which they are registered."""
+        return [m for m in self.blocks[block].modules() if isinstance(m, NORMS)]
 
     @abstractmethod
-    def settle(self, widths: dict[str, Width], transaction: Transaction) -> None:
-        """Writes the new widths, one for each kind, into the model's configuration."""
+    def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
+        """For each block its sites of those kinds, of which `check_kinds` approved."""
 
+    def settle(self, widths: Mapping[str, Width], transaction: Transaction) -> None:  # noqa: B027
+        """Writes the new widths, by name of site, into the model's configuration, if it has one."""
 
-def narrow_linear(linear: nn.Linear, reduction: Reduction, transaction: Transaction) -> None:
-    """Narrows a producer's output channels: R·weight and R·bias."""
-    bias = None if linear.bias is None else reduction.narrow(linear.bias.detach())
-    transaction.set_linear(linear, reduction.narrow(linear.weight.detach()), bias)
+    def check_kinds(self, kinds: Sequence[str]) -> None:
+        """Raises InputError for a kind that the architecture does not have, or none at all."""
+        unknown = [kind for kind in kinds if kind not in self.kinds]
+        if unknown or not kinds:
+            raise InputError(
+                f"sites must be one or more of {', '.join(self.kinds)}; "
+                f"got {', '.join(unknown) or 'none'}"
+            )

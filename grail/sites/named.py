@@ -1,0 +1,83 @@
+"""Sites that a person names, in any network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from grail.errors import InputError
+from grail.layers import Consumer, Producer
+from grail.sites.site import Architecture, BoundSite, Landing
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hidden activation of a network, by the names of its layers (`model.named_modules()`).
+
+    Args:
+        producers: layers whose output channels are the site's.
+        consumers: layers that read all of them. With several, each is fitted to what it reads.
+        along: layers in between that treat every channel by itself and have parameters for each:
+            batch norm, depthwise convolutions, PReLU.
+        name: for the report; default the first consumer's.
+
+    A residual stream is one site, too: every layer that adds to it is a producer, everything that
+    reads it a consumer.
+    """
+
+    producers: Sequence[str]
+    consumers: Sequence[str]
+    along: Sequence[str] = ()
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("producers", "consumers", "along"):
+            names = getattr(self, field)
+            if isinstance(names, str):
+                raise InputError(f"{field} must be a list of names; got the string {names!r}")
+            object.__setattr__(self, field, tuple(names))
+        if not self.producers or not self.consumers:
+            raise InputError("a site needs the names of its producers and of its consumers")
+
+    def __str__(self) -> str:
+        return self.name or self.consumers[0]
+
+
+class Named(Architecture):
+    """Any network as one block, with the sites that were named.
+
+    Each is calibrated behind those before it in the list, which should be the order in which they
+    run: the network runs once for each of them.
+    """
+
+    kinds = default = ("named",)
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]):
+        self.name, self.blocks = type(model).__name__, [model]
+        self._sites, self._modules = sites, dict(model.named_modules())
+        names = [str(site) for site in sites]
+        if len(set(names)) < len(names):
+            raise InputError(f"sites must have different names; got {', '.join(names)}")
+        self.sites(self.kinds)
+
+    def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
+        return [[self._bound(site) for site in self._sites]]
+
+    def _bound(self, site: Site) -> BoundSite:
+        consumers = tuple(Consumer(name, self._module(name)) for name in site.consumers)
+        return BoundSite(
+            name=str(site),
+            kind="named",
+            block=0,
+            producers=tuple(Producer(name, self._module(name)) for name in site.producers),
+            consumers=consumers,
+            along=tuple((name, self._module(name)) for name in site.along),
+            landing=Landing(consumers[0].module, output=True),
+        )
+
+    def _module(self, name: str) -> nn.Module:
+        if name not in self._modules:
+            near = [n for n in self._modules if n.rpartition(".")[2] == name.rpartition(".")[2]]
+            hint = f"; there are {', '.join(near[:3])}" if near else ""
+            raise InputError(f"the model has no layer named {name!r}{hint}")
+        return self._modules[name]
