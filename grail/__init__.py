@@ -7,6 +7,7 @@ from grail.options import Options
 from grail.plan import Inspection, inspect
 from grail.reduction import Folding, Reduction, Selection
 from grail.report import Report
+from grail.saving import load, save
 from grail.sites import Site
 
 __version__ = "0.1.0"
@@ -24,4 +25,6 @@ __all__ = [
     "compress",
     "fit",
     "inspect",
+    "load",
+    "save",
 ]

@@ -51,10 +51,10 @@ def export(
     try:
         partial.mkdir(parents=True)
         _write(partial, model, tokenizer, report, page)
-        _flush(partial)
+        flush(partial)
         _verify(partial, model)
         partial.rename(final)
-        _fsync(final.parent)
+        flush(final.parent, contents=False)
     except OSError as error:
         raise ExportError(f"{final} could not be written: {error}") from error
     finally:
@@ -144,16 +144,11 @@ def _logits(model: Any) -> Tensor:
         return model(tokens.to(model.device), use_cache=False).logits
 
 
-def _flush(folder: Path) -> None:
-    """Everything in `folder` is on the disk afterwards, so the rename cannot outrun the data."""
-    for path in folder.rglob("*"):
-        _fsync(path)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def flush(folder: Path, contents: bool = True) -> None:
+    """A folder, and everything in it, is on the disk afterwards: no rename can outrun the data."""
+    for path in (*(folder.rglob("*") if contents else ()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

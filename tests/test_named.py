@@ -1,0 +1,245 @@
+"""Networks of any kind: sites that a person names, saved and loaded again."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import grail
+from grail.errors import ExportError, InputError, ModelError
+
+
+class Network(nn.Module):
+    """Two convolutions with a residual connection, and a classifier of two layers."""
+
+    def __init__(self, width: int = 12):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1 = nn.Conv2d(8, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.conv2 = nn.Conv2d(width, 8, 3, stride=2, padding=1)
+        self.down = nn.Conv2d(8, 8, 1, stride=2)
+        self.hidden = nn.Linear(8, 20)
+        self.act = nn.PReLU(20)
+        self.out = nn.Linear(20, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        y = self.depthwise(self.bn1(self.conv1(x)).relu())
+        x = (self.conv2(y) + self.down(x)).relu()
+        return self.out(self.act(self.hidden(x.mean((2, 3)))))
+
+
+CONV = grail.Site(producers=["conv1"], along=["bn1", "depthwise"], consumers=["conv2"])
+HIDDEN = grail.Site(producers=["hidden"], along=["act"], consumers=["out"])
+STREAM = grail.Site(producers=["conv2", "down"], consumers=["hidden"], name="stream")
+
+
+def network(seed: int = 0) -> Network:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Network().eval()
+        model.bn1.running_mean.normal_()
+        model.bn1.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(model.act.weight, 0.1, 0.5)
+    return model
+
+
+def images(count: int = 6, rows: int = 8) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(rows, 3, 10, 10, generator=generator) for _ in range(count)]
+
+
+def inputs_of(model: nn.Module, name: str, batches: list[torch.Tensor]) -> torch.Tensor:
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("site", [CONV, HIDDEN, STREAM], ids=str)
+def test_silent_channels_of_a_named_site_go_without_a_trace(site):
+    model, batches = network(), images()
+    with torch.no_grad():
+        for name in site.consumers:
+            model.get_submodule(name).weight[:, 1::2] = 0
+        dense = model(batches[0])
+    grail.compress(
+        model, batches, 0.5, [site], "wanda", compensate=False, multiple=1, progress=False
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]), dense, rtol=1e-4, atol=1e-4)
+    halves = {str(CONV): 6, str(HIDDEN): 10, str(STREAM): 4}
+    assert len(model.get_submodule(site.producers[0]).weight) == halves[str(site)]
+
+
+@pytest.mark.parametrize("per_tap", [True, False])
+def test_a_named_convolution_is_the_ridge_solution_over_its_inputs(per_tap):
+    model, batches = network(), images()
+    dense = copy.deepcopy(model)
+    report = grail.compress(
+        model,
+        batches,
+        0.5,
+        [CONV],
+        "magnitude",
+        alpha=1e-2,
+        toward="zero",
+        drift_correction=0,
+        multiple=1,
+        per_tap=per_tap,
+        progress=False,
+    )
+    x, weight = inputs_of(dense, "conv2", batches).double(), dense.conv2.weight.detach().double()
+    norms = dense.conv1.weight.detach().double().flatten(1).norm(dim=1)
+    kept = norms.topk(6).indices.sort().values
+    if per_tap:
+        tokens = nn.functional.unfold(x, 3, padding=1, stride=2).transpose(1, 2).flatten(0, 1)
+        kept_columns = (kept[:, None] * 9 + torch.arange(9)).flatten()
+        matrix = weight.flatten(1)
+    else:
+        tokens, kept_columns = x.movedim(1, -1).flatten(0, 2), kept
+        matrix = weight.movedim(1, -1).flatten(0, 2)
+    gram = tokens.T @ tokens
+    a = gram[kept_columns][:, kept_columns]
+    ridge = 1e-2 * a.diagonal().mean() * torch.eye(len(a))
+    expected = torch.linalg.solve(a + ridge, (matrix @ gram[:, kept_columns]).T).T
+    found = model.conv2.weight.detach().double()
+    found = found.flatten(1) if per_tap else found.movedim(1, -1).flatten(0, 2)
+    # An fp32 Gram (1e-6) through a system of condition ≤ 1/α.
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    rebuilt = tokens[:, kept_columns] @ expected.T - tokens @ matrix.T
+    relative = (rebuilt.norm() / (tokens @ matrix.T).norm()).item()
+    assert report.sites[0].error == pytest.approx(relative, rel=1e-3)
+
+
+def test_several_consumers_are_each_fitted_to_what_they_read():
+    model, batches = network(), images()
+    site = grail.Site(producers=["stem"], consumers=["conv1", "down"], name="stream")
+    report = grail.compress(model, batches, 0.75, [site], alpha=1e-4, progress=False, multiple=1)
+    assert [row.name for row in report.sites] == ["stream → conv1", "stream → down"]
+    assert all(row.error < row.baseline_error for row in report.sites)
+    assert model.conv1.weight.shape == (12, 6, 3, 3)
+    assert model.down.weight.shape == (8, 6, 1, 1)
+
+
+def test_later_sites_undo_the_drift_of_earlier_ones():
+    batches = images(count=20)
+    errors = {}
+    for correction in (0.0, 1.0):
+        model = network()
+        dense = copy.deepcopy(model)
+        grail.compress(
+            model,
+            batches,
+            0.5,
+            [CONV, HIDDEN],
+            alpha=1e-5,
+            drift_correction=correction,
+            multiple=1,
+            progress=False,
+        )
+        with torch.no_grad():
+            errors[correction] = (model(batches[0]) - dense(batches[0])).norm().item()
+    assert errors[1.0] < errors[0.0]
+
+
+@pytest.mark.parametrize("batch", ["tensor", "tuple", "mapping"])
+def test_a_batch_is_a_tensor_a_tuple_or_keyword_arguments(batch):
+    forms = {"tensor": lambda x: x, "tuple": lambda x: (x,), "mapping": lambda x: {"x": x}}
+    models = [network(), network()]
+    for model, form in zip(models, (forms["tensor"], forms[batch]), strict=True):
+        grail.compress(model, list(map(form, images())), 0.5, [HIDDEN], progress=False, multiple=1)
+    assert torch.equal(models[0].out.weight, models[1].out.weight)
+
+
+def test_a_saved_network_loads_to_the_same_outputs(tmp_path):
+    model, batches = network(), images()
+    report = grail.compress(model, batches, 0.5, [CONV, HIDDEN], progress=False, multiple=1)
+    grail.save(model, tmp_path / "out", report)
+    loaded = grail.load(tmp_path / "out", Network)
+    with torch.no_grad():
+        assert torch.equal(loaded(batches[0]), model(batches[0]))
+    assert (loaded.depthwise.groups, loaded.bn1.num_features) == (6, 6)
+    assert grail.Report.from_json((tmp_path / "out/report.json").read_text()) == report
+
+
+def test_a_narrow_transformer_loads_without_its_library_knowing(tmp_path, tiny_llama, tiny_batches):
+    model, batches = tiny_llama(tie_word_embeddings=True), tiny_batches()
+    widths = {"mlp": [0.5, 0.9], "heads": 2 / 3}
+    grail.compress(model, batches, widths, ("mlp", "heads"), progress=False)
+    grail.save(model, tmp_path / "out")
+    loaded = grail.load(tmp_path / "out", lambda: tiny_llama(tie_word_embeddings=True, seed=3))
+    with torch.no_grad():
+        assert torch.equal(loaded(batches[0]).logits, model(batches[0]).logits)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_files_of_other_networks_and_damaged_ones_are_refused(tmp_path):
+    model = network()
+    folder = grail.save(model, tmp_path / "out")
+    with pytest.raises(InputError, match="not empty"):
+        grail.save(model, folder)
+    with pytest.raises(InputError, match=r"has no model\.safetensors"):
+        grail.load(tmp_path, Network)
+    with pytest.raises(ExportError, match="makes a Linear of other layers than the saved Network"):
+        grail.load(folder, lambda: nn.Linear(2, 2))
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ExportError, match="damaged"):
+        grail.load(folder, Network)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "grail.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(ExportError, match="not of format 1"):
+        grail.load(folder, Network)
+
+
+@pytest.mark.parametrize(
+    ("site", "error", "message"),
+    [
+        (("conv9", "conv2"), InputError, "no layer named 'conv9'"),
+        (("conv1", "out"), ModelError, "disagree on the number of channels: conv1 12, out 20"),
+        (("act", "out"), ModelError, "act is a PReLU, not a plain floating-point Linear"),
+        (("conv1", "depthwise"), ModelError, "reads its channels in 12 groups"),
+    ],
+    ids=["missing", "widths", "kind", "grouped"],
+)
+def test_sites_that_cannot_be_are_refused_with_the_reason(site, error, message):
+    with pytest.raises(error, match=message):
+        grail.compress(
+            network(), images(), 0.5, [grail.Site(producers=[site[0]], consumers=[site[1]])]
+        )
+
+
+def test_what_runs_along_must_be_known():
+    site = grail.Site(producers=["stem"], along=["hidden"], consumers=["conv1"])
+    before = network()
+    model = copy.deepcopy(before)
+    with pytest.raises(ModelError, match="hidden is a Linear; along a site run batch norm"):
+        grail.compress(model, images(), 0.5, [site], multiple=1, progress=False)
+    for key, value in before.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
+
+
+def test_names_are_lists_and_kinds_do_not_mix_with_sites():
+    with pytest.raises(InputError, match="producers must be a list of names"):
+        grail.Site(producers="conv1", consumers=["conv2"])
+    with pytest.raises(InputError, match="either kinds"):
+        grail.compress(network(), images(), 0.5, [HIDDEN, "mlp"])
+
+
+def test_every_share_of_kept_channels_reaches_its_site():
+    model = network()
+    grail.compress(
+        model, images(), {"conv2": 0.5, "out": 0.25}, [CONV, HIDDEN], progress=False, multiple=1
+    )
+    assert np.array_equal([model.conv2.in_channels, model.out.in_features], [6, 5])
