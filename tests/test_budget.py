@@ -35,13 +35,14 @@ def test_a_sites_own_scale_does_not_change_its_share():
     assert budget.flap(scaled, 0.5) == budget.flap(scores, 0.5)
 
 
-def test_heads_are_standardised_by_channel_and_then_averaged():
-    heads, channels = drawn((6, 4), 50)
+@pytest.mark.parametrize("keep", [0.2, 0.4, 0.6, 0.8])
+def test_heads_are_standardised_by_channel_and_then_averaged(keep):
+    heads, channels = drawn((30, 4), 30)
     flat = standardised(heads.flatten().tolist())
-    units = [statistics.mean(flat[4 * i : 4 * i + 4]) for i in range(6)]
+    units = [statistics.mean(flat[4 * i : 4 * i + 4]) for i in range(30)]
     pooled = sorted(units + standardised(channels.tolist()), reverse=True)
-    threshold = pooled[27]
-    assert budget.flap([heads, channels], 0.5)[0] == sum(u >= threshold for u in units) / 6
+    threshold = pooled[round(60 * keep) - 1]
+    assert budget.flap([heads, channels], keep)[0] == sum(u >= threshold for u in units) / 30
 
 
 def test_parameters_are_what_flap_counts():
