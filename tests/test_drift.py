@@ -25,6 +25,8 @@ def test_the_drift_is_summed_over_any_chunking(tokens):
     # 200 products of size 1 in fp32.
     torch.testing.assert_close(gram.drift.cross.double(), deltas.T @ inputs, rtol=0, atol=1e-4)
     assert gram.drift.energy.item() == pytest.approx(deltas.square().sum().item(), rel=1e-6)
+    # Of fp32 values, in fp64.
+    torch.testing.assert_close(gram.drift.sum, deltas.sum(0), rtol=1e-12, atol=1e-12)
 
 
 def test_masked_tokens_drift_nowhere(tokens):
@@ -35,6 +37,7 @@ def test_masked_tokens_drift_nowhere(tokens):
     x[~mask] = drift[~mask] = float("nan")
     masked.update(x, mask, drift)
     assert torch.equal(masked.drift.cross, removed.drift.cross)
+    assert torch.equal(masked.drift.sum, removed.drift.sum)
     assert torch.equal(masked.drift.energy, removed.drift.energy)
 
 
@@ -48,6 +51,7 @@ def test_merging_adds_the_drift_and_counts_its_absence_as_none(tokens, order):
     for part in order:
         merged.merge(parts[part])
     assert torch.equal(merged.drift.cross, expected.cross)
+    assert torch.equal(merged.drift.sum, expected.sum)
     assert merged.drift.energy == expected.energy
     assert merged.tokens == 200
 

@@ -317,6 +317,8 @@ def test_fewer_tokens_than_channels_and_duplicated_channels_stay_finite(weight):
         ({"alpha": -1.0}, "alpha must be"),
         ({"alpha": float("nan")}, "alpha must be"),
         ({"toward": "nowhere"}, "zero, baseline"),
+        ({"damping": "token"}, "damping must be one of site, channel; got 'token'"),
+        ({"affine": "yes"}, "affine must be True or False; got 'yes'"),
         ({"drift_correction": 1.5}, r"share in \[0, 1\]"),
         ({"alpha": "auto"}, "needs held_out"),
         ({"drift_correction": "auto"}, "needs held_out"),
@@ -334,6 +336,8 @@ def test_fewer_tokens_than_channels_and_duplicated_channels_stay_finite(weight):
         "negative",
         "nan",
         "toward",
+        "damping",
+        "affine",
         "correction",
         "no choice",
         "no choice of correction",
@@ -368,7 +372,9 @@ def test_whichever_order_costs_less_gives_the_same_weight(x, monkeypatch):
     rows = []
     solve = ridge.solve
     monkeypatch.setattr(
-        ridge, "solve", lambda a, right, *rest: rows.append(len(right)) or solve(a, right, *rest)
+        ridge,
+        "solve",
+        lambda a, right, *rest, **named: rows.append(len(right)) or solve(a, right, *rest, **named),
     )
     many = grail.Selection(list(range(5)), H)
     for reduction, right in ((few, H - few.kept), (many, len(weight))):
@@ -388,7 +394,10 @@ def test_whichever_order_costs_less_gives_the_same_weight(x, monkeypatch):
 @pytest.mark.parametrize("folding", [False, True], ids=["selection", "folding"])
 @pytest.mark.parametrize("drift", [False, True], ids=["", "drift"])
 @pytest.mark.parametrize("held_out", [False, True], ids=["", "held out"])
-def test_the_predicted_memory_is_what_torch_allocates(held_out, drift, folding, kept, outputs):
+@pytest.mark.parametrize("affine", [False, True], ids=["", "affine"])
+def test_the_predicted_memory_is_what_torch_allocates(
+    affine, held_out, drift, folding, kept, outputs
+):
     h = 400
     grams = [grail.Gram(h), grail.Gram(h)]
     for gram in grams:
@@ -403,27 +412,308 @@ def test_the_predicted_memory_is_what_torch_allocates(held_out, drift, folding, 
             reduction,
             weight,
             toward="baseline",
+            affine=affine,
             drift_correction=("auto" if held_out else 0.5) if drift else 0.0,
             **chosen,
         )
     )
-    predicted = predicted_peak(h, kept, outputs, folding=folding, drift=drift, held_out=held_out)
+    predicted = predicted_peak(
+        h, kept, outputs, folding=folding, drift=drift, held_out=held_out, affine=affine
+    )
     # The rest are vectors of H.
     assert used == pytest.approx(predicted, rel=0.01)
 
 
-def test_a_reduction_of_another_kind_is_refused(x, weight):
-    class Other(grail.Selection.__base__):
-        channels, kept = H, 1
+class Mixing(grail.Reduction):
+    """Any dense map [K, H]: none that the fit could know of."""
 
-        def narrow(self, weight):
-            return weight[:1]
+    def __init__(self, matrix: torch.Tensor):
+        self.matrix, (self.kept, self.channels) = matrix, matrix.shape
 
-        def restrict(self, columns):
-            return columns[..., :1]
+    def narrow(self, weight):
+        return self.matrix.to(weight) @ weight
 
-        def absorb(self, weight):
-            return weight[..., :1]
+    def restrict(self, columns):
+        return columns @ self.matrix.to(columns).T
 
-    with pytest.raises(InputError, match="a Selection or a Folding; got Other"):
-        grail.fit(gram_of(x), Other(), weight)
+    def absorb(self, weight):
+        return weight @ torch.linalg.pinv(self.matrix).to(weight)
+
+    def lift(self, columns):
+        return columns @ self.matrix.to(columns)
+
+    def repeat(self, times):
+        raise NotImplementedError
+
+
+MIXING = Mixing(torch.randn(4, H, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+EVERY_REDUCTION = [*REDUCTIONS, pytest.param(MIXING, id="another kind")]
+
+
+@pytest.fixture
+def integers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens with means, their drift and a weight, of integers: fp32 sums of them are exact.
+
+    What is left is fp64's rounding, amplified by a condition of < 1e4: the tolerance is 1e-9.
+    """
+    generator = torch.Generator().manual_seed(6)
+    mixing = torch.randint(-1, 2, (H, H), generator=generator)
+    means = torch.randint(-5, 6, (H,), generator=generator)
+    x = torch.randint(-3, 4, (TOKENS, H), generator=generator) @ mixing + means
+    noise = torch.randint(-20, 29, (TOKENS, O), generator=generator)
+    weight = torch.randn(O, H, generator=generator, dtype=torch.float64)
+    return x.float(), (x[:, :O] + noise).float(), weight
+
+
+def affine_on_tokens(x, drift, weight, reduction, alpha, toward, damping):
+    """W' [O, K] and b [O] from centred tokens and the normal equations, in fp64."""
+    narrow = x.double() @ torch.from_numpy(maps(reduction)).T
+    plain = reduction.absorb(weight)
+    target = x.double() @ weight.T + drift.double()
+    still = narrow - narrow.mean(0)
+    normal = still.T @ still
+    ridge_matrix = alpha * (
+        normal.diagonal().diag()
+        if damping == "channel"
+        else normal.diagonal().mean() * torch.eye(reduction.kept, dtype=torch.float64)
+    )
+    shrunk = plain if toward == "baseline" else torch.zeros_like(plain)
+    rest = target - narrow @ shrunk.T
+    change = torch.linalg.solve(normal + ridge_matrix, still.T @ (rest - rest.mean(0))).T
+    narrowed = shrunk + change
+    return narrowed, (target - narrow @ narrowed.T).mean(0)
+
+
+def relative_error(x, drift, weight, reduction, narrowed, shift):
+    target = x.double() @ weight.T + drift.double()
+    narrow = x.double() @ torch.from_numpy(maps(reduction)).T
+    return ((target - narrow @ narrowed.T - shift).norm() / target.norm()).item()
+
+
+@pytest.mark.parametrize("reduction", EVERY_REDUCTION)
+def test_an_undamped_affine_fit_is_least_squares_with_an_intercept(integers, reduction):
+    x, _, weight = integers
+    narrow = x.double().numpy() @ maps(reduction).T
+    columns = np.concatenate([narrow, np.ones((TOKENS, 1))], 1)
+    expected, *_ = np.linalg.lstsq(columns, x.double().numpy() @ weight.numpy().T, rcond=None)
+    for toward in ("zero", "baseline"):
+        fit = grail.fit(gram_of(x), reduction, weight, alpha=0.0, toward=toward, affine=True)
+        np.testing.assert_allclose(fit.weight.numpy(), expected[:-1].T, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(fit.shifts[0].numpy(), expected[-1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reduction", EVERY_REDUCTION)
+@pytest.mark.parametrize("toward", ["zero", "baseline"])
+@pytest.mark.parametrize("damping", ["site", "channel"])
+@pytest.mark.parametrize("beta", [0.0, 0.6])
+def test_an_affine_fit_is_the_ridge_of_centred_tokens(integers, reduction, toward, damping, beta):
+    x, drift, weight = integers
+    fit = grail.fit(
+        drifting(x, drift),
+        reduction,
+        weight,
+        alpha=0.05,
+        toward=toward,
+        damping=damping,
+        affine=True,
+        drift_correction=beta,
+    )
+    expected = affine_on_tokens(x, beta * drift.double(), weight, reduction, 0.05, toward, damping)
+    torch.testing.assert_close(fit.weight, expected[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fit.shifts[0], expected[1], rtol=1e-9, atol=1e-9)
+    assert fit.retries == 0
+    # Both errors are those from the dense stream; the baseline has no bias.
+    for error, used in ((fit.error, expected), (fit.baseline_error, (reduction.absorb(weight), 0))):
+        on_tokens = relative_error(x, drift, weight, reduction, *used)
+        assert error == pytest.approx(on_tokens, rel=1e-9)
+
+
+def test_the_order_for_few_lost_channels_centres_as_well(integers):
+    x, _, _ = integers
+    weight = torch.randn(40, H, dtype=torch.float64)
+    few = grail.Selection(list(range(1, H)), H)
+    nothing = torch.zeros(TOKENS, 40)
+    fit = grail.fit(gram_of(x), few, weight, alpha=0.1, toward="baseline", affine=True)
+    expected = affine_on_tokens(x, nothing, weight, few, 0.1, "baseline", "site")
+    torch.testing.assert_close(fit.weight, expected[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fit.shifts[0], expected[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reduction", EVERY_REDUCTION)
+def test_a_bias_alone_makes_up_for_the_mean_of_what_is_lost(integers, reduction):
+    x, _, weight = integers
+    plain, r = reduction.absorb(weight), torch.from_numpy(maps(reduction))
+    lost = x.double() @ (weight - plain @ r).T
+    fit = grail.fit(gram_of(x), reduction, weight, compensate=False, affine=True)
+    torch.testing.assert_close(fit.weight, plain, rtol=0, atol=0)
+    torch.testing.assert_close(fit.shifts[0], lost.mean(0), rtol=1e-9, atol=1e-9)
+    nothing = torch.zeros(TOKENS, O)
+    for error, shift in ((fit.error, fit.shifts[0]), (fit.baseline_error, 0)):
+        on_tokens = relative_error(x, nothing, weight, reduction, plain, shift)
+        assert error == pytest.approx(on_tokens, rel=1e-9)
+    # An infinite ridge is the same; 1e15 leaves of the correction less than fp64's rounding.
+    limit = grail.fit(gram_of(x), reduction, weight, alpha=1e15, toward="baseline", affine=True)
+    torch.testing.assert_close(limit.weight, plain, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(limit.shifts[0], fit.shifts[0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_bias_alone_is_flaps(integers):
+    x, _, weight = integers
+    dropped = np.setdiff1d(np.arange(H), SELECTION.index.numpy())
+    # Its released code: the mean input of the lost channels, through their weights.
+    expected = (x.double().mean(0)[dropped] * weight[:, dropped]).sum(1)
+    fit = grail.fit(gram_of(x), SELECTION, weight, compensate=False, affine=True)
+    torch.testing.assert_close(fit.shifts[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("toward", ["zero", "baseline"])
+@pytest.mark.parametrize("damping", ["site", "channel"])
+def test_what_is_auto_has_the_least_error_on_the_held_out_tokens_with_a_bias_too(
+    integers, reduction, toward, damping
+):
+    x, drift, weight = integers
+    train, held = slice(0, 30), slice(30, TOKENS)
+    settings = {"toward": toward, "damping": damping, "affine": True}
+    chosen = {"alpha": "auto", "drift_correction": "auto"}
+    fit = grail.fit(
+        drifting(x[train], drift[train]),
+        reduction,
+        weight,
+        held_out=drifting(x[held], drift[held]),
+        **settings,
+        **chosen,
+    )
+
+    def error(alpha: float, beta: float) -> float:
+        narrowed = affine_on_tokens(
+            x[train], beta * drift[train].double(), weight, reduction, alpha, toward, damping
+        )
+        return relative_error(x[held], drift[held], weight, reduction, *narrowed)
+
+    tried = [error(a, b) for a in ALPHAS for b in np.linspace(0, 1, 21).tolist()]
+    # The grid's best is no better, but for fp64's rounding.
+    assert error(fit.alpha, fit.drift_correction) <= min(tried) * (1 + 1e-9)
+    assert 0 < fit.drift_correction < 1
+    # All tokens then join the fit, centred by their common mean.
+    beta = fit.drift_correction
+    both = affine_on_tokens(x, beta * drift.double(), weight, reduction, fit.alpha, toward, damping)
+    torch.testing.assert_close(fit.weight, both[0], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(fit.shifts[0], both[1], rtol=1e-8, atol=1e-8)
+    assert fit.error == pytest.approx(relative_error(x, drift, weight, reduction, *both), rel=1e-9)
+
+
+def test_where_no_weight_holds_on_other_tokens_a_bias_may(weight):
+    # Channel 1 goes with channel 0 here and against it there, about one and the same mean.
+    train, held = torch.ones(H, H) + 2 * torch.eye(H), torch.ones(H, H) + 2 * torch.eye(H)
+    train[1, 0], held[1, 0] = 3.0, -1.0
+    selection = grail.Selection([c for c in range(H) if c != 1], H)
+    fit = grail.fit(
+        gram_of(train),
+        selection,
+        weight,
+        alpha="auto",
+        toward="baseline",
+        affine=True,
+        held_out=gram_of(held),
+    )
+    assert torch.equal(fit.weight, selection.absorb(weight))
+    assert fit.alpha == float("inf")
+    mean = torch.cat([train, held]).mean(0)[1]
+    torch.testing.assert_close(fit.shifts[0], (weight[:, 1] * mean).double())
+
+
+@pytest.mark.parametrize("damping", ["site", "channel"])
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_a_constant_channel_says_no_more_than_a_silent_one(integers, alpha, damping):
+    x, _, weight = integers
+    settings = {"alpha": alpha, "toward": "baseline", "damping": damping, "affine": True}
+    constant, silent = x / 7, x / 7  # not exact: centring leaves rounding of the constant
+    constant[:, 4], silent[:, 4] = 1234.567, 0.0
+    fits = [grail.fit(gram_of(t), SELECTION, weight, **settings) for t in (constant, silent)]
+    # fp32 sums (1e-6) through a system of condition < 1e3.
+    torch.testing.assert_close(fits[0].weight, fits[1].weight, rtol=1e-3, atol=1e-3)
+    assert torch.equal(fits[0].weight[:, 1], weight[:, 4])
+    assert (alpha > 0) == (fits[0].retries == 0) == (fits[1].retries == 0)
+
+
+@pytest.mark.parametrize("toward", ["zero", "baseline"])
+def test_one_token_is_rebuilt_by_the_bias(x, weight, toward):
+    fit = grail.fit(gram_of(x[:1]), SELECTION, weight, alpha=0.0, toward=toward, affine=True)
+    assert torch.equal(fit.weight, weight[:, SELECTION.index])
+    # Squared errors carry the fp32 Gram's rounding of 1e-7.
+    assert fit.error < 1e-3 < fit.baseline_error
+
+
+def test_the_bias_takes_up_the_mean_error_of_rounding(integers):
+    x, _, weight = integers
+    fit = grail.fit(gram_of(x), SELECTION, weight.bfloat16(), alpha=0.1, affine=True)
+    narrow = x.double()[:, SELECTION.index]
+    left = x.double() @ weight.bfloat16().double().T - narrow @ fit.weight.double().T
+    torch.testing.assert_close(fit.shifts[0], left.mean(0), rtol=1e-9, atol=1e-9)
+
+
+def test_each_consumer_has_its_own_shift(integers):
+    x, _, weight = integers
+    both = grail.fit(gram_of(x), SELECTION, [weight, weight[:2].float()], affine=True)
+    alone = grail.fit(gram_of(x), SELECTION, weight[:2].float(), affine=True)
+    assert [len(shift) for shift in both.shifts] == [O, 2]
+    torch.testing.assert_close(both.shifts[1], alone.shifts[0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_site_that_keeps_all_its_channels_can_undo_drift_by_its_bias_too(integers):
+    x, drift, weight = integers
+    settings = {"alpha": 0.1, "toward": "baseline", "affine": True}
+    everything = grail.Selection(range(H), H)
+    fit = grail.fit(drifting(x, drift), everything, weight, drift_correction=1.0, **settings)
+    expected = affine_on_tokens(x, drift, weight, everything, 0.1, "baseline", "site")
+    torch.testing.assert_close(fit.weight, expected[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fit.shifts[0], expected[1], rtol=1e-9, atol=1e-9)
+    unchanged = grail.fit(gram_of(x), everything, weight, **settings)
+    assert torch.equal(unchanged.shifts[0], torch.zeros(O, dtype=torch.float64))
+
+
+def test_only_an_affine_fit_has_shifts(x, weight):
+    assert grail.fit(gram_of(x), SELECTION, weight).shifts is None
+
+
+@pytest.mark.parametrize("reduction", EVERY_REDUCTION)
+@pytest.mark.parametrize("toward", ["zero", "baseline"])
+def test_damping_by_channel_is_the_ridge_of_each_channels_energy(integers, reduction, toward):
+    x, _, weight = integers
+    narrow, plain = x.double() @ torch.from_numpy(maps(reduction)).T, reduction.absorb(weight)
+    normal = narrow.T @ narrow
+    shrunk = plain if toward == "baseline" else torch.zeros_like(plain)
+    rest = x.double() @ weight.T - narrow @ shrunk.T
+    damped = normal + 0.3 * normal.diagonal().diag()
+    expected = shrunk + torch.linalg.solve(damped, narrow.T @ rest).T
+    fit = grail.fit(gram_of(x), reduction, weight, alpha=0.3, toward=toward, damping="channel")
+    torch.testing.assert_close(fit.weight, expected, rtol=1e-9, atol=1e-9)
+    assert fit.damping == pytest.approx(0.3 * normal.diagonal().mean().item())
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["", "affine"])
+def test_damping_by_channel_does_not_see_how_loud_a_channel_is(integers, affine):
+    x, _, weight = integers
+    loudness = torch.exp2(torch.arange(H, dtype=torch.float32) - 6)  # exact in any sum
+    settings = {"alpha": 0.3, "damping": "channel", "affine": affine}
+    fit = grail.fit(gram_of(x), SELECTION, weight, **settings)
+    louder = grail.fit(gram_of(x * loudness), SELECTION, weight / loudness, **settings)
+    torch.testing.assert_close(
+        louder.weight * loudness[SELECTION.index], fit.weight, rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["", "affine"])
+def test_a_dead_channel_is_no_obstacle_to_damping_by_channel(integers, affine):
+    x, _, weight = integers
+    x[:, 4] = 0
+    without = grail.Selection([1, 5, 9, 10], H)
+    settings = {"alpha": 0.3, "toward": "baseline", "damping": "channel", "affine": affine}
+    fit = grail.fit(gram_of(x), SELECTION, weight, **settings)
+    expected = grail.fit(gram_of(x), without, weight, **settings)
+    torch.testing.assert_close(fit.weight[:, [0, 2, 3, 4]], expected.weight, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fit.weight[:, 1], weight[:, 4])
+    assert fit.retries == 0
+    undamped = grail.fit(gram_of(x), SELECTION, weight, **{**settings, "alpha": 0.0})
+    assert undamped.retries > 0

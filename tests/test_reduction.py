@@ -32,6 +32,9 @@ def test_narrow_restrict_and_normal_are_products_with_r(reduction):
     torch.testing.assert_close(reduction.narrow(weight[:, 0]), r @ weight[:, 0])
     torch.testing.assert_close(reduction.restrict(columns), columns @ r.T)
     torch.testing.assert_close(reduction.normal(gram), r @ gram @ r.T)
+    assert reduction.normal(gram.float()).dtype == torch.float64
+    narrow = torch.randn(2, 4, reduction.kept, dtype=torch.float64)
+    torch.testing.assert_close(reduction.lift(narrow), narrow @ r)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -43,6 +46,20 @@ def test_absorb_is_exact_where_members_of_a_cluster_agree(reduction):
     x = (r != 0).to(r).T @ reduced
     consumer = torch.randn(4, 7, dtype=torch.float64)
     torch.testing.assert_close(reduction.absorb(consumer) @ (r @ x), consumer @ x)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_what_plain_reduction_leaves_out_is_the_rest_of_the_consumer(reduction):
+    consumer = torch.randn(4, 7, dtype=torch.float64)
+    baseline = reduction.absorb(consumer)
+    rest, (lost, left_out) = torch.zeros_like(consumer), reduction.left_out(consumer, baseline)
+    rest[:, lost] = left_out
+    torch.testing.assert_close(rest, consumer - baseline @ dense_map(reduction))
+
+
+def test_a_selection_loses_its_dropped_channels_only():
+    lost, _ = grail.Selection([4, 0, 5], 7).left_out(torch.ones(2, 7), torch.ones(2, 3))
+    assert lost.tolist() == [1, 2, 3, 6]
 
 
 def test_folding_averages_in_fp32_and_rounds_once():
