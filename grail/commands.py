@@ -249,16 +249,16 @@ def compress(
     Add `--evaluate heldout.txt` to see what it cost: perplexity dense, pruned and restored.
     """
     options = Options(
-        keep,
-        sites,
-        selector,
-        compensate,
-        alpha,
-        toward,
-        drift_correction,
-        closed_loop,
-        multiple,
-        seed,
+        keep=keep,
+        sites=sites,
+        selector=selector,
+        compensate=compensate,
+        alpha=alpha,
+        toward=toward,
+        drift_correction=drift_correction,
+        closed_loop=closed_loop,
+        multiple=multiple,
+        seed=seed,
     )
     check_output(output)
     for source in filter(None, (calibration, evaluate)):

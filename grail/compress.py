@@ -11,7 +11,7 @@ from torch import nn
 
 from grail import memory, plan, select
 from grail.errors import NonFiniteError
-from grail.fit import Auto, Toward
+from grail.fit import Auto, Damping, Toward
 from grail.loop import Clock, Run
 from grail.options import ALPHA, Compensation, Keep, Options
 from grail.report import Report, SiteReport
@@ -31,6 +31,7 @@ def compress(
     compensate: bool | Compensation = True,
     alpha: float | Auto = "auto",
     toward: Toward = "baseline",
+    damping: Damping = "site",
     drift_correction: float | Auto = "auto",
     closed_loop: bool = True,
     multiple: int | None = None,
@@ -62,6 +63,7 @@ def compress(
         alpha: ridge strength relative to the Gram's mean diagonal; "auto" chooses it at each site
             by held-out sequences (every fifth).
         toward: what a strong ridge shrinks to: "baseline" (plain pruning) or "zero" (the paper).
+        damping: alike for all channels of a "site" (the paper), or by each "channel"'s own energy.
         drift_correction: how much of the compressed network's drift from the dense one each
             consumer is also to undo, in [0, 1]; 0 is the paper, "auto" chooses by held-out
             sequences. Costs a forward pass of the dense blocks.
@@ -88,19 +90,20 @@ def compress(
     Source: GRAIL (arXiv 2602.23795), algorithm 1.
     """
     options = Options(
-        keep,
-        sites,
-        selector,
-        compensate,
-        alpha,
-        toward,
-        drift_correction,
-        closed_loop,
-        multiple,
-        seed,
-        per_tap,
-        exact_folding,
-        repair,
+        keep=keep,
+        sites=sites,
+        selector=selector,
+        compensate=compensate,
+        alpha=alpha,
+        toward=toward,
+        damping=damping,
+        drift_correction=drift_correction,
+        closed_loop=closed_loop,
+        multiple=multiple,
+        seed=seed,
+        per_tap=per_tap,
+        exact_folding=exact_folding,
+        repair=repair,
     )
     architecture = find(model, options.sites)
     widths = options.widths(architecture)
@@ -109,6 +112,9 @@ def compress(
         for site in itertools.chain(*options.sites_of(architecture))
     )
     _require_finite_weights(architecture, options)
+    if options.shifts_bias:
+        for site in itertools.chain(*options.sites_of(architecture)):
+            site.require_bias()
     device = architecture.device
     in_use = memory.in_use(device)
     before = _size(model, architecture, options)

@@ -118,12 +118,18 @@ class Consumer:
     @property
     def by_channel(self) -> Tensor:
         """The weight as [O·taps, H]: the same map of channels at every tap."""
-        return self._weight().movedim(1, -1).flatten(0, -2)
+        module: Any = self.module
+        return self.as_rows(module.weight.detach())
 
     @property
     def by_tap(self) -> Tensor:
         """The weight as [O, H·taps]: every tap of every channel is a column of its own."""
         return self._weight().flatten(1)
+
+    def as_rows(self, weight: Tensor) -> Tensor:
+        """A tensor of the layer's weight's shape, of the form of `by_channel`."""
+        weight = weight.T if _transposed(self.module) else weight
+        return weight.movedim(1, -1).flatten(0, -2)
 
     def pixels(self, x: Tensor) -> Tensor:
         """Its input as tokens [..., H]."""

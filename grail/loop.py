@@ -310,6 +310,34 @@ class Run:
             self._rewrite(site, [result], reduction.kept)
         return [_row(site, consumer, channels, reduction.kept, statistics.tokens, result)]
 
+    def _gradient(self, site: BoundSite) -> Tensor:
+        """How the block's output answers to each weight of the consumers, [O, H] fp32.
+
+        The root mean square, over batches, of the gradient of the output's L2 norm.
+        """
+        weights: list[Any] = [consumer.module.weight for consumer in site.consumers]
+        required = [weight.requires_grad for weight in weights]
+        squares = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+        try:
+            for weight in weights:
+                weight.requires_grad_(True)
+            with torch.enable_grad(), self.clock("forward"):
+                for batch in range(len(self.stream)):
+                    norm = self.stream.run(site.block, batch).float().norm()
+                    for square, gradient in zip(
+                        squares, torch.autograd.grad(norm, weights), strict=True
+                    ):
+                        square += gradient.float().square()
+        finally:
+            for weight, needed in zip(weights, required, strict=True):
+                weight.requires_grad_(needed)
+        return torch.cat(
+            [
+                consumer.as_rows((square / len(self.stream)).sqrt())
+                for consumer, square in zip(site.consumers, squares, strict=True)
+            ]
+        )
+
     def _fit(
         self,
         statistics: Statistics,
@@ -330,6 +358,8 @@ class Run:
                 consumer.by_tap if per_tap else consumer.by_channel,
                 alpha=alpha,
                 toward=options.toward,
+                damping=options.damping,
+                affine=options.shifts_bias,
                 compensate=options.fits_weights,
                 drift_correction=correction,
                 held_out=statistics.held_out,
@@ -337,7 +367,10 @@ class Run:
 
     def _rewrite(self, site: BoundSite, fits: Sequence[Fit], kept: int) -> None:
         for consumer, result in zip(site.consumers, fits, strict=True):
-            consumer.rewrite(result.weight, kept, self.options.per_tap, None, self.transaction)
+            shift = None
+            if result.shifts is not None:
+                shift = result.shifts[0].view(consumer.outputs, -1).sum(1)  # over the taps
+            consumer.rewrite(result.weight, kept, self.options.per_tap, shift, self.transaction)
 
     def _untouched(self, site: BoundSite) -> list[SiteReport]:
         nothing = Fit((), 0.0, 0.0, alpha=0.0, drift_correction=0.0, damping=0.0, retries=0)
@@ -357,7 +390,9 @@ class Run:
             gram = Gram(site.channels, name=site.name)
             for statistics in collected:
                 gram.merge(statistics.channels)
-        view = select.View(site.weights(), stacked(site.consumers), gram, width, generator)
+        gradient = self._gradient(site) if select.needs_gradient(self.options.selector) else None
+        weight = stacked(site.consumers)
+        view = select.View(site.weights(), weight, gram, width, generator, gradient)
         reduction = self._select(view)
         if (reduction.channels, reduction.kept) != (width.channels, width.kept):
             raise InputError(
@@ -377,7 +412,7 @@ def _watch(
     read: Callable[[Consumer, Tensor], None],
     landed: Callable[[Tensor], None] | None,
 ) -> Iterator[None]:
-    """Reports what each consumer of a site reads, and then what the network holds at its landing."""
+    """Reports what each consumer of a site reads, then what the network holds where it lands."""
     reading = False
 
     def reader(consumer: Consumer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

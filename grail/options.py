@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from grail import select
 from grail.errors import InputError
-from grail.fit import Auto, Toward, check_settings
+from grail.fit import Auto, Damping, Toward, check_settings
 from grail.sites import Architecture, BoundSite, Site
 from grail.width import Width, check_keep
 
@@ -28,6 +28,7 @@ class Options:
     compensate: bool | Compensation = True
     alpha: float | Auto = "auto"
     toward: Toward = "baseline"
+    damping: Damping = "site"
     drift_correction: float | Auto = "auto"
     closed_loop: bool = True
     multiple: int | None = None
@@ -47,11 +48,13 @@ class Options:
                 f"compensate must be True, False or one of {', '.join(get_args(Compensation))}; "
                 f"got {self.compensate!r}"
             )
-        check_settings(self.alpha, self.toward, self.drift_correction)
+        check_settings(self.alpha, self.toward, self.drift_correction, self.damping)
         if self.drift_correction not in ("auto", 0) and not self.closed_loop:
             raise InputError(
                 "drift_correction needs the closed loop: an open one sees no drift to correct"
             )
+        if self.repair and not self.closed_loop:
+            raise InputError("repair needs the closed loop: an open one runs no narrowed block")
         select.get(self.selector)
 
     @property

@@ -456,3 +456,69 @@ def test_the_report_survives_json_and_says_what_was_rounded(tiny_llama, tiny_bat
     phases = {"forward", "gram", "select", "solve", "absorb", "other"}
     assert phases < report.seconds.keys()
     assert report.seconds["total"] == pytest.approx(sum(report.seconds[p] for p in phases))
+
+
+def test_regional_gradients_are_those_of_the_blocks_output(tiny_llama, tiny_batches):
+    seen = []
+
+    def selector(view):
+        seen.append(view.gradient)
+        return view.width.best(view.gram.energy)
+
+    selector.needs_gradient = True
+    model, batches = tiny_llama(num_hidden_layers=1), tiny_batches()
+    outputs: list[torch.Tensor] = []  # of the only block: what the last norm reads
+    handle = model.model.norm.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
+    weight = model.model.layers[0].mlp.down_proj.weight
+    for batch in batches:
+        model(batch)
+    handle.remove()
+    squares = sum(torch.autograd.grad(o.norm(), weight)[0].square() for o in outputs)
+    grail.compress(model, batches, keep=0.5, selector=selector, progress=False)
+    torch.testing.assert_close(seen[0], (squares / len(batches)).sqrt(), rtol=1e-4, atol=1e-6)
+    grail.compress(tiny_llama(), batches, keep=0.5, selector="wanda++", progress=False)
+
+
+def test_each_block_keeps_its_own_share(tiny_llama, tiny_batches):
+    model = tiny_llama()
+    report = grail.compress(model, tiny_batches(), {"mlp": [0.5, 0.9]}, ("mlp",), progress=False)
+    assert [row.kept for row in report.sites] == [40, 72]
+    assert report.model["widths"]["after"] == {
+        "model.layers.0.mlp": 40,
+        "model.layers.1.mlp": 72,
+    }
+    with pytest.raises(InputError, match=r"keep gives 1 shares for mlp.*layers\.1\.mlp"):
+        grail.compress(tiny_llama(), tiny_batches(), {"mlp": [0.5]}, ("mlp",), progress=False)
+
+
+def test_an_unknown_compensation_is_refused(tiny_llama, tiny_batches):
+    with pytest.raises(InputError, match="weights, bias, both; got 'all'"):
+        grail.compress(tiny_llama(), tiny_batches(), compensate="all")
+
+
+def test_exact_folding_is_least_squares_on_what_the_folded_producers_write(
+    tiny_llama, tiny_batches
+):
+    model, batches = tiny_llama(num_hidden_layers=1), tiny_batches(count=8, length=24)
+    dense = copy.deepcopy(model)
+    settings = {"selector": "folding", "alpha": ALPHA, "drift_correction": 0.0, "keep": 0.5}
+    report = grail.compress(model, batches, **settings, progress=False)
+    paper = copy.deepcopy(dense)
+    grail.compress(paper, batches, **settings, exact_folding=False, progress=False)
+    narrow, wide = model.model.layers[0].mlp, dense.model.layers[0].mlp
+    x, h = seen_by(dense, wide.down_proj, batches), seen_by(model, narrow.down_proj, batches)
+    target = x @ wide.down_proj.weight.detach().double().numpy().T
+    folded = paper.model.layers[0].mlp
+    assert torch.equal(folded.up_proj.weight, narrow.up_proj.weight)
+    # Toward the plainly folded consumer W₀: W' = W₀ + (Y hᵀ − W₀ A)(A + λI)⁻¹.
+    found = narrow.down_proj.weight.detach().double().numpy()
+    a = h.T @ h
+    ridge = ALPHA * np.diag(a).mean()
+    # (W' − W₀)(A + λI) = Y hᵀ − W₀ A, so W'(A + λI) − Y hᵀ = λ W₀: its columns add up members'.
+    plain = (found @ (a + ridge * np.eye(len(a))) - target.T @ h) / ridge
+    dense_down = wide.down_proj.weight.detach().double().numpy()
+    np.testing.assert_allclose(plain.sum(1), dense_down.sum(1), rtol=0.02, atol=0.02)
+    exact = np.linalg.norm(h @ found.T - target) / np.linalg.norm(target)
+    inexact = h @ folded.down_proj.weight.detach().double().numpy().T - target
+    assert report.sites[0].error == pytest.approx(exact, rel=1e-3)
+    assert exact < np.linalg.norm(inexact) / np.linalg.norm(target)

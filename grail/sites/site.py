@@ -96,6 +96,15 @@ class BoundSite:
         reading = {consumer.name: consumer.module for consumer in self.consumers}
         return {**writing, **dict(self.along), **reading}
 
+    def require_bias(self) -> None:
+        """Raises InputError where a consumer has no place for a shift of its outputs."""
+        for consumer in self.consumers:
+            if not consumer.holds_bias:
+                raise InputError(
+                    f"{consumer.name} has no bias, nor a batch norm behind it, that could take up "
+                    "the mean of what is lost; choose compensate=True"
+                )
+
     def weights(self) -> tuple[Tensor, ...]:
         """Weights [H, ...] whose row h writes channel h."""
         return tuple(rows for producer in self.producers for rows in producer.rows())
