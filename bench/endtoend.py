@@ -161,7 +161,7 @@ def _table_row(
         "mean_error": round(sum(errors) / len(errors), 5) if errors else "",
         "calibration_tokens": report.calibration["tokens"] if report else "",
         "heldout_tokens": result.tokens,
-        **_conditions(),
+        **conditions(),
     }
 
 
@@ -188,7 +188,7 @@ def calibration(keep: float = 0.5, heldout_tokens: int = 8 * LENGTH) -> None:
         }
         for text, held in heldout.items():
             row[f"perplexity_{text}"] = round(evaluate(model, held, progress=False).perplexity, 4)
-        out.add({**row, "heldout_tokens": heldout_tokens, **_conditions()})
+        out.add({**row, "heldout_tokens": heldout_tokens, **conditions()})
 
 
 def cost(tokens: int = 32 * LENGTH, keep: float = 0.5) -> None:
@@ -213,7 +213,7 @@ def cost(tokens: int = 32 * LENGTH, keep: float = 0.5) -> None:
                 "total_over_bare": round(report.seconds["total"] / bare, 4),
                 "predicted_peak_bytes": report.memory["predicted_peak"],
                 "measured_peak_bytes": report.memory["measured_peak"],
-                **_conditions(),
+                **conditions(),
             }
         )
 
@@ -229,7 +229,8 @@ def _bare_seconds(model: Any, batches: list[torch.Tensor]) -> float:
 
 
 @functools.cache  # the commit whose code was loaded, not the one of an hour later
-def _conditions() -> Row:
+def conditions() -> Row:
+    """Threads, torch and commit of a row."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )

@@ -1,99 +1,284 @@
-"""Every selector, pruned and compensated, on a real language model: perplexity on held-out text.
+"""Every selector, pruned and compensated, on real networks.
 
-    python -m bench.selectors            # SmolLM2-135M, MLP: selector × {pruned, + GRAIL} × sparsity
-    python -m bench.selectors table      # the table in Markdown, from the CSV alone
+    python -m bench.selectors resnet18            # selector × {pruned, + GRAIL, …} × sparsity
+    python -m bench.selectors vit --studies       # calibration size, α, the loop, folding
+    python -m bench.selectors smollm2 --only wanda,greedy --keep 0.5
 
-Results are bench/results/smollm2_selectors.csv. Text is the Python language reference ("technical",
-see bench/assets.py), 16k calibration and 8k held-out tokens. "grail" is the paper's way with each
-selector (α = 1e-3, the block's own output as target); "ours" is what a user gets who sets nothing
-but the selector. A row is written as soon as it is measured and never measured again: kill it and
-run it again to go on. Hours on two cores; never part of the tests.
+Networks, and what is reported of each, on data that calibration has not seen
+  resnet18      Fashion-MNIST, convolutions inside its blocks: accuracy on 2000 test images
+  vit           Fashion-MNIST, MLP: accuracy on 2000 test images
+  efficientnet  EfficientNet-lite0, expanded channels: agreement with the dense network's own
+                predictions on photographs
+  minilm        all-MiniLM-L6-v2, MLP: mean cosine to the dense embeddings of 256 Brown sentences
+                (and the rank correlation of their similarities)
+  smollm2       SmolLM2-135M, MLP: perplexity on 8k held-out tokens of technical text
+
+Variants
+  own       the selector as its authors compensate it: FLAP by biases, SlimGPT by its weight update
+            (ridge toward the baseline, α = 0.01), all others not at all
+  grail     the paper's way: α = 1e-3 toward zero, the block's own output as target, the same map
+            of channels at every tap of a convolution, folding as if it commuted
+  both      the paper's way, and a bias fitted with it
+  ours      what a user gets who sets nothing but the selector
+
+Results are bench/results/selectors_NETWORK.csv and studies_NETWORK.csv. A row is written as soon as
+it is measured and never measured again: kill it and run it again to go on. Never part of the tests.
 """
 
 import argparse
+import copy
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from bench.endtoend import LENGTH, PAPER, RESULTS, Row, Subject, Table, _conditions
-from grail import select
-from grail.evaluate import evaluate
-from grail.report import recovered
+import torch
+from torch import Tensor
 
-KEEPS = (0.5, 0.8, 0.65)
-FIRST = ("wanda", "magnitude", "flap", "greedy", "folding", "random", "gram", "cholesky")
-TEXT, TOKENS, HELD_OUT = "technical", 16 * LENGTH, 8 * LENGTH
-MODELS: dict[str, dict[str, Any]] = {
-    "pruned": {"compensate": False},
-    "grail": {k: v for k, v in PAPER.items() if k != "selector"},
+import grail
+from bench import assets, networks, scores
+from bench.endtoend import LENGTH, RESULTS, TEXTS, Table, conditions
+from grail import select
+
+KEEPS = (0.5, 0.7, 0.3, 0.9, 0.8, 0.6, 0.4)
+# In the order of measuring; what grail.select knows beside them comes last.
+FIRST = (
+    *("magnitude", "wanda", "greedy", "folding", "flap", "slimgpt", "random", "gram", "cholesky"),
+    *("wanda++", "backward", "folding-agglomerative", "folding-activations"),
+)
+PAPER: dict[str, Any] = {
+    "alpha": 1e-3,
+    "toward": "zero",
+    "drift_correction": 0.0,
+    "per_tap": False,
+    "exact_folding": False,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "own": {"compensate": False},
+    "grail": PAPER,
+    "both": {**PAPER, "compensate": "both"},
     "ours": {},
 }
-OURS = ("wanda", "greedy")  # selectors of the third row
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "flap": {"compensate": "bias", "drift_correction": 0.0, "alpha": 1e-3},
+    "slimgpt": {"alpha": 0.01, "toward": "baseline", "drift_correction": 0.0},
+}
+SAMPLES = (16, 32, 64, 128, 256, 512, 1024, 2048)
+ALPHAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# Folding's variants: REPAIR resets the statistics of batch norms, for the baseline and for GRAIL.
+FOLDINGS: dict[str, dict[str, Any]] = {
+    "folded": {"compensate": False},
+    "folded + REPAIR": {"compensate": False, "repair": True},
+    "grail": PAPER,
+    "grail + REPAIR": {**PAPER, "repair": True},
+    "exact": {**PAPER, "exact_folding": True, "per_tap": True},
+    "exact + REPAIR": {**PAPER, "exact_folding": True, "per_tap": True, "repair": True},
+    "ours": {},
+    "ours + REPAIR": {"repair": True},
+}
 
 
-def measure() -> None:
-    """Every model of every cell."""
-    out = Table(RESULTS / "smollm2_selectors.csv", ("selector", "keep", "model"))
-    subject = Subject()
-    calibration = subject.batches(TEXT, "calibration", TOKENS)
-    heldout = subject.batches(TEXT, "heldout", HELD_OUT)
-    if ("", 1.0, "dense") not in out:
-        dense = evaluate(subject.model, heldout, progress=False)
-        out.add(_row("", 1.0, "dense", dense.perplexity, None))
-    others = [name for name in select.names() if name not in FIRST]
-    for keep in KEEPS:
-        for selector in (*FIRST, *others):
-            for name, settings in MODELS.items():
-                known = (selector, keep, name) in out
-                if known or (name == "ours" and selector not in OURS):
-                    continue
-                model, report = subject.compressed(
-                    calibration, keep=keep, sites=("mlp",), selector=selector, **settings
-                )
-                result = evaluate(model, heldout, progress=False)
-                out.add(_row(selector, keep, name, result.perplexity, report))
+@dataclass(frozen=True)
+class Subject:
+    """A network with its data.
+
+    `calibration`: from a number of samples to batches; `score`: by name, the first the one that
+    tables show; `better`: whether more of that is better or less.
+    """
+
+    network: Any
+    calibration: Callable[[int], list[Any]]
+    score: Callable[[Any], dict[str, float]]
+    samples: int
+    sites: tuple[str, ...]
+    keeps: tuple[float, ...] = KEEPS
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
-def _row(selector: str, keep: float, name: str, perplexity: float, report: Any) -> Row:
-    settings = report.settings if report else {}
-    return {
-        "selector": selector,
-        "keep": keep,
-        "model": name,
-        "perplexity": round(perplexity, 4),
-        **{k: settings.get(k, "") for k in ("alpha", "drift_correction", "toward")},
-        "calibration_tokens": report.calibration["tokens"] if report else "",
-        "heldout_tokens": HELD_OUT,
-        "seconds": round(report.seconds["total"], 1) if report else "",
-        **_conditions(),
-    }
+def _fashion(network: Any, sites: tuple[str, ...], kind: Callable[[Tensor], Any]) -> Subject:
+    data = assets.fashion_mnist(TEXTS)
+    test = networks.fashion_inputs(data.test_images[:2000])
+    labels = data.test_labels[:2000].long()
+
+    def calibration(samples: int) -> list[Any]:
+        images = networks.fashion_inputs(data.train_images[:samples])
+        return [kind(part) for part in images.split(128)]
+
+    def score(model: Any) -> dict[str, float]:
+        return {"accuracy": scores.accuracy(model, test, labels)}
+
+    return Subject(network, calibration, score, 512, sites, settings={"multiple": 1})
 
 
-def markdown(rows: list[Row]) -> str:
-    """A line for each selector: pruned → + GRAIL (share of the lost log-perplexity that is back)."""
-    found = {(r["selector"], float(r["keep"]), r["model"]): float(r["perplexity"]) for r in rows}
-    dense = found["", 1.0, "dense"]
-    keeps = sorted({keep for _, keep, model in found if model != "dense"}, reverse=True)
-    selectors = list(dict.fromkeys(r["selector"] for r in rows if r["selector"]))
-    lines = [
-        "| selector | " + " | ".join(f"keep {keep:g}" for keep in keeps) + " |",
-        "|---|" + "---|" * len(keeps),
-    ]
-    for selector in selectors:
-        cells = [_cell(found, dense, selector, keep) for keep in keeps]
-        lines.append(f"| {selector} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _resnet18() -> Subject:
+    return _fashion(networks.resnet18_fashion(), ("conv",), lambda images: images)
 
 
-def _cell(found: dict[tuple[str, float, str], float], dense: float, name: str, keep: float) -> str:
-    pruned = found.get((name, keep, "pruned"))
-    if pruned is None:
-        return "–"
-    parts = [f"{pruned:.1f}"]
-    for model in ("grail", "ours"):
-        if (name, keep, model) in found:
-            perplexity = found[name, keep, model]
-            share = recovered(dense, pruned, perplexity)
-            parts.append(f"{perplexity:.1f}" + ("" if share is None else f" ({share:.0%})"))
-    return " → ".join(parts)
+def _vit() -> Subject:
+    return _fashion(networks.vit_fashion(), ("mlp",), lambda images: {"pixel_values": images})
+
+
+def _efficientnet() -> Subject:
+    network = networks.efficientnet_lite0()
+    calibration, test = assets.photographs(TEXTS, crops=4)
+    dense = scores.predictions(network, test, batch=50)
+
+    def score(model: Any) -> dict[str, float]:
+        return {"agreement": scores.accuracy(model, test, dense, batch=50)}
+
+    return Subject(
+        network,
+        lambda samples: list(calibration[:samples].split(32)),
+        score,
+        256,
+        ("conv",),
+        keeps=(0.9, 0.8, 0.7, 0.6, 0.5),
+    )
+
+
+def _minilm() -> Subject:
+    encoder = networks.minilm()
+    halves = assets.split_genres(assets.brown(TEXTS))
+    batches = networks.sentence_batches(assets.sentences(halves[1], 256))
+    dense = scores.embed(encoder, batches)
+
+    def calibration(samples: int) -> list[Any]:
+        return networks.sentence_batches(assets.sentences(halves[0], samples))
+
+    def score(model: Any) -> dict[str, float]:
+        embeddings = scores.embed(model, batches)
+        return {
+            "cosine": scores.mean_cosine(embeddings, dense),
+            "rank_correlation": scores.rank_correlation(embeddings, dense),
+        }
+
+    return Subject(encoder, calibration, score, 512, ("mlp",))
+
+
+def _smollm2() -> Subject:
+    from bench.endtoend import Subject as LanguageModel
+    from grail.evaluate import evaluate
+
+    subject = LanguageModel()
+    heldout = subject.batches("technical", "heldout", 8 * LENGTH)
+
+    def score(model: Any) -> dict[str, float]:
+        return {"perplexity": evaluate(model, heldout, progress=False).perplexity}
+
+    return Subject(
+        subject.model,
+        lambda samples: subject.batches("technical", "calibration", samples * LENGTH),
+        score,
+        16,
+        ("mlp",),
+        keeps=(0.5, 0.8, 0.65),
+        variants=("own", "grail", "ours"),
+    )
+
+
+SUBJECTS = {
+    "resnet18": _resnet18,
+    "vit": _vit,
+    "efficientnet": _efficientnet,
+    "minilm": _minilm,
+    "smollm2": _smollm2,
+}
+
+
+class Bench:
+    """Measures one subject's rows into a table."""
+
+    def __init__(self, name: str, file: str):
+        self.subject = SUBJECTS[name]()
+        self.out = Table(RESULTS / file, ("selector", "keep", "variant", "samples"))
+        if ("", 1.0, "dense", 0) not in self.out:
+            self._add("", 1.0, "dense", 0, self.subject.network, None)
+
+    def measure(
+        self, selector: str, keep: float, variant: str, settings: dict[str, Any], samples: int = 0
+    ) -> None:
+        """One row, unless it is there."""
+        samples = samples or self.subject.samples
+        if (selector, keep, variant, samples) in self.out:
+            return
+        network = copy.deepcopy(self.subject.network)
+        report = grail.compress(
+            network,
+            self._batches(samples),
+            keep=keep,
+            sites=self.subject.sites,
+            selector=selector,
+            progress=False,
+            **{**self.subject.settings, **settings},
+        )
+        self._add(selector, keep, variant, samples, network, report)
+
+    @functools.cached_property
+    def _batches(self) -> Callable[[int], list[Any]]:
+        return functools.cache(self.subject.calibration)
+
+    def _add(
+        self, selector: str, keep: float, variant: str, samples: int, network: Any, report: Any
+    ) -> None:
+        start = time.perf_counter()
+        found = self.subject.score(network)
+        errors = [row.error for row in report.sites] if report else []
+        self.out.add(
+            {
+                "selector": selector,
+                "keep": keep,
+                "variant": variant,
+                "samples": samples,
+                **{name: round(value, 5) for name, value in found.items()},
+                "parameters": sum(p.numel() for p in network.parameters()),
+                "mean_error": round(sum(errors) / len(errors), 5) if errors else "",
+                "compress_seconds": round(report.seconds["total"], 2) if report else "",
+                "score_seconds": round(time.perf_counter() - start, 2),
+                **conditions(),
+            }
+        )
+
+
+def table(name: str, only: tuple[str, ...], keeps: tuple[float, ...]) -> None:
+    """Selector × variant × sparsity."""
+    bench = Bench(name, f"selectors_{name}.csv")
+    others = tuple(n for n in select.names() if n not in FIRST)
+    selectors = only or (*FIRST, *others)
+    for keep, selector in itertools.product(keeps or bench.subject.keeps, selectors):
+        for variant in bench.subject.variants:
+            settings = VARIANTS[variant]
+            if variant == "own":
+                settings = AS_PUBLISHED.get(selector, settings)
+            bench.measure(selector, keep, variant, settings)
+
+
+def studies(name: str) -> None:
+    """Calibration size, α, the loop, and folding, at half of the channels and at 0.3."""
+    bench = Bench(name, f"studies_{name}.csv")
+    for row in _studies(name):
+        bench.measure(*row)
+
+
+def _studies(name: str) -> Iterator[tuple[str, float, str, dict[str, Any], int]]:
+    default = 0
+    for keep in (0.5, 0.3):
+        for samples in SAMPLES:
+            for variant in ("grail", "ours"):
+                yield "wanda", keep, variant, VARIANTS[variant], samples
+        for alpha in ALPHAS:
+            yield "wanda", keep, f"alpha={alpha:g}", {**PAPER, "alpha": alpha}, default
+            settings = {**PAPER, "alpha": alpha, "toward": "baseline"}
+            yield "wanda", keep, f"alpha={alpha:g} toward baseline", settings, default
+        yield "wanda", keep, "open loop", {**PAPER, "closed_loop": False}, default
+        yield "wanda", keep, "per tap", {**PAPER, "per_tap": True}, default
+        yield "wanda", keep, "drift", {**PAPER, "per_tap": True, "drift_correction": 1.0}, default
+        yield "wanda", keep, "ours, both", {"compensate": "both"}, default
+        for variant, settings in FOLDINGS.items():
+            if name == "resnet18" or "REPAIR" not in variant:
+                yield "folding", keep, variant, settings, default
 
 
 def main() -> None:
@@ -101,11 +286,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", nargs="?", default="measure", choices=("measure", "table"))
-    if parser.parse_args().part == "measure":
-        measure()
+    parser.add_argument("network", choices=SUBJECTS)
+    parser.add_argument("--studies", action="store_true", help="the studies, not the table")
+    parser.add_argument("--only", default="", help="selectors, separated by commas")
+    parser.add_argument("--keep", default="", help="keep ratios, separated by commas")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.studies:
+        studies(arguments.network)
     else:
-        print(markdown(Table(RESULTS / "smollm2_selectors.csv", ()).rows))
+        keeps = tuple(float(k) for k in arguments.keep.split(",") if k)
+        table(arguments.network, tuple(filter(None, arguments.only.split(","))), keeps)
 
 
 if __name__ == "__main__":
