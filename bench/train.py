@@ -1,0 +1,162 @@
+"""Trains the Fashion-MNIST networks of the benchmarks: `python -m bench.train resnet18`.
+
+Every epoch draws its order, crops and flips from a generator seeded by (seed, epoch), so a run
+that was stopped goes on from its last epoch to the same weights. The last epoch is the one that is
+kept: the test images choose nothing.
+"""
+
+import argparse
+import csv
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bench import assets, networks
+from bench.scores import accuracy
+from grail.errors import InputError
+
+BATCH = 128
+_FIELDS = ("network", "seed", "epoch", "loss", "test_accuracy", "seconds")
+
+
+def augmented(
+    images: Tensor,  # [N, 28, 28] uint8
+    generator: torch.Generator,
+) -> Tensor:  # [N, 28, 28] uint8
+    """Each image shifted by up to two pixels either way, and mirrored with probability one half."""
+    count = len(images)
+    shifts = torch.randint(5, (2, count), generator=generator)
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    windows = F.pad(images, (2, 2, 2, 2)).unfold(1, 28, 1).unfold(2, 28, 1)
+    shifted = windows[torch.arange(count), shifts[0], shifts[1]]
+    return torch.where(mirrored[:, None, None], shifted.flip(2), shifted)
+
+
+def epoch_batches(
+    images: Tensor, labels: Tensor, seed: int, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs [BATCH, 1, 28, 28] and labels [BATCH] of one epoch; a partial batch is left out."""
+    generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+    order = torch.randperm(len(images), generator=generator)
+    for rows in order[: len(order) // BATCH * BATCH].split(BATCH):
+        yield networks.fashion_inputs(augmented(images[rows], generator)), labels[rows].long()
+
+
+def recipe(
+    name: str, network: nn.Module, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
+    """Optimiser and learning rates: SGD for the ResNet, AdamW for the vision transformer."""
+    if name == "resnet18":
+        peak = 0.2
+        optimiser: torch.optim.Optimizer = torch.optim.SGD(
+            network.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
+    else:
+        peak = 2e-3
+        optimiser = torch.optim.AdamW(network.parameters(), lr=peak, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, peak, total_steps=steps, pct_start=0.2, cycle_momentum=False
+    )
+    return optimiser, schedule
+
+
+def train_epoch(
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.OneCycleLR,
+) -> float:
+    """One pass over `batches`, with labels smoothed by 0.1; returns the mean loss."""
+    network.train()
+    losses = []
+    for inputs, labels in batches:
+        outputs = network(inputs.contiguous(memory_format=torch.channels_last))
+        logits = getattr(outputs, "logits", outputs)
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimiser.step()
+        schedule.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean().item()
+
+
+def save(name: str, network: Any, folder: Path) -> None:
+    """Writes the weights in fp16: one safetensors file, or a `save_pretrained` folder."""
+    if name == "resnet18":
+        state = {
+            key: value.half().contiguous() if value.is_floating_point() else value
+            for key, value in network.state_dict().items()
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / "resnet18_fashion.safetensors")
+    else:
+        network.half().save_pretrained(folder / "vit_fashion")
+
+
+def train(name: str, epochs: int, seed: int, cache: Path, weights: Path, log: Path) -> None:
+    """Trains one network, or goes on with it, and writes a row of `log` after every epoch."""
+    torch.manual_seed(seed)
+    data = assets.fashion_mnist(cache)
+    network: Any = networks.new_resnet18() if name == "resnet18" else networks.new_vit()
+    network.to(memory_format=torch.channels_last)
+    optimiser, schedule = recipe(name, network, steps=epochs * (len(data.train_images) // BATCH))
+    parts = {"network": network, "optimiser": optimiser, "schedule": schedule}
+    checkpoint = cache / f"{name}-seed{seed}-epochs{epochs}.pt"
+    done = 0
+    if checkpoint.is_file():
+        saved = torch.load(checkpoint, weights_only=True)
+        done = saved.pop("epoch")
+        for part, state in saved.items():
+            parts[part].load_state_dict(state)
+    for epoch in range(done + 1, epochs + 1):
+        start = time.perf_counter()
+        batches = epoch_batches(data.train_images, data.train_labels, seed, epoch)
+        loss = train_epoch(network, batches, optimiser, schedule)
+        seconds = time.perf_counter() - start
+        inputs = networks.fashion_inputs(data.test_images)
+        score = accuracy(network.eval(), inputs, data.test_labels)
+        _append(log, (name, seed, epoch, f"{loss:.4f}", f"{score:.4f}", f"{seconds:.0f}"))
+        states = {part: value.state_dict() for part, value in parts.items()}
+        torch.save({"epoch": epoch, **states}, checkpoint)
+    save(name, network, weights)
+
+
+def _append(log: Path, row: tuple[Any, ...]) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not log.is_file()
+    with log.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([_FIELDS, row] if fresh else [row])
+
+
+def main() -> None:
+    """Command line of this file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("network", choices=("resnet18", "vit"), help="which one to train")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the 60 000 images")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order, crops and flips")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(".assets"), help="folder for data and checkpoints"
+    )
+    parser.add_argument(
+        "--weights", type=Path, default=networks.WEIGHTS, help="folder for the trained weights"
+    )
+    parser.add_argument("--log", type=Path, help="CSV (default: bench/results/train_NETWORK.csv)")
+    options = parser.parse_args()
+    log = options.log or Path("bench/results") / f"train_{options.network}.csv"
+    try:
+        train(options.network, options.epochs, options.seed, options.cache, options.weights, log)
+    except InputError as error:
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()
