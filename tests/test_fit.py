@@ -603,24 +603,27 @@ def test_what_is_auto_has_the_least_error_on_the_held_out_tokens_with_a_bias_too
     assert fit.error == pytest.approx(relative_error(x, drift, weight, reduction, *both), rel=1e-9)
 
 
-def test_where_no_weight_holds_on_other_tokens_a_bias_may(weight):
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_where_no_weight_holds_on_other_tokens_a_bias_may(weight, beta):
     # Channel 1 goes with channel 0 here and against it there, about one and the same mean.
     train, held = torch.ones(H, H) + 2 * torch.eye(H), torch.ones(H, H) + 2 * torch.eye(H)
     train[1, 0], held[1, 0] = 3.0, -1.0
     selection = grail.Selection([c for c in range(H) if c != 1], H)
     fit = grail.fit(
-        gram_of(train),
+        drifting(train, torch.ones(H, O)),
         selection,
         weight,
         alpha="auto",
         toward="baseline",
         affine=True,
-        held_out=gram_of(held),
+        drift_correction=beta,
+        held_out=drifting(held, torch.ones(H, O)),
     )
     assert torch.equal(fit.weight, selection.absorb(weight))
-    assert fit.alpha == float("inf")
+    assert (fit.alpha, fit.drift_correction) == (float("inf"), beta)
     mean = torch.cat([train, held]).mean(0)[1]
-    torch.testing.assert_close(fit.shifts[0], (weight[:, 1] * mean).double())
+    # Inputs are fp32.
+    torch.testing.assert_close(fit.shifts[0].float(), weight[:, 1] * mean + beta)
 
 
 @pytest.mark.parametrize("damping", ["site", "channel"])
