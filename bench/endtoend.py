@@ -245,8 +245,8 @@ def plot() -> None:
     """Both figures and the table in Markdown, from the committed CSV alone."""
     rows = Table(RESULTS / "smollm2_table.csv", ()).rows
     print(markdown(rows))
-    _save(_keep_figure(rows), "smollm2_table.svg")
-    _save(
+    save_figure(_keep_figure(rows), "smollm2_table.svg")
+    save_figure(
         _calibration_figure(Table(RESULTS / "smollm2_calibration.csv", ()).rows),
         "smollm2_calibration.svg",
     )
@@ -363,10 +363,11 @@ def _calibration_figure(rows: list[Row]) -> Any:
     return figure
 
 
-def _save(figure: Any, name: str) -> None:
+def save_figure(figure: Any, name: str) -> None:
+    """Writes an SVG into the results; the same data gives the same file."""
     import matplotlib as mpl
 
-    with mpl.rc_context({"svg.hashsalt": name}):  # the same data gives the same file
+    with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(RESULTS / name, metadata={"Date": None})
     print(f"wrote {RESULTS / name}")
 

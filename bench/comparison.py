@@ -1,0 +1,244 @@
+"""docs/results.md and its figures, from the CSV files of bench/selectors.py alone.
+
+python -m bench.comparison
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.endtoend import RESULTS, Row, Table, save_figure
+from grail.report import recovered
+
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+# Network: what it is, the score that is shown, and the keep ratios of its table.
+NETWORKS = {
+    "smollm2": ("SmolLM2-135M, MLP, technical text", "perplexity", (0.8, 0.65, 0.5)),
+    "resnet18": ("ResNet-18, Fashion-MNIST, block-internal channels", "accuracy", (0.7, 0.5, 0.3)),
+    "vit": ("ViT, Fashion-MNIST, MLP", "accuracy", (0.7, 0.5, 0.3)),
+    "efficientnet": (
+        "EfficientNet-lite0, expanded channels, photographs",
+        "agreement",
+        (0.9, 0.8, 0.7),
+    ),
+    "minilm": ("all-MiniLM-L6-v2, MLP, Brown sentences", "cosine", (0.7, 0.5, 0.3)),
+}
+VARIANTS = {"own": "as published", "grail": "+ GRAIL", "both": "+ GRAIL and bias", "ours": "grail"}
+LEAST = 0.005  # of the score; where pruning loses less, no share of it is given
+
+Scores = dict[tuple[str, float, str], float]
+
+
+def page() -> str:
+    """The whole page in Markdown."""
+    parts = [_HEAD]
+    for name, (title, score, keeps) in NETWORKS.items():
+        rows = _rows(f"selectors_{name}.csv")
+        if not rows:
+            continue
+        parts.append(f"## {title}\n\n{_summary(rows, score)}\n\n{table(rows, score, keeps)}")
+        parts.append(f"![{title}](../bench/results/selectors_{name}.svg)")
+        if studied := _rows(f"studies_{name}.csv"):
+            parts.append(f"![Studies of {name}](../bench/results/studies_{name}.svg)")
+            parts.append(study_table(studied, score))
+    return "\n\n".join(parts) + "\n"
+
+
+_HEAD = """# Selectors, with and without compensation
+
+Made by `python -m bench.comparison` from bench/results/selectors_\\*.csv and studies_\\*.csv, which
+`python -m bench.selectors` measures. A cell is: the selector as its authors publish it (FLAP with
+its biases, SlimGPT with its weight update, the others plainly pruned) → with GRAIL in the paper's
+way (α = 1e-3 toward zero) → with grail's defaults; in brackets the share of what was lost that came
+back: of accuracy, agreement or cosine, or of log-perplexity. No share is given where next to nothing
+was lost."""
+
+
+def _rows(name: str) -> list[Row]:
+    return Table(RESULTS / name, ()).rows
+
+
+def found(rows: list[Row], score: str) -> Scores:
+    """Scores by selector, keep and variant."""
+    return {(r["selector"], float(r["keep"]), r["variant"]): float(r[score]) for r in rows}
+
+
+def share(score: str, dense: float, pruned: float, restored: float) -> float | None:
+    """What came back of what was lost; None where next to nothing was."""
+    if score == "perplexity":
+        return recovered(dense, pruned, restored)
+    return None if dense - pruned < LEAST else (restored - pruned) / (dense - pruned)
+
+
+def table(rows: list[Row], score: str, keeps: tuple[float, ...]) -> str:
+    """A line for each selector, a column for each keep ratio."""
+    values = found(rows, score)
+    dense = values["", 1.0, "dense"]
+    lines = [
+        "| selector | " + " | ".join(f"keep {keep:g}" for keep in keeps) + " |",
+        "|---|" + "---|" * len(keeps),
+    ]
+    for selector in dict.fromkeys(r["selector"] for r in rows if r["selector"]):
+        cells = (_cell(values, score, dense, selector, keep) for keep in keeps)
+        lines.append(f"| {selector} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: Scores, score: str, dense: float, selector: str, keep: float) -> str:
+    pruned = values.get((selector, keep, "own"))
+    if pruned is None:
+        return "–"
+    parts = [_number(score, pruned)]
+    for variant in ("grail", "ours"):
+        if (value := values.get((selector, keep, variant))) is None:
+            parts.append("–")
+            continue
+        back = share(score, dense, pruned, value)
+        parts.append(_number(score, value) + ("" if back is None else f" ({back:.0%})"))
+    return " → ".join(parts)
+
+
+def _number(score: str, value: float) -> str:
+    if score == "perplexity":
+        return f"{value:,.1f}" if value < 1e4 else f"{value:.0e}"
+    return f"{value:.3f}" if score == "cosine" else f"{100 * value:.1f}"
+
+
+def _summary(rows: list[Row], score: str) -> str:
+    """Dense score, and how often compensation helped, from all cells."""
+    values = found(rows, score)
+    dense = values["", 1.0, "dense"]
+    sign = -1 if score == "perplexity" else 1
+    sentences = [
+        f"Dense: {_number(score, dense)}{'' if score in ('perplexity', 'cosine') else '%'}."
+    ]
+    for variant in ("grail", "ours"):
+        pairs = [
+            (values[s, k, "own"], value)
+            for (s, k, v), value in values.items()
+            if v == variant and (s, k, "own") in values
+        ]
+        better = sum(sign * value >= sign * own for own, value in pairs)
+        sentences.append(
+            f"{VARIANTS[variant]}: no worse than as published in {better} of {len(pairs)} cells."
+        )
+    for keep in sorted({k for _, k, v in values if v != "dense"}, reverse=True):
+        spreads = []
+        for variant in ("own", "grail", "ours"):
+            cells = [v for (_, k, w), v in values.items() if (k, w) == (keep, variant)]
+            if len(cells) > 2:
+                spreads.append(f"{_number(score, min(cells))}–{_number(score, max(cells))}")
+        if len(spreads) == 3:
+            sentences.append(f"Keep {keep:g}, over selectors: {' → '.join(spreads)}.")
+    return "\n".join(sentences)
+
+
+def study_table(rows: list[Row], score: str) -> str:
+    """Settings that are no axis of a figure: the loop, taps, drift, folding."""
+    values = found(rows, score)
+    dense = values["", 1.0, "dense"]
+    keeps = sorted({k for _, k, v in values if v != "dense"}, reverse=True)
+    lines = ["| selector | variant | " + " | ".join(f"keep {keep:g}" for keep in keeps) + " |"]
+    lines.append("|---|---|" + "---|" * len(keeps))
+    shown = dict.fromkeys(
+        (r["selector"], r["variant"])
+        for r in rows
+        if r["selector"] and not r["variant"].startswith("alpha=")
+    )
+    sizes = {r["samples"] for r in rows if r["variant"] == "open loop"}
+    for selector, variant in shown:
+        cells = [
+            next(
+                (
+                    _number(score, float(r[score]))
+                    for r in rows
+                    if (r["selector"], r["variant"], float(r["keep"])) == (selector, variant, keep)
+                    and r["samples"] in sizes
+                ),
+                "–",
+            )
+            for keep in keeps
+        ]
+        lines.append(f"| {selector} | {variant} | " + " | ".join(cells) + " |")
+    return (
+        f"Dense: {_number(score, dense)}. Calibration samples: {', '.join(sorted(sizes))}.\n\n"
+        + ("\n".join(lines))
+    )
+
+
+def selector_figure(rows: list[Row], score: str, title: str) -> Any:
+    """Score against keep ratio, a panel for each variant, a line for each selector."""
+    from matplotlib.figure import Figure
+
+    values = found(rows, score)
+    selectors = list(dict.fromkeys(r["selector"] for r in rows if r["selector"]))
+    variants = [v for v in VARIANTS if any(w == v for _, _, w in values)]
+    figure = Figure(figsize=(3.4 * len(variants), 3.6), layout="constrained")
+    for axes, variant in zip(figure.subplots(1, len(variants), sharey=True), variants, strict=True):
+        for number, selector in enumerate(selectors):
+            line = sorted(
+                (k, v) for (s, k, w), v in values.items() if (s, w) == (selector, variant)
+            )
+            if line:
+                style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+                axes.plot(*zip(*line, strict=True), marker=".", label=selector, **style)
+        axes.axhline(values["", 1.0, "dense"], color="grey", linestyle=":")
+        axes.set(title=VARIANTS[variant], xlabel="channels kept")
+        if score == "perplexity":
+            axes.set(yscale="log", ylim=(None, 1e3))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(score)
+    figure.axes[-1].legend(fontsize=7)
+    figure.suptitle(title)
+    return figure
+
+
+def study_figure(rows: list[Row], score: str, title: str) -> Any:
+    """Score against calibration size, and against α, a line for each keep ratio and variant."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    sizes, alphas = figure.subplots(1, 2, sharey=True)
+    keeps = sorted({r["keep"] for r in rows if r["selector"]}, reverse=True)
+    for number, keep in enumerate(keeps):
+        at = [r for r in rows if r["keep"] == keep and r["selector"] == "wanda"]
+        for variant, style in (("grail", "o--"), ("ours", "o-")):
+            line = sorted(
+                (int(r["samples"]), float(r[score])) for r in at if r["variant"] == variant
+            )
+            if line:
+                label = f"{VARIANTS[variant]}, keep {keep}"
+                sizes.plot(*zip(*line, strict=True), style, color=f"C{number}", label=label)
+        for toward, style in (("", "o--"), (" toward baseline", "o-")):
+            line = sorted(
+                (float(r["variant"].removeprefix("alpha=").removesuffix(toward)), float(r[score]))
+                for r in at
+                if r["variant"].startswith("alpha=")
+                and ("baseline" in r["variant"]) == bool(toward)
+            )
+            if line:
+                label = f"toward {'baseline' if toward else 'zero'}, keep {keep}"
+                alphas.plot(*zip(*line, strict=True), style, color=f"C{number}", label=label)
+    sizes.set(xscale="log", xlabel="calibration samples", ylabel=score, title="wanda")
+    alphas.set(xscale="log", xlabel="α", title="wanda, the paper's way")
+    for axes in (sizes, alphas):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.suptitle(title)
+    return figure
+
+
+def main() -> None:
+    """Draws everything."""
+    for name, (title, score, _) in NETWORKS.items():
+        if rows := _rows(f"selectors_{name}.csv"):
+            save_figure(selector_figure(rows, score, title), f"selectors_{name}.svg")
+        if rows := _rows(f"studies_{name}.csv"):
+            save_figure(study_figure(rows, score, title), f"studies_{name}.svg")
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
