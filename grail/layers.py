@@ -20,7 +20,7 @@ from grail.errors import InputError, ModelError
 from grail.reduction import Reduction
 from grail.transaction import Transaction
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -37,7 +37,7 @@ class Producer:
     parts: tuple[tuple[str, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        _require_plain(self.name, self.module, _transposed, nn.Linear, *_CONVOLUTIONS)
+        _require_plain(self.name, self.module, _transposed, nn.Linear, *CONVOLUTIONS)
         if self.parts is not None and sum(n for _, n in self.parts) != len(self._rows()):
             raise ModelError(
                 f"{self.name} has {len(self._rows())} rows, where its site expects "
@@ -93,7 +93,7 @@ class Consumer:
     norm: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        _require_plain(self.name, self.module, _transposed, nn.Linear, *_CONVOLUTIONS)
+        _require_plain(self.name, self.module, _transposed, nn.Linear, *CONVOLUTIONS)
         if getattr(self.module, "groups", 1) != 1:
             raise ModelError(
                 f"{self.name} reads its channels in {self.module.groups} groups, so a map from all "
@@ -133,7 +133,7 @@ class Consumer:
 
     def pixels(self, x: Tensor) -> Tensor:
         """Its input as tokens [..., H]."""
-        return x.movedim(1, -1) if isinstance(self.module, _CONVOLUTIONS) else x
+        return x.movedim(1, -1) if isinstance(self.module, CONVOLUTIONS) else x
 
     def patches(self, x: Tensor) -> Tensor:
         """Its input as tokens [N, positions, H·taps], one for each output position.
@@ -141,7 +141,7 @@ class Consumer:
         A linear layer's, and those of a convolution with one tap, are its `pixels`.
         """
         module: Any = self.module
-        if not isinstance(module, _CONVOLUTIONS):
+        if not isinstance(module, CONVOLUTIONS):
             return x
         if isinstance(module.padding, str) or module.padding_mode != "zeros" or x.dim() != 4:
             raise ModelError(
@@ -157,7 +157,7 @@ class Consumer:
 
     def outputs_as_tokens(self, y: Tensor) -> Tensor:
         """What follows its output, [N, positions, O] beside `patches`."""
-        return y.flatten(2).movedim(1, -1) if isinstance(self.module, _CONVOLUTIONS) else y
+        return y.flatten(2).movedim(1, -1) if isinstance(self.module, CONVOLUTIONS) else y
 
     def rewrite(
         self, weight: Tensor, kept: int, per_tap: bool, shift: Tensor | None, change: Transaction
@@ -208,7 +208,7 @@ def narrow_along(name: str, module: Any, reduction: Reduction, change: Transacti
     Raises:
         ModelError: a kind of layer that is not known to do so.
     """
-    if isinstance(module, _CONVOLUTIONS) and is_depthwise(module):
+    if isinstance(module, CONVOLUTIONS) and is_depthwise(module):
         change.set_attribute(module, "groups", reduction.kept)
     elif not isinstance(module, (*NORMS, nn.PReLU)):
         raise ModelError(

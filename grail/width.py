@@ -166,4 +166,25 @@ class HeadWidth:
         return Selection(rows.flatten(), self.groups * self.head_dim)
 
 
+@dataclass(frozen=True)
+class GroupWidth(HeadWidth):
+    """Channels that a grouped convolution writes: equally many of each group.
+
+    For a selector those are heads of one channel, of which every group stays.
+    """
+
+    @classmethod
+    def nearest_of_each(cls, groups: int, size: int, keep: float) -> "GroupWidth":
+        """The width nearest to keep·size in each of `groups` groups of `size` channels."""
+        width = cls.nearest(groups, size, 1, keep, lambda width: width.kept_groups == groups)
+        return cls(*vars(width).values())
+
+    def __str__(self) -> str:
+        return f"{self.kept} of {self.channels} channels ({self.kept_queries} in each group)"
+
+    @property
+    def structure(self) -> str:
+        return f"{self.channels} channels in {self.groups} groups of {self.queries}"
+
+
 Width = ChannelWidth | HeadWidth
