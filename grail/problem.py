@@ -29,6 +29,8 @@ centre (D and λ are then those of the centred A), and what it adds to the bias 
 
     A − r rᵀ/N,   Q − (V s + βd) rᵀ/N,   b = (V s + β d − Δ r)/N = ((W − W'R) s + β d)/N
 
+With λ→∞ and β = 0 only b = V s/N is left: FLAP's bias compensation (An et al., AAAI 2024).
+
 FLOPs for O outputs and D channels in V: 2·O·D·H for V G, K³/3 + 2·O·K² for the solve, 4·O·K² for
 the errors.
 
