@@ -51,8 +51,8 @@ Made by `python -m bench.comparison` from bench/results/selectors_\\*.csv and st
 `python -m bench.selectors` measures. A cell is: the selector as its authors publish it (FLAP with
 its biases, SlimGPT with its weight update, the others plainly pruned) → with GRAIL in the paper's
 way (α = 1e-3 toward zero) → with grail's defaults; in brackets the share of what was lost that came
-back: of accuracy, agreement or cosine, or of log-perplexity. No share is given where next to nothing
-was lost."""
+back: of accuracy, agreement or cosine, or of log-perplexity. No share is given where next to
+nothing was lost."""
 
 
 def _rows(name: str) -> list[Row]:

@@ -112,9 +112,6 @@ def compress(
         for site in itertools.chain(*options.sites_of(architecture))
     )
     _require_finite_weights(architecture, options)
-    if options.shifts_bias:
-        for site in itertools.chain(*options.sites_of(architecture)):
-            site.require_bias()
     device = architecture.device
     in_use = memory.in_use(device)
     before = _size(model, architecture, options)
@@ -128,6 +125,9 @@ def compress(
     ):
         with clock("forward"):
             stream = Stream(model, architecture.blocks, batches, storage)
+        if options.shifts_bias:
+            sites_asked = list(itertools.chain(*options.sites_of(architecture)))
+            architecture.make_room(sites_asked, transaction)
         predicted = _predicted_peak(architecture, options, stream, storage)
         run = Run(architecture, options, stream, transaction, clock)
         rows = run.all_blocks(progress)
@@ -156,7 +156,7 @@ def compress(
             "predicted_peak": in_use + predicted if predicted else 0,
             "measured_peak": peak.bytes,
         },
-        notes=_notes(options, asked, stream, rows),
+        notes=[*_notes(options, asked, stream, rows), *architecture.notes(widths)],
         versions=_versions(),
     )
 

@@ -96,6 +96,14 @@ class BoundSite:
         reading = {consumer.name: consumer.module for consumer in self.consumers}
         return {**writing, **dict(self.along), **reading}
 
+    def add_biases(self, transaction: Transaction) -> None:
+        """Gives every layer of the site that has no bias one of zeros."""
+        for module in self.modules().values():
+            weight: Any = module.weight
+            if getattr(module, "bias", None) is None:
+                zeros = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
+                transaction.set_attribute(module, "bias", zeros)
+
     def require_bias(self) -> None:
         """Raises InputError where a consumer has no place for a shift of its outputs."""
         for consumer in self.consumers:
@@ -177,6 +185,19 @@ class Architecture(ABC):
 
     def settle(self, widths: Mapping[str, Width], transaction: Transaction) -> None:  # noqa: B027
         """Writes the new widths, by name of site, into the model's configuration, if it has one."""
+
+    def notes(self, widths: Mapping[str, Width]) -> list[str]:
+        """What a person should know about a model of these widths."""
+        return []
+
+    def make_room(self, sites: Sequence[BoundSite], transaction: Transaction) -> None:
+        """Sees to it that the consumers' biases can be shifted.
+
+        Raises:
+            InputError: one has no bias and can be given none.
+        """
+        for site in sites:
+            site.require_bias()
 
     def check_kinds(self, kinds: Sequence[str]) -> None:
         """Raises InputError for a kind that the architecture does not have, or none at all."""

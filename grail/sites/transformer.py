@@ -3,16 +3,18 @@
     mlp      producers ─► act(…)[·…] [intermediate]     ─► consumer
     heads    queries, keys, values ─► attention [heads·head_dim] ─► output projection
 
-A family is a `Layout`: paths into its blocks and the names of what holds its sizes. All blocks get
-the same widths where the configuration holds one number for all: stock transformers then reloads
-them.
+A family is a `Layout`: paths into its blocks and the names of what holds its sizes. Where all
+blocks get the same width and the configuration has a place for it, it is written there, and stock
+transformers reloads the model; where not, `Transformer.notes` says so.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from grail.errors import InputError, ModelError
@@ -20,35 +22,52 @@ from grail.layers import Consumer, Producer
 from grail.reduction import Reduction, Selection
 from grail.sites.site import Architecture, BoundSite, Landing
 from grail.transaction import Transaction
-from grail.width import ChannelWidth, HeadWidth, Width
+from grail.width import HeadWidth, Width
+
+# What gives all layers of a kind of site a bias: zeros change nothing, and reload.
+BIASES = {"mlp": "mlp_bias", "heads": "attention_bias"}
 
 Number = Callable[[HeadWidth], int]
+Settings = dict[str, int]  # of a configuration, by name
 Parts = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A `Landing` in a block: at the input of the module of that path, or at its output."""
+    """A `Landing` in a block: at the input of the module of that path, or at its output.
+
+    `scale`: the path of what a consumer's output is multiplied by on its way there.
+    """
 
     path: str
     output: bool = False
+    scale: str = ""
 
 
 BLOCK_OUTPUT = Seen("")
+
+
+def setting(name: str) -> Callable[[Any, int], Settings]:
+    """A configuration's place for a number of channels."""
+    return lambda config, kept: {name: kept}
+
+
+_INTERMEDIATE_SIZE = setting("intermediate_size")
 
 
 @dataclass(frozen=True)
 class Mlp:
     """Intermediate channels: paths in a block.
 
-    `fused`: how many producers lie in one matrix, one after the other. `config`: the
-    configuration's name of their number; `sizes`: paths of attributes of it in the block.
+    `fused`: how many producers lie in one matrix, one after the other. `config`: what a
+    configuration has to say for so many channels, nothing if it cannot; `sizes`: paths of
+    attributes of their number in the block.
     """
 
     producers: tuple[str, ...]
     consumer: str
     fused: int = 1
-    config: str = "intermediate_size"
+    config: Callable[[Any, int], Settings] = _INTERMEDIATE_SIZE
     sizes: tuple[str, ...] = ()
     landing: Seen = BLOCK_OUTPUT
 
@@ -57,27 +76,36 @@ class Mlp:
 class Heads:
     """Attention heads: paths in a block.
 
-    `projections`: query, key and value, or one that holds the rows of all three in that order.
-    `head_dim`: the attention module's name of the channels of a head. `sizes`: what else of its
-    attributes follows from a width; `config`: what of the configuration does.
+    `projections`: query, key and value, or one that holds the rows of all three: in that order, or
+    head by head if `interleaved`. `head_dim`: the attention module's name of the channels of a
+    head. `sizes`: what else of its attributes follows from a width; `config`: what of the
+    configuration does, None where that cannot hold fewer heads of the same head_dim. With
+    `reads_config` the attention module looks such numbers up whenever it runs.
     """
 
-    attention: str
     projections: tuple[str, ...]
     consumer: str
     landing: Seen
+    interleaved: bool = False
     head_dim: str = "head_dim"
     sizes: Mapping[str, Number] | None = None
     config: Mapping[str, Number] | None = None
+    reads_config: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One family: its sites, and the places where its list of blocks may be."""
+    """One family: the place of its list of blocks, and its sites.
 
-    blocks: tuple[str, ...]
+    `blocks`: below the model, or below its `base_model_prefix`. `attention`: the path of the module
+    that runs before the MLP. Without `heads`, `no_heads` says why.
+    """
+
+    blocks: str
+    attention: str
     mlp: Mlp
     heads: Heads | None = None
+    no_heads: str = ""
 
 
 class Transformer(Architecture):
@@ -86,10 +114,11 @@ class Transformer(Architecture):
     default = ("mlp",)
 
     def __init__(self, model: Any, layout: Layout):
-        self.config, self._layout = model.config, layout
-        self.prefix, self.blocks = _blocks(model, layout)
+        self.config, self._layout = getattr(model, "config", None), layout
+        named = _blocks(model, layout)
+        self._names, self.blocks = list(named), list(named.values())
         self.kinds = ("heads", "mlp") if layout.heads else ("mlp",)
-        self.name = model.config._name_or_path or type(model).__name__
+        self.name = getattr(self.config, "_name_or_path", "") or type(model).__name__
         self.hidden_size = Consumer("", self.blocks[0].get_submodule(layout.mlp.consumer)).outputs
         every = self.sites(self.kinds)
         # The MLP is the widest point: its producers, an activation and their product beside three
@@ -104,20 +133,67 @@ class Transformer(Architecture):
             for number, block in enumerate(self.blocks)
         ]
 
+    def check_kinds(self, kinds: Sequence[str]) -> None:
+        if "heads" in kinds and self._layout.no_heads:
+            raise InputError(f"heads of {self.name} cannot be narrowed: {self._layout.no_heads}")
+        super().check_kinds(kinds)
+
     def settle(self, widths: Mapping[str, Width], transaction: Transaction) -> None:
-        for width in dict.fromkeys(widths.values()):
-            if isinstance(width, ChannelWidth):
-                settings = {self._layout.mlp.config: width.kept}
-            else:
-                settings = self._head_settings(width)
+        for kind, found in self._by_kind(widths).items():
+            settings = self._settings(found)
             for name, value in settings.items():
                 transaction.set_attribute(self.config, name, value)
+            if settings and kind == "heads":
+                self._share_config(transaction)
+
+    def notes(self, widths: Mapping[str, Width]) -> list[str]:
+        notes = []
+        for kind, found in self._by_kind(widths).items():
+            narrowed = any(width.kept < width.channels for width in found)
+            if self.config is not None and narrowed and not self._settings(found):
+                why = f"the configuration cannot hold {found[0]}"
+                if len(found) > 1:
+                    why = "widths differ by block, which the configuration cannot hold"
+                notes.append(f"{kind}: {why}: save with grail.save")
+        return notes
+
+    def _by_kind(self, widths: Mapping[str, Width]) -> dict[str, list[Width]]:
+        """The different widths of each kind."""
+        found: dict[str, dict[Width, None]] = {}
+        for site in itertools.chain(*self.sites(self.kinds)):
+            if site.name in widths:
+                found.setdefault(site.kind, {})[widths[site.name]] = None
+        return {kind: list(of_kind) for kind, of_kind in found.items()}
+
+    def _settings(self, widths: Sequence[Width]) -> Settings:
+        """What the configuration has to say for sites of these widths; nothing if it cannot."""
+        if self.config is None or len(widths) > 1:
+            return {}
+        (width,) = widths
+        if isinstance(width, HeadWidth):
+            return self._head_settings(width)
+        return self._layout.mlp.config(self.config, width.kept)
+
+    def _share_config(self, transaction: Transaction) -> None:
+        """Lets attention modules read the model's configuration again, which now suits them."""
+        for block in self.blocks:
+            attention: Any = block.get_submodule(self._layout.attention)
+            if getattr(attention, "config", self.config) is not self.config:
+                transaction.set_attribute(attention, "config", self.config)
+
+    def make_room(self, sites: Sequence[BoundSite], transaction: Transaction) -> None:
+        for kind, setting in BIASES.items():
+            of_kind = [site for site in sites if site.kind == kind]
+            if of_kind and getattr(self.config, setting, None) is False:
+                for site in of_kind:
+                    site.add_biases(transaction)
+                transaction.set_attribute(self.config, setting, True)
+        super().make_room(sites, transaction)
 
     def _mlp(self, number: int, block: nn.Module) -> BoundSite:
-        mlp, name = self._layout.mlp, f"{self.prefix}.{number}"
+        mlp, name = self._layout.mlp, self._names[number]
         consumer = Consumer(f"{name}.{mlp.consumer}", block.get_submodule(mlp.consumer))
         parts = (("channels", consumer.channels),) * mlp.fused if mlp.fused > 1 else None
-        heads = self._layout.heads
         return BoundSite(
             name=f"{name}.{mlp.consumer.rpartition('.')[0]}".rstrip("."),
             kind="mlp",
@@ -127,41 +203,30 @@ class Transformer(Architecture):
                 for path in mlp.producers
             ),
             consumers=(consumer,),
-            upstream=(block.get_submodule(heads.attention),) if heads else (),
+            upstream=(block.get_submodule(self._layout.attention),),
             landing=_landing(block, mlp.landing),
             sizes=tuple(_attributes(block, mlp.sizes)),
         )
 
     def _heads(self, number: int, block: nn.Module) -> BoundSite:
-        heads, name = self._layout.heads, f"{self.prefix}.{number}"
+        heads, name = self._layout.heads, self._names[number]
         assert heads is not None
-        attention = block.get_submodule(heads.attention)
+        attention = block.get_submodule(self._layout.attention)
         head_dim: Any = getattr(attention, heads.head_dim)
         consumer = Consumer(f"{name}.{heads.consumer}", block.get_submodule(heads.consumer))
-        modules: list[Any] = [block.get_submodule(path) for path in heads.projections]
-        if len(modules) == 1:
-            whole = Producer("", modules[0])
-            grouped = (len(whole.rows()[0]) - consumer.channels) // 2
-            roles: list[Parts] = [
-                (("channels", consumer.channels), ("groups", grouped), ("groups", grouped))
-            ]
-        else:
-            grouped = len(Producer("", modules[1]).rows()[0])
-            shared: Parts = (("groups", grouped),)
-            roles = [(("channels", consumer.channels),), shared, shared]
+        producers = _projections(name, block, heads, consumer.channels, head_dim)
+        grouped = len(producers[-1].rows("groups")[-1])
         return HeadSite(
-            name=f"{name}.{heads.attention}",
+            name=f"{name}.{self._layout.attention}",
             kind="heads",
             block=number,
-            producers=tuple(
-                Producer(f"{name}.{path}", module, parts)
-                for path, module, parts in zip(heads.projections, modules, roles, strict=True)
-            ),
+            producers=producers,
             consumers=(consumer,),
             landing=_landing(block, heads.landing),
             attention=attention,
             shape=(grouped // head_dim, consumer.channels // grouped, head_dim),
             numbers=heads.sizes or {},
+            settings=self._head_settings if heads.reads_config else None,
             allowed=self._loads,
         )
 
@@ -170,17 +235,37 @@ class Transformer(Architecture):
         validate = getattr(self.config, "validate_architecture", None)
         if validate is None:
             return True
-        trial = copy.copy(self.config)
-        trial.__dict__.update(self._head_settings(width))
         try:
-            trial.validate_architecture()
+            _with_settings(self.config, self._head_settings(width)).validate_architecture()
         except ValueError:
             return False
         return True
 
-    def _head_settings(self, width: HeadWidth) -> dict[str, int]:
+    def _head_settings(self, width: HeadWidth) -> Settings:
         assert self._layout.heads is not None
         return {name: number(width) for name, number in (self._layout.heads.config or {}).items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Interleaved(Producer):
+    """Query, key and value rows of the first head, then those of the second, and so on."""
+
+    head_dim: int = 1
+
+    def rows(self, role: str = "channels") -> list[Tensor]:
+        assert self.parts is not None
+        apart = zip(self.parts, self._apart(self._rows()), strict=True)
+        return [piece for (r, _), piece in apart if r == role]
+
+    def _narrowed(self, rows: Tensor, reductions: Mapping[str, Reduction]) -> Tensor:
+        assert self.parts is not None
+        apart = zip(self.parts, self._apart(rows), strict=True)
+        narrowed = [reductions[role].narrow(piece) for (role, _), piece in apart]
+        return torch.stack([p.unflatten(0, (-1, self.head_dim)) for p in narrowed], 1).flatten(0, 2)
+
+    def _apart(self, rows: Tensor) -> Tensor:
+        """[heads·3·head_dim, ...] as [3, heads·head_dim, ...]."""
+        return rows.unflatten(0, (-1, 3, self.head_dim)).movedim(1, 0).flatten(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,12 +273,15 @@ class HeadSite(BoundSite):
     """Query heads of grouped attention; dropping a whole group drops its key and value head too.
 
     `shape`: groups, queries in each, channels of a head. `numbers`: attributes of the attention
-    module that follow from a width. `allowed`: the widths that the configuration can express.
+    module that follow from a width. `settings`: what it reads in its configuration, which it
+    shares with blocks of other widths, so that it gets one of its own. `allowed`: the widths that
+    the configuration can express.
     """
 
     attention: Any = None
     shape: tuple[int, int, int] = (1, 1, 1)
     numbers: Mapping[str, Number] | None = None
+    settings: Callable[[HeadWidth], Settings] | None = None
     allowed: Callable[[HeadWidth], bool] = lambda width: True
 
     def weights(self) -> tuple[Tensor, ...]:
@@ -215,6 +303,9 @@ class HeadSite(BoundSite):
         self._narrow({"channels": reduction, "groups": width.group_rows(reduction)}, transaction)
         for name, number in (self.numbers or {}).items():
             transaction.set_attribute(self.attention, name, number(width))
+        if self.settings is not None:
+            own = _with_settings(self.attention.config, self.settings(width))
+            transaction.set_attribute(self.attention, "config", own)
 
     def parameters_saved(self, width: Width) -> int:
         assert isinstance(width, HeadWidth)
@@ -222,21 +313,48 @@ class HeadSite(BoundSite):
         return self._saved({"channels": width.channels - width.kept, "groups": groups})
 
 
-def _blocks(model: nn.Module, layout: Layout) -> tuple[str, list[nn.Module]]:
-    for path in layout.blocks:
+def _blocks(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
+    """The blocks by their names."""
+    places = (f"{getattr(model, 'base_model_prefix', '')}.{layout.blocks}", layout.blocks)
+    for place in places:
         try:
-            found = model.get_submodule(path)
+            found = model.get_submodule(place)
         except AttributeError:
             continue
         if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found):
-            return path, list(found)
-    raise ModelError(
-        f"{type(model).__name__} keeps its blocks at none of {', '.join(layout.blocks)}"
-    )
+            return {f"{place}.{name}": block for name, block in found.named_children()}
+    raise ModelError(f"{type(model).__name__} has no blocks at {' or '.join(places)}")
+
+
+def _projections(
+    name: str, block: nn.Module, heads: Heads, channels: int, head_dim: int
+) -> tuple[Producer, ...]:
+    modules = [block.get_submodule(path) for path in heads.projections]
+    names = [f"{name}.{path}" for path in heads.projections]
+    if len(modules) > 1:
+        shared: Parts = (("groups", len(Producer(names[1], modules[1]).rows()[0])),)
+        roles: list[Parts] = [(("channels", channels),), shared, shared]
+        return tuple(map(Producer, names, modules, roles))
+    grouped = (len(Producer(names[0], modules[0]).rows()[0]) - channels) // 2
+    parts = (("channels", channels), ("groups", grouped), ("groups", grouped))
+    if heads.interleaved:
+        return (Interleaved(names[0], modules[0], parts, head_dim),)
+    return (Producer(names[0], modules[0], parts),)
 
 
 def _landing(block: nn.Module, seen: Seen) -> Landing:
-    return Landing(block.get_submodule(seen.path) if seen.path else None, seen.output)
+    scale = None
+    if seen.scale:
+        owner, _, name = seen.scale.rpartition(".")
+        scale = torch.as_tensor(getattr(block.get_submodule(owner), name)).detach()
+    return Landing(block.get_submodule(seen.path) if seen.path else None, seen.output, scale)
+
+
+def _with_settings(config: Any, settings: Settings) -> Any:
+    """A copy of a configuration that says something else."""
+    changed = copy.copy(config)
+    changed.__dict__.update(settings)
+    return changed
 
 
 def _attributes(block: nn.Module, paths: Sequence[str]) -> list[tuple[Any, str]]:
