@@ -95,6 +95,7 @@ class Subject:
     sites: tuple[str, ...]
     keeps: tuple[float, ...] = KEEPS
     variants: tuple[str, ...] = tuple(VARIANTS)
+    ours: tuple[str, ...] = ()  # selectors of that variant; default all
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -176,6 +177,7 @@ def _smollm2() -> Subject:
         ("mlp",),
         keeps=(0.5, 0.8, 0.65),
         variants=("own", "grail", "ours"),
+        ours=("wanda", "greedy", "slimgpt"),
     )
 
 
@@ -250,6 +252,8 @@ def table(name: str, only: tuple[str, ...], keeps: tuple[float, ...]) -> None:
     for keep, selector in itertools.product(keeps or bench.subject.keeps, selectors):
         for variant in bench.subject.variants:
             settings = VARIANTS[variant]
+            if variant == "ours" and selector not in (bench.subject.ours or selectors):
+                continue
             if variant == "own":
                 settings = AS_PUBLISHED.get(selector, settings)
             bench.measure(selector, keep, variant, settings)
