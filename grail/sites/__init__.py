@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from grail.errors import InputError, ModelError
-from grail.sites import decoders
+from grail.sites import convnets, decoders
 from grail.sites.named import Named, Site
 from grail.sites.site import Architecture, BoundSite, Landing
 
 __all__ = ["Architecture", "BoundSite", "Landing", "Site", "find", "supported"]
 
-_FAMILIES = (decoders,)
+_FAMILIES = (decoders, convnets)
 
 
 def supported() -> list[str]:

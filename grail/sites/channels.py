@@ -1,0 +1,205 @@
+"""Which layers of a block share channels, read off the graph of what it computes.
+
+A block is traced (torch.fx) down to modules without children. Convolutions read channels and start
+new ones, sums and products tie channels together, and what treats every channel by itself passes
+them on. Which operations without parameters do so is tried out, so that no list of them is needed.
+"""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from grail.layers import CONVOLUTIONS, NORMS, is_depthwise
+from grail.transaction import steady
+
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+
+
+@dataclass(eq=False)
+class Channels:
+    """One set of channels, and the layers that write them, run along them and read them.
+
+    `outside`: whether they enter or leave the block. `lost`: what they cannot be followed through.
+    """
+
+    producers: list[fx.Node] = field(default_factory=list)
+    along: list[fx.Node] = field(default_factory=list)
+    consumers: list[fx.Node] = field(default_factory=list)
+    outside: bool = False
+    lost: str = ""
+
+    def take(self, other: "Channels") -> None:
+        """Makes the other set a part of this one."""
+        self.producers += other.producers
+        self.along += other.along
+        self.consumers += other.consumers
+        self.outside |= other.outside
+        self.lost = self.lost or other.lost
+
+
+class Flow:
+    """The channels of a block, and where its sums lead.
+
+    Raises:
+        Exception: whatever tracing a block raises that cannot be traced.
+    """
+
+    def __init__(self, block: nn.Module):
+        self._modules: dict[str, Any] = dict(block.named_modules())
+        self._of: dict[fx.Node, Channels] = {}
+        self._pooled: set[fx.Node] = set()
+        self._unchanged: set[fx.Node] = set()  # operations that return what they read
+        self._ran: set[Any] = set()
+        with steady(block):
+            self._nodes = list(_Tracer().trace(block).nodes)
+            for node in self._nodes:
+                self._follow(node)
+
+    def inner(self) -> Iterator[Channels]:
+        """The channels that stay inside the block, in the order in which they are written.
+
+        Those that are read of a single pixel only, inside a gate, are passed over.
+        """
+        for channels in dict.fromkeys(self._of.values()):
+            read = set(channels.consumers) - self._pooled
+            if channels.producers and read and not channels.outside:
+                yield channels
+
+    def module(self, node: fx.Node) -> Any:
+        """The module that a node calls."""
+        return self._modules[str(node.target)]
+
+    def norm(self, node: fx.Node) -> nn.Module | None:
+        """The batch norm right behind a layer."""
+        user = _only_user(node)
+        return self.module(user) if user is not None and self._calls(user, *NORMS) else None
+
+    def sum_behind(self, node: fx.Node) -> tuple[nn.Module | None, Tensor | None] | None:
+        """Where the sum shows that a layer's output becomes a part of.
+
+        Returns:
+            The module that reads the sum, None if the block returns it, and the slope of the batch
+            norms before it, None for 1. None, where nothing shows it.
+        """
+        last, slope, summed = node, None, False
+        while (user := _only_user(last)) is not None and user.op != "output":
+            if self._calls(user, *NORMS) and _is_affine(self.module(user)):
+                own = _slope(self.module(user))
+                slope = own if slope is None else own * slope
+            elif _is_sum(user):
+                summed = True
+            elif user not in self._unchanged:
+                break
+            last = user
+        if user is None:
+            return None
+        if user.op == "output":
+            return (None, slope) if user.args[0] is last else None
+        # The driver looks at the first call of a module after that of the consumer.
+        calls = (n for n in self._nodes[self._nodes.index(node) :] if n.op == "call_module")
+        shows = summed and next((n for n in calls if n.target == user.target), None) is user
+        return (self.module(user), slope) if shows else None
+
+    def _follow(self, node: fx.Node) -> None:
+        if node.all_input_nodes and self._pooled.issuperset(node.all_input_nodes):
+            self._pooled.add(node)
+        read = list(dict.fromkeys(self._of[n] for n in node.all_input_nodes))
+        if node.op in ("placeholder", "output"):
+            self._of[node] = self._joined([*read, Channels(outside=True)])
+        elif self._calls(node, *CONVOLUTIONS, *NORMS, nn.PReLU):
+            self._layer(node, *read)
+        elif len(node.all_input_nodes) == 2 and _is(node, _SUMS + _PRODUCTS):
+            self._of[node] = self._joined(read)
+        elif len(node.all_input_nodes) == 1 and self._by_channel(node):
+            self._of[node] = read[0]
+        else:
+            what = type(self.module(node)).__name__ if node.op == "call_module" else node.op
+            lost = f"{node.target} ({what})"
+            self._of[node] = self._joined([*read, Channels(lost=lost)])
+
+    def _layer(self, node: fx.Node, channels: Channels) -> None:
+        """A layer with a parameter for each channel, or for each two."""
+        module = self.module(node)
+        twice = f"{node.target}, which runs twice" if module in self._ran else ""
+        self._ran.add(module)
+        channels.lost = channels.lost or twice
+        if isinstance(module, CONVOLUTIONS) and not is_depthwise(module):
+            channels.consumers.append(node)
+            channels = Channels(producers=[node], lost=twice)
+        else:
+            channels.along.append(node)
+            if any(True for child in module.children() for _ in child.parameters()):
+                channels.lost = f"{node.target} ({type(module).__name__})"
+        self._of[node] = channels
+
+    def _joined(self, sets: list[Channels]) -> Channels:
+        older = list(dict.fromkeys(self._of.values()))
+        first, *rest = sorted(sets, key=(older + sets).index)
+        for other in rest:
+            first.take(other)
+        for node, channels in self._of.items():
+            if channels in rest:
+                self._of[node] = first
+        return first
+
+    def _by_channel(self, node: fx.Node) -> bool:
+        """Whether an operation without parameters treats every channel by itself; tries it."""
+        if node.op == "call_module" and self.module(node).state_dict():
+            return False
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        try:
+            every, alone = self._tried(node, x.clone()), self._tried(node, x[:, 1:2].clone())
+            same = every.shape[:2] == (2, 3) and every[:, 1:2].allclose(alone, equal_nan=True)
+        except Exception:  # it may want anything but such a tensor
+            return False
+        if every.shape[2:].numel() == 1:
+            self._pooled.add(node)
+        if torch.equal(every, x):
+            self._unchanged.add(node)
+        return same
+
+    def _tried(self, node: fx.Node, x: Tensor) -> Any:
+        args = fx.node.map_arg(node.args, lambda _: x)
+        kwargs = fx.node.map_arg(node.kwargs, lambda _: x)
+        if node.op == "call_module":
+            return self.module(node)(*args, **kwargs)
+        if isinstance(node.target, str):
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+    def _calls(self, node: fx.Node, *kinds: type) -> bool:
+        return node.op == "call_module" and isinstance(self.module(node), kinds)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, NORMS) or next(m.children(), None) is None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is(node: fx.Node, targets: tuple[Any, ...]) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in targets
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return _is(node, _SUMS) and len(node.all_input_nodes) == 2
+
+
+def _is_affine(norm: Any) -> bool:
+    """Whether a batch norm has fixed statistics, and no activation inside."""
+    inside = all(isinstance(child, nn.Identity) for child in norm.children())
+    return inside and norm.running_var is not None
+
+
+def _slope(norm: Any) -> Tensor:
+    """What a batch norm multiplies each channel by, [C] fp32."""
+    slope = (norm.running_var.detach().float() + norm.eps).rsqrt()
+    return slope if norm.weight is None else slope * norm.weight.detach().float()
