@@ -41,6 +41,8 @@ class Statistics:
             drift: [..., O], of the tokens that it makes of its input.
         """
         tokens = self._consumer.patches(x) if self.per_tap else self._consumer.pixels(x)
+        if drift is not None:  # some modules see all tokens of a batch in one row
+            drift = drift.reshape(*tokens.shape[:-1], -1)
         mask, held = self._flags(batch, tokens)
         if held is None:
             self._add(x, tokens, mask, drift)

@@ -8,6 +8,7 @@ Each fixture is a factory, so that a test says what it needs:
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,35 @@ import torch
 
 VOCABULARY = 97
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+DECODERS = (
+    *FAMILIES,
+    "cohere",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "olmo",
+    "olmo2",
+    "opt",
+    "phi",
+    "phi3",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+TEXT_ENCODERS = (
+    "bert",
+    "camembert",
+    "clip_text_model",
+    "distilbert",
+    "electra",
+    "roberta",
+    "siglip_text_model",
+    "xlm-roberta",
+)
+VISION_ENCODERS = ("clip_vision_model", "deit", "dinov2", "siglip_vision_model", "vit")
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -28,25 +58,41 @@ _SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
+# What a family calls those sizes, or has beside them.
+_OWN_SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_inner": 80},
+    "opt": {"ffn_dim": 80, "word_embed_proj_dim": 48, "init_std": 0.1},
+    "gpt_neox": {"partial_rotary_factor": 0.5},
+    "granite": {"residual_multiplier": 0.5},
+    "distilbert": {"hidden_dim": 80},
+    "dinov2": {"mlp_ratio": 2},
+}
+# Families whose head_dim is hidden_size / heads: 48 / 6 is 8 as well.
+_DERIVED_HEAD_DIM = ("qwen2", "gpt2", "opt", "gpt_neox", "phi", "stablelm")
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Any]:
-    """`tiny_model(family, seed=0, **config)`: a random fp32 model of one of `FAMILIES`.
+    """`tiny_model(family, seed=0, **config)`: a random fp32 model of one of the families above.
 
     Two layers, 48 wide, MLP 80, six query heads of 8 in three KV groups, unless `config` says else.
     Weights are wide enough (std 0.1), norms and biases far enough from one and zero, that every
     part of the network shows in the logits.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipTextModel
 
     def make(family: str, seed: int = 0, **config: Any) -> Any:
-        settings = {**_SIZES, "initializer_range": 0.1, **config}
-        if family == "qwen2":
-            settings.pop("head_dim")  # its configuration has none: 48 / 6 is 8 as well
+        settings = {**_SIZES, "initializer_range": 0.1, **_OWN_SIZES.get(family, {}), **config}
+        if family in _DERIVED_HEAD_DIM:
+            settings.pop("head_dim")
+        if family in VISION_ENCODERS:
+            settings |= {"image_size": 16, "patch_size": 4}
+        kind = AutoModelForCausalLM if family in DECODERS else AutoModel
+        if family == "siglip_text_model":  # AutoModel does not know it
+            kind = SimpleNamespace(from_config=SiglipTextModel)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+            model = kind.from_config(AutoConfig.for_model(family, **settings))
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.ndim == 1:
@@ -70,6 +116,28 @@ def tiny_batches() -> Callable[..., list[torch.Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         size = (rows, length)
         return [torch.randint(3, VOCABULARY, size, generator=generator) for _ in range(count)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(tiny_batches: Callable[..., Any]) -> Callable[..., list[dict[str, Any]]]:
+    """`tiny_inputs(family, count=3)`: batches of a family as keyword arguments of its models.
+
+    Tokens of encoders are padded at the end: their last row has five tokens only.
+    """
+
+    def make(family: str, count: int = 3) -> list[dict[str, Any]]:
+        if family in VISION_ENCODERS:
+            generator = torch.Generator().manual_seed(0)
+            images = (torch.randn(2, 3, 16, 16, generator=generator) for _ in range(count))
+            return [{"pixel_values": image} for image in images]
+        batches = [{"input_ids": tokens} for tokens in tiny_batches(count)]
+        if family in TEXT_ENCODERS:
+            for batch in batches:
+                batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+                batch["attention_mask"][-1, 5:] = 0
+        return batches
 
     return make
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from grail.errors import InputError, ModelError
-from grail.sites import convnets, decoders
+from grail.sites import convnets, decoders, encoders
 from grail.sites.named import Named, Site
 from grail.sites.site import Architecture, BoundSite, Landing
 
 __all__ = ["Architecture", "BoundSite", "Landing", "Site", "find", "supported"]
 
-_FAMILIES = (decoders, convnets)
+_FAMILIES = (decoders, encoders, convnets)
 
 
 def supported() -> list[str]:
