@@ -8,7 +8,7 @@ from grail.plan import Inspection, inspect
 from grail.reduction import Folding, Reduction, Selection
 from grail.report import Report
 from grail.saving import load, save
-from grail.sites import Site
+from grail.sites import Site, trace
 
 __version__ = "0.1.0"
 
@@ -27,4 +27,5 @@ __all__ = [
     "inspect",
     "load",
     "save",
+    "trace",
 ]

@@ -8,8 +8,9 @@ from grail.errors import InputError, ModelError
 from grail.sites import convnets, decoders, encoders
 from grail.sites.named import Named, Site
 from grail.sites.site import Architecture, BoundSite, Landing
+from grail.sites.traced import trace
 
-__all__ = ["Architecture", "BoundSite", "Landing", "Site", "find", "supported"]
+__all__ = ["Architecture", "BoundSite", "Landing", "Site", "find", "supported", "trace"]
 
 _FAMILIES = (decoders, encoders, convnets)
 

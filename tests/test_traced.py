@@ -1,0 +1,103 @@
+"""Sites found by following channels through a traced network."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import grail
+from bench.networks import ResNet
+from grail.errors import InputError, ModelError
+
+from .test_named import CONV, HIDDEN, Network, images, network
+
+
+def parts(site: grail.Site) -> tuple:
+    return set(site.producers), set(site.along), set(site.consumers)
+
+
+def test_activations_of_one_writer_and_one_reader_are_found():
+    sites = grail.trace(network(), images()[0])
+    assert list(map(parts, sites)) == list(map(parts, (CONV, HIDDEN)))
+
+
+def test_a_residual_stream_is_one_site_with_all_that_writes_and_reads_it():
+    torch.manual_seed(0)
+    model = ResNet(channels=1, width=4).eval()
+    batch = torch.randn(2, 1, 28, 28)
+    assert all(len(s.producers) == 1 for s in grail.trace(model, batch))
+    streams = [s for s in grail.trace(model, batch, streams=True) if len(s.producers) > 1]
+    assert parts(streams[0]) == (
+        {"conv1", "layer1.0.conv2", "layer1.1.conv2"},
+        {"bn1", "layer1.0.bn2", "layer1.1.bn2"},
+        {"layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.downsample.0"},
+    )
+    assert "fc" in streams[-1].consumers
+
+
+def test_what_a_trace_finds_can_be_compressed():
+    torch.manual_seed(0)
+    model = ResNet(channels=1, width=8).eval()
+    batches = [torch.randn(16, 1, 28, 28) for _ in range(4)]
+    sites = grail.trace(model, batches[0], streams=True)
+    dense = copy.deepcopy(model)
+    with torch.no_grad():  # every odd channel of every site is cut off where it is read
+        for site in sites:
+            for name in site.consumers:
+                dense.get_submodule(name).weight[:, 1::2] = 0
+        model.load_state_dict(dense.state_dict())
+        expected = dense(batches[0])
+        grail.compress(
+            model, batches, 0.5, sites, "wanda", compensate=False, multiple=1, progress=False
+        )
+        torch.testing.assert_close(model(batches[0]), expected, rtol=1e-4, atol=1e-4)
+    assert sum(p.numel() for p in model.parameters()) < 0.3 * sum(
+        p.numel() for p in dense.parameters()
+    )
+
+
+class Odd(nn.Module):
+    """A concatenation, a flattened map, a shared layer and a broadcast scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 4, 1) for _ in range(3))
+        self.joined, self.shared = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1)
+        self.scaled, self.last = nn.Conv2d(4, 4, 1), nn.Linear(4 * 4, 2)
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x):
+        both = torch.cat([self.a(x), self.b(x)], 1)
+        y = self.shared(self.shared(self.joined(both)))
+        y = self.scaled(y * self.scale + self.c(x) * 2)
+        return self.last(y.relu().flatten(1))
+
+
+def test_ambiguous_flows_are_given_up():
+    with pytest.raises(ModelError, match="no unambiguous site in Odd"):
+        grail.trace(Odd().eval(), torch.randn(2, 3, 2, 2), streams=True)
+
+
+def test_a_gated_mlp_has_two_producers():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+    (site,) = grail.trace(Gated(), torch.randn(2, 5, 4), streams=True)
+    assert parts(site) == ({"gate", "up"}, set(), {"down"})
+
+
+def test_what_cannot_be_traced_is_refused_with_the_reason():
+    class Branching(Network):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    with pytest.raises(ModelError, match="Branching cannot be traced"):
+        grail.trace(Branching(), images()[0])
+    with pytest.raises(InputError, match="got dict"):
+        grail.trace(network(), {"x": images()[0]})
