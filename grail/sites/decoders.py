@@ -150,8 +150,8 @@ def _variant(layout: Layout, config: Any) -> Layout:
         return _OPT_POST_NORM
     if getattr(config, "use_parallel_residual", False):
         layout = _with_heads(layout, landing=BLOCK_OUTPUT)
-    # Phi's, of the same name, is one norm for all heads.
-    per_head = layout is not _PHI and getattr(config, "qk_layernorm", False)
-    if per_head or getattr(config, "use_qk_norm", False):
+    if getattr(config, "qk_layernorm", False) and layout is _PHI:
+        return _with_heads(layout, config=None)  # the norms' width is hidden_size / heads
+    if getattr(config, "qk_layernorm", False) or getattr(config, "use_qk_norm", False):
         return _without_heads(layout, "its queries and keys have a norm for each head")
     return layout
