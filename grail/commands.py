@@ -30,9 +30,9 @@ from grail.compress import compress as compress_model
 from grail.errors import GrailError, InputError
 from grail.evaluate import evaluate as evaluate_model
 from grail.export import check_output, export
-from grail.fit import Auto, Toward
+from grail.fit import Auto, Damping, Toward
 from grail.models import load_model
-from grail.options import Options
+from grail.options import Compensation, Options
 from grail.page import (
     evaluation_table,
     format_bytes,
@@ -49,6 +49,13 @@ _DEBUG = "grail.debug"
 
 # Options that belong together stand together in the help text.
 _Restoring = partial(typer.Option, rich_help_panel="Restoring")
+# By whether weights and biases are fitted.
+_COMPENSATIONS: dict[tuple[bool, bool], bool | Compensation] = {
+    (True, False): "weights",
+    (True, True): "both",
+    (False, True): "bias",
+    (False, False): False,
+}
 _Comparing = partial(typer.Option, rich_help_panel="Comparing on held-out text")
 _Running = partial(typer.Option, rich_help_panel="Running")
 
@@ -198,6 +205,13 @@ def compress(
         bool,
         _Restoring(help="Rebuild lost channels from kept ones; without, plain pruning."),
     ] = True,
+    bias: Annotated[
+        bool,
+        _Restoring(
+            help="Let biases take up the means of what is lost as well; Llama is given them. With "
+            "--no-compensate they alone do, which is FLAP's way.",
+        ),
+    ] = False,
     alpha: Annotated[
         Any,
         _Restoring(
@@ -211,6 +225,10 @@ def compress(
         Toward,
         _Restoring(help="What a strong ridge shrinks to; baseline is plain pruning."),
     ] = "baseline",
+    damping: Annotated[
+        Damping,
+        _Restoring(help="The ridge damps all channels of a site alike, or each by its energy."),
+    ] = "site",
     drift_correction: Annotated[
         Any,
         _Restoring(
@@ -252,9 +270,10 @@ def compress(
         keep=keep,
         sites=sites,
         selector=selector,
-        compensate=compensate,
+        compensate=_COMPENSATIONS[compensate, bias],
         alpha=alpha,
         toward=toward,
+        damping=damping,
         drift_correction=drift_correction,
         closed_loop=closed_loop,
         multiple=multiple,
@@ -280,7 +299,7 @@ def compress(
     if heldout:
         _say("Measuring the dense model …")
         evaluation["dense"] = evaluate_model(network, heldout)
-    if heldout and baseline and compensate:
+    if heldout and baseline and options.compensate:
         _say("Measuring plain pruning …")
         plain = replace(options, compensate=False)
         if selector == "greedy":
@@ -296,7 +315,9 @@ def compress(
     _say("Compressing …")
     report = compress_model(network, batches, **vars(options))
     if heldout:
-        evaluation["restored" if compensate else "pruned"] = evaluate_model(network, heldout)
+        evaluation["restored" if options.compensate else "pruned"] = evaluate_model(
+            network, heldout
+        )
 
     report.model["name"] = _name(model)
     report.calibration["source"] = calibration

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import grail
+from bench import comparison, networks
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -35,6 +38,34 @@ def test_its_python_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch, capsys
     assert names["down_proj"].weight.shape == (5, 4)
     assert Path("out/model.safetensors").is_file()
     assert "→" in capsys.readouterr().out
+
+
+def test_the_networks_page_runs(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    def model_factory():
+        return networks.ResNet(channels=1, width=8)
+
+    names = {"net": model_factory().eval(), "model_factory": model_factory}
+    names["batches"] = [torch.randn(8, 1, 28, 28) for _ in range(3)]
+    dense = names["net"]
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(block, names)
+    assert names["net"].layer1[0].conv1.out_channels < 8
+    with torch.no_grad():
+        assert torch.equal(names["net"](names["batches"][0]), dense(names["batches"][0]))
+
+
+def test_the_networks_page_names_every_selector():
+    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`([a-z0-9+-]+)`", page.split("## Selectors")[1].split("##")[0]))
+    listed |= {f"magnitude{suffix}" for suffix in listed if suffix.startswith("-")}
+    assert listed >= set(grail.select.names())
+
+
+def test_the_results_page_is_made_from_the_committed_csv():
+    assert comparison.PAGE.read_text(encoding="utf-8") == comparison.page()
 
 
 def test_the_kernels_page_runs():

@@ -65,6 +65,9 @@ class Named(Architecture):
 
     def _bound(self, site: Site) -> BoundSite:
         consumers = tuple(Consumer(name, self._module(name)) for name in site.consumers)
+        # What another site narrows can no longer be held against the dense network's.
+        narrowed = {name for other in self._sites for name in other.producers}
+        clear = narrowed.isdisjoint(site.consumers)
         return BoundSite(
             name=str(site),
             kind="named",
@@ -72,7 +75,7 @@ class Named(Architecture):
             producers=tuple(Producer(name, self._module(name)) for name in site.producers),
             consumers=consumers,
             along=tuple((name, self._module(name)) for name in site.along),
-            landing=Landing(consumers[0].module, output=True),
+            landing=Landing(consumers[0].module, output=True) if clear else None,
         )
 
     def _module(self, name: str) -> nn.Module:
