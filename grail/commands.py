@@ -249,7 +249,7 @@ def compress(
         int | None,
         typer.Option(
             help="Round MLP widths to a multiple of this.",
-            show_default="128 from 4096 channels up, else 8",
+            show_default="128 from 4096 channels up, 8 from 64, else 1",
         ),
     ] = None,
     sequence_length: SequenceLength = 1024,

@@ -69,7 +69,8 @@ def compress(
             sequences. Costs a forward pass of the dense blocks.
         closed_loop: calibrate each block behind the already compressed ones; False: on the dense
             model.
-        multiple: round MLP widths to multiples of this; default 128 from 4096 channels up, else 8.
+        multiple: round widths in channels to multiples of this; default 128 from 4096 channels up,
+            8 from 64, else 1.
         seed: for selectors that draw.
         per_tap: fit every tap of a convolution for itself, for the least error of its output; False
             is the paper's map of channels, the same at every tap, which needs less data.

@@ -16,7 +16,8 @@ from grail.reduction import Selection
 
 # Quantisers and serving engines want multiples of 128 on large models; small models would lose too
 # much to rounding.
-LARGE, LARGE_MULTIPLE, SMALL_MULTIPLE = 4096, 128, 8
+# Channels from which on: the multiple.
+MULTIPLES = {4096: 128, 64: 8, 0: 1}
 
 
 def check_keep(keep: float) -> None:
@@ -39,7 +40,7 @@ class ChannelWidth:
         """The multiple of `multiple` nearest to keep·channels (ties go up), at most `channels`.
 
         Args:
-            multiple: default 128 from 4096 channels up, else 8.
+            multiple: default 128 from 4096 channels up, 8 from 64, else 1.
 
         Raises:
             InputError: keep outside (0, 1], or a width that would become 0.
@@ -48,7 +49,7 @@ class ChannelWidth:
         if keep == 1:
             return cls(channels, channels)
         if multiple is None:
-            multiple = LARGE_MULTIPLE if channels >= LARGE else SMALL_MULTIPLE
+            multiple = next(m for least, m in MULTIPLES.items() if channels >= least)
         if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
             raise InputError(f"multiple must be a positive integer; got {multiple!r}")
         kept = min(int(keep * channels / multiple + 0.5) * multiple, channels)

@@ -10,6 +10,7 @@ from grail.width import ChannelWidth, HeadWidth
     [
         (1536, 0.7, None, 1072),  # 1075.2, in eights
         (11008, 0.7, None, 7680),  # 7705.6, in multiples of 128
+        (63, 0.7, None, 44),  # too few channels to lose some to rounding
         (1536, 0.5, 128, 768),
         (100, 0.5, 4, 52),  # 50 lies between 48 and 52: ties go up
         (100, 0.99, 64, 100),  # never more than there are
