@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from grail.errors import EmptyCalibrationError, InputError
+from grail.errors import EmptyCalibrationError, InputError, ModelError
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -97,6 +97,7 @@ class Stream:
     Raises:
         EmptyCalibrationError: no batch, or no token.
         InputError: a batch of another kind.
+        ModelError: blocks that do not run one right after the other.
     """
 
     def __init__(
@@ -187,12 +188,20 @@ class Stream:
     def _enter(self, model: nn.Module, batch: Batch) -> None:
         args, kwargs = _model_inputs(model, batch, self.device)
         calls: list[Call] = []
+        between: tuple[Tensor, int] | None = None  # what a block returned, and its version
 
         def recorder(number: int) -> Any:
             def record(*args: Any, **kwargs: Any) -> Tensor:
+                nonlocal between
                 hidden, call = _without_hidden(args, kwargs)
                 if number == 0:
                     self.hidden.put(len(self._calls), hidden)
+                elif number != len(calls) or between is None or not _same(hidden, *between):
+                    raise ModelError(
+                        f"something runs between block {number} and the one before it, so blocks "
+                        "cannot be run one by one; name the sites: sites=[grail.Site(…)]"
+                    )
+                between = hidden, _version(hidden)
                 calls.append(self._shared(number, call))
                 if number == len(self.blocks) - 1:
                     raise Stop
@@ -266,6 +275,16 @@ class Memo:
             self._entries[module] = len(output)
             output = output[0]
         shelf.put(next(batches), output)
+
+
+def _same(tensor: Tensor, other: Tensor, version: int) -> bool:
+    """Whether a tensor is another one, unchanged since it had that version."""
+    return tensor is other and _version(tensor) == version
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; torch does not count that of inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
