@@ -26,12 +26,14 @@ def foldable(view: View) -> ChannelWidth:
     """The width of a site whose channels can be averaged.
 
     Raises:
-        InputError: at an attention site. The mean of two heads' queries and keys is no head: their
-            softmax weights differ.
+        InputError: at an attention site, where the mean of two heads' queries and keys is no head:
+            their softmax weights differ; or behind a grouped convolution, whose groups read
+            different channels.
     """
     if not isinstance(view.width, ChannelWidth):
         raise InputError(
-            "folding works on mlp channels, not on attention heads; choose sites=('mlp',)"
+            "folding averages single channels, not attention heads or the channels of groups: "
+            f"{view.width.structure}; choose other sites, or a selector that keeps channels"
         )
     return view.width
 
