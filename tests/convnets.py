@@ -1,4 +1,4 @@
-"""Small convolutional networks with the names that torchvision, timm and others give their layers."""
+"""Small convolutional networks whose layers have the names of torchvision, timm and others."""
 
 from collections.abc import Callable
 

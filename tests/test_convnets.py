@@ -1,0 +1,441 @@
+"""Convolutional networks: which sites they have, and what a run makes of them."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import grail
+from grail.errors import InputError, ModelError
+from grail.options import Options
+from grail.reduction import Folding
+from grail.sites import find
+
+from .convnets import NETWORKS, Basic, Bottleneck, Net, ResNeXt, conv, images, network, randomised
+
+ALPHA = 1e-2
+FIXED: dict[str, Any] = {"alpha": ALPHA, "toward": "zero", "multiple": 1, "progress": False}
+
+
+def sites_of(model: nn.Module) -> list[grail.sites.BoundSite]:
+    return list(itertools.chain(*find(model).sites(("conv",))))
+
+
+def seen(model: nn.Module, name: str, batches: list[Tensor], call: int = 0) -> Tensor:
+    """What a module reads when it is called for the `call`th time, in fp64."""
+    inputs: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0].double())
+    )
+    found = []
+    with torch.no_grad():
+        for batch in batches:
+            inputs.clear()
+            model(batch)
+            found.append(inputs[call])
+    handle.remove()
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_sites_of_every_layout_are_found(name):
+    assert [site.name for site in sites_of(network(name))] == NETWORKS[name][1]
+
+
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_channels_that_say_nothing_can_go_without_a_trace(name, compensate):
+    # Odd channels are cut off at their consumers: a right wiring drops exactly those.
+    model, batches = network(name), images()
+    with torch.no_grad():
+        for consumer in itertools.chain(*(site.consumers for site in sites_of(model))):
+            consumer.module.weight[:, 1::2] = 0
+        dense = model(batches[0])
+    report = grail.compress(
+        model, batches, 0.5, None, "wanda", compensate=compensate, multiple=1, progress=False
+    )
+    assert all(2 * row.kept == row.channels for row in report.sites)
+    with torch.no_grad():
+        # A dozen layers of fp32 on other shapes.
+        torch.testing.assert_close(model(batches[0]), dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_narrowed_network_is_narrow_and_the_report_counts_it(name):
+    model, batches = network(name), images()
+    dense = sum(p.numel() for p in model.parameters())
+    (saving,) = grail.inspect(model, options=Options(multiple=1), keeps=[0.5]).savings
+    report = grail.compress(model, batches, 0.5, multiple=1, progress=False)
+    after = sum(p.numel() for p in model.parameters())
+    assert report.model["parameters"] == {"before": dense, "after": after}
+    assert after == saving.parameters < dense
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.shape[:2] == (
+                module.out_channels,
+                module.in_channels // module.groups,
+            )
+        if isinstance(module, nn.BatchNorm2d):
+            sizes = {len(t) for t in (module.weight, module.running_mean, module.running_var)}
+            assert sizes == {module.num_features}
+
+
+@pytest.mark.parametrize("name", ["torchvision-basic", "torchvision-resnext", "timm-inverted-se"])
+def test_stem_and_residual_stream_keep_their_widths(name):
+    model = network(name)
+    untouched = {
+        key: value.clone()
+        for key, value in model.state_dict().items()
+        if key.startswith(("conv1.", "bn1.", "fc.")) or "downsample" in key
+    }
+    grail.compress(model, images(), 0.5, multiple=1, progress=False)
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in untouched.items())
+
+
+def test_everything_kept_changes_no_bit():
+    model = network("torchvision-basic")
+    before = copy.deepcopy(model.state_dict())
+    grail.compress(model, images(), 1.0, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def fingerprint(model: nn.Module) -> list[Any]:
+    """Whose tensors a network has, and the sizes that its modules remember."""
+    names = ("in_channels", "out_channels", "groups", "num_features", "training")
+    sizes = [getattr(module, name, None) for module in model.modules() for name in names]
+    tensors = [*model.parameters(), *model.buffers()]
+    return [*sizes, *((id(t), t.shape) for t in tensors)]
+
+
+def test_an_interrupted_run_leaves_the_network_as_it_was():
+    model, calls = network("timm-inverted").train(), itertools.count(1)
+    before, values = fingerprint(model), copy.deepcopy(model.state_dict())
+
+    def fails_in_the_third_block(view):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return view.width.best(view.gram.energy)
+
+    with pytest.raises(KeyboardInterrupt):
+        grail.compress(
+            model, images(), 0.5, None, fails_in_the_third_block, repair=True, progress=False
+        )
+    assert fingerprint(model) == before
+    assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+
+
+def patches(x: Tensor) -> Tensor:
+    """What a 3×3 convolution reads of [N, H, height, width], as [pixels, H·9]."""
+    windows = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
+    return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+
+
+def pixels(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def kept_of(weight: Tensor) -> Tensor:
+    """The half of the filters of largest norm."""
+    norms = weight.detach().double().flatten(1).norm(dim=1)
+    return norms.topk(len(norms) // 2).indices.sort().values
+
+
+def ridge(x: Tensor, target: Tensor) -> Tensor:
+    """The W' of least ‖target − x W'ᵀ‖² + λ‖W'‖², by least squares on more rows, not a Gram."""
+    strength = (ALPHA * x.square().sum(0).mean()).sqrt()
+    rows = torch.cat([x, strength * torch.eye(x.shape[1], dtype=x.dtype)])
+    zeros = target.new_zeros(x.shape[1], target.shape[1])
+    return torch.linalg.lstsq(rows, torch.cat([target, zeros])).solution.T
+
+
+def narrow_by_hand(block: nn.Module, kept: Tensor, weight: Tensor) -> None:
+    block.conv1.weight = nn.Parameter(block.conv1.weight[kept])
+    for name in ("weight", "bias"):
+        setattr(block.bn1, name, nn.Parameter(getattr(block.bn1, name)[kept]))
+    for name in ("running_mean", "running_var"):
+        setattr(block.bn1, name, getattr(block.bn1, name)[kept])
+    block.conv2.weight = nn.Parameter(weight.float())
+
+
+def two_blocks(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    net = Net(Basic)
+    net.layer2 = nn.Sequential(conv(16, 24, 1))
+    return randomised(net)
+
+
+BLOCKS = ("layer1.0", "layer1.1")
+
+
+def by_hand(model: nn.Module, batches: list[Tensor], per_tap: bool, correction: float) -> None:
+    """Halves both blocks, with forward passes of the whole network."""
+    dense = copy.deepcopy(model)
+    for name in BLOCKS:
+        block: Any = model.get_submodule(name)
+        kept, weight = kept_of(block.conv1.weight), block.conv2.weight.detach().double()
+        x = seen(model, f"{name}.conv2", batches)
+        if per_tap:
+            sums = [seen(m, f"{name}.relu", batches, call=1) for m in (dense, model)]
+            norm = block.bn2
+            slope = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            drift = pixels(sums[0] - sums[1]) / slope
+            target = patches(x) @ weight.flatten(1).T + correction * drift
+            fitted = ridge(patches(x[:, kept]), target).view(-1, len(kept), 3, 3)
+        else:
+            by_channel = weight.movedim(1, -1).flatten(0, 2)
+            fitted = ridge(pixels(x[:, kept]), pixels(x) @ by_channel.T)
+            fitted = fitted.view(-1, 3, 3, len(kept)).movedim(-1, 1)
+        narrow_by_hand(block, kept, fitted.detach())
+
+
+@pytest.mark.parametrize(
+    ("per_tap", "correction"),
+    [(False, 0.0), (True, 0.0), (True, 0.7)],
+    ids=["paper", "tap", "drift"],
+)
+def test_a_run_equals_brute_force_over_whole_forward_passes(per_tap, correction):
+    model, batches = two_blocks(), images()
+    reference = copy.deepcopy(model)
+    by_hand(reference, batches, per_tap, correction)
+    settings = {"drift_correction": correction, "per_tap": per_tap, **FIXED}
+    grail.compress(model, batches, 0.5, None, "magnitude", **settings)
+    for name in BLOCKS:
+        ours, theirs = (m.get_submodule(f"{name}.conv2").weight for m in (model, reference))
+        # fp32 Grams and forward passes (1e-6) through systems of condition ≤ 1/α.
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def error_behind(model: nn.Module, dense: nn.Module, name: str, batches: list[Tensor]) -> float:
+    """The relative error of what a batch norm reads."""
+    there, here = (seen(m, name, batches) for m in (dense, model))
+    return ((here - there).norm() / there.norm()).item()
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("seed", range(3))
+def test_taps_fitted_alone_never_have_the_larger_error(seed, keep):
+    # With (next to) no ridge, least squares over taps has all maps of channels among its choices.
+    dense, batches = two_blocks(seed), images()
+    errors = []
+    for per_tap in (True, False):
+        model = copy.deepcopy(dense)
+        settings = {**FIXED, "alpha": 1e-7, "drift_correction": 0, "per_tap": per_tap}
+        grail.compress(model, batches, keep, None, "magnitude", **settings)
+        errors.append(error_behind(model, dense, "layer1.0.bn2", batches))
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("selector", ["folding", "folding-agglomerative", "folding-activations"])
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
+@pytest.mark.parametrize("name", ["torchvision-basic", "torchvision-bottleneck", "timm-inverted"])
+def test_folding_of_doubled_channels_loses_nothing(name, compensate, selector):
+    model, batches = network(name), images()
+    with torch.no_grad():
+        for site in sites_of(model):
+            for module in (*(p.module for p in site.producers), *dict(site.along).values()):
+                for tensor in (*module.parameters(), *module.buffers()):
+                    if tensor.dim():
+                        tensor[1::2] = tensor[::2]
+        dense = model(batches[0])
+    grail.compress(
+        model, batches, 0.5, None, selector, compensate=compensate, multiple=1, progress=False
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]), dense, rtol=1e-3, atol=1e-3)
+
+
+def folded(exact: bool, alpha: float, closed_loop: bool = True) -> tuple[nn.Module, nn.Module]:
+    """The dense and the folded network."""
+    dense = two_blocks()
+    model = copy.deepcopy(dense)
+    settings = {**FIXED, "alpha": alpha, "drift_correction": 0, "exact_folding": exact}
+    grail.compress(model, images(), 0.5, None, "folding", closed_loop=closed_loop, **settings)
+    return dense, model
+
+
+def test_exact_folding_is_least_squares_on_what_the_folded_filters_write():
+    dense, model = folded(exact=True, alpha=ALPHA)
+    x = seen(model, "layer1.0.conv2", images())  # of the first block: nothing has drifted yet
+    weight = dense.layer1[0].conv2.weight.detach().double()
+    target = patches(seen(dense, "layer1.0.conv2", images())) @ weight.flatten(1).T
+    fitted = ridge(patches(x), target).view_as(model.layer1[0].conv2.weight)
+    torch.testing.assert_close(
+        model.layer1[0].conv2.weight.detach().double(), fitted, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_exact_folding_has_less_error_than_the_papers():
+    errors = [
+        error_behind(model, dense, "layer1.0.bn2", images())
+        for dense, model in (folded(exact, alpha=1e-7) for exact in (True, False))
+    ]
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_drift_of_the_residual_stream_is_undone_by_the_last_consumer_of_a_block():
+    dense, batches = network("torchvision-bottleneck"), images(count=30, rows=8)
+    errors = []
+    for correction in (0.0, 1.0):
+        model = copy.deepcopy(dense)
+        settings = {**FIXED, "alpha": 1e-4, "drift_correction": correction}
+        grail.compress(model, batches, 0.5, **settings)
+        errors.append(error_behind(model, dense, "avgpool", images(seed=1)))
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_landing_shows_what_the_consumer_adds_to(name):
+    # What the consumer writes more is seen there, scaled: its drift is what was left out.
+    model, batches = network(name), images(count=1)
+    for site in sites_of(model):
+        if len(site.consumers) > 1:
+            continue
+        aim = landed(model, site, batches[0])
+        weight = site.consumers[0].module.weight
+        kept = weight.detach().clone()
+        more = torch.zeros_like(kept)
+        more[:, 0] = 0.1
+        x = seen(model, name_of(model, site.consumers[0].module), batches).float()
+        with torch.no_grad():
+            weight += more
+        drift = site.drift(aim, landed(model, site, batches[0]))
+        module = site.consumers[0].module
+        expected = F.conv2d(x, -more, None, module.stride, module.padding)
+        # fp32 differences of numbers of some 1, over a slope of at least 0.4.
+        torch.testing.assert_close(drift, expected.flatten(2).movedim(1, -1), rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, m in model.named_modules() if m is module)
+
+
+def landed(model: nn.Module, site: grail.sites.BoundSite, batch: Tensor) -> Tensor:
+    """What the driver would see where a site lands."""
+    from grail.loop import _ignore, _watch
+
+    shown: list[Tensor] = []
+    block = find(model).blocks[site.block]
+    with _watch(site, block, _ignore, lambda x: shown.append(x.clone())), torch.no_grad():
+        model(batch)
+    return shown[0]
+
+
+RESIDUAL = {
+    "producers": ["conv1", "layer1.0.conv2", "layer1.1.conv2"],
+    "along": ["bn1", "layer1.0.bn2", "layer1.1.bn2"],
+    "consumers": ["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.downsample.0"],
+}
+
+
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
+def test_silent_channels_of_a_named_residual_stream_go_without_a_trace(compensate):
+    model, batches, site = network("torchvision-basic"), images(), grail.Site(**RESIDUAL)
+    with torch.no_grad():
+        for name in site.consumers:
+            model.get_submodule(name).weight[:, 1::2] = 0
+        dense = model(batches[0])
+    grail.compress(
+        model, batches, 0.5, [site], "wanda", compensate=compensate, multiple=1, progress=False
+    )
+    assert {len(model.get_submodule(name).weight) for name in site.producers} == {8}
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]), dense, rtol=1e-4, atol=1e-4)
+
+
+def test_consumers_of_a_residual_stream_are_each_fitted_to_the_dense_network():
+    model, batches, site = network("torchvision-basic"), images(), grail.Site(**RESIDUAL)
+    dense = copy.deepcopy(model)
+    grail.compress(model, batches, 0.5, [site], "magnitude-l1", drift_correction=0, **FIXED)
+    rows = [dense.get_submodule(name).weight.detach().flatten(1) for name in site.producers]
+    kept = torch.cat(rows, 1).norm(p=1, dim=1).topk(8).indices.sort().values
+    for name in ("layer1.0.conv1", "layer1.1.conv1"):
+        x = seen(dense, name, batches)
+        weight = dense.get_submodule(name).weight.detach().double()
+        fitted = ridge(patches(x[:, kept]), patches(x) @ weight.flatten(1).T).view(16, 8, 3, 3)
+        ours = model.get_submodule(name).weight.detach().double()
+        torch.testing.assert_close(ours, fitted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_grouped_convolution_keeps_as_many_channels_of_each_group():
+    model = randomised(Net(ResNeXt))
+    with torch.no_grad():  # the loudest are all in the first two groups
+        model.layer1[0].conv2.weight[:8] *= 100
+        before = model.layer1[0].conv2.weight.clone()
+    report = grail.compress(
+        model, images(), 0.3, None, "magnitude", compensate=False, progress=False
+    )
+    after = model.layer1[0].conv2
+    assert (after.in_channels, after.out_channels, after.groups) == (16, 4, 4)
+    for old, new in zip(before.split(4), after.weight, strict=True):
+        assert torch.equal(new, old[old.flatten(1).norm(dim=1).argmax()])
+    assert any("4 of 16 channels (1 in each group) = 0.250" in note for note in report.notes)
+    assert any("layer1.0.conv2 reads its channels in 4 groups" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    "selector", ["folding", lambda view: Folding(torch.arange(16) // 2)], ids=["folding", "own"]
+)
+def test_a_grouped_convolution_is_not_folded(selector):
+    with pytest.raises(InputError, match="group"):
+        grail.compress(randomised(Net(ResNeXt)), images(), 0.5, None, selector, progress=False)
+
+
+class Shuffled(Basic):
+    """Its channels change places before the second convolution reads them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(F.channel_shuffle(hidden, 2)))
+
+
+class Doubled(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(hidden)))))
+
+
+class Normalised(Basic):
+    def __init__(self, c: int, o: int, stride: int):
+        super().__init__(c, o, stride)
+        self.bn1 = nn.GroupNorm(2, o)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [(Shuffled, "channel_shuffle"), (Doubled, "runs twice"), (Normalised, "GroupNorm")],
+)
+def test_channels_that_cannot_be_followed_are_refused_with_the_reason(block, reason):
+    net = Net(lambda c, o, stride: block(16, 16, 1))
+    with pytest.raises(ModelError, match=reason):
+        find(net)
+
+
+class Branching(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.mean() > 0 else x
+
+
+def test_a_block_that_cannot_be_traced_is_left_out_with_a_note():
+    net = randomised(Net(Basic))
+    net.layer1[1] = randomised(Branching(16, 16, 1))
+    report = grail.compress(net, images(), 0.5, progress=False)
+    assert any("layer1.1: its forward cannot be traced" in note for note in report.notes)
+    assert net.layer1[1].conv1.out_channels == 16
+
+
+class Pooled(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.layer1(F.relu(self.bn1(self.conv1(x)))), 2)
+        return self.fc(self.avgpool(self.layer2(x)).flatten(1))
+
+
+def test_something_between_two_blocks_is_refused():
+    with pytest.raises(ModelError, match="between"):
+        grail.compress(randomised(Pooled(Bottleneck)), images(), 0.5, progress=False)
