@@ -1,8 +1,7 @@
 """Output-aware backward elimination: drop next what costs the compensated output least.
 
-`greedy` from the other end, with as little damping as an fp32 Gram allows: see
-`grail.select.elimination`. A step costs as much as a step forward, so that beside an inverse of
-2·H³ FLOPs the cheaper of the two is the one with less to do: this one where most channels stay.
+`greedy` from the other end, with as little damping as an fp32 Gram allows; see
+`grail.select.elimination`.
 
 Source: Hassibi, Stork, "Second order derivatives for network pruning: optimal brain surgeon"
 (NeurIPS 1992), with whole columns, or heads, of the consumer.
@@ -10,8 +9,7 @@ Source: Hassibi, Stork, "Second order derivatives for network pruning: optimal b
 
 from grail.reduction import Reduction
 from grail.select import View, reduces
-from grail.select.elimination import eliminate, exact_cost
-from grail.select.greedy import DAMPING
+from grail.select.elimination import DAMPING, eliminate, exact_cost
 
 
 @reduces("backward")

@@ -7,7 +7,7 @@ With H = G + λI, and every weight free to make up for what is dropped, dropping
 
 which is the forward search of `grail.select.greedy` with H⁻¹ in the place of S, W in that of W S
 and the least in that of the most: both run `grail.select.pivots`. Of H channels, D dropped: 2·H³
-FLOPs for the inverse, then 2·H·D²·p/(2b) + 2·D·O·H.
+FLOPs for the inverse, then 8·H·D² + 2·D·O·H.
 
 The updates of W need no code of their own: whatever the order, with the set D dropped and P kept
 they end in W_P + W_D H_DP H_PP⁻¹, which is `grail.fit(..., toward="baseline")` with the same λ.
@@ -26,9 +26,13 @@ from torch import Tensor
 
 from grail import ridge
 from grail.reduction import Selection
-from grail.select.pivots import pivots
+from grail.select import pivots
 from grail.select.view import View
 from grail.width import HeadWidth
+
+# Of the mean diagonal: with fewer tokens than channels an fp32 Gram has eigenvalues of some -1e-5
+# of it.
+DAMPING = 3e-5
 
 # What the loss of a block of channels costs, from its columns [O, d] and block of H⁻¹ [d, d].
 BlockCost = Callable[[Tensor, Tensor], Tensor]
@@ -41,18 +45,27 @@ def eliminate(view: View, damping: float, block_cost: BlockCost) -> Selection:
         damping: λ as a share of the mean diagonal of G.
         block_cost: of a head.
     """
-    gram, width = view.gram.matrix().double(), view.width
-    weight = view.consumer.to(gram.device, torch.float64, copy=True)
-    mean, dead = gram.diagonal().mean(), gram.diagonal() == 0
-    gram.diagonal()[dead], weight[:, dead] = 1, 0
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = ridge.solve(gram, identity, damping * mean).x
+    inverse, weight = _prepared(view, damping)
+    width = view.width
     if isinstance(width, HeadWidth):
         return Selection(_kept_heads(inverse, weight, width, block_cost), width.channels)
-    dropped = pivots(inverse, weight, width.channels - width.kept, cheapness)
+    dropped = pivots.pivots(inverse, weight, width.channels - width.kept, cheapness)
     kept = torch.ones(width.channels, dtype=torch.bool)
     kept[dropped] = False
     return Selection(kept.nonzero().flatten(), width.channels)
+
+
+def flops(channels: int, kept: int, outputs: int) -> int:
+    """Of the matrix products that leave `kept` of H channels with O outputs."""
+    return 2 * channels**3 + pivots.flops(channels, channels - kept, outputs)
+
+
+def peak_bytes(channels: int, kept: int, outputs: int) -> int:
+    """The most memory that the choice of `kept` of H channels for O outputs takes."""
+    h, o = channels, outputs
+    solving = 3 * h * h  # the identity, the factor of H and its inverse, beside G
+    searching = h * (h - kept) + pivots.working_numbers(h, o)  # V; the inverse in G's place
+    return 8 * (h * h + h * o + max(solving, searching))
 
 
 def exact_cost(columns: Tensor, inverse: Tensor) -> Tensor:
@@ -63,6 +76,16 @@ def exact_cost(columns: Tensor, inverse: Tensor) -> Tensor:
 def cheapness(columns: Tensor, left: Tensor, first: Tensor) -> Tensor:
     """-‖W_:j‖² / [H⁻¹]_jj by channel, for `pivots`."""
     return -columns.square().sum(0) / left
+
+
+def _prepared(view: View, damping: float) -> tuple[Tensor, Tensor]:
+    """H⁻¹ [H, H] and W [O, H] in fp64, with channels without data cut off."""
+    gram = view.gram.matrix().double()
+    weight = view.consumer.to(gram.device, torch.float64, copy=True)
+    mean, dead = gram.diagonal().mean(), gram.diagonal() == 0
+    gram.diagonal()[dead], weight[:, dead] = 1, 0
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return ridge.solve(gram, identity, damping * mean).x, weight
 
 
 def _kept_heads(inverse: Tensor, weight: Tensor, width: HeadWidth, cost: BlockCost) -> Tensor:

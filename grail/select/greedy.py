@@ -5,9 +5,10 @@ what P cannot say of X). Keeping channel j as well lowers it by
 
     ‖W S_:j‖² / S_jj        and then        S ← S − S_:j S_j: / S_jj
 
-The search is in `grail.select.pivots`: of K channels 2·H·K²·p/(2b) + 2·K·O·H FLOPs, with p = 128
-and b = 16. `grail.select.backward` finds as good a set from the other end in H − K steps and an
-inverse, 2·H³.
+The search is in `grail.select.pivots`: 8·H·K² + 2·K·O·H FLOPs. Where most channels stay it is
+cheaper to drop the others, `grail.select.elimination`: from K = 0.57·H on if O = 0.375·H, 0.62·H if
+O is small. On real MLPs (SmolLM2, three layers, keep 0.5 to 0.9) the errors of the two differ by
+less than 0.3% on held-out tokens, in either direction.
 
 Attention heads come in groups of equal size, where a greedy order could leave the feasible set. A
 head's score is what its removal alone costs after compensation, tr(W_g ((G⁻¹)_gg)⁻¹ W_gᵀ).
@@ -23,39 +24,41 @@ from torch import Tensor
 
 from grail import ridge
 from grail.reduction import Reduction, Selection
-from grail.select import View, reduces
-from grail.select.pivots import BLOCK, POOL, pivots
-from grail.width import HeadWidth
+from grail.select import View, elimination, pivots, reduces
+from grail.width import ChannelWidth, HeadWidth
 
 # What the kept channels leave of a channel's energy below this share is an fp32 Gram's rounding.
 NOISE = 1e-6
-
-# Of the mean diagonal, for the inverse: with fewer tokens than channels an fp32 Gram has
-# eigenvalues of some -1e-5 of it.
-DAMPING = 3e-5
 
 
 @reduces("greedy")
 def greedy(view: View) -> Reduction:
     """Forward selection of channels by their gain; of heads by the cost of losing them."""
+    channels, kept, outputs = view.width.channels, view.width.kept, len(view.consumer)
+    if isinstance(view.width, ChannelWidth) and _is_cheaper_backward(channels, kept, outputs):
+        return elimination.eliminate(view, elimination.DAMPING, elimination.exact_cost)
     gram = view.gram.matrix().double()
     weight = view.consumer.double().to(gram.device)
     if isinstance(view.width, HeadWidth):
         cost = removal_costs(gram, weight, view.width.head_dim)
         return view.width.best(cost.repeat_interleave(view.width.head_dim) / view.width.head_dim)
-    return Selection(forward(gram, weight, view.width.kept).sort().values, view.width.channels)
+    return Selection(forward(gram, weight, kept).sort().values, channels)
+
+
+def _is_cheaper_backward(channels: int, kept: int, outputs: int) -> bool:
+    search = 2 * outputs * channels**2 + pivots.flops(channels, kept, outputs)  # W G comes first
+    return elimination.flops(channels, kept, outputs) < search
 
 
 def peak_bytes(channels: int, kept: int, outputs: int) -> int:
     """The most memory that the choice of `kept` of H channels for O outputs takes."""
-    h, k, o = channels, kept, outputs
-    pool = min(POOL * BLOCK, h)
-    held = h * (h + k + 2 * o)  # G, V, W and W S
-    # Candidates are gathered while those of the block before are still there, or W S is corrected.
-    return 8 * (held + max(pool * (4 * h + o), h * o + pool * (h + o) + 2 * BLOCK * o))
+    if _is_cheaper_backward(channels, kept, outputs):
+        return elimination.peak_bytes(channels, kept, outputs)
+    held = channels * (channels + kept + 2 * outputs)  # G, V, W and W S
+    return 8 * (held + pivots.working_numbers(channels, outputs))
 
 
-def forward(gram: Tensor, weight: Tensor, kept: int, block: int = BLOCK) -> Tensor:
+def forward(gram: Tensor, weight: Tensor, kept: int, block: int = pivots.BLOCK) -> Tensor:
     """The `kept` channels of largest gain, in the order of their choice.
 
     Args:
@@ -63,7 +66,7 @@ def forward(gram: Tensor, weight: Tensor, kept: int, block: int = BLOCK) -> Tens
         weight: W [O, H] fp64.
         block: how many are chosen between two looks at all channels; 1 is the exact greedy order.
     """
-    order = pivots(gram, weight @ gram, kept, _gain, block)
+    order = pivots.pivots(gram, weight @ gram, kept, _gain, block)
     energy = gram.diagonal().clone()
     energy[order] = -1  # nothing is left to gain: the loudest of the rest fill up
     rest = energy.argsort(descending=True, stable=True)[: kept - len(order)]
@@ -88,7 +91,7 @@ def removal_costs(gram: Tensor, weight: Tensor, head_dim: int) -> Tensor:
     if not gram.diagonal().any():
         return gram.new_zeros(len(heads))
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = ridge.solve(gram, identity, DAMPING * gram.diagonal().mean()).x
+    inverse = ridge.solve(gram, identity, elimination.DAMPING * gram.diagonal().mean()).x
     own = torch.stack([inverse[h : h + head_dim, h : h + head_dim] for h in heads])
     columns = torch.stack([weight[:, h : h + head_dim] for h in heads])
     return (columns @ torch.linalg.inv(own) * columns).sum((1, 2))

@@ -8,7 +8,7 @@ S itself is never rewritten: a pivoted partial Cholesky S ≈ V Vᵀ gives the c
 for, S_:j − V V_jᵀ, and A is corrected by the outer products of V. To work with matrices, not
 vectors, the order is exact among the candidates only, those of best score, and all channels are
 looked at again after a block of choices. For N channels with p candidates for a block of b:
-2·H·N²·p/(2b) + 2·N·O·H FLOPs in matrix products, and N passes over [H, p].
+H·N²·p/b + 2·N·O·H FLOPs in matrix products, and N passes over [H, p].
 """
 
 import math
@@ -23,6 +23,18 @@ BLOCK, POOL = 16, 8
 
 # From A [O, n], diag S [n] and what diag S was at first [n]: a score [n], the highest is next.
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def flops(channels: int, count: int, outputs: int) -> int:
+    """Of the matrix products of a search for `count` of H channels with O outputs."""
+    return channels * count * (count * POOL + 2 * outputs)
+
+
+def working_numbers(channels: int, outputs: int) -> int:
+    """The most fp64 numbers that a search holds beside S, A and V."""
+    h, o, pool = channels, outputs, min(POOL * BLOCK, channels)
+    # Candidates are gathered while those of the block before are still there, or A is corrected.
+    return max(pool * (4 * h + o), h * o + pool * (h + o) + 2 * BLOCK * o)
 
 
 def pivots(
