@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from grail import memory, plan, select
-from grail.errors import NonFiniteError
+from grail.errors import InputError, NonFiniteError
 from grail.fit import Auto, Damping, Toward
 from grail.loop import Clock, Run
 from grail.options import ALPHA, Compensation, Keep, Options
@@ -113,6 +113,8 @@ def compress(
         for site in itertools.chain(*options.sites_of(architecture))
     )
     _require_finite_weights(architecture, options)
+    if options.repair and not any(map(architecture.norms, range(len(architecture.blocks)))):
+        raise InputError(f"repair resets batch norms; {architecture.name} has none")
     device = architecture.device
     in_use = memory.in_use(device)
     before = _size(model, architecture, options)

@@ -132,8 +132,14 @@ class Consumer:
         return weight.movedim(1, -1).flatten(0, -2)
 
     def pixels(self, x: Tensor) -> Tensor:
-        """Its input as tokens [..., H]."""
-        return x.movedim(1, -1) if isinstance(self.module, CONVOLUTIONS) else x
+        """Its input as tokens [..., H]; of a convolution with one tap, those that it reads."""
+        module: Any = self.module
+        if not isinstance(module, CONVOLUTIONS):
+            return x
+        if self.taps == 1:
+            read = (slice(None, None, step) for step in module.stride)
+            x = x[(slice(None), slice(None), *read)]
+        return x.movedim(1, -1)
 
     def patches(self, x: Tensor) -> Tensor:
         """Its input as tokens [N, positions, H·taps], one for each output position.
@@ -143,13 +149,13 @@ class Consumer:
         module: Any = self.module
         if not isinstance(module, CONVOLUTIONS):
             return x
+        if self.taps == 1 and set(module.padding) == {0}:
+            return self.pixels(x).flatten(1, -2)
         if isinstance(module.padding, str) or module.padding_mode != "zeros" or x.dim() != 4:
             raise ModelError(
                 f"{self.name}: patches are taken of 2-d convolutions with zero padding given in "
                 "numbers; choose per_tap=False"
             )
-        if self.taps == 1 and set(module.padding) == {0}:
-            return x[:, :, :: module.stride[0], :: module.stride[1]].flatten(2).movedim(1, -1)
         unfolded = nn.functional.unfold(
             x, module.kernel_size, module.dilation, module.padding, module.stride
         )

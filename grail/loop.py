@@ -134,8 +134,12 @@ class Run:
             with self._memo.recording():
                 collected = self._collect(block, [site], aims, advance, finish=False)
             rows[site.name] = self._compress(site, collected[site], aims.get(site))
+        if self.options.repair and sites:
+            for norm in self._norms(block):
+                reset_norm(norm, functools.partial(self._inputs_of, norm, block), self.transaction)
         with self._memo.replaying():
-            self._finish(block, sites, advance)
+            if block + 1 < len(self.architecture.blocks):
+                self._collect(block, [], {}, advance, finish=True)
         return rows
 
     def _open(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
@@ -145,13 +149,15 @@ class Run:
     def _undoes_drift(self, site: BoundSite) -> bool:
         return self._dense is not None and site.can_aim(self.options.per_tap)
 
-    def _finish(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> None:
-        """Moves the stream past a block whose sites are done; its batch norms first."""
-        if self.options.repair and sites:
+    def _norms(self, block: int) -> list[nn.Module]:
+        """The batch norms of a block that run, in that order."""
+        ran: dict[nn.Module, None] = {}
+        with ExitStack() as hooks, self.clock("forward"):
             for norm in self.architecture.norms(block):
-                reset_norm(norm, functools.partial(self._inputs_of, norm, block), self.transaction)
-        if block + 1 < len(self.architecture.blocks):
-            self._collect(block, [], {}, advance, finish=True)
+                handle = norm.register_forward_pre_hook(lambda norm, _: ran.setdefault(norm))
+                hooks.callback(handle.remove)
+            self.stream.run(block, 0)
+        return list(ran)
 
     def _follow(
         self, stream: Stream, block: int, sites: Sequence[BoundSite], advance: Advance

@@ -288,6 +288,63 @@ def test_drift_of_the_residual_stream_is_undone_by_the_last_consumer_of_a_block(
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("name", ["torchvision-basic", "timm-inverted"])
+@pytest.mark.parametrize("compensate", ["bias", "both"])
+def test_a_shifted_batch_norm_gives_the_dense_networks_means(compensate, name):
+    dense, batches = network(name), images()
+    model = copy.deepcopy(dense)
+    settings = {**FIXED, "drift_correction": 0, "compensate": compensate}
+    grail.compress(model, batches, 0.5, None, "magnitude", **settings)
+    first = sites_of(dense)[0]
+    norm = name_of(dense, first.consumers[0].norm)
+    means = []
+    for m in (dense, model):
+        module: Any = m.get_submodule(norm)
+        # The slope and the bias of the norm are the same for both.
+        means.append(seen(m, norm, batches).mean((0, 2, 3)) - module.running_mean.double())
+    torch.testing.assert_close(*means, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_and_biases_together_are_least_squares_with_an_intercept():
+    dense, batches = two_blocks(), images()
+    model = copy.deepcopy(dense)
+    settings = {**FIXED, "drift_correction": 0, "compensate": "both"}
+    grail.compress(model, batches, 0.5, None, "magnitude", **settings)
+    block, ours = dense.layer1[0], model.layer1[0]
+    kept = kept_of(block.conv1.weight)
+    x = seen(dense, "layer1.0.conv2", batches)
+    target = patches(x) @ block.conv2.weight.detach().double().flatten(1).T
+    read = patches(x[:, kept])
+    fitted = ridge(read - read.mean(0), target - target.mean(0))
+    shift = target.mean(0) - fitted @ read.mean(0)
+    torch.testing.assert_close(
+        ours.conv2.weight.detach().double().flatten(1), fitted, rtol=1e-3, atol=1e-4
+    )
+    moved = (block.bn2.running_mean - ours.bn2.running_mean).double()
+    torch.testing.assert_close(moved, shift, rtol=1e-3, atol=1e-3)
+
+
+def test_a_bias_without_a_place_is_refused():
+    with pytest.raises(InputError, match="conv2"):  # behind it comes the sum
+        grail.compress(network("pre-activation"), images(), 0.5, compensate="bias", progress=False)
+
+
+@pytest.mark.parametrize("per_tap", [True, False])
+def test_a_strided_pointwise_convolution_is_fitted_to_the_pixels_that_it_reads(per_tap):
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 12, 3), nn.ReLU(), conv(12, 20, 1, stride=2)).eval()
+    dense, batches = copy.deepcopy(model), images()
+    site = grail.Site(producers=["0"], consumers=["2"])
+    settings = {**FIXED, "drift_correction": 0.5, "per_tap": per_tap}
+    report = grail.compress(model, batches, 0.5, [site], "magnitude", **settings)
+    x, weight = seen(dense, "2", batches), dense[2].weight.detach().double().flatten(1)
+    kept, x = kept_of(dense[0].weight), x[:, :, ::2, ::2]
+    fitted = ridge(pixels(x[:, kept]), pixels(x) @ weight.T)
+    ours = model[2].weight.detach().double().flatten(1)
+    torch.testing.assert_close(ours, fitted, rtol=1e-3, atol=1e-4)
+    assert report.sites[0].tokens == 4 * 5 * 6 * 6
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_landing_shows_what_the_consumer_adds_to(name):
     # What the consumer writes more is seen there, scaled: its drift is what was left out.

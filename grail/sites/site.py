@@ -176,8 +176,9 @@ class Architecture(ABC):
         return next(self.blocks[0].parameters()).element_size()
 
     def norms(self, block: int) -> list[nn.Module]:
-        """The batch norms of a block, in the order in which they are registered."""
-        return [m for m in self.blocks[block].modules() if isinstance(m, NORMS)]
+        """The batch norms of a block that remember statistics."""
+        norms = (m for m in self.blocks[block].modules() if isinstance(m, NORMS))
+        return [norm for norm in norms if norm.running_mean is not None]
 
     @abstractmethod
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
