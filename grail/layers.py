@@ -149,7 +149,7 @@ class Consumer:
         module: Any = self.module
         if not isinstance(module, CONVOLUTIONS):
             return x
-        if self.taps == 1 and set(module.padding) == {0}:
+        if self.taps == 1 and (module.padding in ("same", "valid") or not any(module.padding)):
             return self.pixels(x).flatten(1, -2)
         if isinstance(module.padding, str) or module.padding_mode != "zeros" or x.dim() != 4:
             raise ModelError(

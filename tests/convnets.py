@@ -151,6 +151,18 @@ class PreBottleneck(nn.Module):
         return self.drop_path(out) + shortcut
 
 
+class NormAct(nn.BatchNorm2d):
+    """timm's BatchNormAct2d."""
+
+    def __init__(self, channels: int, act: nn.Module | None = None):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "expected 4D input")
+        return self.act(self.drop(super().forward(x)))
+
+
 class Inverted(nn.Module):
     """timm's InvertedResidual."""
 
@@ -159,17 +171,16 @@ class Inverted(nn.Module):
     def __init__(self, c: int, o: int, stride: int):
         super().__init__()
         wide = 2 * c
-        self.conv_pw, self.bn1, self.act1 = conv(c, wide, 1), nn.BatchNorm2d(wide), nn.ReLU6(True)
-        self.conv_dw, self.bn2 = conv(wide, wide, 3, stride, wide), nn.BatchNorm2d(wide)
-        self.act2 = nn.Hardswish(True)
+        self.conv_pw, self.bn1 = conv(c, wide, 1), NormAct(wide, nn.ReLU6(True))
+        self.conv_dw, self.bn2 = conv(wide, wide, 3, stride, wide), NormAct(wide, nn.SiLU(True))
         self.se = SqueezeExcite(wide) if self.gated else nn.Identity()
-        self.conv_pwl, self.bn3 = conv(wide, o, 1), nn.BatchNorm2d(o)
+        self.conv_pwl, self.bn3 = conv(wide, o, 1), NormAct(o)
         self.has_skip, self.drop_path = stride == 1 and c == o, nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
-        x = self.act1(self.bn1(self.conv_pw(x)))
-        x = self.se(self.act2(self.bn2(self.conv_dw(x))))
+        x = self.bn1(self.conv_pw(x))
+        x = self.se(self.bn2(self.conv_dw(x)))
         x = self.bn3(self.conv_pwl(x))
         return self.drop_path(x) + shortcut if self.has_skip else x
 

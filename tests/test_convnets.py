@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import grail
 from grail.errors import InputError, ModelError
+from grail.layers import Consumer
 from grail.options import Options
 from grail.reduction import Folding
 from grail.sites import find
@@ -496,3 +497,15 @@ class Pooled(Net):
 def test_something_between_two_blocks_is_refused():
     with pytest.raises(ModelError, match="between"):
         grail.compress(randomised(Pooled(Bottleneck)), images(), 0.5, progress=False)
+
+
+def test_a_network_of_untraceable_blocks_is_refused_with_the_reason():
+    with pytest.raises(ModelError, match=r"layer1\.0 of Net: its forward cannot be traced"):
+        find(Net(lambda c, o, stride: Branching(16, 16, 1)))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", 0], ids=str)
+def test_a_pointwise_convolution_reads_pixels_whatever_its_padding_is_called(padding):
+    (x,) = images(count=1)
+    consumer = Consumer("conv", nn.Conv2d(3, 4, 1, padding=padding))
+    assert torch.equal(consumer.patches(x).flatten(0, 1), pixels(x))

@@ -151,8 +151,15 @@ class Search:
 
 
 def architecture(model: nn.Module) -> Architecture | None:
-    """Its blocks and sites, if it has lists of blocks with channels of their own."""
+    """Its blocks and sites, if it has lists of blocks with channels of their own.
+
+    Raises:
+        ModelError: nothing in it can be narrowed, with the reason.
+    """
     search = Search(model)
+    if search.untraced and not search.blocks:
+        name, reason = next(iter(search.untraced.items()))
+        raise ModelError(f"{name} of {type(model).__name__}: {reason}; name sites by grail.Site")
     return ConvNet(model, search) if search.blocks else None
 
 
