@@ -159,7 +159,7 @@ def compress(
             "predicted_peak": in_use + predicted if predicted else 0,
             "measured_peak": peak.bytes,
         },
-        notes=[*_notes(options, asked, stream, rows), *architecture.notes(widths)],
+        notes=[*_notes(options, asked, stream, rows), *run.notes, *architecture.notes(widths)],
         versions=_versions(),
     )
 

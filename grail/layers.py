@@ -9,7 +9,8 @@ and PReLU are known; another kind is refused by name.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +165,18 @@ class Consumer:
     def outputs_as_tokens(self, y: Tensor) -> Tensor:
         """What follows its output, [N, positions, O] beside `patches`."""
         return y.flatten(2).movedim(1, -1) if isinstance(self.module, CONVOLUTIONS) else y
+
+    @contextmanager
+    def watch(self, read: Callable[[Tensor, Tensor | None], None]) -> Iterator[None]:
+        """Reports the layer's input x whenever it runs, and which of a batch's tokens those are.
+
+        The tokens are given as places [N] in the batch's tokens in one row; None is all of them.
+        """
+        handle = self.module.register_forward_pre_hook(lambda _, args: read(args[0], None))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def rewrite(
         self, weight: Tensor, kept: int, per_tap: bool, shift: Tensor | None, change: Transaction

@@ -12,6 +12,7 @@ more with its producers folded, and the fit sees what the narrow network compute
 """
 
 import functools
+import itertools
 import math
 import time
 import zlib
@@ -38,6 +39,8 @@ from grail.stream import Memo, Shelf, Stop, Stream
 from grail.transaction import Transaction
 
 Advance = Callable[[int], object]  # hears of so many tokens done
+# Hears of a consumer's input, and of its places among the batch's tokens if those are not all.
+Read = Callable[[Consumer, Tensor, Tensor | None], None]
 Rows = dict[str, list[SiteReport]]  # by name of site, one for each of its consumers
 
 
@@ -97,6 +100,7 @@ class Run:
         # What the network is to hold where each site of a block lands.
         self._aims: list[Shelf] = []
         self._select = select.get(options.selector)
+        self.notes: list[str] = []  # what a person should know
 
     def all_blocks(self, progress: bool) -> list[SiteReport]:
         """Compresses every block in order; returns a row for each consumer of each site."""
@@ -104,7 +108,7 @@ class Run:
         active = [self.options.active(sites, self.widths) for sites in blocks]
         if not any(active):
             return [row for sites in blocks for site in sites for row in self._untouched(site)]
-        passes = sum(1 + len(sites) * self.options.closed_loop for sites in active)
+        passes = sum(1 + len(steps(sites)) * self.options.closed_loop for sites in active)
         passes += (self._dense is not None) * len(blocks)
         rows: list[SiteReport] = []
         with tqdm(
@@ -126,14 +130,16 @@ class Run:
         if self._dense is not None:
             self._follow(self._dense, block, sites, advance)
         rows = {}
-        for place, site in enumerate(sites):
+        aims = {site: a for site, a in zip(sites, self._aims, strict=False) if self._aimed(site)}
+        for step in steps(sites):
             # The block is finished from the last site on: what ran before it need not run again.
-            upstream = site.upstream if site is sites[-1] else ()
+            upstream = step[0].upstream if step[-1] is sites[-1] else ()
             self._memo = Memo(upstream, self.stream, self._memo.shelves)
-            aims = {site: self._aims[place]} if self._undoes_drift(site) else {}
+            undone = {site: aims[site] for site in step if site in aims}
             with self._memo.recording():
-                collected = self._collect(block, [site], aims, advance, finish=False)
-            rows[site.name] = self._compress(site, collected[site], aims.get(site))
+                collected = self._collect(block, step, undone, advance, finish=False)
+            for site in step:
+                rows[site.name] = self._compress(site, collected[site], undone.get(site))
         if self.options.repair and sites:
             for norm in self._norms(block):
                 reset_norm(norm, functools.partial(self._inputs_of, norm, block), self.transaction)
@@ -146,7 +152,8 @@ class Run:
         collected = self._collect(block, sites, {}, advance, finish=True)
         return {site.name: self._compress(site, collected[site]) for site in sites}
 
-    def _undoes_drift(self, site: BoundSite) -> bool:
+    def _aimed(self, site: BoundSite) -> bool:
+        """Whether drift is undone there."""
         return self._dense is not None and site.can_aim(self.options.per_tap)
 
     def _norms(self, block: int) -> list[nn.Module]:
@@ -216,20 +223,21 @@ class Run:
         """
         collected = {site: self._statistics(site) for site in sites}
         batch = 0
-        inputs: dict[Consumer, Tensor] = {}
+        inputs: dict[Consumer, tuple[Tensor, Tensor | None]] = {}
         waiting: set[Consumer] = set()
 
         def add(site: BoundSite, consumer: Consumer, drift: Tensor | None) -> None:
             with self.clock("gram"):
                 statistics = collected[site][site.consumers.index(consumer)]
-                statistics.update(batch, inputs.pop(consumer), drift)
+                x, places = inputs.pop(consumer)
+                statistics.update(batch, x, drift, places)
             waiting.discard(consumer)
             if not waiting and not finish:
                 raise Stop
 
-        def reading(site: BoundSite) -> Callable[[Consumer, Tensor], None]:
-            def read(consumer: Consumer, x: Tensor) -> None:
-                inputs[consumer] = x
+        def reading(site: BoundSite) -> Read:
+            def read(consumer: Consumer, x: Tensor, places: Tensor | None) -> None:
+                inputs[consumer] = x, places
                 if site not in aims:
                     add(site, consumer, None)
 
@@ -259,7 +267,12 @@ class Run:
     def _statistics(self, site: BoundSite) -> list[Statistics]:
         return [
             Statistics(
-                site.name, consumer, self.stream, self.options.holds_out, self.options.per_tap
+                site.name,
+                consumer,
+                self.stream,
+                self.options.holds_out,
+                self.options.per_tap,
+                partial=site.beside is not None,
             )
             for consumer in site.consumers
         ]
@@ -321,6 +334,11 @@ class Run:
 
         The root mean square, over batches, of the gradient of the output's L2 norm.
         """
+        if site.beside is not None:
+            raise InputError(
+                f"{site.name}: this selector needs the gradient of its weight, which lies in a "
+                "tensor of all experts; choose another selector"
+            )
         weights: list[Any] = [consumer.module.weight for consumer in site.consumers]
         required = [weight.requires_grad for weight in weights]
         squares = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
@@ -352,11 +370,20 @@ class Run:
         correction: float | Auto | None = None,
     ) -> Fit:
         options, per_tap = self.options, self.options.per_tap
-        alpha = options.alpha
+        alpha, compensate = options.alpha, options.fits_weights
         correction = options.drift_correction if correction is None else correction
         if statistics.held_out is None:  # nothing to choose by
             alpha = ALPHA if alpha == "auto" else alpha
             correction = 0.0 if correction == "auto" else correction
+        if compensate and statistics.scarce(reduction.kept):
+            compensate = False
+            self.notes.append(
+                f"{statistics.name}: {statistics.tokens} tokens are too few to fit "
+                f"{reduction.kept} channels, so it was only pruned"
+            )
+        if statistics.scarce(1):  # an expert that was never asked
+            plain = reduction.absorb(consumer.by_channel)
+            return Fit((plain,), math.nan, math.nan, math.inf, 0.0, 0.0, retries=0)
         with self.clock("solve"):
             return fit(
                 statistics.train,
@@ -366,7 +393,7 @@ class Run:
                 toward=options.toward,
                 damping=options.damping,
                 affine=options.shifts_bias,
-                compensate=options.fits_weights,
+                compensate=compensate,
                 drift_correction=correction,
                 held_out=statistics.held_out,
             )
@@ -396,10 +423,12 @@ class Run:
             gram = Gram(site.channels, name=site.name)
             for statistics in collected:
                 gram.merge(statistics.channels)
-        gradient = self._gradient(site) if select.needs_gradient(self.options.selector) else None
+        gradient = self._gradient(site) if select.needs_gradient(self._select) else None
         weight = stacked(site.consumers)
         view = select.View(site.weights(), weight, gram, width, generator, gradient)
-        reduction = self._select(view)
+        # Of an expert that was never asked only its weights are known.
+        unseen = site.beside is not None and not gram.tokens
+        reduction = (select.get("magnitude") if unseen else self._select)(view)
         if (reduction.channels, reduction.kept) != (width.channels, width.kept):
             raise InputError(
                 f"the selector answered {reduction!r} at {site.name}, where {width} must stay"
@@ -411,23 +440,28 @@ def _ignore(*_: object) -> None:
     """Hears and does nothing."""
 
 
+def steps(sites: Sequence[BoundSite]) -> list[list[BoundSite]]:
+    """Sites in order, those that run side by side in one step."""
+    return [list(step) for _, step in itertools.groupby(sites, lambda site: site.beside or site)]
+
+
 @contextmanager
 def _watch(
     site: BoundSite,
     block: nn.Module,
-    read: Callable[[Consumer, Tensor], None],
+    read: Read,
     landed: Callable[[Tensor], None] | None,
 ) -> Iterator[None]:
     """Reports what each consumer of a site reads, then what the network holds where it lands."""
     reading = False
 
-    def reader(consumer: Consumer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def reader(consumer: Consumer) -> Callable[[Tensor, Tensor | None], None]:
+        def heard(x: Tensor, places: Tensor | None) -> None:
             nonlocal reading
             reading = True
-            read(consumer, args[0])
+            read(consumer, x, places)
 
-        return hook
+        return heard
 
     def land(module: nn.Module, args: Any, output: Any = None) -> None:
         nonlocal reading
@@ -438,8 +472,7 @@ def _watch(
 
     with ExitStack() as hooks:
         for consumer in site.consumers:
-            handle = consumer.module.register_forward_pre_hook(reader(consumer))
-            hooks.callback(handle.remove)
+            hooks.enter_context(consumer.watch(reader(consumer)))
         if landed is not None and site.landing is not None:
             module = site.landing.module or block
             if site.lands_at_output or site.landing.output:
@@ -447,6 +480,10 @@ def _watch(
             else:
                 hooks.callback(module.register_forward_pre_hook(land).remove)
         yield
+
+
+def _known(error: float) -> float | None:
+    return None if math.isnan(error) else error
 
 
 def _row(
@@ -463,6 +500,6 @@ def _row(
         drift_correction=result.drift_correction,
         damping=result.damping,
         retries=result.retries,
-        error=result.error,
-        baseline_error=result.baseline_error,
+        error=_known(result.error),
+        baseline_error=_known(result.baseline_error),
     )

@@ -15,7 +15,7 @@ from torch import nn
 import grail_kernels as gk
 from grail import memory
 from grail.fit import peak_bytes
-from grail.loop import Clock, Run
+from grail.loop import Clock, Run, steps
 from grail.options import Options
 from grail.select import greedy
 from grail.sites import Architecture, BoundSite, find
@@ -188,12 +188,13 @@ def demand(
     waiting = FLUSH_TOKENS if architecture.device.type == "cuda" else 0
     grams = [
         (1 + options.holds_out)
-        * (
+        * sum(
             4 * gk.packed_numel(s.channels)
             + waiting * s.channels * element
             + 4 * options.follows_drift * s.outputs * s.channels
+            for s in step
         )
-        for s in first
+        for step in steps(first)
     ]
     stored_here = torch.device(storage).type == architecture.device.type
     solves = [

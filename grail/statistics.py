@@ -16,16 +16,23 @@ class Statistics:
         stream: the calibration set.
         holds_out: whether every fifth sample goes to a Gram of its own.
         per_tap: whether a convolution's taps are columns of their own (see `Consumer.by_tap`).
+        partial: whether the consumer gets only some of the tokens.
 
     `train`: for the fit. `held_out`: for what is chosen; None if it has no token. `channels`: of
     the channels alone, for selection; the same as `train` unless taps are columns.
     """
 
     def __init__(
-        self, name: str, consumer: Consumer, stream: Stream, holds_out: bool, per_tap: bool
+        self,
+        name: str,
+        consumer: Consumer,
+        stream: Stream,
+        holds_out: bool,
+        per_tap: bool,
+        partial: bool = False,
     ):
         self._consumer, self._stream, self._holds_out = consumer, stream, holds_out
-        self.per_tap = per_tap
+        self.name, self.per_tap, self._partial = name, per_tap, partial
         columns = consumer.channels * (consumer.taps if per_tap else 1)
         self.train = Gram(columns, device=stream.device, name=name)
         self._held_out = Gram(columns, device=stream.device, name=name)
@@ -33,17 +40,20 @@ class Statistics:
         if columns > consumer.channels:
             self.channels = Gram(consumer.channels, device=stream.device, name=name)
 
-    def update(self, batch: int, x: Tensor, drift: Tensor | None = None) -> None:
+    def update(
+        self, batch: int, x: Tensor, drift: Tensor | None = None, places: Tensor | None = None
+    ) -> None:
         """Adds the consumer's input of one batch, and what its output lacks.
 
         Args:
             x: as the consumer gets it.
             drift: [..., O], of the tokens that it makes of its input.
+            places: [N], where it gets only some of the batch's tokens.
         """
         tokens = self._consumer.patches(x) if self.per_tap else self._consumer.pixels(x)
         if drift is not None:  # some modules see all tokens of a batch in one row
             drift = drift.reshape(*tokens.shape[:-1], -1)
-        mask, held = self._flags(batch, tokens)
+        mask, held = self._flags(batch, tokens, places)
         if held is None:
             self._add(x, tokens, mask, drift)
         elif bool((~held).any()):
@@ -58,10 +68,16 @@ class Statistics:
         if self.channels is not self.train:
             self.channels.update(self._consumer.pixels(x))
 
-    def _flags(self, batch: int, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _flags(
+        self, batch: int, tokens: Tensor, places: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Which tokens count, and which rows of the first axis are held out."""
         mask = self._stream.mask(batch)
         held = self._stream.held_out(batch) if self._holds_out else None
+        if places is not None:
+            length = self._stream.hidden[batch].shape[1]
+            mask = None if mask is None else mask.flatten()[places]
+            return mask, None if held is None else held[places // length]
         samples = self._stream.hidden[batch].shape[0]
         if mask is not None and mask.shape != tokens.shape[:-1]:
             # Some modules see all tokens of a batch in one row.
@@ -69,6 +85,10 @@ class Statistics:
         if held is not None and tokens.shape[0] != samples:
             held = held.repeat_interleave(tokens.shape[0] // samples)
         return mask, held
+
+    def scarce(self, kept: int) -> bool:
+        """Whether a layer that gets only some tokens got too few of them for `kept` channels."""
+        return self._partial and self.train.tokens < kept
 
     @property
     def held_out(self) -> Gram | None:

@@ -34,6 +34,7 @@ DECODERS = (
     "stablelm",
     "starcoder2",
 )
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 TEXT_ENCODERS = (
     "bert",
     "camembert",
@@ -65,10 +66,18 @@ _OWN_SIZES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"partial_rotary_factor": 0.5},
     "granite": {"residual_multiplier": 0.5},
     "distilbert": {"hidden_dim": 80},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 80,
+        "shared_expert_intermediate_size": 32,
+    },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 80},
     "dinov2": {"mlp_ratio": 2},
 }
 # Families whose head_dim is hidden_size / heads: 48 / 6 is 8 as well.
-_DERIVED_HEAD_DIM = ("qwen2", "gpt2", "opt", "gpt_neox", "phi", "stablelm")
+_DERIVED_HEAD_DIM = ("qwen2", "qwen2_moe", "mixtral", "gpt2", "opt", "gpt_neox", "phi", "stablelm")
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +96,7 @@ def tiny_model() -> Callable[..., Any]:
             settings.pop("head_dim")
         if family in VISION_ENCODERS:
             settings |= {"image_size": 16, "patch_size": 4}
-        kind = AutoModelForCausalLM if family in DECODERS else AutoModel
+        kind = AutoModelForCausalLM if family in (*DECODERS, *MIXTURES) else AutoModel
         if family == "siglip_text_model":  # AutoModel does not know it
             kind = SimpleNamespace(from_config=SiglipTextModel)
         with torch.random.fork_rng(devices=[]):

@@ -8,6 +8,7 @@ from grail.sites.transformer import (
     BLOCK_OUTPUT,
     Heads,
     Layout,
+    Mixture,
     Mlp,
     Seen,
     Transformer,
@@ -78,6 +79,8 @@ _PHI3 = replace(
     ),
     mlp=Mlp(("mlp.gate_up_proj",), "mlp.down_proj", fused=2),
 )
+_MIXTRAL = replace(_LLAMA, experts=Mixture("mlp.experts", setting("intermediate_size")))
+_QWEN_MOE = replace(_LLAMA, experts=Mixture("mlp.experts", setting("moe_intermediate_size")))
 _GPT2 = Layout(
     blocks="h",
     attention="attn",
@@ -124,13 +127,16 @@ LAYOUTS = {
     "granite": _GRANITE,
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": _MIXTRAL,
     "olmo": _LLAMA,
     "olmo2": _OLMO2,
     "opt": _OPT,
     "phi": _PHI,
     "phi3": _PHI3,
     "qwen2": _LLAMA,
+    "qwen2_moe": _QWEN_MOE,
     "qwen3": _LLAMA,
+    "qwen3_moe": _QWEN_MOE,
     "smollm3": _LLAMA,
     "stablelm": _STABLELM,
     "starcoder2": _STARCODER2,

@@ -35,7 +35,8 @@ class BoundSite:
     `name`: "model.layers.3.mlp"; `kind`: "mlp", "heads", "conv", …; `along`: layers between
     producers and consumers that treat every channel by itself, by name; `upstream`: modules of the
     block that run before the site and that narrowing it does not touch; `landing`: where drift is
-    seen, None if nowhere; `sizes`: attributes that hold the width, as (owner, name).
+    seen, None if nowhere; `sizes`: attributes that hold the width, as (owner, name); `beside`: the
+    same for sites that run side by side, each for some of the tokens (experts).
     """
 
     name: str
@@ -47,6 +48,7 @@ class BoundSite:
     upstream: tuple[nn.Module, ...] = ()
     landing: Landing | None = None
     sizes: tuple[tuple[Any, str], ...] = ()
+    beside: Any = None
 
     def __post_init__(self) -> None:
         if not self.producers or not self.consumers:

@@ -2,6 +2,7 @@
 
     mlp      producers ─► act(…)[·…] [intermediate]     ─► consumer
     heads    queries, keys, values ─► attention [heads·head_dim] ─► output projection
+    experts  the same as mlp, in each expert of a layer (see `grail.sites.experts`)
 
 A family is a `Layout`: paths into its blocks and the names of what holds its sizes. Where all
 blocks get the same width and the configuration has a place for it, it is written there, and stock
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from grail.errors import InputError, ModelError
 from grail.layers import Consumer, Producer
 from grail.reduction import Reduction, Selection
+from grail.sites.experts import Experts
 from grail.sites.site import Architecture, BoundSite, Landing
 from grail.transaction import Transaction
 from grail.width import HeadWidth, Width
@@ -73,6 +75,17 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Experts instead of an MLP: the path of the layer that holds them all, and `Mlp.config`.
+
+    Blocks that have a plain MLP there stay as they are.
+    """
+
+    path: str
+    config: Callable[[Any, int], Settings]
+
+
+@dataclass(frozen=True)
 class Heads:
     """Attention heads: paths in a block.
 
@@ -98,7 +111,8 @@ class Layout:
     """One family: the place of its list of blocks, and its sites.
 
     `blocks`: below the model, or below its `base_model_prefix`. `attention`: the path of the module
-    that runs before the MLP. Without `heads`, `no_heads` says why.
+    that runs before the MLP. `experts`: narrowed in place of an MLP. Without `heads`, `no_heads`
+    says why.
     """
 
     blocks: str
@@ -106,30 +120,31 @@ class Layout:
     mlp: Mlp
     heads: Heads | None = None
     no_heads: str = ""
+    experts: Mixture | None = None
 
 
 class Transformer(Architecture):
     """The blocks of a model of one layout."""
 
-    default = ("mlp",)
-
     def __init__(self, model: Any, layout: Layout):
         self.config, self._layout = getattr(model, "config", None), layout
         named = _blocks(model, layout)
         self._names, self.blocks = list(named), list(named.values())
-        self.kinds = ("heads", "mlp") if layout.heads else ("mlp",)
+        self.default = ("experts",) if layout.experts else ("mlp",)
+        self.kinds = ("heads", *self.default) if layout.heads else self.default
         self.name = getattr(self.config, "_name_or_path", "") or type(model).__name__
-        self.hidden_size = Consumer("", self.blocks[0].get_submodule(layout.mlp.consumer)).outputs
-        every = self.sites(self.kinds)
+        widest = next(iter(itertools.chain(*self.sites(self.default))))
+        self.hidden_size = widest.outputs
         # The MLP is the widest point: its producers, an activation and their product beside three
-        # hidden states.
-        rows = len(every[0][-1].weights())
-        self.activations_per_token = 2 * rows * every[0][-1].channels + 3 * self.hidden_size
+        # hidden states. A token goes to several experts.
+        copies = getattr(self.config, "num_experts_per_tok", 1)
+        rows = 2 * len(widest.weights()) * widest.channels
+        self.activations_per_token = rows * copies + 3 * self.hidden_size
 
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
-        make = {"heads": self._heads, "mlp": self._mlp}
+        make = {"heads": self._heads, "mlp": self._mlp, "experts": self._experts}
         return [
-            [make[kind](number, block) for kind in self.kinds if kind in kinds]
+            [site for kind in self.kinds if kind in kinds for site in make[kind](number, block)]
             for number, block in enumerate(self.blocks)
         ]
 
@@ -172,7 +187,7 @@ class Transformer(Architecture):
         (width,) = widths
         if isinstance(width, HeadWidth):
             return self._head_settings(width)
-        return self._layout.mlp.config(self.config, width.kept)
+        return (self._layout.experts or self._layout.mlp).config(self.config, width.kept)
 
     def _share_config(self, transaction: Transaction) -> None:
         """Lets attention modules read the model's configuration again, which now suits them."""
@@ -190,11 +205,21 @@ class Transformer(Architecture):
                 transaction.set_attribute(self.config, setting, True)
         super().make_room(sites, transaction)
 
-    def _mlp(self, number: int, block: nn.Module) -> BoundSite:
+    def _experts(self, number: int, block: nn.Module) -> list[BoundSite]:
+        mixture = self._layout.experts
+        assert mixture is not None
+        try:
+            module = block.get_submodule(mixture.path)
+        except AttributeError:
+            return []
+        experts = Experts(f"{self._names[number]}.{mixture.path}", module)
+        return experts.sites(number, [block.get_submodule(self._layout.attention)])
+
+    def _mlp(self, number: int, block: nn.Module) -> list[BoundSite]:
         mlp, name = self._layout.mlp, self._names[number]
         consumer = Consumer(f"{name}.{mlp.consumer}", block.get_submodule(mlp.consumer))
         parts = (("channels", consumer.channels),) * mlp.fused if mlp.fused > 1 else None
-        return BoundSite(
+        site = BoundSite(
             name=f"{name}.{mlp.consumer.rpartition('.')[0]}".rstrip("."),
             kind="mlp",
             block=number,
@@ -207,8 +232,9 @@ class Transformer(Architecture):
             landing=_landing(block, mlp.landing),
             sizes=tuple(_attributes(block, mlp.sizes)),
         )
+        return [site]
 
-    def _heads(self, number: int, block: nn.Module) -> BoundSite:
+    def _heads(self, number: int, block: nn.Module) -> list[BoundSite]:
         heads, name = self._layout.heads, self._names[number]
         assert heads is not None
         attention = block.get_submodule(self._layout.attention)
@@ -216,7 +242,7 @@ class Transformer(Architecture):
         consumer = Consumer(f"{name}.{heads.consumer}", block.get_submodule(heads.consumer))
         producers = _projections(name, block, heads, consumer.channels, head_dim)
         grouped = len(producers[-1].rows("groups")[-1])
-        return HeadSite(
+        site = HeadSite(
             name=f"{name}.{self._layout.attention}",
             kind="heads",
             block=number,
@@ -229,6 +255,7 @@ class Transformer(Architecture):
             settings=self._head_settings if heads.reads_config else None,
             allowed=self._loads,
         )
+        return [site]
 
     def _loads(self, width: HeadWidth) -> bool:
         """Whether the configuration accepts it: Llama's wants heads to divide hidden_size."""

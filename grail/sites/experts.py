@@ -1,0 +1,175 @@
+"""Experts whose weights lie in one tensor of a layer, as transformers 5 keeps them.
+
+    gate_up_proj [experts, 2·H, hidden] ─► act(gate)·up [H] ─► down_proj [experts, hidden, H]
+
+Each expert is a site. It is bound to two linear layers that stand for its slices; once all experts
+of a layer are rewritten, the slices are put together again.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from grail.errors import InputError, ModelError
+from grail.layers import Consumer, Producer
+from grail.sites.site import BoundSite
+from grail.transaction import Transaction
+
+Read = Callable[[Tensor, Tensor | None], None]
+
+
+class Experts:
+    """The experts of one layer.
+
+    Args:
+        name, module: the layer that holds `gate_up_proj` and `down_proj`.
+    """
+
+    def __init__(self, name: str, module: Any):
+        self.name, self.module = name, module
+        self.gates = [_linear(weight) for weight in module.gate_up_proj.detach()]
+        self.downs = [_linear(weight) for weight in module.down_proj.detach()]
+        self._readers: dict[int, Read] = {}
+        self._rewritten: set[int] = set()
+
+    def sites(self, block: int, upstream: Sequence[nn.Module]) -> list[BoundSite]:
+        """One for each expert. None has a landing: what it adds is weighted by the router."""
+        channels = self.downs[0].in_features
+        return [
+            ExpertSite(
+                name=f"{self.name}.{number}",
+                kind="experts",
+                block=block,
+                producers=(
+                    Producer(f"{self.name}.{number}.gate_up", gate, (("channels", channels),) * 2),
+                ),
+                consumers=(ExpertConsumer(f"{self.name}.{number}.down", down, None, self, number),),
+                upstream=tuple(upstream),
+                beside=self,
+            )
+            for number, (gate, down) in enumerate(zip(self.gates, self.downs, strict=True))
+        ]
+
+    @contextmanager
+    def watch(self, number: int, read: Read) -> Iterator[None]:
+        """Reports what the second matrix of one expert reads, and of which tokens."""
+        self._readers[number] = read
+        outermost = len(self._readers) == 1
+        try:
+            if outermost:
+                with self._listening():
+                    yield
+            else:
+                yield
+        finally:
+            del self._readers[number]
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Lets the layer run expert by expert, and hears each one's second matrix."""
+        config, forward = self.module.config, self.module.forward
+        chosen = config._experts_implementation
+
+        def run(hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+            config._experts_implementation = "eager"
+            heard: set[int] = set()
+
+            def hear(number: int, x: Tensor) -> None:
+                heard.add(number)
+                if number in self._readers:
+                    self._readers[number](x, torch.where((experts == number).T)[1])
+
+            try:
+                with _Heard(self.module.down_proj, hear):
+                    output: Tensor = forward(hidden, experts, weights)
+            finally:
+                config._experts_implementation = chosen
+            if heard != set(experts.unique().tolist()):
+                raise ModelError(
+                    f"{self.name}: its experts do not run one after the other as slices of "
+                    "down_proj, so what each reads cannot be seen"
+                )
+            return output
+
+        self.module.forward = run
+        try:
+            yield
+        finally:
+            del self.module.forward
+
+    def rewritten(self, number: int, transaction: Transaction) -> None:
+        """Hears that one expert is done; the last one brings all into the layer."""
+        self._rewritten.add(number)
+        if len(self._rewritten) < len(self.downs):
+            return
+        self._rewritten.clear()
+        widths = {down.weight.shape[1] for down in self.downs}
+        if len(widths) > 1:
+            raise InputError(f"{self.name}: its experts share a tensor, so they need one width")
+        for name, layers in (("gate_up_proj", self.gates), ("down_proj", self.downs)):
+            together = torch.stack([layer.weight.detach() for layer in layers])
+            transaction.set_parameter(self.module, name, together)
+        transaction.set_attribute(self.module, "intermediate_dim", widths.pop())
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertConsumer(Consumer):
+    """The second matrix of one expert."""
+
+    experts: Any = None
+    number: int = 0
+
+    @contextmanager
+    def watch(self, read: Read) -> Iterator[None]:
+        with self.experts.watch(self.number, read):
+            yield
+
+    def rewrite(
+        self, weight: Tensor, kept: int, per_tap: bool, shift: Tensor | None, change: Transaction
+    ) -> None:
+        super().rewrite(weight, kept, per_tap, shift, change)
+        self.experts.rewritten(self.number, change)
+
+
+class ExpertSite(BoundSite):
+    """The intermediate channels of one expert."""
+
+    def add_biases(self, transaction: Transaction) -> None:
+        """Experts have no biases, and their layer no place for any."""
+
+
+class _Heard(TorchFunctionMode):
+    """Hears `linear` with a slice of `weights` [experts, _, _], before it runs."""
+
+    def __init__(self, weights: Tensor, hear: Callable[[int, Tensor], None]):
+        super().__init__()
+        self._weights, self._hear = weights, hear
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function is nn.functional.linear and len(args) > 1:
+            number = self._number(args[1])
+            if number is not None:
+                self._hear(number, args[0])
+        return function(*args, **(kwargs or {}))
+
+    def _number(self, weight: Tensor) -> int | None:
+        """Which slice `weight` is, by its place in memory."""
+        whole = self._weights
+        if weight.shape != whole.shape[1:]:
+            return None
+        number, rest = divmod(weight.data_ptr() - whole.data_ptr(), whole[0].nbytes)
+        return number if rest == 0 and 0 <= number < len(whole) else None
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """A layer that stands for a slice [O, H], sharing its memory."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer

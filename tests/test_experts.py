@@ -1,0 +1,202 @@
+"""Experts: what each reads is seen in the library's own forward, and all are narrowed together."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import grail
+from grail.errors import InputError
+from grail.sites import find
+
+from .conftest import MIXTURES
+
+ALPHA = 1e-2
+
+
+def padded(batches):
+    """The same as mappings, the last row of each with seven tokens."""
+    masks = [torch.ones_like(tokens) for tokens in batches]
+    for mask in masks:
+        mask[-1, 7:] = 0
+    pairs = zip(batches, masks, strict=True)
+    return [{"input_ids": tokens, "attention_mask": mask} for tokens, mask in pairs]
+
+
+@torch.no_grad()
+def read_by_each_expert(model, layer, batches):
+    """What the second matrix of every expert reads of tokens that count, [N, H] in fp64 each."""
+    experts, seen = layer.mlp.experts, []
+    handle = experts.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    for batch in batches:
+        model(**batch)
+    handle.remove()
+    rows = []
+    for number in range(experts.num_experts):
+        gate, up = experts.gate_up_proj[number].double().chunk(2)
+        of_expert = []
+        for (hidden, chosen), batch in zip(seen, batches, strict=True):
+            here = (chosen == number).any(1) & batch["attention_mask"].flatten().bool()
+            x = hidden[here].double()
+            of_expert.append(nn.functional.silu(x @ gate.T) * (x @ up.T))
+        rows.append(torch.cat(of_expert))
+    return rows
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("closed_loop", [True, False], ids=["closed", "open"])
+def test_every_expert_is_fitted_to_what_it_reads(family, closed_loop, tiny_model, tiny_batches):
+    model = tiny_model(family)
+    batches = padded(tiny_batches(count=12, length=24))
+    reference, dense = copy.deepcopy(model), copy.deepcopy(model)
+    settings = {"selector": "magnitude", "alpha": ALPHA, "toward": "zero", "multiple": 1}
+    settings |= {"drift_correction": 0, "closed_loop": closed_loop, "progress": False}
+    report = grail.compress(model, batches, keep=0.5, **settings)
+    tokens = []
+    for block, layer in enumerate(reference.model.layers):
+        frozen = dense.model.layers[block]
+        source = (reference, layer) if closed_loop else (dense, frozen)
+        inputs = read_by_each_expert(*source, batches)
+        tokens += map(len, inputs)
+        gates, downs = [], []
+        for number, x in enumerate(inputs):
+            gate_up = frozen.mlp.experts.gate_up_proj[number].detach()
+            down = frozen.mlp.experts.down_proj[number].detach().double()
+            scores = gate_up.double().view(2, -1, 48).square().sum((0, 2))
+            kept = scores.topk(40).indices.sort().values
+            gram = x.T @ x
+            inner = gram[kept][:, kept]
+            ridge = ALPHA * inner.diagonal().mean() * torch.eye(40)
+            downs.append((down @ gram[:, kept] @ torch.linalg.inv(inner + ridge)).float())
+            gates.append(gate_up.view(2, -1, 48)[:, kept].flatten(0, 1))
+        layer.mlp.experts.gate_up_proj = nn.Parameter(torch.stack(gates))
+        layer.mlp.experts.down_proj = nn.Parameter(torch.stack(downs))
+    assert [row.tokens for row in report.sites] == tokens
+    for ours, theirs in zip(model.model.layers, reference.model.layers, strict=True):
+        assert torch.equal(ours.mlp.experts.gate_up_proj, theirs.mlp.experts.gate_up_proj)
+        # fp32 forward passes and Grams (1e-6) through a ridge system of condition ≤ 1/α, per K.
+        torch.testing.assert_close(
+            ours.mlp.experts.down_proj, theirs.mlp.experts.down_proj, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_held_out_sequences_stay_held_out_in_every_expert(tiny_model, tiny_batches):
+    from grail.statistics import Statistics
+    from grail.stream import Stream
+
+    model, batches = tiny_model("mixtral"), tiny_batches(count=5, length=24)
+    architecture = find(model)
+    stream = Stream(model, architecture.blocks, batches)
+    sites = architecture.sites(("experts",))[0]
+    for site in sites[:2]:
+        (consumer,) = site.consumers
+        statistics = Statistics(site.name, consumer, stream, True, True, partial=True)
+        chosen = []
+        experts = model.model.layers[0].mlp.experts
+        note = experts.register_forward_pre_hook(lambda _, args, c=chosen: c.append(args[1]))
+        for batch in range(len(stream)):
+            with (
+                torch.no_grad(),
+                consumer.watch(
+                    lambda x, places, b=batch, s=statistics: s.update(b, x, None, places)
+                ),
+            ):
+                stream.run(0, batch)
+        note.remove()
+        mine = torch.stack(chosen).eq(sites.index(site)).any(2).view(10, 24)
+        assert statistics.held_out.tokens == int(mine[[4, 9]].sum())  # every fifth of ten
+        assert statistics.tokens == int(mine.sum())
+
+
+def with_a_deaf_expert(model):
+    """Two pairs of opposite router rows: the better of each is above zero, where the rest are."""
+    for layer in model.model.layers:
+        router = layer.mlp.gate.weight.detach()
+        router[1], router[3], router[4:] = -router[0], -router[2], 0
+    return model
+
+
+def test_an_expert_without_enough_tokens_is_only_pruned_and_says_so(tiny_model, tiny_batches):
+    model = with_a_deaf_expert(tiny_model("qwen3_moe", num_experts=6))
+    dense = copy.deepcopy(model)
+    report = grail.compress(model, tiny_batches(count=10), keep=0.5, progress=False)
+    unheard = [row for row in report.sites if row.tokens == 0]
+    assert [row.name for row in unheard] == [
+        f"model.layers.{block}.mlp.experts.{number}" for block in range(2) for number in (4, 5)
+    ]
+    for row in unheard:
+        assert (row.error, row.baseline_error, row.alpha) == (None, None, None)
+        assert (
+            f"{row.name}: 0 tokens are too few to fit 40 channels, so it was only pruned"
+            in report.notes
+        )
+    before, after = (m.model.layers[0].mlp.experts for m in (dense, model))
+    scores = before.gate_up_proj[4].detach().double().view(2, 80, 48).square().sum((0, 2))
+    kept = scores.topk(40).indices.sort().values
+    assert torch.equal(after.down_proj[4], before.down_proj[4][:, kept])
+    grail.Report.from_json(report.to_json())
+
+
+def test_a_run_leaves_the_way_in_which_experts_run_as_it_was(tiny_model, tiny_batches):
+    model = tiny_model("mixtral")
+    chosen = model.config._experts_implementation
+    grail.compress(model, tiny_batches(), keep=0.5, progress=False)
+    assert model.config._experts_implementation == chosen
+    assert all("forward" not in layer.mlp.experts.__dict__ for layer in model.model.layers)
+    assert {layer.mlp.experts.intermediate_dim for layer in model.model.layers} == {40}
+
+
+def test_a_failed_run_leaves_all_experts_as_they_were(tiny_model, tiny_batches):
+    model = tiny_model("mixtral")
+    before, calls = dict(model.named_parameters()), []
+
+    def fails_in_the_second_layer(view):
+        calls.append(view)
+        if len(calls) > 6:
+            raise RuntimeError("no more")
+        return view.width.best(view.rows.norm(dim=1))
+
+    with pytest.raises(RuntimeError, match="no more"):
+        grail.compress(
+            model, tiny_batches(), selector=fails_in_the_second_layer, keep=0.5, progress=False
+        )
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert all(layer.mlp.experts.intermediate_dim == 80 for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"keep": {"model.layers.0.mlp.experts.0": 0.5, "experts": 0.7}},
+            "share a tensor, so they need one width",
+        ),
+        ({"selector": "wanda++"}, "needs the gradient of its weight"),
+        ({"compensate": "bias"}, "has no bias"),
+    ],
+)
+def test_what_a_shared_tensor_cannot_hold_is_refused(settings, message, tiny_model, tiny_batches):
+    model = tiny_model("mixtral")
+    before = dict(model.named_parameters())
+    with pytest.raises(InputError, match=message):
+        grail.compress(model, tiny_batches(), **{"keep": 0.5, **settings}, progress=False)
+    assert all(p is before[name] for name, p in model.named_parameters())
+
+
+def test_blocks_without_experts_stay_as_they_are(tiny_model, tiny_batches):
+    model = tiny_model("qwen3_moe", mlp_only_layers=[0])
+    plain = model.model.layers[0].mlp.down_proj.weight
+    report = grail.compress(model, tiny_batches(count=20), keep=0.5, progress=False)
+    assert {row.block for row in report.sites} == {1}
+    assert model.model.layers[0].mlp.down_proj.weight is plain
+
+
+def test_experts_of_a_layer_are_collected_in_one_pass(tiny_model, tiny_batches):
+    model, runs = tiny_model("mixtral", num_hidden_layers=1), []
+    batches = tiny_batches()
+    model.model.layers[0].mlp.gate.register_forward_pre_hook(lambda *_: runs.append(None))
+    grail.compress(model, batches, keep=0.5, drift_correction=0, progress=False)
+    assert len(runs) == len(batches)
+    assert len(list(itertools.chain(*find(model).sites(("experts",))))) == 4
