@@ -17,7 +17,7 @@ from grail import memory
 from grail.fit import peak_bytes
 from grail.loop import Clock, Run, steps
 from grail.options import Options
-from grail.select import greedy
+from grail.select import elimination, greedy
 from grail.sites import Architecture, BoundSite, find
 from grail.stream import Stream
 from grail.transaction import Transaction, steady
@@ -170,8 +170,8 @@ def demand(
     weights         the narrowed layers, beside the dense ones that an error would bring back
     statistics      packed Grams 2H² of a block (one site's in the closed loop), drift 4·O·H, twice
                     if sequences are held out, and on a GPU the tokens that wait for one
-    working set     the largest of a batch's activations, of a solve in fp64 and of the greedy
-                    selector's work
+    working set     the largest of a batch's activations, of a solve in fp64 and of a search for
+                    channels
 
     Not counted: attention masks of padded batches, and what another selector holds for itself.
     """
@@ -208,10 +208,11 @@ def demand(
         )
         for s in first
     ]
+    searches = {"greedy": greedy, "slimgpt": elimination, "backward": elimination}
     selections = [
-        greedy.peak_bytes(s.channels, widths[s.name].kept, s.outputs)
+        searches[options.selector].peak_bytes(s.channels, widths[s.name].kept, s.outputs)
         for s in first
-        if options.selector == "greedy"
+        if options.selector in searches
     ]
 
     def rewritten(site: BoundSite) -> int:

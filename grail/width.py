@@ -70,7 +70,7 @@ class ChannelWidth:
 
     def best(self, scores: Tensor) -> Selection:
         """Keeps the channels of highest score [channels], in their order."""
-        return Selection(scores.topk(self.kept).indices.sort().values, self.channels)
+        return Selection(_best(scores, self.kept).sort().values, self.channels)
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ class HeadWidth:
     def best(self, scores: Tensor) -> Selection:
         """Keeps the best queries of each group, then the best groups, by channel scores summed."""
         heads = scores.view(self.groups, self.queries, self.head_dim).sum(-1)
-        top = heads.topk(self.kept_queries, dim=1)
-        chosen = top.values.sum(1).topk(self.kept_groups).indices.sort().values
-        queries = top.indices[chosen].sort(1).values + chosen[:, None] * self.queries
+        top = _best(heads, self.kept_queries)
+        chosen = _best(heads.gather(1, top).sum(1), self.kept_groups).sort().values
+        queries = top[chosen].sort(1).values + chosen[:, None] * self.queries
         channels = queries.reshape(-1, 1) * self.head_dim + torch.arange(
             self.head_dim, device=scores.device
         )
@@ -189,3 +189,8 @@ class GroupWidth(HeadWidth):
 
 
 Width = ChannelWidth | HeadWidth
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the highest scores along the last axis; of equals the first."""
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :count]

@@ -7,7 +7,7 @@ import grail
 from bench import allocations
 from grail import select
 from grail.errors import InputError
-from grail.select.greedy import forward, peak_bytes, removal_costs
+from grail.select.greedy import forward, peak_bytes
 from grail.width import ChannelWidth, HeadWidth
 
 H = 10
@@ -276,31 +276,6 @@ def test_greedy_fills_up_when_nothing_is_left_to_gain():
     weight = torch.tensor([[1.0, 0, 1, 1]], dtype=torch.float64)  # the loudest is not read
     assert forward(gram, weight, 2).tolist() == [3, 1]
     assert sorted(forward(gram, weight, 4).tolist()) == [0, 1, 2, 3]
-
-
-def test_a_heads_cost_is_the_error_that_its_removal_leaves():
-    gram, weight = correlated()
-    costs = removal_costs(gram, weight, 2)
-    for head in range(H // 2):
-        kept = [c for c in range(H) if c // 2 != head]
-        # removal_costs damps by 3e-5 of the mean diagonal: the smallest eigenvalue is 8e-5 here.
-        assert costs[head].item() == pytest.approx(compensated_error(gram, weight, kept), rel=2e-2)
-
-
-def test_dead_heads_cost_nothing_to_remove():
-    dead = torch.zeros(6, 6, dtype=torch.float64)
-    assert removal_costs(dead, torch.ones(2, 6, dtype=torch.float64), 2).tolist() == [0, 0, 0]
-
-
-def test_the_cost_of_heads_survives_an_fp32_gram_of_few_tokens():
-    # Rank 64 of 128: fp32 puts the other eigenvalues at both sides of 0.
-    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) + 1
-    weight = torch.randn(9, 128, generator=torch.Generator().manual_seed(1)).double()
-    gram = grail.Gram(128)
-    gram.update(x)
-    exact = removal_costs(x.double().T @ x.double(), weight, 32)
-    rounded = removal_costs(gram.matrix().double(), weight, 32)
-    torch.testing.assert_close(rounded, exact, rtol=1e-2, atol=0)
 
 
 def test_greedy_keeps_whole_heads():

@@ -72,3 +72,9 @@ def test_the_best_heads_are_whole_and_equally_many_in_every_kept_group():
     assert selection.index.tolist() == [c for h in kept_heads for c in (2 * h, 2 * h + 1)]
     assert width.group_rows(selection).index.tolist() == [0, 1, 4, 5]  # groups 0 and 2
     assert (width.channels, width.kept) == (18, 8)
+
+
+def test_of_equal_scores_the_first_stay():
+    assert ChannelWidth(40, 3).best(torch.ones(40)).index.tolist() == [0, 1, 2]
+    heads = HeadWidth(3, 2, 2, 2, 1).best(torch.ones(12)).index.tolist()
+    assert heads == [0, 1, 4, 5]

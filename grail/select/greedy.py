@@ -10,11 +10,10 @@ cheaper to drop the others, `grail.select.elimination`: from K = 0.57·H on if O
 O is small. On real MLPs (SmolLM2, three layers, keep 0.5 to 0.9) the errors of the two differ by
 less than 0.3% on held-out tokens, in either direction.
 
-Attention heads come in groups of equal size, where a greedy order could leave the feasible set. A
-head's score is what its removal alone costs after compensation, tr(W_g ((G⁻¹)_gg)⁻¹ W_gᵀ).
+Attention heads come in groups of equal size, where a forward order could leave the feasible set:
+they are always dropped.
 
-Source: orthogonal least squares (Chen, Billings, Luo, Int. J. Control 1989) with W X as the target;
-for heads optimal brain surgeon (Hassibi, Stork, NeurIPS 1992) with blocks of channels.
+Source: orthogonal least squares (Chen, Billings, Luo, Int. J. Control 1989) with W X as the target.
 """
 
 import math
@@ -22,10 +21,9 @@ import math
 import torch
 from torch import Tensor
 
-from grail import ridge
 from grail.reduction import Reduction, Selection
 from grail.select import View, elimination, pivots, reduces
-from grail.width import ChannelWidth, HeadWidth
+from grail.width import HeadWidth
 
 # What the kept channels leave of a channel's energy below this share is an fp32 Gram's rounding.
 NOISE = 1e-6
@@ -33,15 +31,13 @@ NOISE = 1e-6
 
 @reduces("greedy")
 def greedy(view: View) -> Reduction:
-    """Forward selection of channels by their gain; of heads by the cost of losing them."""
+    """The channels whose keeping gains most, or what is left without those that cost least."""
     channels, kept, outputs = view.width.channels, view.width.kept, len(view.consumer)
-    if isinstance(view.width, ChannelWidth) and _is_cheaper_backward(channels, kept, outputs):
+    heads = isinstance(view.width, HeadWidth)
+    if heads or _is_cheaper_backward(channels, kept, outputs):
         return elimination.eliminate(view, elimination.DAMPING, elimination.exact_cost)
     gram = view.gram.matrix().double()
     weight = view.consumer.double().to(gram.device)
-    if isinstance(view.width, HeadWidth):
-        cost = removal_costs(gram, weight, view.width.head_dim)
-        return view.width.best(cost.repeat_interleave(view.width.head_dim) / view.width.head_dim)
     return Selection(forward(gram, weight, kept).sort().values, channels)
 
 
@@ -77,21 +73,3 @@ def _gain(seen: Tensor, left: Tensor, energy: Tensor) -> Tensor:
     """‖W S_:j‖² / S_jj by channel; -inf where it is 0 or a channel has nothing of its own left."""
     gain = seen.square().sum(0) / left
     return gain.where((gain > 0) & (left > NOISE * energy), -math.inf)
-
-
-def removal_costs(gram: Tensor, weight: Tensor, head_dim: int) -> Tensor:
-    """What losing each head costs in squared output error, the others compensating; [heads].
-
-    Args:
-        gram: G [H, H] fp64.
-        weight: W [O, H] fp64.
-        head_dim: channels of a head.
-    """
-    heads = range(0, gram.shape[0], head_dim)
-    if not gram.diagonal().any():
-        return gram.new_zeros(len(heads))
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = ridge.solve(gram, identity, elimination.DAMPING * gram.diagonal().mean()).x
-    own = torch.stack([inverse[h : h + head_dim, h : h + head_dim] for h in heads])
-    columns = torch.stack([weight[:, h : h + head_dim] for h in heads])
-    return (columns @ torch.linalg.inv(own) * columns).sum((1, 2))
