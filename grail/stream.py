@@ -211,7 +211,7 @@ class Stream:
 
         with ExitStack() as stack:
             for number, block in enumerate(self.blocks):
-                stack.enter_context(_replaced_forward(block, recorder(number)))
+                stack.enter_context(replaced_forward(block, recorder(number)))
             with suppress(Stop):
                 model(*args, **kwargs)
         self._calls.append(calls)
@@ -259,7 +259,7 @@ class Memo:
         with ExitStack() as stack:
             for module, shelf in zip(self._modules, self.shelves, strict=False):
                 replay = partial(self._next, module, iter(shelf))
-                stack.enter_context(_replaced_forward(module, replay))
+                stack.enter_context(replaced_forward(module, replay))
             yield
 
     def _next(self, module: nn.Module, kept: Iterator[Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -288,7 +288,8 @@ def _version(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Lets a module run another function in place of its forward."""
     had = module.__dict__.get("forward")
     module.forward = forward
     try:

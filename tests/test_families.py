@@ -336,6 +336,15 @@ def test_widths_that_differ_by_block_leave_the_configuration_alone(family, kind,
     assert answer(model, batches[0]).isfinite().all()
 
 
+def test_dinov2s_configuration_takes_whole_multiples_alone(network):
+    model, batches = network("dinov2")
+    report = grail.compress(model, batches, keep=0.75, progress=False)
+    assert report.notes == [
+        "mlp: the configuration cannot hold 72 of 96 channels: save with grail.save"
+    ]
+    assert model.config.mlp_ratio == 2
+
+
 def test_phi3_reads_one_configuration_again_where_all_blocks_are_of_one_width(compressed):
     _, model, *_ = compressed("phi3", "heads")
     assert all(layer.self_attn.config is model.config for layer in model.model.layers)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from grail.errors import InputError, ModelError
 from grail.layers import Consumer, Producer
 from grail.sites.site import BoundSite
+from grail.stream import replaced_forward
 from grail.transaction import Transaction
 
 Read = Callable[[Tensor, Tensor | None], None]
@@ -96,11 +97,8 @@ class Experts:
                 )
             return output
 
-        self.module.forward = run
-        try:
+        with replaced_forward(self.module, run):
             yield
-        finally:
-            del self.module.forward
 
     def rewritten(self, number: int, transaction: Transaction) -> None:
         """Hears that one expert is done; the last one brings all into the layer."""
