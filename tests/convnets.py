@@ -189,6 +189,14 @@ class GatedInverted(Inverted):
     gated = True
 
 
+class ActivatedInverted(Inverted):
+    """Its last batch norm has an activation inside."""
+
+    def __init__(self, c: int, o: int, stride: int):
+        super().__init__(c, o, stride)
+        self.bn3 = NormAct(o, nn.ReLU(True))
+
+
 class Gate(nn.Module):
     """torchvision's SqueezeExcitation."""
 
@@ -307,6 +315,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "pre-activation": (lambda: Net(PreBasic), _everywhere("conv1")),
     "timm-pre-bottleneck": (lambda: Net(PreBottleneck), _everywhere("conv1", "conv2")),
     "timm-inverted": (lambda: Net(Inverted), _everywhere("conv_pw")),
+    "activated-inverted": (lambda: Net(ActivatedInverted), _everywhere("conv_pw")),
     "timm-inverted-se": (lambda: Net(GatedInverted), _everywhere("conv_pw")),
     "torchvision-mbconv": (lambda: Net(MBConv), _everywhere("block.0.0")),
     "torchvision-mobilenet": (lambda: Net(MobileNet), _everywhere("conv.0.0")),

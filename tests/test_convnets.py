@@ -15,6 +15,7 @@ from grail.layers import Consumer
 from grail.options import Options
 from grail.reduction import Folding
 from grail.sites import find
+from grail.sites.channels import Flow
 
 from .convnets import NETWORKS, Basic, Bottleneck, Net, ResNeXt, conv, images, network, randomised
 
@@ -453,6 +454,12 @@ class Shuffled(Basic):
         return self.bn2(self.conv2(F.channel_shuffle(hidden, 2)))
 
 
+class Softened(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(hidden.softmax(1)))
+
+
 class Doubled(Basic):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.relu(self.bn1(self.conv1(x)))
@@ -467,12 +474,28 @@ class Normalised(Basic):
 
 @pytest.mark.parametrize(
     ("block", "reason"),
-    [(Shuffled, "channel_shuffle"), (Doubled, "runs twice"), (Normalised, "GroupNorm")],
+    [
+        (Softened, "softmax"),
+        (Shuffled, "channel_shuffle"),
+        (Doubled, "runs twice"),
+        (Normalised, "GroupNorm"),
+    ],
 )
 def test_channels_that_cannot_be_followed_are_refused_with_the_reason(block, reason):
     net = Net(lambda c, o, stride: block(16, 16, 1))
     with pytest.raises(ModelError, match=reason):
         find(net)
+
+
+class Beside(Basic):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+
+
+def test_a_second_output_of_a_block_is_no_place_to_see_a_sum():
+    flow = Flow(Beside(16, 16, 1))
+    (channels,) = flow.inner()
+    assert flow.sum_behind(channels.consumers[0]) is None
 
 
 class Branching(Basic):
