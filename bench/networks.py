@@ -212,7 +212,8 @@ def new_vit() -> "ViTForImageClassification":
         num_hidden_layers=6,
         num_attention_heads=6,
         intermediate_size=384,
-        # The usual 0.02 is for networks eight times as wide, and costs this one several epochs.
+        # The usual 0.02 is for networks eight times as wide: after 150 steps of training the loss
+        # was 1.49 with it, 1.20 with this.
         initializer_range=0.08,
         num_labels=10,
     )
