@@ -13,6 +13,7 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "SolveError",
+    "StateError",
 ]
 
 
@@ -30,6 +31,10 @@ class ExportError(GrailError):
 
 class SolveError(GrailError):
     """A ridge system that stayed indefinite after every permitted damping."""
+
+
+class StateError(GrailError):
+    """A file of state that is damaged, of another version, or could not be written."""
 
 
 class NonFiniteError(GrailError):

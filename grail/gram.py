@@ -4,14 +4,21 @@ Sums, never running means, so that merging, sharding and resuming are exact; G i
 matrix only when it is read. The kernels are in `grail_kernels.gram`.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 import grail_kernels as gk
-from grail.drift import Drift
-from grail.errors import EmptyCalibrationError, InputError, NonFiniteError
+from grail import state
+from grail.drift import Drift, require_finite
+from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, StateError
 from grail_kernels.checks import check_activations
+from grail_kernels.tiles import BLOCK
 from grail_kernels.tuning import FLUSH_TOKENS
+
+_KIND = "gram"  # of its files
 
 
 class Gram:
@@ -180,6 +187,56 @@ class Gram:
 
     def matrix(self) -> Tensor:
         """G [H, H], fp32, bitwise symmetric.
+    def save(self, path: str | Path) -> None:
+        """Writes sums and counts into a file that `load` reads; see `grail.state`.
+
+        Raises:
+            StateError: it could not be written; what was there stays.
+        """
+        if self._packed is None:
+            self._allocate(torch.device("cpu"))
+        self._flush()
+        content = {
+            "name": self.name,
+            "channels": self.channels,
+            "block": BLOCK,  # the packed layout follows from it
+            "outputs": None if self.drift is None else self.drift.outputs,
+        }
+        state.write(path, _KIND, content, self._tensors())
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Gram":
+        """The Gram that `save` wrote, bit for bit.
+
+        Raises:
+            StateError: no such file, or one that is damaged, or of another kind or version.
+        """
+        found = state.read(path, _KIND)
+        content = found.content
+        if content["block"] != BLOCK:
+            raise StateError(f"{path} is packed in strips of {content['block']}, not of {BLOCK}")
+        gram = cls(content["channels"], device, content["name"])
+        if content["outputs"] is not None:
+            gram.drift = Drift(content["outputs"], gram.channels, gram.device)
+        own = gram._tensors()
+        if _forms(own) != _forms(found.tensors):
+            raise StateError(f"{path} holds other sums than a Gram of {gram.channels} channels has")
+        for name, tensor in own.items():
+            tensor.copy_(found.tensors[name])
+        return gram
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All sums and counts, by name."""
+        own = {
+            "packed": self._filled(),
+            "sum": self._sum,
+            "nonfinite": self._nonfinite,
+            "tokens": self._tokens,
+        }
+        if self.drift is not None:
+            own |= {f"drift.{name}": tensor for name, tensor in vars(self.drift).items()}
+        return own
+
 
         Raises:
             EmptyCalibrationError: no token was counted.
@@ -266,6 +323,10 @@ class _Buffer:
 
     def append(self, x: Tensor, mask: Tensor | None) -> None:
         """Copies the tokens of `x` [..., H] that `accepts` approved, and their mask [...]."""
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
         place = slice(self._used, self._used + x.shape[:-1].numel())
         self._tokens[place].view(x.shape).copy_(x)
         if mask is not None:

@@ -4,7 +4,8 @@ import torch
 import grail
 import grail_kernels as gk
 from grail import gram as gram_module
-from grail.errors import EmptyCalibrationError, InputError, NonFiniteError
+from grail import state
+from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, StateError
 
 H = 20
 EPS = torch.finfo(torch.float32).eps
@@ -245,3 +246,42 @@ def test_a_gpu_refuses_non_finite_values_when_read():
     with pytest.raises(NonFiniteError) as caught:
         gram.matrix()
     assert caught.value.channels == (5,)
+
+
+def saved_and_loaded(gram: grail.Gram, path) -> grail.Gram:
+    gram.save(path)
+    return grail.Gram.load(path)
+
+
+def test_a_saved_gram_goes_on_bit_for_bit(tmp_path):
+    # More channels than one strip of the packed form, so that its scratch part is kept, too.
+    x, drift = torch.randn(40, 300), torch.randn(40, 7)
+    gram = grail.Gram(300, name="model.layers.3.mlp", buffer=BUFFER)
+    gram.update(x[:30], drift=drift[:30])
+    loaded = saved_and_loaded(gram, tmp_path / "gram.state")
+    for one in (gram, loaded):
+        one.update(x[30:], drift=drift[30:])
+    assert torch.equal(loaded.matrix(), gram.matrix())
+    assert torch.equal(loaded.sum, gram.sum)
+    for name, tensor in vars(gram.drift).items():
+        assert torch.equal(getattr(loaded.drift, name), tensor)
+    assert (loaded.tokens, loaded.name) == (40, gram.name)
+
+
+def test_saved_sums_have_the_tokens_that_wait(tmp_path):
+    x, gram = torch.randint(-9, 9, (7, H)).float(), grail.Gram(H, buffer=BUFFER)
+    gram.update(x)
+    assert torch.equal(saved_and_loaded(gram, tmp_path / "gram.state").matrix(), x.T @ x)
+
+
+def test_a_gram_that_saw_nothing_can_be_saved(tmp_path):
+    assert saved_and_loaded(grail.Gram(H), tmp_path / "gram.state").tokens == 0
+
+
+def test_a_file_of_other_sums_is_refused(tmp_path):
+    path = tmp_path / "gram.state"
+    grail.Gram(H, device="cpu").save(path)
+    content, tensors = vars(state.read(path, "gram")).values()
+    state.write(path, "gram", content, {**tensors, "sum": tensors["sum"][:-1]})
+    with pytest.raises(StateError, match=r"gram\.state"):
+        grail.Gram.load(path)
