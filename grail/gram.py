@@ -12,7 +12,7 @@ from torch import Tensor
 
 import grail_kernels as gk
 from grail import state
-from grail.drift import Drift, require_finite
+from grail.drift import Drift
 from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, StateError
 from grail_kernels.checks import check_activations
 from grail_kernels.tiles import BLOCK
@@ -185,8 +185,6 @@ class Gram:
                 self.drift = Drift(other.drift.outputs, self.channels, packed.device)
             self.drift.merge(other.drift)
 
-    def matrix(self) -> Tensor:
-        """G [H, H], fp32, bitwise symmetric.
     def save(self, path: str | Path) -> None:
         """Writes sums and counts into a file that `load` reads; see `grail.state`.
 
@@ -237,6 +235,8 @@ class Gram:
             own |= {f"drift.{name}": tensor for name, tensor in vars(self.drift).items()}
         return own
 
+    def matrix(self) -> Tensor:
+        """G [H, H], fp32, bitwise symmetric.
 
         Raises:
             EmptyCalibrationError: no token was counted.
@@ -308,6 +308,10 @@ class Gram:
         return self.name or f"a site of {self.channels} channels"
 
 
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
 class _Buffer:
     """Up to `capacity` tokens, copied; of the dtype and on the device of `like` [..., H]."""
 
@@ -323,10 +327,6 @@ class _Buffer:
 
     def append(self, x: Tensor, mask: Tensor | None) -> None:
         """Copies the tokens of `x` [..., H] that `accepts` approved, and their mask [...]."""
-def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-
-
         place = slice(self._used, self._used + x.shape[:-1].numel())
         self._tokens[place].view(x.shape).copy_(x)
         if mask is not None:
