@@ -45,7 +45,8 @@ class Drift:
         with full_fp32(x.device):
             self.cross.addmm_(drift.T, x)
         self.sum += drift.sum(0, dtype=torch.float64)
-        self.energy += drift.square().sum(dtype=torch.float64)
+        # Not from fp32 squares, which overflow where C does not.
+        self.energy += torch.linalg.vector_norm(drift, dtype=torch.float64).square()
 
     def merge(self, other: "Drift") -> None:
         """Adds the sums of `other`."""
@@ -55,7 +56,17 @@ class Drift:
 
     def require_finite(self, label: str) -> None:
         """Raises NonFiniteError where a sum is NaN or infinite."""
-        bad = ~self.cross.isfinite()
+        bad = ~(self.cross.isfinite().all(1) & self.sum.isfinite())
         if bool(bad.any()):
-            outputs = bad.any(1).nonzero().flatten().tolist()
-            raise NonFiniteError(f"drift at {label}", outputs, int(bad.sum()))
+            _refuse(bad, label)
+
+
+def require_finite(drift: Tensor, label: str) -> None:
+    """Raises NonFiniteError where a drift [..., O] is NaN or infinite."""
+    if not bool(drift.sum(dtype=torch.float64).isfinite()):
+        _refuse((~drift.isfinite()).reshape(-1, drift.shape[-1]).sum(0), label)
+
+
+def _refuse(counts: Tensor, label: str) -> None:
+    outputs = counts.nonzero().flatten().tolist()
+    raise NonFiniteError(f"drift at {label}", outputs, int(counts.sum()))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import grail_kernels as gk
 from grail import state
-from grail.drift import Drift
+from grail.drift import Drift, require_finite
 from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, StateError
 from grail_kernels.checks import check_activations
 from grail_kernels.tiles import BLOCK
@@ -67,9 +67,9 @@ class Gram:
 
         Raises:
             InputError: a shape, dtype or device that does not fit; nothing was added.
-            NonFiniteError: NaN or Inf among the counted tokens. On a CPU it is raised here and
-                nothing was added; on a GPU, where looking would stall the stream, it is raised when
-                a result is read.
+            NonFiniteError: NaN or Inf among the counted tokens or their drift. On a CPU it is
+                raised here and nothing was added; on a GPU, where looking would stall the stream,
+                it is raised when a result is read.
         """
         if x.dim() == 0 or x.shape[-1] != self.channels:
             raise InputError(f"x must be [..., {self.channels}]; got {tuple(x.shape)}")
@@ -99,6 +99,8 @@ class Gram:
             if mask is not None:
                 x, drift, mask = x[mask], None if drift is None else drift[mask], None
             sums = self._finite_sums(x)
+            if drift is not None:
+                require_finite(drift, self._label())
             self._add(x, None)
             self._sum += sums
         else:
@@ -241,6 +243,7 @@ class Gram:
         Raises:
             EmptyCalibrationError: no token was counted.
             NonFiniteError: NaN or Inf came in, or the sums overflowed fp32.
+            InputError: activations so small that their squares are lost below fp32's range.
         """
         self._require_tokens()
         return gk.unpack(self._filled(), self.channels)
@@ -287,15 +290,29 @@ class Gram:
         self._flush()
         if bool(self._nonfinite.any()):
             self._refuse(self._nonfinite)
-        overflowed = ~gk.diagonal(self._filled(), self.channels).isfinite()
+        energies = gk.diagonal(self._filled(), self.channels)
+        overflowed = ~energies.isfinite()
         if bool(overflowed.any()):
             raise NonFiniteError(
                 f"{self._label()}: sums of squares beyond fp32",
                 overflowed.nonzero().flatten().tolist(),
                 int(overflowed.sum()),
             )
+        self._require_no_underflow(energies)
         if self.drift is not None:
             self.drift.require_finite(self._label())
+
+    def _require_no_underflow(self, energies: Tensor) -> None:
+        # Products have steps of the least denormal, eps·tiny: below a mean square of tiny that is
+        # more than eps of the loudest channel.
+        loudest = (energies.max().double() / self.tokens).item()
+        if loudest >= torch.finfo(torch.float32).tiny:
+            return
+        if bool(energies.any()) or bool(self._sum.any()):  # else it is silent, not quiet
+            raise InputError(
+                f"{self._label()}: the loudest channel has a mean square of {loudest:.3g}, below "
+                "what fp32 can tell apart; scale the activations up"
+            )
 
     def _refuse(self, counts: Tensor) -> None:
         raise NonFiniteError(

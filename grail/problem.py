@@ -52,7 +52,8 @@ from grail.reduction import Reduction
 ROWS = 1024
 # An fp32 Gram's rounding, relative to |X|ᵀ|X| (the bound of reference BLAS's syrk test): a centred
 # energy below it is that of a constant.
-ROUNDING = 16 * torch.finfo(torch.float32).eps
+EPS = torch.finfo(torch.float32).eps
+ROUNDING = 16 * EPS
 
 
 class Consumer:
@@ -222,8 +223,14 @@ class Problem:
         if math.isinf(alpha):
             zero = right.new_zeros(())
             return ridge.Solution(right.new_zeros(right.shape, dtype=torch.float64), zero, zero)
+        # Centring cancels, so what rounding left on a centred diagonal is of the whole energy.
+        rounding = EPS * self._energies * (self._fluctuations() > 0)
         return ridge.solve(
-            self._centred_normal, right, self.damping(alpha), profile=self._profile()
+            self._centred_normal,
+            right,
+            self.damping(alpha),
+            profile=self._profile(),
+            rounding=rounding,
         )
 
     def _centred(self, right: Tensor) -> Tensor:

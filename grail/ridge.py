@@ -45,12 +45,14 @@ def solve(
     damping: Tensor | float,
     *,
     profile: Tensor | None = None,
+    rounding: Tensor | None = None,
     precision: Precision = "auto",
 ) -> Solution:
     """Solves X (A + λI) = C for a batch of problems.
 
-    A factorisation that fails is repeated with λ ten times larger (at least 1e-10 of the mean
-    diagonal), at most 12 times. A problem whose A is zero has nothing to explain and gives X = 0.
+    A factorisation that fails, or has a pivot that is only rounding, is repeated with λ ten times
+    larger (at least 1e-10 of the mean diagonal), at most 12 times. A problem whose A is zero has
+    nothing to explain and gives X = 0.
 
     Args:
         normal: A [.., K, K], symmetric; or a function that makes it anew at every call. What a
@@ -58,6 +60,9 @@ def solve(
         right: C [.., O, K].
         damping: λ ≥ 0, a number or [..].
         profile: [.., K] > 0, so that λ·diag(profile) stands for λI; ones by default.
+        rounding: [.., K], what rounding may have left on the diagonal of A; zeros by default. What
+            a pivot below it stands for, a channel that the ones before it explain but for
+            rounding, would be fitted to noise.
         precision: "fp64"; "refined", fp32 with refinement to a relative error of 6e-8; "auto", fp64
             on CPUs and on GPUs of compute capability 8.0 and 9.0, gfx90a and gfx942, else refined.
 
@@ -88,13 +93,16 @@ def solve(
     if not bool((shape > 0).all()):
         raise InputError(f"a profile of damping must be positive; got {shape.min().item():g}")
 
+    least = torch.zeros_like(diagonal) if rounding is None else rounding.expand(*batch, -1).double()
+    least = least.reshape(diagonal.shape)
+
     def attempt(todo: Tensor) -> tuple[Tensor, Tensor]:
         a = _made(normal)
         a = _picked(a.reshape(-1, *a.shape[-2:]), todo)
         a = a.to(torch.float64, copy=isinstance(normal, Tensor))
         added = lam[:, None] * shape + empty[:, None]  # the identity where A is 0
         a.diagonal(dim1=-2, dim2=-1).add_(added[todo])
-        return method(a, _picked(c, todo))
+        return method(a, _picked(c, todo), least[todo])
 
     fast = _fp64_is_fast(c.device) if precision == "auto" else precision == "fp64"
     method = _direct if fast else _refined
@@ -156,19 +164,20 @@ def _fp64_is_fast(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
 
 
-def _direct(system: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _direct(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     """X [n, O, K] of X·system = right in fp64, and where [n] that went well.
 
     Args:
         system: [n, K, K] fp64, symmetric; becomes the factor.
         right: [n, O, K].
+        least: [n, K], what each pivot must reach.
     """
-    factor, positive = _factor(system)
+    factor, positive = _factor(system, least)
     x = _substitute(factor, right.to(torch.float64, copy=True))
     return x, positive & x.sum((-2, -1)).isfinite()
 
 
-def _refined(system: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _refined(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     """As `_direct`, by an fp32 factor and refinement; `system` is scaled in place.
 
     A step's correction d measures the error e before it, and with the rate r = ‖d‖/‖d before‖ what
@@ -179,8 +188,8 @@ def _refined(system: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()
     system.mul_(scale[:, :, None]).mul_(scale[:, None, :])
-    target = right.double() * scale[:, None, :]
-    factor, positive = _factor(system.float())
+    target, least = right.double() * scale[:, None, :], least * scale.square()
+    factor, positive = _factor(system.float(), least)
     x = change = _substitute_normalised(factor, target)
     good = torch.zeros_like(positive)
     for _ in range(REFINEMENTS):
@@ -191,16 +200,20 @@ def _refined(system: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         if bool((good | ~positive).all()):
             break
     if not bool(good.all()):
-        x[~good], good[~good] = _direct(system[~good], target[~good])
+        x[~good], good[~good] = _direct(system[~good], target[~good], least[~good])
     return x * scale[:, None, :], good
 
 
-def _factor(system: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factors, lower, of matrices [n, K, K] in their place; where [n] it exists."""
+def _factor(system: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factors, lower, of matrices [n, K, K] in their place; where [n] they are good.
+
+    That is where they exist and their pivots reach `least` [n, K].
+    """
     columns = system.mT  # LAPACK's order, of a symmetric matrix
     info = torch.empty(len(system), dtype=torch.int32, device=system.device)
     factor, info = torch.linalg.cholesky_ex(columns, out=(columns, info))
-    return factor, info == 0
+    pivots = factor.diagonal(dim1=-2, dim2=-1).double().square()
+    return factor, (info == 0) & (pivots >= least).all(-1)
 
 
 def _substitute(factor: Tensor, right: Tensor) -> Tensor:

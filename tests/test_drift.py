@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import grail
+from grail.drift import Drift
 from grail.errors import InputError, NonFiniteError
 
 H, O = 20, 6
@@ -98,7 +99,29 @@ def test_a_drift_that_is_not_finite_is_located(tokens):
     x, drift = tokens
     drift[1, 2, 3] = float("inf")
     gram = grail.Gram(H, name="site")
-    gram.update(x, drift=drift)
+    gram.update(x[:1], drift=drift[:1])
+    before = gram.matrix()
     with pytest.raises(NonFiniteError, match="drift at site") as caught:
-        gram.matrix()
+        gram.update(x, drift=drift)
     assert caught.value.channels == (3,)
+    assert torch.equal(gram.matrix(), before)
+
+
+def test_a_drift_that_is_not_finite_is_found_in_its_sums_too(tokens):
+    # As on a GPU, where values are not looked at on the way.
+    x, drift = tokens
+    drift[1, 2, 3] = float("nan")
+    sums = Drift(O, H, torch.device("cpu"))
+    sums.update(drift, x, None)
+    with pytest.raises(NonFiniteError, match="drift at site") as caught:
+        sums.require_finite("site")
+    assert caught.value.channels == (3,)
+
+
+def test_the_energy_of_a_drift_is_beyond_fp32_where_its_squares_are(tokens):
+    x, drift = tokens
+    gram = grail.Gram(H)
+    gram.update(x, drift=1e25 * drift)
+    expected = drift.double().square().sum().item() * 1e50
+    # Scaling rounded each value once, by 2^-24.
+    assert gram.drift.energy.item() == pytest.approx(expected, rel=1e-6)

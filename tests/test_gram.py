@@ -160,6 +160,20 @@ def test_large_finite_values_are_counted_until_their_squares_overflow():
         gram.matrix()
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-25, 1e-40])
+def test_activations_whose_squares_underflow_are_refused(size):
+    gram = grail.Gram(H)
+    gram.update(torch.full((50, H), size))
+    with pytest.raises(InputError, match="scale the activations up"):
+        gram.matrix()
+
+
+def test_a_quiet_channel_beside_loud_ones_is_no_underflow():
+    gram = grail.Gram(H)
+    gram.update(torch.ones(50, H).index_fill(1, torch.tensor(3), 1e-30))
+    assert gram.energy.tolist() == [50.0] * 3 + [0.0] + [50.0] * (H - 4)
+
+
 def test_no_token_is_an_error_when_read():
     gram = grail.Gram(H)
     assert gram.tokens == 0

@@ -161,6 +161,19 @@ def test_only_the_problem_that_fails_is_damped_and_it_is_reported(precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("energies", [1e0, 1e8])
+def test_a_pivot_that_is_only_rounding_counts_as_a_failure(energies, precision):
+    # The last of three channels differs from the first by 1e-6 of its energy.
+    exact = torch.tensor([[1, 0.2, 1], [0.2, 1, 0.2], [1, 0.2, 1 + 1e-6]], dtype=torch.float64)
+    loudness = torch.tensor([1, 1, energies], dtype=torch.float64).rsqrt()
+    a, right = exact * loudness * loudness[:, None], torch.ones(2, 3, dtype=torch.float64)
+    for share, retried in [(1e-7, False), (1e-5, True)]:
+        rounding = share * a.diagonal()
+        solution = ridge.solve(a, right, 0.0, rounding=rounding, precision=precision)
+        assert bool(solution.retries) == bool(solution.damping) == retried
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_zero_matrix_explains_nothing(precision):
     solution = ridge.solve(torch.zeros(3, 3), torch.ones(2, 3), 0.0, precision=precision)
     assert torch.equal(solution.x, torch.zeros(2, 3, dtype=torch.float64))
