@@ -1,11 +1,13 @@
-"""Which layers of a block share channels, read off the graph of what it computes.
+"""Which layers share channels, read off the graph of what a block, or a whole network, computes.
 
-A block is traced (torch.fx) down to modules without children. Convolutions read channels and start
-new ones, sums and products tie channels together, and what treats every channel by itself passes
-them on. Which operations without parameters do so is tried out, so that no list of them is needed.
+It is traced (torch.fx) down to modules without children. Convolutions and linear layers read
+channels and start new ones, sums and products tie channels together, and what treats every channel
+by itself passes them on. Which operations without parameters do so is tried out, so that no list of
+them is needed.
 """
 
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +26,11 @@ _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 class Channels:
     """One set of channels, and the layers that write them, run along them and read them.
 
-    `outside`: whether they enter or leave the block. `lost`: what they cannot be followed through.
+    `axis`: where a tensor has them, 1 behind a convolution, -1 behind a linear layer. `outside`:
+    whether they enter or leave the block. `lost`: what they cannot be followed through.
     """
+
+    axis: int = 1
 
     producers: list[fx.Node] = field(default_factory=list)
     along: list[fx.Node] = field(default_factory=list)
@@ -38,6 +43,8 @@ class Channels:
         self.producers += other.producers
         self.along += other.along
         self.consumers += other.consumers
+        if self.axis != other.axis and not other.outside:
+            self.lost = self.lost or "a sum or a product over different axes"
         self.outside |= other.outside
         self.lost = self.lost or other.lost
 
@@ -52,20 +59,25 @@ class Flow:
     def __init__(self, block: nn.Module):
         self._modules: dict[str, Any] = dict(block.named_modules())
         self._of: dict[fx.Node, Channels] = {}
+        self._samples: dict[fx.Node, Tensor] = {}  # of the form of what a node returns
         self._pooled: set[fx.Node] = set()
         self._unchanged: set[fx.Node] = set()  # operations that return what they read
-        self._ran: set[Any] = set()
         with steady(block):
             self._nodes = list(_Tracer().trace(block).nodes)
+            self._runs = Counter(n.target for n in self._nodes if n.op == "call_module")
             for node in self._nodes:
                 self._follow(node)
+
+    def every(self) -> Iterator[Channels]:
+        """All channels, in the order in which they are first written."""
+        return iter(dict.fromkeys(self._of.values()))
 
     def inner(self) -> Iterator[Channels]:
         """The channels that stay inside the block, in the order in which they are written.
 
         Those that are read of a single pixel only, inside a gate, are passed over.
         """
-        for channels in dict.fromkeys(self._of.values()):
+        for channels in self.every():
             read = set(channels.consumers) - self._pooled
             if channels.producers and read and not channels.outside:
                 yield channels
@@ -111,10 +123,13 @@ class Flow:
         read = list(dict.fromkeys(self._of[n] for n in node.all_input_nodes))
         if node.op in ("placeholder", "output"):
             self._of[node] = self._joined([*read, Channels(outside=True)])
-        elif self._calls(node, *CONVOLUTIONS, *NORMS, nn.PReLU):
+        elif self._calls(node, *CONVOLUTIONS, nn.Linear, *NORMS, nn.PReLU):
             self._layer(node, *read)
         elif len(node.all_input_nodes) == 2 and _is(node, _SUMS + _PRODUCTS):
             self._of[node] = self._joined(read)
+            self._samples[node] = max(
+                (self._sample(n) for n in node.all_input_nodes), key=torch.Tensor.numel
+            )
         elif len(node.all_input_nodes) == 1 and self._by_channel(node):
             self._of[node] = read[0]
         else:
@@ -125,13 +140,18 @@ class Flow:
     def _layer(self, node: fx.Node, channels: Channels) -> None:
         """A layer with a parameter for each channel, or for each two."""
         module = self.module(node)
-        twice = f"{node.target}, which runs twice" if module in self._ran else ""
-        self._ran.add(module)
+        twice = f"{node.target}, which runs twice" if self._runs[node.target] > 1 else ""
         channels.lost = channels.lost or twice
-        if isinstance(module, CONVOLUTIONS) and not is_depthwise(module):
+        sample = self._sample(node.all_input_nodes[0])
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        if not isinstance(module, (*NORMS, nn.PReLU)) and not _is_depthwise(module):
+            if sample.dim() > 2 and axis != channels.axis:
+                channels.lost = f"{node.target}, which reads another axis"
             channels.consumers.append(node)
-            channels = Channels(producers=[node], lost=twice)
+            channels = Channels(producers=[node], lost=twice, axis=axis)
+            self._samples[node] = _sample_behind(module)
         else:
+            self._samples[node] = sample
             channels.along.append(node)
             if any(True for child in module.children() for _ in child.parameters()):
                 channels.lost = f"{node.target} ({type(module).__name__})"
@@ -151,17 +171,26 @@ class Flow:
         """Whether an operation without parameters treats every channel by itself; tries it."""
         if node.op == "call_module" and self.module(node).state_dict():
             return False
-        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        read = node.all_input_nodes[0]
+        x, axis = self._sample(read), self._of[read].axis
         try:
-            every, alone = self._tried(node, x.clone()), self._tried(node, x[:, 1:2].clone())
-            same = every.shape[:2] == (2, 3) and every[:, 1:2].allclose(alone, equal_nan=True)
+            every = self._tried(node, x.clone())
+            alone = self._tried(node, x.narrow(axis, 1, 1).clone())
+            same = every.shape[0] == 2 and every.shape[axis] == 3
+            same &= every.narrow(axis, 1, 1).allclose(alone, equal_nan=True)
         except Exception:  # it may want anything but such a tensor
             return False
-        if every.shape[2:].numel() == 1:
+        self._samples[node] = every
+        if axis == 1 and every.shape[2:].numel() == 1:
             self._pooled.add(node)
         if torch.equal(every, x):
             self._unchanged.add(node)
         return same
+
+    def _sample(self, node: fx.Node) -> Tensor:
+        """Numbers for three channels of two samples, of the form of what a node returns."""
+        form = self._samples.get(node, torch.empty(2, 3, 8, 8))
+        return torch.randn(form.shape, generator=torch.Generator().manual_seed(0))
 
     def _tried(self, node: fx.Node, x: Tensor) -> Any:
         args = fx.node.map_arg(node.args, lambda _: x)
@@ -174,6 +203,16 @@ class Flow:
 
     def _calls(self, node: fx.Node, *kinds: type) -> bool:
         return node.op == "call_module" and isinstance(self.module(node), kinds)
+
+
+def _is_depthwise(module: Any) -> bool:
+    return isinstance(module, CONVOLUTIONS) and is_depthwise(module)
+
+
+def _sample_behind(module: Any) -> Tensor:
+    if isinstance(module, nn.Linear):
+        return torch.empty(2, 8, 3)
+    return torch.empty(2, 3, *(32,) * len(module.kernel_size))
 
 
 class _Tracer(fx.Tracer):
