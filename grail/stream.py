@@ -125,7 +125,8 @@ class Stream:
 
     def run(self, block: int, batch: int) -> Any:
         """The block's output for one batch, on the model's device."""
-        call, hidden = self._calls[batch][block], self.hidden[batch].to(self.device)
+        call = self._calls[batch][block]
+        hidden = self.hidden[batch].to(self.device, copy=True)  # a block may write on its input
         if call.key is None:
             output = self.blocks[block](hidden, *call.args, **call.kwargs)
         else:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from grail.errors import EmptyCalibrationError, InputError
 from grail.sites import find
@@ -142,3 +143,12 @@ def test_sequences_without_a_counted_token_are_not_held_out(tiny_llama):
     assert stream.held_out(0).tolist() == [False, True, False]
     alone = stream_of(tiny_llama(), [{"input_ids": ids[1:], "attention_mask": mask[1:]}])
     assert alone.held_out(0) is None
+
+
+def test_a_block_that_writes_on_its_input_leaves_the_hidden_states_alone():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    with torch.no_grad():
+        stream = Stream(model, list(model), [torch.randn(3, 5, 4)])
+        before = stream.hidden[0].clone()
+        stream.run(0, 0)
+    assert torch.equal(stream.hidden[0], before)
