@@ -12,6 +12,7 @@ __all__ = [
     "InputError",
     "ModelError",
     "NonFiniteError",
+    "RankError",
     "SolveError",
     "StateError",
 ]
@@ -27,6 +28,10 @@ class EmptyCalibrationError(InputError):
 
 class ExportError(GrailError):
     """An output that could not be written, or that did not reload to the same logits."""
+
+
+class RankError(GrailError):
+    """Another of several processes failed or was lost."""
 
 
 class SolveError(GrailError):

@@ -1,0 +1,67 @@
+"""Runs a function in several processes of a gloo group, for the tests of `grail.distributed`."""
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# What hangs is to fail within the test.
+TIMEOUT = timedelta(seconds=30)
+
+# Imports torch once for all processes, which are then forked from there.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "transformers", "grail", "tests.convnets"])
+
+
+def run(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(number, *arguments)` returned in each of the processes.
+
+    An exception is returned as "Name: message". A process that ended without a word gives None.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        workers = [
+            _CONTEXT.Process(target=_work, args=(place, number, count, function, arguments))
+            for number in range(count)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(2 * TIMEOUT.total_seconds())
+        hung = [worker for worker in workers if worker.is_alive()]
+        for worker in hung:
+            worker.kill()
+        assert not hung, f"{len(hung)} of {count} processes hung"
+        found = [place / str(number) for number in range(count)]
+        return [torch.load(path, weights_only=False) if path.exists() else None for path in found]
+
+
+def _work(
+    place: Path,
+    number: int,
+    count: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{place}/meeting",
+        rank=number,
+        world_size=count,
+        timeout=TIMEOUT,
+    )
+    try:
+        result = function(number, *arguments)
+    except Exception as error:
+        result = f"{type(error).__name__}: {error}"
+        if not type(error).__module__.startswith("grail"):
+            result += "\n" + traceback.format_exc()
+    torch.save(result, place / str(number))
+    dist.destroy_process_group()
