@@ -4,12 +4,13 @@ import itertools
 import platform
 from collections.abc import Iterable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from grail import memory, plan, select
+from grail import checkpoint, memory, plan, select
 from grail.errors import InputError, NonFiniteError
 from grail.fit import Auto, Damping, Toward
 from grail.loop import Clock, Run
@@ -41,6 +42,7 @@ def compress(
     repair: bool = False,
     storage: torch.device | str = "cpu",
     progress: bool = True,
+    resume_dir: str | Path | None = None,
 ) -> Report:
     """Narrows `model` in place and rebuilds what the lost channels said from the kept ones.
 
@@ -80,13 +82,16 @@ def compress(
             are done (see `grail.batchnorm`).
         storage: where the hidden states of the calibration set wait between blocks.
         progress: show a progress bar.
+        resume_dir: a folder for the state of the run after each block. The same call after a run
+            that was killed goes on where that one was, and ends with the same bits; after one that
+            ended it gives the result again, until the folder is deleted.
 
     Returns:
         A `Report`; the model is changed in place.
 
     Raises:
-        InputError, ModelError, EmptyCalibrationError, NonFiniteError, SolveError: the model is as
-            it was.
+        InputError, ModelError, EmptyCalibrationError, NonFiniteError, SolveError, StateError: the
+            model is as it was.
 
     Source: GRAIL (arXiv 2602.23795), algorithm 1.
     """
@@ -124,15 +129,17 @@ def compress(
         memory.Peak(device) as peak,
         Transaction() as transaction,
         steady(model),
+        checkpoint.opened(resume_dir, model, options, transaction) as resumed,
         clock("other"),
     ):
         with clock("forward"):
-            stream = Stream(model, architecture.blocks, batches, storage)
+            read = batches if resumed is None else resumed.reading(batches)
+            stream = Stream(model, architecture.blocks, read, storage)
         if options.shifts_bias:
             sites_asked = list(itertools.chain(*options.sites_of(architecture)))
             architecture.make_room(sites_asked, transaction)
         predicted = _predicted_peak(architecture, options, stream, storage)
-        run = Run(architecture, options, stream, transaction, clock)
+        run = Run(architecture, options, stream, transaction, clock, resumed)
         rows = run.all_blocks(progress)
         architecture.settle(widths, transaction)
 

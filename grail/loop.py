@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from grail import select
 from grail.batchnorm import reset_norm
+from grail.checkpoint import Checkpoint, Position
 from grail.errors import InputError
 from grail.fit import Auto, Fit, fit
 from grail.gram import Gram
@@ -81,7 +82,8 @@ class Run:
         stream: the calibration set at the entry of the first block; moved along by each block.
         transaction: through which the model is changed.
         clock: phases "forward" (blocks, without the statistics), "gram", "select", "solve",
-            "absorb".
+            "absorb", "checkpoint".
+        checkpoint: where to go on from, and what to keep after each block.
     """
 
     def __init__(
@@ -91,9 +93,10 @@ class Run:
         stream: Stream,
         transaction: Transaction,
         clock: Clock,
+        checkpoint: Checkpoint | None = None,
     ):
         self.architecture, self.options, self.stream = architecture, options, stream
-        self.transaction, self.clock = transaction, clock
+        self.transaction, self.clock, self._checkpoint = transaction, clock, checkpoint
         self.widths = options.widths(architecture)
         self._dense = stream.fork() if options.follows_drift else None
         self._memo = Memo((), stream)
@@ -108,16 +111,31 @@ class Run:
         active = [self.options.active(sites, self.widths) for sites in blocks]
         if not any(active):
             return [row for sites in blocks for site in sites for row in self._untouched(site)]
-        passes = sum(1 + len(steps(sites)) * self.options.closed_loop for sites in active)
-        passes += (self._dense is not None) * len(blocks)
-        rows: list[SiteReport] = []
+        position = Position(0, [], self.notes, self.clock.seconds)
+        if self._checkpoint is not None:
+            with self.clock("checkpoint"):
+                self._checkpoint.resume(position, self._streams())
+        left = active[position.done :]
+        passes = sum(1 + len(steps(sites)) * self.options.closed_loop for sites in left)
+        passes += (self._dense is not None) * len(left)
         with tqdm(
             total=self.stream.tokens * passes, unit="tok", unit_scale=True, disable=not progress
         ) as bar:
-            for number, sites in enumerate(blocks):
+            for number, sites in enumerate(blocks[position.done :], start=position.done):
                 bar.set_description(f"block {number + 1}/{len(blocks)}")
-                rows += self.block(number, sites, bar.update)
-        return rows
+                position.rows += self.block(number, sites, bar.update)
+                position.done = number + 1
+                self._keep(position)
+        return position.rows
+
+    def _keep(self, position: Position) -> None:
+        if self._checkpoint is not None:
+            left = position.done < len(self.architecture.blocks)
+            with self.clock("checkpoint"):
+                self._checkpoint.save(position, self._streams() if left else ())
+
+    def _streams(self) -> list[Stream]:
+        return [stream for stream in (self.stream, self._dense) if stream is not None]
 
     def block(self, number: int, sites: Sequence[BoundSite], advance: Advance) -> list[SiteReport]:
         """Compresses one block and moves the stream past it; `advance` hears of tokens done."""

@@ -98,8 +98,8 @@ def write(
             _put(file, kind, content, tensors)
             file.flush()
             os.fsync(file.fileno())
-            # So that the disk is read below, not the memory that was just written.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):  # else memory is read below, not the disk
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         _verify(partial, kind)
         partial.replace(path)
         _flush_folder(path.parent)

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 
 class Transaction:
-    """Records every change made through it; an exception through the block undoes them."""
+    """Records every change made through it; an exception through the block undoes them.
+
+    `changes`: owners and names of what was set, in order.
+    """
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
+        self.changes: list[tuple[Any, str]] = []
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Sets `owner.name = value`; undoing removes a name that was not there."""
@@ -26,6 +30,7 @@ class Transaction:
         else:
             self._undo.append(lambda: delattr(owner, name))
         setattr(owner, name, value)
+        self.changes.append((owner, name))
 
     def set_parameter(self, module: nn.Module, name: str, value: Tensor) -> None:
         """Gives a parameter a new value, cast and moved to where the old one was."""

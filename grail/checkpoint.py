@@ -1,0 +1,315 @@
+"""Resumes a compression that was killed, at the block that it was in.
+
+    d/block-0003.state      what narrowing block 3 changed in the model
+    d/position-0004.state   hidden states at the entry of block 4, rows of the report, and of which
+                            model, calibration and settings all this is
+    d/lock                  held by the run that uses the folder
+
+After each block both are written, the block first. A position stays until the one after it is on
+the disk and verified; so there are two, and where the last cannot be read the one before it can.
+Everything else a run makes again from the model and the calibration.
+
+What is read back is bitwise what was written, strides included, so a resumed run ends with the very
+bits of one that was never interrupted: on the same device, with the same versions and threads.
+"""
+
+import copy
+import fcntl
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from grail import state
+from grail.errors import InputError, StateError
+from grail.options import Options
+from grail.report import SiteReport
+from grail.stream import Batch, Shelf, Stream
+from grail.transaction import Transaction
+
+_BLOCK, _POSITION, _LOCK = "block", "position", "lock"
+_HASH = "sha256:"
+_UNIMPORTANT = {"_name_or_path", "transformers_version"}  # of a configuration
+
+
+@dataclass
+class Position:
+    """How far a run is: blocks `done`, and the run's own lists of what it has to say so far."""
+
+    done: int
+    rows: list[SiteReport]
+    notes: list[str]
+    seconds: dict[str, float]
+
+
+class Checkpoint:
+    """The state of one run in a folder; made by `opened`.
+
+    Args:
+        folder: exists, and is this run's alone.
+        model: as it was given.
+        options: of the run.
+        transaction: through which the model is changed.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, options: Options, transaction: Transaction):
+        self.folder, self._model, self._transaction = folder, model, transaction
+        self._run = _fingerprints(model, options)
+        self._seen = 0  # changes of the transaction that are on the disk, or come by themselves
+
+    def reading(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, which become a part of what tells this run from others."""
+        seen = hashlib.sha256()
+        for batch in batches:
+            leaves, form = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+            held = [state.digest(x) if isinstance(x, Tensor) else repr(x) for x in leaves]
+            seen.update(f"{form}{held}".encode())
+            yield batch
+        self._run["calibration"] = _HASH + seen.hexdigest()
+
+    def resume(self, position: Position, streams: Sequence[Stream]) -> None:
+        """Brings model, position and streams to where the last run was, if there was one.
+
+        Raises:
+            InputError: the folder holds the state of another run.
+            StateError: nothing in it can be continued, or its disk is too small.
+        """
+        self._continue(position, streams)
+        self._seen = len(self._transaction.changes)
+        hidden = sum(tensor.nbytes for stream in streams for tensor in stream.hidden)
+        weights = sum(parameter.nbytes for parameter in self._model.parameters())
+        used = sum(path.stat().st_size for path in _files(self.folder))
+        state.require_space(self.folder, 2 * hidden + weights - used)
+
+    def save(self, position: Position, streams: Sequence[Stream]) -> None:
+        """Writes what the last block changed, then the position.
+
+        Args:
+            streams: none if no block is left.
+
+        Raises:
+            StateError: the disk is full, or cannot be written.
+        """
+        self._save_block(position.done - 1)
+        for path in self._positions():
+            if path != self._path(_POSITION, position.done - 1):
+                path.unlink()
+        tensors = {
+            f"{number}.{batch}": hidden
+            for number, stream in enumerate(streams)
+            for batch, hidden in enumerate(stream.hidden)
+        }
+        content = {
+            "run": self._run,
+            "surroundings": _surroundings(self._model),
+            "strides": {name: tensor.stride() for name, tensor in tensors.items()},
+            **asdict(position),
+        }
+        state.write(self._path(_POSITION, position.done), _POSITION, content, tensors)
+
+    def _continue(self, position: Position, streams: Sequence[Stream]) -> None:
+        """Goes on from the last position that is whole, as are the blocks before it."""
+        narrowed = 0
+        faults = []
+        for path in reversed(self._positions()):
+            try:
+                found = state.read(path, _POSITION)
+                self._require_same(found.content["run"])
+                while narrowed < found.content["done"]:
+                    self._narrow(narrowed)
+                    narrowed += 1
+            except StateError as error:
+                faults.append(str(error))
+                continue
+            if narrowed == found.content["done"]:
+                self._restore(found, position, streams)
+                position.notes += [f"{fault}; went on from block {narrowed}" for fault in faults]
+                return
+        if faults:
+            raise StateError(
+                f"{'; '.join(faults)}. Nothing older is left: delete {self.folder} to start anew"
+            )
+
+    def _restore(self, found: state.State, position: Position, streams: Sequence[Stream]) -> None:
+        content, tensors = found.content, found.tensors
+        if tensors:
+            for number, stream in enumerate(streams):
+                shelf = Shelf(stream.storage)
+                for batch in range(len(stream)):
+                    name = f"{number}.{batch}"
+                    shelf.put(batch, _strided(tensors.pop(name), content["strides"][name]))
+                stream.hidden = shelf
+        position.done = content["done"]
+        position.rows += [SiteReport(**row) for row in content["rows"]]
+        position.notes += content["notes"]
+        for phase, seconds in content["seconds"].items():
+            position.seconds[phase] = position.seconds.get(phase, 0.0) + seconds
+        here = _surroundings(self._model)
+        position.notes += [
+            f"resumed where {name} is {here[name]}, begun where it was {before}: equal to an "
+            "uninterrupted run within rounding, not bitwise"
+            for name, before in content["surroundings"].items()
+            if here[name] != before
+        ]
+
+    def _save_block(self, number: int) -> None:
+        names = {module: name for name, module in self._model.named_modules()}
+        tensors: dict[str, Tensor] = {}
+        values: dict[str, Any] = {}
+        settings: dict[str, dict[str, Any]] = {}
+        changes = self._transaction.changes
+        for owner, key in changes[self._seen :]:
+            if owner not in names:  # stands for a slice of one that is: see `grail.sites.experts`
+                continue
+            name, value = f"{names[owner]}.{key}", getattr(owner, key)
+            if isinstance(value, Tensor):
+                tensors[name] = value
+            elif hasattr(value, "__dict__"):  # a configuration of the module's own
+                settings[name] = _difference(value, self._model.config)
+            else:
+                values[name] = value
+        self._seen = len(changes)
+        content = {"run": self._run, "values": values, "settings": settings}
+        state.write(self._path(_BLOCK, number), _BLOCK, content, tensors)
+
+    def _narrow(self, number: int) -> None:
+        """Changes the model as a block's file says."""
+        path = self._path(_BLOCK, number)
+        found = state.read(path, _BLOCK)
+        if found.content["run"] != self._run:
+            raise StateError(f"{path} is of another run")
+        for name, value in found.content["values"].items():
+            self._transaction.set_attribute(*self._place(name), value)
+        for name, difference in found.content["settings"].items():
+            own = copy.copy(self._model.config)
+            vars(own).update(difference)
+            self._transaction.set_attribute(*self._place(name), own)
+        for name, tensor in found.tensors.items():
+            owner, key = self._place(name)
+            parameter = isinstance(getattr(owner, key), nn.Parameter)
+            change = self._transaction.set_parameter if parameter else self._transaction.set_buffer
+            change(owner, key, tensor)
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        owner, _, key = name.rpartition(".")
+        return self._model.get_submodule(owner), key
+
+    def _require_same(self, run: Mapping[str, str]) -> None:
+        different = [
+            f"{name} differs"
+            if self._run[name].startswith(_HASH)
+            else f"{name} was {run.get(name)} and is {self._run[name]}"
+            for name in self._run
+            if run.get(name) != self._run[name]
+        ]
+        if different:
+            raise InputError(
+                f"{self.folder} holds the state of another run: {', '.join(different)}. Give "
+                "another folder, or delete it"
+            )
+
+    def _positions(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{_POSITION}-*.state"))
+
+    def _path(self, kind: str, number: int) -> Path:
+        return self.folder / f"{kind}-{number:04}.state"
+
+
+@contextmanager
+def opened(
+    folder: str | Path | None, model: nn.Module, options: Options, transaction: Transaction
+) -> Iterator[Checkpoint | None]:
+    """The checkpoint of a run in a folder, which no other run uses meanwhile; None without one.
+
+    Raises:
+        InputError: not a folder; one in use; a selector that is a function, which has no name by
+            which another process could know it.
+        StateError: a folder that cannot be written.
+    """
+    if folder is None:
+        yield None
+        return
+    if not isinstance(options.selector, str):
+        raise InputError("a run can be resumed only with a selector that is given by its name")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder for the state of the run")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / _LOCK).open("w")
+    except OSError as error:
+        raise StateError(f"{folder} cannot be used: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends
+        except BlockingIOError as error:
+            raise InputError(f"{folder} is in use by another run") from error
+        for path in folder.glob(f".*.state.*{state.PARTIAL}"):
+            path.unlink()
+        yield Checkpoint(folder, model, options, transaction)
+
+
+def clear(folder: str | Path) -> None:
+    """Deletes a run's state, and its folder if nothing else is in it."""
+    for path in _files(Path(folder)):
+        path.unlink()
+    (Path(folder) / _LOCK).unlink(missing_ok=True)
+    with suppress(OSError):
+        Path(folder).rmdir()
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for kind in (_BLOCK, _POSITION) for path in folder.glob(f"{kind}-*.state")]
+
+
+def _fingerprints(model: Any, options: Options) -> dict[str, str]:
+    """What must be the same for a run to go on; long values are hashed."""
+    weights = hashlib.sha256()
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        weights.update(f"{name} {state.digest(tensor)}".encode())
+    config = getattr(getattr(model, "config", None), "__dict__", {})
+    config = {key: value for key, value in config.items() if key not in _UNIMPORTANT}
+    structure = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
+    hashed = {
+        "the model's structure": structure,
+        "the model's configuration": json.dumps(config, sort_keys=True, default=str),
+    }
+    return {
+        "the model's weights": _HASH + weights.hexdigest(),
+        **{name: _HASH + hashlib.sha256(v.encode()).hexdigest() for name, v in hashed.items()},
+        **{name: repr(value) for name, value in vars(options).items()},
+    }
+
+
+def _surroundings(model: nn.Module) -> dict[str, str]:
+    """What bits may depend on beside model, calibration and settings."""
+    device = next(model.parameters()).device
+    kind = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else (torch.backends.cpu.get_cpu_capability())
+    )
+    return {
+        "torch": torch.__version__,
+        "the device": f"{device.type} {kind}",
+        "the number of threads": str(torch.get_num_threads()),
+    }
+
+
+def _difference(config: Any, base: Any) -> dict[str, Any]:
+    """What a configuration says that another one does not."""
+    other = vars(base)
+    return {k: v for k, v in vars(config).items() if k not in other or other[k] != v}
+
+
+def _strided(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)

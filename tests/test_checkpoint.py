@@ -1,0 +1,240 @@
+"""A run that is killed and started again ends with the bits of one that was not."""
+
+import copy
+import fcntl
+from collections import namedtuple
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import grail
+from grail import checkpoint, state
+from grail.errors import InputError, StateError
+
+from .convnets import images, network
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would: nothing in the package catches it."""
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """`kill(after)`: the next run ends once it has saved so many blocks; None lets it end well."""
+    save = checkpoint.Checkpoint.save
+
+    def arm(after):
+        saved = 0
+
+        def saving(self, *arguments):
+            nonlocal saved
+            save(self, *arguments)
+            saved += 1
+            if saved == after:
+                raise Killed
+
+        monkeypatch.setattr(checkpoint.Checkpoint, "save", saving)
+
+    return arm
+
+
+def compressed(model, batches, **settings):
+    """A compressed copy of a model, and the rows of its report."""
+    model = copy.deepcopy(model)
+    report = grail.compress(model, batches, progress=False, **settings)
+    return model, report
+
+
+def bits(model):
+    """Everything that a run may change."""
+    numbers = {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if type(value) in (int, bool)
+    }
+    config = getattr(model, "config", None)
+    own = {
+        name: module.config.to_dict()
+        for name, module in model.named_modules()
+        if hasattr(module, "config")
+    }
+    return numbers, config and config.to_dict(), own, model.state_dict()
+
+
+def assert_same(one, other):
+    (model, report), (expected_model, expected) = one, other
+    *found, tensors = bits(model)
+    *wanted, expected_tensors = bits(expected_model)
+    assert found == wanted
+    assert tensors.keys() == expected_tensors.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected_tensors[name].dtype
+        assert torch.equal(tensor, expected_tensors[name]), name
+    assert [asdict(row) for row in report.sites] == [asdict(row) for row in expected.sites]
+
+
+CASES = {
+    "llama": ("llama", {"sites": "mlp,heads"}),
+    "open loop": ("llama", {"closed_loop": False, "drift_correction": 0}),
+    "biases": ("llama", {"compensate": "both"}),
+    "folding": ("llama", {"selector": "folding"}),
+    "conv1d": ("gpt2", {"sites": "mlp,heads"}),
+    "one width for each block": ("llama", {"keep": {"mlp": [0.5, 0.8, 0.5]}}),
+    "experts": ("qwen3_moe", {"sites": "experts,heads"}),
+}
+
+
+@pytest.mark.parametrize(("family", "settings"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("after", [1, 3], ids=["early", "at the end"])
+def test_a_resumed_run_ends_with_the_same_bits(
+    family, settings, after, kill, tiny_model, tiny_batches, tmp_path
+):
+    settings = {"keep": 0.5, **settings}
+    model, batches = tiny_model(family, num_hidden_layers=3), tiny_batches(count=5)
+    expected = compressed(model, batches, **settings)
+    kill(after)
+    with pytest.raises(Killed):
+        compressed(model, batches, resume_dir=tmp_path / "d", **settings)
+    kill(None)
+    assert_same(compressed(model, batches, resume_dir=tmp_path / "d", **settings), expected)
+
+
+def test_hidden_states_keep_their_strides(kill, tmp_path):
+    # Channels last: convolutions then take other paths, and other roundings.
+    settings = {"keep": 0.5, "repair": True, "resume_dir": tmp_path / "d"}
+    model = network("torchvision-basic").to(memory_format=torch.channels_last)
+    batches = [batch.to(memory_format=torch.channels_last) for batch in images()]
+    expected = compressed(model, batches, **{**settings, "resume_dir": None})
+    kill(2)
+    with pytest.raises(Killed):
+        compressed(model, batches, **settings)
+    kill(None)
+    assert_same(compressed(model, batches, **settings), expected)
+
+
+@pytest.fixture
+def killed(kill, tiny_llama, tiny_batches, tmp_path):
+    """A run of three blocks that ended after two: `killed(**changes)` starts it again."""
+    folder, model, batches = tmp_path / "d", tiny_llama(num_hidden_layers=3), tiny_batches(count=5)
+    settings = {"model": model, "batches": batches, "keep": 0.5, "resume_dir": folder}
+    kill(2)
+    with pytest.raises(Killed):
+        compressed(**settings)
+    kill(None)
+    return lambda **changes: compressed(**{**settings, **changes})
+
+
+@pytest.fixture
+def expected(killed):
+    """What a run that is not resumed ends with."""
+    return killed(resume_dir=None)
+
+
+def test_a_run_that_ended_gives_its_result_again(killed, expected, monkeypatch):
+    killed()
+    monkeypatch.setattr("grail.loop.Run.block", None)
+    assert_same(killed(), expected)
+
+
+def test_seconds_of_both_runs_are_counted(killed, tmp_path):
+    before = state.read(tmp_path / "d/position-0002.state", "position").content["seconds"]
+    _, report = killed()
+    assert all(report.seconds[phase] > seconds for phase, seconds in before.items())
+
+
+def changed(model):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda model, batches: {"model": changed(model)}, "the model's weights differs"),
+        (lambda model, batches: {"batches": batches[::-1]}, "calibration differs"),
+        (lambda model, batches: {"batches": batches[:-1]}, "calibration differs"),
+        (lambda model, batches: {"keep": 0.7}, "keep was 0.5 and is 0.7"),
+        (lambda model, batches: {"alpha": 0.1}, "alpha was 'auto' and is 0.1"),
+        (lambda model, batches: {"selector": lambda view: None}, "given by its name"),
+    ],
+    ids=["model", "order", "batches", "keep", "alpha", "selector"],
+)
+def test_another_run_is_refused_by_what_differs(
+    change, said, killed, tiny_llama, tiny_batches, tmp_path
+):
+    before = {path: path.read_bytes() for path in (tmp_path / "d").iterdir()}
+    model, batches = tiny_llama(num_hidden_layers=3), tiny_batches(count=5)
+    with pytest.raises(InputError, match=said):
+        killed(**change(model, batches))
+    assert {path: path.read_bytes() for path in (tmp_path / "d").iterdir()} == before
+
+
+def damage(path):
+    """Flips the last bit."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["position-0002.state", "block-0001.state"])
+def test_a_damaged_file_costs_one_block_and_the_report_says_so(name, killed, expected, tmp_path):
+    damage(tmp_path / "d" / name)
+    model, report = killed()
+    assert_same((model, report), expected)
+    (note,) = (note for note in report.notes if name in note)
+    assert "is damaged" in note
+    assert "went on from block 1" in note
+
+
+def test_without_a_whole_file_the_run_is_refused_and_the_model_left_alone(
+    killed, tiny_llama, tiny_batches, tmp_path
+):
+    damage(tmp_path / "d/block-0000.state")
+    model = tiny_llama(num_hidden_layers=3)
+    before = copy.deepcopy(model)
+    with pytest.raises(StateError, match=r"block-0000\.state is damaged.*delete"):
+        grail.compress(model, tiny_batches(count=5), 0.5, progress=False, resume_dir=tmp_path / "d")
+    assert bits(model)[:-1] == bits(before)[:-1]
+    assert all(map(torch.equal, model.state_dict().values(), before.state_dict().values()))
+
+
+def test_a_file_that_was_never_finished_is_removed(killed, expected, tmp_path):
+    unfinished = tmp_path / "d/.position-0003.state.0a1b2c3d.partial"
+    unfinished.write_bytes(b"half")
+    assert_same(killed(), expected)
+    assert not unfinished.exists()
+
+
+def test_two_runs_cannot_use_a_folder_at_once(killed, tmp_path):
+    with (tmp_path / "d/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="in use by another run"):
+            killed()
+
+
+def test_too_little_disk_is_refused_before_the_first_block(killed, monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1 << 40, 1 << 40, 1 << 10))
+    monkeypatch.setattr("grail.loop.Run.block", None)
+    with pytest.raises(StateError, match="free some space"):
+        killed()
+
+
+def test_a_resume_on_other_surroundings_is_noted(killed, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    _, report = killed()
+    assert any("the number of threads is 77" in note for note in report.notes)
+
+
+def test_two_generations_are_kept_and_clear_removes_them_all(killed, tmp_path):
+    killed()
+    names = sorted(path.name for path in (tmp_path / "d").iterdir())
+    blocks = [f"block-{number:04}.state" for number in range(3)]
+    assert names == [*blocks, "lock", "position-0002.state", "position-0003.state"]
+    (tmp_path / "d/mine.txt").touch()
+    checkpoint.clear(tmp_path / "d")
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["mine.txt"]
