@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from typer.core import TyperGroup
 
-from grail import __version__, select
+from grail import __version__, checkpoint, select
 from grail.calibration import load_texts, token_batches
 from grail.compress import compress as compress_model
 from grail.errors import GrailError, InputError
@@ -255,6 +255,13 @@ def compress(
     sequence_length: SequenceLength = 1024,
     batch_size: BatchSize = 4,
     seed: Annotated[int, _Running(help="Draws calibration sequences and random scores.")] = 0,
+    resume_dir: Annotated[
+        Path | None,
+        _Running(
+            help="Folder for the state of the run after each block. After a crash the same command "
+            "goes on from there; the state is deleted once the model is written."
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -313,7 +320,7 @@ def compress(
         del network  # loaded again, because two models at once would double the peak
         network, tokenizer = load()
     _say("Compressing …")
-    report = compress_model(network, batches, **vars(options))
+    report = compress_model(network, batches, **vars(options), resume_dir=resume_dir)
     if heldout:
         evaluation["restored" if options.compensate else "pruned"] = evaluate_model(
             network, heldout
@@ -325,6 +332,8 @@ def compress(
     report.notes += notes
     _say("Writing, and loading again to compare …")
     export(network, tokenizer, output, report=report, page=_page(report))
+    if resume_dir is not None:
+        checkpoint.clear(resume_dir)
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:

@@ -1,7 +1,11 @@
 """A run that is killed and started again ends with the bits of one that was not."""
 
 import copy
+import csv
 import fcntl
+import os
+import subprocess
+import sys
 from collections import namedtuple
 from dataclasses import asdict
 
@@ -238,3 +242,14 @@ def test_two_generations_are_kept_and_clear_removes_them_all(killed, tmp_path):
     (tmp_path / "d/mine.txt").touch()
     checkpoint.clear(tmp_path / "d")
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["mine.txt"]
+
+
+def test_the_command_line_survives_kills_at_random_moments(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("typer")
+    command = [sys.executable, "-m", "bench.killing", "--trials", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # more threads do not survive a fork
+    subprocess.run([*command, "--output", tmp_path / "killing.csv"], check=True, env=environment)
+    rows = list(csv.DictReader((tmp_path / "killing.csv").open()))
+    assert [row["bitwise equal"] for row in rows] == ["yes"] * 4
+    assert sum(int(row["deaths"]) for row in rows) > 0

@@ -1,0 +1,93 @@
+"""Damages files of state at random, and counts what the reader finds.
+
+    python -m bench.flipping --trials 1000
+
+Beside it stands safetensors' own reader, which checks sizes and no content.
+"""
+
+import argparse
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load
+
+import grail
+from bench.measuring import Row, machine, write_rows
+from grail.errors import StateError
+
+PAGE = 4096
+DAMAGES = ("flipped bit", "truncation", "zeroed page", "bytes behind")
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    """The data with one bit, the `place`-th, turned over."""
+    changed = bytearray(data)
+    changed[place // 8] ^= 1 << place % 8
+    return bytes(changed)
+
+
+def damaged(data: bytes, kind: str, draw: random.Random) -> bytes:
+    """The data with one damage of `DAMAGES`, which changes at least one byte."""
+    if kind == "flipped bit":
+        return flipped(data, draw.randrange(8 * len(data)))
+    if kind == "truncation":
+        return data[: draw.randrange(len(data))]
+    if kind == "bytes behind":
+        return data + draw.randbytes(draw.randrange(1, PAGE))
+    start = draw.randrange((len(data) + PAGE - 1) // PAGE) * PAGE
+    end = min(start + PAGE, len(data))
+    changed = data[:start] + bytes(end - start) + data[end:]
+    return changed if changed != data else damaged(data, kind, draw)
+
+
+def main() -> None:
+    """Writes a row for each kind of damage."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--trials", type=int, default=1000, help="of each kind of damage")
+    parser.add_argument("--channels", type=int, default=300)
+    parser.add_argument("--output", type=Path, default=Path("bench/results/flipping.csv"))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "gram.state"
+        gram = grail.Gram(arguments.channels, name="model.layers.3.mlp")
+        gram.update(torch.randn(4096, arguments.channels))
+        gram.save(path)
+        rows = [_row(path, kind, arguments.trials) for kind in DAMAGES]
+    write_rows(arguments.output, [{**row, **machine("cpu")} for row in rows])
+    for row in rows:
+        print(row)
+
+
+def _row(path: Path, kind: str, trials: int) -> Row:
+    data, draw = path.read_bytes(), random.Random(kind)
+    found = Counter(dict.fromkeys(("grail", "safetensors"), 0))
+    for _ in range(trials):
+        path.write_bytes(changed := damaged(data, kind, draw))
+        found["grail"] += _refuses(lambda: grail.Gram.load(path), StateError)
+        found["safetensors"] += _refuses(lambda: load(changed), safetensors.SafetensorError)
+    path.write_bytes(data)
+    assert not _refuses(lambda: grail.Gram.load(path), StateError)
+    return {
+        "damage": kind,
+        "bytes": str(len(data)),
+        "trials": str(trials),
+        "found": str(found["grail"]),
+        "found by safetensors alone": str(found["safetensors"]),
+    }
+
+
+def _refuses(read: Callable[[], object], error: type[Exception]) -> bool:
+    try:
+        read()
+    except error:
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    main()

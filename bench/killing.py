@@ -1,0 +1,205 @@
+"""Kills a compression with SIGKILL, starts it again, and compares the bits of what it writes.
+
+    python -m bench.killing --trials 100
+
+Every run is the real command line, in a process of its own that is forked from this one, so that
+torch and transformers are imported once. Runs die at a random moment, or at a random step of saving
+(a file opened, flushed to the disk, renamed, deleted): half of the trials each, up to three deaths
+in one. Then the same command runs to its end.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench.measuring import Row, machine, write_rows
+from grail.cli import main as grail
+
+LAYERS = 4
+STEPS = {Path: ("open", "replace", "unlink"), os: ("fsync",)}  # of which a save consists
+
+
+def main() -> int:
+    """Writes a row for each trial; returns how many did not end with the same bits."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("bench/results/killing.csv"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    with tempfile.TemporaryDirectory() as folder:
+        trials = Trials(Path(folder), random.Random(arguments.seed))
+        rows = [trials.row(number) for number in range(arguments.trials)]
+    write_rows(arguments.output, [{**row, **machine("cpu")} for row in rows])
+    good = sum(row["bitwise equal"] == "yes" for row in rows)
+    deaths = sum(int(row["deaths"]) for row in rows)
+    resumed = sum(int(row["resumed at block"]) > 0 for row in rows)
+    print(f"{good} of {len(rows)} bitwise equal; {deaths} deaths, {resumed} runs that went on")
+    return len(rows) - good
+
+
+class Trials:
+    """Trials on one tiny model and text in a folder, against one run that nobody disturbed."""
+
+    def __init__(self, folder: Path, draw: random.Random):
+        self.folder, self._draw = folder, draw
+        _write_model(folder / "model")
+        words = (f"w{draw.randrange(3, 97)}" for _ in range(2000))
+        (folder / "text.txt").write_text(" ".join(words))
+        self._finish(self._start("first"))  # not timed: it warms what the children inherit
+        self.expected = self._result("first")
+        before = time.perf_counter()
+        self._finish(self._start("second"))
+        self._seconds = time.perf_counter() - before
+        self._steps = self._count_steps()
+
+    def row(self, number: int) -> Row:
+        """Kills a run once or more, lets it end, and says how that went."""
+        name, inside = f"trial-{number}", number % 2 == 1
+        deaths = [self._kill(name, inside) for _ in range(self._draw.randint(1, 3))]
+        state = self.folder / f"{name}.resume"
+        positions = sorted(path.stem for path in state.glob("position-*.state"))
+        self._finish(self._start(name))
+        equal = self._result(name) == self.expected and not state.exists()
+        shutil.rmtree(self.folder / name)
+        return {
+            "trial": str(number),
+            "killed": "at a step of saving" if inside else "at a random moment",
+            "deaths": str(sum(deaths)),
+            "resumed at block": positions[-1].rpartition("-")[2] if positions else "0",
+            "bitwise equal": "yes" if equal else "no",
+        }
+
+    def _kill(self, name: str, inside: bool) -> bool:
+        """Starts a run and kills it; whether it died before its end."""
+        if inside:
+            process = self._start(name, _dying_at(self._draw.randrange(self._steps)))
+        else:
+            process = self._start(name)
+            time.sleep(self._draw.uniform(0, self._seconds))
+            os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+        if not os.WIFSIGNALED(status):
+            shutil.rmtree(self.folder / name)  # it had ended; a command refuses a folder in use
+        return os.WIFSIGNALED(status)
+
+    def _start(self, name: str, prepare: Callable[[], None] | None = None) -> int:
+        """The process of a run that writes into the folder of that name."""
+        process = os.fork()
+        if process:
+            return process
+        code = 1
+        try:
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1)
+            os.dup2(os.open(self.folder / f"{name}.log", os.O_WRONLY | os.O_CREAT), 2)
+            if prepare is not None:
+                prepare()
+            sys.argv = ["grail", *map(str, self._command(name))]
+            grail()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            os._exit(code)
+
+    def _command(self, name: str) -> list[object]:
+        return [
+            *("compress", self.folder / "model", "--calibration", self.folder / "text.txt"),
+            *("--output", self.folder / name, "--resume-dir", self.folder / f"{name}.resume"),
+            *("--sites", "mlp,heads", "--keep", 0.5, "--tokens", 512, "--sequence-length", 32),
+        ]
+
+    def _finish(self, process: int) -> None:
+        _, status = os.waitpid(process, 0)
+        if status:
+            logs = (path.read_text() for path in sorted(self.folder.glob("*.log")))
+            raise SystemExit(f"a run failed: {' | '.join(logs)}")
+
+    def _result(self, name: str) -> tuple[bytes, ...]:
+        """Weights, configuration and rows of the report."""
+        folder = self.folder / name
+        rows = json.loads((folder / "report.json").read_text())["sites"]
+        files = (folder / "model.safetensors", folder / "config.json")
+        return *(path.read_bytes() for path in files), json.dumps(rows).encode()
+
+    def _count_steps(self) -> int:
+        """How many steps of saving an undisturbed run takes."""
+        counter = self.folder / "steps"
+        counter.touch()
+        self._finish(self._start("third", lambda: _before_each_step(lambda _: _grow(counter))))
+        return counter.stat().st_size
+
+
+def _dying_at(step: int) -> Callable[[], None]:
+    def die(number: int) -> None:
+        if number == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return lambda: _before_each_step(die)
+
+
+def _grow(counter: Path) -> None:
+    handle = os.open(counter, os.O_WRONLY | os.O_APPEND)
+    os.write(handle, b"x")
+    os.close(handle)
+
+
+def _before_each_step(hear: Callable[[int], None]) -> None:
+    """Calls `hear` with the number of each step of saving in this process, before it is done."""
+    count = 0
+
+    def heard(step: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal count
+            hear(count)
+            count += 1
+            return step(*args, **kwargs)
+
+        return call
+
+    for owner, names in STEPS.items():
+        for name in names:
+            setattr(owner, name, heard(getattr(owner, name)))
+
+
+def _write_model(folder: Path) -> None:
+    """A tiny Llama and a tokenizer of words, as the tests have them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=8,
+        max_position_embeddings=128,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(3, 97))]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
