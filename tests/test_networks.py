@@ -125,7 +125,7 @@ def test_augmented_images_are_shifted_by_up_to_two_pixels_and_mirrored():
     images = torch.randint(256, (40, 28, 28), dtype=torch.uint8)
     seen = set()
     for image, changed in zip(
-        images, train.augmented(images, torch.Generator().manual_seed(0)), strict=True
+        images, train.augmented(images, torch.Generator().manual_seed(0), shift=2), strict=True
     ):
         padded = F.pad(image, (2, 2, 2, 2))
         [match] = [
@@ -161,10 +161,10 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     expected = weights(whole)
     real = train.epoch_batches
 
-    def interrupted(images, labels, seed, epoch):
+    def interrupted(images, labels, seed, epoch, shift):
         if epoch == 2:
             raise KeyboardInterrupt
-        return real(images, labels, seed, epoch)
+        return real(images, labels, seed, epoch, shift)
 
     monkeypatch.setattr(train, "epoch_batches", interrupted)
     with pytest.raises(KeyboardInterrupt):
