@@ -16,21 +16,28 @@ from torch import Tensor
 from grail.transaction import Transaction
 
 
-def reset_norm(norm: Any, inputs: Callable[[], Iterable[Tensor]], change: Transaction) -> None:
+def reset_norm(
+    norm: Any,
+    inputs: Callable[[], Iterable[Tensor]],
+    change: Transaction,
+    total: Callable[[Tensor], Tensor],
+) -> None:
     """Sets the running mean and variance of a batch norm to those of its inputs [N, C, ...].
 
     As torch does, the variance is the unbiased one. Two reads, for a variance without cancellation.
+    `total` adds the sums of other processes, which read other inputs.
     """
     mean = torch.zeros_like(norm.running_mean, dtype=torch.float64)
-    squares, count = torch.zeros_like(mean), 0
+    squares, seen = torch.zeros_like(mean), 0
     for x in inputs():
         mean += _by_channel(x).sum(1)
-        count += x.numel() // x.shape[1]
-    mean /= count
+        seen += x.numel() // x.shape[1]
+    count = int(total(torch.tensor(seen)))
+    mean = total(mean) / count
     for x in inputs():
         squares += (_by_channel(x) - mean[:, None]).square().sum(1)
     change.set_buffer(norm, "running_mean", mean)
-    change.set_buffer(norm, "running_var", squares / max(count - 1, 1))
+    change.set_buffer(norm, "running_var", total(squares) / max(count - 1, 1))
 
 
 def _by_channel(x: Tensor) -> Tensor:

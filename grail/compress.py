@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from grail import checkpoint, memory, plan, select
+from grail.distributed import Ranks, checksum, ranks, refuse_sharded, watched
 from grail.errors import InputError, NonFiniteError
 from grail.fit import Auto, Damping, Toward
 from grail.loop import Clock, Run
@@ -93,6 +94,9 @@ def compress(
         InputError, ModelError, EmptyCalibrationError, NonFiniteError, SolveError, StateError: the
             model is as it was.
 
+    In an initialised `torch.distributed` group all processes call this alike, with the same model
+    and the same batches, and end with the same bits: see `grail.distributed`.
+
     Source: GRAIL (arXiv 2602.23795), algorithm 1.
     """
     options = Options(
@@ -111,6 +115,8 @@ def compress(
         exact_folding=exact_folding,
         repair=repair,
     )
+    refuse_sharded(model)
+    processes = ranks()
     architecture = find(model, options.sites)
     widths = options.widths(architecture)
     asked = plan.by_kind(
@@ -129,12 +135,13 @@ def compress(
         memory.Peak(device) as peak,
         Transaction() as transaction,
         steady(model),
+        processes.together(),
         checkpoint.opened(resume_dir, model, options, transaction) as resumed,
         clock("other"),
     ):
         with clock("forward"):
             read = batches if resumed is None else resumed.reading(batches)
-            stream = Stream(model, architecture.blocks, read, storage)
+            stream = _stream(model, architecture, options, read, storage, processes)
         if options.shifts_bias:
             sites_asked = list(itertools.chain(*options.sites_of(architecture)))
             architecture.make_room(sites_asked, transaction)
@@ -171,6 +178,26 @@ def compress(
     )
 
 
+def _stream(
+    model: nn.Module,
+    architecture: Architecture,
+    options: Options,
+    batches: Iterable[Batch],
+    storage: torch.device | str,
+    processes: Ranks,
+) -> Stream:
+    """The calibration set at the model's entry, once all processes are known to do the same."""
+    if processes.count == 1:
+        return Stream(model, architecture.blocks, batches, storage)
+    said = {key: value for key, value in options.as_dict().items() if key != "selector"}
+    processes.require_equal("the settings", said)
+    processes.require_equal("the model", checksum(model.parameters()))
+    read: list[int] = []
+    stream = Stream(model, architecture.blocks, watched(batches, read), storage, processes)
+    processes.require_equal("the calibration", read)
+    return stream
+
+
 def _predicted_peak(
     architecture: Architecture, options: Options, stream: Stream, storage: torch.device | str
 ) -> int:
@@ -178,7 +205,9 @@ def _predicted_peak(
     if architecture.activations_per_token is None:
         return 0
     batch_tokens = max(h.shape[:2].numel() for h in stream.hidden)
-    return sum(plan.demand(architecture, options, stream.tokens, batch_tokens, storage).values())
+    return sum(
+        plan.demand(architecture, options, stream.own_tokens, batch_tokens, storage).values()
+    )
 
 
 def _require_finite_weights(architecture: Architecture, options: Options) -> None:
@@ -209,7 +238,7 @@ def _notes(
     rows: list[SiteReport],
 ) -> list[str]:
     notes = []
-    if options.holds_out and all(stream.held_out(batch) is None for batch in range(len(stream))):
+    if options.holds_out and not stream.holds_out:
         notes.append(
             f"the calibration is one sequence, so nothing could be held out: what is auto was "
             f"alpha={ALPHA:g} and drift_correction=0"

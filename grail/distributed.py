@@ -19,7 +19,7 @@ import heapq
 import itertools
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -307,34 +307,21 @@ def refuse_sharded(model: nn.Module) -> None:
             )
 
 
-class Checksum:
-    """Of tensors that pass by, in order."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def passing(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The same batches."""
-        for batch in batches:
-            for tensor in tree_leaves(batch):
-                if isinstance(tensor, Tensor):
-                    self.add(tensor)
-            yield batch
-
-    def add(self, tensor: Tensor) -> None:
-        """Joins a tensor's shape and content."""
-        content = torch.hash_tensor(tensor.detach()).item() if tensor.numel() else 0
-        self.value = zlib.crc32(
-            f"{tuple(tensor.shape)} {tensor.dtype} {content}".encode(), self.value
-        )
+def watched(batches: Iterable[Item], seen: list[int]) -> Iterator[Item]:
+    """The same batches, a checksum of each in `seen`."""
+    for batch in batches:
+        leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+        seen.append(checksum(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        yield batch
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """Of tensors in order."""
-    found = Checksum()
+    """Of the shapes and contents of tensors in order."""
+    found = 0
     for tensor in tensors:
-        found.add(tensor)
-    return found.value
+        content = torch.hash_tensor(tensor.detach()).item() if tensor.numel() else 0
+        found = zlib.crc32(f"{tensor.shape} {tensor.dtype} {content}".encode(), found)
+    return found
 
 
 def _sums(gram: Gram, outputs: int) -> list[Tensor]:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from grail import select
 from grail.batchnorm import reset_norm
 from grail.checkpoint import Checkpoint, Position
+from grail.distributed import Decision
 from grail.errors import InputError
 from grail.fit import Auto, Fit, fit
 from grail.gram import Gram
@@ -100,6 +101,7 @@ class Run:
         self.widths = options.widths(architecture)
         self._dense = stream.fork() if options.follows_drift else None
         self._memo = Memo((), stream)
+        self._ranks = stream.ranks
         # What the network is to hold where each site of a block lands.
         self._aims: list[Shelf] = []
         self._select = select.get(options.selector)
@@ -119,7 +121,10 @@ class Run:
         passes = sum(1 + len(steps(sites)) * self.options.closed_loop for sites in left)
         passes += (self._dense is not None) * len(left)
         with tqdm(
-            total=self.stream.tokens * passes, unit="tok", unit_scale=True, disable=not progress
+            total=self.stream.own_tokens * passes,
+            unit="tok",
+            unit_scale=True,
+            disable=not progress or self._ranks.number > 0,
         ) as bar:
             for number, sites in enumerate(blocks[position.done :], start=position.done):
                 bar.set_description(f"block {number + 1}/{len(blocks)}")
@@ -136,6 +141,14 @@ class Run:
 
     def _streams(self) -> list[Stream]:
         return [stream for stream in (self.stream, self._dense) if stream is not None]
+
+    def statistics(self, progress: bool) -> Iterator[tuple[BoundSite, list[Statistics]]]:
+        """What the consumers of each site read in the dense network, site by site."""
+        blocks = self.options.sites_of(self.architecture)
+        total = self.stream.tokens * len(blocks)
+        with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
+            for number, sites in enumerate(blocks):
+                yield from self._collect(number, sites, {}, bar.update, finish=True).items()
 
     def block(self, number: int, sites: Sequence[BoundSite], advance: Advance) -> list[SiteReport]:
         """Compresses one block and moves the stream past it; `advance` hears of tokens done."""
@@ -156,11 +169,12 @@ class Run:
             undone = {site: aims[site] for site in step if site in aims}
             with self._memo.recording():
                 collected = self._collect(block, step, undone, advance, finish=False)
-            for site in step:
-                rows[site.name] = self._compress(site, collected[site], undone.get(site))
+            for site, decision in self._decided(collected, self._decide):
+                rows[site.name] = self._compress(site, decision, undone.get(site))
         if self.options.repair and sites:
             for norm in self._norms(block):
-                reset_norm(norm, functools.partial(self._inputs_of, norm, block), self.transaction)
+                inputs = functools.partial(self._inputs_of, norm, block)
+                reset_norm(norm, inputs, self.transaction, self._ranks.total)
         with self._memo.replaying():
             if block + 1 < len(self.architecture.blocks):
                 self._collect(block, [], {}, advance, finish=True)
@@ -168,7 +182,8 @@ class Run:
 
     def _open(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
         collected = self._collect(block, sites, {}, advance, finish=True)
-        return {site.name: self._compress(site, collected[site]) for site in sites}
+        decided = self._decided(collected, self._decide)
+        return {site.name: self._compress(site, decision) for site, decision in decided}
 
     def _aimed(self, site: BoundSite) -> bool:
         """Whether drift is undone there."""
@@ -295,25 +310,71 @@ class Run:
             for consumer in site.consumers
         ]
 
-    def _compress(
-        self, site: BoundSite, collected: Sequence[Statistics], aim: Shelf | None = None
-    ) -> list[SiteReport]:
-        channels, width = site.channels, self.widths[site.name]
+    def _decided(
+        self,
+        collected: Mapping[BoundSite, Sequence[Statistics]],
+        decide: Callable[[BoundSite, Sequence[Statistics], Tensor | None], Decision],
+    ) -> Iterator[tuple[BoundSite, Decision]]:
+        """What becomes of each site, by the tokens of all processes; made when it is asked for."""
+        return self._ranks.decided(
+            list(collected),
+            grams=lambda site: [gram for part in collected[site] for gram in part.grams],
+            decide=lambda site, gradient: decide(site, collected[site], gradient),
+            prepare=self._gradient if select.needs_gradient(self._select) else _ignore,
+            cost=lambda site: site.channels**3,
+        )
+
+    def _decide(
+        self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
+    ) -> Decision:
         with self.clock("select"):
-            reduction = self._reduction(site, collected)
+            reduction = self._reduction(site, collected, gradient)
         if isinstance(reduction, Folding) and self._folds_exactly(site):
+            return Decision(reduction, (), ())
+        return self._fitted(site, collected, reduction)
+
+    def _fitted(
+        self,
+        site: BoundSite,
+        collected: Sequence[Statistics],
+        reduction: Reduction,
+        correction: float | Auto | None = None,
+    ) -> Decision:
+        pairs = zip(collected, site.consumers, strict=True)
+        return Decision(
+            reduction,
+            tuple(self._fit(part, consumer, reduction, correction) for part, consumer in pairs),
+            tuple(part.tokens for part in collected),
+            tuple(
+                f"{part.name}: {part.tokens} tokens are too few to fit {reduction.kept} channels, "
+                "so it was only pruned"
+                for part in collected
+                if self.options.fits_weights and part.scarce(reduction.kept)
+            ),
+        )
+
+    def _compress(
+        self, site: BoundSite, decision: Decision, aim: Shelf | None = None
+    ) -> list[SiteReport]:
+        channels, reduction = site.channels, decision.reduction
+        if isinstance(reduction, Folding) and not decision.fits:
             return self._fold_exactly(site, reduction, aim)
-        fits = [
-            self._fit(statistics, consumer, reduction)
-            for statistics, consumer in zip(collected, site.consumers, strict=True)
-        ]
         with self.clock("absorb"):
             if not reduction.is_identity:
-                site.narrow(reduction, width, self.transaction)
-            self._rewrite(site, fits, reduction.kept)
+                site.narrow(reduction, self.widths[site.name], self.transaction)
+        return self._absorbed(site, decision, channels)
+
+    def _absorbed(self, site: BoundSite, decision: Decision, channels: int) -> list[SiteReport]:
+        """Rewrites the consumers of a narrowed site; returns their rows."""
+        kept = decision.reduction.kept
+        self.notes += decision.notes
+        with self.clock("absorb"):
+            self._rewrite(site, decision.fits, kept)
         return [
-            _row(site, consumer, channels, reduction.kept, statistics.tokens, result)
-            for statistics, consumer, result in zip(collected, site.consumers, fits, strict=True)
+            _row(site, consumer, channels, kept, tokens, result)
+            for consumer, tokens, result in zip(
+                site.consumers, decision.tokens, decision.fits, strict=True
+            )
         ]
 
     def _folds_exactly(self, site: BoundSite) -> bool:
@@ -340,12 +401,11 @@ class Run:
             consumer.rewrite(plain, reduction.kept, False, None, self.transaction)
         with self._memo.replaying():
             collected = self._collect(site.block, [site], {site: aim}, _ignore, finish=False)
-        (statistics,) = collected[site]
         everything = Selection(range(reduction.kept), reduction.kept)
-        result = self._fit(statistics, consumer, everything, correction)
-        with self.clock("absorb"):
-            self._rewrite(site, [result], reduction.kept)
-        return [_row(site, consumer, channels, reduction.kept, statistics.tokens, result)]
+        ((_, decision),) = self._decided(
+            collected, lambda site, parts, _: self._fitted(site, parts, everything, correction)
+        )
+        return self._absorbed(site, decision, channels)
 
     def _gradient(self, site: BoundSite) -> Tensor:
         """How the block's output answers to each weight of the consumers, [O, H] fp32.
@@ -373,9 +433,10 @@ class Run:
         finally:
             for weight, needed in zip(weights, required, strict=True):
                 weight.requires_grad_(needed)
+        batches = int(self._ranks.total(torch.tensor(len(self.stream))))
         return torch.cat(
             [
-                consumer.as_rows((square / len(self.stream)).sqrt())
+                consumer.as_rows((self._ranks.total(square) / batches).sqrt())
                 for consumer, square in zip(site.consumers, squares, strict=True)
             ]
         )
@@ -395,10 +456,6 @@ class Run:
             correction = 0.0 if correction == "auto" else correction
         if compensate and statistics.scarce(reduction.kept):
             compensate = False
-            self.notes.append(
-                f"{statistics.name}: {statistics.tokens} tokens are too few to fit "
-                f"{reduction.kept} channels, so it was only pruned"
-            )
         if statistics.scarce(1):  # an expert that was never asked
             plain = reduction.absorb(consumer.by_channel)
             return Fit((plain,), math.nan, math.nan, math.inf, 0.0, 0.0, retries=0)
@@ -428,7 +485,9 @@ class Run:
         channels, tokens = site.channels, self.stream.tokens
         return [_row(site, c, channels, channels, tokens, nothing) for c in site.consumers]
 
-    def _reduction(self, site: BoundSite, collected: Sequence[Statistics]) -> Reduction:
+    def _reduction(
+        self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
+    ) -> Reduction:
         # Seeded by the site as well, so that a block's draw depends on no other block.
         generator = torch.Generator().manual_seed(
             self.options.seed ^ zlib.crc32(site.name.encode())
@@ -441,7 +500,6 @@ class Run:
             gram = Gram(site.channels, name=site.name)
             for statistics in collected:
                 gram.merge(statistics.channels)
-        gradient = self._gradient(site) if select.needs_gradient(self._select) else None
         weight = stacked(site.consumers)
         view = select.View(site.weights(), weight, gram, width, generator, gradient)
         # Of an expert that was never asked only its weights are known.

@@ -86,9 +86,19 @@ class Statistics:
             held = held.repeat_interleave(tokens.shape[0] // samples)
         return mask, held
 
+    def named_grams(self) -> dict[str, Gram]:
+        """All of them, each once, those without tokens too."""
+        grams = {"train": self.train, "held_out": self._held_out}
+        return grams if self.channels is self.train else {**grams, "channels": self.channels}
+
     def scarce(self, kept: int) -> bool:
         """Whether a layer that gets only some tokens got too few of them for `kept` channels."""
         return self._partial and self.train.tokens < kept
+
+    @property
+    def grams(self) -> list[Gram]:
+        """All of them, each once."""
+        return list(dict.fromkeys([self.train, self._held_out, self.channels]))
 
     @property
     def held_out(self) -> Gram | None:

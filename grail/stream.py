@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from grail.distributed import Ranks
 from grail.errors import EmptyCalibrationError, InputError, ModelError
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -91,8 +92,10 @@ class Stream:
             (images [B, C, H, W]), tuples of the model's arguments, or mappings of its keyword
             arguments, of which an `attention_mask` [B, L] marks the tokens that count.
         storage: where hidden states wait between blocks; the model may be elsewhere.
+        ranks: the processes that share the batches; each runs some of them.
 
-    `tokens`: how many were counted; samples, where a sample has no tokens (images).
+    `tokens`: how many were counted, in all processes; samples, where a sample has no tokens
+    (images). `own_tokens`: those of this process.
 
     Raises:
         EmptyCalibrationError: no batch, or no token.
@@ -106,18 +109,28 @@ class Stream:
         blocks: Sequence[nn.Module],
         batches: Iterable[Batch],
         storage: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
     ):
-        self.blocks, self.storage = blocks, torch.device(storage)
+        self.blocks, self.storage, self.ranks = blocks, torch.device(storage), ranks or Ranks()
         self.device = next(model.parameters()).device
         self.hidden = Shelf(self.storage)
         self.masks: list[Tensor | None] = []
         self._calls: list[list[Call]] = []
-        for batch in batches:
+        for batch in self.ranks.share(batches):
             self._enter(model, batch)
-        self.tokens = sum(map(self.tokens_of, range(len(self))))
+        own = range(len(self))
+        self.own_tokens = sum(map(self.tokens_of, own))
+        self.tokens = int(self.ranks.total(torch.tensor(self.own_tokens)))
+        # Of all batches: which samples have a token that counts.
+        self._counting = self.ranks.interleaved([self._counts(batch) for batch in own])
         if self.tokens == 0:
             raise EmptyCalibrationError(
                 "calibration holds no token; pass at least one batch of token ids"
+            )
+        if len(self._counting) < self.ranks.count:
+            raise InputError(
+                f"{self.ranks.count} processes share {len(self._counting)} batches: pass at least "
+                "one for each, smaller ones if need be"
             )
 
     def __len__(self) -> int:
@@ -157,28 +170,37 @@ class Stream:
     @property
     def samples(self) -> int:
         """Sequences, or images."""
-        return sum(hidden.shape[0] for hidden in self.hidden)
+        return sum(map(len, self._counting))
 
     def held_out(self, batch: int) -> Tensor | None:
         """[B] bool on the model's device, every fifth sequence of all (of fewer, the last).
 
         Sequences of which no token counts are passed over. None where the batch has no other.
         """
-        held = self._held_out[batch]
+        held = self._own_held_out[batch]
         return held.to(self.device) if bool(held.any()) else None
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is a sequence to hold out, in any process."""
+        return any(bool(held.any()) for held in self._held_out)
+
+    @functools.cached_property
+    def _own_held_out(self) -> tuple[Tensor, ...]:
+        return tuple(self.ranks.share(self._held_out))
 
     @functools.cached_property
     def _held_out(self) -> tuple[Tensor, ...]:
-        sizes = [hidden.shape[0] for hidden in self.hidden]
-        counts = torch.cat(
-            [
-                torch.ones(size, dtype=torch.bool) if mask is None else mask.any(1).cpu()
-                for size, mask in zip(sizes, self.masks, strict=True)
-            ]
-        )
+        """[B] of all batches."""
+        counts = torch.cat(self._counting)
         step = max(1, min(HELD_OUT, int(counts.sum())))
         held = counts & (counts.cumsum(0) % step == 0) & (step > 1)
-        return held.split(sizes)
+        return held.split([len(counting) for counting in self._counting])
+
+    def _counts(self, batch: int) -> Tensor:
+        """[B] bool on the CPU, the samples of one batch of which a token counts."""
+        mask, size = self.masks[batch], self.hidden[batch].shape[0]
+        return torch.ones(size, dtype=torch.bool) if mask is None else mask.any(1).cpu()
 
     def fork(self) -> "Stream":
         """A second stream of the same batches, where this one is; each then moves on its own."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import grail
+
 # What hangs is to fail within the test.
 TIMEOUT = timedelta(seconds=30)
 
@@ -65,3 +67,31 @@ def _work(
             result += "\n" + traceback.format_exc()
     torch.save(result, place / str(number))
     dist.destroy_process_group()
+
+
+def compressed(number: int, kind: str, batches: list[Any], options: dict[str, Any]) -> Any:
+    """Compresses a network of `networks` in this process; its weights, and the report's rows."""
+    model = network(kind)
+    report = grail.compress(model, batches, progress=False, **options)
+    rows = [vars(row) for row in report.sites]
+    return {"weights": model.state_dict(), "rows": rows, "calibration": report.calibration}
+
+
+def network(kind: str) -> Any:
+    """A tiny Llama, or a mixture of experts, the same in every process."""
+    import transformers
+
+    shared = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "initializer_range": 0.1,
+    }
+    torch.manual_seed(0)
+    if kind == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared)).eval()
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**shared, **experts)).eval()

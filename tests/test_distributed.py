@@ -8,7 +8,7 @@ import grail
 from grail.distributed import Group, all_reduce
 from grail.errors import InputError
 
-from .processes import run
+from .processes import compressed, network, run
 
 H, O = 40, 6
 COUNTS = [2, 4]
@@ -109,3 +109,120 @@ def test_a_process_that_is_lost_ends_the_others_with_an_error():
     survivor, _ = run(2, _one_dies)
     assert survivor.startswith("RankError: process 0 of 2 lost touch with another")
     assert time.monotonic() - start < 30  # not by the group's timeout
+
+
+# Five batches of padded sequences, so that ranks get different numbers of them and of tokens, and
+# every fifth sequence that is held out lies in several.
+def padded(count: int = 5) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    batches = []
+    for number in range(count):
+        ids = torch.randint(3, 97, (3, 16), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, 16 - 3 * number :] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+RUNS = {
+    "defaults": ("llama", {"keep": 0.5, "sites": ("mlp", "heads")}),
+    "open loop": ("llama", {"keep": 0.5, "sites": ("mlp", "heads"), "closed_loop": False}),
+    "folding": ("llama", {"keep": 0.5, "selector": "folding", "alpha": 1e-3}),
+    "gradients": ("llama", {"keep": 0.5, "selector": "wanda++", "alpha": 1e-3}),
+    "experts": ("mixtral", {"keep": 0.5, "selector": "wanda"}),
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def results(request):
+    kind, options = RUNS[request.param]
+    alone = compressed(0, kind, padded(), options)
+    return alone, {count: run(count, compressed, kind, padded(), options) for count in COUNTS}
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_all_processes_end_with_the_same_bits(results, count):
+    first, *others = results[1][count]
+    for other in others:
+        assert first["weights"].keys() == other["weights"].keys()
+        for name, weight in first["weights"].items():
+            assert torch.equal(weight, other["weights"][name]), name
+        assert first["rows"] == other["rows"]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_weights_are_those_of_one_process(results, count):
+    # Sums in another order differ by 16·eps·|X|ᵀ|X|, and a ridge of α = 1e-3 and K channels answers
+    # to that with at most K/α as much; the second block sees it through the first.
+    alone, found = results[0]["weights"], results[1][count][0]["weights"]
+    bound = 16 * torch.finfo(torch.float32).eps * 40 / 1e-3
+    for name, weight in alone.items():
+        assert weight.shape == found[name].shape
+        assert (found[name] - weight).norm() <= bound * weight.norm(), name
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_report_counts_the_tokens_of_all_processes(results, count):
+    alone, found = results[0], results[1][count][0]
+    assert found["calibration"] == alone["calibration"]
+    for row, expected in zip(found["rows"], alone["rows"], strict=True):
+        for key in ("name", "channels", "kept", "tokens", "alpha", "retries"):
+            assert row[key] == expected[key]
+
+
+def _differently(number: int, what: str) -> None:
+    batches, model = padded(), network("llama")
+    keep = 0.5
+    if what == "the calibration":
+        batches = batches[number:]
+    elif what == "the model":
+        model.lm_head.weight.data[0, 0] += number
+    elif what == "the settings":
+        keep += number / 8
+    elif what == "2 processes share 1 batches":
+        batches = batches[:1]
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    try:
+        grail.compress(model, batches, keep=keep, progress=False)
+    finally:
+        after = model.state_dict()
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize(
+    "what", ["the calibration", "the model", "the settings", "2 processes share 1 batches"]
+)
+def test_what_processes_must_share_is_checked(what):
+    for found in run(2, _differently, what):
+        assert found.startswith(f"InputError: {what}")
+
+
+def _non_finite(number: int) -> None:
+    model = network("llama")
+    batches = padded()
+    if number == 1:
+        model.model.layers[1].mlp.act_fn = _Broken()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    try:
+        grail.compress(model, batches, keep=0.5, progress=False)
+    finally:
+        after = model.state_dict()
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+class _Broken(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(x, float("nan"))
+
+
+def test_a_fault_in_one_process_leaves_the_models_of_all_as_they_were():
+    healthy, broken = run(2, _non_finite)
+    assert healthy.startswith("RankError: process 1 of 2 failed: NonFiniteError: activations of")
+    assert broken.startswith("NonFiniteError: activations of model.layers.1")
+
+
+def test_a_sharded_model_is_refused():
+    model = network("llama")
+    model.lm_head.weight.device_mesh = "as a DTensor has one"
+    with pytest.raises(InputError, match="DTensor"):
+        grail.compress(model, padded())
