@@ -18,12 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from bench.measuring import Row, machine, write_rows
-from grail.cli import main as grail
+from grail.commands import app as grail
 
 LAYERS = 4
 STEPS = {Path: ("open", "replace", "unlink"), os: ("fsync",)}  # of which a save consists
@@ -56,10 +57,10 @@ class Trials:
         _write_model(folder / "model")
         words = (f"w{draw.randrange(3, 97)}" for _ in range(2000))
         (folder / "text.txt").write_text(" ".join(words))
-        self._finish(self._start("first"))  # not timed: it warms what the children inherit
+        self._finish("first", self._start("first"))
         self.expected = self._result("first")
         before = time.perf_counter()
-        self._finish(self._start("second"))
+        self._finish("second", self._start("second"))
         self._seconds = time.perf_counter() - before
         self._steps = self._count_steps()
 
@@ -69,7 +70,7 @@ class Trials:
         deaths = [self._kill(name, inside) for _ in range(self._draw.randint(1, 3))]
         state = self.folder / f"{name}.resume"
         positions = sorted(path.stem for path in state.glob("position-*.state"))
-        self._finish(self._start(name))
+        self._finish(name, self._start(name))
         equal = self._result(name) == self.expected and not state.exists()
         shutil.rmtree(self.folder / name)
         return {
@@ -102,11 +103,10 @@ class Trials:
         try:
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1)
-            os.dup2(os.open(self.folder / f"{name}.log", os.O_WRONLY | os.O_CREAT), 2)
+            os.dup2(os.open(self.folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
             if prepare is not None:
                 prepare()
-            sys.argv = ["grail", *map(str, self._command(name))]
-            grail()
+            grail(list(map(str, self._command(name))))
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:
@@ -119,11 +119,10 @@ class Trials:
             *("--sites", "mlp,heads", "--keep", 0.5, "--tokens", 512, "--sequence-length", 32),
         ]
 
-    def _finish(self, process: int) -> None:
+    def _finish(self, name: str, process: int) -> None:
         _, status = os.waitpid(process, 0)
         if status:
-            logs = (path.read_text() for path in sorted(self.folder.glob("*.log")))
-            raise SystemExit(f"a run failed: {' | '.join(logs)}")
+            raise SystemExit((self.folder / f"{name}.log").read_text())
 
     def _result(self, name: str) -> tuple[bytes, ...]:
         """Weights, configuration and rows of the report."""
@@ -136,7 +135,8 @@ class Trials:
         """How many steps of saving an undisturbed run takes."""
         counter = self.folder / "steps"
         counter.touch()
-        self._finish(self._start("third", lambda: _before_each_step(lambda _: _grow(counter))))
+        count = partial(_before_each_step, lambda _: _grow(counter))
+        self._finish("third", self._start("third", count))
         return counter.stat().st_size
 
 

@@ -1,5 +1,6 @@
 """GRAIL: rebuild what structured compression lost, in closed form, without labels."""
 
+from grail.collect import collect
 from grail.compress import compress
 from grail.fit import Fit, fit
 from grail.gram import Gram
@@ -22,6 +23,7 @@ __all__ = [
     "Report",
     "Selection",
     "Site",
+    "collect",
     "compress",
     "fit",
     "inspect",

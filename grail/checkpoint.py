@@ -3,6 +3,7 @@
     d/block-0003.state      what narrowing block 3 changed in the model
     d/position-0004.state   hidden states at the entry of block 4, rows of the report, and of which
                             model, calibration and settings all this is
+    d/command.state         the command line that is about to write its output
     d/lock                  held by the run that uses the folder
 
 After each block both are written, the block first. A position stays until the one after it is on
@@ -17,9 +18,8 @@ import copy
 import fcntl
 import hashlib
 import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from grail.report import SiteReport
 from grail.stream import Batch, Shelf, Stream
 from grail.transaction import Transaction
 
-_BLOCK, _POSITION, _LOCK = "block", "position", "lock"
+_BLOCK, _POSITION, _COMMAND, _LOCK = "block", "position", "command", "lock"
 _HASH = "sha256:"
 _UNIMPORTANT = {"_name_or_path", "transformers_version"}  # of a configuration
 
@@ -68,13 +68,7 @@ class Checkpoint:
 
     def reading(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, which become a part of what tells this run from others."""
-        seen = hashlib.sha256()
-        for batch in batches:
-            leaves, form = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
-            held = [state.digest(x) if isinstance(x, Tensor) else repr(x) for x in leaves]
-            seen.update(f"{form}{held}".encode())
-            yield batch
-        self._run["calibration"] = _HASH + seen.hexdigest()
+        return hashed(batches, lambda found: self._run.update(calibration=_HASH + found))
 
     def resume(self, position: Position, streams: Sequence[Stream]) -> None:
         """Brings model, position and streams to where the last run was, if there was one.
@@ -258,6 +252,17 @@ def opened(
         yield Checkpoint(folder, model, options, transaction)
 
 
+def announce(folder: str | Path, command: Mapping[str, str]) -> None:
+    """Keeps what command is about to give its output its name, the last step before `clear`."""
+    state.write(Path(folder) / f"{_COMMAND}.state", _COMMAND, command, {})
+
+
+def announced(folder: str | Path, command: Mapping[str, str]) -> bool:
+    """Whether a run of the very same command came so far."""
+    path = Path(folder) / f"{_COMMAND}.state"
+    return path.exists() and state.read(path, _COMMAND).content == command
+
+
 def clear(folder: str | Path) -> None:
     """Deletes a run's state, and its folder if nothing else is in it."""
     for path in _files(Path(folder)):
@@ -267,25 +272,46 @@ def clear(folder: str | Path) -> None:
         Path(folder).rmdir()
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for kind in (_BLOCK, _POSITION) for path in folder.glob(f"{kind}-*.state")]
+def hashed(batches: Iterable[Batch], tell: Callable[[str], None]) -> Iterator[Batch]:
+    """The batches; `tell` hears of the SHA-256 of them all."""
+    seen = hashlib.sha256()
+    for batch in batches:
+        leaves, form = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+        held = [state.digest(x) if isinstance(x, Tensor) else repr(x) for x in leaves]
+        seen.update(f"{form}{held}".encode())
+        yield batch
+    tell(seen.hexdigest())
 
 
-def _fingerprints(model: Any, options: Options) -> dict[str, str]:
-    """What must be the same for a run to go on; long values are hashed."""
+def fingerprint(model: Any) -> dict[str, str]:
+    """SHA-256 of what makes a model what it is, by part."""
     weights = hashlib.sha256()
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         weights.update(f"{name} {state.digest(tensor)}".encode())
     config = getattr(getattr(model, "config", None), "__dict__", {})
     config = {key: value for key, value in config.items() if key not in _UNIMPORTANT}
-    structure = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
-    hashed = {
-        "the model's structure": structure,
-        "the model's configuration": json.dumps(config, sort_keys=True, default=str),
-    }
     return {
-        "the model's weights": _HASH + weights.hexdigest(),
-        **{name: _HASH + hashlib.sha256(v.encode()).hexdigest() for name, v in hashed.items()},
+        "weights": weights.hexdigest(),
+        "structure": _hashed_text(repr(model)),
+        "configuration": _hashed_text(repr(config)),
+    }
+
+
+def _hashed_text(text: str) -> str:
+    """The SHA-256 of a text without the addresses of objects."""
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    """In the order in which they may be deleted: nothing then needs what is gone."""
+    names = (f"{_POSITION}-*.state", f"{_BLOCK}-*.state", f"{_COMMAND}.state")
+    return [path for name in names for path in sorted(folder.glob(name), reverse=True)]
+
+
+def _fingerprints(model: Any, options: Options) -> dict[str, str]:
+    """What must be the same for a run to go on; long values are hashed."""
+    return {
+        **{f"the model's {part}": _HASH + found for part, found in fingerprint(model).items()},
         **{name: repr(value) for name, value in vars(options).items()},
     }
 

@@ -26,6 +26,8 @@ from typer.core import TyperGroup
 
 from grail import __version__, checkpoint, select
 from grail.calibration import load_texts, token_batches
+from grail.collect import collect as collect_statistics
+from grail.collect import merge as merge_statistics
 from grail.compress import compress as compress_model
 from grail.errors import GrailError, InputError
 from grail.evaluate import evaluate as evaluate_model
@@ -273,6 +275,7 @@ def compress(
 
     Add `--evaluate heldout.txt` to see what it cost: perplexity dense, pruned and restored.
     """
+    command = {name: str(value) for name, value in locals().items()}
     options = Options(
         keep=keep,
         sites=sites,
@@ -286,6 +289,12 @@ def compress(
         multiple=multiple,
         seed=seed,
     )
+    if resume_dir is not None and checkpoint.announced(resume_dir, command):
+        written = output / "report.json"
+        if written.exists():  # by a run that was killed right after it had done all
+            checkpoint.clear(resume_dir)
+            _print_result(Report.from_json(written.read_text(encoding="utf-8")), output, as_json)
+            return
     check_output(output)
     for source in filter(None, (calibration, evaluate)):
         next(load_texts(source), None)
@@ -331,13 +340,12 @@ def compress(
     report.evaluation = evaluation
     report.notes += notes
     _say("Writing, and loading again to compare …")
+    if resume_dir is not None:
+        checkpoint.announce(resume_dir, command)
     export(network, tokenizer, output, report=report, page=_page(report))
     if resume_dir is not None:
         checkpoint.clear(resume_dir)
-    if as_json:
-        typer.echo(report.to_json(), nl=False)
-    else:
-        _print_report(report, output)
+    _print_result(report, output, as_json)
 
 
 @app.command()
@@ -418,6 +426,63 @@ def inspect(
         _print_inspection(inspection)
 
 
+stats = typer.Typer(
+    no_args_is_help=True,
+    help="Statistics that are collected in one place, or in several and added.",
+)
+app.add_typer(stats, name="stats")
+
+
+@stats.command("collect")
+def stats_collect(
+    model: Model,
+    calibration: Annotated[
+        str, typer.Option(metavar="TEXT", help="Text on which activations are collected.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the statistics; new or empty.")],
+    sites: Annotated[str, typer.Option(help="What will become narrower, see compress.")] = "mlp",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 65536,
+    sequence_length: SequenceLength = 1024,
+    batch_size: BatchSize = 4,
+    seed: Annotated[int, _Running(help="Draws calibration sequences.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    debug: Debug = False,
+) -> None:
+    """Writes the Gram matrices of MODEL's sites on a text, in one pass over the dense model.
+
+    Example: `grail stats collect MODEL --calibration text.txt --output a/`
+    """
+    check_output(output)
+    network, tokenizer = _load(model, device, dtype)
+    batches = token_batches(
+        calibration,
+        tokenizer,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    collect_statistics(network, batches, sites.split(","), output=output)
+    typer.echo(f"statistics  {output}")
+
+
+@stats.command("merge")
+def stats_merge(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders that stats collect wrote.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder; new or empty.")],
+    debug: Debug = False,
+) -> None:
+    """Adds statistics of one model from different texts.
+
+    Example: `grail stats merge a/ b/ -o c/`
+    """
+    merge_statistics(folders, output)
+    typer.echo(f"statistics  {output}")
+
+
 def _plan(network: Any, options: Options, keep: float, batches: list[Tensor]) -> Inspection:
     rows, length = batches[0].shape
     return inspect_model(
@@ -476,6 +541,13 @@ def _page(report: Report) -> str | None:
         report.notes.append("No report.html: its plots need pip install 'grail-kernels[report]'.")
         return None
     return page(report)
+
+
+def _print_result(report: Report, output: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        _print_report(report, output)
 
 
 def _print_report(report: Report, output: Path) -> None:

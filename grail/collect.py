@@ -1,0 +1,138 @@
+"""Statistics of a dense network, collected here and now, to be added to those of other machines.
+
+    a/index.state            sites, of which model, from which calibrations
+    a/0003.0.train.state     the `grail.Gram` of what the first consumer of site 3 reads
+    a/0003.0.held_out.state  the same of every fifth sequence, by which what is "auto" is chosen
+    a/0003.0.channels.state  of channels alone, where taps of a convolution are columns of `train`
+
+Sums add up, so statistics of two halves of a calibration are those of the whole, within the
+rounding of fp32 sums; counts of tokens exactly.
+"""
+
+import itertools
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grail import state
+from grail.checkpoint import fingerprint, hashed
+from grail.errors import InputError, StateError
+from grail.export import check_output, flush
+from grail.gram import Gram
+from grail.loop import Clock, Run
+from grail.options import Options
+from grail.sites import Site, find
+from grail.stream import Batch, Stream
+from grail.transaction import Transaction, steady
+
+_INDEX, _KIND = "index.state", "statistics"
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    sites: Sequence[str | Site] | None = None,
+    *,
+    output: str | Path,
+    per_tap: bool = True,
+    storage: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Path:
+    """Writes what the consumers of every site read in the dense network, in one pass over it.
+
+    Args:
+        model, batches, sites, per_tap, storage, progress: see `grail.compress`.
+        output: folder to create; one that exists must be empty.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        InputError, ModelError, EmptyCalibrationError, NonFiniteError, StateError: nothing was
+            written.
+    """
+    options = Options(1.0, sites, closed_loop=False, drift_correction=0, per_tap=per_tap)
+    architecture = find(model, options.sites)
+    calibration: dict[str, Any] = {}
+    index: dict[str, Any] = {
+        "model": fingerprint(model),
+        "per_tap": per_tap,
+        "sites": {},
+        "calibrations": [calibration],
+    }
+    with _folder(output) as folder, Transaction() as nothing, steady(model):
+        read = hashed(batches, lambda found: calibration.update(sha256=found))
+        stream = Stream(model, architecture.blocks, read, storage)
+        calibration |= {"tokens": stream.tokens, "sequences": stream.samples}
+        run = Run(architecture, options, stream, nothing, Clock(architecture.device))
+        for number, (site, parts) in enumerate(run.statistics(progress)):
+            grams = {
+                f"{number:04}.{consumer}.{name}.state": gram
+                for consumer, of_consumer in enumerate(parts)
+                for name, gram in of_consumer.named_grams().items()
+            }
+            for name, gram in grams.items():
+                if gram.tokens:
+                    _ = gram.energy  # refuses sums that overflowed
+                gram.save(folder / name)
+            index["sites"][site.name] = list(grams)
+        state.write(folder / _INDEX, _KIND, index, {})
+    return Path(output)
+
+
+def merge(folders: Sequence[str | Path], output: str | Path) -> Path:
+    """Adds statistics that `collect` wrote, of one model and different calibrations.
+
+    Args:
+        folders: one or more.
+        output: folder to create; one that exists must be empty.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        InputError: other models or sites, or a calibration that would count twice.
+        StateError: a damaged file; nothing was written.
+    """
+    paths = [Path(folder) for folder in folders]
+    indexes = [state.read(path / _INDEX, _KIND).content for path in paths]
+    calibrations: dict[str, dict[str, Any]] = {}
+    for path, index in zip(paths, indexes, strict=True):
+        for part in ("model", "per_tap", "sites"):
+            if index[part] != indexes[0][part]:
+                raise InputError(f"{path} and {paths[0]} cannot be added: {part} differ")
+        for calibration in index["calibrations"]:
+            if calibration["sha256"] in calibrations:
+                raise InputError(f"{path} holds a calibration that would then count twice")
+            calibrations[calibration["sha256"]] = calibration
+    with _folder(output) as folder:
+        for name in itertools.chain(*indexes[0]["sites"].values()):
+            total = Gram.load(paths[0] / name)
+            for path in paths[1:]:
+                total.merge(Gram.load(path / name))
+            total.save(folder / name)
+        index = {**indexes[0], "calibrations": list(calibrations.values())}
+        state.write(folder / _INDEX, _KIND, index, {})
+    return Path(output)
+
+
+@contextmanager
+def _folder(output: str | Path) -> Iterator[Path]:
+    """A folder under another name, which it gets once it is complete."""
+    final = check_output(output)
+    partial = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}{state.PARTIAL}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(final)
+        flush(final.parent, contents=False)
+    except OSError as error:
+        raise StateError(f"{final} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
