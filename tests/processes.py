@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import grail
 
 # What hangs is to fail within the test.
 TIMEOUT = timedelta(seconds=30)
 
-# Imports torch once for all processes, which are then forked from there.
+# Imports this module once for all processes, which are then forked from there.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "grail", "tests.convnets"])
+_CONTEXT.set_forkserver_preload(["tests.processes"])
 
 
 def run(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -79,8 +80,6 @@ def compressed(number: int, kind: str, batches: list[Any], options: dict[str, An
 
 def network(kind: str) -> Any:
     """A tiny Llama, or a mixture of experts, the same in every process."""
-    import transformers
-
     shared = {
         "vocab_size": 97,
         "hidden_size": 48,
@@ -92,6 +91,6 @@ def network(kind: str) -> Any:
     }
     torch.manual_seed(0)
     if kind == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared)).eval()
+        return LlamaForCausalLM(LlamaConfig(**shared)).eval()
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**shared, **experts)).eval()
+    return MixtralForCausalLM(MixtralConfig(**shared, **experts)).eval()
