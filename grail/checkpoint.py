@@ -4,6 +4,7 @@
     d/position-0004.state   hidden states at the entry of block 4, rows of the report, and of which
                             model, calibration and settings all this is
     d/command.state         the command line that is about to write its output
+    d/process-0-of-4/       the same of each of several processes
     d/lock                  held by the run that uses the folder
 
 After each block both are written, the block first. A position stays until the one after it is on
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from grail import state
+from grail.distributed import Ranks
 from grail.errors import InputError, StateError
 from grail.options import Options
 from grail.report import SiteReport
@@ -37,6 +39,7 @@ from grail.stream import Batch, Shelf, Stream
 from grail.transaction import Transaction
 
 _BLOCK, _POSITION, _COMMAND, _LOCK = "block", "position", "command", "lock"
+_PROCESS = "process"
 _HASH = "sha256:"
 _UNIMPORTANT = {"_name_or_path", "transformers_version"}  # of a configuration
 
@@ -59,10 +62,19 @@ class Checkpoint:
         model: as it was given.
         options: of the run.
         transaction: through which the model is changed.
+        ranks: the processes of the run, each of which has a folder.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, options: Options, transaction: Transaction):
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        options: Options,
+        transaction: Transaction,
+        ranks: Ranks,
+    ):
         self.folder, self._model, self._transaction = folder, model, transaction
+        self._ranks = ranks
         self._run = _fingerprints(model, options)
         self._seen = 0  # changes of the transaction that are on the disk, or come by themselves
 
@@ -111,27 +123,41 @@ class Checkpoint:
         state.write(self._path(_POSITION, position.done), _POSITION, content, tensors)
 
     def _continue(self, position: Position, streams: Sequence[Stream]) -> None:
-        """Goes on from the last position that is whole, as are the blocks before it."""
-        narrowed = 0
-        faults = []
-        for path in reversed(self._positions()):
+        """Goes on from the last position that every process can read, if there is one."""
+        done, faults = self._readable()
+        common = set.intersection(*map(set, self._ranks.interleaved([done])))
+        if not common:
+            raise StateError(
+                f"{'; '.join(faults) or 'another process has no state left'}. Nothing older can "
+                f"be read: delete {self.folder} to start anew"
+            )
+        latest = max(common)
+        if latest:
+            for block in range(latest):
+                self._narrow(block)
+            found = state.read(self._path(_POSITION, latest), _POSITION)
+            self._restore(found, position, streams)
+        position.notes += [f"{fault}; went on from block {latest}" for fault in faults]
+
+    def _readable(self) -> tuple[list[int], list[str]]:
+        """Positions that can be read, as can the blocks before them; what is wrong with others.
+
+        0, where nothing has been done, is one of them unless something is wrong.
+        """
+        positions, faults = self._positions(), []
+        readable = []
+        whole = 0
+        for path in positions:
             try:
-                found = state.read(path, _POSITION)
-                self._require_same(found.content["run"])
-                while narrowed < found.content["done"]:
-                    self._narrow(narrowed)
-                    narrowed += 1
+                content = state.read(path, _POSITION).content
+                self._require_same(content["run"])
+                while whole < content["done"]:
+                    self._read_block(whole)
+                    whole += 1
+                readable.append(content["done"])
             except StateError as error:
                 faults.append(str(error))
-                continue
-            if narrowed == found.content["done"]:
-                self._restore(found, position, streams)
-                position.notes += [f"{fault}; went on from block {narrowed}" for fault in faults]
-                return
-        if faults:
-            raise StateError(
-                f"{'; '.join(faults)}. Nothing older is left: delete {self.folder} to start anew"
-            )
+        return readable if faults else [0, *readable], faults
 
     def _restore(self, found: state.State, position: Position, streams: Sequence[Stream]) -> None:
         content, tensors = found.content, found.tensors
@@ -175,12 +201,16 @@ class Checkpoint:
         content = {"run": self._run, "values": values, "settings": settings}
         state.write(self._path(_BLOCK, number), _BLOCK, content, tensors)
 
-    def _narrow(self, number: int) -> None:
-        """Changes the model as a block's file says."""
+    def _read_block(self, number: int) -> state.State:
         path = self._path(_BLOCK, number)
         found = state.read(path, _BLOCK)
         if found.content["run"] != self._run:
             raise StateError(f"{path} is of another run")
+        return found
+
+    def _narrow(self, number: int) -> None:
+        """Changes the model as a block's file says."""
+        found = self._read_block(number)
         for name, value in found.content["values"].items():
             self._transaction.set_attribute(*self._place(name), value)
         for name, difference in found.content["settings"].items():
@@ -220,9 +250,15 @@ class Checkpoint:
 
 @contextmanager
 def opened(
-    folder: str | Path | None, model: nn.Module, options: Options, transaction: Transaction
+    folder: str | Path | None,
+    model: nn.Module,
+    options: Options,
+    transaction: Transaction,
+    ranks: Ranks,
 ) -> Iterator[Checkpoint | None]:
     """The checkpoint of a run in a folder, which no other run uses meanwhile; None without one.
+
+    Of several processes each has a folder of its own in there.
 
     Raises:
         InputError: not a folder; one in use; a selector that is a function, which has no name by
@@ -235,6 +271,8 @@ def opened(
     if not isinstance(options.selector, str):
         raise InputError("a run can be resumed only with a selector that is given by its name")
     folder = Path(folder)
+    if ranks.count > 1:
+        folder /= f"{_PROCESS}-{ranks.number}-of-{ranks.count}"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder for the state of the run")
     try:
@@ -249,7 +287,7 @@ def opened(
             raise InputError(f"{folder} is in use by another run") from error
         for path in folder.glob(f".*.state.*{state.PARTIAL}"):
             path.unlink()
-        yield Checkpoint(folder, model, options, transaction)
+        yield Checkpoint(folder, model, options, transaction, ranks)
 
 
 def announce(folder: str | Path, command: Mapping[str, str]) -> None:
@@ -265,11 +303,13 @@ def announced(folder: str | Path, command: Mapping[str, str]) -> bool:
 
 def clear(folder: str | Path) -> None:
     """Deletes a run's state, and its folder if nothing else is in it."""
-    for path in _files(Path(folder)):
-        path.unlink()
-    (Path(folder) / _LOCK).unlink(missing_ok=True)
+    folder = Path(folder)
+    for of_process in folder.glob(f"{_PROCESS}-*-of-*"):
+        clear(of_process)
+    for path in (*_files(folder), folder / _LOCK):
+        path.unlink(missing_ok=True)
     with suppress(OSError):
-        Path(folder).rmdir()
+        folder.rmdir()
 
 
 def hashed(batches: Iterable[Batch], tell: Callable[[str], None]) -> Iterator[Batch]:

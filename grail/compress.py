@@ -136,7 +136,7 @@ def compress(
         Transaction() as transaction,
         steady(model),
         processes.together(),
-        checkpoint.opened(resume_dir, model, options, transaction) as resumed,
+        checkpoint.opened(resume_dir, model, options, transaction, processes) as resumed,
         clock("other"),
     ):
         with clock("forward"):

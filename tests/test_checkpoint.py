@@ -16,6 +16,7 @@ import grail
 from grail import checkpoint, state
 from grail.errors import InputError, StateError
 
+from . import processes
 from .convnets import images, network
 
 
@@ -242,6 +243,37 @@ def test_two_generations_are_kept_and_clear_removes_them_all(killed, tmp_path):
     (tmp_path / "d/mine.txt").touch()
     checkpoint.clear(tmp_path / "d")
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["mine.txt"]
+
+
+def _one_dies(number, batches, options):
+    save = checkpoint.Checkpoint.save
+
+    def saving(self, position, streams):
+        if number == 1 and position.done == 2:
+            os._exit(1)
+        save(self, position, streams)
+
+    checkpoint.Checkpoint.save = saving
+    processes.compressed(number, "llama", batches, options)
+
+
+def test_processes_that_were_killed_apart_go_on_together(tiny_batches, tmp_path):
+    batches = tiny_batches(count=5)
+    options = {"keep": 0.5, "resume_dir": tmp_path / "d"}
+    expected = processes.run(2, processes.compressed, "llama", batches, {"keep": 0.5})
+    processes.run(2, _one_dies, batches, options)
+    found = [sorted(path.name for path in folder.glob("position*")) for folder in folders(tmp_path)]
+    assert found == [["position-0001.state", "position-0002.state"], ["position-0001.state"]]
+    resumed = processes.run(2, processes.compressed, "llama", batches, options)
+    for one, other in zip(resumed, expected, strict=True):
+        assert one["rows"] == other["rows"]
+        assert all(map(torch.equal, one["weights"].values(), other["weights"].values()))
+    checkpoint.clear(tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def folders(tmp_path):
+    return [tmp_path / f"d/process-{number}-of-2" for number in range(2)]
 
 
 def test_the_command_line_survives_kills_at_random_moments(tmp_path):
