@@ -41,7 +41,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         trials = Trials(Path(folder), random.Random(arguments.seed))
         rows = [trials.row(number) for number in range(arguments.trials)]
-    write_rows(arguments.output, [{**row, **machine("cpu")} for row in rows])
+    conditions = {"seed": str(arguments.seed), **machine("cpu")}
+    write_rows(arguments.output, [{**row, **conditions} for row in rows])
     good = sum(row["bitwise equal"] == "yes" for row in rows)
     deaths = sum(int(row["deaths"]) for row in rows)
     resumed = sum(int(row["resumed at block"]) > 0 for row in rows)
