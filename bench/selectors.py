@@ -94,7 +94,7 @@ class Subject:
     samples: int
     sites: tuple[str, ...]
     keeps: tuple[float, ...] = KEEPS
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[str, ...] = ("own", "grail", "ours")
     ours: tuple[str, ...] = ()  # selectors of that variant; default all
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -111,7 +111,10 @@ def _fashion(network: Any, sites: tuple[str, ...], kind: Callable[[Tensor], Any]
     def score(model: Any) -> dict[str, float]:
         return {"accuracy": scores.accuracy(model, test, labels)}
 
-    return Subject(network, calibration, score, 512, sites, settings={"multiple": 1})
+    settings = {"multiple": 1}
+    return Subject(
+        network, calibration, score, 512, sites, KEEPS, tuple(VARIANTS), settings=settings
+    )
 
 
 def _resnet18() -> Subject:
@@ -176,7 +179,6 @@ def _smollm2() -> Subject:
         16,
         ("mlp",),
         keeps=(0.5, 0.8, 0.65),
-        variants=("own", "grail", "ours"),
         ours=("wanda", "greedy", "slimgpt"),
     )
 
