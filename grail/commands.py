@@ -29,6 +29,7 @@ from grail.calibration import load_texts, token_batches
 from grail.collect import collect as collect_statistics
 from grail.collect import merge as merge_statistics
 from grail.compress import compress as compress_model
+from grail.distributed import launched, ranks
 from grail.errors import GrailError, InputError
 from grail.evaluate import evaluate as evaluate_model
 from grail.export import check_output, export
@@ -164,6 +165,7 @@ def root(
 
 @app.command()
 def compress(
+    ctx: typer.Context,
     model: Model,
     calibration: Annotated[
         str,
@@ -295,6 +297,8 @@ def compress(
             checkpoint.clear(resume_dir)
             _print_result(Report.from_json(written.read_text(encoding="utf-8")), output, as_json)
             return
+    device = ctx.with_resource(launched(device))
+    processes = ranks()
     check_output(output)
     for source in filter(None, (calibration, evaluate)):
         next(load_texts(source), None)
@@ -340,11 +344,14 @@ def compress(
     report.evaluation = evaluation
     report.notes += notes
     _say("Writing, and loading again to compare …")
-    if resume_dir is not None:
-        checkpoint.announce(resume_dir, command)
-    export(network, tokenizer, output, report=report, page=_page(report))
-    if resume_dir is not None:
-        checkpoint.clear(resume_dir)
+    with processes.together():
+        if processes.number > 0:
+            return  # the first one writes, and the others wait for it
+        if resume_dir is not None:
+            checkpoint.announce(resume_dir, command)
+        export(network, tokenizer, output, report=report, page=_page(report))
+        if resume_dir is not None:
+            checkpoint.clear(resume_dir)
     _print_result(report, output, as_json)
 
 
@@ -532,7 +539,8 @@ def _warnings_as_notes() -> Iterator[list[str]]:
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    if ranks().number == 0:
+        typer.echo(text, err=True)
 
 
 def _page(report: Report) -> str | None:
