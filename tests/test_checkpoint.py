@@ -86,6 +86,7 @@ CASES = {
     "biases": ("llama", {"compensate": "both"}),
     "folding": ("llama", {"selector": "folding"}),
     "conv1d": ("gpt2", {"sites": "mlp,heads"}),
+    "a configuration of its own": ("phi3", {"sites": "heads", "keep": {"heads": [0.5, 0.7, 0.5]}}),
     "one width for each block": ("llama", {"keep": {"mlp": [0.5, 0.8, 0.5]}}),
     "experts": ("qwen3_moe", {"sites": "experts,heads"}),
 }
