@@ -174,6 +174,7 @@ def compress(
         memory={
             "predicted_peak": in_use + predicted if predicted else 0,
             "measured_peak": peak.bytes,
+            **({"sent": processes.sent} if processes.count > 1 else {}),
         },
         notes=[*_notes(options, asked, stream, rows), *run.notes, *architecture.notes(widths)],
         versions=_versions(),
