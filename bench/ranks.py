@@ -27,8 +27,8 @@ COUNTS = (1, 2, 4)
 
 def _network() -> Any:
     torch.manual_seed(0)
-    shape = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    shape: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 3}
     return LlamaForCausalLM(LlamaConfig(vocab_size=997, **shape, **heads)).eval()
 
 
