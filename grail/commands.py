@@ -277,7 +277,7 @@ def compress(
 
     Add `--evaluate heldout.txt` to see what it cost: perplexity dense, pruned and restored.
     """
-    command = {name: str(value) for name, value in locals().items()}
+    command = {name: str(value) for name, value in ctx.params.items()}
     options = Options(
         keep=keep,
         sites=sites,

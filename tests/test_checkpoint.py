@@ -286,3 +286,30 @@ def test_the_command_line_survives_kills_at_random_moments(tmp_path):
     rows = list(csv.DictReader((tmp_path / "killing.csv").open()))
     assert [row["bitwise equal"] for row in rows] == ["yes"] * 4
     assert sum(int(row["deaths"]) for row in rows) > 0
+
+
+def test_a_command_that_was_killed_once_its_output_was_there_is_done(
+    tiny_folder, monkeypatch, tmp_path
+):
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from grail import commands
+
+    (tmp_path / "text.txt").write_text(" ".join(f"w{3 + n % 90}" for n in range(400)))
+    command = ["compress", tiny_folder, "--calibration", tmp_path / "text.txt", "--tokens", 64]
+    command += ["--sequence-length", 16, "--output", tmp_path / "out", "--json"]
+    command += ["--resume-dir", tmp_path / "d"]
+    command = list(map(str, command))
+
+    def die(_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "clear", die)
+        with pytest.raises(Killed):
+            CliRunner().invoke(commands.app, command)
+    assert CliRunner().invoke(commands.app, [*command, "--keep", "0.6"]).exit_code == 2
+    again = CliRunner().invoke(commands.app, command)
+    assert (again.exit_code, again.stdout) == (0, (tmp_path / "out/report.json").read_text())
+    assert not (tmp_path / "d").exists()
