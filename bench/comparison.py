@@ -1,4 +1,4 @@
-"""docs/results.md and its figures, from the CSV files of bench/selectors.py alone.
+"""docs/results.md and its figures, from the CSV files of bench/sweep.py alone.
 
 python -m bench.comparison
 """
@@ -48,7 +48,7 @@ def page() -> str:
 _HEAD = """# Selectors, with and without compensation
 
 Made by `python -m bench.comparison` from bench/results/selectors_\\*.csv and studies_\\*.csv, which
-`python -m bench.selectors` measures. A cell is: the selector as its authors publish it (FLAP with
+`python -m bench.sweep` measures. A cell is: the selector as its authors publish it (FLAP with
 its biases, SlimGPT with its weight update, the others plainly pruned) → with GRAIL in the paper's
 way (α = 1e-3 toward zero) → with grail's defaults; in brackets the share of what was lost that came
 back: of accuracy, agreement or cosine, or of log-perplexity. No share is given where next to

@@ -53,7 +53,7 @@ def epoch_batches(
 
 
 def recipe(
-    name: str, network: nn.Module, steps: int
+    name: str, network: nn.Module, steps: int, scale: float = 1.0
 ) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]]:
     """Optimisers and learning rates: SGD for the ResNet, Muon and AdamW for the transformer.
 
@@ -77,7 +77,7 @@ def recipe(
             optimiser,
             torch.optim.lr_scheduler.OneCycleLR(
                 optimiser,
-                optimiser.param_groups[0]["lr"],
+                scale * optimiser.param_groups[0]["lr"],
                 total_steps=steps,
                 pct_start=0.2,
                 cycle_momentum=False,
@@ -122,18 +122,34 @@ def save(name: str, network: Any, folder: Path) -> None:
         network.half().save_pretrained(folder / "vit_fashion")
 
 
-def train(name: str, epochs: int, seed: int, cache: Path, weights: Path, log: Path) -> None:
-    """Trains one network, or goes on with it, and writes a row of `log` after every epoch."""
+def train(
+    name: str,
+    epochs: int,
+    seed: int,
+    cache: Path,
+    weights: Path,
+    log: Path,
+    again: bool = False,
+) -> None:
+    """Trains one network, or goes on with it, and writes a row of `log` after every epoch.
+
+    Args:
+        again: a second cycle from the stored weights, at a fifth of the learning rates.
+    """
     torch.manual_seed(seed)
     data = assets.fashion_mnist(cache)
     network: Any = networks.new_resnet18() if name == "resnet18" else networks.new_vit()
+    if again:
+        stored = networks.resnet18_fashion() if name == "resnet18" else networks.vit_fashion()
+        network.load_state_dict(stored.state_dict())
+    run = f"{name} again" if again else name
     network.to(memory_format=torch.channels_last)
     steps = epochs * (len(data.train_images) // BATCH)
-    pairs = recipe(name, network, steps)
+    pairs = recipe(name, network, steps, scale=0.2 if again else 1.0)
     parts = {"network": network}
     for number, (optimiser, schedule) in enumerate(pairs):
         parts |= {f"optimiser {number}": optimiser, f"schedule {number}": schedule}
-    checkpoint = cache / f"{name}-seed{seed}-epochs{epochs}.pt"
+    checkpoint = cache / f"{run}-seed{seed}-epochs{epochs}.pt"
     shift = 2 if name == "resnet18" else 0  # a patch of four pixels would be another one
     done = 0
     if checkpoint.is_file():
@@ -148,7 +164,7 @@ def train(name: str, epochs: int, seed: int, cache: Path, weights: Path, log: Pa
         seconds = time.perf_counter() - start
         inputs = networks.fashion_inputs(data.test_images)
         score = accuracy(network.eval(), inputs, data.test_labels)
-        _append(log, (name, seed, epoch, f"{loss:.4f}", f"{score:.4f}", f"{seconds:.0f}"))
+        _append(log, (run, seed, epoch, f"{loss:.4f}", f"{score:.4f}", f"{seconds:.0f}"))
         states = {part: value.state_dict() for part, value in parts.items()}
         torch.save({"epoch": epoch, **states}, checkpoint)
     save(name, network, weights)
@@ -167,6 +183,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("network", choices=("resnet18", "vit"), help="which one to train")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the 60 000 images")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="a second cycle from the stored weights, at a fifth of the learning rates",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, crops and flips")
     parser.add_argument(
         "--cache", type=Path, default=Path(".assets"), help="folder for data and checkpoints"
@@ -178,7 +199,15 @@ def main() -> None:
     options = parser.parse_args()
     log = options.log or Path("bench/results") / f"train_{options.network}.csv"
     try:
-        train(options.network, options.epochs, options.seed, options.cache, options.weights, log)
+        train(
+            options.network,
+            options.epochs,
+            options.seed,
+            options.cache,
+            options.weights,
+            log,
+            options.again,
+        )
     except InputError as error:
         parser.exit(2, f"{error}\n")
 

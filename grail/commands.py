@@ -291,14 +291,17 @@ def compress(
         multiple=multiple,
         seed=seed,
     )
-    if resume_dir is not None and checkpoint.announced(resume_dir, command):
-        written = output / "report.json"
-        if written.exists():  # by a run that was killed right after it had done all
-            checkpoint.clear(resume_dir)
-            _print_result(Report.from_json(written.read_text(encoding="utf-8")), output, as_json)
-            return
     device = ctx.with_resource(launched(device))
     processes = ranks()
+    written = output / "report.json"
+    done = resume_dir is not None and checkpoint.announced(resume_dir, command)
+    done = done and written.exists()  # by a run that was killed right after it had done all
+    processes.require_equal("whether the run is done", done)
+    if resume_dir is not None and done:
+        if processes.number == 0:
+            checkpoint.clear(resume_dir)
+            _print_result(Report.from_json(written.read_text(encoding="utf-8")), output, as_json)
+        return
     check_output(output)
     for source in filter(None, (calibration, evaluate)):
         next(load_texts(source), None)

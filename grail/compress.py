@@ -117,8 +117,6 @@ def compress(
     )
     refuse_sharded(model)
     processes = ranks()
-    if resume_dir is not None and processes.count > 1:
-        raise InputError("a run of several processes cannot be resumed; leave out resume_dir")
     architecture = find(model, options.sites)
     widths = options.widths(architecture)
     asked = plan.by_kind(

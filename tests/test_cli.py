@@ -162,7 +162,7 @@ def test_options_reach_the_library(arguments):
         "toward": "zero",
         "closed_loop": False,
         "multiple": 16,
-        "compensate": True,
+        "compensate": "weights",
     }
     assert {name: report.settings[name] for name in expected} == expected
     assert (report.calibration["tokens"], report.calibration["sequence_length"]) == (512, 32)
@@ -251,7 +251,7 @@ def test_calibration_without_one_sequence_is_refused(arguments, text, tmp_path):
         (["--keep", "0.01"], "is a width of 0"),
         (["--keep", "0.01", "--sites", "heads"], "is a width of 0"),
         (["--sites", "mlp,experts"], "experts"),
-        (["--sites", "heads", "--selector", "folding"], "folding works on mlp"),
+        (["--sites", "heads", "--selector", "folding"], "not attention heads"),
         (["--tokens", "8"], "less than one sequence"),
     ],
     ids=["mlp width 0", "heads width 0", "unknown site", "folded heads", "few tokens"],
@@ -274,12 +274,12 @@ def test_a_folder_that_is_no_model_is_refused(command, folder, tmp_path):
 
 
 def test_an_architecture_without_sites_is_refused_by_name(arguments, tiny_tokenizer, tmp_path):
-    config = transformers.GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, n_positions=64)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    arguments[1] = tmp_path / "gpt2"
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    tiny_tokenizer().save_pretrained(tmp_path / "bloom")
+    arguments[1] = tmp_path / "bloom"
     said = refusal(grail(*arguments))
-    assert "gpt2" in said
+    assert "bloom" in said
     for name in ("llama", "mistral", "qwen2", "qwen3"):
         assert name in said
 

@@ -109,7 +109,7 @@ def test_minilm_gives_its_published_similarities():
 
 @pytest.mark.parametrize(
     ("name", "network"),
-    [("resnet18", networks.resnet18_fashion)],
+    [("resnet18", networks.resnet18_fashion), ("vit", networks.vit_fashion)],
 )
 def test_the_committed_weights_are_as_good_as_their_log_says(fashion, name, network):
     with (ROOT / "bench" / "results" / f"train_{name}.csv").open() as file:
@@ -119,6 +119,14 @@ def test_the_committed_weights_are_as_good_as_their_log_says(fashion, name, netw
     # 2000 of 10 000: three standard deviations of the sample's share of errors.
     spread = 3 * (logged * (1 - logged) / 2000) ** 0.5
     assert accuracy == pytest.approx(logged, abs=spread)
+
+
+def test_the_vit_is_saved_and_loaded_exactly(tmp_path):
+    pytest.importorskip("transformers")
+    network = networks.vit_fashion()
+    network.save_pretrained(tmp_path)
+    x = torch.randn(2, 1, 28, 28)
+    assert torch.equal(type(network).from_pretrained(tmp_path)(x).logits, network(x).logits)
 
 
 def test_augmented_images_are_shifted_by_up_to_two_pixels_and_mirrored():

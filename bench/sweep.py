@@ -1,8 +1,8 @@
 """Every selector, pruned and compensated, on real networks.
 
-    python -m bench.selectors resnet18            # selector × {pruned, + GRAIL, …} × sparsity
-    python -m bench.selectors vit --studies       # calibration size, α, the loop, folding
-    python -m bench.selectors smollm2 --only wanda,greedy --keep 0.5
+    python -m bench.sweep resnet18            # selector × {pruned, + GRAIL, …} × sparsity
+    python -m bench.sweep vit --studies       # calibration size, α, the loop, folding
+    python -m bench.sweep smollm2 --only wanda,greedy --keep 0.5
 
 Networks, and what is reported of each, on data that calibration has not seen
   resnet18      Fashion-MNIST, convolutions inside its blocks: accuracy on 2000 test images
