@@ -205,6 +205,7 @@ def demand(
             folding=str(options.selector).startswith("folding"),
             drift=options.follows_drift,
             held_out=options.holds_out,
+            affine=options.shifts_bias,
         )
         for s in first
     ]
