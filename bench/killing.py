@@ -91,9 +91,12 @@ class Trials:
             time.sleep(self._draw.uniform(0, self._seconds))
             os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
-        if not os.WIFSIGNALED(status):
-            shutil.rmtree(self.folder / name)  # it had ended; a command refuses a folder in use
-        return os.WIFSIGNALED(status)
+        # All was done, or death came after the last step, when the state had been let go of.
+        output, state = self.folder / name, self.folder / f"{name}.resume/command.state"
+        ended = not os.WIFSIGNALED(status) or (output.exists() and not state.exists())
+        if ended:
+            shutil.rmtree(output)  # a command refuses a folder in use
+        return not ended
 
     def _start(self, name: str, prepare: Callable[[], None] | None = None) -> int:
         """The process of a run that writes into the folder of that name."""

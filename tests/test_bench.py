@@ -37,8 +37,8 @@ def test_ridge_writes_every_number_with_its_conditions(tmp_path):
 def test_ridge_reports_no_time_for_a_wrong_result(tmp_path, monkeypatch):
     solve = grail.ridge.solve
 
-    def inexact(*args):
-        solution = solve(*args)
+    def inexact(*args, **settings):
+        solution = solve(*args, **settings)
         solution.x.mul_(1.01)
         return solution
 
