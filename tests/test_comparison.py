@@ -1,0 +1,60 @@
+"""The numbers of docs/results.md, from rows that are known."""
+
+import math
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from bench import comparison, soak
+
+
+def row(selector, keep, variant, value, score="accuracy"):
+    return {
+        "selector": selector,
+        "keep": str(keep),
+        "variant": variant,
+        "samples": "8",
+        score: str(value),
+    }
+
+
+ROWS = [
+    row("", 1.0, "dense", 0.9),
+    row("wanda", 0.5, "own", 0.5),
+    row("wanda", 0.5, "grail", 0.7),
+    row("wanda", 0.5, "ours", 0.8),
+    row("slimgpt", 0.5, "own", 0.8),
+    row("slimgpt", 0.5, "grail", 0.7),
+]
+
+
+def test_a_share_is_what_came_back_of_what_was_lost():
+    assert comparison.share("accuracy", 0.9, 0.5, 0.7) == pytest.approx(0.5)
+    assert comparison.share("accuracy", 0.9, 0.5, 0.4) == pytest.approx(-0.25)
+    assert comparison.share("accuracy", 0.9, 0.899, 0.9) is None
+    halfway = math.sqrt(10 * 40)
+    assert comparison.share("perplexity", 10, 40, halfway) == pytest.approx(0.5)
+
+
+def test_a_cell_shows_published_paper_and_defaults_with_their_shares():
+    lines = comparison.table(ROWS, "accuracy", (0.5, 0.3)).splitlines()
+    assert lines[2] == "| wanda | 50.0 → 70.0 (50%) → 80.0 (75%) | – |"
+    assert lines[3] == "| slimgpt | 80.0 → 70.0 → – | – |"  # no share beside a ridge of its own
+
+
+def test_cells_that_got_worse_are_counted():
+    said = comparison._summary(ROWS, "accuracy")
+    assert "+ GRAIL: no worse than as published in 1 of 2 cells." in said
+    assert "grail: no worse than as published in 1 of 1 cells." in said
+
+
+def test_less_perplexity_is_better():
+    rows = [row(r["selector"], r["keep"], r["variant"], r["accuracy"], "perplexity") for r in ROWS]
+    said = comparison._summary(rows, "perplexity")
+    assert "+ GRAIL: no worse than as published in 1 of 2 cells." in said
+
+
+def test_growth_is_that_of_the_last_third_over_the_first_after_the_warm_up():
+    assert soak.growth([9, 9, 9, 1, 1, 1, 5, 5, 5, 2, 2, 2]) == 2
+    assert soak.growth([1, 2, 3, 4, 5]) is None
