@@ -24,7 +24,12 @@ NETWORKS = {
     ),
     "minilm": ("all-MiniLM-L6-v2, MLP, Brown sentences", "cosine", (0.7, 0.5, 0.3)),
 }
-VARIANTS = {"own": "as published", "grail": "+ GRAIL", "both": "+ GRAIL and bias", "ours": "grail"}
+VARIANTS = {
+    "own": "as published",
+    "grail": "GRAIL, the paper's way",
+    "both": "the same, with a bias",
+    "ours": "GRAIL, grail's defaults",
+}
 LEAST = 0.005  # of the score; where pruning loses less, no share of it is given
 
 # The selector that is published with a ridge of its own: what GRAIL does beside it is no recovery.
@@ -210,7 +215,8 @@ def selector_figure(rows: list[Row], score: str, title: str) -> Any:
             axes.set(yscale="log", ylim=(None, 1e3))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel(score)
-    figure.axes[-1].legend(fontsize=7)
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside right upper", fontsize=8)
     figure.suptitle(title)
     return figure
 

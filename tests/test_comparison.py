@@ -45,14 +45,14 @@ def test_a_cell_shows_published_paper_and_defaults_with_their_shares():
 
 def test_cells_that_got_worse_are_counted():
     said = comparison._summary(ROWS, "accuracy")
-    assert "+ GRAIL: no worse than as published in 1 of 2 cells." in said
-    assert "grail: no worse than as published in 1 of 1 cells." in said
+    assert "GRAIL, the paper's way: no worse than as published in 1 of 2 cells." in said
+    assert "GRAIL, grail's defaults: no worse than as published in 1 of 1 cells." in said
 
 
 def test_less_perplexity_is_better():
     rows = [row(r["selector"], r["keep"], r["variant"], r["accuracy"], "perplexity") for r in ROWS]
     said = comparison._summary(rows, "perplexity")
-    assert "+ GRAIL: no worse than as published in 1 of 2 cells." in said
+    assert "GRAIL, the paper's way: no worse than as published in 1 of 2 cells." in said
 
 
 def test_growth_is_that_of_the_last_third_over_the_first_after_the_warm_up():
