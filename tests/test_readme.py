@@ -142,6 +142,14 @@ def test_its_files_exist_and_it_stays_short():
     assert len(README.splitlines()) <= 120
 
 
+def test_the_resnets_numbers_are_those_of_the_csv():
+    rows = comparison.Table(comparison.RESULTS / "selectors_resnet18.csv", ()).rows
+    values = comparison.found(rows, "accuracy")
+    cells = [("", 1.0, "dense"), ("magnitude", 0.5, "own"), ("magnitude", 0.5, "ours")]
+    dense, pruned, ours = (f"{100 * values[cell]:.1f}" for cell in cells)
+    assert f"falls from {dense} to {pruned}% and comes back to {ours}%" in README
+
+
 def test_every_promise_names_tests_that_exist():
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", README + PROMISES)
     assert len(named) > 30
