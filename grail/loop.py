@@ -102,8 +102,10 @@ class Run:
         self._dense = stream.fork() if options.follows_drift else None
         self._memo = Memo((), stream)
         self._ranks = stream.ranks
-        # What the network is to hold where each site of a block lands.
+        # What the network is to hold where each site of a block lands; and the shelves of those
+        # that no stream holds, whose memory every block uses again.
         self._aims: list[Shelf] = []
+        self._shelves: list[Shelf] = []
         self._select = select.get(options.selector)
         self.notes: list[str] = []  # what a person should know
 
@@ -204,11 +206,11 @@ class Run:
     ) -> None:
         """Moves a stream past a block; keeps what it held where each site lands."""
         batch = 0
-        kept = self._aims + [Shelf(stream.storage) for _ in sites[len(self._aims) :]]
+        self._shelves += [Shelf(stream.storage) for _ in sites[len(self._shelves) :]]
         # A block's output is kept by the stream itself.
         self._aims = [
             stream.hidden if site.lands_at_output else shelf
-            for site, shelf in zip(sites, kept, strict=False)
+            for site, shelf in zip(sites, self._shelves, strict=False)
         ]
 
         def keeping(shelf: Shelf) -> Callable[[Tensor], None]:

@@ -17,7 +17,18 @@ from grail.reduction import Folding
 from grail.sites import find
 from grail.sites.channels import Flow
 
-from .convnets import NETWORKS, Basic, Bottleneck, Net, ResNeXt, conv, images, network, randomised
+from .convnets import (
+    NETWORKS,
+    Basic,
+    Bottleneck,
+    Net,
+    PreBasic,
+    ResNeXt,
+    conv,
+    images,
+    network,
+    randomised,
+)
 
 ALPHA = 1e-2
 FIXED: dict[str, Any] = {"alpha": ALPHA, "toward": "zero", "multiple": 1, "progress": False}
@@ -532,3 +543,20 @@ def test_a_pointwise_convolution_reads_pixels_whatever_its_padding_is_called(pad
     (x,) = images(count=1)
     consumer = Consumer("conv", nn.Conv2d(3, 4, 1, padding=padding))
     assert torch.equal(consumer.patches(x).flatten(0, 1), pixels(x))
+
+
+def test_a_block_aims_at_its_own_landing_whatever_the_one_before_it_landed_on(monkeypatch):
+    blocks = nn.Sequential(PreBasic(8, 8, 1), Basic(8, 8, 1))  # its output; before its last ReLU
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), blocks, head))
+    batches, aims, drift = images(count=3), [], grail.sites.BoundSite.drift
+    dense = seen(model, "1.1.relu", batches, call=1)
+
+    def noting(site, aim, landed):
+        if site.block == 1:
+            aims.append(aim.double())
+        return drift(site, aim, landed)
+
+    monkeypatch.setattr(grail.sites.BoundSite, "drift", noting)
+    grail.compress(model, batches, 0.5, drift_correction=1.0, progress=False)
+    assert torch.equal(torch.cat(aims), dense)
