@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten
 from grail import state
 from grail.distributed import Ranks
 from grail.errors import InputError, StateError
+from grail.folder import PARTIAL
 from grail.options import Options
 from grail.report import SiteReport
 from grail.stream import Batch, Shelf, Stream
@@ -285,7 +286,7 @@ def opened(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends
         except BlockingIOError as error:
             raise InputError(f"{folder} is in use by another run") from error
-        for path in folder.glob(f".*.state.*{state.PARTIAL}"):
+        for path in folder.glob(f".*.state.*{PARTIAL}"):
             path.unlink()
         yield Checkpoint(folder, model, options, transaction, ranks)
 

@@ -10,10 +10,7 @@ rounding of fp32 sums; counts of tokens exactly.
 """
 
 import itertools
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from torch import nn
 from grail import state
 from grail.checkpoint import fingerprint, hashed
 from grail.errors import InputError, StateError
-from grail.export import check_output, flush
+from grail.folder import complete
 from grail.gram import Gram
 from grail.loop import Clock, Run
 from grail.options import Options
@@ -66,7 +63,7 @@ def collect(
         "sites": {},
         "calibrations": [calibration],
     }
-    with _folder(output) as folder, Transaction() as nothing, steady(model):
+    with complete(output, StateError) as folder, Transaction() as nothing, steady(model):
         read = hashed(batches, lambda found: calibration.update(sha256=found))
         stream = Stream(model, architecture.blocks, read, storage)
         calibration |= {"tokens": stream.tokens, "sequences": stream.samples}
@@ -111,7 +108,7 @@ def merge(folders: Sequence[str | Path], output: str | Path) -> Path:
             if calibration["sha256"] in calibrations:
                 raise InputError(f"{path} holds a calibration that would then count twice")
             calibrations[calibration["sha256"]] = calibration
-    with _folder(output) as folder:
+    with complete(output, StateError) as folder:
         for name in itertools.chain(*indexes[0]["sites"].values()):
             total = Gram.load(paths[0] / name)
             for path in paths[1:]:
@@ -120,19 +117,3 @@ def merge(folders: Sequence[str | Path], output: str | Path) -> Path:
         index = {**indexes[0], "calibrations": list(calibrations.values())}
         state.write(folder / _INDEX, _KIND, index, {})
     return Path(output)
-
-
-@contextmanager
-def _folder(output: str | Path) -> Iterator[Path]:
-    """A folder under another name, which it gets once it is complete."""
-    final = check_output(output)
-    partial = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}{state.PARTIAL}"
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(final)
-        flush(final.parent, contents=False)
-    except OSError as error:
-        raise StateError(f"{final} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

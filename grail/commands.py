@@ -32,8 +32,9 @@ from grail.compress import compress as compress_model
 from grail.distributed import launched, ranks
 from grail.errors import GrailError, InputError
 from grail.evaluate import evaluate as evaluate_model
-from grail.export import check_output, export
+from grail.export import export
 from grail.fit import Auto, Damping, Toward
+from grail.folder import check_output
 from grail.models import load_model
 from grail.options import Compensation, Options
 from grail.page import (

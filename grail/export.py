@@ -1,20 +1,17 @@
 """Writes a model as a plain `save_pretrained` folder that is complete, or is not there at all."""
 
-import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grail.errors import ExportError, InputError
+from grail.errors import ExportError
 from grail.evaluate import measure_size
+from grail.folder import complete
 from grail.report import Report
 from grail.transaction import steady
 
-_MARGIN = 32 << 20  # bytes for tokenizer, configuration and report beside the weights
 _PROBE = (2, 32)  # sequences and tokens on which the reloaded model must agree
 
 
@@ -27,9 +24,8 @@ def export(
 ) -> Path:
     """Saves model and tokenizer, and proves that the folder reloads to the same logits.
 
-    Everything is written into a hidden sibling folder ending in `.partial`, flushed to disk,
-    reloaded and compared; only then does the folder get its name. Whatever interrupts this,
-    `output` does not exist. The comparison holds a second copy of the model on the same device.
+    The folder gets its name only once it was reloaded and compared: see `grail.folder`. The
+    comparison holds a second copy of the model on the same device.
 
     Args:
         model: a transformers causal language model.
@@ -46,52 +42,10 @@ def export(
         ExportError: too little disk, the folder could not be written, or it does not reload to
             bitwise the same logits.
     """
-    final = check_output(output, measure_size(model)[1])
-    partial = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        partial.mkdir(parents=True)
-        _write(partial, model, tokenizer, report, page)
-        flush(partial)
-        _verify(partial, model)
-        partial.rename(final)
-        flush(final.parent, contents=False)
-    except OSError as error:
-        raise ExportError(f"{final} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already after the rename
-    return final
-
-
-def check_output(output: str | Path, size: int = 0) -> Path:
-    """Refuses an output folder that is in use or too small; call it before any work.
-
-    Args:
-        output: the folder to be created.
-        size: bytes of the weights that will be written there.
-
-    Returns:
-        The absolute path of the folder.
-
-    Raises:
-        InputError: `output` is a file, or a folder that is not empty.
-        ExportError: the disk has less space than `size` and a margin of 32 MiB.
-    """
-    final = Path(output).resolve()  # renaming onto a link would fail at the very end
-    if final.is_mount():
-        raise InputError(f"The output {output} is a mount point; name a folder inside it.")
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        kind = "is not empty" if final.is_dir() else "is a file"
-        raise InputError(f"The output {output} {kind}; name a new or an empty folder.")
-    existing = next(folder for folder in (final, *final.parents) if folder.exists())
-    if not existing.is_dir():
-        raise InputError(f"The output {output} lies under {existing}, which is a file.")
-    needed, free = size + _MARGIN, shutil.disk_usage(existing).free
-    if size and free < needed:
-        raise ExportError(
-            f"The output {output} needs {needed / 2**20:,.0f} MiB and the disk has "
-            f"{free / 2**20:,.0f} MiB free; free some space or choose another disk."
-        )
-    return final
+    with complete(output, ExportError, size=measure_size(model)[1]) as folder:
+        _write(folder, model, tokenizer, report, page)
+        _verify(folder, model)
+    return Path(output).resolve()
 
 
 def _write(
@@ -142,13 +96,3 @@ def _logits(model: Any) -> Tensor:
     tokens = torch.randint(vocabulary, _PROBE, generator=torch.Generator().manual_seed(0))
     with steady(model):
         return model(tokens.to(model.device), use_cache=False).logits
-
-
-def flush(folder: Path, contents: bool = True) -> None:
-    """A folder, and everything in it, is on the disk afterwards: no rename can outrun the data."""
-    for path in (*(folder.rglob("*") if contents else ()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -5,8 +5,6 @@ widths: no code, no pickle.
 """
 
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grail.errors import ExportError, InputError
-from grail.export import check_output, flush
+from grail.folder import complete
 from grail.report import Report
 
 FORMAT = 1
@@ -40,23 +38,16 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
         ExportError: too little disk, or the folder could not be written.
     """
     tensors = _tensors(model)
-    final = check_output(output, sum(t.numel() * t.element_size() for t in tensors.values()))
-    partial = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.partial"
     widths = {"format": FORMAT, "class": type(model).__name__, **_numbers(model)}
-    try:
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / WEIGHTS)
-        (partial / WIDTHS).write_text(json.dumps(widths, indent=1) + "\n", encoding="utf-8")
+    with complete(output, ExportError, size=sum(t.nbytes for t in tensors.values())) as folder:
+        try:
+            save_file(tensors, folder / WEIGHTS)
+        except SafetensorError as error:
+            raise ExportError(f"{output} could not be written: {error}") from error
+        (folder / WIDTHS).write_text(json.dumps(widths, indent=1) + "\n", encoding="utf-8")
         if report is not None:
-            report.save(partial / "report.json")
-        flush(partial)
-        partial.rename(final)
-        flush(final.parent, contents=False)
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"{final} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return final
+            report.save(folder / "report.json")
+    return Path(output).resolve()
 
 
 def load(

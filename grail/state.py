@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from grail.errors import InputError, StateError
+from grail.folder import PARTIAL, flush
 
 SCHEMA = 1  # of the header
 ALGORITHM = 1  # raised when sums or positions of an older version can no longer be continued
 
-PARTIAL = ".partial"  # ends the name of a file that is not whole
 _MARGIN = 1 << 20  # bytes that stay free on the disk
 _MAX_HEADER = 1 << 28
 _START = b'{"__metadata__": {"sha256": "'
@@ -102,7 +102,7 @@ def write(
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         _verify(partial, kind)
         partial.replace(path)
-        _flush_folder(path.parent)
+        flush(path.parent, contents=False)
     except OSError as error:
         raise StateError(f"{path} could not be written: {error}") from error
     finally:
@@ -268,12 +268,3 @@ def _tensors(file: BufferedReader, header: _Header) -> Iterator[tuple[str, Tenso
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _flush_folder(folder: Path) -> None:
-    """A rename in the folder is on the disk afterwards."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

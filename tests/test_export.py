@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grail import export as export_module
 from grail.errors import ExportError, InputError
-from grail.export import check_output, export
+from grail.export import export
+from grail.folder import check_output
 from grail.models import load_model
 from grail.report import Report
 
@@ -82,7 +82,7 @@ def test_refuses_a_disk_that_is_too_small(tmp_path):
 
 def test_too_little_disk_writes_nothing(tiny_llama, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ExportError, match="needs"):
         export(tiny_llama(), None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -161,7 +161,7 @@ def test_everything_is_flushed_before_the_rename(tiny_llama, tmp_path, monkeypat
         assert set(at_rename.values()) <= flushed
         return rename(self, target)
 
-    monkeypatch.setattr(export_module.os, "fsync", note)
+    monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(type(tmp_path), "rename", check)
     export(tiny_llama(), None, tmp_path / "out")
     assert {"config.json", "model.safetensors"} <= set(at_rename)

@@ -1,0 +1,84 @@
+"""An output folder that is complete, or is not there at all.
+
+What is to be in it is written into a hidden sibling folder ending in `.partial`, which gets its
+name once everything is on the disk. Whatever interrupts this, the output does not exist.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from grail.errors import ExportError, GrailError, InputError
+
+PARTIAL = ".partial"  # ends the name of what is not whole
+_MARGIN = 32 << 20  # bytes for tokenizer, configuration and report beside the weights
+
+
+@contextmanager
+def complete(output: str | Path, failure: type[GrailError], *, size: int = 0) -> Iterator[Path]:
+    """A folder to write into, which becomes `output` at the end of the `with`.
+
+    Args:
+        output, size: see `check_output`.
+        failure: raised where the disk refuses; what else passes through is not touched.
+
+    Raises:
+        InputError, ExportError: see `check_output`; nothing was written.
+    """
+    final = check_output(output, size)
+    partial = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}{PARTIAL}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        flush(partial)
+        partial.rename(final)
+        flush(final.parent, contents=False)
+    except OSError as error:
+        raise failure(f"{final} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already after the rename
+
+
+def check_output(output: str | Path, size: int = 0) -> Path:
+    """Refuses an output folder that is in use or too small; call it before any work.
+
+    Args:
+        output: the folder to be created.
+        size: bytes of the weights that will be written there.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        InputError: `output` is a file, or a folder that is not empty.
+        ExportError: the disk has less space than `size` and a margin of 32 MiB.
+    """
+    final = Path(output).resolve()  # renaming onto a link would fail at the very end
+    if final.is_mount():
+        raise InputError(f"The output {output} is a mount point; name a folder inside it.")
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        kind = "is not empty" if final.is_dir() else "is a file"
+        raise InputError(f"The output {output} {kind}; name a new or an empty folder.")
+    existing = next(folder for folder in (final, *final.parents) if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"The output {output} lies under {existing}, which is a file.")
+    needed, free = size + _MARGIN, shutil.disk_usage(existing).free
+    if size and free < needed:
+        raise ExportError(
+            f"The output {output} needs {needed / 2**20:,.0f} MiB and the disk has "
+            f"{free / 2**20:,.0f} MiB free; free some space or choose another disk."
+        )
+    return final
+
+
+def flush(folder: Path, contents: bool = True) -> None:
+    """A folder, and everything in it, is on the disk afterwards: no rename can outrun the data."""
+    for path in (*(folder.rglob("*") if contents else ()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
