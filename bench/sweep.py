@@ -197,6 +197,7 @@ class Bench:
 
     def __init__(self, name: str, file: str):
         self.subject = SUBJECTS[name]()
+        self._batches = functools.cache(self.subject.calibration)
         self.out = Table(RESULTS / file, ("selector", "keep", "variant", "samples"))
         if ("", 1.0, "dense", 0) not in self.out:
             self._add("", 1.0, "dense", 0, self.subject.network, None)
@@ -219,10 +220,6 @@ class Bench:
             **{**self.subject.settings, **settings},
         )
         self._add(selector, keep, variant, samples, network, report)
-
-    @functools.cached_property
-    def _batches(self) -> Callable[[int], list[Any]]:
-        return functools.cache(self.subject.calibration)
 
     def _add(
         self, selector: str, keep: float, variant: str, samples: int, network: Any, report: Any

@@ -53,6 +53,9 @@ _DEBUG = "grail.debug"
 
 # Options that belong together stand together in the help text.
 _Restoring = partial(typer.Option, rich_help_panel="Restoring")
+_Comparing = partial(typer.Option, rich_help_panel="Comparing on held-out text")
+_Running = partial(typer.Option, rich_help_panel="Running")
+
 # By whether weights and biases are fitted.
 _COMPENSATIONS: dict[tuple[bool, bool], bool | Compensation] = {
     (True, False): "weights",
@@ -60,8 +63,6 @@ _COMPENSATIONS: dict[tuple[bool, bool], bool | Compensation] = {
     (False, True): "bias",
     (False, False): False,
 }
-_Comparing = partial(typer.Option, rich_help_panel="Comparing on held-out text")
-_Running = partial(typer.Option, rich_help_panel="Running")
 
 
 def _number_or_auto(text: str) -> float | Auto:

@@ -1,6 +1,5 @@
 """The main verb: `compress` a model in place and report what was done."""
 
-import itertools
 import platform
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -17,7 +16,7 @@ from grail.fit import Auto, Damping, Toward
 from grail.loop import Clock, Run
 from grail.options import ALPHA, Compensation, Keep, Options
 from grail.report import Report, SiteReport
-from grail.sites import Architecture, Site, find
+from grail.sites import Architecture, BoundSite, Site, find
 from grail.stream import Batch, Stream
 from grail.transaction import Transaction, steady
 from grail.width import Width
@@ -119,16 +118,14 @@ def compress(
     processes = ranks()
     architecture = find(model, options.sites)
     widths = options.widths(architecture)
-    asked = plan.by_kind(
-        (site, (options.keep_of(site), widths[site.name]))
-        for site in itertools.chain(*options.sites_of(architecture))
-    )
-    _require_finite_weights(architecture, options)
+    dense = options.all_sites(architecture)
+    asked = plan.by_kind((site, (options.keep_of(site), widths[site.name])) for site in dense)
+    _require_finite_weights(dense)
     if options.repair and not any(map(architecture.norms, range(len(architecture.blocks)))):
         raise InputError(f"repair resets batch norms; {architecture.name} has none")
     device = architecture.device
     in_use = memory.in_use(device)
-    before = _size(model, architecture, options)
+    before = _size(model, dense)
     clock = Clock(device)
 
     with (
@@ -143,14 +140,13 @@ def compress(
             read = batches if resumed is None else resumed.reading(batches)
             stream = _stream(model, architecture, options, read, storage, processes)
         if options.shifts_bias:
-            sites_asked = list(itertools.chain(*options.sites_of(architecture)))
-            architecture.make_room(sites_asked, transaction)
+            architecture.make_room(dense, transaction)
         predicted = _predicted_peak(architecture, options, stream, storage)
         run = Run(architecture, options, stream, transaction, clock, resumed)
         rows = run.all_blocks(progress)
         architecture.settle(widths, transaction)
 
-    after = _size(model, architecture, options)
+    after = _size(model, options.all_sites(architecture))
     return Report(
         settings=options.as_dict(),
         model={
@@ -211,8 +207,8 @@ def _predicted_peak(
     )
 
 
-def _require_finite_weights(architecture: Architecture, options: Options) -> None:
-    for site in itertools.chain(*options.sites_of(architecture)):
+def _require_finite_weights(sites: Sequence[BoundSite]) -> None:
+    for site in sites:
         for name, module in site.modules().items():
             for key, weight in module.named_parameters(recurse=False):
                 bad = ~weight.detach().isfinite()
@@ -223,12 +219,10 @@ def _require_finite_weights(architecture: Architecture, options: Options) -> Non
                     )
 
 
-def _size(model: nn.Module, architecture: Architecture, options: Options) -> dict[str, Any]:
+def _size(model: nn.Module, sites: Sequence[BoundSite]) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "widths": plan.by_kind(
-            (site, site.channels) for site in itertools.chain(*options.sites_of(architecture))
-        ),
+        "widths": plan.by_kind((site, site.channels) for site in sites),
     }
 
 

@@ -38,7 +38,7 @@ class Producer:
     parts: tuple[tuple[str, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        _require_plain(self.name, self.module, _transposed, nn.Linear, *CONVOLUTIONS)
+        _require_plain(self.name, self.module)
         if self.parts is not None and sum(n for _, n in self.parts) != len(self._rows()):
             raise ModelError(
                 f"{self.name} has {len(self._rows())} rows, where its site expects "
@@ -69,9 +69,7 @@ class Producer:
         return self._rows()[0].numel() + (module.bias is not None)
 
     def _rows(self) -> Tensor:
-        module: Any = self.module
-        weight = module.weight.detach()
-        return weight.T if _transposed(module) else weight
+        return _matrix(self.module)
 
     def _narrowed(self, rows: Tensor, reductions: Mapping[str, Reduction]) -> Tensor:
         if self.parts is None:
@@ -94,7 +92,7 @@ class Consumer:
     norm: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        _require_plain(self.name, self.module, _transposed, nn.Linear, *CONVOLUTIONS)
+        _require_plain(self.name, self.module)
         if getattr(self.module, "groups", 1) != 1:
             raise ModelError(
                 f"{self.name} reads its channels in {self.module.groups} groups, so a map from all "
@@ -216,9 +214,7 @@ class Consumer:
         return getattr(self.norm, "running_mean", None)
 
     def _weight(self) -> Tensor:
-        module: Any = self.module
-        weight = module.weight.detach()
-        return weight.T if _transposed(module) else weight
+        return _matrix(self.module)
 
 
 def narrow_along(name: str, module: Any, reduction: Reduction, change: Transaction) -> None:
@@ -227,7 +223,7 @@ def narrow_along(name: str, module: Any, reduction: Reduction, change: Transacti
     Raises:
         ModelError: a kind of layer that is not known to do so.
     """
-    if isinstance(module, CONVOLUTIONS) and is_depthwise(module):
+    if is_depthwise(module):
         change.set_attribute(module, "groups", reduction.kept)
     elif not isinstance(module, (*NORMS, nn.PReLU)):
         raise ModelError(
@@ -251,7 +247,9 @@ def narrow_along(name: str, module: Any, reduction: Reduction, change: Transacti
 
 
 def is_depthwise(module: Any) -> bool:
-    """Whether a convolution has one filter for each channel."""
+    """Whether a layer is a convolution with one filter for each channel."""
+    if not isinstance(module, CONVOLUTIONS):
+        return False
     return module.groups == module.in_channels == module.out_channels and module.groups > 1
 
 
@@ -265,9 +263,15 @@ def _transposed(module: Any) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def _require_plain(name: str, module: Any, other: Any, *kinds: type) -> None:
+def _matrix(module: Any) -> Tensor:
+    """A layer's weight as [outputs, inputs, ...]."""
+    weight = module.weight.detach()
+    return weight.T if _transposed(module) else weight
+
+
+def _require_plain(name: str, module: Any) -> None:
     weight = getattr(module, "weight", None)
-    known = type(module) in kinds or other(module)
+    known = type(module) in (nn.Linear, *CONVOLUTIONS) or _transposed(module)
     if not known or not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise ModelError(
             f"{name} is a {type(module).__name__}, not a plain floating-point "

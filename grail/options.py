@@ -1,5 +1,6 @@
 """What a run is asked to do, checked before any work starts."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -87,6 +88,10 @@ class Options:
         architecture.check_kinds(kinds)
         return architecture.sites(kinds)
 
+    def all_sites(self, architecture: Architecture) -> list[BoundSite]:
+        """The sites of all blocks, in the order in which they run."""
+        return list(itertools.chain(*self.sites_of(architecture)))
+
     def keep_of(self, site: BoundSite) -> float:
         """The share of that site's channels that stays."""
         if not isinstance(self.keep, Mapping):
@@ -109,8 +114,7 @@ class Options:
         """The feasible width of each site, by its name."""
         return {
             site.name: site.width(self.keep_of(site), self.multiple)
-            for sites in self.sites_of(architecture)
-            for site in sites
+            for site in self.all_sites(architecture)
         }
 
     def active(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[BoundSite]:

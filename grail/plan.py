@@ -89,7 +89,7 @@ def inspect(
     """
     architecture = find(model, None if options is None else options.sites)
     options = options or Options(keep, sites=architecture.kinds)
-    sites = list(itertools.chain(*options.sites_of(architecture)))
+    sites = options.all_sites(architecture)
     parameters = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     savings = []

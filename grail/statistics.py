@@ -98,7 +98,7 @@ class Statistics:
     @property
     def grams(self) -> list[Gram]:
         """All of them, each once."""
-        return list(dict.fromkeys([self.train, self._held_out, self.channels]))
+        return list(self.named_grams().values())
 
     @property
     def held_out(self) -> Gram | None:

@@ -14,9 +14,8 @@ from torch import Tensor
 from grail.errors import InputError
 from grail.reduction import Selection
 
-# Quantisers and serving engines want multiples of 128 on large models; small models would lose too
-# much to rounding.
-# Channels from which on: the multiple.
+# The multiple, by the channels from which on it holds: quantisers and serving engines want 128 on
+# large models; small models would lose too much to rounding.
 MULTIPLES = {4096: 128, 64: 8, 0: 1}
 
 

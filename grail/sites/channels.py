@@ -144,7 +144,7 @@ class Flow:
         channels.lost = channels.lost or twice
         sample = self._sample(node.all_input_nodes[0])
         axis = -1 if isinstance(module, nn.Linear) else 1
-        if not isinstance(module, (*NORMS, nn.PReLU)) and not _is_depthwise(module):
+        if not isinstance(module, (*NORMS, nn.PReLU)) and not is_depthwise(module):
             if sample.dim() > 2 and axis != channels.axis:
                 channels.lost = f"{node.target}, which reads another axis"
             channels.consumers.append(node)
@@ -203,10 +203,6 @@ class Flow:
 
     def _calls(self, node: fx.Node, *kinds: type) -> bool:
         return node.op == "call_module" and isinstance(self.module(node), kinds)
-
-
-def _is_depthwise(module: Any) -> bool:
-    return isinstance(module, CONVOLUTIONS) and is_depthwise(module)
 
 
 def _sample_behind(module: Any) -> Tensor:
