@@ -23,6 +23,7 @@ from grail.errors import InputError, StateError
 from grail.folder import complete
 from grail.gram import Gram
 from grail.loop import Clock, Run
+from grail.onload import Onloader, computing_device
 from grail.options import Options
 from grail.sites import Site, find
 from grail.stream import Batch, Stream
@@ -39,12 +40,13 @@ def collect(
     output: str | Path,
     per_tap: bool = True,
     storage: torch.device | str = "cpu",
+    onload: torch.device | str | None = None,
     progress: bool = True,
 ) -> Path:
     """Writes what the consumers of every site read in the dense network, in one pass over it.
 
     Args:
-        model, batches, sites, per_tap, storage, progress: see `grail.compress`.
+        model, batches, sites, per_tap, storage, onload, progress: see `grail.compress`.
         output: folder to create; one that exists must be empty.
 
     Returns:
@@ -56,6 +58,8 @@ def collect(
     """
     options = Options(1.0, sites, closed_loop=False, drift_correction=0, per_tap=per_tap)
     architecture = find(model, options.sites)
+    device = computing_device(model, onload)
+    onloader = Onloader(architecture.blocks, None if onload is None else device)
     calibration: dict[str, Any] = {}
     index: dict[str, Any] = {
         "model": fingerprint(model),
@@ -65,9 +69,9 @@ def collect(
     }
     with complete(output, StateError) as folder, Transaction() as nothing, steady(model):
         read = hashed(batches, lambda found: calibration.update(sha256=found))
-        stream = Stream(model, architecture.blocks, read, storage)
+        stream = Stream(model, architecture.blocks, read, storage, device=device)
         calibration |= {"tokens": stream.tokens, "sequences": stream.samples}
-        run = Run(architecture, options, stream, nothing, Clock(architecture.device))
+        run = Run(architecture, options, stream, nothing, Clock(device), onload=onloader)
         for number, (site, parts) in enumerate(run.statistics(progress)):
             grams = {
                 f"{number:04}.{consumer}.{name}.state": gram

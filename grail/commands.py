@@ -30,12 +30,14 @@ from grail.collect import collect as collect_statistics
 from grail.collect import merge as merge_statistics
 from grail.compress import compress as compress_model
 from grail.distributed import launched, ranks
-from grail.errors import GrailError, InputError
+from grail.errors import GrailError
 from grail.evaluate import evaluate as evaluate_model
 from grail.export import export
 from grail.fit import Auto, Damping, Toward
 from grail.folder import check_output
+from grail.gram import NonFinite
 from grail.models import load_model
+from grail.onload import require_usable
 from grail.options import Compensation, Options
 from grail.page import (
     evaluation_table,
@@ -133,6 +135,13 @@ Model = Annotated[
 Device = Annotated[
     str,
     _Running(help="Where the model runs: cpu, cuda, cuda:1; auto takes a GPU if there is one."),
+]
+Onload = Annotated[
+    bool,
+    _Running(
+        help="Leave the model on the CPU and bring one block at a time to the device, for models "
+        "larger than a GPU. What --evaluate measures then runs on the CPU.",
+    ),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -251,6 +260,12 @@ def compress(
             help="Calibrate each block behind the already compressed ones, or on the dense model.",
         ),
     ] = True,
+    non_finite: Annotated[
+        NonFinite,
+        _Running(
+            help="Calibration tokens with NaN or Inf: refuse the run, or drop and count them."
+        ),
+    ] = "refuse",
     multiple: Annotated[
         int | None,
         typer.Option(
@@ -269,6 +284,7 @@ def compress(
         ),
     ] = None,
     device: Device = "auto",
+    onload: Onload = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
     debug: Debug = False,
@@ -292,6 +308,7 @@ def compress(
         closed_loop=closed_loop,
         multiple=multiple,
         seed=seed,
+        non_finite=non_finite,
     )
     device = ctx.with_resource(launched(device))
     processes = ranks()
@@ -307,7 +324,8 @@ def compress(
     check_output(output)
     for source in filter(None, (calibration, evaluate)):
         next(load_texts(source), None)
-    load = partial(_load, model, device, dtype)
+    device = _computing(device)
+    load = partial(_load, model, "cpu" if onload else device, dtype)
     cut = partial(token_batches, sequence_length=sequence_length, batch_size=batch_size)
 
     network, tokenizer = load()
@@ -316,7 +334,8 @@ def compress(
         heldout = cut(evaluate, tokenizer, tokens=evaluate_tokens) if evaluate else []
     if evaluate == calibration:
         notes.append("The held-out text is the calibration text: the comparison is too kind.")
-    plan = _plan(network, options, keep, batches)
+    brought = device if onload else None
+    plan = _plan(network, options, keep, batches, brought)
     check_output(output, plan.savings[0].bytes)
     _say(_prediction(plan))
 
@@ -333,12 +352,14 @@ def compress(
                 "Plain pruning was measured with Wanda's choice of channels: what the greedy "
                 "selector keeps is chosen to be compensated."
             )
-        compress_model(network, batches, **vars(plain))
+        compress_model(network, batches, **vars(plain), onload=brought)
         evaluation["pruned"] = evaluate_model(network, heldout)
         del network  # loaded again, because two models at once would double the peak
         network, tokenizer = load()
     _say("Compressing …")
-    report = compress_model(network, batches, **vars(options), resume_dir=resume_dir)
+    report = compress_model(
+        network, batches, **vars(options), onload=brought, resume_dir=resume_dir
+    )
     if heldout:
         evaluation["restored" if options.compensate else "pruned"] = evaluate_model(
             network, heldout
@@ -379,7 +400,7 @@ def evaluate(
     Example: `grail evaluate out/ --text heldout.txt`
     """
     next(load_texts(text), None)
-    network, tokenizer = _load(model, device, dtype)
+    network, tokenizer = _load(model, _computing(device), dtype)
     batches = token_batches(
         text,
         tokenizer,
@@ -412,6 +433,7 @@ def inspect(
     sequence_length: SequenceLength = 1024,
     batch_size: BatchSize = 4,
     device: Device = "auto",
+    onload: Onload = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
     debug: Debug = False,
@@ -420,7 +442,8 @@ def inspect(
 
     Nothing is changed or written. Example: `grail inspect MODEL --sites mlp --tokens 24576`
     """
-    network, _ = _load(model, device, dtype)
+    device = _computing(device)
+    network, _ = _load(model, "cpu" if onload else device, dtype)
     first = keep[0] if keep else 0.7
     inspection = inspect_model(
         network,
@@ -430,6 +453,7 @@ def inspect(
         tokens=tokens,
         sequence_length=sequence_length,
         batch_size=batch_size,
+        onload=device if onload else None,
     )
     inspection.name = _name(model)
     if as_json:
@@ -458,6 +482,7 @@ def stats_collect(
     batch_size: BatchSize = 4,
     seed: Annotated[int, _Running(help="Draws calibration sequences.")] = 0,
     device: Device = "auto",
+    onload: Onload = False,
     dtype: Dtype = "auto",
     debug: Debug = False,
 ) -> None:
@@ -466,7 +491,8 @@ def stats_collect(
     Example: `grail stats collect MODEL --calibration text.txt --output a/`
     """
     check_output(output)
-    network, tokenizer = _load(model, device, dtype)
+    device = _computing(device)
+    network, tokenizer = _load(model, "cpu" if onload else device, dtype)
     batches = token_batches(
         calibration,
         tokenizer,
@@ -475,7 +501,8 @@ def stats_collect(
         batch_size=batch_size,
         seed=seed,
     )
-    collect_statistics(network, batches, sites.split(","), output=output)
+    brought = device if onload else None
+    collect_statistics(network, batches, sites.split(","), output=output, onload=brought)
     typer.echo(f"statistics  {output}")
 
 
@@ -495,7 +522,9 @@ def stats_merge(
     typer.echo(f"statistics  {output}")
 
 
-def _plan(network: Any, options: Options, keep: float, batches: list[Tensor]) -> Inspection:
+def _plan(
+    network: Any, options: Options, keep: float, batches: list[Tensor], onload: str | None
+) -> Inspection:
     rows, length = batches[0].shape
     return inspect_model(
         network,
@@ -504,6 +533,7 @@ def _plan(network: Any, options: Options, keep: float, batches: list[Tensor]) ->
         tokens=sum(batch.numel() for batch in batches),
         sequence_length=length,
         batch_size=rows,
+        onload=onload,
     )
 
 
@@ -520,13 +550,15 @@ def _name(model: str) -> str:
     return Path(model).absolute().name
 
 
-def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
+def _computing(device: str) -> str:
+    """The device of that name, or one that is here for "auto"."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # unknown to torch, or not in this machine
-        raise InputError(f"device {device!r} cannot be used here; choose cpu or auto.") from error
+    require_usable(device)
+    return device
+
+
+def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     _say(f"Loading {model} …")
     return load_model(
         model, dtype=None if dtype == "auto" else getattr(torch, dtype), device=device

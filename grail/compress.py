@@ -13,7 +13,9 @@ from grail import checkpoint, memory, plan, select
 from grail.distributed import Ranks, checksum, ranks, refuse_sharded, watched
 from grail.errors import InputError, NonFiniteError
 from grail.fit import Auto, Damping, Toward
+from grail.gram import NonFinite
 from grail.loop import Clock, Run
+from grail.onload import Onloader, computing_device
 from grail.options import ALPHA, Compensation, Keep, Options
 from grail.report import Report, SiteReport
 from grail.sites import Architecture, BoundSite, Site, find
@@ -40,7 +42,9 @@ def compress(
     per_tap: bool = True,
     exact_folding: bool = True,
     repair: bool = False,
+    non_finite: NonFinite = "refuse",
     storage: torch.device | str = "cpu",
+    onload: torch.device | str | None = None,
     progress: bool = True,
     resume_dir: str | Path | None = None,
 ) -> Report:
@@ -80,7 +84,11 @@ def compress(
             pass; False is the paper's.
         repair: set the batch norms of each block to the statistics of their inputs once its sites
             are done (see `grail.batchnorm`).
+        non_finite: "refuse" a calibration in which a site reads NaN or Inf, or "drop" the tokens
+            that hold them, with a note of how many.
         storage: where the hidden states of the calibration set wait between blocks.
+        onload: where the blocks of a model on the CPU run, one at a time, the next one on its way
+            ("cuda"): so a model need not fit on the GPU. See `grail.onload`.
         progress: show a progress bar.
         resume_dir: a folder for the state of the run after each block. The same call after a run
             that was killed goes on where that one was, and ends with the same bits; after one that
@@ -113,8 +121,10 @@ def compress(
         per_tap=per_tap,
         exact_folding=exact_folding,
         repair=repair,
+        non_finite=non_finite,
     )
     refuse_sharded(model)
+    device = computing_device(model, onload)
     processes = ranks()
     architecture = find(model, options.sites)
     widths = options.widths(architecture)
@@ -123,7 +133,7 @@ def compress(
     _require_finite_weights(dense)
     if options.repair and not any(map(architecture.norms, range(len(architecture.blocks)))):
         raise InputError(f"repair resets batch norms; {architecture.name} has none")
-    device = architecture.device
+    onloader = Onloader(architecture.blocks, None if onload is None else device)
     in_use = memory.in_use(device)
     before = _size(model, dense)
     clock = Clock(device)
@@ -138,11 +148,11 @@ def compress(
     ):
         with clock("forward"):
             read = batches if resumed is None else resumed.reading(batches)
-            stream = _stream(model, architecture, options, read, storage, processes)
+            stream = _stream(model, architecture, read, storage, device, processes, options)
         if options.shifts_bias:
             architecture.make_room(dense, transaction)
-        predicted = _predicted_peak(architecture, options, stream, storage)
-        run = Run(architecture, options, stream, transaction, clock, resumed)
+        predicted = _predicted_peak(architecture, options, stream, onload is not None)
+        run = Run(architecture, options, stream, transaction, clock, resumed, onloader)
         rows = run.all_blocks(progress)
         architecture.settle(widths, transaction)
 
@@ -178,33 +188,40 @@ def compress(
 def _stream(
     model: nn.Module,
     architecture: Architecture,
-    options: Options,
     batches: Iterable[Batch],
     storage: torch.device | str,
+    device: torch.device,
     processes: Ranks,
+    options: Options,
 ) -> Stream:
     """The calibration set at the model's entry, once all processes are known to do the same."""
     if processes.count == 1:
-        return Stream(model, architecture.blocks, batches, storage)
+        return Stream(model, architecture.blocks, batches, storage, device=device)
     said = {key: value for key, value in options.as_dict().items() if key != "selector"}
     processes.require_equal("the settings", said)
     processes.require_equal("the model", checksum(model.parameters()))
     read: list[int] = []
-    stream = Stream(model, architecture.blocks, watched(batches, read), storage, processes)
+    stream = Stream(model, architecture.blocks, watched(batches, read), storage, processes, device)
     processes.require_equal("the calibration", read)
     return stream
 
 
 def _predicted_peak(
-    architecture: Architecture, options: Options, stream: Stream, storage: torch.device | str
+    architecture: Architecture, options: Options, stream: Stream, onloads: bool
 ) -> int:
     """Bytes that the run adds; 0 where they depend on more than shapes of weights."""
     if architecture.activations_per_token is None:
         return 0
     batch_tokens = max(h.shape[:2].numel() for h in stream.hidden)
-    return sum(
-        plan.demand(architecture, options, stream.own_tokens, batch_tokens, storage).values()
+    parts = plan.demand(
+        architecture,
+        options,
+        stream.own_tokens,
+        batch_tokens,
+        stream.storage,
+        stream.device if onloads else None,
     )
+    return sum(parts.values())
 
 
 def _require_finite_weights(sites: Sequence[BoundSite]) -> None:

@@ -6,6 +6,7 @@ matrix only when it is read. The kernels are in `grail_kernels.gram`.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, Stat
 from grail_kernels.checks import check_activations
 from grail_kernels.tiles import BLOCK
 from grail_kernels.tuning import FLUSH_TOKENS
+
+NonFinite = Literal["refuse", "drop"]
 
 _KIND = "gram"  # of its files
 
@@ -30,6 +33,8 @@ class Gram:
         name: the site, for error messages.
         buffer: how many tokens wait, copied in their own dtype, until G is touched. Default 8192 on
             a GPU. 0, none, on a CPU, where it saves 10% at 256 tokens a call and 4% at 1024.
+        non_finite: "refuse" tokens with NaN or Inf, or "drop" them, counted in `dropped`; on a GPU
+            that costs one more read of x.
 
     Memory: 2·H·(H + 256) bytes, and until G is read buffer·H values where batches are buffered.
 
@@ -42,12 +47,18 @@ class Gram:
         device: torch.device | str | None = None,
         name: str = "",
         buffer: int | None = None,
+        non_finite: NonFinite = "refuse",
     ):
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
             raise InputError(f"channels must be a positive integer; got {channels!r}")
         if buffer is not None and buffer < 0:
             raise InputError(f"buffer must be a number of tokens ≥ 0; got {buffer}")
+        if non_finite not in get_args(NonFinite):
+            raise InputError(
+                f"non_finite must be one of {', '.join(get_args(NonFinite))}; got {non_finite!r}"
+            )
         self.channels, self.name, self._capacity = channels, name, buffer
+        self._drops = non_finite == "drop"
         self.drift: Drift | None = None
         self._packed: Tensor | None = None
         self._buffer: _Buffer | None = None
@@ -67,9 +78,9 @@ class Gram:
 
         Raises:
             InputError: a shape, dtype or device that does not fit; nothing was added.
-            NonFiniteError: NaN or Inf among the counted tokens or their drift. On a CPU it is
-                raised here and nothing was added; on a GPU, where looking would stall the stream,
-                it is raised when a result is read.
+            NonFiniteError: NaN or Inf among the counted tokens or their drift, unless those are
+                dropped. On a CPU it is raised here and nothing was added; on a GPU, where looking
+                would stall the stream, it is raised when a result is read.
         """
         if x.dim() == 0 or x.shape[-1] != self.channels:
             raise InputError(f"x must be [..., {self.channels}]; got {tuple(x.shape)}")
@@ -95,6 +106,8 @@ class Gram:
         if any(t.device != device for t in beside):
             found = ", ".join(str(t.device) for t in beside)
             raise InputError(f"x, its mask and its drift must be on {device}; got {found}")
+        if self._drops:
+            mask = self._without_non_finite(x, mask, drift)
         if device.type == "cpu":
             if mask is not None:
                 x, drift, mask = x[mask], None if drift is None else drift[mask], None
@@ -108,6 +121,19 @@ class Gram:
         if drift is not None:
             self._add_drift(drift.detach(), x, mask)
         self._tokens += x.shape[:-1].numel() if mask is None else mask.sum()
+
+    def _without_non_finite(
+        self, x: Tensor, mask: Tensor | None, drift: Tensor | None
+    ) -> Tensor | None:
+        """The mask without the tokens at which a value is NaN or Inf; counts those."""
+        values = [t for t in (x, drift) if t is not None]
+        on_cpu = x.device.type == "cpu"  # where looking at a sum stalls nothing
+        if on_cpu and all(bool(t.sum(dtype=torch.float64).isfinite()) for t in values):
+            return mask
+        whole = torch.stack([t.isfinite().all(-1) for t in values]).all(0)
+        counted = torch.ones_like(whole) if mask is None else mask
+        self._dropped += (counted & ~whole).sum()
+        return counted & whole
 
     def _add_drift(self, drift: Tensor, x: Tensor, mask: Tensor | None) -> None:
         if self.drift is None:
@@ -181,6 +207,7 @@ class Gram:
         packed += other._packed.to(packed.device)
         self._sum += other._sum.to(self._sum.device)
         self._nonfinite += other._nonfinite.to(self._nonfinite.device)
+        self._dropped += other._dropped.to(self._dropped.device)
         self._tokens += other._tokens.to(self._tokens.device)
         if other.drift is not None:
             if self.drift is None:
@@ -232,6 +259,7 @@ class Gram:
             "sum": self._sum,
             "nonfinite": self._nonfinite,
             "tokens": self._tokens,
+            "dropped": self._dropped,
         }
         if self.drift is not None:
             own |= {f"drift.{name}": tensor for name, tensor in vars(self.drift).items()}
@@ -270,6 +298,11 @@ class Gram:
         """How many tokens were counted."""
         return 0 if self._packed is None else int(self._tokens)
 
+    @property
+    def dropped(self) -> int:
+        """How many tokens did not count because of NaN or Inf."""
+        return 0 if self._packed is None else int(self._dropped)
+
     def _allocate(self, device: torch.device) -> None:
         if self._capacity is None:
             self._capacity = 0 if device.type == "cpu" else FLUSH_TOKENS
@@ -277,6 +310,7 @@ class Gram:
         self._sum = torch.zeros(self.channels, device=device)
         self._nonfinite = torch.zeros(self.channels, dtype=torch.int64, device=device)
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._dropped = torch.zeros((), dtype=torch.int64, device=device)
 
     def _filled(self) -> Tensor:
         assert self._packed is not None
@@ -284,8 +318,10 @@ class Gram:
 
     def _require_tokens(self) -> None:
         if self.tokens == 0:
+            lost = f" ({self.dropped} with NaN or Inf were dropped)" if self.dropped else ""
             raise EmptyCalibrationError(
-                f"{self._label()} saw no token: calibrate with one or more that are not masked"
+                f"{self._label()} saw no token{lost}: calibrate with one or more that are not "
+                "masked"
             )
         self._flush()
         if bool(self._nonfinite.any()):

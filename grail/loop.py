@@ -32,6 +32,7 @@ from grail.errors import InputError
 from grail.fit import Auto, Fit, fit
 from grail.gram import Gram
 from grail.layers import Consumer, stacked
+from grail.onload import Onloader
 from grail.options import ALPHA, Options
 from grail.reduction import Folding, Reduction, Selection
 from grail.report import SiteReport
@@ -85,6 +86,7 @@ class Run:
         clock: phases "forward" (blocks, without the statistics), "gram", "select", "solve",
             "absorb", "checkpoint".
         checkpoint: where to go on from, and what to keep after each block.
+        onload: brings each block to where it runs; none is needed where it is there already.
     """
 
     def __init__(
@@ -95,10 +97,12 @@ class Run:
         transaction: Transaction,
         clock: Clock,
         checkpoint: Checkpoint | None = None,
+        onload: Onloader | None = None,
     ):
         self.architecture, self.options, self.stream = architecture, options, stream
         self.transaction, self.clock, self._checkpoint = transaction, clock, checkpoint
         self.widths = options.widths(architecture)
+        self._onload = onload or Onloader(stream.blocks, None)
         self._dense = stream.fork() if options.follows_drift else None
         self._memo = Memo((), stream)
         self._ranks = stream.ranks
@@ -150,13 +154,15 @@ class Run:
         total = self.stream.tokens * len(blocks)
         with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
             for number, sites in enumerate(blocks):
-                yield from self._collect(number, sites, {}, bar.update, finish=True).items()
+                with self._onload(number):
+                    yield from self._collect(number, sites, {}, bar.update, finish=True).items()
 
     def block(self, number: int, sites: Sequence[BoundSite], advance: Advance) -> list[SiteReport]:
         """Compresses one block and moves the stream past it; `advance` hears of tokens done."""
         run = self._closed if self.options.closed_loop else self._open
         rows = {site.name: self._untouched(site) for site in sites}
-        rows |= run(number, self.options.active(sites, self.widths), advance)
+        with self._onload(number):
+            rows |= run(number, self.options.active(sites, self.widths), advance)
         return [row for of_site in rows.values() for row in of_site]
 
     def _closed(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
@@ -308,6 +314,7 @@ class Run:
                 self.options.holds_out,
                 self.options.per_tap,
                 partial=site.beside is not None,
+                non_finite=self.options.non_finite,
             )
             for consumer in site.consumers
         ]
@@ -352,6 +359,12 @@ class Run:
                 "so it was only pruned"
                 for part in collected
                 if self.options.fits_weights and part.scarce(reduction.kept)
+            )
+            + tuple(
+                f"{part.name}: {part.dropped} tokens with NaN or Inf were dropped, "
+                f"{part.tokens} counted"
+                for part in collected
+                if part.dropped
             ),
         )
 

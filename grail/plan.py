@@ -4,7 +4,6 @@ Memory is arithmetic on shapes (`demand`). Time is measured: one block is compre
 batches, rolled back, and scaled by the number of blocks and batches.
 """
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ import grail_kernels as gk
 from grail import memory
 from grail.fit import peak_bytes
 from grail.loop import Clock, Run, steps
+from grail.onload import Onloader, computing_device, largest_block
 from grail.options import Options
 from grail.select import elimination, greedy
 from grail.sites import Architecture, BoundSite, find
@@ -74,6 +74,7 @@ def inspect(
     tokens: int = 65536,
     sequence_length: int = 1024,
     batch_size: int = 1,
+    onload: torch.device | str | None = None,
 ) -> Inspection:
     """Lists a model's sites and predicts what a run of `options` costs.
 
@@ -82,6 +83,7 @@ def inspect(
         keep: see `options`.
         keeps: ratios for the table of savings.
         tokens, sequence_length, batch_size: the calibration set.
+        onload: see `grail.compress`; memory is then that of the device where the blocks run.
 
     Raises:
         ModelError: a model of no known family.
@@ -108,11 +110,15 @@ def inspect(
     seconds: dict[str, float] = {}
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if hasattr(embeddings, "num_embeddings") and architecture.activations_per_token is not None:
+        device = computing_device(model, onload)
+        brought = None if onload is None else device
         parts = {
-            "in use now": memory.in_use(architecture.device),
-            **demand(architecture, options, tokens, batch_size * sequence_length),
+            "in use now": memory.in_use(device),
+            **demand(architecture, options, tokens, batch_size * sequence_length, onload=brought),
         }
-        seconds = _seconds(model, architecture, options, tokens, batch_size, sequence_length)
+        onloader = Onloader(architecture.blocks, brought)
+        trial = _trial(model, batch_size, sequence_length)
+        seconds = _seconds(model, architecture, options, tokens, trial, device, onloader)
     structures = by_kind((site, site.width(1.0, None).structure) for site in sites)
     return Inspection(
         name=architecture.name,
@@ -161,13 +167,16 @@ def demand(
     tokens: int,
     batch_tokens: int,
     storage: torch.device | str = "cpu",
+    onload: torch.device | None = None,
 ) -> dict[str, int]:
-    """Bytes that a run adds on the model's device, by part; their sum is its peak.
+    """Bytes that a run adds where its blocks run, by part; their sum is its peak.
 
     hidden states   tokens · hidden, and as much again for an MLP's upstream outputs that are kept
                     for the second pass, for the dense stream, and for what that holds after each
                     site within a block; where `storage` is the model's device
-    weights         the narrowed layers, beside the dense ones that an error would bring back
+    blocks          two of them, the largest, where they are brought from the host one by one
+    weights         the narrowed layers, beside the dense ones that an error would bring back; those
+                    of one block at a time where the others are on the host
     statistics      packed Grams 2H² of a block (one site's in the closed loop), drift 4·O·H, twice
                     if sequences are held out, and on a GPU the tokens that wait for one
     working set     the largest of a batch's activations, of a solve in fp64 and of a search for
@@ -185,7 +194,9 @@ def demand(
     streams = 1 + kept_outputs
     if options.follows_drift:
         streams += 1 + sum(not s.lands_at_output for s in first)
-    waiting = FLUSH_TOKENS if architecture.device.type == "cuda" else 0
+    device = onload or architecture.device
+    elsewhere = device.type != architecture.device.type  # where blocks wait, not where they run
+    waiting = FLUSH_TOKENS if device.type == "cuda" else 0
     grams = [
         (1 + options.holds_out)
         * sum(
@@ -196,7 +207,7 @@ def demand(
         )
         for step in steps(first)
     ]
-    stored_here = torch.device(storage).type == architecture.device.type
+    stored_here = torch.device(storage).type == device.type
     solves = [
         peak_bytes(
             s.channels,
@@ -223,12 +234,22 @@ def demand(
         return whole - site.parameters_saved(widths[site.name])
 
     largest_batch = batch_tokens * architecture.activations_per_token * element
+    narrowed = [sum(rewritten(s) for s in sites) * element for sites in blocks]
     return {
         "hidden states": hidden * streams if stored_here else 0,
-        "weights": sum(rewritten(s) * element for s in itertools.chain(*blocks)),
+        "blocks": 0 if onload is None else 2 * largest_block(architecture.blocks),
+        "weights": max(narrowed) if elsewhere else sum(narrowed),
         "statistics": max(grams, default=0) if options.closed_loop else sum(grams),
         "working set": max([largest_batch, *solves, *selections]),
     }
+
+
+def _trial(model: Any, batch_size: int, sequence_length: int) -> list[torch.Tensor]:
+    """Made-up token ids: two batches, so that there is one to hold out."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, sequence_length)
+    return [torch.randint(vocabulary, shape, generator=generator) for _ in range(2)]
 
 
 def _seconds(
@@ -236,22 +257,18 @@ def _seconds(
     architecture: Architecture,
     options: Options,
     tokens: int,
-    batch_size: int,
-    sequence_length: int,
+    trial: Sequence[torch.Tensor],
+    device: torch.device,
+    onloader: Onloader,
 ) -> dict[str, float]:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, sequence_length)
-    # Two, so that there is one to hold out.
-    trial = [torch.randint(vocabulary, shape, generator=generator) for _ in range(2)]
     blocks = len(architecture.blocks)
     repeats = -(-tokens // sum(ids.numel() for ids in trial))
     phases: dict[str, float] = {}
     for _ in range(2):  # the first time warms up
-        clock = Clock(architecture.device)
+        clock = Clock(device)
         with steady(model), Transaction() as transaction:
-            stream = Stream(model, architecture.blocks, trial)
-            run = Run(architecture, options, stream, transaction, clock)
+            stream = Stream(model, architecture.blocks, trial, device=device)
+            run = Run(architecture, options, stream, transaction, clock, onload=onloader)
             if any(width.kept < width.channels for width in run.widths.values()):
                 run.block(0, options.sites_of(architecture)[0], lambda n: None)
             transaction.undo()

@@ -1,8 +1,10 @@
 """What a run collects of one consumer: the Gram of most samples, and the Gram of those held out."""
 
+from functools import partial as bind
+
 from torch import Tensor
 
-from grail.gram import Gram
+from grail.gram import Gram, NonFinite
 from grail.layers import Consumer
 from grail.stream import Stream
 
@@ -17,6 +19,7 @@ class Statistics:
         holds_out: whether every fifth sample goes to a Gram of its own.
         per_tap: whether a convolution's taps are columns of their own (see `Consumer.by_tap`).
         partial: whether the consumer gets only some of the tokens.
+        non_finite: what becomes of tokens with NaN or Inf (see `Gram`).
 
     `train`: for the fit. `held_out`: for what is chosen; None if it has no token. `channels`: of
     the channels alone, for selection; the same as `train` unless taps are columns.
@@ -30,15 +33,14 @@ class Statistics:
         holds_out: bool,
         per_tap: bool,
         partial: bool = False,
+        non_finite: NonFinite = "refuse",
     ):
         self._consumer, self._stream, self._holds_out = consumer, stream, holds_out
         self.name, self.per_tap, self._partial = name, per_tap, partial
         columns = consumer.channels * (consumer.taps if per_tap else 1)
-        self.train = Gram(columns, device=stream.device, name=name)
-        self._held_out = Gram(columns, device=stream.device, name=name)
-        self.channels = self.train
-        if columns > consumer.channels:
-            self.channels = Gram(consumer.channels, device=stream.device, name=name)
+        make = bind(Gram, device=stream.device, name=name, non_finite=non_finite)
+        self.train, self._held_out = make(columns), make(columns)
+        self.channels = self.train if columns == consumer.channels else make(consumer.channels)
 
     def update(
         self, batch: int, x: Tensor, drift: Tensor | None = None, places: Tensor | None = None
@@ -103,6 +105,11 @@ class Statistics:
     @property
     def held_out(self) -> Gram | None:
         return self._held_out if self._held_out.tokens and self.train.tokens else None
+
+    @property
+    def dropped(self) -> int:
+        """How many tokens did not count, because they or their drift hold NaN or Inf."""
+        return self.train.dropped + self._held_out.dropped
 
     @property
     def tokens(self) -> int:

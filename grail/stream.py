@@ -93,6 +93,7 @@ class Stream:
             arguments, of which an `attention_mask` [B, L] marks the tokens that count.
         storage: where hidden states wait between blocks; the model may be elsewhere.
         ranks: the processes that share the batches; each runs some of them.
+        device: where the blocks run; default where the model is.
 
     `tokens`: how many were counted, in all processes; samples, where a sample has no tokens
     (images). `own_tokens`: those of this process.
@@ -110,9 +111,11 @@ class Stream:
         batches: Iterable[Batch],
         storage: torch.device | str = "cpu",
         ranks: Ranks | None = None,
+        device: torch.device | None = None,
     ):
         self.blocks, self.storage, self.ranks = blocks, torch.device(storage), ranks or Ranks()
-        self.device = next(model.parameters()).device
+        self._home = next(model.parameters()).device
+        self.device = device or self._home
         self.hidden = Shelf(self.storage)
         self.masks: list[Tensor | None] = []
         self._calls: list[list[Call]] = []
@@ -209,7 +212,7 @@ class Stream:
         return other
 
     def _enter(self, model: nn.Module, batch: Batch) -> None:
-        args, kwargs = _model_inputs(model, batch, self.device)
+        args, kwargs = _model_inputs(model, batch, self._home)
         calls: list[Call] = []
         between: tuple[Tensor, int] | None = None  # what a block returned, and its version
 
@@ -217,6 +220,7 @@ class Stream:
             def record(*args: Any, **kwargs: Any) -> Tensor:
                 nonlocal between
                 hidden, call = _without_hidden(args, kwargs)
+                call = Call(_to(call.args, self.device), _to(call.kwargs, self.device), call.key)
                 if number == 0:
                     self.hidden.put(len(self._calls), hidden)
                 elif number != len(calls) or between is None or not _same(hidden, *between):

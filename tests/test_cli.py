@@ -193,6 +193,14 @@ def test_inspect_prints_sites_savings_and_cost(folder):
         assert text in result.stdout
 
 
+def test_onload_writes_the_same_bits(arguments, tmp_path):
+    assert grail(*arguments).exit_code == 0
+    written = (tmp_path / "out" / "model.safetensors").read_bytes()
+    result = grail(*arguments, "--output", tmp_path / "again", "--onload", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == written
+
+
 def test_heldout_text_that_is_the_calibration_text_is_noted(arguments, folder):
     result = grail(*arguments, "--json", "--evaluate", folder / "calibration.txt", "--no-baseline")
     assert any("calibration text" in note for note in Report.from_json(result.stdout).notes)

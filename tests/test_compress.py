@@ -347,6 +347,29 @@ def test_activations_that_overflow_are_refused_with_their_site(tiny_llama, tiny_
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("settings", [{}, {"closed_loop": False}, {"drift_correction": 0.0}])
+def test_tokens_with_nan_are_dropped_on_request_as_if_masked(settings, tiny_llama, tiny_batches):
+    batches = tiny_batches()
+    poison = 96  # in the last sequence, all of which it spoils: 0·NaN is NaN in attention
+    for batch in batches:
+        batch[batch == poison] = 0
+    masks = [torch.ones_like(batch) for batch in batches]
+    batches[-1][-1, 5], masks[-1][-1] = poison, 0
+    masked = [{"input_ids": b, "attention_mask": m} for b, m in zip(batches, masks, strict=True)]
+    clean, poisoned = tiny_llama(), tiny_llama()
+    with torch.no_grad():
+        poisoned.model.embed_tokens.weight[poison, 3] = float("nan")
+    common = {"keep": 0.5, "sites": ("mlp", "heads"), "progress": False, **settings}
+    expected = grail.compress(clean, masked, **common)
+    report = grail.compress(poisoned, batches, **common, non_finite="drop")
+    notes = [note for note in report.notes if "16 tokens with NaN or Inf were dropped" in note]
+    assert len(notes) == len(report.sites) == 4
+    assert [row.tokens for row in report.sites] == [row.tokens for row in expected.sites]
+    for name, weight in clean.model.layers.named_parameters():
+        found = poisoned.model.layers.get_parameter(name)
+        torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["mlp.up_proj", "mlp.down_proj", "self_attn.k_proj"])
 def test_non_finite_weights_are_refused_with_their_layer(name, tiny_llama, tiny_batches):
     model = tiny_llama()
@@ -363,6 +386,8 @@ def test_non_finite_weights_are_refused_with_their_layer(name, tiny_llama, tiny_
     ("settings", "error", "message"),
     [
         ({"keep": 0.0}, InputError, r"\(0, 1\]"),
+        ({"non_finite": "ignore"}, InputError, "refuse, drop; got 'ignore'"),
+        ({"non_finite": "drop", "repair": True}, InputError, "repair counts every pixel"),
         ({"keep": 1.5}, InputError, r"\(0, 1\]"),
         ({"keep": 0.01}, InputError, "width of 0"),
         ({"keep": {"heads": 0.5}}, InputError, "not the site kind 'mlp'"),

@@ -153,6 +153,43 @@ def test_a_non_finite_activation_is_refused_and_nothing_is_added(value):
     assert gram.tokens == tokens
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("drifting", [False, True])
+def test_tokens_with_non_finite_values_are_dropped_on_request(masked, drifting, tmp_path):
+    x, drift = torch.randn(4, 10, H), torch.randn(4, 10, 3)
+    mask = torch.rand(4, 10) > 0.3
+    mask[0, 1] = mask[2, 2] = mask[3, 7] = True
+    x[0, 1, 2], x[2, 2, 0] = float("nan"), float("inf")
+    x[1] = x[1].where(mask[1, :, None], float("-inf"))  # does not count, so is not dropped either
+    drift[3, 7, 1] = float("nan")
+    whole = x.isfinite().all(-1) & (drift.isfinite().all(-1) | (not drifting))
+    counted = mask & whole if masked else whole
+    gram, expected = grail.Gram(H, non_finite="drop"), grail.Gram(H)
+    for rows in range(4):
+        beside = {"mask": mask[rows]} if masked else {}
+        beside |= {"drift": drift[rows]} if drifting else {}
+        gram.update(x[rows], **beside)
+    expected.update(x[counted], drift=drift[counted] if drifting else None)
+    assert gram.tokens == expected.tokens == int(counted.sum())
+    assert gram.dropped == int((mask & ~whole).sum() if masked else (~whole).sum()) > 1
+    torch.testing.assert_close(gram.matrix(), expected.matrix(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gram.sum, expected.sum, rtol=1e-5, atol=1e-5)
+    if drifting:
+        torch.testing.assert_close(gram.drift.cross, expected.drift.cross, rtol=1e-5, atol=1e-5)
+    gram.merge(gram)
+    gram.save(tmp_path / "gram.state")
+    assert grail.Gram.load(tmp_path / "gram.state").dropped == gram.dropped
+
+
+def test_a_gram_of_dropped_tokens_alone_says_so():
+    gram = grail.Gram(H, non_finite="drop")
+    gram.update(torch.full((5, H), float("nan")))
+    with pytest.raises(EmptyCalibrationError, match=r"5 with NaN or Inf were dropped"):
+        gram.matrix()
+    with pytest.raises(InputError, match="refuse, drop; got 'ignore'"):
+        grail.Gram(H, non_finite="ignore")
+
+
 def test_large_finite_values_are_counted_until_their_squares_overflow():
     gram = grail.Gram(H)
     gram.update(torch.full((2, H), 3e38))  # the channel sum overflows, no value is infinite
