@@ -36,6 +36,7 @@ from grail.export import export
 from grail.fit import Auto, Damping, Toward
 from grail.folder import check_output
 from grail.gram import NonFinite
+from grail.memory import ran_out
 from grail.models import load_model
 from grail.onload import require_usable
 from grail.options import Compensation, Options
@@ -89,7 +90,7 @@ class Commands(TyperGroup):
             typer.echo(f"grail: {error}", err=True)
             raise typer.Exit(2) from error
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not ran_out(error):
                 raise
             advice = "lower --batch-size or --sequence-length, or choose --device cpu"
             typer.echo(f"grail: out of memory; nothing was written: {advice}.", err=True)
@@ -97,12 +98,6 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as error:
             typer.echo("\ngrail: interrupted; nothing was written.", err=True)
             raise typer.Exit(130) from error
-
-
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    # On a CPU torch raises a plain RuntimeError.
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error)
 
 
 app = typer.Typer(

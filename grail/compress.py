@@ -98,8 +98,8 @@ def compress(
         A `Report`; the model is changed in place.
 
     Raises:
-        InputError, ModelError, EmptyCalibrationError, NonFiniteError, SolveError, StateError: the
-            model is as it was.
+        InputError, ModelError, EmptyCalibrationError, NonFiniteError, SolveError, StateError,
+        OutOfMemoryError: the model is as it was.
 
     In an initialised `torch.distributed` group all processes call this alike, with the same model
     and the same batches, and end with the same bits: see `grail.distributed`.
@@ -139,6 +139,7 @@ def compress(
     clock = Clock(device)
 
     with (
+        memory.explained(device, lambda: clock.failed, onload is not None),
         memory.Peak(device) as peak,
         Transaction() as transaction,
         steady(model),

@@ -12,6 +12,7 @@ __all__ = [
     "InputError",
     "ModelError",
     "NonFiniteError",
+    "OutOfMemoryError",
     "RankError",
     "SolveError",
     "StateError",
@@ -28,6 +29,10 @@ class EmptyCalibrationError(InputError):
 
 class ExportError(GrailError):
     """An output that could not be written, or that did not reload to the same logits."""
+
+
+class OutOfMemoryError(GrailError, MemoryError):
+    """The device or the host has too little memory; the message names what needs less."""
 
 
 class RankError(GrailError):

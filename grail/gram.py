@@ -63,6 +63,7 @@ class Gram:
         self._packed: Tensor | None = None
         self._buffer: _Buffer | None = None
         self._feed: _HostFeed | None = None
+        self._torn = False  # whether an update ended half-way
         if device is not None:
             self._allocate(torch.device(device))
 
@@ -81,6 +82,7 @@ class Gram:
             NonFiniteError: NaN or Inf among the counted tokens or their drift, unless those are
                 dropped. On a CPU it is raised here and nothing was added; on a GPU, where looking
                 would stall the stream, it is raised when a result is read.
+            StateError: an update before this one ended half-way, as where memory ran out.
         """
         if x.dim() == 0 or x.shape[-1] != self.channels:
             raise InputError(f"x must be [..., {self.channels}]; got {tuple(x.shape)}")
@@ -114,13 +116,17 @@ class Gram:
             sums = self._finite_sums(x)
             if drift is not None:
                 require_finite(drift, self._label())
-            self._add(x, None)
-            self._sum += sums
         else:
-            self._add(x, mask)
+            sums = None
+        self._require_whole()
+        self._torn = True
+        self._add(x, mask)
+        if sums is not None:  # a GPU sums up in the same pass
+            self._sum += sums
         if drift is not None:
             self._add_drift(drift.detach(), x, mask)
         self._tokens += x.shape[:-1].numel() if mask is None else mask.sum()
+        self._torn = False
 
     def _without_non_finite(
         self, x: Tensor, mask: Tensor | None, drift: Tensor | None
@@ -198,6 +204,8 @@ class Gram:
                 f"cannot merge a drift of {other.drift.outputs} outputs into one of "
                 f"{self.drift.outputs}"
             )
+        self._require_whole()
+        other._require_whole()
         if other._packed is None:
             return
         if self._packed is None:
@@ -220,6 +228,7 @@ class Gram:
         Raises:
             StateError: it could not be written; what was there stays.
         """
+        self._require_whole()
         if self._packed is None:
             self._allocate(torch.device("cpu"))
         self._flush()
@@ -316,7 +325,15 @@ class Gram:
         assert self._packed is not None
         return self._packed
 
+    def _require_whole(self) -> None:
+        if self._torn:
+            raise StateError(
+                f"{self._label()}: an update failed half-way (out of memory, or interrupted), so "
+                "the sums hold a part of its tokens; collect them anew"
+            )
+
     def _require_tokens(self) -> None:
+        self._require_whole()
         if self.tokens == 0:
             lost = f" ({self.dropped} with NaN or Inf were dropped)" if self.dropped else ""
             raise EmptyCalibrationError(

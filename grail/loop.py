@@ -54,6 +54,7 @@ class Clock:
         self._device = device
         self._stack: list[str] = []
         self._since = 0.0
+        self.failed = ""  # the phase in which an error came up
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -62,6 +63,9 @@ class Clock:
         self._stack.append(phase)
         try:
             yield
+        except BaseException:
+            self.failed = self.failed or phase
+            raise
         finally:
             self._settle()
             self._stack.pop()

@@ -1,11 +1,18 @@
-"""Peak memory of a stretch of work: resident set on a CPU, the allocator's peak on a GPU."""
+"""Memory: what is in use, the peak of a stretch of work, and what to do when there is too little.
+
+In use is the resident set on a CPU, what the allocator handed out on a GPU.
+"""
 
 import ctypes
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 import torch
+
+from grail.errors import OutOfMemoryError
 
 _C = ctypes.CDLL(None)
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -43,6 +50,45 @@ class Peak:
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         else:
             self.bytes = _status("VmHWM")
+
+
+# What needs less of it, by phase of a run.
+_REMEDIES = {
+    "forward": "give smaller batches or shorter sequences",
+    "gram": "give smaller batches, or narrow one kind of site at a time",
+    "select": "choose a selector that searches less, such as wanda",
+    "solve": "fix alpha and drift_correction, which takes half of what choosing them takes",
+}
+
+
+@contextmanager
+def explained(device: torch.device, phase: Callable[[], str], onloads: bool) -> Iterator[None]:
+    """Turns running out of memory into an OutOfMemoryError that says what would need less.
+
+    Args:
+        device: where the work is.
+        phase: in which it was when it failed.
+        onloads: whether the model is elsewhere already.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        remedies = [_REMEDIES.get(phase(), "use a machine with more memory")]
+        if device.type == "cuda" and not onloads:
+            remedies.append("leave the model and the hidden states on the CPU: onload='cuda'")
+        raise OutOfMemoryError(
+            f"out of memory on {device} ({phase()}); the model is as it was. To need less, "
+            f"{'; or '.join(remedies)}"
+        ) from error
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory."""
+    # On a CPU torch raises a plain RuntimeError.
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)
 
 
 def _trim() -> None:
