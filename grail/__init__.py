@@ -1,6 +1,6 @@
 """GRAIL: rebuild what structured compression lost, in closed form, without labels."""
 
-from grail.collect import collect
+from grail.collect import Collected, collect
 from grail.compress import compress
 from grail.fit import Fit, fit
 from grail.gram import Gram
@@ -14,6 +14,7 @@ from grail.sites import Site, trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "Collected",
     "Fit",
     "Folding",
     "Gram",

@@ -5,28 +5,33 @@
     a/0003.0.held_out.state  the same of every fifth sequence, by which what is "auto" is chosen
     a/0003.0.channels.state  of channels alone, where taps of a convolution are columns of `train`
 
+`Collected` gives such a folder to `grail.compress`, which then needs no text, any number of times;
+being sums of the dense network, they are for the open loop.
+
 Sums add up, so statistics of two halves of a calibration are those of the whole, within the
 rounding of fp32 sums; counts of tokens exactly.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from grail import state
+from grail import select, state
 from grail.checkpoint import fingerprint, hashed
+from grail.distributed import Ranks
 from grail.errors import InputError, StateError
 from grail.folder import complete
-from grail.gram import Gram
+from grail.gram import Gram, NonFinite
 from grail.loop import Clock, Run
 from grail.onload import Onloader, computing_device
 from grail.options import Options
-from grail.sites import Site, find
-from grail.stream import Batch, Stream
+from grail.sites import Architecture, BoundSite, Site, find
+from grail.statistics import Statistics
+from grail.stream import Batch, Shelf, Stream
 from grail.transaction import Transaction, steady
 
 _INDEX, _KIND = "index.state", "statistics"
@@ -39,6 +44,7 @@ def collect(
     *,
     output: str | Path,
     per_tap: bool = True,
+    non_finite: NonFinite = "refuse",
     storage: torch.device | str = "cpu",
     onload: torch.device | str | None = None,
     progress: bool = True,
@@ -46,7 +52,7 @@ def collect(
     """Writes what the consumers of every site read in the dense network, in one pass over it.
 
     Args:
-        model, batches, sites, per_tap, storage, onload, progress: see `grail.compress`.
+        model, batches, sites, per_tap, non_finite, storage, onload, progress: see `grail.compress`.
         output: folder to create; one that exists must be empty.
 
     Returns:
@@ -56,7 +62,14 @@ def collect(
         InputError, ModelError, EmptyCalibrationError, NonFiniteError, StateError: nothing was
             written.
     """
-    options = Options(1.0, sites, closed_loop=False, drift_correction=0, per_tap=per_tap)
+    options = Options(
+        1.0,
+        sites,
+        closed_loop=False,
+        drift_correction=0,
+        per_tap=per_tap,
+        non_finite=non_finite,
+    )
     architecture = find(model, options.sites)
     device = computing_device(model, onload)
     onloader = Onloader(architecture.blocks, None if onload is None else device)
@@ -85,6 +98,94 @@ def collect(
             index["sites"][site.name] = list(grams)
         state.write(folder / _INDEX, _KIND, index, {})
     return Path(output)
+
+
+class Collected:
+    """Statistics that `collect` or `merge` wrote, in the place of batches of `grail.compress`.
+
+    Args:
+        folder: that they wrote.
+
+    Raises:
+        StateError: no such folder, or a damaged one.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._index = state.read(self.folder / _INDEX, _KIND).content
+
+    def stream(
+        self, model: nn.Module, architecture: Architecture, options: Options, device: torch.device
+    ) -> Stream:
+        """Stands for the calibration, of which no batch is left.
+
+        Raises:
+            InputError: statistics of another model or other sites, or options that need batches.
+        """
+        needs = {
+            "closed_loop=False": options.closed_loop,
+            f"per_tap={self._index['per_tap']}": options.per_tap != self._index["per_tap"],
+            "a selector without gradients": select.needs_gradient(select.get(options.selector)),
+        }
+        for setting, missing in needs.items():
+            if missing:
+                raise InputError(
+                    f"{self.folder} holds sums of the dense network, no batches: give {setting}"
+                )
+        if self._index["model"] != fingerprint(model):
+            raise InputError(f"{self.folder} holds statistics of another model")
+        names = [site.name for site in options.all_sites(architecture)]
+        if unknown := [name for name in names if name not in self._index["sites"]]:
+            raise InputError(f"{self.folder} holds no statistics of {', '.join(unknown)}")
+        return _Past(architecture.blocks, self._index["calibrations"], device)
+
+    def statistics(self, site: BoundSite, options: Options, stream: Stream) -> list[Statistics]:
+        """Those of each consumer of a site; where nothing is to be held out, of all sequences."""
+        by_consumer: list[dict[str, Gram]] = [{} for _ in site.consumers]
+        for file in self._index["sites"][site.name]:
+            _, consumer, name, _ = file.split(".")
+            by_consumer[int(consumer)][name] = Gram.load(self.folder / file, stream.device)
+        if not options.holds_out:
+            for grams in by_consumer:
+                grams["train"].merge(grams["held_out"])
+                grams["held_out"] = Gram(grams["train"].channels, stream.device, site.name)
+        return [
+            Statistics(
+                site.name,
+                consumer,
+                stream,
+                options.holds_out,
+                per_tap=self._index["per_tap"],
+                partial=site.beside is not None,
+                grams=grams,
+            )
+            for consumer, grams in zip(site.consumers, by_consumer, strict=True)
+        ]
+
+
+class _Past(Stream):
+    """A calibration that ran through the network before: its counts, no batches."""
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        calibrations: Sequence[Mapping[str, int]],
+        device: torch.device,
+    ):
+        self.blocks, self.storage, self.device = blocks, torch.device("cpu"), device
+        self.ranks, self.hidden, self.own_tokens = Ranks(), Shelf(self.storage), 0
+        self.tokens, self._sequences = (
+            sum(calibration[count] for calibration in calibrations)
+            for count in ("tokens", "sequences")
+        )
+
+    @property
+    def samples(self) -> int:
+        return self._sequences
+
+    @property
+    def holds_out(self) -> bool:
+        return True
 
 
 def merge(folders: Sequence[str | Path], output: str | Path) -> Path:

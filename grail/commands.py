@@ -26,11 +26,12 @@ from typer.core import TyperGroup
 
 from grail import __version__, checkpoint, select
 from grail.calibration import load_texts, token_batches
+from grail.collect import Collected
 from grail.collect import collect as collect_statistics
 from grail.collect import merge as merge_statistics
 from grail.compress import compress as compress_model
 from grail.distributed import launched, ranks
-from grail.errors import GrailError
+from grail.errors import GrailError, InputError
 from grail.evaluate import evaluate as evaluate_model
 from grail.export import export
 from grail.fit import Auto, Damping, Toward
@@ -173,18 +174,22 @@ def root(
 def compress(
     ctx: typer.Context,
     model: Model,
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for model, report.json and report.html; new or empty."),
+    ],
     calibration: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="TEXT",
             help="Text on which activations are collected: .txt, .jsonl or .parquet (field "
             "'text'), or a dataset name. Take text like the text the model is for.",
         ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(help="Folder for model, report.json and report.html; new or empty."),
-    ],
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="In its place, a folder that `grail stats` wrote; with --open-loop."),
+    ] = None,
     keep: Annotated[
         float,
         typer.Option(help="Share of the channels or heads that stays, in (0, 1]."),
@@ -316,6 +321,10 @@ def compress(
             checkpoint.clear(resume_dir)
             _print_result(Report.from_json(written.read_text(encoding="utf-8")), output, as_json)
         return
+    if (calibration is None) == (statistics is None):
+        raise InputError("give either --calibration or --statistics")
+    if statistics and closed_loop:
+        raise InputError("--statistics are of the dense network: give --open-loop with them")
     check_output(output)
     for source in filter(None, (calibration, evaluate)):
         next(load_texts(source), None)
@@ -325,9 +334,13 @@ def compress(
 
     network, tokenizer = load()
     with _warnings_as_notes() as notes:
-        batches = cut(calibration, tokenizer, tokens=tokens, seed=seed)
+        batches: list[Tensor] | Collected = (
+            cut(calibration, tokenizer, tokens=tokens, seed=seed)
+            if calibration
+            else Collected(str(statistics))
+        )
         heldout = cut(evaluate, tokenizer, tokens=evaluate_tokens) if evaluate else []
-    if evaluate == calibration:
+    if evaluate and evaluate == calibration:
         notes.append("The held-out text is the calibration text: the comparison is too kind.")
     brought = device if onload else None
     plan = _plan(network, options, keep, batches, brought)
@@ -361,7 +374,7 @@ def compress(
         )
 
     report.model["name"] = _name(model)
-    report.calibration["source"] = calibration
+    report.calibration["source"] = calibration or str(statistics)
     report.evaluation = evaluation
     report.notes += notes
     _say("Writing, and loading again to compare …")
@@ -518,14 +531,20 @@ def stats_merge(
 
 
 def _plan(
-    network: Any, options: Options, keep: float, batches: list[Tensor], onload: str | None
+    network: Any,
+    options: Options,
+    keep: float,
+    batches: list[Tensor] | Collected,
+    onload: str | None,
 ) -> Inspection:
-    rows, length = batches[0].shape
+    rows, length, tokens = 1, 8, 0  # where sums were collected no text runs through the model
+    if not isinstance(batches, Collected):
+        (rows, length), tokens = batches[0].shape, sum(batch.numel() for batch in batches)
     return inspect_model(
         network,
         options=options,
         keeps=(keep,),
-        tokens=sum(batch.numel() for batch in batches),
+        tokens=tokens,
         sequence_length=length,
         batch_size=rows,
         onload=onload,

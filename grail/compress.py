@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from grail import checkpoint, memory, plan, select
+from grail.collect import Collected
 from grail.distributed import Ranks, checksum, ranks, refuse_sharded, watched
 from grail.errors import InputError, NonFiniteError
 from grail.fit import Auto, Damping, Toward
@@ -26,7 +28,7 @@ from grail.width import Width
 
 def compress(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Collected,
     keep: Keep = 0.7,
     sites: Sequence[str | Site] | None = None,
     selector: str | select.Selector = "greedy",
@@ -55,7 +57,8 @@ def compress(
             sites are named.
         batches: calibration, read once: LongTensor [B, L] of token ids, images [B, C, H, W],
             tuples of the model's arguments, or mappings of its keyword arguments, where an
-            `attention_mask` marks the tokens that count.
+            `attention_mask` marks the tokens that count. Or `grail.Collected(folder)`, statistics
+            that `grail.collect` wrote, for the open loop.
         keep: the share of each site's channels that stays, in (0, 1]; or one for each kind or
             site, {"mlp": 0.5, "heads": 0.7}, or for each block of a kind, {"mlp": [0.9, 0.8, …]}.
             The nearest width that the structure allows is used and reported.
@@ -147,13 +150,20 @@ def compress(
         checkpoint.opened(resume_dir, model, options, transaction, processes) as resumed,
         clock("other"),
     ):
+        known = None
         with clock("forward"):
-            read = batches if resumed is None else resumed.reading(batches)
-            stream = _stream(model, architecture, read, storage, device, processes, options)
+            if isinstance(batches, Collected):
+                if resumed is not None or processes.count > 1:
+                    raise InputError("collected statistics are for one process, without resume_dir")
+                stream = batches.stream(model, architecture, options, device)
+                known = partial(batches.statistics, options=options, stream=stream)
+            else:
+                read = batches if resumed is None else resumed.reading(batches)
+                stream = _stream(model, architecture, read, storage, device, processes, options)
         if options.shifts_bias:
             architecture.make_room(dense, transaction)
         predicted = _predicted_peak(architecture, options, stream, onload is not None)
-        run = Run(architecture, options, stream, transaction, clock, resumed, onloader)
+        run = Run(architecture, options, stream, transaction, clock, resumed, onloader, known)
         rows = run.all_blocks(progress)
         architecture.settle(widths, transaction)
 
@@ -171,7 +181,7 @@ def compress(
             "tokens": stream.tokens,
             "sequences": stream.samples,
             "sequence_length": max(
-                h.shape[1] if stream.has_sequences(h) else 1 for h in stream.hidden
+                (h.shape[1] if stream.has_sequences(h) else 1 for h in stream.hidden), default=None
             ),
         },
         sites=rows,
@@ -213,7 +223,7 @@ def _predicted_peak(
     """Bytes that the run adds; 0 where they depend on more than shapes of weights."""
     if architecture.activations_per_token is None:
         return 0
-    batch_tokens = max(h.shape[:2].numel() for h in stream.hidden)
+    batch_tokens = max((h.shape[:2].numel() for h in stream.hidden), default=0)
     parts = plan.demand(
         architecture,
         options,

@@ -91,6 +91,7 @@ class Run:
             "absorb", "checkpoint".
         checkpoint: where to go on from, and what to keep after each block.
         onload: brings each block to where it runs; none is needed where it is there already.
+        known: the statistics of sites that were collected before, where the stream is empty.
     """
 
     def __init__(
@@ -102,12 +103,14 @@ class Run:
         clock: Clock,
         checkpoint: Checkpoint | None = None,
         onload: Onloader | None = None,
+        known: Callable[[BoundSite], list[Statistics]] | None = None,
     ):
         self.architecture, self.options, self.stream = architecture, options, stream
         self.transaction, self.clock, self._checkpoint = transaction, clock, checkpoint
         self.widths = options.widths(architecture)
         self._onload = onload or Onloader(stream.blocks, None)
         self._dense = stream.fork() if options.follows_drift else None
+        self._known = known
         self._memo = Memo((), stream)
         self._ranks = stream.ranks
         # What the network is to hold where each site of a block lands; and the shelves of those
@@ -266,7 +269,7 @@ class Run:
             finish: whether the stream moves to the block's output; without, a batch ends where
                 all has been seen.
         """
-        collected = {site: self._statistics(site) for site in sites}
+        collected = {site: (self._known or self._statistics)(site) for site in sites}
         batch = 0
         inputs: dict[Consumer, tuple[Tensor, Tensor | None]] = {}
         waiting: set[Consumer] = set()

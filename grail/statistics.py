@@ -1,5 +1,6 @@
 """What a run collects of one consumer: the Gram of most samples, and the Gram of those held out."""
 
+from collections.abc import Mapping
 from functools import partial as bind
 
 from torch import Tensor
@@ -20,6 +21,7 @@ class Statistics:
         per_tap: whether a convolution's taps are columns of their own (see `Consumer.by_tap`).
         partial: whether the consumer gets only some of the tokens.
         non_finite: what becomes of tokens with NaN or Inf (see `Gram`).
+        grams: by name, that were collected before; nothing more is added then.
 
     `train`: for the fit. `held_out`: for what is chosen; None if it has no token. `channels`: of
     the channels alone, for selection; the same as `train` unless taps are columns.
@@ -34,13 +36,18 @@ class Statistics:
         per_tap: bool,
         partial: bool = False,
         non_finite: NonFinite = "refuse",
+        grams: Mapping[str, Gram] | None = None,
     ):
         self._consumer, self._stream, self._holds_out = consumer, stream, holds_out
         self.name, self.per_tap, self._partial = name, per_tap, partial
         columns = consumer.channels * (consumer.taps if per_tap else 1)
         make = bind(Gram, device=stream.device, name=name, non_finite=non_finite)
-        self.train, self._held_out = make(columns), make(columns)
-        self.channels = self.train if columns == consumer.channels else make(consumer.channels)
+        sizes = {"train": columns, "held_out": columns}
+        if columns > consumer.channels:
+            sizes["channels"] = consumer.channels
+        self._grams = grams or {key: make(size) for key, size in sizes.items()}
+        self.train, self._held_out = self._grams["train"], self._grams["held_out"]
+        self.channels = self._grams.get("channels", self.train)
 
     def update(
         self, batch: int, x: Tensor, drift: Tensor | None = None, places: Tensor | None = None
@@ -88,10 +95,9 @@ class Statistics:
             held = held.repeat_interleave(tokens.shape[0] // samples)
         return mask, held
 
-    def named_grams(self) -> dict[str, Gram]:
+    def named_grams(self) -> Mapping[str, Gram]:
         """All of them, each once, those without tokens too."""
-        grams = {"train": self.train, "held_out": self._held_out}
-        return grams if self.channels is self.train else {**grams, "channels": self.channels}
+        return self._grams
 
     def scarce(self, kept: int) -> bool:
         """Whether a layer that gets only some tokens got too few of them for `kept` channels."""

@@ -139,6 +139,120 @@ def test_a_calibration_that_fails_writes_nothing(tiny_llama, tiny_batches, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+OPEN = {"closed_loop": False, "progress": False}
+
+
+def assert_same_weights(model, other):
+    for name, weight in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"keep": 0.5}, {"keep": 0.7, "selector": "wanda", "compensate": "both", "alpha": 1e-3}],
+)
+def test_what_was_collected_compresses_like_the_batches_themselves(
+    settings, collected, tiny_llama, tiny_batches
+):
+    batches, there = tiny_batches(count=5), {"mlp_bias": True, "attention_bias": True}
+    model, other = tiny_llama(**there), tiny_llama(**there)
+    folder = grail.collect(model, batches, ("mlp", "heads"), output=collected("x", batches) / "b")
+    expected = grail.compress(model, batches, sites=("mlp", "heads"), **OPEN, **settings)
+    report = grail.compress(
+        other, grail.Collected(folder), sites=("mlp", "heads"), **OPEN, **settings
+    )
+    for ours, theirs in zip(report.sites, expected.sites, strict=True):
+        assert ours.tokens == theirs.tokens
+        assert ours.error == pytest.approx(theirs.error, rel=1e-5)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], weight, rtol=1e-3, atol=1e-5)
+    assert report.calibration["tokens"] == expected.calibration["tokens"] == 5 * 2 * 16
+    assert report.calibration["sequences"] == 10
+
+
+def test_one_collection_serves_any_sites_and_widths(collected, tiny_llama, tiny_batches):
+    batches = tiny_batches(count=5)
+    collection = grail.Collected(collected("a", batches))
+    for keep in (0.5, 0.8):
+        model, other = tiny_llama(), tiny_llama()
+        grail.compress(model, batches, keep, ("mlp",), **OPEN)
+        grail.compress(other, collection, keep, ("mlp",), **OPEN)
+        assert_same_weights(model, other)
+
+
+def test_merged_halves_compress_like_the_whole(collected, tiny_llama, tiny_batches, tmp_path):
+    batches = tiny_batches(count=10)  # so that both halves hold out what the whole does
+    halves = collected("a", batches[:5]), collected("b", batches[5:])
+    model, other = tiny_llama(), tiny_llama()
+    report = grail.compress(model, batches, 0.5, ("mlp", "heads"), **OPEN)
+    both = grail.Collected(merge(halves, tmp_path / "c"))
+    found = grail.compress(other, both, 0.5, ("mlp", "heads"), **OPEN)
+    assert found.calibration["tokens"] == report.calibration["tokens"]
+    for ours, theirs in zip(found.sites, report.sites, strict=True):
+        assert ours.error == pytest.approx(theirs.error, rel=1e-5)
+        assert ours.tokens == theirs.tokens
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_tap", [False, True])
+def test_convolutions_compress_from_what_was_collected(per_tap, tmp_path):
+    batches = images()
+    model, other = network("torchvision-basic"), network("torchvision-basic")
+    taps = {"per_tap": per_tap}
+    folder = grail.collect(model, batches, output=tmp_path / "a", progress=False, **taps)
+    grail.compress(model, batches, 0.5, **OPEN, **taps)
+    grail.compress(other, grail.Collected(folder), 0.5, **OPEN, **taps)
+    assert_same_weights(model, other)
+
+
+def test_experts_compress_from_what_was_collected(tiny_model, tiny_batches, tmp_path):
+    model, other = tiny_model("mixtral"), tiny_model("mixtral")
+    folder = grail.collect(
+        model, tiny_batches(), ("experts",), output=tmp_path / "a", progress=False
+    )
+    report = grail.compress(model, tiny_batches(), 0.5, ("experts",), **OPEN)
+    found = grail.compress(other, grail.Collected(folder), 0.5, ("experts",), **OPEN)
+    assert_same_weights(model, other)
+    assert found.notes == report.notes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"closed_loop": True}, "give closed_loop=False"),
+        ({"per_tap": False}, "give per_tap=True"),
+        ({"selector": "wanda++"}, "a selector without gradients"),
+        ({"sites": ("mlp", "heads")}, r"no statistics of model\.layers\.0\.self_attn, model"),
+        ({"resume_dir": "state"}, "without resume_dir"),
+    ],
+)
+def test_what_needs_more_than_sums_is_refused(
+    settings, message, collected, tiny_llama, tiny_batches, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    collection = grail.Collected(collected("a", tiny_batches(), sites=("mlp",)))
+    with pytest.raises(InputError, match=message):
+        grail.compress(tiny_llama(), collection, 0.5, **{**OPEN, **settings})
+    with pytest.raises(InputError, match="statistics of another model"):
+        grail.compress(tiny_llama(seed=1), collection, 0.5, **OPEN)
+    with pytest.raises(StateError, match=r"nothing/index\.state"):
+        grail.Collected("nothing")
+
+
+def test_tokens_that_were_dropped_are_told_when_the_sums_are_used(
+    tiny_llama, tiny_batches, tmp_path
+):
+    model, batches = tiny_llama(), tiny_batches()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[96] = float("nan")
+    batches[-1][-1, -1] = 96
+    arguments = {"output": tmp_path / "a", "progress": False, "non_finite": "drop"}
+    collection = grail.Collected(grail.collect(model, batches, **arguments))
+    report = grail.compress(model, collection, 0.5, **OPEN)
+    assert sum("were dropped" in note for note in report.notes) == 2
+
+
 def test_the_command_line_collects_and_merges(tiny_folder, tmp_path):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
@@ -156,3 +270,22 @@ def test_the_command_line_collects_and_merges(tiny_folder, tmp_path):
     result = CliRunner().invoke(commands.app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     assert {gram.tokens for gram in grams(tmp_path / "c").values()} == {128}
+
+    def compress(*more):
+        arguments = ["compress", tiny_folder, "--output", tmp_path / "out", "--keep", 0.5, *more]
+        return CliRunner().invoke(commands.app, list(map(str, arguments)))
+
+    statistics = ["--statistics", tmp_path / "c"]
+    refused = {
+        "give either --calibration or --statistics": [*statistics, "--calibration", "a.txt"],
+        "give --open-loop": statistics,
+    }
+    for message, more in refused.items():
+        result = compress(*more)
+        assert result.exit_code == 2
+        assert message in result.stderr
+    result = compress(*statistics, "--open-loop")
+    assert result.exit_code == 0, result.output
+    report = grail.Report.from_json((tmp_path / "out" / "report.json").read_text())
+    assert report.calibration["tokens"] == 128
+    assert report.calibration["source"] == str(tmp_path / "c")
