@@ -14,6 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from .counting import (  # noqa: F401, hooks of pytest
+    pytest_addoption,
+    pytest_configure,
+    pytest_terminal_summary,
+)
+
 VOCABULARY = 97
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DECODERS = (

@@ -18,6 +18,7 @@ from grail.errors import InputError, StateError
 
 from . import processes
 from .convnets import images, network
+from .counting import injected
 
 
 class Killed(BaseException):
@@ -37,6 +38,7 @@ def kill(monkeypatch):
             save(self, *arguments)
             saved += 1
             if saved == after:
+                injected("killed runs")
                 raise Killed
 
         monkeypatch.setattr(checkpoint.Checkpoint, "save", saving)
@@ -285,7 +287,9 @@ def test_the_command_line_survives_kills_at_random_moments(tmp_path):
     subprocess.run([*command, "--output", tmp_path / "killing.csv"], check=True, env=environment)
     rows = list(csv.DictReader((tmp_path / "killing.csv").open()))
     assert [row["bitwise equal"] for row in rows] == ["yes"] * 4
-    assert sum(int(row["deaths"]) for row in rows) > 0
+    deaths = sum(int(row["deaths"]) for row in rows)
+    assert deaths > 0
+    injected("killed runs", deaths)
 
 
 def test_a_command_that_was_killed_once_its_output_was_there_is_done(
@@ -303,6 +307,7 @@ def test_a_command_that_was_killed_once_its_output_was_there_is_done(
     command = list(map(str, command))
 
     def die(_):
+        injected("killed runs")
         raise Killed
 
     with monkeypatch.context() as patch:

@@ -11,6 +11,7 @@ import grail
 from grail.errors import EmptyCalibrationError, InputError, ModelError, NonFiniteError
 
 from .conftest import FAMILIES
+from .counting import injected
 
 ALPHA = 1e-2
 
@@ -320,6 +321,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(error, tiny_llama, tiny_b
         nonlocal calls
         calls += 1
         if calls == 3:
+            injected("interrupted runs")
             raise error
         return view.width.best(view.gram.energy)
 

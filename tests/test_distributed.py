@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import grail
 from grail.distributed import Group, all_reduce
 from grail.errors import InputError
 
+from .counting import injected
 from .processes import compressed, network, run
 
 H, O = 40, 6
@@ -111,6 +111,7 @@ def _one_dies(number: int) -> None:
 
 def test_a_process_that_is_lost_ends_the_others_with_an_error():
     start = time.monotonic()
+    injected("lost or failing processes")
     survivor, _ = run(2, _one_dies)
     assert survivor.startswith("RankError: process 0 of 2 lost touch with another")
     assert time.monotonic() - start < 30  # not by the group's timeout
@@ -238,6 +239,7 @@ class _Broken(torch.nn.Module):
 
 
 def test_a_fault_in_one_process_leaves_the_models_of_all_as_they_were():
+    injected("lost or failing processes")
     healthy, broken = run(2, _non_finite)
     assert healthy.startswith("RankError: process 1 of 2 failed: NonFiniteError: activations of")
     assert broken.startswith("NonFiniteError: activations of model.layers.1")
@@ -250,23 +252,14 @@ def test_a_sharded_model_is_refused():
         grail.compress(model, padded())
 
 
-def _command_line(arguments: list[str], processes: int, port: int) -> str:
-    """What `grail` prints, started in so many processes with the variables that torchrun sets."""
-    started = []
-    for number in range(processes):
-        environment = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "grail", *arguments],
-                env={**os.environ, **{key: str(value) for key, value in environment.items()}},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-    printed = [process.communicate(timeout=100)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * processes
-    return "".join(printed)
+def _command_line(arguments: list[str], processes: int) -> str:
+    """What `grail` prints, started by torchrun where there are several processes."""
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [sys.executable, "-m", *(several if processes > 1 else ()), "grail", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_command_line_writes_in_two_processes_what_it_writes_in_one(tmp_path, tiny_folder):
@@ -274,11 +267,8 @@ def test_the_command_line_writes_in_two_processes_what_it_writes_in_one(tmp_path
     text.write_text(" ".join(f"w{3 + 7 * i % 90}" for i in range(600)))
     command = ["compress", str(tiny_folder), "--keep", "0.5", "--device", "cpu", "--json"]
     command += ["--calibration", str(text), "--tokens", "320", "--sequence-length", "16"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     reports = [
-        json.loads(_command_line([*command, "--output", str(tmp_path / str(count))], count, port))
+        json.loads(_command_line([*command, "--output", str(tmp_path / str(count))], count))
         for count in (1, 2)
     ]
     assert reports[0]["calibration"] == reports[1]["calibration"]

@@ -5,12 +5,15 @@ from bench import failsafe
 from bench.failsafe import CASES, METHODS, RESULTS, Answer, measure, outcome, problem, table, trials
 from bench.measuring import read_rows
 
+from .counting import injected
+
 NUMBER = 2  # problems of each case
 TRIALS = [(f"{name} {i % NUMBER}", trial) for i, (name, trial) in enumerate(trials(NUMBER))]
 
 
 @pytest.mark.parametrize("trial", [trial for _, trial in TRIALS], ids=[name for name, _ in TRIALS])
 def test_a_corrupted_problem_is_refused_flagged_or_solved(trial):
+    injected("corrupted problems")
     found, ratio = outcome(failsafe.ours, trial)
     assert found != "silent", ratio
     assert trial.solvable or found == "refused"

@@ -12,6 +12,7 @@ from grail.errors import GrailError, OutOfMemoryError, StateError
 from grail.loop import Run
 from grail.stream import Stream
 
+from .counting import injected
 from .test_compress import assert_untouched, fingerprint
 
 EXHAUSTED = RuntimeError(
@@ -43,6 +44,7 @@ def test_too_little_memory_names_what_needs_less_and_leaves_the_model_alone(
         nonlocal left
         left -= 1
         if left < 0:
+            injected("allocations that fail")
             raise error
         return whole(*args, **kwargs)
 
@@ -83,6 +85,7 @@ def test_a_gram_whose_update_ended_half_way_gives_nothing_out(stage, monkeypatch
     gram.update(x, drift=drift)
 
     def fails(*args):
+        injected("allocations that fail")
         raise EXHAUSTED
 
     with monkeypatch.context() as patch:
@@ -144,5 +147,6 @@ assert fingerprint(model) == before
 def test_a_process_that_really_runs_out_says_so_and_goes_on():
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    injected("allocations that fail")
     assert "out of memory on cpu (forward)" in done.stdout
     assert "smaller batches" in done.stdout

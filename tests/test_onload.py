@@ -16,6 +16,7 @@ from grail.options import Options
 from grail.sites import find
 
 from .convnets import images, network
+from .counting import injected
 from .test_compress import assert_untouched, fingerprint
 
 CPU = torch.device("cpu")
@@ -138,6 +139,7 @@ def test_a_run_that_fails_leaves_the_host_as_it_was(error, tiny_llama, tiny_batc
         nonlocal calls
         calls += 1
         if calls == 2:
+            injected("interrupted runs")
             raise error
         return grail.select.get("wanda")(view)
 

@@ -14,6 +14,8 @@ from bench import flipping
 from grail import state
 from grail.errors import InputError, StateError
 
+from .counting import injected
+
 TENSORS = {
     "matrix": torch.randn(3, 4),
     "scalar": torch.tensor(5),
@@ -57,6 +59,7 @@ def test_every_flipped_bit_is_found(tmp_path):
     data = path.read_bytes()
     for place in range(8 * len(data)):
         path.write_bytes(flipping.flipped(data, place))
+        injected("flipped bits in a state file")
         with pytest.raises(StateError, match=r"small\.state"):
             state.read(path, "test")
 
@@ -66,6 +69,7 @@ def test_damage_anywhere_is_found(kind, path):
     data, draw = path.read_bytes(), random.Random(0)
     for _ in range(40):
         path.write_bytes(flipping.damaged(data, kind, draw))
+        injected("damaged state files")
         with pytest.raises(StateError, match=r"one\.state"):
             state.read(path, "test")
 
@@ -127,6 +131,7 @@ def test_no_memory_is_taken_for_what_the_file_cannot_hold(path, monkeypatch):
 def test_no_bytes_make_the_reader_fail_in_another_way(data, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "fuzz.state"
     path.write_bytes(data)
+    injected("fuzzed state files")
     with pytest.raises(StateError):
         state.read(path, "test")
 
@@ -141,6 +146,7 @@ _JSON = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(where=st.sampled_from(["entry", "description", "hashes", "all"]), value=_JSON)
 def test_no_signed_header_makes_the_reader_fail_in_another_way(where, value, tmp_path_factory):
+    injected("fuzzed state files")
     path = tmp_path_factory.getbasetemp() / "signed.state"
     state.write(path, "test", CONTENT, {"x": torch.arange(3.0)})
 
