@@ -40,7 +40,8 @@ from torch import Tensor
 import grail
 from bench import assets, networks, scores
 from bench.endtoend import LENGTH, RESULTS, TEXTS, Table, conditions
-from grail import select
+from grail import budget, select
+from grail.select.flap import flap as flap_scores
 
 KEEPS = (0.5, 0.7, 0.3, 0.9, 0.8, 0.6, 0.4)
 # In the order of measuring; what grail.select knows beside them comes last.
@@ -66,6 +67,7 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "slimgpt": {"alpha": 0.01, "toward": "baseline", "drift_correction": 0.0},
 }
 SAMPLES = (16, 32, 64, 128, 256, 512, 1024, 2048)
+SEQUENCES = (4, 16, 64)  # of 1024 tokens, for the language model
 ALPHAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # Folding's variants: REPAIR resets the statistics of batch norms, for the baseline and for GRAIL.
 FOLDINGS: dict[str, dict[str, Any]] = {
@@ -210,16 +212,32 @@ class Bench:
         if (selector, keep, variant, samples) in self.out:
             return
         network = copy.deepcopy(self.subject.network)
+        chosen = {"keep": keep, "sites": self.subject.sites, **self.subject.settings, **settings}
         report = grail.compress(
-            network,
-            self._batches(samples),
-            keep=keep,
-            sites=self.subject.sites,
-            selector=selector,
-            progress=False,
-            **{**self.subject.settings, **settings},
+            network, self._batches(samples), selector=selector, progress=False, **chosen
         )
         self._add(selector, keep, variant, samples, network, report)
+
+    def scores(self, of: Callable[[select.View], Tensor]) -> list[Tensor]:
+        """A selector's scores of every site of the dense network."""
+        found: list[Tensor] = []
+
+        def listen(view: select.View) -> Any:
+            found.append(of(view))
+            return view.width.best(found[-1])
+
+        grail.compress(
+            copy.deepcopy(self.subject.network),
+            self._batches(self.subject.samples),
+            keep=0.5,
+            sites=self.subject.sites,
+            selector=listen,
+            compensate=False,
+            closed_loop=False,
+            drift_correction=0.0,
+            progress=False,
+        )
+        return found
 
     def _add(
         self, selector: str, keep: float, variant: str, samples: int, network: Any, report: Any
@@ -258,30 +276,54 @@ def table(name: str, only: tuple[str, ...], keeps: tuple[float, ...]) -> None:
             bench.measure(selector, keep, variant, settings)
 
 
-def studies(name: str) -> None:
-    """Calibration size, α, the loop, and folding, at half of the channels and at 0.3."""
+def studies(name: str, keeps: tuple[float, ...]) -> None:
+    """Calibration size, α, the loop, folding and budgets, at half of the channels and at 0.3."""
     bench = Bench(name, f"studies_{name}.csv")
-    for row in _studies(name):
-        bench.measure(*row)
+    language = name == "smollm2"
+    for keep in keeps or ((0.5,) if language else (0.5, 0.3)):
+        for row in _studies(name, keep):
+            bench.measure(*row)
+        if language:
+            for selector, variant, settings in _budgets(bench, keep):
+                bench.measure(selector, keep, variant, settings)
 
 
-def _studies(name: str) -> Iterator[tuple[str, float, str, dict[str, Any], int]]:
+def _budgets(bench: "Bench", keep: float) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """FLAP's and SlimGPT's uneven widths, as published and with grail's defaults."""
+    blocks = bench.subject.network.config.num_hidden_layers
+    shares = {
+        "flap": budget.flap(bench.scores(flap_scores), keep),
+        "slimgpt": budget.slimgpt(blocks, keep),
+    }
+    for selector, even in AS_PUBLISHED.items():
+        uneven = {"keep": {"mlp": shares[selector]}}
+        yield selector, "own", even
+        yield selector, "own, its budget", {**even, **uneven}
+        yield selector, "ours", {}
+        yield selector, "ours, its budget", uneven
+
+
+def _studies(name: str, keep: float) -> Iterator[tuple[str, float, str, dict[str, Any], int]]:
     default = 0
-    for keep in (0.5, 0.3):
-        for samples in SAMPLES:
-            for variant in ("grail", "ours"):
-                yield "wanda", keep, variant, VARIANTS[variant], samples
-        for alpha in ALPHAS:
-            yield "wanda", keep, f"alpha={alpha:g}", {**PAPER, "alpha": alpha}, default
-            settings = {**PAPER, "alpha": alpha, "toward": "baseline"}
-            yield "wanda", keep, f"alpha={alpha:g} toward baseline", settings, default
-        yield "wanda", keep, "open loop", {**PAPER, "closed_loop": False}, default
+    convolutional = name in ("resnet18", "efficientnet")
+    for samples in SEQUENCES if name == "smollm2" else SAMPLES:
+        for variant in ("grail", "ours"):
+            yield "wanda", keep, variant, VARIANTS[variant], samples
+    for alpha in ALPHAS:
+        yield "wanda", keep, f"alpha={alpha:g}", {**PAPER, "alpha": alpha}, default
+        settings = {**PAPER, "alpha": alpha, "toward": "baseline"}
+        yield "wanda", keep, f"alpha={alpha:g} toward baseline", settings, default
+    yield "wanda", keep, "open loop", {**PAPER, "closed_loop": False}, default
+    if convolutional:
         yield "wanda", keep, "per tap", {**PAPER, "per_tap": True}, default
-        yield "wanda", keep, "drift", {**PAPER, "per_tap": True, "drift_correction": 1.0}, default
-        yield "wanda", keep, "ours, both", {"compensate": "both"}, default
-        for variant, settings in FOLDINGS.items():
-            if name == "resnet18" or "REPAIR" not in variant:
-                yield "folding", keep, variant, settings, default
+    yield "wanda", keep, "drift", {**PAPER, "per_tap": True, "drift_correction": 1.0}, default
+    yield "wanda", keep, "ours, both", {"compensate": "both"}, default
+    if not convolutional:
+        refitted = {"sites": ("mlp", "heads"), "keep": {"mlp": keep, "heads": 1.0}}
+        yield "wanda", keep, "ours, attention's outputs refitted, too", refitted, default
+    for variant, settings in FOLDINGS.items():
+        if name == "resnet18" or "REPAIR" not in variant:
+            yield "folding", keep, variant, settings, default
 
 
 def main() -> None:
@@ -295,10 +337,10 @@ def main() -> None:
     parser.add_argument("--keep", default="", help="keep ratios, separated by commas")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    keeps = tuple(float(k) for k in arguments.keep.split(",") if k)
     if arguments.studies:
-        studies(arguments.network)
+        studies(arguments.network, keeps)
     else:
-        keeps = tuple(float(k) for k in arguments.keep.split(",") if k)
         table(arguments.network, tuple(filter(None, arguments.only.split(","))), keeps)
 
 

@@ -1,0 +1,374 @@
+"""What compressing models that do not fit here would take: a simulation, not a measurement.
+
+    python bench/simulate.py                 all models; results in bench/results/simulated.csv
+    python bench/simulate.py --models llama-2-7b
+
+One block of a model's shape, shrunk by a whole number, is really compressed, by the driver, with
+the settings of a user who sets nothing. Of each phase its FLOPs and seconds are counted: their
+quotient is the measured rate. FLOPs are then scaled to the full shape, those of forward passes and
+Grams by tokens and the square of the widths, those of selections and solves by the cube of the
+widths, and times the number of blocks. Small matrices are slower than large ones, so this
+overestimates; products of queries with keys and of their weights with values are left out.
+
+Two bases stand beside each other
+  measured   seconds at the rates of this machine
+  assumed    seconds at rates that one H100 SXM is assumed to sustain, from its data sheet; nothing
+             of it was measured
+
+Bytes moved are those of one device that onloads block by block: every block there and back, and the
+hidden states as often as the driver reads and writes them (counted in the same run). Peak memory on
+the device is `grail.plan.demand`. `smollm2-135m` is simulated, too, and measured (the column
+`measured_s`), which tells what the simulation is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.measuring import Row, machine, write_rows
+from grail import plan
+from grail.loop import Clock, Run
+from grail.onload import largest_block
+from grail.options import Options
+from grail.sites import find
+from grail.stream import Shelf, Stream
+from grail.transaction import Transaction, steady
+
+RESULTS = Path(__file__).parent / "results" / "simulated.csv"
+TOKENS, LENGTH = 131072, 2048
+TRIAL = 1024  # tokens of one of the two sequences of the shrunk block
+# How FLOPs grow with the widths, by phase; and with tokens.
+POWERS = {"forward": 2, "gram": 2, "select": 3, "solve": 3}
+BY_TOKENS = ("forward", "gram")
+# FLOP/s of an H100 SXM: 40% of 989 bf16, as large GEMMs reach inside models; of 67 fp64 a quarter,
+# as triangular solves are slower than GEMMs. Bytes/s to and from the host: PCIe 5 x16 at 80%.
+ASSUMED = {"forward": 4e14, "gram": 2e14, "select": 1.7e13, "solve": 1.7e13}
+ASSUMED_LINK = 5e10
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's configuration, by the names of transformers, and what to narrow.
+
+    `shrink`: divides widths and heads of the block that is really compressed.
+    """
+
+    kind: str
+    config: dict[str, int]
+    sites: tuple[str, ...]
+    shrink: int
+
+
+# Widths from the models' published configurations.
+SHAPES = {
+    "smollm2-135m": Shape(
+        "llama",
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+        },
+        ("mlp",),
+        3,
+    ),
+    "llama-2-7b": Shape(
+        "llama",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+        ("mlp",),
+        4,
+    ),
+    "llama-2-70b": Shape(
+        "llama",
+        {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+        },
+        ("mlp",),
+        8,
+    ),
+    "mixtral-8x22b": Shape(
+        "mixtral",
+        {
+            "hidden_size": 6144,
+            "intermediate_size": 16384,
+            "num_hidden_layers": 56,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        ("experts",),
+        8,
+    ),
+}
+# Divided by `Shape.shrink`; what else a configuration says stays.
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+class Counting(Clock):
+    """A clock that counts FLOPs by phase as well."""
+
+    def __init__(self, counter: FlopCounterMode):
+        super().__init__(torch.device("cpu"))
+        self._counter, self._before = counter, 0
+        self.flops: Counter[str] = Counter()
+
+    def _settle(self) -> None:
+        now = self._counter.get_total_flops()
+        if self._stack:
+            self.flops[self._stack[-1]] += now - self._before
+        self._before = now
+        super()._settle()
+
+
+@dataclass
+class Trial:
+    """What compressing the shrunk block took, by phase, and how often it moved hidden states."""
+
+    seconds: dict[str, float]
+    flops: dict[str, float]
+    moves: float
+
+
+def model_of(shape: Shape, shrink: int, layers: int, device: str) -> Any:
+    """A random model of a shape."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = {**shape.config, "num_hidden_layers": layers, "vocab_size": 32000}
+    if shrink > 1:
+        config |= {key: max(1, config[key] // shrink) for key in _WIDTHS}
+        config["vocab_size"] = 256
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.kind, **config))
+    return model.to(dtype).eval()
+
+
+def trial(shape: Shape, shrink: int) -> Trial:
+    """Compresses one shrunk block: seconds of a plain run, FLOPs of another one that counts."""
+    model, options = model_of(shape, shrink, 2, "cpu"), Options(keep=0.5, sites=shape.sites)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(256, (1, TRIAL), generator=generator) for _ in range(2)]
+    seconds: dict[str, float] = {}
+    for _ in range(2):  # the first time warms up
+        clock = Clock(torch.device("cpu"))
+        _run_block(copy.deepcopy(model), options, batches, clock)
+        seconds = clock.seconds
+    with FlopCounterMode(display=False, custom_mapping=_linear_algebra()) as counter:
+        counting = Counting(counter)
+        with _counted_moves() as moved:
+            run = _run_block(model, options, batches, counting)
+    hidden = sum(tensor.nbytes for tensor in run.stream.hidden)
+    flops = {phase: float(count) for phase, count in counting.flops.items()}
+    # The CPU's Gram calls BLAS itself, which no dispatcher sees: T·H² for the triangle.
+    sites = options.sites_of(run.architecture)[1]
+    per_token = sum(site.channels**2 for site in sites)
+    if shape.kind == "mixtral":
+        per_token *= shape.config["num_experts_per_tok"] / shape.config["num_local_experts"]
+    flops["gram"] = flops.get("gram", 0.0) + 2 * TRIAL * per_token
+    return Trial(seconds, flops, moved["bytes"] / hidden)
+
+
+def _run_block(model: Any, options: Options, batches: list[torch.Tensor], clock: Clock) -> Run:
+    architecture = find(model, options.sites)
+    with steady(model), Transaction() as transaction:
+        stream = Stream(model, architecture.blocks, batches)
+        run = Run(architecture, options, stream, transaction, clock)
+        run.block(0, options.sites_of(architecture)[0], lambda _: None)
+    return run
+
+
+@contextmanager
+def _counted_moves() -> Iterator[Counter[str]]:
+    """Counts the bytes that go to shelves and come from there."""
+    moved: Counter[str] = Counter()
+    put, get = Shelf.put, Shelf.__getitem__
+
+    def putting(shelf: Shelf, batch: int, tensor: torch.Tensor) -> None:
+        moved["bytes"] += tensor.nbytes
+        put(shelf, batch, tensor)
+
+    def getting(shelf: Shelf, batch: int) -> torch.Tensor:
+        moved["bytes"] += get(shelf, batch).nbytes
+        return get(shelf, batch)
+
+    Shelf.put, Shelf.__getitem__ = putting, getting  # type: ignore[method-assign]
+    try:
+        yield moved
+    finally:
+        Shelf.put, Shelf.__getitem__ = put, get  # type: ignore[method-assign]
+
+
+def _linear_algebra() -> dict[Any, Any]:
+    """FLOPs of what torch's own counter does not know."""
+    aten = torch.ops.aten
+
+    def cholesky(a: Any, *_: Any, **__: Any) -> int:
+        return int(torch.Size(a[:-2]).numel() * a[-1] ** 3 / 3)
+
+    def triangular(a: Any, b: Any, *_: Any, **__: Any) -> int:
+        return int(torch.Size(b).numel() * a[-1])
+
+    def inverse(a: Any, *_: Any, **__: Any) -> int:
+        return int(2 * torch.Size(a).numel() * a[-1])
+
+    def solve(a: Any, b: Any, *_: Any, **__: Any) -> int:
+        return int(2 * torch.Size(a).numel() * a[-1] / 3 + 2 * torch.Size(b).numel() * a[-1])
+
+    def added_product(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+        return int(2 * torch.Size(a).numel() * b[-1])
+
+    return {
+        aten.addmm_: added_product,
+        aten.linalg_cholesky_ex: cholesky,
+        aten.linalg_solve_triangular: triangular,
+        aten.linalg_inv_ex: inverse,
+        aten._linalg_solve_ex: solve,
+    }
+
+
+def rows(name: str, tokens: int = TOKENS) -> list[Row]:
+    """The simulated phases of one model, on both bases, and their totals."""
+    shape = SHAPES[name]
+    blocks = shape.config["num_hidden_layers"]
+    small = trial(shape, shape.shrink)
+    full = {
+        phase: small.flops[phase]
+        * shape.shrink**power
+        * (tokens / (2 * TRIAL) if phase in BY_TOKENS else 1)
+        * blocks
+        for phase, power in POWERS.items()
+    }
+    model = model_of(shape, 1, blocks, "meta")
+    architecture, options = find(model, shape.sites), Options(keep=0.5, sites=shape.sites)
+    # Blocks on the host, as seen from a GPU.
+    parts = plan.demand(architecture, options, tokens, LENGTH, onload=torch.device("cuda"))
+    element = next(model.parameters()).element_size()
+    weights = sum(p.nbytes for block in architecture.blocks for p in block.parameters())
+    hidden = tokens * shape.config["hidden_size"] * element
+    moved = 1.7 * weights + small.moves * hidden * blocks
+    measured = {phase: small.flops[phase] / small.seconds[phase] for phase in POWERS}
+    common: Row = {
+        "model": name,
+        "parameters": str(sum(p.numel() for p in model.parameters())),
+        "sites": ",".join(shape.sites),
+        "keep": "0.5",
+        "tokens": str(tokens),
+        "blocks": str(blocks),
+        "largest_block_bytes": str(largest_block(architecture.blocks)),
+        "device_peak_bytes": str(sum(parts.values())),
+        **{f"{part.replace(' ', '_')}_bytes": str(size) for part, size in parts.items()},
+        "moved_bytes": str(int(moved)),
+    }
+    found = []
+    for basis, rates in (("measured rates", measured), ("assumed H100 rates", ASSUMED)):
+        seconds = {phase: full[phase] / rates[phase] for phase in POWERS}
+        link = moved / ASSUMED_LINK if basis.startswith("assumed") else 0.0
+        if link:
+            seconds["link"] = link
+        found.append(
+            {
+                "simulated on": basis,
+                **common,
+                **{f"{phase}_s": f"{value:.4g}" for phase, value in seconds.items()},
+                "total_s": f"{sum(seconds.values()):.4g}",
+                **{f"{phase}_flops": f"{full[phase]:.4g}" for phase in POWERS},
+                **{f"{phase}_rate": f"{rates[phase]:.4g}" for phase in POWERS},
+                **machine("cpu"),
+            }
+        )
+    return found
+
+
+def markdown(found: list[Row]) -> str:
+    """The table of docs/scale.md: models that were not run."""
+    lines = [
+        "| model | parameters | sites | largest block | peak on the device | bytes moved | "
+        "this CPU, measured rates | one H100, assumed rates |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    by_model: dict[str, dict[str, Row]] = {}
+    for row in found:
+        by_model.setdefault(row["model"], {})[row["simulated on"]] = row
+    for name, of_model in by_model.items():
+        if "assumed H100 rates" not in of_model:
+            continue
+        row = of_model["measured rates"]
+        hours, minutes = (
+            float(of_model[basis]["total_s"]) / unit
+            for basis, unit in (("measured rates", 3600), ("assumed H100 rates", 60))
+        )
+        sizes = (row[f"{part}_bytes"] for part in ("largest_block", "device_peak", "moved"))
+        block, peak, moved = (f"{int(size) / 1e9:.1f} GB" for size in sizes)
+        lines.append(
+            f"| {name} | {int(row['parameters']) / 1e9:.1f}B | {row['sites']} | {block} | {peak} | "
+            f"{moved} | {hours:,.0f} h | {minutes:.0f} min |"
+        )
+    return "\n".join(lines)
+
+
+def measured_seconds(tokens: int) -> dict[str, float]:
+    """SmolLM2-135M really compressed, by phase, at as many tokens."""
+    import grail
+    from bench import assets
+    from grail.models import load_model
+
+    model, _ = load_model(assets.smollm2())
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(1000, (1, TRIAL), generator=generator) for _ in range(tokens // TRIAL)]
+    report = grail.compress(model, batches, keep=0.5, sites=("mlp",), progress=False)
+    return report.seconds
+
+
+def main() -> None:
+    """Command line of this file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default=",".join(SHAPES), help="separated by commas")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    found: list[Row] = []
+    for name in arguments.models.split(","):
+        start = time.perf_counter()
+        if name == "smollm2-135m":
+            few = 8 * TRIAL
+            of_model = rows(name, few)[:1]
+            for phase, seconds in measured_seconds(few).items():
+                of_model[0][f"measured_{phase}_s"] = f"{seconds:.4g}"
+        else:
+            of_model = rows(name)
+        found += of_model
+        print(f"{name}: {of_model[0]['total_s']} s at measured rates", flush=True)
+        print(f"  simulated in {time.perf_counter() - start:.0f} s", flush=True)
+        write_rows(arguments.output, found)
+
+
+if __name__ == "__main__":
+    main()
