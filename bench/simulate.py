@@ -272,7 +272,8 @@ def rows(name: str, tokens: int = TOKENS) -> list[Row]:
     element = next(model.parameters()).element_size()
     weights = sum(p.nbytes for block in architecture.blocks for p in block.parameters())
     hidden = tokens * shape.config["hidden_size"] * element
-    moved = 1.7 * weights + small.moves * hidden * blocks
+    narrowed = plan.demand(architecture, options, tokens, LENGTH)["weights"]  # what comes back
+    moved = weights + narrowed + small.moves * hidden * blocks
     measured = {phase: small.flops[phase] / small.seconds[phase] for phase in POWERS}
     common: Row = {
         "model": name,

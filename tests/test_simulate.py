@@ -1,6 +1,7 @@
 """The simulation of large models: FLOPs are counted, scaling holds, rows say what they are."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +64,11 @@ def test_rows_add_up_and_say_what_they_are(monkeypatch):
 def test_the_committed_simulation_covers_all_shapes_and_fits_one_card():
     rows = read_rows(simulate.RESULTS)
     assert {row["model"] for row in rows} == set(simulate.SHAPES)
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert simulate.markdown(rows) in page
+    (known,) = (row for row in rows if "measured_total_s" in row and row["measured_total_s"])
+    ratio = float(known["total_s"]) / float(known["measured_total_s"])
+    assert f"SmolLM2-135M comes out {ratio:.1f} times" in page
     for row in rows:
         assert row["simulated on"] in ("measured rates", "assumed H100 rates")
         assert int(row["device_peak_bytes"]) < 80e9
