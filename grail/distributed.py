@@ -30,7 +30,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from grail.drift import Drift
 from grail.errors import InputError, RankError
 from grail.fit import Fit
 from grail.gram import Gram
@@ -175,7 +174,7 @@ class Group(Ranks):
             raise InputError(
                 f"the processes hold sums of different sites: (channels, outputs) are {shapes}"
             )
-        for tensor in _sums(gram, max(o for _, o in shapes)):
+        for tensor in gram.parts(max(o for _, o in shapes)).values():
             self._moved(tensor, self._all_reduce if owner is None else self._reduce_to(owner))
 
     def _next_owner(self, cost: float) -> int:
@@ -322,16 +321,6 @@ def checksum(tensors: Iterable[Tensor]) -> int:
         content = torch.hash_tensor(tensor.detach()).item() if tensor.numel() else 0
         found = zlib.crc32(f"{tensor.shape} {tensor.dtype} {content}".encode(), found)
     return found
-
-
-def _sums(gram: Gram, outputs: int) -> list[Tensor]:
-    """All sums and counts of a Gram, in the same order in every process."""
-    gram._flush()
-    if gram._packed is None:
-        gram._allocate(gram.device)
-    if outputs and gram.drift is None:
-        gram.drift = Drift(outputs, gram.channels, gram.device)
-    return list(gram._tensors().values())
 
 
 def _tensors(fit: Fit) -> tuple[Tensor, ...]:

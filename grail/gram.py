@@ -229,16 +229,13 @@ class Gram:
             StateError: it could not be written; what was there stays.
         """
         self._require_whole()
-        if self._packed is None:
-            self._allocate(torch.device("cpu"))
-        self._flush()
         content = {
             "name": self.name,
             "channels": self.channels,
             "block": BLOCK,  # the packed layout follows from it
             "outputs": None if self.drift is None else self.drift.outputs,
         }
-        state.write(path, _KIND, content, self._tensors())
+        state.write(path, _KIND, content, self.parts())
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Gram":
@@ -252,17 +249,24 @@ class Gram:
         if content["block"] != BLOCK:
             raise StateError(f"{path} is packed in strips of {content['block']}, not of {BLOCK}")
         gram = cls(content["channels"], device, content["name"])
-        if content["outputs"] is not None:
-            gram.drift = Drift(content["outputs"], gram.channels, gram.device)
-        own = gram._tensors()
+        own = gram.parts(content["outputs"] or 0)
         if _forms(own) != _forms(found.tensors):
             raise StateError(f"{path} holds other sums than a Gram of {gram.channels} channels has")
         for name, tensor in own.items():
             tensor.copy_(found.tensors[name])
         return gram
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """All sums and counts, by name."""
+    def parts(self, outputs: int = 0) -> dict[str, Tensor]:
+        """All sums and counts, by name: what adds up where Grams do. To be changed in place.
+
+        Args:
+            outputs: of the drift that another Gram knows, so that this one has a place for it.
+        """
+        if self._packed is None:
+            self._allocate(self.device)
+        self._flush()
+        if outputs and self.drift is None:
+            self.drift = Drift(outputs, self.channels, self.device)
         own = {
             "packed": self._filled(),
             "sum": self._sum,

@@ -24,15 +24,36 @@ def pytest_addoption(parser):
     parser.addoption("--counts", metavar="FILE", help="write the counts of this run as CSV")
 
 
+def refused(error, count=1):
+    """Hears that bad input or damage was refused, by a named error or an exit code."""
+    REFUSALS[error] += count
+
+
+class Counting:
+    """`pytest.raises` as a context that counts the named error it was waiting for."""
+
+    def __init__(self, waiting):
+        self._waiting = waiting
+
+    def __enter__(self):
+        return self._waiting.__enter__()
+
+    def __exit__(self, kind, error, trace):
+        expected = self._waiting.__exit__(kind, error, trace)
+        if expected and isinstance(error, GrailError):
+            refused(type(error).__name__)
+        return expected
+
+
 def pytest_configure(config):
-    """Lets every named error count itself when it is raised in this process."""
-    initialise = GrailError.__init__
+    """Lets every `with pytest.raises(…)` count."""
+    raises = pytest.raises
 
-    def counting(self, *arguments):
-        REFUSALS[type(self).__name__] += 1
-        initialise(self, *arguments)
+    def counting(*arguments, **keywords):
+        found = raises(*arguments, **keywords)
+        return Counting(found) if hasattr(found, "__exit__") else found
 
-    GrailError.__init__ = counting
+    pytest.raises = counting
 
 
 def rows():

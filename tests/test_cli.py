@@ -22,6 +22,8 @@ from typer.testing import CliRunner  # noqa: E402
 
 from grail import commands  # noqa: E402
 
+from .counting import refused  # noqa: E402
+
 SHORT = ["--sequence-length", "32", "--tokens", "512"]
 GRAIL = [sys.executable, "-m", "grail"]
 
@@ -41,6 +43,7 @@ def refusal(result):
     assert result.exit_code == 2, (result.output, result.exception)
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
+    refused("refused command")
     return result.stderr.strip().splitlines()[-1]
 
 

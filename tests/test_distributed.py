@@ -32,7 +32,7 @@ def _all_reduced(number: int) -> dict[str, torch.Tensor]:
         x, drift = tokens(number)
         gram.update(x, drift=drift)
     all_reduce(gram)
-    return {"matrix": gram.matrix(), **gram._tensors()}
+    return {"matrix": gram.matrix(), **gram.parts()}
 
 
 @pytest.fixture(scope="module", params=COUNTS)

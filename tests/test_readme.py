@@ -11,6 +11,8 @@ import torch
 import grail
 from bench import comparison, networks
 
+from . import counting
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROMISES = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
@@ -148,6 +150,10 @@ def test_the_resnets_numbers_are_those_of_the_csv():
     cells = [("", 1.0, "dense"), ("magnitude", 0.5, "own"), ("magnitude", 0.5, "ours")]
     dense, pruned, ours = (f"{100 * values[cell]:.1f}" for cell in cells)
     assert f"falls from {dense} to {pruned}% and comes back to {ours}%" in README
+
+
+def test_the_promises_quote_the_counts_of_a_test_run():
+    assert counting.sentence(counting.read(counting.COMMITTED)) in " ".join(PROMISES.split())
 
 
 def test_every_promise_names_tests_that_exist():
