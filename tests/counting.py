@@ -64,15 +64,15 @@ def rows():
 
 def sentence(counted):
     """Rows in words."""
-    total = {what: sum(int(n) for w, _, n in counted if w == what) for what in ("fault", "refusal")}
-    kinds = {
-        what: ", ".join(f"{int(n):,} {kind}" for w, kind, n in counted if w == what)
-        for what in total
-    }
-    return (
-        f"{total['fault']:,} faults injected ({kinds['fault']}); {total['refusal']:,} refusals of "
-        f"bad input or damage ({kinds['refusal']})"
-    )
+    words = []
+    for what, name in (
+        ("fault", "faults injected"),
+        ("refusal", "refusals of bad input or damage"),
+    ):
+        kinds = [(kind, int(count)) for w, kind, count in counted if w == what]
+        listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+        words.append(f"{sum(n for _, n in kinds):,} {name}" + (f" ({listed})" if kinds else ""))
+    return "; ".join(words)
 
 
 def read(path):

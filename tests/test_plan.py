@@ -82,8 +82,10 @@ def test_drift_and_held_out_sequences_are_counted(tiny_llama):
         {"alpha": 1e-3, "drift_correction": 0},
         {"closed_loop": False},
         {"keep": {"mlp": 0.5, "heads": 1.0}},
+        {"selector": "cholesky", "alpha": 1e-3, "drift_correction": 0},
+        {"selector": "folding", "sites": ("mlp",), "exact_folding": False},
     ],
-    ids=["default", "paper", "open", "full heads"],
+    ids=["default", "paper", "open", "full heads", "cholesky", "folding"],
 )
 def test_the_predicted_peak_is_within_a_tenth_of_what_torch_allocates(
     settings, tiny_llama, tiny_batches

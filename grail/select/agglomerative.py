@@ -45,14 +45,14 @@ def ward(products: Tensor, clusters: int) -> Tensor:
     """Ward's clusters of H points.
 
     Args:
-        products: [H, H] fp64, inner products of the points.
+        products: [H, H] fp64, inner products of the points; overwritten.
         clusters: K ≤ H.
 
     Returns:
         [H] labels in [0, K), numbered by each cluster's first member.
     """
-    energy = products.diagonal()
-    distance = (energy[:, None] + energy - 2 * products).clamp_min_(0).cpu()
+    energy = products.diagonal().clone()
+    distance = products.mul_(-2).add_(energy).add_(energy[:, None]).clamp_min_(0).cpu()
     label = torch.arange(len(energy))
     merges = sorted(_merges(distance), key=lambda merge: merge[0])  # stable: of equals the first
     for _, i, j in merges[: len(energy) - clusters]:

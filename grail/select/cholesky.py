@@ -13,6 +13,11 @@ from torch import Tensor
 from grail.select import View, scores
 
 
+def peak_bytes(channels: int, kept: int, outputs: int) -> int:
+    """The most memory that scoring H channels takes: G and its factor."""
+    return 16 * channels * channels
+
+
 @scores("cholesky")
 def pivoted_cholesky(view: View) -> Tensor:
     """S_hh at the step at which channel h is chosen [H]."""
