@@ -20,7 +20,7 @@ import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -124,6 +124,9 @@ class Group(Ranks):
             self._agree(f"{type(error).__name__}: {error}")
             raise
         self._agree()
+        # Who ends first closes connections on which others may still wait for that answer.
+        with suppress(RuntimeError):
+            dist.barrier(self._group)
 
     def share(self, items: Iterable[Item]) -> Iterable[Item]:
         return itertools.islice(items, self.number, None, self.count)
