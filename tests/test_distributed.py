@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -252,14 +253,23 @@ def test_a_sharded_model_is_refused():
         grail.compress(model, padded())
 
 
-def _command_line(arguments: list[str], processes: int) -> str:
-    """What `grail` prints, started by torchrun where there are several processes."""
-    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [sys.executable, "-m", *(several if processes > 1 else ()), "grail", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def _command_line(arguments: list[str], processes: int, port: int) -> str:
+    """What `grail` prints, started in so many processes with the variables that torchrun sets."""
+    started = []
+    for number in range(processes):
+        environment = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "grail", *arguments],
+                env={**os.environ, **{key: str(value) for key, value in environment.items()}},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    printed = [process.communicate(timeout=100)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes
+    return "".join(printed)
 
 
 def test_the_command_line_writes_in_two_processes_what_it_writes_in_one(tmp_path, tiny_folder):
@@ -267,8 +277,11 @@ def test_the_command_line_writes_in_two_processes_what_it_writes_in_one(tmp_path
     text.write_text(" ".join(f"w{3 + 7 * i % 90}" for i in range(600)))
     command = ["compress", str(tiny_folder), "--keep", "0.5", "--device", "cpu", "--json"]
     command += ["--calibration", str(text), "--tokens", "320", "--sequence-length", "16"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     reports = [
-        json.loads(_command_line([*command, "--output", str(tmp_path / str(count))], count))
+        json.loads(_command_line([*command, "--output", str(tmp_path / str(count))], count, port))
         for count in (1, 2)
     ]
     assert reports[0]["calibration"] == reports[1]["calibration"]
