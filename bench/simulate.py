@@ -17,8 +17,8 @@ Two bases stand beside each other
 
 Bytes moved are those of one device that onloads block by block: every block there and back, and the
 hidden states as often as the driver reads and writes them (counted in the same run). Peak memory on
-the device is `grail.plan.demand`. `smollm2-135m` is simulated, too, and measured (the column
-`measured_s`), which tells what the simulation is worth.
+the device is `grail.plan.demand`. `smollm2-135m` is simulated, too, and measured (the columns
+`measured_…_s`), which tells what the simulation is worth.
 """
 
 from __future__ import annotations
@@ -215,8 +215,9 @@ def _counted_moves() -> Iterator[Counter[str]]:
         put(shelf, batch, tensor)
 
     def getting(shelf: Shelf, batch: int) -> torch.Tensor:
-        moved["bytes"] += get(shelf, batch).nbytes
-        return get(shelf, batch)
+        tensor = get(shelf, batch)
+        moved["bytes"] += tensor.nbytes
+        return tensor
 
     Shelf.put, Shelf.__getitem__ = putting, getting  # type: ignore[method-assign]
     try:

@@ -53,10 +53,7 @@ class Gram:
             raise InputError(f"channels must be a positive integer; got {channels!r}")
         if buffer is not None and buffer < 0:
             raise InputError(f"buffer must be a number of tokens ≥ 0; got {buffer}")
-        if non_finite not in get_args(NonFinite):
-            raise InputError(
-                f"non_finite must be one of {', '.join(get_args(NonFinite))}; got {non_finite!r}"
-            )
+        check_non_finite(non_finite)
         self.channels, self.name, self._capacity = channels, name, buffer
         self._drops = non_finite == "drop"
         self.drift: Drift | None = None
@@ -380,6 +377,14 @@ class Gram:
 
     def _label(self) -> str:
         return self.name or f"a site of {self.channels} channels"
+
+
+def check_non_finite(non_finite: str) -> None:
+    """Raises InputError for what is no way to treat tokens with NaN or Inf."""
+    if non_finite not in get_args(NonFinite):
+        raise InputError(
+            f"non_finite must be one of {', '.join(get_args(NonFinite))}; got {non_finite!r}"
+        )
 
 
 def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:

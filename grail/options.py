@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from grail import select
 from grail.errors import InputError
 from grail.fit import Auto, Damping, Toward, check_settings
-from grail.gram import NonFinite
+from grail.gram import NonFinite, check_non_finite
 from grail.sites import Architecture, BoundSite, Site
 from grail.width import Width, check_keep
 
@@ -58,11 +58,7 @@ class Options:
             )
         if self.repair and not self.closed_loop:
             raise InputError("repair needs the closed loop: an open one runs no narrowed block")
-        if self.non_finite not in get_args(NonFinite):
-            raise InputError(
-                f"non_finite must be one of {', '.join(get_args(NonFinite))}; "
-                f"got {self.non_finite!r}"
-            )
+        check_non_finite(self.non_finite)
         if self.repair and self.non_finite == "drop":
             raise InputError("repair counts every pixel, so it cannot drop those that hold NaN")
         select.get(self.selector)
