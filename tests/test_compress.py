@@ -311,31 +311,34 @@ def assert_untouched(model: nn.Module, before: tuple) -> None:
         assert torch.equal(after[0][name][1], value) or not value.isfinite().all()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_run_leaves_the_model_as_it_was(error, tiny_llama, tiny_batches):
-    model = tiny_llama().train()
+def assert_interrupted_and_untouched(model, batches, error, last, **settings):
+    """A run whose selector raises `error` when it is called for the `last` time changes nothing."""
     before = fingerprint(model)
     calls = 0
 
-    def fails_in_the_second_block(view):
+    def fails(view):
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == last:
             injected("interrupted runs")
             raise error
         return view.width.best(view.gram.energy)
 
     with pytest.raises(error):
-        grail.compress(
-            model,
-            tiny_batches(),
-            keep=0.5,
-            sites=("mlp", "heads"),
-            selector=fails_in_the_second_block,
-            progress=False,
-        )
-    assert calls == 3
+        grail.compress(model, batches, keep=0.5, selector=fails, progress=False, **settings)
+    assert calls == last
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_leaves_the_model_as_it_was(error, tiny_llama, tiny_batches):
+    assert_interrupted_and_untouched(
+        tiny_llama().train(),
+        tiny_batches(),
+        error,
+        last=3,  # in the second block
+        sites=("mlp", "heads"),
+    )
 
 
 def test_activations_that_overflow_are_refused_with_their_site(tiny_llama, tiny_batches):

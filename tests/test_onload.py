@@ -16,8 +16,7 @@ from grail.options import Options
 from grail.sites import find
 
 from .convnets import images, network
-from .counting import injected
-from .test_compress import assert_untouched, fingerprint
+from .test_compress import assert_interrupted_and_untouched
 
 CPU = torch.device("cpu")
 
@@ -131,28 +130,13 @@ def test_on_another_device_the_peak_does_not_grow_with_the_number_of_blocks(tiny
 @pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_run_that_fails_leaves_the_host_as_it_was(error, tiny_llama, tiny_batches):
-    model = tiny_llama()
-    before = fingerprint(model)
-    calls = 0
-
-    def fails_in_the_second_block(view):
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            injected("interrupted runs")
-            raise error
-        return grail.select.get("wanda")(view)
-
-    with pytest.raises(error):
-        grail.compress(
-            model,
-            tiny_batches(),
-            keep=0.5,
-            selector=fails_in_the_second_block,
-            progress=False,
-            onload="cpu",
-        )
-    assert_untouched(model, before)
+    assert_interrupted_and_untouched(
+        tiny_llama(),
+        tiny_batches(),
+        error,
+        last=2,  # in the second block
+        onload="cpu",
+    )
 
 
 @pytest.mark.usefixtures("apart")
