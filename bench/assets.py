@@ -253,10 +253,15 @@ def python_reference() -> dict[str, str]:
     """
     from pydoc_data.topics import topics
 
+    return _without_repeats(topics)
+
+
+def _without_repeats(documents: Mapping[str, str]) -> dict[str, str]:
+    """Documents in the order of names, each paragraph only in the first that has it."""
     seen: set[str] = set()
     unique = {}
-    for name in sorted(topics):
-        paragraphs = [text.rstrip() for text in re.split(r"\n\s*\n", topics[name]) if text.strip()]
+    for name, whole in sorted(documents.items()):
+        paragraphs = [text.rstrip() for text in re.split(r"\n\s*\n", whole) if text.strip()]
         fresh = [text for text in dict.fromkeys(paragraphs) if text.strip() not in seen]
         seen.update(text.strip() for text in fresh)
         if fresh:
@@ -267,7 +272,8 @@ def python_reference() -> dict[str, str]:
 def python_documentation(cache: str | Path) -> dict[str, str]:
     """Pages of the Python documentation as their authors write them, by path without suffix.
 
-    What is new, release by release, is left out: it says again what the other pages say.
+    What is new, release by release, is left out, for it says again what the other pages say; and
+    each paragraph is kept in the first page that has it.
 
     Args:
         cache: folder that keeps the pages (11 MB), in a folder of their own.
@@ -282,11 +288,13 @@ def python_documentation(cache: str | Path) -> dict[str, str]:
         path.relative_to(folder / _PAGES).as_posix().removesuffix(".rst.txt"): path
         for path in (folder / _PAGES).rglob("*.rst.txt")
     }
-    return {
-        name: path.read_text(encoding="utf-8").strip("\n")
-        for name, path in sorted(pages.items())
-        if not name.startswith("whatsnew/")
-    }
+    return _without_repeats(
+        {
+            name: path.read_text(encoding="utf-8")
+            for name, path in pages.items()
+            if not name.startswith("whatsnew/")
+        }
+    )
 
 
 def split_genres(genres: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:

@@ -10,8 +10,9 @@ Results are bench/results/smollm2_{table,calibration,cost}.csv.
 Calibration and held-out text of the table are disjoint halves of the Brown corpus (32k and 17k
 tokens); three quarters and a quarter of the Python language reference (64k and 12k), called
 technical; or seven eighths and an eighth of the pages of the Python documentation, sequences drawn
-at random from each (256k and 16k), called documentation; see bench/assets.py. A row is written as soon as it is measured and never measured again:
-kill it and run it again to go on. Hours on two cores; never part of the tests.
+at random from each (256k and 16k), called documentation; see bench/assets.py. A row is written as
+soon as it is measured and never measured again: kill it and run it again to go on. Hours on two
+cores; never part of the tests.
 """
 
 import argparse
@@ -65,9 +66,7 @@ SOURCES: dict[str, Callable[[], tuple[list[str], list[str]]]] = {
     "brown": lambda: assets.split_genres(assets.brown(TEXTS)),
     "python": lambda: assets.split_topics(assets.python_reference()),
     "technical": lambda: assets.split_topics(assets.python_reference(), calibration=3),
-    "documentation": lambda: assets.split_topics(
-        assets.python_documentation(TEXTS), calibration=7
-    ),
+    "documentation": lambda: assets.split_topics(assets.python_documentation(TEXTS), calibration=7),
 }
 # The paper's selector, target and ridge; what a user gets who sets nothing.
 PAPER: dict[str, Any] = {"selector": "wanda", "alpha": 1e-3, "drift_correction": 0.0}

@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +119,38 @@ def test_a_failed_package_download_leaves_no_file(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="could not fetch dataset-fashion-mnist: E: no network"):
         assets.fashion_mnist(tmp_path)
     assert list((tmp_path / "dataset-fashion-mnist").iterdir()) == []
+
+
+def test_the_documentation_is_read_page_by_page(tmp_path):
+    pages = tmp_path / "python3.11-doc" / "_sources"
+    for name in ("library/heapq", "whatsnew/3.11", "about"):
+        (pages / name).parent.mkdir(parents=True, exist_ok=True)
+        (pages / f"{name}.rst.txt").write_text(
+            f"\nOf {name} – text.\n\nOf all.\n", encoding="utf-8"
+        )
+    found = assets.python_documentation(tmp_path)
+    assert found == {
+        "about": "Of about – text.\n\nOf all.",
+        "library/heapq": "Of library/heapq – text.",
+    }
+
+
+def test_the_documentation_is_fetched_as_a_folder_of_a_package(tmp_path, monkeypatch):
+    def run(command, cwd, **_):
+        if command[0] == "apt-get":
+            (Path(cwd) / "some.deb").touch()
+        else:
+            page = Path(cwd) / "usr/share/doc/python/html/_sources/faq/general.rst.txt"
+            page.parent.mkdir(parents=True)
+            page.write_text("Why?")
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(assets.shutil, "which", lambda name: name)
+    monkeypatch.setattr(assets.subprocess, "run", run)
+    assert assets.python_documentation(tmp_path) == {"faq/general": "Why?"}
+    assert [p.name for p in (tmp_path / "python3.11-doc").iterdir()] == ["_sources"]
+    monkeypatch.setattr(assets.shutil, "which", lambda _: None)
+    assert list(assets.python_documentation(tmp_path)) == ["faq/general"]  # not fetched again
 
 
 def webp(size, seed, mode="RGB", scale=1):
