@@ -316,11 +316,17 @@ class Gram:
     def _allocate(self, device: torch.device) -> None:
         if self._capacity is None:
             self._capacity = 0 if device.type == "cpu" else FLUSH_TOKENS
-        self._packed = torch.zeros(gk.packed_numel(self.channels), device=device)
-        self._sum = torch.zeros(self.channels, device=device)
-        self._nonfinite = torch.zeros(self.channels, dtype=torch.int64, device=device)
+        self._packed, self._sum, self._nonfinite = self._zeros(device)
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._dropped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _zeros(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Where G packed, Σ x and the counts of NaN and Inf add up."""
+        return (
+            torch.zeros(gk.packed_numel(self.channels), device=device),
+            torch.zeros(self.channels, device=device),
+            torch.zeros(self.channels, dtype=torch.int64, device=device),
+        )
 
     def _filled(self) -> Tensor:
         assert self._packed is not None

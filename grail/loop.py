@@ -31,6 +31,7 @@ from grail.distributed import Decision
 from grail.errors import InputError
 from grail.fit import Auto, Fit, fit
 from grail.gram import Gram
+from grail.gram_ragged import RaggedGrams
 from grail.layers import Consumer, stacked
 from grail.onload import Onloader
 from grail.options import ALPHA, Options
@@ -269,7 +270,10 @@ class Run:
             finish: whether the stream moves to the block's output; without, a batch ends where
                 all has been seen.
         """
-        collected = {site: (self._known or self._statistics)(site) for site in sites}
+        collected: dict[BoundSite, list[Statistics]] = {}
+        for step in steps(sites):
+            known = self._known and {site: self._known(site) for site in step}
+            collected |= known or self._statistics(step)
         batch = 0
         inputs: dict[Consumer, tuple[Tensor, Tensor | None]] = {}
         waiting: set[Consumer] = set()
@@ -312,19 +316,35 @@ class Run:
                 advance(self.stream.tokens_of(batch))
         return collected
 
-    def _statistics(self, site: BoundSite) -> list[Statistics]:
-        return [
-            Statistics(
-                site.name,
-                consumer,
-                self.stream,
-                self.options.holds_out,
-                self.options.per_tap,
-                partial=site.beside is not None,
-                non_finite=self.options.non_finite,
-            )
-            for consumer in site.consumers
-        ]
+    def _statistics(self, step: Sequence[BoundSite]) -> dict[BoundSite, list[Statistics]]:
+        """Empty ones for sites that run side by side; experts' Grams share their launches."""
+        together: dict[str, RaggedGrams] = {}
+        if step[0].beside is not None:
+            together = {
+                name: RaggedGrams(
+                    [site.name for site in step],
+                    step[0].channels,
+                    self.stream.device,
+                    non_finite=self.options.non_finite,
+                )
+                for name in ("train", "held_out")
+            }
+        return {
+            site: [
+                Statistics(
+                    site.name,
+                    consumer,
+                    self.stream,
+                    self.options.holds_out,
+                    self.options.per_tap,
+                    partial=site.beside is not None,
+                    non_finite=self.options.non_finite,
+                    grams={name: ragged.grams[number] for name, ragged in together.items()},
+                )
+                for consumer in site.consumers
+            ]
+            for number, site in enumerate(step)
+        }
 
     def _decided(
         self,

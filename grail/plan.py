@@ -14,6 +14,7 @@ from torch import nn
 import grail_kernels as gk
 from grail import memory
 from grail.fit import peak_bytes
+from grail.gram_ragged import WAITING_TOKENS
 from grail.loop import Clock, Run, steps
 from grail.onload import Onloader, computing_device, largest_block
 from grail.options import Options
@@ -197,12 +198,12 @@ def demand(
         streams += 1 + sum(not s.lands_at_output for s in first)
     device = onload or architecture.device
     elsewhere = device.type != architecture.device.type  # where blocks wait, not where they run
-    waiting = FLUSH_TOKENS if device.type == "cuda" else 0
+    on_gpu = device.type == "cuda"
     grams = [
         (1 + options.holds_out)
         * sum(
             4 * gk.packed_numel(s.channels)
-            + waiting * s.channels * element
+            + on_gpu * (WAITING_TOKENS if s.beside else FLUSH_TOKENS) * s.channels * element
             + 4 * options.follows_drift * s.outputs * s.channels
             for s in step
         )

@@ -21,7 +21,8 @@ class Statistics:
         per_tap: whether a convolution's taps are columns of their own (see `Consumer.by_tap`).
         partial: whether the consumer gets only some of the tokens.
         non_finite: what becomes of tokens with NaN or Inf (see `Gram`).
-        grams: by name, that were collected before; nothing more is added then.
+        grams: by name, where there are some already: what was collected before, or the places
+            of this consumer among those of a layer's experts.
 
     `train`: for the fit. `held_out`: for what is chosen; None if it has no token. `channels`: of
     the channels alone, for selection; the same as `train` unless taps are columns.

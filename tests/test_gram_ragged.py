@@ -1,0 +1,132 @@
+"""The Grams of a layer's experts: tokens wait together, and reading brings all up to date."""
+
+import pytest
+import torch
+
+import grail_kernels as gk
+from grail.errors import InputError, NonFiniteError, StateError
+from grail.gram import Gram
+from grail.gram_ragged import RaggedGrams
+
+H = 24
+NAMES = ["layer.0", "layer.1", "layer.2"]
+
+
+def calls_of(seed=0, dtype=torch.float32):
+    """(expert, x) in the order of a router: uneven, one call without tokens, one expert unasked."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(0, 5), (2, 9), (0, 1), (2, 0), (0, 17), (2, 3), (0, 2)]
+    return [(n, torch.randn(size, H, generator=generator).to(dtype)) for n, size in sizes]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Token counts by expert of each ragged call."""
+    counts = []
+
+    def counting(out, x, offsets, **rest):
+        counts.append(offsets.diff().tolist())
+        return kernel(out, x, offsets, **rest)
+
+    kernel = gk.gram_ragged_
+    monkeypatch.setattr(gk, "gram_ragged_", counting)
+    return counts
+
+
+@pytest.mark.parametrize("buffer", [None, 1, 16, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_gram_equals_fp64_however_many_tokens_wait(buffer, dtype):
+    ragged = RaggedGrams(NAMES, H, buffer=buffer)
+    for number, x in calls_of(dtype=dtype):
+        ragged.grams[number].update(x)
+    for number, gram in enumerate(ragged.grams):
+        x = torch.cat([torch.zeros(0, H), *(x for n, x in calls_of(dtype=dtype) if n == number)])
+        assert gram.tokens == len(x)
+        if not len(x):
+            continue
+        exact = x.double().T @ x.double()
+        # fp32 sums of at most 25 products.
+        torch.testing.assert_close(gram.matrix().double(), exact, rtol=0, atol=2e-5)
+        torch.testing.assert_close(gram.sum.double(), x.double().sum(0), rtol=0, atol=2e-5)
+        assert torch.equal(gram.matrix(), gram.matrix().T)
+
+
+def test_what_waits_goes_in_one_call_sorted_by_expert(launches):
+    ragged = RaggedGrams(NAMES, H, buffer=40)
+    for number, x in calls_of():
+        ragged.grams[number].update(x)
+    assert launches == []  # 37 tokens wait
+    ragged.grams[0].matrix()
+    ragged.grams[2].matrix()  # the first read brought all up to date
+    assert launches == [[25, 0, 12]]
+
+
+def test_more_than_can_wait_is_multiplied_before_it_comes_in(launches):
+    ragged = RaggedGrams(NAMES, H, buffer=8)
+    for number, size in ((0, 6), (1, 2), (0, 3), (2, 9)):
+        ragged.grams[number].update(torch.ones(size, H))
+    assert launches == [[6, 2, 0], [0, 0, 9]]  # nine never wait
+    assert [gram.matrix()[0, 0] for gram in ragged.grams] == [9, 2, 9]
+    assert launches[2:] == [[3, 0, 0]]
+
+
+def test_tokens_that_wait_are_the_callers_to_overwrite():
+    ragged = RaggedGrams(NAMES, H, buffer=8)
+    x = torch.ones(2, H)
+    ragged.grams[0].update(x)
+    x.fill_(7)
+    assert ragged.grams[0].matrix()[0, 0] == 2
+
+
+def test_masks_and_dropped_tokens_do_not_wait():
+    ragged = RaggedGrams(NAMES, H, buffer=8, non_finite="drop")
+    x = torch.ones(2, 3, H)
+    x[1, 2, 5] = float("nan")
+    ragged.grams[1].update(x, torch.tensor([[True, False, True], [True, True, True]]))
+    gram = ragged.grams[1]
+    assert (gram.tokens, gram.dropped, float(gram.matrix()[0, 0])) == (4, 1, 4)
+
+
+def test_a_non_finite_value_is_refused_by_the_name_of_its_expert():
+    ragged = RaggedGrams(NAMES, H, buffer=8)
+    ragged.grams[0].update(torch.ones(2, H))
+    with pytest.raises(NonFiniteError, match=r"layer\.1"):
+        ragged.grams[1].update(torch.full((1, H), float("inf")))
+    assert ragged.grams[0].matrix()[0, 0] == 2
+    assert ragged.grams[1].tokens == 0
+
+
+def test_a_failed_call_spoils_all_grams_whose_tokens_waited(monkeypatch):
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    ragged = RaggedGrams(NAMES, H, buffer=8)
+    ragged.grams[0].update(torch.ones(2, H))
+    ragged.grams[1].update(torch.ones(2, H))
+    monkeypatch.setattr(gk, "gram_ragged_", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        ragged.grams[1].matrix()
+    monkeypatch.undo()
+    for gram in ragged.grams:
+        with pytest.raises(StateError, match="half-way"):
+            gram.matrix()
+
+
+def test_a_saved_expert_is_a_gram_like_any_other(tmp_path):
+    ragged = RaggedGrams(NAMES, H, buffer=100)
+    for number, x in calls_of():
+        ragged.grams[number].update(x)
+    ragged.grams[2].save(tmp_path / "2.state")
+    loaded = Gram.load(tmp_path / "2.state")
+    assert torch.equal(loaded.matrix(), ragged.grams[2].matrix())
+    loaded.merge(ragged.grams[0])
+    total = ragged.grams[0].matrix() + ragged.grams[2].matrix()
+    assert torch.equal(loaded.matrix(), total)
+
+
+@pytest.mark.parametrize(
+    ("names", "buffer", "message"), [([], None, "names is empty"), (NAMES, -1, "tokens ≥ 0")]
+)
+def test_what_cannot_be_is_refused(names, buffer, message):
+    with pytest.raises(InputError, match=message):
+        RaggedGrams(names, H, buffer=buffer)
