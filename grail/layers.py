@@ -81,6 +81,24 @@ class Producer:
 
 
 @dataclass(frozen=True, eq=False)
+class Routed:
+    """Which tokens a router gave to a layer, and what each owes to it.
+
+    `places`: [N] in the batch's tokens in one row. `shares`: [N], of what the token's layers miss
+    together, how much this one is to add: what all add, weighted as the router weights them, is
+    all of it. Of the shares that are, those of least squares, w/Σw².
+    """
+
+    places: Tensor
+    shares: Tensor
+
+    def drift(self, drift: Tensor) -> Tensor:
+        """This layer's part [N, O] of a drift [..., O] of the batch's tokens."""
+        rows = drift.reshape(-1, drift.shape[-1])
+        return rows[self.places] * self.shares[:, None]
+
+
+@dataclass(frozen=True, eq=False)
 class Consumer:
     """A layer whose columns read a site's channels.
 
@@ -165,10 +183,10 @@ class Consumer:
         return y.flatten(2).movedim(1, -1) if isinstance(self.module, CONVOLUTIONS) else y
 
     @contextmanager
-    def watch(self, read: Callable[[Tensor, Tensor | None], None]) -> Iterator[None]:
+    def watch(self, read: Callable[[Tensor, Routed | None], None]) -> Iterator[None]:
         """Reports the layer's input x whenever it runs, and which of a batch's tokens those are.
 
-        The tokens are given as places [N] in the batch's tokens in one row; None is all of them.
+        None is all of them.
         """
         handle = self.module.register_forward_pre_hook(lambda _, args: read(args[0], None))
         try:

@@ -32,7 +32,7 @@ from grail.errors import InputError
 from grail.fit import Auto, Fit, fit
 from grail.gram import Gram
 from grail.gram_ragged import RaggedGrams
-from grail.layers import Consumer, stacked
+from grail.layers import Consumer, Routed, stacked
 from grail.onload import Onloader
 from grail.options import ALPHA, Options
 from grail.reduction import Folding, Reduction, Selection
@@ -43,8 +43,8 @@ from grail.stream import Memo, Shelf, Stop, Stream
 from grail.transaction import Transaction
 
 Advance = Callable[[int], object]  # hears of so many tokens done
-# Hears of a consumer's input, and of its places among the batch's tokens if those are not all.
-Read = Callable[[Consumer, Tensor, Tensor | None], None]
+# Hears of a consumer's input, and of the batch's tokens that it is of, if those are not all.
+Read = Callable[[Consumer, Tensor, Routed | None], None]
 Rows = dict[str, list[SiteReport]]  # by name of site, one for each of its consumers
 
 
@@ -275,21 +275,22 @@ class Run:
             known = self._known and {site: self._known(site) for site in step}
             collected |= known or self._statistics(step)
         batch = 0
-        inputs: dict[Consumer, tuple[Tensor, Tensor | None]] = {}
+        inputs: dict[Consumer, tuple[Tensor, Routed | None]] = {}
+        missing: dict[Any, Tensor] = {}  # the drift of a batch, by what lands together
         waiting: set[Consumer] = set()
 
         def add(site: BoundSite, consumer: Consumer, drift: Tensor | None) -> None:
             with self.clock("gram"):
                 statistics = collected[site][site.consumers.index(consumer)]
-                x, places = inputs.pop(consumer)
-                statistics.update(batch, x, drift, places)
+                x, routed = inputs.pop(consumer)
+                statistics.update(batch, x, drift, routed)
             waiting.discard(consumer)
             if not waiting and not finish:
                 raise Stop
 
         def reading(site: BoundSite) -> Read:
-            def read(consumer: Consumer, x: Tensor, places: Tensor | None) -> None:
-                inputs[consumer] = x, places
+            def read(consumer: Consumer, x: Tensor, routed: Routed | None) -> None:
+                inputs[consumer] = x, routed
                 if site not in aims:
                     add(site, consumer, None)
 
@@ -297,9 +298,11 @@ class Run:
 
         def landing(site: BoundSite) -> Callable[[Tensor], None]:
             def land(landed: Tensor) -> None:
-                with self.clock("gram"):
-                    drift = site.drift(aims[site][batch], landed)
-                add(site, site.consumers[0], drift)
+                together = site.beside or site
+                if together not in missing:
+                    with self.clock("gram"):
+                        missing[together] = site.drift(aims[site][batch], landed)
+                add(site, site.consumers[0], missing[together])
 
             return land
 
@@ -309,6 +312,7 @@ class Run:
                 hooks.enter_context(_watch(site, self.stream.blocks[block], reading(site), land))
             for batch in range(len(self.stream)):
                 waiting.update(c for site in sites for c in site.consumers)
+                missing.clear()
                 with suppress(Stop):
                     output = self.stream.run(block, batch)
                     if finish and isinstance(output, Tensor):
@@ -421,7 +425,9 @@ class Run:
 
     def _folds_exactly(self, site: BoundSite) -> bool:
         asked = self.options.exact_folding and self.options.fits_weights
-        return asked and self.options.closed_loop and site.can_aim(self.options.per_tap)
+        alone = site.beside is None  # experts are narrowed together
+        aims = site.can_aim(self.options.per_tap)
+        return asked and alone and self.options.closed_loop and aims
 
     def _fold_exactly(
         self, site: BoundSite, reduction: Folding, aim: Shelf | None
@@ -573,11 +579,11 @@ def _watch(
     """Reports what each consumer of a site reads, then what the network holds where it lands."""
     reading = False
 
-    def reader(consumer: Consumer) -> Callable[[Tensor, Tensor | None], None]:
-        def heard(x: Tensor, places: Tensor | None) -> None:
+    def reader(consumer: Consumer) -> Callable[[Tensor, Routed | None], None]:
+        def heard(x: Tensor, routed: Routed | None) -> None:
             nonlocal reading
             reading = True
-            read(consumer, x, places)
+            read(consumer, x, routed)
 
         return heard
 

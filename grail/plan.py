@@ -179,7 +179,8 @@ def demand(
     weights         the narrowed layers, beside the dense ones that an error would bring back; those
                     of one block at a time where the others are on the host
     statistics      packed Grams 2H² of a block (one site's in the closed loop), drift 4·O·H, twice
-                    if sequences are held out, and on a GPU the tokens that wait for one
+                    if sequences are held out, and on a GPU the tokens that wait for one; those
+                    of experts twice, for they are sorted
     working set     the largest of a batch's activations, of a solve in fp64 and of a search for
                     channels
 
@@ -203,7 +204,7 @@ def demand(
         (1 + options.holds_out)
         * sum(
             4 * gk.packed_numel(s.channels)
-            + on_gpu * (WAITING_TOKENS if s.beside else FLUSH_TOKENS) * s.channels * element
+            + on_gpu * (2 * WAITING_TOKENS if s.beside else FLUSH_TOKENS) * s.channels * element
             + 4 * options.follows_drift * s.outputs * s.channels
             for s in step
         )

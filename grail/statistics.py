@@ -6,7 +6,7 @@ from functools import partial as bind
 from torch import Tensor
 
 from grail.gram import Gram, NonFinite
-from grail.layers import Consumer
+from grail.layers import Consumer, Routed
 from grail.stream import Stream
 
 
@@ -51,19 +51,22 @@ class Statistics:
         self.channels = self._grams.get("channels", self.train)
 
     def update(
-        self, batch: int, x: Tensor, drift: Tensor | None = None, places: Tensor | None = None
+        self, batch: int, x: Tensor, drift: Tensor | None = None, routed: Routed | None = None
     ) -> None:
         """Adds the consumer's input of one batch, and what its output lacks.
 
         Args:
             x: as the consumer gets it.
-            drift: [..., O], of the tokens that it makes of its input.
-            places: [N], where it gets only some of the batch's tokens.
+            drift: [..., O], of the tokens that it makes of its input; of all the batch's tokens
+                where it gets only some.
+            routed: where it gets only some of the batch's tokens.
         """
         tokens = self._consumer.patches(x) if self.per_tap else self._consumer.pixels(x)
-        if drift is not None:  # some modules see all tokens of a batch in one row
+        if drift is not None:
+            drift = drift if routed is None else routed.drift(drift)
+            # Some modules see all tokens of a batch in one row.
             drift = drift.reshape(*tokens.shape[:-1], -1)
-        mask, held = self._flags(batch, tokens, places)
+        mask, held = self._flags(batch, tokens, routed)
         if held is None:
             self._add(x, tokens, mask, drift)
         elif bool((~held).any()):
@@ -79,15 +82,15 @@ class Statistics:
             self.channels.update(self._consumer.pixels(x))
 
     def _flags(
-        self, batch: int, tokens: Tensor, places: Tensor | None
+        self, batch: int, tokens: Tensor, routed: Routed | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Which tokens count, and which rows of the first axis are held out."""
         mask = self._stream.mask(batch)
         held = self._stream.held_out(batch) if self._holds_out else None
-        if places is not None:
+        if routed is not None:
             length = self._stream.hidden[batch].shape[1]
-            mask = None if mask is None else mask.flatten()[places]
-            return mask, None if held is None else held[places // length]
+            mask = None if mask is None else mask.flatten()[routed.places]
+            return mask, None if held is None else held[routed.places // length]
         samples = self._stream.hidden[batch].shape[0]
         if mask is not None and mask.shape != tokens.shape[:-1]:
             # Some modules see all tokens of a batch in one row.

@@ -13,6 +13,7 @@ import grail_kernels as gk
 from grail import loop
 from grail.errors import InputError
 from grail.gram_ragged import RaggedGrams
+from grail.layers import Routed
 from grail.sites import find
 
 from .conftest import MIXTURES
@@ -84,6 +85,67 @@ def test_every_expert_is_fitted_to_what_it_reads(family, closed_loop, tiny_model
         torch.testing.assert_close(
             ours.mlp.experts.down_proj, theirs.mlp.experts.down_proj, rtol=1e-3, atol=1e-3
         )
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@torch.no_grad()
+def test_experts_share_in_undoing_the_drift(family, tiny_model, tiny_batches):
+    model = tiny_model(family)
+    batches, dense = padded(tiny_batches(count=12, length=24)), copy.deepcopy(model)
+    settings = {"selector": "magnitude", "alpha": ALPHA, "toward": "zero", "multiple": 1}
+    report = grail.compress(
+        model, batches, keep=0.5, drift_correction=1, progress=False, **settings
+    )
+    assert {row.drift_correction for row in report.sites} == {1.0}
+
+    # The second block as it was, behind the first one as it became.
+    half = copy.deepcopy(dense)
+    half.model.layers[0] = copy.deepcopy(model.model.layers[0])
+    wanted, found, routes = [], [], []
+    experts = half.model.layers[1].mlp.experts
+    experts.register_forward_pre_hook(lambda _, args: routes.append(args[:3]))
+    for network, seen in ((dense, wanted), (half, found)):
+        network.model.layers[1].register_forward_hook(lambda _, __, y, s=seen: s.append(y))
+        for batch in batches:
+            network(**batch)
+    narrow = model.model.layers[1].mlp.experts
+    shared = 0
+    for number in range(experts.num_experts):
+        gate_up, down = experts.gate_up_proj[number].double(), experts.down_proj[number].double()
+        gate, up = gate_up.chunk(2)
+        inputs, targets = [], []
+        for batch, aim, landed, (hidden, chosen, weights) in zip(
+            batches, wanted, found, routes, strict=True
+        ):
+            counts = batch["attention_mask"].flatten().bool()
+            token, choice = torch.where((chosen == number) & counts[:, None])
+            x = hidden[token].double()
+            x = nn.functional.silu(x @ gate.T) * (x @ up.T)
+            missing = (aim - landed).flatten(0, -2)[token].double()
+            share = weights[token, choice] / weights[token].square().sum(-1)
+            inputs.append(x)
+            targets.append(x @ down.T + share.double()[:, None] * missing)
+        x, target = torch.cat(inputs), torch.cat(targets)
+        shared += float((target - x @ down.T).square().sum())
+        scores = gate_up.view(2, -1, 48).square().sum((0, 2))
+        kept = scores.topk(40).indices.sort().values
+        inner = x[:, kept].T @ x[:, kept]
+        ridge = ALPHA * inner.diagonal().mean() * torch.eye(40)
+        expected = target.T @ x[:, kept] @ torch.linalg.inv(inner + ridge)
+        # fp32 forward passes and Grams (1e-6) through a ridge system of condition ≤ 1/α, per K.
+        torch.testing.assert_close(narrow.down_proj[number], expected.float(), rtol=2e-3, atol=2e-3)
+    assert shared > 0
+
+
+def test_what_the_experts_of_a_token_add_is_all_of_its_drift():
+    weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    drift = torch.randn(1, 2, 7)
+    total = torch.zeros(2, 7)
+    for choice in range(2):  # as if every choice were an expert
+        shares = weights[:, choice] / weights.square().sum(-1)
+        part = Routed(torch.arange(2), shares).drift(drift)
+        total += weights[:, choice, None] * part
+    torch.testing.assert_close(total, drift[0])
 
 
 def test_held_out_sequences_stay_held_out_in_every_expert(tiny_model, tiny_batches):

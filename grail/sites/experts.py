@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from grail.errors import InputError, ModelError
-from grail.layers import Consumer, Producer
-from grail.sites.site import BoundSite
+from grail.layers import Consumer, Producer, Routed
+from grail.sites.site import BoundSite, Landing
 from grail.stream import replaced_forward
 from grail.transaction import Transaction
 
-Read = Callable[[Tensor, Tensor | None], None]
+Read = Callable[[Tensor, Routed | None], None]
 
 
 class Experts:
@@ -39,7 +39,7 @@ class Experts:
         self._rewritten: set[int] = set()
 
     def sites(self, block: int, upstream: Sequence[nn.Module]) -> list[BoundSite]:
-        """One for each expert. None has a landing: what it adds is weighted by the router."""
+        """One for each expert, all landing at the block's output."""
         channels = self.downs[0].in_features
         return [
             ExpertSite(
@@ -51,6 +51,7 @@ class Experts:
                 ),
                 consumers=(ExpertConsumer(f"{self.name}.{number}.down", down, None, self, number),),
                 upstream=tuple(upstream),
+                landing=Landing(),
                 beside=self,
             )
             for number, (gate, down) in enumerate(zip(self.gates, self.downs, strict=True))
@@ -83,7 +84,9 @@ class Experts:
             def hear(number: int, x: Tensor) -> None:
                 heard.add(number)
                 if number in self._readers:
-                    self._readers[number](x, torch.where((experts == number).T)[1])
+                    choices, places = torch.where((experts == number).T)
+                    shares = (weights / weights.square().sum(-1, keepdim=True))[places, choices]
+                    self._readers[number](x, Routed(places, shares.float()))
 
             try:
                 with _Heard(self.module.down_proj, hear):
