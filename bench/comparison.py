@@ -5,6 +5,7 @@ python -m bench.comparison
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 # Network: what it is, the score that is shown, and the keep ratios of its table.
 NETWORKS = {
     "smollm2": ("SmolLM2-135M, MLP, technical text", "perplexity", (0.8, 0.65, 0.5)),
+    "mixture": ("SmolLM2-135M as a mixture of experts", "perplexity", ()),
     "resnet18": ("ResNet-18, Fashion-MNIST, block-internal channels", "accuracy", (0.7, 0.5, 0.3)),
     "vit": ("ViT, Fashion-MNIST, MLP", "accuracy", (0.7, 0.5, 0.3)),
     "efficientnet": (
@@ -45,6 +47,9 @@ ridge toward the baseline with α = 0.01, so the paper's way changes next to not
 blocks have one width, also for FLAP: its own budget across blocks is far worse here (see the
 studies). The share that comes back grows with the text: defaults behind Wanda, at half of the
 channels, with 4, 16 and 64 sequences of 1024 tokens are the points of the figure.""",
+    "mixture": """Every MLP stands four times as an expert, and a random router sends each token
+to two of them: the same function, and every expert is compressed by the tokens that it gets. (No
+trained mixture of experts can be installed as a package.)""",
     "resnet18": """In the paper's way the closed loop is worse than the open one here: each block is
 made to repeat what its drifted input gives, and the drift of all blocks adds up behind batch norms
 whose statistics are the dense network's. Fitting every tap, undoing the drift, or setting the
@@ -66,15 +71,17 @@ def page() -> str:
     """The whole page in Markdown."""
     parts = [_HEAD]
     for name, (title, score, keeps) in NETWORKS.items():
-        rows = _rows(f"selectors_{name}.csv")
-        if not rows:
-            continue
-        parts += [f"## {title}", REMARKS[name], _summary(rows, score), table(rows, score, keeps)]
-        if name == "smollm2":
-            parts.insert(-1, _beside_the_paper(rows, score))
-        parts.append(f"![{title}](../bench/results/selectors_{name}.svg)")
-        if studied := _rows(f"studies_{name}.csv"):
+        rows, studied = _rows(f"selectors_{name}.csv"), _rows(f"studies_{name}.csv")
+        if rows or studied:
+            parts += [f"## {title}", REMARKS[name]]
+        if rows:
+            parts += [_summary(rows, score), table(rows, score, keeps)]
+            if name == "smollm2":
+                parts.insert(-1, _beside_the_paper(rows, score))
+            parts.append(f"![{title}](../bench/results/selectors_{name}.svg)")
+        if studied and _has_axes(studied):
             parts.append(f"![Studies of {name}](../bench/results/studies_{name}.svg)")
+        if studied:
             parts.append(study_table(studied, score))
     return "\n\n".join(parts) + "\n"
 
@@ -200,7 +207,7 @@ def study_table(rows: list[Row], score: str) -> str:
         for r in rows
         if r["selector"] and not r["variant"].startswith("alpha=")
     )
-    sizes = {r["samples"] for r in rows if r["variant"] == "open loop"}
+    ((size, _),) = Counter(r["samples"] for r in rows if r["selector"]).most_common(1)
     for selector, variant in shown:
         cells = [
             next(
@@ -208,17 +215,19 @@ def study_table(rows: list[Row], score: str) -> str:
                     _number(score, float(r[score]))
                     for r in rows
                     if (r["selector"], r["variant"], float(r["keep"])) == (selector, variant, keep)
-                    and r["samples"] in sizes
+                    and r["samples"] == size
                 ),
                 "–",
             )
             for keep in keeps
         ]
         lines.append(f"| {selector} | {variant} | " + " | ".join(cells) + " |")
-    return (
-        f"Dense: {_number(score, dense)}. Calibration samples: {', '.join(sorted(sizes))}.\n\n"
-        + ("\n".join(lines))
-    )
+    return f"Dense: {_number(score, dense)}. Calibration samples: {size}.\n\n" + ("\n".join(lines))
+
+
+def _has_axes(rows: list[Row]) -> bool:
+    """Whether sizes or strengths were varied, which a figure can show."""
+    return any(r["variant"].startswith("alpha=") for r in rows)
 
 
 def selector_figure(rows: list[Row], score: str, title: str) -> Any:
@@ -289,7 +298,8 @@ def main() -> None:
     for name, (title, score, _) in NETWORKS.items():
         if rows := _rows(f"selectors_{name}.csv"):
             save_figure(selector_figure(rows, score, title), f"selectors_{name}.svg")
-        if rows := _rows(f"studies_{name}.csv"):
+        rows = _rows(f"studies_{name}.csv")
+        if rows and _has_axes(rows):
             save_figure(study_figure(rows, score, title), f"studies_{name}.svg")
     PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE}")

