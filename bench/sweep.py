@@ -12,7 +12,7 @@ Networks, and what is reported of each, on data that calibration has not seen
   minilm        all-MiniLM-L6-v2, MLP: mean cosine to the dense embeddings of 256 Brown sentences
                 (and the rank correlation of their similarities)
   smollm2       SmolLM2-135M, MLP: perplexity on 8k held-out tokens of technical text
-  mixture       the same network as a mixture of experts (`networks.upcycled`), experts; studies only
+  mixture       the same network as a mixture of experts (`networks.upcycled`); studies only
 
 Variants
   own       the selector as its authors compensate it: FLAP by biases, SlimGPT by its weight update
