@@ -9,6 +9,9 @@ network's stream h. Their difference is the drift
 and a consumer that aims at W x + β δ, not at W x, undoes a share β of it. What a fit needs of it
 is the cross moment with the consumer's input, one GEMM of 2·T·O·H FLOPs; of an affine fit also the
 sum d = Σ δ.
+
+What the experts of a token write is added up by the router's weights w. Each is asked for its share
+of the token's drift, δ·w/Σw² (`grail.layers.Routed`): together they then add all of it.
 """
 
 import torch
