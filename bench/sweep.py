@@ -261,7 +261,8 @@ class Bench:
     ) -> None:
         start = time.perf_counter()
         found = self.subject.score(network)
-        errors = [row.error for row in report.sites] if report else []
+        # None is that of an expert which saw no token.
+        errors = [row.error for row in report.sites if row.error is not None] if report else []
         self.out.add(
             {
                 "selector": selector,
