@@ -314,18 +314,19 @@ def upcycled(
         num_experts_per_tok=chosen,
         sliding_window=None,
     )
-    torch.manual_seed(seed)
-    mixture = MixtralForCausalLM(config)
-    state = llama.state_dict()
-    own = {name: value for name, value in state.items() if ".mlp." not in name}
-    for name, value in mixture.state_dict().items():
-        block, _, part = name.partition(".mlp.")
-        if part == "experts.gate_up_proj":
-            gate, up = (state[f"{block}.mlp.{p}_proj.weight"] for p in ("gate", "up"))
-            own[name] = torch.cat([gate, up]).repeat(experts, 1, 1)
-        elif part == "experts.down_proj":
-            own[name] = state[f"{block}.mlp.down_proj.weight"].repeat(experts, 1, 1)
-        elif part:  # the router
-            own[name] = torch.randn(value.shape) / value.shape[-1] ** 0.5
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mixture = MixtralForCausalLM(config)
+        state = llama.state_dict()
+        own = {name: value for name, value in state.items() if ".mlp." not in name}
+        for name, value in mixture.state_dict().items():
+            block, _, part = name.partition(".mlp.")
+            if part == "experts.gate_up_proj":
+                gate, up = (state[f"{block}.mlp.{p}_proj.weight"] for p in ("gate", "up"))
+                own[name] = torch.cat([gate, up]).repeat(experts, 1, 1)
+            elif part == "experts.down_proj":
+                own[name] = state[f"{block}.mlp.down_proj.weight"].repeat(experts, 1, 1)
+            elif part:  # the router
+                own[name] = torch.randn(value.shape) / value.shape[-1] ** 0.5
     mixture.load_state_dict(own)
     return mixture.eval()

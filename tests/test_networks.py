@@ -121,6 +121,22 @@ def test_the_committed_weights_are_as_good_as_their_log_says(fashion, name, netw
     assert accuracy == pytest.approx(logged, abs=spread)
 
 
+def test_an_upcycled_llama_is_the_same_function(tiny_model, tiny_batches):
+    llama, (tokens,) = tiny_model("llama"), tiny_batches(count=1, length=24)
+    state = torch.get_rng_state()
+    mixture = networks.upcycled(llama, experts=3, chosen=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    routes = []
+    mixture.model.layers[1].mlp.experts.register_forward_pre_hook(
+        lambda _, args: routes.append(args[1])
+    )
+    with torch.no_grad():
+        # The router's weights of a token add up to 1 within rounding.
+        torch.testing.assert_close(mixture(tokens).logits, llama(tokens).logits, rtol=0, atol=1e-4)
+    assert routes[0].shape == (tokens.numel(), 2)
+    assert len(routes[0].unique()) > 1
+
+
 def test_the_vit_is_saved_and_loaded_exactly(tmp_path):
     pytest.importorskip("transformers")
     network = networks.vit_fashion()
