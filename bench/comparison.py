@@ -50,7 +50,8 @@ channels, with 4, 16 and 64 sequences of 1024 tokens are the points of the figur
     "mixture": """Every MLP stands four times as an expert, and a random router sends each token
 to two of them: the same function, and every expert is compressed by the tokens that it gets. (No
 trained mixture of experts can be installed as a package.) The defaults without drift correction
-are no better than the paper's way: that each expert undoes its share of the drift is what helps.""",
+are no better than the paper's way: that each expert undoes its share of the drift is what
+helps.""",
     "resnet18": """In the paper's way the closed loop is worse than the open one here: each block is
 made to repeat what its drifted input gives, and the drift of all blocks adds up behind batch norms
 whose statistics are the dense network's. Fitting every tap, undoing the drift, or setting the
