@@ -84,7 +84,11 @@ def page() -> str:
         if studied and _has_axes(studied):
             parts.append(f"![Studies of {name}](../bench/results/studies_{name}.svg)")
         if studied:
-            parts.append(study_table(studied, score))
+            # Tables have one size of calibration; of a network without one, most of its rows.
+            ((size, _),) = Counter(
+                r["samples"] for r in (rows or studied) if r["selector"]
+            ).most_common(1)
+            parts.append(study_table(studied, score, size))
     return "\n\n".join(parts) + "\n"
 
 
@@ -197,7 +201,7 @@ def _beside_the_paper(rows: list[Row], score: str) -> str:
     )
 
 
-def study_table(rows: list[Row], score: str) -> str:
+def study_table(rows: list[Row], score: str, size: str) -> str:
     """Settings that are no axis of a figure: the loop, taps, drift, folding."""
     values = found(rows, score)
     dense = values["", 1.0, "dense"]
@@ -209,7 +213,6 @@ def study_table(rows: list[Row], score: str) -> str:
         for r in rows
         if r["selector"] and not r["variant"].startswith("alpha=")
     )
-    ((size, _),) = Counter(r["samples"] for r in rows if r["selector"]).most_common(1)
     for selector, variant in shown:
         cells = [
             next(

@@ -58,3 +58,23 @@ def test_less_perplexity_is_better():
 def test_growth_is_that_of_the_last_third_over_the_first_after_the_warm_up():
     assert soak.growth([9, 9, 9, 1, 1, 1, 5, 5, 5, 2, 2, 2]) == 2
     assert soak.growth([1, 2, 3, 4, 5]) is None
+
+
+def test_a_study_shows_rows_of_one_size_and_what_is_not_measured():
+    studied = [
+        row("", 1.0, "dense", 0.9),
+        {**row("wanda", 0.5, "grail", 0.6), "samples": "2"},
+        row("wanda", 0.5, "grail", 0.7),
+        row("wanda", 0.5, "alpha=0.1", 0.8),
+        row("folding", 0.3, "exact", 0.4),
+    ]
+    assert comparison.study_table(studied, "accuracy", "8").splitlines() == [
+        "Dense: 90.0. Calibration samples: 8.",
+        "",
+        "| selector | variant | keep 0.5 | keep 0.3 |",
+        "|---|---|---|---|",
+        "| wanda | grail | 70.0 | – |",
+        "| folding | exact | – | 40.0 |",
+    ]
+    assert comparison._has_axes(studied)
+    assert not comparison._has_axes(studied[:3])

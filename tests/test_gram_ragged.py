@@ -130,3 +130,22 @@ def test_a_saved_expert_is_a_gram_like_any_other(tmp_path):
 def test_what_cannot_be_is_refused(names, buffer, message):
     with pytest.raises(InputError, match=message):
         RaggedGrams(names, H, buffer=buffer)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("buffer", [None, 64])
+def test_on_a_gpu_each_gram_equals_fp64_and_bad_values_are_refused_when_read(buffer):
+    channels = 256
+    ragged = RaggedGrams(NAMES, channels, "cuda", buffer=buffer)
+    calls = [(n, torch.randn(size, channels)) for n, size in ((0, 40), (1, 3), (0, 50), (1, 9))]
+    for number, x in calls:
+        ragged.grams[number].update(x.cuda())
+    ragged.grams[2].update(torch.full((1, channels), float("nan"), device="cuda"))
+    for number in (0, 1):
+        exact = torch.cat([x for n, x in calls if n == number]).double()
+        gram = ragged.grams[number]
+        torch.testing.assert_close(gram.matrix().cpu().double(), exact.T @ exact, rtol=0, atol=1e-4)
+        torch.testing.assert_close(gram.sum.cpu().double(), exact.sum(0), rtol=0, atol=1e-4)
+    with pytest.raises(NonFiniteError, match=r"layer\.2"):
+        ragged.grams[2].matrix()
