@@ -1,6 +1,7 @@
 """The command line: what it writes, what it prints, and how it refuses."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -399,3 +400,21 @@ def test_missing_packages_are_named_with_what_to_install(package):
     assert done.stderr.strip() == (
         f"The command line needs {package}: pip install 'grail-kernels[llm]'."
     )
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--no-such-option", 2)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_processes_ends_without_tearing_down(argument, status, processes):
+    code = (
+        "import atexit, sys; atexit.register(print, 'torn down'); from grail.cli import main; "
+        f"sys.argv[1:] = [{argument!r}]; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "WORLD_SIZE": str(processes)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stderr
+    assert ("torn down" in done.stdout) == (processes == 1)
+    assert ("Usage" in done.stdout + done.stderr) or ("usage" in done.stdout + done.stderr)
