@@ -284,9 +284,10 @@ def python_documentation(cache: str | Path) -> dict[str, str]:
     folder = Path(cache) / _DOCUMENTATION
     if not (folder / _PAGES).is_dir():
         _apt_files(_DOCUMENTATION, folder, [_PAGES])
+    root = folder / _PAGES
     pages = {
-        path.relative_to(folder / _PAGES).as_posix().removesuffix(".rst.txt"): path
-        for path in (folder / _PAGES).rglob("*.rst.txt")
+        path.relative_to(root).as_posix().removesuffix(".rst.txt"): path
+        for path in root.rglob("*.rst.txt")
     }
     return _without_repeats(
         {

@@ -81,7 +81,7 @@ def page() -> str:
             if name == "smollm2":
                 parts.insert(-1, _beside_the_paper(rows, score))
             parts.append(f"![{title}](../bench/results/selectors_{name}.svg)")
-        if studied and _has_axes(studied):
+        if _has_axes(studied):
             parts.append(f"![Studies of {name}](../bench/results/studies_{name}.svg)")
         if studied:
             # Tables have one size of calibration; of a network without one, most of its rows.
@@ -303,8 +303,7 @@ def main() -> None:
     for name, (title, score, _) in NETWORKS.items():
         if rows := _rows(f"selectors_{name}.csv"):
             save_figure(selector_figure(rows, score, title), f"selectors_{name}.svg")
-        rows = _rows(f"studies_{name}.csv")
-        if rows and _has_axes(rows):
+        if _has_axes(rows := _rows(f"studies_{name}.csv")):
             save_figure(study_figure(rows, score, title), f"studies_{name}.svg")
     PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE}")

@@ -138,16 +138,18 @@ def table() -> None:
     out = Table(RESULTS / "smollm2_table.csv", ("text", "sites", "keep", "model"))
     subject = Subject()
     for text, sites, keep in CELLS:
+        missing = [name for name in MODELS if (text, sites, keep, name) not in out]
+        dense_missing = (text, "", 1.0, "dense") not in out
+        if not (missing or dense_missing):  # nor is its text to be fetched and cut
+            continue
         calibration_tokens, heldout_tokens = TOKENS[text]
         calibration = subject.batches(text, "calibration", calibration_tokens)
         heldout = subject.batches(text, "heldout", heldout_tokens)
-        if (text, "", 1.0, "dense") not in out:
+        if dense_missing:
             dense = evaluate(subject.model, heldout, progress=False)
             out.add(_table_row(text, "", 1.0, "dense", dense, None))
-        for name, settings in MODELS.items():
-            if (text, sites, keep, name) in out:
-                continue
-            chosen = {"keep": keep, "sites": tuple(sites.split(",")), **settings}
+        for name in missing:
+            chosen = {"keep": keep, "sites": tuple(sites.split(",")), **MODELS[name]}
             model, report = subject.compressed(calibration, **chosen)
             result = evaluate(model, heldout, progress=False)
             out.add(_table_row(text, sites, keep, name, result, report))

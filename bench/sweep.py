@@ -90,6 +90,10 @@ FOLDINGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Selector, keep, variant, its settings, and samples or 0 for the subject's own number.
+StudyRow = tuple[str, float, str, dict[str, Any], int]
+
+
 @dataclass(frozen=True)
 class Subject:
     """A network with its data.
@@ -297,16 +301,11 @@ def table(name: str, only: tuple[str, ...], keeps: tuple[float, ...]) -> None:
 def studies(name: str, keeps: tuple[float, ...]) -> None:
     """Calibration size, α, the loop, folding and budgets, at half of the channels and at 0.3."""
     bench = Bench(name, f"studies_{name}.csv")
-    if name == "mixture":
-        for keep, selector in itertools.product(keeps or (0.5,), ("wanda", "greedy")):
-            for variant, settings in MIXED.items():
-                bench.measure(selector, keep, variant, settings)
-        return
-    language = name == "smollm2"
+    language = name in ("smollm2", "mixture")
     for keep in keeps or ((0.5,) if language else (0.5, 0.3)):
-        for row in _studies(name, keep):
+        for row in _mixed(keep) if name == "mixture" else _studies(name, keep):
             bench.measure(*row)
-        if language:
+        if name == "smollm2":
             for selector, variant, settings in _budgets(bench, keep):
                 bench.measure(selector, keep, variant, settings)
 
@@ -326,7 +325,12 @@ def _budgets(bench: "Bench", keep: float) -> Iterator[tuple[str, str, dict[str, 
         yield selector, "ours, its budget", uneven
 
 
-def _studies(name: str, keep: float) -> Iterator[tuple[str, float, str, dict[str, Any], int]]:
+def _mixed(keep: float) -> Iterator[StudyRow]:
+    for selector, (variant, settings) in itertools.product(("wanda", "greedy"), MIXED.items()):
+        yield selector, keep, variant, settings, 0
+
+
+def _studies(name: str, keep: float) -> Iterator[StudyRow]:
     default = 0
     convolutional = name in ("resnet18", "efficientnet")
     for samples in SEQUENCES if name == "smollm2" else SAMPLES:

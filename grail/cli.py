@@ -12,6 +12,7 @@ def main() -> int:
         os.environ.setdefault(variable, "error")
     try:
         from grail.commands import app
+        from grail.distributed import launched_together
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
@@ -21,7 +22,7 @@ def main() -> int:
     try:
         app(prog_name="grail")
     except SystemExit as ended:  # as every command ends
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and isinstance(ended.code, int | None):
+        if launched_together() and isinstance(ended.code, int | None):
             _leave(ended.code or 0)
         raise
     return 0

@@ -282,10 +282,15 @@ def ranks() -> Ranks:
     return Group() if several else Ranks()
 
 
+def launched_together() -> bool:
+    """Whether torchrun, or what sets its variables, started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextmanager
 def launched(device: str) -> Iterator[str]:
     """Joins the processes that torchrun started; gives the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if not launched_together() or dist.is_initialized():
         yield device
         return
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):

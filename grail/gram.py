@@ -51,14 +51,13 @@ class Gram:
     ):
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
             raise InputError(f"channels must be a positive integer; got {channels!r}")
-        if buffer is not None and buffer < 0:
-            raise InputError(f"buffer must be a number of tokens ≥ 0; got {buffer}")
+        check_buffer(buffer)
         check_non_finite(non_finite)
         self.channels, self.name, self._capacity = channels, name, buffer
         self._drops = non_finite == "drop"
         self.drift: Drift | None = None
         self._packed: Tensor | None = None
-        self._buffer: _Buffer | None = None
+        self._buffer: Buffer | None = None
         self._feed: _HostFeed | None = None
         self._torn = False  # whether an update ended half-way
         if device is not None:
@@ -166,7 +165,7 @@ class Gram:
             self._flush()
         if self._buffer is None:
             assert self._capacity is not None
-            self._buffer = _Buffer(self._capacity, x)
+            self._buffer = Buffer(self._capacity, x)
         self._buffer.append(x, mask)
 
     def _saves_traffic(self, x: Tensor) -> bool:
@@ -385,6 +384,12 @@ class Gram:
         return self.name or f"a site of {self.channels} channels"
 
 
+def check_buffer(buffer: int | None) -> None:
+    """Raises InputError for what is no number of tokens that can wait."""
+    if buffer is not None and buffer < 0:
+        raise InputError(f"buffer must be a number of tokens ≥ 0; got {buffer}")
+
+
 def check_non_finite(non_finite: str) -> None:
     """Raises InputError for what is no way to treat tokens with NaN or Inf."""
     if non_finite not in get_args(NonFinite):
@@ -397,7 +402,7 @@ def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.
     return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
-class _Buffer:
+class Buffer:
     """Up to `capacity` tokens, copied; of the dtype and on the device of `like` [..., H]."""
 
     def __init__(self, capacity: int, like: Tensor):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import grail_kernels as gk
 from grail.errors import InputError
-from grail.gram import Gram, NonFinite
+from grail.gram import Buffer, Gram, NonFinite, check_buffer
 
 # Tokens that wait, for each expert on average: of 128 experts of 768 channels 0.2 GB in bf16.
 WAITING_TOKENS = 1024
@@ -44,8 +44,7 @@ class RaggedGrams:
     ):
         if not names:
             raise InputError("names is empty; give one for each expert")
-        if buffer is not None and buffer < 0:
-            raise InputError(f"buffer must be a number of tokens ≥ 0; got {buffer}")
+        check_buffer(buffer)
         device, count = torch.device(device), len(names)
         if buffer is None:
             buffer = 0 if device.type == "cpu" else WAITING_TOKENS * count
@@ -53,8 +52,8 @@ class RaggedGrams:
         self.packed = torch.zeros(count, gk.packed_numel(channels), device=device)
         self.sum = torch.zeros(count, channels, device=device)
         self.nonfinite = torch.zeros(count, channels, dtype=torch.int64, device=device)
-        self._waiting: Tensor | None = None  # [buffer, H]
-        self._owners: list[tuple[int, slice]] = []  # whose its rows are, in the order of coming
+        self._waiting: Buffer | None = None
+        self._owners: list[tuple[int, int]] = []  # whose, and how many, as they came
         self.grams = tuple(
             _Expert(self, number, channels, name, non_finite) for number, name in enumerate(names)
         )
@@ -71,31 +70,28 @@ class RaggedGrams:
         if len(x) > self._capacity:
             self._multiply([number], [x])
             return
-        if self._waiting is not None and (
-            self._used + len(x) > self._capacity or x.dtype != self._waiting.dtype
-        ):
+        if self._waiting is not None and not self._waiting.accepts(x):
             self.flush()
         if self._waiting is None:
-            self._waiting = x.new_empty(self._capacity, x.shape[-1])
-        place = slice(self._used, self._used + len(x))
-        self._waiting[place] = x
-        self._owners.append((number, place))
+            self._waiting = Buffer(self._capacity, x)
+        self._waiting.append(x, None)
+        self._owners.append((number, len(x)))
 
     def flush(self) -> None:
         """Multiplies what waits."""
         if self._waiting is not None:
-            waiting, owners = self._waiting, sorted(self._owners, key=lambda owner: owner[0])
+            tokens, _ = self._waiting.content()
+            numbers, counts = zip(*self._owners, strict=True)
             self._waiting, self._owners = None, []
+            pairs = sorted(
+                zip(numbers, tokens.split(counts), strict=True), key=lambda pair: pair[0]
+            )
             try:
-                self._multiply([n for n, _ in owners], [waiting[rows] for _, rows in owners])
+                self._multiply([n for n, _ in pairs], [part for _, part in pairs])
             except BaseException:
                 for gram in self.grams:
                     gram.tear()
                 raise
-
-    @property
-    def _used(self) -> int:
-        return self._owners[-1][1].stop if self._owners else 0
 
     def _multiply(self, numbers: Sequence[int], parts: Sequence[Tensor]) -> None:
         """Adds parts [T, H] of experts that never decrease."""

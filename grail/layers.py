@@ -98,6 +98,10 @@ class Routed:
         return rows[self.places] * self.shares[:, None]
 
 
+# Hears of a layer's input, and of the batch's tokens that it is of, if those are not all.
+Reader = Callable[[Tensor, Routed | None], None]
+
+
 @dataclass(frozen=True, eq=False)
 class Consumer:
     """A layer whose columns read a site's channels.
@@ -183,11 +187,8 @@ class Consumer:
         return y.flatten(2).movedim(1, -1) if isinstance(self.module, CONVOLUTIONS) else y
 
     @contextmanager
-    def watch(self, read: Callable[[Tensor, Routed | None], None]) -> Iterator[None]:
-        """Reports the layer's input x whenever it runs, and which of a batch's tokens those are.
-
-        None is all of them.
-        """
+    def watch(self, read: Reader) -> Iterator[None]:
+        """Reports the layer's input x whenever it runs, and which of a batch's tokens those are."""
         handle = self.module.register_forward_pre_hook(lambda _, args: read(args[0], None))
         try:
             yield

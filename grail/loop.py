@@ -32,7 +32,7 @@ from grail.errors import InputError
 from grail.fit import Auto, Fit, fit
 from grail.gram import Gram
 from grail.gram_ragged import RaggedGrams
-from grail.layers import Consumer, Routed, stacked
+from grail.layers import Consumer, Reader, Routed, stacked
 from grail.onload import Onloader
 from grail.options import ALPHA, Options
 from grail.reduction import Folding, Reduction, Selection
@@ -43,7 +43,7 @@ from grail.stream import Memo, Shelf, Stop, Stream
 from grail.transaction import Transaction
 
 Advance = Callable[[int], object]  # hears of so many tokens done
-# Hears of a consumer's input, and of the batch's tokens that it is of, if those are not all.
+# As a `Reader` of each consumer.
 Read = Callable[[Consumer, Tensor, Routed | None], None]
 Rows = dict[str, list[SiteReport]]  # by name of site, one for each of its consumers
 
@@ -272,8 +272,10 @@ class Run:
         """
         collected: dict[BoundSite, list[Statistics]] = {}
         for step in steps(sites):
-            known = self._known and {site: self._known(site) for site in step}
-            collected |= known or self._statistics(step)
+            if self._known is None:
+                collected |= self._statistics(step)
+            else:
+                collected |= {site: self._known(site) for site in step}
         batch = 0
         inputs: dict[Consumer, tuple[Tensor, Routed | None]] = {}
         missing: dict[Any, Tensor] = {}  # the drift of a batch, by what lands together
@@ -579,7 +581,7 @@ def _watch(
     """Reports what each consumer of a site reads, then what the network holds where it lands."""
     reading = False
 
-    def reader(consumer: Consumer) -> Callable[[Tensor, Routed | None], None]:
+    def reader(consumer: Consumer) -> Reader:
         def heard(x: Tensor, routed: Routed | None) -> None:
             nonlocal reading
             reading = True

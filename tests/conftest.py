@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+import grail_kernels as gk
+
 from .counting import (  # noqa: F401, hooks of pytest
     pytest_addoption,
     pytest_configure,
@@ -115,6 +117,20 @@ def tiny_model() -> Callable[..., Any]:
         return model.float().eval()
 
     return make
+
+
+@pytest.fixture
+def ragged_launches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Token counts by expert of each ragged Gram call, as they come."""
+    counts: list[list[int]] = []
+    kernel = gk.gram_ragged_
+
+    def counting(out: Any, x: Any, offsets: Any, **rest: Any) -> Any:
+        counts.append(offsets.diff().tolist())
+        return kernel(out, x, offsets, **rest)
+
+    monkeypatch.setattr(gk, "gram_ragged_", counting)
+    return counts
 
 
 @pytest.fixture(scope="session")

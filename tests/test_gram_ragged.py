@@ -19,20 +19,6 @@ def calls_of(seed=0, dtype=torch.float32):
     return [(n, torch.randn(size, H, generator=generator).to(dtype)) for n, size in sizes]
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """Token counts by expert of each ragged call."""
-    counts = []
-
-    def counting(out, x, offsets, **rest):
-        counts.append(offsets.diff().tolist())
-        return kernel(out, x, offsets, **rest)
-
-    kernel = gk.gram_ragged_
-    monkeypatch.setattr(gk, "gram_ragged_", counting)
-    return counts
-
-
 @pytest.mark.parametrize("buffer", [None, 1, 16, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_gram_equals_fp64_however_many_tokens_wait(buffer, dtype):
@@ -51,23 +37,23 @@ def test_each_gram_equals_fp64_however_many_tokens_wait(buffer, dtype):
         assert torch.equal(gram.matrix(), gram.matrix().T)
 
 
-def test_what_waits_goes_in_one_call_sorted_by_expert(launches):
+def test_what_waits_goes_in_one_call_sorted_by_expert(ragged_launches):
     ragged = RaggedGrams(NAMES, H, buffer=40)
     for number, x in calls_of():
         ragged.grams[number].update(x)
-    assert launches == []  # 37 tokens wait
+    assert ragged_launches == []  # 37 tokens wait
     ragged.grams[0].matrix()
     ragged.grams[2].matrix()  # the first read brought all up to date
-    assert launches == [[25, 0, 12]]
+    assert ragged_launches == [[25, 0, 12]]
 
 
-def test_more_than_can_wait_is_multiplied_before_it_comes_in(launches):
+def test_more_than_can_wait_is_multiplied_before_it_comes_in(ragged_launches):
     ragged = RaggedGrams(NAMES, H, buffer=8)
     for number, size in ((0, 6), (1, 2), (0, 3), (2, 9)):
         ragged.grams[number].update(torch.ones(size, H))
-    assert launches == [[6, 2, 0], [0, 0, 9]]  # nine never wait
+    assert ragged_launches == [[6, 2, 0], [0, 0, 9]]  # nine never wait
     assert [gram.matrix()[0, 0] for gram in ragged.grams] == [9, 2, 9]
-    assert launches[2:] == [[3, 0, 0]]
+    assert ragged_launches[2:] == [[3, 0, 0]]
 
 
 def test_tokens_that_wait_are_the_callers_to_overwrite():

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from grail.errors import InputError, ModelError
-from grail.layers import Consumer, Producer, Routed
+from grail.layers import Consumer, Producer, Reader, Routed
 from grail.sites.site import BoundSite, Landing
 from grail.stream import replaced_forward
 from grail.transaction import Transaction
-
-Read = Callable[[Tensor, Routed | None], None]
 
 
 class Experts:
@@ -35,7 +33,7 @@ class Experts:
         self.name, self.module = name, module
         self.gates = [_linear(weight) for weight in module.gate_up_proj.detach()]
         self.downs = [_linear(weight) for weight in module.down_proj.detach()]
-        self._readers: dict[int, Read] = {}
+        self._readers: dict[int, Reader] = {}
         self._rewritten: set[int] = set()
 
     def sites(self, block: int, upstream: Sequence[nn.Module]) -> list[BoundSite]:
@@ -58,7 +56,7 @@ class Experts:
         ]
 
     @contextmanager
-    def watch(self, number: int, read: Read) -> Iterator[None]:
+    def watch(self, number: int, read: Reader) -> Iterator[None]:
         """Reports what the second matrix of one expert reads, and of which tokens."""
         self._readers[number] = read
         outermost = len(self._readers) == 1
@@ -80,13 +78,13 @@ class Experts:
         def run(hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
             config._experts_implementation = "eager"
             heard: set[int] = set()
+            shares = (weights / weights.square().sum(-1, keepdim=True)).float()
 
             def hear(number: int, x: Tensor) -> None:
                 heard.add(number)
                 if number in self._readers:
                     choices, places = torch.where((experts == number).T)
-                    shares = (weights / weights.square().sum(-1, keepdim=True))[places, choices]
-                    self._readers[number](x, Routed(places, shares.float()))
+                    self._readers[number](x, Routed(places, shares[places, choices]))
 
             try:
                 with _Heard(self.module.down_proj, hear):
@@ -126,7 +124,7 @@ class ExpertConsumer(Consumer):
     number: int = 0
 
     @contextmanager
-    def watch(self, read: Read) -> Iterator[None]:
+    def watch(self, read: Reader) -> Iterator[None]:
         with self.experts.watch(self.number, read):
             yield
 
