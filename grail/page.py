@@ -39,7 +39,13 @@ _PHASES = {
     "absorb": "absorb",
     "other": "everything else",
 }
-_KINDS = {"mlp": "MLP channels", "heads": "attention heads"}
+_KINDS = {
+    "mlp": "MLP channels",
+    "heads": "attention heads",
+    "experts": "experts' channels",
+    "shared_experts": "shared experts' channels",
+    "conv": "convolution channels",
+}
 
 
 def headline(report: Report) -> tuple[str, str]:

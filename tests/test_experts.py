@@ -86,20 +86,26 @@ def test_every_expert_is_fitted_to_what_it_reads(family, closed_loop, tiny_model
         )
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize(
+    ("family", "sites"),
+    [*((family, "experts") for family in MIXTURES), ("qwen2_moe", "shared_experts,experts")],
+)
 @torch.no_grad()
-def test_experts_share_in_undoing_the_drift(family, tiny_model, tiny_batches):
+def test_experts_share_in_undoing_the_drift(family, sites, tiny_model, tiny_batches):
     model = tiny_model(family)
     batches, dense = padded(tiny_batches(count=12, length=24)), copy.deepcopy(model)
     settings = {"selector": "magnitude", "alpha": ALPHA, "toward": "zero", "multiple": 1}
-    report = grail.compress(
-        model, batches, keep=0.5, drift_correction=1, progress=False, **settings
-    )
-    assert {row.drift_correction for row in report.sites} == {1.0}
+    settings |= {"sites": tuple(sites.split(",")), "drift_correction": 1}
+    report = grail.compress(model, batches, keep=0.5, progress=False, **settings)
+    assert {row.drift_correction for row in report.sites if row.kind == "experts"} == {1.0}
 
-    # The second block as it was, behind the first one as it became.
+    # The second block as it was, behind the first one as it became; an expert that every token
+    # goes to comes before the others, which undo what it leaves.
     half = copy.deepcopy(dense)
     half.model.layers[0] = copy.deepcopy(model.model.layers[0])
+    if "shared" in sites:
+        assert report.sites[0].kind == "shared_experts"
+        half.model.layers[1].mlp.shared_expert = model.model.layers[1].mlp.shared_expert
     wanted, found, routes = [], [], []
     experts = half.model.layers[1].mlp.experts
     experts.register_forward_pre_hook(lambda _, args: routes.append(args[:3]))

@@ -80,7 +80,18 @@ _PHI3 = replace(
     mlp=Mlp(("mlp.gate_up_proj",), "mlp.down_proj", fused=2),
 )
 _MIXTRAL = replace(_LLAMA, experts=Mixture("mlp.experts", setting("intermediate_size")))
-_QWEN_MOE = replace(_LLAMA, experts=Mixture("mlp.experts", setting("moe_intermediate_size")))
+_QWEN3_MOE = replace(_LLAMA, experts=Mixture("mlp.experts", setting("moe_intermediate_size")))
+_QWEN2_MOE = replace(
+    _QWEN3_MOE,
+    # A gate of its own scales it, so that the experts beside it undo its drift.
+    shared_experts=Mlp(
+        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+        "mlp.shared_expert.down_proj",
+        config=setting("shared_expert_intermediate_size"),
+        sizes=("mlp.shared_expert.intermediate_size",),
+        landing=None,
+    ),
+)
 _GPT2 = Layout(
     blocks="h",
     attention="attn",
@@ -134,9 +145,9 @@ LAYOUTS = {
     "phi": _PHI,
     "phi3": _PHI3,
     "qwen2": _LLAMA,
-    "qwen2_moe": _QWEN_MOE,
+    "qwen2_moe": _QWEN2_MOE,
     "qwen3": _LLAMA,
-    "qwen3_moe": _QWEN_MOE,
+    "qwen3_moe": _QWEN3_MOE,
     "smollm3": _LLAMA,
     "stablelm": _STABLELM,
     "starcoder2": _STARCODER2,

@@ -194,6 +194,7 @@ def _by_form(model: Any) -> Layout | None:
 def _scaled(layout: Layout, heads: str, mlp: str) -> Layout:
     """The same with layer scales, at these paths."""
     assert layout.heads is not None
+    assert layout.mlp.landing is not None
     return replace(
         layout,
         mlp=replace(layout.mlp, landing=replace(layout.mlp.landing, scale=mlp)),

@@ -3,6 +3,7 @@
     mlp      producers ─► act(…)[·…] [intermediate]     ─► consumer
     heads    queries, keys, values ─► attention [heads·head_dim] ─► output projection
     experts  the same as mlp, in each expert of a layer (see `grail.sites.experts`)
+    shared_experts  the same as mlp, in the expert that every token goes to beside those
 
 A family is a `Layout`: paths into its blocks and the names of what holds its sizes. Where all
 blocks get the same width and the configuration has a place for it, it is written there, and stock
@@ -63,7 +64,8 @@ class Mlp:
 
     `fused`: how many producers lie in one matrix, one after the other. `config`: what a
     configuration has to say for so many channels, nothing if it cannot; `sizes`: paths of
-    attributes of their number in the block.
+    attributes of their number in the block. Without `landing` no drift is undone: the output is
+    scaled token by token on its way.
     """
 
     producers: tuple[str, ...]
@@ -71,7 +73,7 @@ class Mlp:
     fused: int = 1
     config: Callable[[Any, int], Settings] = _INTERMEDIATE_SIZE
     sizes: tuple[str, ...] = ()
-    landing: Seen = BLOCK_OUTPUT
+    landing: Seen | None = BLOCK_OUTPUT
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class Layout:
     """One family: the place of its list of blocks, and its sites.
 
     `blocks`: below the model, or below its `base_model_prefix`. `attention`: the path of the module
-    that runs before the MLP. `experts`: narrowed in place of an MLP. Without `heads`, `no_heads`
-    says why.
+    that runs before the MLP. `experts`: narrowed in place of an MLP; `shared_experts`: what every
+    token goes to beside them. Without `heads`, `no_heads` says why.
     """
 
     blocks: str
@@ -121,6 +123,7 @@ class Layout:
     heads: Heads | None = None
     no_heads: str = ""
     experts: Mixture | None = None
+    shared_experts: Mlp | None = None
 
 
 class Transformer(Architecture):
@@ -131,7 +134,8 @@ class Transformer(Architecture):
         named = _blocks(model, layout)
         self._names, self.blocks = list(named), list(named.values())
         self.default = ("experts",) if layout.experts else ("mlp",)
-        self.kinds = ("heads", *self.default) if layout.heads else self.default
+        others = {"heads": layout.heads, "shared_experts": layout.shared_experts}
+        self.kinds = (*(kind for kind, place in others.items() if place), *self.default)
         self.name = getattr(self.config, "_name_or_path", "") or type(model).__name__
         widest = next(iter(itertools.chain(*self.sites(self.default))))
         self.hidden_size = widest.outputs
@@ -142,7 +146,12 @@ class Transformer(Architecture):
         self.activations_per_token = rows * copies + 3 * self.hidden_size
 
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
-        make = {"heads": self._heads, "mlp": self._mlp, "experts": self._experts}
+        make = {
+            "heads": self._heads,
+            "mlp": self._mlp,
+            "shared_experts": self._shared_experts,
+            "experts": self._experts,
+        }
         return [
             [site for kind in self.kinds if kind in kinds for site in make[kind](number, block)]
             for number, block in enumerate(self.blocks)
@@ -155,7 +164,7 @@ class Transformer(Architecture):
 
     def settle(self, widths: Mapping[str, Width], transaction: Transaction) -> None:
         for kind, found in self._by_kind(widths).items():
-            settings = self._settings(found)
+            settings = self._settings(kind, found)
             for name, value in settings.items():
                 transaction.set_attribute(self.config, name, value)
             if settings and kind == "heads":
@@ -165,7 +174,7 @@ class Transformer(Architecture):
         notes = []
         for kind, found in self._by_kind(widths).items():
             narrowed = any(width.kept < width.channels for width in found)
-            if self.config is not None and narrowed and not self._settings(found):
+            if self.config is not None and narrowed and not self._settings(kind, found):
                 why = f"the configuration cannot hold {found[0]}"
                 if len(found) > 1:
                     why = "widths differ by block, which the configuration cannot hold"
@@ -180,14 +189,16 @@ class Transformer(Architecture):
                 found.setdefault(site.kind, {})[widths[site.name]] = None
         return {kind: list(of_kind) for kind, of_kind in found.items()}
 
-    def _settings(self, widths: Sequence[Width]) -> Settings:
-        """What the configuration has to say for sites of these widths; nothing if it cannot."""
+    def _settings(self, kind: str, widths: Sequence[Width]) -> Settings:
+        """What the configuration has to say for a kind of these widths; nothing if it cannot."""
         if self.config is None or len(widths) > 1:
             return {}
         (width,) = widths
         if isinstance(width, HeadWidth):
             return self._head_settings(width)
-        return (self._layout.experts or self._layout.mlp).config(self.config, width.kept)
+        place: Mlp | Mixture | None = getattr(self._layout, kind)
+        assert place is not None
+        return place.config(self.config, width.kept)
 
     def _share_config(self, transaction: Transaction) -> None:
         """Lets attention modules read the model's configuration again, which now suits them."""
@@ -215,13 +226,25 @@ class Transformer(Architecture):
         experts = Experts(f"{self._names[number]}.{mixture.path}", module)
         return experts.sites(number, [block.get_submodule(self._layout.attention)])
 
+    def _shared_experts(self, number: int, block: nn.Module) -> list[BoundSite]:
+        shared = self._layout.shared_experts
+        assert shared is not None
+        try:
+            block.get_submodule(shared.consumer)
+        except AttributeError:
+            return []
+        return [self._channels("shared_experts", shared, number, block)]
+
     def _mlp(self, number: int, block: nn.Module) -> list[BoundSite]:
-        mlp, name = self._layout.mlp, self._names[number]
+        return [self._channels("mlp", self._layout.mlp, number, block)]
+
+    def _channels(self, kind: str, mlp: Mlp, number: int, block: nn.Module) -> BoundSite:
+        name = self._names[number]
         consumer = Consumer(f"{name}.{mlp.consumer}", block.get_submodule(mlp.consumer))
         parts = (("channels", consumer.channels),) * mlp.fused if mlp.fused > 1 else None
-        site = BoundSite(
+        return BoundSite(
             name=f"{name}.{mlp.consumer.rpartition('.')[0]}".rstrip("."),
-            kind="mlp",
+            kind=kind,
             block=number,
             producers=tuple(
                 Producer(f"{name}.{path}", block.get_submodule(path), parts)
@@ -229,10 +252,9 @@ class Transformer(Architecture):
             ),
             consumers=(consumer,),
             upstream=(block.get_submodule(self._layout.attention),),
-            landing=_landing(block, mlp.landing),
+            landing=None if mlp.landing is None else _landing(block, mlp.landing),
             sizes=tuple(_attributes(block, mlp.sizes)),
         )
-        return [site]
 
     def _heads(self, number: int, block: nn.Module) -> list[BoundSite]:
         heads, name = self._layout.heads, self._names[number]
