@@ -322,6 +322,31 @@ def split_topics(topics: Mapping[str, str], calibration: int = 1) -> tuple[list[
     return [topics[name] for name in sorted(names[0])], [topics[name] for name in sorted(names[1])]
 
 
+def split_passages(
+    documents: Mapping[str, str], calibration: int, characters: int = 2000
+) -> tuple[list[str], list[str]]:
+    """Calibration and held-out passages of the same documents, in the order of names.
+
+    Args:
+        calibration: how many passages are for calibration to one that is held out.
+        characters: that a passage has at least, in whole paragraphs.
+    """
+    passages: list[str] = []
+    for _, document in sorted(documents.items()):
+        passage = ""
+        for paragraph in document.split("\n\n"):
+            passage += f"{paragraph}\n\n"
+            if len(passage) >= characters:
+                passages.append(passage.rstrip())
+                passage = ""
+        passages += [passage.rstrip()] if passage else []
+    held = [number % (calibration + 1) == calibration for number in range(len(passages))]
+    return (
+        [text for text, out in zip(passages, held, strict=True) if not out],
+        [text for text, out in zip(passages, held, strict=True) if out],
+    )
+
+
 def sentences(documents: Sequence[str], count: int) -> list[str]:
     """Sentences of 5 to 40 words, spread evenly over the documents.
 

@@ -8,11 +8,12 @@
 Results are bench/results/smollm2_{table,calibration,cost}.csv.
 
 Calibration and held-out text of the table are disjoint halves of the Brown corpus (32k and 17k
-tokens); three quarters and a quarter of the Python language reference (64k and 12k), called
-technical; or seven eighths and an eighth of the pages of the Python documentation, sequences drawn
-at random from each (256k and 16k), called documentation; see bench/assets.py. A row is written as
-soon as it is measured and never measured again: kill it and run it again to go on. Hours on two
-cores; never part of the tests.
+tokens); three quarters and a quarter of the topics of the Python language reference (64k and 12k),
+called technical, or five and one of six passages of its every topic (64k and 12k), called passages;
+or seven eighths and an eighth of the pages of the Python documentation, sequences drawn at random
+from each (256k and 16k), called documentation; see bench/assets.py. A row is written as soon as it
+is measured and never measured again: kill it and run it again to go on. Hours on two cores; never
+part of the tests.
 """
 
 import argparse
@@ -43,11 +44,13 @@ LENGTH = 1024
 CELLS = [
     ("documentation", "mlp", 0.5),
     ("technical", "mlp", 0.5),
+    ("passages", "mlp", 0.5),
     ("brown", "mlp", 0.5),
     ("brown", "heads", 0.5),
     ("brown", "mlp,heads", 0.5),
     ("documentation", "mlp", 0.75),
     ("technical", "mlp", 0.75),
+    ("passages", "mlp", 0.75),
     ("brown", "mlp", 0.7),
     ("brown", "heads", 0.7),
     ("brown", "mlp,heads", 0.7),
@@ -58,6 +61,7 @@ CELLS = [
 TOKENS = {
     "brown": (32 * LENGTH, 17 * LENGTH),
     "technical": (64 * LENGTH, 12 * LENGTH),
+    "passages": (64 * LENGTH, 12 * LENGTH),
     "documentation": (256 * LENGTH, 16 * LENGTH),
 }
 # Of these, sequences are drawn at random; of the others the first ones are taken.
@@ -66,6 +70,7 @@ SOURCES: dict[str, Callable[[], tuple[list[str], list[str]]]] = {
     "brown": lambda: assets.split_genres(assets.brown(TEXTS)),
     "python": lambda: assets.split_topics(assets.python_reference()),
     "technical": lambda: assets.split_topics(assets.python_reference(), calibration=3),
+    "passages": lambda: assets.split_passages(assets.python_reference(), calibration=5),
     "documentation": lambda: assets.split_topics(assets.python_documentation(TEXTS), calibration=7),
 }
 # The paper's selector, target and ridge; what a user gets who sets nothing.

@@ -363,6 +363,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="selectors, separated by commas")
     parser.add_argument("--keep", default="", help="keep ratios, separated by commas")
     arguments = parser.parse_args()
+    if arguments.network == "mixture" and not arguments.studies:
+        parser.error("the mixture has studies and no table: add --studies")
     torch.manual_seed(0)
     keeps = tuple(float(k) for k in arguments.keep.split(",") if k)
     if arguments.studies:
