@@ -40,21 +40,16 @@ def augmented(
 
 
 def epoch_batches(
-    images: Tensor, labels: Tensor, seed: int, epoch: int, shift: int, mixing: float = 0.0
+    images: Tensor, labels: Tensor, seed: int, epoch: int, shift: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs [BATCH, 1, 28, 28] and labels [BATCH] of one epoch; a partial batch is left out.
-
-    Args:
-        mixing: the largest share of another image that is mixed into each; labels stay.
-    """
+    """Inputs [BATCH, 1, 28, 28] and labels [BATCH] of one epoch; a partial batch is left out."""
     generator = torch.Generator().manual_seed(seed * 1000 + epoch)
     order = torch.randperm(len(images), generator=generator)
     for rows in order[: len(order) // BATCH * BATCH].split(BATCH):
-        inputs = networks.fashion_inputs(augmented(images[rows], generator, shift))
-        if mixing:
-            shares = mixing * torch.rand(BATCH, 1, 1, 1, generator=generator)
-            inputs = inputs.lerp(inputs.roll(1, 0), shares)
-        yield inputs, labels[rows].long()
+        yield (
+            networks.fashion_inputs(augmented(images[rows], generator, shift)),
+            labels[rows].long(),
+        )
 
 
 def recipe(
@@ -96,24 +91,14 @@ def train_epoch(
     network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     recipe: Sequence[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]],
-    teacher: nn.Module | None = None,
 ) -> float:
-    """One pass over `batches`, with labels smoothed by 0.1; returns the mean loss.
-
-    Args:
-        teacher: its probabilities stand in place of the labels.
-    """
+    """One pass over `batches`, with labels smoothed by 0.1; returns the mean loss."""
     network.train()
     losses = []
     for inputs, labels in batches:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        smoothing = 0.1
-        if teacher is not None:
-            with torch.no_grad():
-                labels, smoothing = teacher(inputs).softmax(1), 0.0
-        outputs = network(inputs)
+        outputs = network(inputs.contiguous(memory_format=torch.channels_last))
         logits = getattr(outputs, "logits", outputs)
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
         network.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
@@ -145,14 +130,11 @@ def train(
     weights: Path,
     log: Path,
     again: bool = False,
-    taught: bool = False,
 ) -> None:
     """Trains one network, or goes on with it, and writes a row of `log` after every epoch.
 
     Args:
-        again: a further cycle from the stored weights, at a fifth of the learning rates.
-        taught: the stored ResNet-18 says what to answer, not the labels, on images mixed with up to
-            0.3 of another one: it answers them as well (Beyer et al. 2021, arXiv 2106.05237).
+        again: a second cycle from the stored weights, at a fifth of the learning rates.
     """
     torch.manual_seed(seed)
     data = assets.fashion_mnist(cache)
@@ -164,11 +146,9 @@ def train(
     network.to(memory_format=torch.channels_last)
     steps = epochs * (len(data.train_images) // BATCH)
     pairs = recipe(name, network, steps, scale=0.2 if again else 1.0)
-    teacher = networks.resnet18_fashion() if taught else None
     parts = {"network": network}
     for number, (optimiser, schedule) in enumerate(pairs):
         parts |= {f"optimiser {number}": optimiser, f"schedule {number}": schedule}
-    run += " taught" if taught else ""
     checkpoint = cache / f"{run}-seed{seed}-epochs{epochs}.pt"
     shift = 2 if name == "resnet18" else 0  # a patch of four pixels would be another one
     done = 0
@@ -179,10 +159,8 @@ def train(
             parts[part].load_state_dict(state)
     for epoch in range(done + 1, epochs + 1):
         start = time.perf_counter()
-        batches = epoch_batches(
-            data.train_images, data.train_labels, seed, epoch, shift, mixing=0.3 if taught else 0.0
-        )
-        loss = train_epoch(network, batches, pairs, teacher)
+        batches = epoch_batches(data.train_images, data.train_labels, seed, epoch, shift)
+        loss = train_epoch(network, batches, pairs)
         seconds = time.perf_counter() - start
         inputs = networks.fashion_inputs(data.test_images)
         score = accuracy(network.eval(), inputs, data.test_labels)
@@ -208,10 +186,7 @@ def main() -> None:
     parser.add_argument(
         "--again",
         action="store_true",
-        help="a further cycle from the stored weights, at a fifth of the learning rates",
-    )
-    parser.add_argument(
-        "--taught", action="store_true", help="by the stored ResNet-18's answers, not by labels"
+        help="a second cycle from the stored weights, at a fifth of the learning rates",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, crops and flips")
     parser.add_argument(
@@ -232,7 +207,6 @@ def main() -> None:
             options.weights,
             log,
             options.again,
-            options.taught,
         )
     except InputError as error:
         parser.exit(2, f"{error}\n")

@@ -185,10 +185,10 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     expected = weights(whole)
     real = train.epoch_batches
 
-    def interrupted(images, labels, seed, epoch, shift, mixing):
+    def interrupted(images, labels, seed, epoch, shift):
         if epoch == 2:
             raise KeyboardInterrupt
-        return real(images, labels, seed, epoch, shift, mixing)
+        return real(images, labels, seed, epoch, shift)
 
     monkeypatch.setattr(train, "epoch_batches", interrupted)
     with pytest.raises(KeyboardInterrupt):
