@@ -63,9 +63,9 @@ back shows at 0.3.""",
     "efficientnet": """The photographs are 117, so a cell's standard error is up to 2.3 points (four
 crops of each). Calibration has 256 crops of other photographs.""",
     "minilm": """The cosine is to the dense network's embeddings; rank correlations of similarities
-are in the CSV. Of folding's gain most is the exact form: the Gram of what the folded layer gives,
-not of the folded channels. With 16 sentences the paper's way is worse than plain pruning, the defaults
-never are; from 256 on more text changes little.""",
+are in the CSV. Most of folding's gain is its exact form: the Gram of what the folded layer gives,
+not of the folded channels. With 16 sentences the paper's way is worse than plain pruning, the
+defaults never are; from 256 on more text changes little.""",
 }
 
 Scores = dict[tuple[str, float, str], float]

@@ -55,7 +55,6 @@ CELLS = [
     ("brown", "heads", 0.7),
     ("brown", "mlp,heads", 0.7),
     *(("brown", "mlp", keep) for keep in (0.9, 0.8, 0.6)),
-    *(("brown", sites, 0.9) for sites in ("heads", "mlp,heads")),
 ]
 # Calibration and held-out tokens of a text.
 TOKENS = {
