@@ -62,9 +62,9 @@ def compress(
         keep: the share of each site's channels that stays, in (0, 1]; or one for each kind or
             site, {"mlp": 0.5, "heads": 0.7}, or for each block of a kind, {"mlp": [0.9, 0.8, …]}.
             The nearest width that the structure allows is used and reported.
-        sites: kinds of sites ("mlp", "heads", "experts", "shared_experts", "conv"; default the first
-            of "mlp", "experts" and "conv" that there is), or `grail.Site`s, which name the layers of
-            a network.
+        sites: kinds of sites ("mlp", "heads", "experts", "shared_experts", "conv"; default what
+            there is of "mlp", "experts" and "conv"), or `grail.Site`s, which name the layers of a
+            network.
         selector: a name of `grail.select.names()`, or a function from `grail.select.View` to a
             `Reduction`.
         compensate: "weights" (or True) fits the consumers; "bias" leaves their weights and lets
