@@ -195,7 +195,11 @@ def compress(
         typer.Option(help="Share of the channels or heads that stays, in (0, 1]."),
     ] = 0.7,
     sites: Annotated[
-        str, typer.Option(help="What becomes narrower: mlp, heads, or mlp,heads.")
+        str,
+        typer.Option(
+            help="What becomes narrower: mlp, heads, or mlp,heads; of mixtures experts, "
+            "shared_experts."
+        ),
     ] = "mlp",
     selector: Annotated[
         str,
