@@ -340,11 +340,10 @@ def split_passages(
                 passages.append(passage.rstrip())
                 passage = ""
         passages += [passage.rstrip()] if passage else []
-    held = [number % (calibration + 1) == calibration for number in range(len(passages))]
-    return (
-        [text for text, out in zip(passages, held, strict=True) if not out],
-        [text for text, out in zip(passages, held, strict=True) if out],
-    )
+    every = slice(calibration, None, calibration + 1)
+    heldout = passages[every]
+    del passages[every]
+    return passages, heldout
 
 
 def sentences(documents: Sequence[str], count: int) -> list[str]:

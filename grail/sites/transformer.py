@@ -219,19 +219,16 @@ class Transformer(Architecture):
     def _experts(self, number: int, block: nn.Module) -> list[BoundSite]:
         mixture = self._layout.experts
         assert mixture is not None
-        try:
-            module = block.get_submodule(mixture.path)
-        except AttributeError:
+        if not _has(block, mixture.path):
             return []
+        module = block.get_submodule(mixture.path)
         experts = Experts(f"{self._names[number]}.{mixture.path}", module)
         return experts.sites(number, [block.get_submodule(self._layout.attention)])
 
     def _shared_experts(self, number: int, block: nn.Module) -> list[BoundSite]:
         shared = self._layout.shared_experts
         assert shared is not None
-        try:
-            block.get_submodule(shared.consumer)
-        except AttributeError:
+        if not _has(block, shared.consumer):
             return []
         return [self._channels("shared_experts", shared, number, block)]
 
@@ -389,6 +386,15 @@ def _projections(
     if heads.interleaved:
         return (Interleaved(names[0], modules[0], parts, head_dim),)
     return (Producer(names[0], modules[0], parts),)
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    """Whether a block holds a module of that path."""
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _landing(block: nn.Module, seen: Seen) -> Landing:
