@@ -551,11 +551,7 @@ class Run:
             for statistics in collected:
                 gram.merge(statistics.channels)
         weight = stacked(site.consumers)
-        drift = None
-        if gram.drift is not None and self.options.follows_drift:
-            asked = self.options.drift_correction
-            drift = gram.drift.cross if asked == "auto" else asked * gram.drift.cross
-        view = select.View(site.weights(), weight, gram, width, generator, gradient, drift)
+        view = select.View(site.weights(), weight, gram, width, generator, gradient)
         # Of an expert that was never asked only its weights are known.
         unseen = site.beside is not None and not gram.tokens
         reduction = (select.get("magnitude") if unseen else self._select)(view)

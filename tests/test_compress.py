@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import grail
-from grail import select
 from grail.errors import EmptyCalibrationError, InputError, ModelError, NonFiniteError
 
 from .conftest import FAMILIES
@@ -487,34 +486,6 @@ def test_the_report_survives_json_and_says_what_was_rounded(tiny_llama, tiny_bat
     phases = {"forward", "gram", "select", "solve", "absorb", "other"}
     assert phases < report.seconds.keys()
     assert report.seconds["total"] == pytest.approx(sum(report.seconds[p] for p in phases))
-
-
-@pytest.mark.parametrize("correction", ["auto", 1.0, 0.5, 0.0])
-def test_selectors_see_the_share_of_the_drift_that_is_to_be_undone(
-    correction, tiny_llama, tiny_batches
-):
-    seen: list[select.View] = []
-
-    def listen(view):
-        seen.append(view)
-        return view.width.best(view.consumer.square().sum(0))
-
-    settings = {"alpha": 1e-3, "progress": False}
-    model, batches = tiny_llama(num_hidden_layers=1), tiny_batches(count=10)
-    grail.compress(model, batches, 0.5, selector=listen, drift_correction=correction, **settings)
-    (view,) = seen
-    if correction == 0:
-        assert view.drift is None
-        return
-    assert view.drift.shape == view.consumer.shape
-    assert not view.drift.any()  # nothing before the first block was narrowed
-    seen.clear()
-    model, kinds = tiny_llama(num_hidden_layers=1), ("heads", "mlp")
-    grail.compress(model, batches, 1 / 3, kinds, listen, drift_correction=correction, **settings)
-    share = 1.0 if correction == "auto" else correction
-    mlp = seen[1]  # behind heads of which two thirds are gone
-    assert torch.equal(mlp.drift, share * mlp.gram.drift.cross)
-    assert mlp.drift.any()
 
 
 def test_regional_gradients_are_those_of_the_blocks_output(tiny_llama, tiny_batches):

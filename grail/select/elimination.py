@@ -9,9 +9,6 @@ which is the forward search of `grail.select.greedy` with H⁻¹ in the place of
 and the least in that of the most: both run `grail.select.pivots`. Of H channels, D dropped: 2·H³
 FLOPs for the inverse, then 8·H·D² + 2·D·O·H.
 
-A consumer that is to say W x + β δ says it best with W + β C H⁻¹, C = Σ δ xᵀ: that then stands in
-the place of W.
-
 The updates of W need no code of their own: whatever the order, with the set D dropped and P kept
 they end in W_P + W_D H_DP H_PP⁻¹, which is `grail.fit(..., toward="baseline")` with the same λ.
 
@@ -66,7 +63,7 @@ def flops(channels: int, kept: int, outputs: int) -> int:
 def peak_bytes(channels: int, kept: int, outputs: int) -> int:
     """The most memory that the choice of `kept` of H channels for O outputs takes."""
     h, o = channels, outputs
-    solving = max(3 * h * h, h * (h + o))  # identity, factor and inverse beside G; then the drift
+    solving = 3 * h * h  # the identity, the factor of H and its inverse, beside G
     searching = h * (h - kept) + pivots.working_numbers(h, o)  # V; the inverse in G's place
     return 8 * (h * h + h * o + max(solving, searching))
 
@@ -82,16 +79,13 @@ def cheapness(columns: Tensor, left: Tensor, first: Tensor) -> Tensor:
 
 
 def _prepared(view: View, damping: float) -> tuple[Tensor, Tensor]:
-    """H⁻¹ [H, H] and W + βC H⁻¹ [O, H] in fp64, with channels without data cut off."""
+    """H⁻¹ [H, H] and W [O, H] in fp64, with channels without data cut off."""
     gram = view.gram.matrix().double()
     weight = view.consumer.to(gram.device, torch.float64, copy=True)
     mean, dead = gram.diagonal().mean(), gram.diagonal() == 0
     gram.diagonal()[dead], weight[:, dead] = 1, 0
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = ridge.solve(gram, identity, damping * mean).x
-    if view.drift is not None:
-        weight.addmm_(view.drift.to(weight), inverse)
-    return inverse, weight
+    return ridge.solve(gram, identity, damping * mean).x, weight
 
 
 def _kept_heads(inverse: Tensor, weight: Tensor, width: HeadWidth, cost: BlockCost) -> Tensor:

@@ -13,8 +13,6 @@ Source: Ling, Wang, Yan, Liu, "SlimGPT: layer-wise structured pruning for large 
 (NeurIPS 2024), section 3.2.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -28,8 +26,7 @@ DAMPING = 1e-2
 @reduces("slimgpt")
 def slimgpt(view: View) -> Reduction:
     """What is left once the cheapest channels, or heads, are dropped one after another."""
-    as_published = replace(view, drift=None)
-    return eliminate(as_published, DAMPING, grouped_cholesky_cost)
+    return eliminate(view, DAMPING, grouped_cholesky_cost)
 
 
 def grouped_cholesky_cost(columns: Tensor, inverse: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ class View:
     convolution's taps, all rows stacked along O. `gram`: of the consumer's input. `generator`:
     seeded by run and site, for selectors that draw. `gradient`: [O, H] fp32, root mean square over
     calibration sequences of the gradient of the block output's L2 norm with respect to the
-    consumer's weight; only for selectors that `select.needs_gradient`. `drift`: β Σ δ xᵀ [O, H],
-    where the consumer is to say W x + β δ, not W x (see `grail.drift`).
+    consumer's weight; only for selectors that `select.needs_gradient`.
     """
 
     producers: tuple[Tensor, ...]
@@ -28,7 +27,6 @@ class View:
     width: Width
     generator: torch.Generator
     gradient: Tensor | None = None
-    drift: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:
