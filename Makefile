@@ -16,8 +16,8 @@ environment: $(VENV)/installed ## create .venv with every dependency and the Smo
 demo: $(VENV)/installed ## compress and restore SmolLM2-135M: table, report page, model folder
 	$(RUN) bench.demo
 
-test: $(VENV)/installed ## run the whole test suite on the CPU
-	$(RUN) pytest
+test: $(VENV)/installed ## run the whole test suite on the CPU, in a process for each of up to 4 cores
+	$(RUN) pytest -n logical --maxprocesses 4
 
 lint: $(VENV)/installed ## check style, formatting and types
 	$(RUN) ruff check .

@@ -16,10 +16,12 @@ import torch
 
 import grail_kernels as gk
 
+from . import counting
 from .counting import (  # noqa: F401, hooks of pytest
     pytest_addoption,
-    pytest_configure,
+    pytest_sessionfinish,
     pytest_terminal_summary,
+    pytest_testnodedown,
 )
 
 VOCABULARY = 97
@@ -86,6 +88,12 @@ _OWN_SIZES: dict[str, dict[str, Any]] = {
 }
 # Families whose head_dim is hidden_size / heads: 48 / 6 is 8 as well.
 _DERIVED_HEAD_DIM = ("qwen2", "qwen2_moe", "mixtral", "gpt2", "opt", "gpt_neox", "phi", "stablelm")
+
+
+def pytest_configure(config):
+    counting.count_refusals()
+    if share := getattr(config, "workerinput", None):  # several processes share the cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // share["workercount"]))
 
 
 @pytest.fixture(scope="session")

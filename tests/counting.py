@@ -45,7 +45,7 @@ class Counting:
         return expected
 
 
-def pytest_configure(config):
+def count_refusals():
     """Lets every `with pytest.raises(…)` count."""
     raises = pytest.raises
 
@@ -54,6 +54,19 @@ def pytest_configure(config):
         return Counting(found) if hasattr(found, "__exit__") else found
 
     pytest.raises = counting
+
+
+def pytest_sessionfinish(session):
+    """A process that runs a share of the tests hands its counts over."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["counts"] = rows()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Adds what such a process counted."""
+    for what, kind, count in getattr(node, "workeroutput", {}).get("counts", ()):
+        (FAULTS if what == "fault" else REFUSALS)[kind] += count
 
 
 def rows():
