@@ -167,6 +167,25 @@ def test_augmented_images_are_shifted_by_up_to_two_pixels_and_mirrored():
     assert len(seen) > 20
 
 
+def test_muon_is_torchs_but_for_its_bf16():
+    generator = torch.Generator().manual_seed(0)
+    for shape in [(24, 24), (24, 96), (96, 24)]:
+        first = torch.randn(shape, generator=generator)
+        ours, theirs = torch.nn.Parameter(first.clone()), torch.nn.Parameter(first.clone())
+        optimisers = [
+            kind([parameter], lr=0.02, weight_decay=0.05)
+            for kind, parameter in ((train.Muon, ours), (torch.optim.Muon, theirs))
+        ]
+        for _ in range(5):
+            ours.grad = torch.randn(shape, generator=generator)
+            theirs.grad = ours.grad.clone()
+            for optimiser in optimisers:
+                optimiser.step()
+        moved = (theirs - first).norm()
+        assert (ours - theirs).norm() < 0.02 * moved
+        assert moved > 0.01 * first.norm()
+
+
 def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (256, 28, 28), generator=generator, dtype=torch.uint8)
