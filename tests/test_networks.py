@@ -183,7 +183,7 @@ def test_muon_is_torchs_but_for_its_bf16():
                 optimiser.step()
         moved = (theirs - first).norm()
         assert (ours - theirs).norm() < 0.02 * moved
-        assert moved > 0.01 * first.norm()
+        assert moved > 0.2
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
