@@ -166,7 +166,7 @@ def compress(
         predicted = _predicted_peak(architecture, options, stream, onload is not None)
         run = Run(architecture, options, stream, transaction, clock, resumed, onloader, known)
         rows = run.all_blocks(progress)
-        architecture.settle(widths, transaction)
+        architecture.settle(dense, widths, transaction)
 
     after = _size(model, options.all_sites(architecture))
     return Report(
@@ -192,7 +192,11 @@ def compress(
             "measured_peak": peak.bytes,
             **({"sent": processes.sent} if processes.count > 1 else {}),
         },
-        notes=[*_notes(options, asked, stream, rows), *run.notes, *architecture.notes(widths)],
+        notes=[
+            *_notes(options, asked, stream, rows),
+            *run.notes,
+            *architecture.notes(dense, widths),
+        ],
         versions=_versions(),
     )
 

@@ -439,6 +439,19 @@ def test_a_quantised_layer_is_refused(tiny_llama, tiny_batches):
         grail.compress(model, tiny_batches(), keep=0.5, progress=False)
 
 
+def test_quantised_layers_of_sites_that_are_not_narrowed_do_no_harm(tiny_llama, tiny_batches):
+    class QuantisedLinear(nn.Linear):
+        pass
+
+    model = tiny_llama()
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = QuantisedLinear(*attention.o_proj.weight.shape[::-1], bias=False)
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.o_proj is a QuantisedLinear"):
+        grail.compress(model, tiny_batches(), keep=0.5, sites=("heads",), progress=False)
+    grail.compress(model, tiny_batches(), keep=0.5, sites=("mlp",), progress=False)
+    assert model.config.intermediate_size == model.model.layers[0].mlp.up_proj.out_features == 40
+
+
 def test_keeping_everything_changes_no_bit(tiny_llama, tiny_batches):
     model = tiny_llama()
     before = fingerprint(model)

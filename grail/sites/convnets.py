@@ -42,7 +42,8 @@ class ConvNet(Architecture):
         self.name, self.blocks = name or type(model).__name__, list(search.blocks.values())
         self._names, self._search = list(search.blocks), search
         if not any(self.sites(self.kinds)):
-            raise ModelError(f"{self.name} has no channels to narrow: {'; '.join(self.notes({}))}")
+            why = "; ".join(self.notes([], {}))
+            raise ModelError(f"{self.name} has no channels to narrow: {why}")
 
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
         return [
@@ -50,7 +51,7 @@ class ConvNet(Architecture):
             for number in range(len(self.blocks))
         ]
 
-    def notes(self, widths: Mapping[str, Width]) -> list[str]:
+    def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
         tried = itertools.chain(*map(self._tried, range(len(self.blocks))))
         return [f"left out: {error}" for error in tried if isinstance(error, ModelError)]
 

@@ -186,10 +186,12 @@ class Architecture(ABC):
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
         """For each block its sites of those kinds, of which `check_kinds` approved."""
 
-    def settle(self, widths: Mapping[str, Width], transaction: Transaction) -> None:  # noqa: B027
+    def settle(  # noqa: B027
+        self, sites: Sequence[BoundSite], widths: Mapping[str, Width], transaction: Transaction
+    ) -> None:
         """Writes the new widths, by name of site, into the model's configuration, if it has one."""
 
-    def notes(self, widths: Mapping[str, Width]) -> list[str]:
+    def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
         """What a person should know about a model of these widths."""
         return []
 

@@ -162,17 +162,19 @@ class Transformer(Architecture):
             raise InputError(f"heads of {self.name} cannot be narrowed: {self._layout.no_heads}")
         super().check_kinds(kinds)
 
-    def settle(self, widths: Mapping[str, Width], transaction: Transaction) -> None:
-        for kind, found in self._by_kind(widths).items():
+    def settle(
+        self, sites: Sequence[BoundSite], widths: Mapping[str, Width], transaction: Transaction
+    ) -> None:
+        for kind, found in _different(sites, widths).items():
             settings = self._settings(kind, found)
             for name, value in settings.items():
                 transaction.set_attribute(self.config, name, value)
             if settings and kind == "heads":
                 self._share_config(transaction)
 
-    def notes(self, widths: Mapping[str, Width]) -> list[str]:
+    def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
         notes = []
-        for kind, found in self._by_kind(widths).items():
+        for kind, found in _different(sites, widths).items():
             narrowed = any(width.kept < width.channels for width in found)
             if self.config is not None and narrowed and not self._settings(kind, found):
                 why = f"the configuration cannot hold {found[0]}"
@@ -180,14 +182,6 @@ class Transformer(Architecture):
                     why = "widths differ by block, which the configuration cannot hold"
                 notes.append(f"{kind}: {why}: save with grail.save")
         return notes
-
-    def _by_kind(self, widths: Mapping[str, Width]) -> dict[str, list[Width]]:
-        """The different widths of each kind."""
-        found: dict[str, dict[Width, None]] = {}
-        for site in itertools.chain(*self.sites(self.kinds)):
-            if site.name in widths:
-                found.setdefault(site.kind, {})[widths[site.name]] = None
-        return {kind: list(of_kind) for kind, of_kind in found.items()}
 
     def _settings(self, kind: str, widths: Sequence[Width]) -> Settings:
         """What the configuration has to say for a kind of these widths; nothing if it cannot."""
@@ -290,6 +284,14 @@ class Transformer(Architecture):
     def _head_settings(self, width: HeadWidth) -> Settings:
         assert self._layout.heads is not None
         return {name: number(width) for name, number in (self._layout.heads.config or {}).items()}
+
+
+def _different(sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> dict[str, list[Width]]:
+    """The different widths of each kind."""
+    found: dict[str, dict[Width, None]] = {}
+    for site in sites:
+        found.setdefault(site.kind, {})[widths[site.name]] = None
+    return {kind: list(of_kind) for kind, of_kind in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
