@@ -322,24 +322,6 @@ def split_topics(topics: Mapping[str, str], calibration: int = 1) -> tuple[list[
     return [topics[name] for name in sorted(names[0])], [topics[name] for name in sorted(names[1])]
 
 
-def passages(documents: Mapping[str, str], characters: int = 2000) -> list[str]:
-    """The documents in the order of names, cut at paragraphs.
-
-    Args:
-        characters: that a passage has at least, unless it ends its document.
-    """
-    cut: list[str] = []
-    for _, document in sorted(documents.items()):
-        passage = ""
-        for paragraph in document.split("\n\n"):
-            passage += f"{paragraph}\n\n"
-            if len(passage) >= characters:
-                cut.append(passage.rstrip())
-                passage = ""
-        cut += [passage.rstrip()] if passage else []
-    return cut
-
-
 def split_passages(
     documents: Mapping[str, str], calibration: int, characters: int = 2000
 ) -> tuple[list[str], list[str]]:
@@ -347,32 +329,21 @@ def split_passages(
 
     Args:
         calibration: how many passages are for calibration to one that is held out.
-        characters: that a passage has at least, unless it ends its document.
+        characters: that a passage has at least, in whole paragraphs.
     """
-    cut = passages(documents, characters)
+    passages: list[str] = []
+    for _, document in sorted(documents.items()):
+        passage = ""
+        for paragraph in document.split("\n\n"):
+            passage += f"{paragraph}\n\n"
+            if len(passage) >= characters:
+                passages.append(passage.rstrip())
+                passage = ""
+        passages += [passage.rstrip()] if passage else []
     every = slice(calibration, None, calibration + 1)
-    heldout = cut[every]
-    del cut[every]
-    return cut, heldout
-
-
-def without_quotes(documents: Sequence[str], heldout: Sequence[str], words: int = 13) -> list[str]:
-    """The documents without the paragraphs that share as many words in a row with held-out text.
-
-    Case, marks and markup between words do not count. Thirteen is GPT-3's measure of contamination
-    (Brown et al. 2020, arXiv 2005.14165, appendix C).
-    """
-
-    def runs(text: str) -> set[tuple[str, ...]]:
-        found = re.findall(r"[a-z0-9]+", text.lower())
-        return {tuple(found[i : i + words]) for i in range(len(found) - words + 1)}
-
-    known = {run for text in heldout for run in runs(text)}
-    kept = []
-    for document in documents:
-        paragraphs = [text for text in document.split("\n\n") if known.isdisjoint(runs(text))]
-        kept += ["\n\n".join(paragraphs)] if paragraphs else []
-    return kept
+    heldout = passages[every]
+    del passages[every]
+    return passages, heldout
 
 
 def sentences(documents: Sequence[str], count: int) -> list[str]:

@@ -21,7 +21,6 @@ import copy
 import csv
 import functools
 import math
-import random
 import subprocess
 import sys
 import time
@@ -62,7 +61,6 @@ TOKENS = {
     "brown": (32 * LENGTH, 17 * LENGTH),
     "technical": (64 * LENGTH, 12 * LENGTH),
     "passages": (64 * LENGTH, 12 * LENGTH),
-    "passages+pages": (192 * LENGTH, 12 * LENGTH),
     "documentation": (256 * LENGTH, 16 * LENGTH),
 }
 # Of these, sequences are drawn at random; of the others the first ones are taken.
@@ -72,7 +70,6 @@ SOURCES: dict[str, Callable[[], tuple[list[str], list[str]]]] = {
     "python": lambda: assets.split_topics(assets.python_reference()),
     "technical": lambda: assets.split_topics(assets.python_reference(), calibration=3),
     "passages": lambda: assets.split_passages(assets.python_reference(), calibration=5),
-    "passages+pages": lambda: _passages_and_pages(),
     "documentation": lambda: assets.split_topics(assets.python_documentation(TEXTS), calibration=7),
 }
 # The paper's selector, target and ridge; what a user gets who sets nothing.
@@ -85,20 +82,6 @@ MODELS: dict[str, dict[str, Any]] = {
 LENGTHS, ALPHAS = (8192, 32768, 131072), (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 
 Row = dict[str, Any]
-
-
-def _passages_and_pages() -> tuple[list[str], list[str]]:
-    """The text "passages", its calibration half followed by passages of other pages, shuffled.
-
-    The pages of the language reference, from which the topics are made, are left out, and so is
-    each paragraph that quotes held-out text.
-    """
-    calibration, heldout = assets.split_passages(assets.python_reference(), calibration=5)
-    pages = assets.python_documentation(TEXTS)
-    others = {name: page for name, page in pages.items() if not name.startswith("reference/")}
-    passages = assets.without_quotes(assets.passages(others), heldout)
-    random.Random(0).shuffle(passages)
-    return calibration + passages, heldout
 
 
 class Table:

@@ -282,16 +282,6 @@ def test_passages_of_every_document_are_held_out_and_none_is_lost():
         assert len(passage) < 400 + 609  # it ends with the paragraph that fills it
 
 
-def test_paragraphs_that_quote_held_out_text_are_left_out():
-    heldout = (
-        "the *quick* brown fox jumps over the lazy dog and runs off into the woods"  # 15 words
-    )
-    quoted = f"As ever, {heldout.upper().replace('*', '``')}."
-    nearly = "The quick brown fox jumps over the lazy dog and runs off to them into the woods"
-    documents = [f"first\n\n{quoted}\n\nlast", quoted, nearly]
-    assert assets.without_quotes(documents, ["other", heldout]) == ["first\n\nlast", nearly]
-
-
 def test_smollm2_is_found_without_importing_its_package():
     script = (
         "import sys; from bench.assets import smollm2; from grail.errors import InputError\n"
