@@ -59,7 +59,8 @@ statistics anew (REPAIR) each mends most of that; the defaults do the first two,
 nothing to them. SlimGPT as published has taps fitted by themselves too, for its Hessian is that of
 patches; the paper's way, with one map for all taps, undoes that.""",
     "vit": """Half of these MLPs can go at hardly any cost, whoever chooses; what there is to win
-back shows at 0.3.""",
+back shows at 0.3. A cell's standard error is 0.6 points (2000 images), which no cell of the
+defaults falls short of the published one by.""",
     "efficientnet": """The photographs are 117, so a cell's standard error is up to 2.3 points (four
 crops of each). Calibration has 256 crops of other photographs.""",
     "minilm": """The cosine is to the dense network's embeddings; rank correlations of similarities
