@@ -257,6 +257,13 @@ def compress(
             metavar="FLOAT|auto",
         ),
     ] = "auto",
+    token_weights: Annotated[
+        bool,
+        _Restoring(
+            help="A token's error counts relative to the dense stream where it lands, as a norm "
+            "sees it; without, as in the paper, loud tokens count for more."
+        ),
+    ] = True,
     closed_loop: Annotated[
         bool,
         _Restoring(
@@ -309,6 +316,7 @@ def compress(
         toward=toward,
         damping=damping,
         drift_correction=drift_correction,
+        token_weights=token_weights,
         closed_loop=closed_loop,
         multiple=multiple,
         seed=seed,

@@ -278,14 +278,20 @@ class Run:
                 collected |= {site: self._known(site) for site in step}
         batch = 0
         inputs: dict[Consumer, tuple[Tensor, Routed | None]] = {}
-        missing: dict[Any, Tensor] = {}  # the drift of a batch, by what lands together
+        # A batch's drift, and what its tokens count by, by what lands together.
+        missing: dict[Any, tuple[Tensor, Tensor | None]] = {}
         waiting: set[Consumer] = set()
 
-        def add(site: BoundSite, consumer: Consumer, drift: Tensor | None) -> None:
+        def add(
+            site: BoundSite,
+            consumer: Consumer,
+            drift: Tensor | None = None,
+            scale: Tensor | None = None,
+        ) -> None:
             with self.clock("gram"):
                 statistics = collected[site][site.consumers.index(consumer)]
                 x, routed = inputs.pop(consumer)
-                statistics.update(batch, x, drift, routed)
+                statistics.update(batch, x, drift, routed, scale)
             waiting.discard(consumer)
             if not waiting and not finish:
                 raise Stop
@@ -294,7 +300,7 @@ class Run:
             def read(consumer: Consumer, x: Tensor, routed: Routed | None) -> None:
                 inputs[consumer] = x, routed
                 if site not in aims:
-                    add(site, consumer, None)
+                    add(site, consumer)
 
             return read
 
@@ -303,8 +309,8 @@ class Run:
                 together = site.beside or site
                 if together not in missing:
                     with self.clock("gram"):
-                        missing[together] = site.drift(aims[site][batch], landed)
-                add(site, site.consumers[0], missing[together])
+                        missing[together] = self._missing(site, aims[site][batch], landed)
+                add(site, site.consumers[0], *missing[together])
 
             return land
 
@@ -321,6 +327,13 @@ class Run:
                         self.stream.store(batch, output)
                 advance(self.stream.tokens_of(batch))
         return collected
+
+    def _missing(
+        self, site: BoundSite, aim: Tensor, landed: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the network lacks of `aim` where a site lands, and what each token counts by."""
+        scale = site.token_scale(aim, landed.device) if self.options.weighs_tokens else None
+        return site.drift(aim, landed), scale
 
     def _statistics(self, step: Sequence[BoundSite]) -> dict[BoundSite, list[Statistics]]:
         """Empty ones for sites that run side by side; experts' Grams share their launches."""

@@ -32,6 +32,7 @@ class Options:
     toward: Toward = "baseline"
     damping: Damping = "site"
     drift_correction: float | Auto = "auto"
+    token_weights: bool = True
     closed_loop: bool = True
     multiple: int | None = None
     seed: int = 0
@@ -77,6 +78,11 @@ class Options:
     def follows_drift(self) -> bool:
         """Whether the dense network's stream is carried beside the compressed one's."""
         return self.fits_weights and self.closed_loop and self.drift_correction != 0
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether a token's error counts relative to the stream that it lands in."""
+        return self.token_weights and self.follows_drift and not self.shifts_bias
 
     @property
     def holds_out(self) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial as bind
 
+import torch
 from torch import Tensor
 
 from grail.gram import Gram, NonFinite
@@ -51,7 +52,12 @@ class Statistics:
         self.channels = self._grams.get("channels", self.train)
 
     def update(
-        self, batch: int, x: Tensor, drift: Tensor | None = None, routed: Routed | None = None
+        self,
+        batch: int,
+        x: Tensor,
+        drift: Tensor | None = None,
+        routed: Routed | None = None,
+        scale: Tensor | None = None,
     ) -> None:
         """Adds the consumer's input of one batch, and what its output lacks.
 
@@ -60,12 +66,20 @@ class Statistics:
             drift: [..., O], of the tokens that it makes of its input; of all the batch's tokens
                 where it gets only some.
             routed: where it gets only some of the batch's tokens.
+            scale: [...], what each of the batch's tokens is multiplied by, its drift as well.
         """
         tokens = self._consumer.patches(x) if self.per_tap else self._consumer.pixels(x)
         if drift is not None:
             drift = drift if routed is None else routed.drift(drift)
             # Some modules see all tokens of a batch in one row.
             drift = drift.reshape(*tokens.shape[:-1], -1)
+            if scale is not None:
+                scale = scale.flatten() if routed is None else scale.flatten()[routed.places]
+                scale = scale.reshape(*tokens.shape[:-1], 1)
+                # Of the tokens' dtype, but for fp16, beyond which a product can go.
+                scale = scale.to(torch.promote_types(tokens.dtype, torch.bfloat16))
+                x = tokens = tokens * scale
+                drift = drift * scale
         mask, held = self._flags(batch, tokens, routed)
         if held is None:
             self._add(x, tokens, mask, drift)

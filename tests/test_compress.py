@@ -41,29 +41,31 @@ def rebuilt(weight: np.ndarray, x: np.ndarray, kept: np.ndarray, drift: np.ndarr
     return target @ np.linalg.inv(a + ALPHA * np.diag(a).mean() * np.eye(len(kept)))
 
 
-def brute_force(model, batches, keep, closed_loop, correction):
+def brute_force(model, batches, keep, closed_loop, correction, weighted):
     """Compresses `model` with whole-model forward passes; magnitude selection by hand."""
     frozen = copy.deepcopy(model)
     for layer, dense in zip(model.model.layers, frozen.model.layers, strict=True):
         source, origin = (model, layer) if closed_loop else (frozen, dense)
 
-        def drift(name: str, layer: nn.Module = layer, dense: nn.Module = dense) -> np.ndarray:
+        def weighed(
+            x: np.ndarray, name: str, layer: nn.Module = layer, dense: nn.Module = dense
+        ) -> tuple[np.ndarray, np.ndarray]:
             after = {"output": not name}
             there = seen_by(frozen, dense.get_submodule(name), batches, **after)
-            return correction * (
-                there - seen_by(model, layer.get_submodule(name), batches, **after)
-            )
+            here = seen_by(model, layer.get_submodule(name), batches, **after)
+            norms = np.sqrt((there**2).mean(1, keepdims=True) + 1e-6) if weighted else 1
+            return x / norms, correction * (there - here) / norms
 
         if keep.get("heads", 1) < 1 or (correction and "heads" in keep):
             x = seen_by(source, origin.self_attn.o_proj, batches)
-            _drop_heads(layer, x, keep["heads"], drift("post_attention_layernorm"))
+            _drop_heads(layer, *weighed(x, "post_attention_layernorm"), keep["heads"])
         if "mlp" in keep:
             x = seen_by(source, origin.mlp.down_proj, batches)
-            _drop_channels(layer.mlp, x, keep["mlp"], drift(""))
+            _drop_channels(layer.mlp, *weighed(x, ""), keep["mlp"])
     return model
 
 
-def _drop_channels(mlp: nn.Module, x: np.ndarray, keep: float, drift: np.ndarray) -> None:
+def _drop_channels(mlp: nn.Module, x: np.ndarray, drift: np.ndarray, keep: float) -> None:
     squares = sum(p.weight.double().square().sum(1) for p in (mlp.gate_proj, mlp.up_proj))
     kept = np.sort(np.argsort(-squares.detach().numpy())[: round(keep * x.shape[1])])
     down = rebuilt(mlp.down_proj.weight.detach().double().numpy(), x, kept, drift)
@@ -72,7 +74,7 @@ def _drop_channels(mlp: nn.Module, x: np.ndarray, keep: float, drift: np.ndarray
     mlp.down_proj.weight = nn.Parameter(torch.from_numpy(down).float())
 
 
-def _drop_heads(layer: nn.Module, x: np.ndarray, keep: float, drift: np.ndarray) -> None:
+def _drop_heads(layer: nn.Module, x: np.ndarray, drift: np.ndarray, keep: float) -> None:
     """Whole groups of two query heads of 8, scored by the norms of their rows."""
     attention = layer.self_attn
     q, k, v = (getattr(attention, n).weight.detach() for n in ("q_proj", "k_proj", "v_proj"))
@@ -91,9 +93,9 @@ def _drop_heads(layer: nn.Module, x: np.ndarray, keep: float, drift: np.ndarray)
 
 
 @pytest.mark.parametrize(
-    ("closed_loop", "correction"),
-    [(True, 0.0), (True, 0.7), (False, 0.0)],
-    ids=["closed", "drift", "open"],
+    ("closed_loop", "correction", "weighted"),
+    [(True, 0.0, False), (True, 0.7, False), (True, 0.7, True), (False, 0.0, False)],
+    ids=["closed", "drift", "drift, weighted", "open"],
 )
 @pytest.mark.parametrize(
     "keep",
@@ -101,10 +103,10 @@ def _drop_heads(layer: nn.Module, x: np.ndarray, keep: float, drift: np.ndarray)
     ids=["mlp", "heads", "mlp+heads", "mlp+full heads"],
 )
 def test_a_run_equals_brute_force_over_whole_forward_passes(
-    keep, closed_loop, correction, tiny_llama, tiny_batches
+    keep, closed_loop, correction, weighted, tiny_llama, tiny_batches
 ):
     model, batches = tiny_llama(num_hidden_layers=3), tiny_batches(count=8, length=24)
-    reference = brute_force(copy.deepcopy(model), batches, keep, closed_loop, correction)
+    reference = brute_force(copy.deepcopy(model), batches, keep, closed_loop, correction, weighted)
     grail.compress(
         model,
         batches,
@@ -114,6 +116,7 @@ def test_a_run_equals_brute_force_over_whole_forward_passes(
         alpha=ALPHA,
         toward="zero",
         drift_correction=correction,
+        token_weights=weighted,
         closed_loop=closed_loop,
         multiple=1,
         progress=False,

@@ -90,12 +90,14 @@ def test_every_expert_is_fitted_to_what_it_reads(family, closed_loop, tiny_model
     ("family", "sites"),
     [*((family, "experts") for family in MIXTURES), ("qwen2_moe", "shared_experts,experts")],
 )
+@pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
 @torch.no_grad()
-def test_experts_share_in_undoing_the_drift(family, sites, tiny_model, tiny_batches):
+def test_experts_share_in_undoing_the_drift(family, sites, weighted, tiny_model, tiny_batches):
     model = tiny_model(family)
     batches, dense = padded(tiny_batches(count=12, length=24)), copy.deepcopy(model)
     settings = {"selector": "magnitude", "alpha": ALPHA, "toward": "zero", "multiple": 1}
     settings |= {"sites": tuple(sites.split(",")), "drift_correction": 1}
+    settings["token_weights"] = weighted
     report = grail.compress(model, batches, keep=0.5, progress=False, **settings)
     assert {row.drift_correction for row in report.sites if row.kind == "experts"} == {1.0}
 
@@ -128,8 +130,10 @@ def test_experts_share_in_undoing_the_drift(family, sites, tiny_model, tiny_batc
             x = nn.functional.silu(x @ gate.T) * (x @ up.T)
             missing = (aim - landed).flatten(0, -2)[token].double()
             share = weights[token, choice] / weights[token].square().sum(-1)
-            inputs.append(x)
-            targets.append(x @ down.T + share.double()[:, None] * missing)
+            there = aim.flatten(0, -2)[token].double()
+            norms = (there.square().mean(-1, keepdim=True) + 1e-6).sqrt() if weighted else 1
+            inputs.append(x / norms)
+            targets.append((x @ down.T + share.double()[:, None] * missing) / norms)
         x, target = torch.cat(inputs), torch.cat(targets)
         shared += float((target - x @ down.T).square().sum())
         scores = gate_up.view(2, -1, 48).square().sum((0, 2))

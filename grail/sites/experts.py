@@ -49,7 +49,7 @@ class Experts:
                 ),
                 consumers=(ExpertConsumer(f"{self.name}.{number}.down", down, None, self, number),),
                 upstream=tuple(upstream),
-                landing=Landing(),
+                landing=Landing(normalised=True),
                 beside=self,
             )
             for number, (gate, down) in enumerate(zip(self.gates, self.downs, strict=True))

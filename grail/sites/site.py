@@ -14,6 +14,8 @@ from grail.reduction import Reduction
 from grail.transaction import Transaction
 from grail.width import ChannelWidth, Width
 
+NORM_EPS = 1e-6  # beside the mean square of a token, as RMSNorm's
+
 
 @dataclass(frozen=True, eq=False)
 class Landing:
@@ -21,11 +23,13 @@ class Landing:
 
     `module`: whose input is looked at, or whose output with `output`; None is the block's output.
     `scale`: [O], what a unit of the consumer's output is there (a batch norm's slope); None is 1.
+    `normalised`: whether all that reads it first brings each token to one size.
     """
 
     module: nn.Module | None = None
     output: bool = False
     scale: Tensor | None = None
+    normalised: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +95,17 @@ class BoundSite:
             return missing
         scale = self.landing.scale.to(missing)
         return (missing / scale).where(scale != 0, 0)
+
+    def token_scale(self, aim: Tensor, device: torch.device) -> Tensor | None:
+        """What each token's error counts by, [...] fp32, if the network is to hold `aim` [..., O].
+
+        Where norms read it that is 1/rms, as they see it; None is alike for all.
+        """
+        assert self.landing is not None
+        if not self.landing.normalised:
+            return None
+        mean = aim.to(device, torch.float32).square().mean(-1)
+        return (mean + NORM_EPS).rsqrt()
 
     def modules(self) -> dict[str, nn.Module]:
         """Every layer that narrowing rewrites, by its name."""

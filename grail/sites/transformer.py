@@ -404,7 +404,8 @@ def _landing(block: nn.Module, seen: Seen) -> Landing:
     if seen.scale:
         owner, _, name = seen.scale.rpartition(".")
         scale = torch.as_tensor(getattr(block.get_submodule(owner), name)).detach()
-    return Landing(block.get_submodule(seen.path) if seen.path else None, seen.output, scale)
+    module = block.get_submodule(seen.path) if seen.path else None
+    return Landing(module, seen.output, scale, normalised=True)
 
 
 def _with_settings(config: Any, settings: Settings) -> Any:
