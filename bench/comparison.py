@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.endtoend import RESULTS, Row, Table, current, save_figure
+from bench.endtoend import RESULTS, Row, Table, save_figure
 from grail.report import recovered
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
@@ -102,13 +102,11 @@ Made by `python -m bench.comparison` from bench/results/selectors_\\*.csv and st
 its biases, SlimGPT with its weight update, the others plainly pruned) → with GRAIL in the paper's
 way (α = 1e-3 toward zero) → with grail's defaults; in brackets the share of what was lost that came
 back: of accuracy, agreement or cosine, or of log-perplexity. No share is given where next to
-nothing was lost. A star: the defaults with token_weights=False, as they were before tokens were
-weighted; those are being measured anew."""
+nothing was lost."""
 
 
 def _rows(name: str) -> list[Row]:
-    rows = Table(RESULTS / name, ()).rows
-    return current(rows, "variant", ("selector", "keep", "variant", "samples"))
+    return Table(RESULTS / name, ()).rows
 
 
 def found(rows: list[Row], score: str) -> Scores:
@@ -127,27 +125,17 @@ def table(rows: list[Row], score: str, keeps: tuple[float, ...]) -> str:
     """A line for each selector, a column for each keep ratio."""
     values = found(rows, score)
     dense = values["", 1.0, "dense"]
-    stars = {
-        (r["selector"], float(r["keep"]), r["variant"]): r["star"] for r in rows if "star" in r
-    }
     lines = [
         "| selector | " + " | ".join(f"keep {keep:g}" for keep in keeps) + " |",
         "|---|" + "---|" * len(keeps),
     ]
     for selector in dict.fromkeys(r["selector"] for r in rows if r["selector"]):
-        cells = (_cell(values, stars, score, dense, selector, keep) for keep in keeps)
+        cells = (_cell(values, score, dense, selector, keep) for keep in keeps)
         lines.append(f"| {selector} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(
-    values: Scores,
-    stars: dict[tuple[str, float, str], str],
-    score: str,
-    dense: float,
-    selector: str,
-    keep: float,
-) -> str:
+def _cell(values: Scores, score: str, dense: float, selector: str, keep: float) -> str:
     pruned = values.get((selector, keep, "own"))
     if pruned is None:
         return "–"
@@ -157,8 +145,7 @@ def _cell(
             parts.append("–")
             continue
         back = None if selector == RIDGE else share(score, dense, pruned, value)
-        figure = _number(score, value) + stars.get((selector, keep, variant), "")
-        parts.append(figure + ("" if back is None else f" ({back:.0%})"))
+        parts.append(_number(score, value) + ("" if back is None else f" ({back:.0%})"))
     return " → ".join(parts)
 
 
@@ -233,7 +220,7 @@ def study_table(rows: list[Row], score: str, size: str) -> str:
         cells = [
             next(
                 (
-                    _number(score, float(r[score])) + r.get("star", "")
+                    _number(score, float(r[score]))
                     for r in rows
                     if (r["selector"], r["variant"], float(r["keep"])) == (selector, variant, keep)
                     and r["samples"] == size

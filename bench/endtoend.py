@@ -72,9 +72,6 @@ SOURCES: dict[str, Callable[[], tuple[list[str], list[str]]]] = {
     "passages": lambda: assets.split_passages(assets.python_reference(), calibration=5),
     "documentation": lambda: assets.split_topics(assets.python_documentation(TEXTS), calibration=7),
 }
-# Rows of the defaults from when all tokens counted alike (token_weights=False). Tables show them
-# with a star until the row of the same name without this is measured.
-ALIKE = ", tokens alike"
 # The paper's selector, target and ridge; what a user gets who sets nothing.
 PAPER: dict[str, Any] = {"selector": "wanda", "alpha": 1e-3, "drift_correction": 0.0}
 MODELS: dict[str, dict[str, Any]] = {
@@ -82,28 +79,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "restored": {},
 }
-TABLE_KEY = ("text", "sites", "keep", "model")
 LENGTHS, ALPHAS = (8192, 32768, 131072), (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 
 Row = dict[str, Any]
-
-
-def current(rows: list[Row], kind: str, key: tuple[str, ...]) -> list[Row]:
-    """Rows with those of `ALIKE` left out, or, where there is no other, in its place with a star.
-
-    Args:
-        kind: the column that says so.
-        key: of a row.
-    """
-    known = {tuple(row[k] for k in key) for row in rows}
-    shown = []
-    for row in rows:
-        now = {**row, kind: row[kind].removesuffix(ALIKE), "star": "*"}
-        if now[kind] == row[kind]:
-            shown.append(row)
-        elif tuple(now[k] for k in key) not in known:
-            shown.append(now)
-    return shown
 
 
 class Table:
@@ -161,7 +139,7 @@ class Subject:
 
 def table() -> None:
     """Every model of every cell, on held-out text."""
-    out = Table(RESULTS / "smollm2_table.csv", TABLE_KEY)
+    out = Table(RESULTS / "smollm2_table.csv", ("text", "sites", "keep", "model"))
     subject = Subject()
     for text, sites, keep in CELLS:
         missing = [name for name in MODELS if (text, sites, keep, name) not in out]
@@ -299,7 +277,6 @@ def plot() -> None:
 
 def markdown(rows: list[Row]) -> str:
     """The table of README.md: a line for each cell, from the rows of smollm2_table.csv."""
-    rows = current(rows, "model", TABLE_KEY)
     found = {(r["text"], r["sites"], float(r["keep"]), r["model"]): r for r in rows}
     lines = [
         "| text | sites | keep | parameters | dense | pruned | the paper's way | grail |",
@@ -331,15 +308,14 @@ def _with_share(row: Row | None, dense: float, pruned: float) -> str:
         return "–"
     perplexity = float(row["perplexity"])
     share = recovered(dense, pruned, perplexity)
-    figure = f"{perplexity:.1f}{row.get('star', '')}"
-    return figure if share is None else f"{figure} ({share:.0%})"
+    return f"{perplexity:.1f}" if share is None else f"{perplexity:.1f} ({share:.0%})"
 
 
 def _keep_figure(rows: list[Row]) -> Any:
     """Perplexity against keep ratio, a panel for each set of sites."""
     from matplotlib.figure import Figure
 
-    brown = [r for r in current(rows, "model", TABLE_KEY) if r["text"] == "brown"]
+    brown = [r for r in rows if r["text"] == "brown"]
     by_cell = {(r["sites"], float(r["keep"]), r["model"]): float(r["perplexity"]) for r in brown}
     dense = by_cell["", 1.0, "dense"]
     panels = ("mlp", "heads", "mlp,heads")
