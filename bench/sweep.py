@@ -348,6 +348,9 @@ def _studies(name: str, keep: float) -> Iterator[StudyRow]:
     if not convolutional:
         refitted = {"sites": ("mlp", "heads"), "keep": {"mlp": keep, "heads": 1.0}}
         yield "wanda", keep, "ours, attention's outputs refitted, too", refitted, default
+        for selector in ("wanda", "greedy", "random"):
+            yield selector, keep, "ours", {}, default
+            yield selector, keep, "ours, tokens weighted", {"token_weights": True}, default
     for variant, settings in FOLDINGS.items():
         if name == "resnet18" or "REPAIR" not in variant:
             yield "folding", keep, variant, settings, default

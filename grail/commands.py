@@ -260,10 +260,10 @@ def compress(
     token_weights: Annotated[
         bool,
         _Restoring(
-            help="A token's error counts relative to the dense stream where it lands, as a norm "
-            "sees it; without, as in the paper, loud tokens count for more."
+            help="Count a token's error relative to the size of the dense stream where it lands, "
+            "as norms see it; without, as in the paper, loud tokens count for more."
         ),
-    ] = True,
+    ] = False,
     closed_loop: Annotated[
         bool,
         _Restoring(

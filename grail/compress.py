@@ -38,7 +38,7 @@ def compress(
     toward: Toward = "baseline",
     damping: Damping = "site",
     drift_correction: float | Auto = "auto",
-    token_weights: bool = True,
+    token_weights: bool = False,
     closed_loop: bool = True,
     multiple: int | None = None,
     seed: int = 0,
@@ -78,9 +78,10 @@ def compress(
         drift_correction: how much of the compressed network's drift from the dense one each
             consumer is also to undo, in [0, 1]; 0 is the paper, "auto" chooses by held-out
             sequences. Costs a forward pass of the dense blocks.
-        token_weights: count a token's error relative to the dense network's stream where it lands,
-            for the norms of a transformer see no more; False is the paper. Only where drift is
-            followed and no bias is fitted.
+        token_weights: count a token's error relative to the size of the dense network's stream
+            where it lands, which is how the norms of a transformer see it; False, all alike, is the
+            paper. Only where drift is followed and no bias is fitted. Worth it for encoders, and
+            for decoders where text is short (docs/results.md).
         closed_loop: calibrate each block behind the already compressed ones; False: on the dense
             model.
         multiple: round widths in channels to multiples of this; default 128 from 4096 channels up,

@@ -32,7 +32,7 @@ class Options:
     toward: Toward = "baseline"
     damping: Damping = "site"
     drift_correction: float | Auto = "auto"
-    token_weights: bool = True
+    token_weights: bool = False
     closed_loop: bool = True
     multiple: int | None = None
     seed: int = 0
