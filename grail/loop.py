@@ -332,7 +332,7 @@ class Run:
         self, site: BoundSite, aim: Tensor, landed: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """What the network lacks of `aim` where a site lands, and what each token counts by."""
-        scale = site.token_scale(aim, landed.device) if self.options.weighs_tokens else None
+        scale = site.token_scale(aim, landed.device) if self.options.token_weights else None
         return site.drift(aim, landed), scale
 
     def _statistics(self, step: Sequence[BoundSite]) -> dict[BoundSite, list[Statistics]]:

@@ -57,6 +57,11 @@ class Options:
             raise InputError(
                 "drift_correction needs the closed loop: an open one sees no drift to correct"
             )
+        if self.token_weights and (self.shifts_bias or not self.follows_drift):
+            raise InputError(
+                "token_weights needs the dense network's stream, which is followed where drift is "
+                "corrected, and no bias to be fitted"
+            )
         if self.repair and not self.closed_loop:
             raise InputError("repair needs the closed loop: an open one runs no narrowed block")
         check_non_finite(self.non_finite)
@@ -78,11 +83,6 @@ class Options:
     def follows_drift(self) -> bool:
         """Whether the dense network's stream is carried beside the compressed one's."""
         return self.fits_weights and self.closed_loop and self.drift_correction != 0
-
-    @property
-    def weighs_tokens(self) -> bool:
-        """Whether a token's error counts relative to the stream that it lands in."""
-        return self.token_weights and self.follows_drift and not self.shifts_bias
 
     @property
     def holds_out(self) -> bool:

@@ -9,6 +9,9 @@ from torch import nn
 
 import grail
 from grail.errors import EmptyCalibrationError, InputError, ModelError, NonFiniteError
+from grail.sites import find
+from grail.statistics import Statistics
+from grail.stream import Stream
 
 from .conftest import FAMILIES
 from .counting import injected
@@ -125,6 +128,41 @@ def test_a_run_equals_brute_force_over_whole_forward_passes(
         ours, theirs = (m(batches[0]).logits for m in (model, reference))
     # fp32 forward passes and Grams (1e-6) through a ridge system of condition ≤ 1/α.
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"drift_correction": 0},
+        {"closed_loop": False},
+        {"compensate": "both"},
+        {"compensate": False},
+    ],
+    ids=str,
+)
+def test_token_weights_are_refused_where_no_drift_is_followed_or_a_bias_is_fitted(
+    settings, tiny_llama, tiny_batches
+):
+    with pytest.raises(InputError, match="token_weights needs the dense network's stream"):
+        grail.compress(tiny_llama(), tiny_batches(), token_weights=True, **settings)
+
+
+def test_weighted_fp16_tokens_do_not_overflow(tiny_llama, tiny_batches):
+    model = tiny_llama(num_hidden_layers=1)
+    stream = Stream(model, find(model).blocks, tiny_batches(count=1))
+    ((site,),) = find(model).sites(("mlp",))
+    statistics = Statistics(site.name, site.consumers[0], stream, False, True)
+    x = torch.randn(*stream.hidden[0].shape[:-1], site.channels)
+    drift, scale = torch.randn_like(stream.hidden[0]), torch.full(x.shape[:-1], 1e3)
+    x = (100 * x).half()  # times the scale it is beyond fp16
+    statistics.update(0, x, drift, scale=scale)
+    tokens = x.double().flatten(0, -2) * 1e3
+    expected = tokens.T @ tokens
+    bound = 16 * torch.finfo(torch.float32).eps * (tokens.abs().T @ tokens.abs())
+    assert ((statistics.train.matrix().double() - expected).abs() <= bound).all()
+    assert statistics.train.drift.energy == pytest.approx(
+        1e6 * drift.double().square().sum().item()
+    )
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("heads",), ("mlp", "heads")], ids="+".join)
