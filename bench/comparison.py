@@ -66,7 +66,9 @@ crops of each). Calibration has 256 crops of other photographs.""",
     "minilm": """The cosine is to the dense network's embeddings; rank correlations of similarities
 are in the CSV. Most of folding's gain is its exact form: the Gram of what the folded layer gives,
 not of the folded channels. With 16 sentences the paper's way is worse than plain pruning, the
-defaults never are; from 256 on more text changes little.""",
+defaults never are; from 256 on more text changes little. Weighting tokens (`token_weights=True`)
+helps behind all three selectors that were tried, random most. It is no default, for SmolLM2 with
+64k tokens of passages is worse with it: a perplexity of 17.5 for 17.4 (smollm2_table.csv).""",
 }
 
 Scores = dict[tuple[str, float, str], float]

@@ -80,8 +80,8 @@ def compress(
             sequences. Costs a forward pass of the dense blocks.
         token_weights: count a token's error relative to the size of the dense network's stream
             where it lands, which is how the norms of a transformer see it; False, all alike, is the
-            paper. Needs drift to be followed and no bias to be fitted. Worth it for encoders, and
-            for decoders where text is short (docs/results.md).
+            paper. Needs drift to be followed and no bias to be fitted. Worth it for text encoders,
+            not for decoders (docs/results.md).
         closed_loop: calibrate each block behind the already compressed ones; False: on the dense
             model.
         multiple: round widths in channels to multiples of this; default 128 from 4096 channels up,
