@@ -143,6 +143,11 @@ def compress(
     _require_finite_weights(dense)
     if options.repair and not any(map(architecture.norms, range(len(architecture.blocks)))):
         raise InputError(f"repair resets batch norms; {architecture.name} has none")
+    if options.token_weights and not any(s.landing and s.landing.normalised for s in dense):
+        raise InputError(
+            f"token_weights is for sites behind which norms read the stream, token by token; "
+            f"{architecture.name} has none"
+        )
     onloader = Onloader(architecture.blocks, None if onload is None else device)
     in_use = memory.in_use(device)
     before = _size(model, dense)
