@@ -332,7 +332,8 @@ class Run:
         self, site: BoundSite, aim: Tensor, landed: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """What the network lacks of `aim` where a site lands, and what each token counts by."""
-        scale = site.token_scale(aim, landed.device) if self.options.token_weights else None
+        aim = aim.to(landed.device, torch.float32)
+        scale = site.token_scale(aim) if self.options.token_weights else None
         return site.drift(aim, landed), scale
 
     def _statistics(self, step: Sequence[BoundSite]) -> dict[BoundSite, list[Statistics]]:

@@ -87,25 +87,23 @@ class BoundSite:
         return self.landing is not None and one
 
     def drift(self, aim: Tensor, landed: Tensor) -> Tensor:
-        """What the consumer's output lacks, [..., O] fp32, for the network to hold `aim`."""
+        """What the consumer's output lacks, [..., O] fp32, for the network to hold `aim`, fp32."""
         assert self.landing is not None
-        missing = aim.to(landed.device, torch.float32) - landed
-        missing = self.consumers[0].outputs_as_tokens(missing)
+        missing = self.consumers[0].outputs_as_tokens(aim - landed)
         if self.landing.scale is None:
             return missing
         scale = self.landing.scale.to(missing)
         return (missing / scale).where(scale != 0, 0)
 
-    def token_scale(self, aim: Tensor, device: torch.device) -> Tensor | None:
-        """What each token's error counts by, [...] fp32, if the network is to hold `aim` [..., O].
+    def token_scale(self, aim: Tensor) -> Tensor | None:
+        """What each token's error counts by, [...], if the network is to hold `aim` [..., O], fp32.
 
         Where norms read it that is 1/rms, as they see it; None is alike for all.
         """
         assert self.landing is not None
         if not self.landing.normalised:
             return None
-        mean = aim.to(device, torch.float32).square().mean(-1)
-        return (mean + NORM_EPS).rsqrt()
+        return (aim.square().mean(-1) + NORM_EPS).rsqrt()
 
     def modules(self) -> dict[str, nn.Module]:
         """Every layer that narrowing rewrites, by its name."""
