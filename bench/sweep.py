@@ -142,14 +142,15 @@ def _vit() -> Subject:
 def _efficientnet() -> Subject:
     network = networks.efficientnet_lite0()
     calibration, test = assets.photographs(TEXTS, crops=4)
-    dense = scores.predictions(network, test, batch=50)
+    # Small batches, whose activations stay in the caches, are twice as fast as large ones here.
+    dense = scores.predictions(network, test, batch=16)
 
     def score(model: Any) -> dict[str, float]:
-        return {"agreement": scores.accuracy(model, test, dense, batch=50)}
+        return {"agreement": scores.accuracy(model, test, dense, batch=16)}
 
     return Subject(
         network,
-        lambda samples: list(calibration[:samples].split(32)),
+        lambda samples: list(calibration[:samples].split(16)),
         score,
         256,
         ("conv",),
