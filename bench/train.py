@@ -182,7 +182,8 @@ def train(
     parts = {"network": network}
     for number, (optimiser, schedule) in enumerate(pairs):
         parts |= {f"optimiser {number}": optimiser, f"schedule {number}": schedule}
-    checkpoint = cache / f"{run}-seed{seed}-epochs{epochs}.pt"
+    scaled = f"-scale{again:g}" if again else ""
+    checkpoint = cache / f"{run}-seed{seed}-epochs{epochs}{scaled}.pt"
     shift = 2 if name == "resnet18" else 0  # a patch of four pixels would be another one
     done = 0
     if checkpoint.is_file():
