@@ -365,7 +365,7 @@ def compress(
         evaluation["dense"] = evaluate_model(network, heldout)
     if heldout and baseline and options.compensate:
         _say("Measuring plain pruning …")
-        plain = replace(options, compensate=False)
+        plain = replace(options, compensate=False, token_weights=False)
         if selector == "greedy":
             plain = replace(plain, selector="wanda")
             notes.append(

@@ -141,6 +141,17 @@ def test_pruned_row_is_the_model_that_plain_pruning_writes(finished, arguments, 
     assert any("Wanda's choice" in note for note in beside.notes)
 
 
+def test_token_weights_leave_the_pruned_row_as_it_is(finished, arguments, folder):
+    _, output = finished
+    result = grail(
+        *arguments, "--token-weights", "--keep", 0.5, "--sites", "mlp,heads", "--json",
+        *("--evaluate", folder / "heldout.txt", "--evaluate-tokens", 512),
+    )  # fmt: skip
+    weighted = Report.from_json(result.stdout)
+    alike = Report.from_json((output / "report.json").read_text())
+    assert weighted.evaluation["pruned"].perplexity == alike.evaluation["pruned"].perplexity
+
+
 def test_without_heldout_text_nothing_is_evaluated(arguments):
     report = Report.from_json(grail(*arguments, "--json").stdout)
     assert report.evaluation == {}
