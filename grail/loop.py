@@ -30,6 +30,7 @@ from grail.checkpoint import Checkpoint, Position
 from grail.distributed import Decision
 from grail.errors import InputError
 from grail.fit import Auto, Fit, fit
+from grail.gradient import regional_gradient
 from grail.gram import Gram
 from grail.gram_ragged import RaggedGrams
 from grail.layers import Consumer, Reader, Routed, stacked
@@ -177,6 +178,7 @@ class Run:
         if self._dense is not None:
             self._follow(self._dense, block, sites, advance)
         rows = {}
+        gradient = self._gradient if select.needs_gradient(self._select) else _ignore
         aims = {site: a for site, a in zip(sites, self._aims, strict=False) if self._aimed(site)}
         for step in steps(sites):
             # The block is finished from the last site on: what ran before it need not run again.
@@ -185,7 +187,7 @@ class Run:
             undone = {site: aims[site] for site in step if site in aims}
             with self._memo.recording():
                 collected = self._collect(block, step, undone, advance, finish=False)
-            for site, decision in self._decided(collected, self._decide):
+            for site, decision in self._decided(collected, self._decide, gradient):
                 rows[site.name] = self._compress(site, decision, undone.get(site))
         if self.options.repair and sites:
             for norm in self._norms(block):
@@ -197,8 +199,12 @@ class Run:
         return rows
 
     def _open(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
+        gradients: dict[BoundSite, Tensor] = {}
+        if select.needs_gradient(self._select):
+            # While the stream is at the block's entry, and nothing of the block is narrow.
+            gradients = {site: self._gradient(site) for site in sites}
         collected = self._collect(block, sites, {}, advance, finish=True)
-        decided = self._decided(collected, self._decide)
+        decided = self._decided(collected, self._decide, gradients.get)
         return {site.name: self._compress(site, decision) for site, decision in decided}
 
     def _aimed(self, site: BoundSite) -> bool:
@@ -370,13 +376,14 @@ class Run:
         self,
         collected: Mapping[BoundSite, Sequence[Statistics]],
         decide: Callable[[BoundSite, Sequence[Statistics], Tensor | None], Decision],
+        gradient: Callable[[BoundSite], Tensor | None],
     ) -> Iterator[tuple[BoundSite, Decision]]:
         """What becomes of each site, by the tokens of all processes; made when it is asked for."""
         return self._ranks.decided(
             list(collected),
             grams=lambda site: [gram for part in collected[site] for gram in part.grams],
             decide=lambda site, gradient: decide(site, collected[site], gradient),
-            prepare=self._gradient if select.needs_gradient(self._select) else _ignore,
+            prepare=gradient,
             cost=lambda site: site.channels**3,
         )
 
@@ -467,43 +474,15 @@ class Run:
             collected = self._collect(site.block, [site], {site: aim}, _ignore, finish=False)
         everything = Selection(range(reduction.kept), reduction.kept)
         ((_, decision),) = self._decided(
-            collected, lambda site, parts, _: self._fitted(site, parts, everything, correction)
+            collected,
+            lambda site, parts, _: self._fitted(site, parts, everything, correction),
+            _ignore,
         )
         return self._absorbed(site, decision, channels)
 
     def _gradient(self, site: BoundSite) -> Tensor:
-        """How the block's output answers to each weight of the consumers, [O, H] fp32.
-
-        The root mean square, over batches, of the gradient of the output's L2 norm.
-        """
-        if site.beside is not None:
-            raise InputError(
-                f"{site.name}: this selector needs the gradient of its weight, which lies in a "
-                "tensor of all experts; choose another selector"
-            )
-        weights: list[Any] = [consumer.module.weight for consumer in site.consumers]
-        required = [weight.requires_grad for weight in weights]
-        squares = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-        try:
-            for weight in weights:
-                weight.requires_grad_(True)
-            with torch.enable_grad(), self.clock("forward"):
-                for batch in range(len(self.stream)):
-                    norm = self.stream.run(site.block, batch).float().norm()
-                    for square, gradient in zip(
-                        squares, torch.autograd.grad(norm, weights), strict=True
-                    ):
-                        square += gradient.float().square()
-        finally:
-            for weight, needed in zip(weights, required, strict=True):
-                weight.requires_grad_(needed)
-        batches = int(self._ranks.total(torch.tensor(len(self.stream))))
-        return torch.cat(
-            [
-                consumer.as_rows((self._ranks.total(square) / batches).sqrt())
-                for consumer, square in zip(site.consumers, squares, strict=True)
-            ]
-        )
+        with self.clock("forward"):
+            return regional_gradient(self.stream, site, self.options.non_finite == "drop")
 
     def _fit(
         self,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from grail.errors import InputError
+from grail.errors import InputError, NonFiniteError
 from grail.reduction import Reduction
 from grail.select.view import View
 
@@ -45,7 +45,14 @@ class _Scored:
                 f"selector {self.name!r} needs the gradient of the block's output; run it through "
                 "grail.compress, or fill View.gradient"
             )
-        return view.width.best(self.score(view))
+        scores = self.score(view)
+        if bool(scores.isnan().any()):
+            raise NonFiniteError(
+                f"scores of selector {self.name!r}",
+                scores.isnan().nonzero()[:, 0].tolist(),
+                int(scores.isnan().sum()),
+            )
+        return view.width.best(scores)
 
 
 def reduces(name: str) -> Callable[[Selector], Selector]:
