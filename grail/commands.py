@@ -51,7 +51,7 @@ from grail.page import (
 )
 from grail.plan import KEEPS, Inspection
 from grail.plan import inspect as inspect_model
-from grail.report import Report
+from grail.report import Report, strict_json
 
 _DEBUG = "grail.debug"
 
@@ -430,7 +430,7 @@ def evaluate(
     )
     row = evaluate_model(network, batches)
     if as_json:
-        typer.echo(json.dumps(asdict(row), indent=2))
+        typer.echo(strict_json(asdict(row)))
     else:
         _print_table(*evaluation_table({_name(model): row}))
         typer.echo(f"{row.tokens:,} predicted tokens")

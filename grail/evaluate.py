@@ -32,7 +32,8 @@ def evaluate(
         progress: shows a progress bar.
 
     Returns:
-        Perplexity exp(mean over predicted tokens of −log p), and what was measured beside it.
+        Perplexity exp(mean over predicted tokens of −log p), and what was measured beside it. It
+        is infinite where fp64 cannot hold it.
 
     Raises:
         EmptyCalibrationError: the batches hold no token to predict.
@@ -53,12 +54,19 @@ def evaluate(
         )
     parameters, size = measure_size(model)
     return Evaluation(
-        perplexity=math.exp(loss / predicted),
+        perplexity=_exp(loss / predicted),
         tokens=predicted,
         parameters=parameters,
         bytes=size,
         tokens_per_second=tokens / seconds,
     )
+
+
+def _exp(mean: float) -> float:
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
 
 
 def measure_size(model: nn.Module) -> tuple[int, int]:

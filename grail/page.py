@@ -92,11 +92,11 @@ def format_count(count: float) -> str:
 
 
 def format_number(value: float) -> str:
-    """Three significant digits, and never fewer than the integer part: 25.7, 1234."""
+    """Three significant digits, and below 10⁹ never fewer than the integer part: 25.7, 1234."""
     if not math.isfinite(value):
         return "∞" if value > 0 else str(value)
     digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{digits}f}" if digits < 6 else f"{value:.2e}"
+    return f"{value:,.{digits}f}" if digits < 6 and abs(value) < 1e9 else f"{value:.2e}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -177,7 +177,7 @@ def _explanation(report: Report) -> str:
     if rows.keys() >= set(_MODELS):
         return (
             "There is no share of the lost log-perplexity to report: it needs a dense model that "
-            "is better than the pruned one, and a finite perplexity of both."
+            "is better than the pruned one, and a finite perplexity of all three."
         )
     if report.settings.get("compensate") is False:
         return "This run is plain pruning: nothing was compensated."
@@ -346,7 +346,8 @@ def _perplexity_plot(evaluation: dict[str, Evaluation]) -> str:
     labels = [format_number(value) for value in values]
     colours = [_MODELS[name] for name in evaluation]
     title = "Perplexity"
-    if max(values) > 20 * min(values):  # else the small bars would all look alike
+    finite = [value for value in values if math.isfinite(value)] or [1.0]
+    if max(finite) > 20 * min(finite):  # else the small bars would all look alike
         title, values = "Perplexity, on a logarithmic scale", [math.log(value) for value in values]
     return _bars("perplexity", title, list(evaluation), values, labels, colours)
 

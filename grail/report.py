@@ -15,11 +15,24 @@ def recovered(dense: float, pruned: float, restored: float) -> float | None:
 
     Returns:
         1 when the restored model is as good as the dense one, 0 when as bad as the pruned one,
-        negative when worse; None when plain pruning lost nothing, or lost it all.
+        negative when worse; None when plain pruning lost nothing, or a perplexity is not finite.
     """
-    if not dense < pruned < math.inf:
+    if not dense < pruned or not all(map(math.isfinite, (dense, pruned, restored))):
         return None
     return math.log(pruned / restored) / math.log(pruned / dense)
+
+
+def strict_json(value: Any) -> str:
+    """Indented JSON of `value`; a number that is not finite, which JSON cannot hold, is null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass
@@ -78,8 +91,8 @@ class Report:
         )
 
     def to_json(self) -> str:
-        """The report as indented JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        """The report as text, see `strict_json`."""
+        return strict_json(dataclasses.asdict(self)) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Writes the JSON to `path`."""
@@ -87,8 +100,11 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`; a perplexity of null was infinite."""
         data = json.loads(text)
+        for row in data["evaluation"].values():
+            if row["perplexity"] is None:
+                row["perplexity"] = math.inf
         data["sites"] = [SiteReport(**site) for site in data["sites"]]
         data["evaluation"] = {k: Evaluation(**v) for k, v in data["evaluation"].items()}
         return cls(**data)

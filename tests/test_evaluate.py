@@ -103,3 +103,12 @@ def test_refuses_a_model_that_answers_nan(tiny_llama, tiny_batches):
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match="NaN or Inf"):
         evaluate(model, tiny_batches(), progress=False)
+
+
+def test_a_loss_beyond_what_can_be_exponentiated_is_an_infinite_perplexity(
+    tiny_llama, tiny_batches
+):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight *= 3000
+    assert evaluate(model, tiny_batches(), progress=False).perplexity == math.inf

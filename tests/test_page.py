@@ -1,6 +1,7 @@
 """The report page: what it says, and that it needs nothing but itself."""
 
 import dataclasses
+import json
 import math
 import re
 import subprocess
@@ -129,12 +130,24 @@ def test_recovered_is_the_share_of_lost_log_perplexity(perplexities, share):
         {"dense": 10, "restored": 12},
         {"dense": 10, "pruned": 10, "restored": 10},
         {"dense": 10, "pruned": math.inf, "restored": 12},
+        {"dense": 10, "pruned": 20, "restored": math.inf},
+        {"dense": 10, "pruned": 20, "restored": math.nan},
         {},
     ],
-    ids=["no pruned row", "nothing lost", "all lost", "no rows"],
+    ids=["no pruned row", "nothing lost", "all lost", "none back", "not a number", "no rows"],
 )
 def test_recovered_is_none_where_the_share_has_no_meaning(perplexities):
     assert Report({}, {}, {}, evaluation=rows(**perplexities)).recovered is None
+
+
+def test_a_report_is_strict_json_and_reads_back_infinite_perplexities():
+    def refuse(constant):
+        pytest.fail(f"{constant} is not JSON")
+
+    whole = report(evaluation=rows(dense=10, pruned=20, restored=math.inf))
+    text = whole.to_json()
+    assert json.loads(text, parse_constant=refuse)["evaluation"]["restored"]["perplexity"] is None
+    assert Report.from_json(text) == whole
 
 
 @pytest.mark.parametrize(
@@ -147,6 +160,7 @@ def test_recovered_is_none_where_the_share_has_no_meaning(perplexities):
         (format_count(12), "12"),
         (format_number(18.234), "18.2"),
         (format_number(1234.5), "1,234"),
+        (format_number(4.18e52), "4.18e+52"),
         (format_number(0.0), "0"),
         (format_number(math.inf), "∞"),
         (format_seconds(0.4), "0.40 s"),
@@ -284,10 +298,24 @@ def test_perplexity_bars_are_in_proportion(perplexities, lengths):
             "worse than plain pruning",
             "nan",
         ),
+        (
+            {"evaluation": rows(dense=10, pruned=30, restored=math.inf)},
+            "no share of the lost log-perplexity",
+            "on a logarithmic scale",
+        ),
+        (
+            {"evaluation": rows(dense=10, pruned=1e300, restored=math.inf)},
+            "on a logarithmic scale",
+            "came back",
+        ),
+        ({"evaluation": rows(dense=math.inf)}, "∞", "came back"),
         ({"seconds": {}, "memory": {}}, "came back", "Time and memory"),
         ({"notes": []}, "came back", "Notes"),
     ],
-    ids=["not evaluated", "no pruned row", "nothing lost", "worse", "no costs", "no notes"],
+    ids=[
+        *("not evaluated", "no pruned row", "nothing lost", "worse"),
+        *("one infinite", "one huge, one infinite", "all infinite", "no costs", "no notes"),
+    ],
 )
 def test_page_says_what_is_known_and_leaves_out_what_is_not(changes, present, absent):
     text = Document(page(report(**changes))).text
