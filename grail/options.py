@@ -123,10 +123,27 @@ class Options:
 
     def widths(self, architecture: Architecture) -> dict[str, Width]:
         """The feasible width of each site, by its name."""
-        return {
-            site.name: site.width(self.keep_of(site), self.multiple)
-            for site in self.all_sites(architecture)
-        }
+        sites = self.all_sites(architecture)
+        self._check_keep_names(architecture, sites)
+        return {site.name: site.width(self.keep_of(site), self.multiple) for site in sites}
+
+    def _check_keep_names(self, architecture: Architecture, sites: Sequence[BoundSite]) -> None:
+        """Raises InputError for shares of what is no kind, no site of the run and no block."""
+        keep = self.keep if isinstance(self.keep, Mapping) else {}
+        known = {*architecture.kinds, *(site.name for site in sites)}
+        if unknown := [name for name in keep if name not in known]:
+            raise InputError(
+                f"keep names {', '.join(map(str, unknown))}; there are the kinds "
+                f"{', '.join(architecture.kinds)} and the sites "
+                f"{', '.join(site.name for site in sites[:2])}, …"
+            )
+        blocks = len(architecture.blocks)
+        for name, shares in keep.items():
+            if isinstance(shares, Sequence) and len(shares) > blocks:
+                raise InputError(
+                    f"keep gives {len(shares)} shares for {name}, one for each block; there are "
+                    f"{blocks} blocks"
+                )
 
     def active(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[BoundSite]:
         """The sites of a block that a run works on, in order: those that become narrower.
