@@ -333,11 +333,12 @@ def _before_after(value: object) -> tuple[float, float]:
 
 
 def _error_pairs(sites: Sequence[SiteReport]) -> list[tuple[float, float]]:
-    """(plain pruning, compensated) of every site that knows both."""
+    """(plain pruning, compensated) of every site that knows both and was touched."""
     return [
         (site.baseline_error, site.error)
         for site in sites
         if site.baseline_error is not None and site.error is not None
+        if site.kept < site.channels or site.baseline_error > 0
     ]
 
 

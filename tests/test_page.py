@@ -334,6 +334,15 @@ def test_plain_pruning_without_errors_is_called_plain_pruning():
     assert "Relative output error" not in text
 
 
+def test_sites_that_were_not_touched_count_in_no_error():
+    whole = report(blocks=4, kinds=("mlp",), evaluation={})
+    for site in whole.sites[:3]:
+        site.kept, site.error, site.baseline_error = site.channels, 0.0, 0.0
+    text = Document(page(whole)).text
+    assert "0.50× the output error" in text
+    assert "1 of 1 sites improved" in text
+
+
 def test_an_empty_report_still_makes_a_page():
     assert "0 sites compressed" in Document(page(Report({}, {}, {}))).text
 
