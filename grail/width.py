@@ -53,9 +53,11 @@ class ChannelWidth:
             raise InputError(f"multiple must be a positive integer; got {multiple!r}")
         kept = min(int(keep * channels / multiple + 0.5) * multiple, channels)
         if kept == 0:
+            least = f"keep at least {multiple / channels:.3g}, or choose a smaller multiple"
+            fewer = f"choose a multiple of at most {channels}"
             raise InputError(
                 f"keep={keep:g} of {channels} channels, in multiples of {multiple}, is a width of "
-                f"0; keep at least {multiple / channels:.3g}, or choose a smaller multiple"
+                f"0; {least if multiple <= channels else fewer}"
             )
         return cls(channels, kept)
 

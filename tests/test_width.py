@@ -33,6 +33,8 @@ def test_a_keep_outside_its_range_is_refused(keep):
 def test_a_width_of_zero_is_refused_with_the_least_that_works():
     with pytest.raises(InputError, match=r"width of 0.*at least 0\.125"):
         ChannelWidth.nearest(64, 0.01, 8)
+    with pytest.raises(InputError, match=r"width of 0; choose a multiple of at most 40$"):
+        ChannelWidth.nearest(40, 0.3, 64)
     with pytest.raises(InputError, match=r"9 heads is a width of 0"):
         HeadWidth.nearest(3, 3, 64, 0.05)
 
