@@ -24,9 +24,10 @@ def load_texts(
     """Documents of a source, one by one, without holding the source in memory.
 
     Args:
-        source: a path ending in `.jsonl` or `.json` (one object a line) or in `.parquet`; any other
-            file, as plain UTF-8 text; the name of a dataset, `NAME` or `NAME:CONFIG`; or an
-            iterable of documents. A text file longer than 2²⁰ characters comes in several pieces.
+        source: a path ending in `.jsonl` or `.json` (one object a line) or in `.parquet`, in any
+            case; any other file, as plain UTF-8 text; the name of a dataset, `NAME` or
+            `NAME:CONFIG`; or an iterable of documents. A text file longer than 2²⁰ characters comes
+            in several pieces.
         field: where JSON lines, Parquet and datasets keep the text.
         split: which split of a dataset is read.
 
@@ -36,13 +37,14 @@ def load_texts(
     if not isinstance(source, str | Path):
         return iter(source)
     path = Path(source)
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         _require_file(path)
         return _from_datasets(str(source), "parquet", field, split, data_files=str(path))
-    if path.suffix in (".json", ".jsonl"):
+    if suffix in (".json", ".jsonl"):
         _require_file(path)
         return _read_json_lines(path, field)
-    if path.suffix == ".txt" or path.is_file() or (path.is_absolute() and not path.exists()):
+    if suffix == ".txt" or path.is_file() or (path.is_absolute() and not path.exists()):
         _require_file(path)
         return _read_text(path)
     name, _, config = str(source).partition(":")
@@ -156,8 +158,10 @@ def _read_json_lines(path: Path, field: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:  # too many digits, or levels, as well
+            raise InputError(
+                f"{path}, line {number} is not JSON that can be read: {error}"
+            ) from error
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number} is not a JSON object with a field {field!r}.")
         yield _text_of(row, field, f"{path}, line {number}")

@@ -108,7 +108,7 @@ def write(path, field="text"):
     return path
 
 
-@pytest.mark.parametrize("name", ["documents.jsonl", "documents.parquet"])
+@pytest.mark.parametrize("name", ["documents.jsonl", "documents.parquet", "documents.JSONL"])
 def test_rows_are_documents(tmp_path, name):
     assert list(load_texts(write(tmp_path / name))) == DOCUMENTS
     assert list(load_texts(write(tmp_path / name, field="body"), field="body")) == DOCUMENTS
@@ -164,10 +164,13 @@ def test_a_wrong_field_names_those_found(tmp_path, name):
     [
         ("bad.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
         ("list.jsonl", b'["text"]\n', "line 1 is not a JSON object"),
+        ("digits.jsonl", b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
+        ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),
         ("latin.txt", "naïve".encode("latin-1"), "cannot be read as UTF-8"),
         ("bad.parquet", b"PAR1 and nothing else", "cannot be read"),
         ("array.json", b'["a",\n "b"]\n', "line 1 is not JSON"),
         ("missing.txt", None, "no such file"),
+        ("missing.TXT", None, "no such file"),
         ("missing.md", None, "no such file"),
         ("missing.jsonl", None, "no such file"),
         ("missing.parquet", None, "no such file"),
