@@ -28,7 +28,7 @@ from grail import select
 from grail.batchnorm import reset_norm
 from grail.checkpoint import Checkpoint, Position
 from grail.distributed import Decision
-from grail.errors import InputError
+from grail.errors import InputError, ModelError
 from grail.fit import Auto, Fit, fit
 from grail.gradient import regional_gradient
 from grail.gram import Gram
@@ -287,6 +287,7 @@ class Run:
         # A batch's drift, and what its tokens count by, by what lands together.
         missing: dict[Any, tuple[Tensor, Tensor | None]] = {}
         waiting: set[Consumer] = set()
+        heard: set[Consumer] = set()
 
         def add(
             site: BoundSite,
@@ -299,11 +300,18 @@ class Run:
                 x, routed = inputs.pop(consumer)
                 statistics.update(batch, x, drift, routed, scale)
             waiting.discard(consumer)
-            if not waiting and not finish:
+            # The first batch goes on to its end, for layers that run again.
+            if not waiting and not finish and batch > 0:
                 raise Stop
 
         def reading(site: BoundSite) -> Read:
             def read(consumer: Consumer, x: Tensor, routed: Routed | None) -> None:
+                if consumer in heard:
+                    raise ModelError(
+                        f"{consumer.name} runs more than once for a batch, in chunks or for "
+                        "several inputs; it is narrowed only where it runs once"
+                    )
+                heard.add(consumer)
                 inputs[consumer] = x, routed
                 if site not in aims:
                     add(site, consumer)
@@ -326,6 +334,7 @@ class Run:
                 hooks.enter_context(_watch(site, self.stream.blocks[block], reading(site), land))
             for batch in range(len(self.stream)):
                 waiting.update(c for site in sites for c in site.consumers)
+                heard.clear()
                 missing.clear()
                 with suppress(Stop):
                     output = self.stream.run(block, batch)

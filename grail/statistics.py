@@ -6,6 +6,7 @@ from functools import partial as bind
 import torch
 from torch import Tensor
 
+from grail.errors import ModelError
 from grail.gram import Gram, NonFinite
 from grail.layers import Consumer, Routed
 from grail.stream import Stream
@@ -106,11 +107,23 @@ class Statistics:
             mask = None if mask is None else mask.flatten()[routed.places]
             return mask, None if held is None else held[routed.places // length]
         samples = self._stream.hidden[batch].shape[0]
-        if mask is not None and mask.shape != tokens.shape[:-1]:
-            # Some modules see all tokens of a batch in one row.
-            mask = mask.flatten() if tokens.shape[:-1] == (mask.numel(),) else None
-        if held is not None and tokens.shape[0] != samples:
-            held = held.repeat_interleave(tokens.shape[0] // samples)
+        shape = tokens.shape[:-1]
+        if mask is not None and mask.shape != shape:
+            # Some modules see all tokens of a batch in one row, or one of each sample.
+            if shape != (samples,) and shape != (mask.numel(),):
+                raise ModelError(
+                    f"{self.name} reads tokens {list(shape)}, of which an attention_mask "
+                    f"{list(mask.shape)} does not say which count"
+                )
+            mask = None if shape == (samples,) else mask.flatten()
+        if held is not None and shape[0] != samples:
+            if shape[0] % samples:
+                raise ModelError(
+                    f"{self.name} reads tokens {list(shape)} of {samples} samples, which do not "
+                    "lie along the first axis, so none can be held out: give alpha, and "
+                    "drift_correction=0"
+                )
+            held = held.repeat_interleave(shape[0] // samples)
         return mask, held
 
     def named_grams(self) -> Mapping[str, Gram]:

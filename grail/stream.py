@@ -11,7 +11,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from grail.distributed import Ranks
-from grail.errors import EmptyCalibrationError, InputError, ModelError
+from grail.errors import EmptyCalibrationError, GrailError, InputError, ModelError
+from grail.memory import ran_out
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -215,22 +216,21 @@ class Stream:
         args, kwargs = _model_inputs(model, batch, self._home)
         calls: list[Call] = []
         between: tuple[Tensor, int] | None = None  # what a block returned, and its version
+        # Where a model may be anybody's, one pass goes on to its end, for blocks that run again.
+        ends = bool(self._calls) or hasattr(model, "get_output_embeddings")
 
         def recorder(number: int) -> Any:
             def record(*args: Any, **kwargs: Any) -> Tensor:
                 nonlocal between
                 hidden, call = _without_hidden(args, kwargs)
                 call = Call(_to(call.args, self.device), _to(call.kwargs, self.device), call.key)
-                if number == 0:
+                if number == 0 and not calls:
                     self.hidden.put(len(self._calls), hidden)
                 elif number != len(calls) or between is None or not _same(hidden, *between):
-                    raise ModelError(
-                        f"something runs between block {number} and the one before it, so blocks "
-                        "cannot be run one by one; name the sites: sites=[grail.Site(…)]"
-                    )
+                    raise _no_chain(number)
                 between = hidden, _version(hidden)
                 calls.append(self._shared(number, call))
-                if number == len(self.blocks) - 1:
+                if ends and number == len(self.blocks) - 1:
                     raise Stop
                 return hidden
 
@@ -239,11 +239,26 @@ class Stream:
         with ExitStack() as stack:
             for number, block in enumerate(self.blocks):
                 stack.enter_context(replaced_forward(block, recorder(number)))
-            with suppress(Stop):
+            try:
                 model(*args, **kwargs)
+            except Stop:
+                pass
+            except GrailError:
+                raise
+            except Exception as error:
+                # Blocks that pass on what they got may leave the next layer another shape.
+                if ran_out(error) or not calls:
+                    raise
+                if len(calls) < len(self.blocks):
+                    raise _no_chain(len(calls)) from error
+        if len(calls) < len(self.blocks):
+            raise ModelError(
+                f"block {len(calls)} of {len(self.blocks)} does not run; name the sites: "
+                "sites=[grail.Site(…)]"
+            )
         self._calls.append(calls)
-        mask = kwargs.get("attention_mask")
-        self.masks.append(None if mask is None else mask.bool().to(self.storage))
+        mask = _mask(args, kwargs, list(inspect.signature(model.forward).parameters))
+        self.masks.append(None if mask is None else mask.to(self.storage))
 
     def _shared(self, number: int, call: Call) -> Call:
         """The first batch's call where this one equals it, so that equal tables are held once."""
@@ -302,6 +317,25 @@ class Memo:
             self._entries[module] = len(output)
             output = output[0]
         shelf.put(next(batches), output)
+
+
+def _no_chain(block: int) -> ModelError:
+    return ModelError(
+        f"something runs between block {block} and the one before it, or a block runs again, so "
+        "blocks cannot be run one by one; name the sites: sites=[grail.Site(…)]"
+    )
+
+
+def _mask(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:
+    """The attention mask among a forward's arguments, of which those in order have `names`."""
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    mask = given.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(f"an attention_mask must be [B, L], not 0 where a token counts; got {got}")
+    return mask.bool()
 
 
 def _same(tensor: Tensor, other: Tensor, version: int) -> bool:

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from grail.errors import EmptyCalibrationError, InputError
+import grail
+from grail.errors import EmptyCalibrationError, InputError, ModelError
 from grail.sites import find
 from grail.stream import Memo, Shelf, Stream
 
@@ -98,6 +99,129 @@ def test_an_attention_mask_decides_which_tokens_count(tiny_llama, tiny_batches):
 def test_batches_of_another_kind_are_refused(batches, error, tiny_llama):
     with pytest.raises(error):
         stream_of(tiny_llama(), batches)
+
+
+def test_a_mask_counts_wherever_it_stands_among_the_arguments(tiny_llama, tiny_batches):
+    ids = tiny_batches(count=1)[0]
+    mask = torch.ones_like(ids)
+    mask[:, 10:] = 0
+    counted = [
+        stream_of(tiny_llama(), [batch]).tokens
+        for batch in ((ids, mask), {"attention_mask": mask, "input_ids": ids})
+    ]
+    assert counted == [20, 20]
+
+
+def test_a_mask_that_is_not_one_value_a_token_is_refused(tiny_llama, tiny_batches):
+    ids = tiny_batches(count=1)[0]
+    for mask in (torch.ones(2, 1, 16, 16, dtype=torch.bool), torch.zeros(2, 1, 16, 16)):
+        with pytest.raises(InputError, match=r"must be \[B, L\].*got \[2, 1, 16, 16\]"):
+            stream_of(tiny_llama(), [{"input_ids": ids, "attention_mask": mask}])
+
+
+class Convolutions(nn.Module):
+    """Blocks of two convolutions with whatever `forward` makes of them."""
+
+    def __init__(self, forward, widths=(4, 4)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.between = nn.Conv2d(1, widths[0], 1), nn.Conv2d(*widths, 1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(n, 6, 1), nn.ReLU(), nn.Conv2d(6, n, 1)) for n in widths
+        )
+        self._forward = forward
+
+    def forward(self, x):
+        return self._forward(self, x)
+
+
+def in_order(network, x):
+    return network.blocks[1](network.blocks[0](network.stem(x)))
+
+
+@pytest.mark.parametrize(
+    ("forward", "widths", "message"),
+    [
+        (lambda n, x: in_order(n, x) - in_order(n, x + 1), (4, 4), "or a block runs again"),
+        (lambda n, x: n.blocks[1](n.blocks[0](n.stem(x)) * 2), (4, 4), "between block 1 and the"),
+        (
+            lambda n, x: n.blocks[1](n.between(n.blocks[0](n.stem(x)).mean((2, 3), True)[:, :4])),
+            (4, 8),
+            "between block 1 and the",
+        ),
+        (lambda n, x: n.blocks[0](n.stem(x)), (4, 4), "block 1 of 2 does not run"),
+    ],
+    ids=["twice", "between", "another shape", "one only"],
+)
+def test_blocks_that_are_no_chain_are_refused(forward, widths, message):
+    network = Convolutions(forward, widths)
+    images = [torch.randn(2, 1, 5, 5)]
+    with torch.no_grad(), pytest.raises(ModelError, match=message):
+        Stream(network, network.blocks, images)
+
+
+def test_what_a_network_does_behind_its_blocks_is_no_matter():
+    # It would fail, for it gets what the blocks got.
+    network = Convolutions(lambda n, x: in_order(n, x).reshape(2, 7))
+    with torch.no_grad():
+        assert len(Stream(network, network.blocks, [torch.randn(2, 1, 5, 5)])) == 1
+
+
+class Towers(nn.Module):
+    """Tells two inputs apart by one layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 4)
+
+    def embed(self, x):
+        return self.down(self.up(x).relu())
+
+    def forward(self, first, second):
+        return self.embed(first) - self.embed(second)
+
+
+def test_a_layer_that_runs_more_than_once_for_a_batch_is_refused():
+    network, site = Towers(), grail.Site(producers=["up"], consumers=["down"])
+    batches = [(torch.randn(5, 6), torch.randn(5, 6)) for _ in range(3)]
+    before = network.up.weight.clone()
+    for settings in ({}, {"closed_loop": False}, {"drift_correction": 0.0}):
+        with pytest.raises(ModelError, match="down runs more than once for a batch"):
+            grail.compress(network, batches, 0.5, sites=[site], progress=False, **settings)
+    assert torch.equal(network.up.weight, before)
+
+
+class SequenceFirst(nn.Module):
+    """An MLP that sees tokens as [L, B, C]."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x, attention_mask=None):
+        return self.down(self.up(x.transpose(0, 1)).relu()).transpose(0, 1)
+
+
+@pytest.mark.parametrize("length", [10, 8])
+def test_tokens_that_a_mask_does_not_fit_are_refused(length):
+    network, site = SequenceFirst(), grail.Site(producers=["up"], consumers=["down"])
+    mask = torch.ones(4, length, dtype=torch.long)
+    mask[:, 5:] = 0
+    batch = {"x": torch.randn(4, length, 6), "attention_mask": mask}
+    with pytest.raises(ModelError, match=rf"down.* reads tokens \[{length}, 4\]"):
+        grail.compress(network, [batch], 0.5, sites=[site], progress=False)
+
+
+def test_samples_that_do_not_lie_along_the_first_axis_cannot_be_held_out():
+    network, site = SequenceFirst(), grail.Site(producers=["up"], consumers=["down"])
+    batches = [torch.randn(4, 10, 6)]
+    with pytest.raises(ModelError, match="none can be held out"):
+        grail.compress(network, batches, 0.5, sites=[site], progress=False)
+    settings = {"alpha": 1e-3, "drift_correction": 0.0}
+    report = grail.compress(network, batches, 0.5, sites=[site], progress=False, **settings)
+    assert report.sites[0].tokens == 40
 
 
 @pytest.mark.parametrize(
