@@ -141,10 +141,12 @@ class Collected:
 
     def statistics(self, site: BoundSite, options: Options, stream: Stream) -> list[Statistics]:
         """Those of each consumer of a site; where nothing is to be held out, of all sequences."""
+        assert isinstance(stream, _Past)
         by_consumer: list[dict[str, Gram]] = [{} for _ in site.consumers]
         for file in self._index["sites"][site.name]:
             _, consumer, name, _ = file.split(".")
             by_consumer[int(consumer)][name] = Gram.load(self.folder / file, stream.device)
+        stream.held_out_tokens += sum(grams["held_out"].tokens for grams in by_consumer)
         if not options.holds_out:
             for grams in by_consumer:
                 grams["train"].merge(grams["held_out"])
@@ -174,6 +176,7 @@ class _Past(Stream):
     ):
         self.blocks, self.storage, self.device = blocks, torch.device("cpu"), device
         self.ranks, self.hidden, self.own_tokens = Ranks(), Shelf(self.storage), 0
+        self.held_out_tokens = 0  # of the sites so far
         self.tokens, self._sequences = (
             sum(calibration[count] for calibration in calibrations)
             for count in ("tokens", "sequences")
@@ -185,7 +188,7 @@ class _Past(Stream):
 
     @property
     def holds_out(self) -> bool:
-        return True
+        return self.held_out_tokens > 0
 
 
 def merge(folders: Sequence[str | Path], output: str | Path) -> Path:

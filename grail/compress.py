@@ -278,9 +278,12 @@ def _notes(
 ) -> list[str]:
     notes = []
     if options.holds_out and not stream.holds_out:
+        instead = [f"alpha={ALPHA:g}"] if options.alpha == "auto" else []
+        if options.follows_drift and options.drift_correction == "auto":
+            instead.append("drift_correction=0")
         notes.append(
-            f"the calibration is one sequence, so nothing could be held out: what is auto was "
-            f"alpha={ALPHA:g} and drift_correction=0"
+            "nothing could be held out, for want of a second sequence: what is auto was "
+            + " and ".join(instead)
         )
     for name, (keep, width) in asked.items():
         got = width.kept / width.channels

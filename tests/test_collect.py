@@ -170,6 +170,20 @@ def test_what_was_collected_compresses_like_the_batches_themselves(
     assert report.calibration["sequences"] == 10
 
 
+@pytest.mark.parametrize("from_statistics", [False, True], ids=["batches", "statistics"])
+def test_a_note_tells_what_was_taken_where_one_sequence_is_all(
+    from_statistics, collected, tiny_llama, tiny_batches
+):
+    batches = tiny_batches(count=1, rows=1, length=64)
+    given = grail.Collected(collected("a", batches)) if from_statistics else batches
+    for alpha, notes in (("auto", ["alpha=0.001"]), (0.05, [])):
+        report = grail.compress(tiny_llama(), given, 0.5, ("mlp",), alpha=alpha, **OPEN)
+        assert [note.rpartition(" was ")[2] for note in report.notes] == notes
+    if not from_statistics:
+        report = grail.compress(tiny_llama(), given, 0.5, ("mlp",), alpha=0.05, progress=False)
+        assert [note.rpartition(" was ")[2] for note in report.notes] == ["drift_correction=0"]
+
+
 def test_one_collection_serves_any_sites_and_widths(collected, tiny_llama, tiny_batches):
     batches = tiny_batches(count=5)
     collection = grail.Collected(collected("a", batches))
