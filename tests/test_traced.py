@@ -78,6 +78,58 @@ def test_ambiguous_flows_are_given_up():
         grail.trace(Odd().eval(), streams=True)
 
 
+class Between(nn.Module):
+    """Two layers, and something between them."""
+
+    def __init__(self, between, kind=nn.Linear, *sizes):
+        super().__init__()
+        self.first, self.second = kind(4, 12, *sizes), kind(12, 4, *sizes)
+        self.between = between
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.Softmax(dim=1),  # of vectors; of tokens it would be along them
+        nn.Softmax(dim=-1),
+        nn.functional.normalize,
+        lambda x: x - x.mean(1).unsqueeze(1),
+        nn.BatchNorm1d(12),  # may be a batch norm of twelve tokens
+        nn.PReLU(12),
+    ],
+    ids=["softmax", "last", "normalize", "centred", "norm", "prelu"],
+)
+def test_what_may_mix_the_channels_of_vectors_or_of_tokens_is_not_followed(between):
+    with pytest.raises(ModelError, match="those of first are lost in"):
+        grail.trace(Between(between).eval())
+
+
+@pytest.mark.parametrize(
+    "between",
+    [lambda x: x.flip(1), lambda x: x.cumsum(1), nn.LocalResponseNorm(5), nn.functional.normalize],
+    ids=["flip", "cumsum", "response", "normalize"],
+)
+def test_no_channel_of_an_image_may_depend_on_another(between):
+    with pytest.raises(ModelError, match="those of first are lost in"):
+        grail.trace(Between(between, nn.Conv2d, 1).eval())
+
+
+def test_layers_along_the_channels_of_vectors_are_found_behind_what_makes_vectors():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Between(nn.Sequential(nn.BatchNorm1d(12), nn.PReLU(12)))
+
+        def forward(self, x):
+            return self.body(x.flatten(1))
+
+    (site,) = grail.trace(Flat().eval())
+    assert site.along == ("body.between.0", "body.between.1")
+
+
 def test_a_gated_mlp_has_two_producers():
     class Gated(nn.Module):
         def __init__(self):

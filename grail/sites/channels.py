@@ -6,6 +6,7 @@ by itself passes them on. Which operations without parameters do so is tried out
 them is needed.
 """
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from grail.transaction import steady
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+
+Shapes = tuple[tuple[int, ...], ...]  # that a tensor may have, of two samples with `_FEW` channels
+_FEW = 4
+_ANY: Shapes = ((2, _FEW), (2, _FEW, 8), (2, _FEW, 8, 8))  # what nothing is known of
 
 
 @dataclass(eq=False)
@@ -43,10 +48,10 @@ class Channels:
         self.producers += other.producers
         self.along += other.along
         self.consumers += other.consumers
+        self.lost = self.lost or other.lost
         if self.axis != other.axis and not other.outside:
             self.lost = self.lost or "a sum or a product over different axes"
         self.outside |= other.outside
-        self.lost = self.lost or other.lost
 
 
 class Flow:
@@ -59,7 +64,7 @@ class Flow:
     def __init__(self, block: nn.Module):
         self._modules: dict[str, Any] = dict(block.named_modules())
         self._of: dict[fx.Node, Channels] = {}
-        self._samples: dict[fx.Node, Tensor] = {}  # of the form of what a node returns
+        self._shapes: dict[fx.Node, Shapes] = {}  # of what a node returns
         self._pooled: set[fx.Node] = set()
         self._unchanged: set[fx.Node] = set()  # operations that return what they read
         with steady(block):
@@ -127,14 +132,12 @@ class Flow:
             self._layer(node, *read)
         elif len(node.all_input_nodes) == 2 and _is(node, _SUMS + _PRODUCTS):
             self._of[node] = self._joined(read)
-            self._samples[node] = max(
-                (self._sample(n) for n in node.all_input_nodes), key=torch.Tensor.numel
-            )
+            self._shapes[node] = _broadcast(*map(self._may_be, node.all_input_nodes))
         elif len(node.all_input_nodes) == 1 and self._by_channel(node):
             self._of[node] = read[0]
         else:
             what = type(self.module(node)).__name__ if node.op == "call_module" else node.op
-            lost = f"{node.target} ({what})"
+            lost = f"{getattr(node.target, '__name__', node.target)} ({what})"
             self._of[node] = self._joined([*read, Channels(lost=lost)])
 
     def _layer(self, node: fx.Node, channels: Channels) -> None:
@@ -142,19 +145,21 @@ class Flow:
         module = self.module(node)
         twice = f"{node.target}, which runs twice" if self._runs[node.target] > 1 else ""
         channels.lost = channels.lost or twice
-        sample = self._sample(node.all_input_nodes[0])
+        shapes = self._may_be(node.all_input_nodes[0])
         axis = -1 if isinstance(module, nn.Linear) else 1
         if not isinstance(module, (*NORMS, nn.PReLU)) and not is_depthwise(module):
-            if sample.dim() > 2 and axis != channels.axis:
+            if axis != channels.axis and any(len(shape) > 2 for shape in shapes):
                 channels.lost = f"{node.target}, which reads another axis"
             channels.consumers.append(node)
             channels = Channels(producers=[node], lost=twice, axis=axis)
-            self._samples[node] = _sample_behind(module)
+            self._shapes[node] = _behind(module, shapes)
         else:
-            self._samples[node] = sample
+            self._shapes[node] = shapes
             channels.along.append(node)
             if any(True for child in module.children() for _ in child.parameters()):
                 channels.lost = f"{node.target} ({type(module).__name__})"
+            elif channels.axis == -1 and not _reads_last_axis(module, shapes):
+                channels.lost = f"{node.target}, which may run over another axis"
         self._of[node] = channels
 
     def _joined(self, sets: list[Channels]) -> Channels:
@@ -168,29 +173,40 @@ class Flow:
         return first
 
     def _by_channel(self, node: fx.Node) -> bool:
-        """Whether an operation without parameters treats every channel by itself; tries it."""
+        """Whether an operation without parameters treats every channel by itself; tries it.
+
+        In all shapes that what it reads may have: `softmax(1)` does so for tokens [B, L, C], and
+        does not for vectors [B, C].
+        """
         if node.op == "call_module" and self.module(node).state_dict():
             return False
         read = node.all_input_nodes[0]
-        x, axis = self._sample(read), self._of[read].axis
-        try:
-            every = self._tried(node, x.clone())
-            alone = self._tried(node, x.narrow(axis, 1, 1).clone())
-            same = every.shape[0] == 2 and every.shape[axis] == 3
-            same &= every.narrow(axis, 1, 1).allclose(alone, equal_nan=True)
-        except Exception:  # it may want anything but such a tensor
+        axis, tried, same, unchanged = self._of[read].axis, [], True, True
+        for shape in self._may_be(read):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            try:
+                every = self._tried(node, x.clone())
+                tried.append(tuple(every.shape))
+                unchanged &= torch.equal(every, x)
+                same &= every.shape[0] == 2 and x.shape[axis] == every.shape[axis] == _FEW
+                same = same and every.allclose(self._apart(node, x, axis), equal_nan=True)
+            except Exception:  # it may want anything but such a tensor
+                same = unchanged = False
+        if not tried:
             return False
-        self._samples[node] = every
-        if axis == 1 and every.shape[2:].numel() == 1:
+        self._shapes[node] = tuple(dict.fromkeys(tried))
+        if axis == 1 and all(math.prod(shape[2:]) == 1 for shape in tried):
             self._pooled.add(node)
-        if torch.equal(every, x):
+        if unchanged:
             self._unchanged.add(node)
         return same
 
-    def _sample(self, node: fx.Node) -> Tensor:
-        """Numbers for three channels of two samples, of the form of what a node returns."""
-        form = self._samples.get(node, torch.empty(2, 3, 8, 8))
-        return torch.randn(form.shape, generator=torch.Generator().manual_seed(0))
+    def _may_be(self, node: fx.Node) -> Shapes:
+        return self._shapes.get(node, _ANY)
+
+    def _apart(self, node: fx.Node, x: Tensor, axis: int) -> Tensor:
+        """What an operation makes of each channel alone."""
+        return torch.cat([self._tried(node, one.clone()) for one in x.split(1, axis)], axis)
 
     def _tried(self, node: fx.Node, x: Tensor) -> Any:
         args = fx.node.map_arg(node.args, lambda _: x)
@@ -205,10 +221,24 @@ class Flow:
         return node.op == "call_module" and isinstance(self.module(node), kinds)
 
 
-def _sample_behind(module: Any) -> Tensor:
+def _behind(module: Any, shapes: Shapes) -> Shapes:
+    """What a layer makes of tensors of these shapes, as far as they tell."""
     if isinstance(module, nn.Linear):
-        return torch.empty(2, 8, 3)
-    return torch.empty(2, 3, *(32,) * len(module.kernel_size))
+        return tuple((2, *(8,) * (len(shape) - 2), _FEW) for shape in shapes)
+    return ((2, _FEW, *(32,) * len(module.kernel_size)),)
+
+
+def _broadcast(a: Shapes, b: Shapes) -> Shapes:
+    """What a sum or a product of two tensors may be."""
+    pairs = ((x, y) for x in a for y in b if len(x) == len(y))
+    return tuple(dict.fromkeys(tuple(map(max, x, y)) for x, y in pairs)) or _ANY
+
+
+def _reads_last_axis(module: Any, shapes: Shapes) -> bool:
+    """Whether what runs along axis 1 runs along the last one: in vectors those are one."""
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return True
+    return not isinstance(module, CONVOLUTIONS) and all(len(shape) == 2 for shape in shapes)
 
 
 class _Tracer(fx.Tracer):

@@ -11,7 +11,9 @@ def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
     """The sites of a network, found by following its channels (see `grail.sites.channels`).
 
     Channels that meet what mixes them (a concatenation, a reshape, attention), and those that enter
-    or leave the network, are passed over.
+    or leave the network, are passed over. So are those of linear layers where it matters whether
+    they are of vectors [B, C] or of tokens [B, L, C], which a network does not tell: behind
+    `softmax(1)`, or a batch norm.
 
     Args:
         model: a network that `torch.fx` can trace.
@@ -32,17 +34,22 @@ def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
         raise ModelError(
             f"{kind} cannot be traced ({reason}); name its sites: grail.Site"
         ) from error
-    sites = []
+    sites, lost = [], ""
     for channels in flow.every():
         layers = (channels.producers, channels.consumers, channels.along)
         producers, consumers, along = ([str(node.target) for node in nodes] for nodes in layers)
-        if channels.outside or channels.lost or not producers or not consumers:
+        if channels.outside or not producers or not consumers:
+            continue
+        if channels.lost:
+            lost = lost or f" (those of {producers[0]} are lost in {channels.lost})"
             continue
         site = Site(producers, consumers, along)
         if (streams or len(producers) == len(consumers) == 1) and _binds(model, site):
             sites.append(site)
     if not sites:
-        raise ModelError(f"tracing found no unambiguous site in {kind}; name them: grail.Site")
+        raise ModelError(
+            f"tracing found no unambiguous site in {kind}{lost}; name them: grail.Site"
+        )
     return sites
 
 
