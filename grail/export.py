@@ -12,7 +12,8 @@ from grail.folder import complete
 from grail.report import Report
 from grail.transaction import steady
 
-_PROBE = (2, 32)  # sequences and tokens on which the reloaded model must agree
+# Sequences and tokens, if it has room for those, on which the reloaded model must agree.
+_PROBE = (2, 32)
 
 
 def export(
@@ -93,6 +94,9 @@ def _verify(folder: Path, model: Any) -> None:
 def _logits(model: Any) -> Tensor:
     """Logits [sequences, tokens, vocabulary] on random tokens, the same for each call."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    tokens = torch.randint(vocabulary, _PROBE, generator=torch.Generator().manual_seed(0))
+    rows, length = _PROBE
+    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (rows, length), generator=generator)
     with steady(model):
         return model(tokens.to(model.device), use_cache=False).logits

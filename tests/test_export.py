@@ -28,6 +28,11 @@ def test_reloads_to_the_same_logits(tiny_model, tiny_batches, tmp_path, family, 
     assert torch.equal(model(tokens).logits, reloaded(tokens).logits)
 
 
+def test_compares_no_more_tokens_than_the_model_has_positions_for(tiny_model, tmp_path):
+    model = tiny_model("gpt2", max_position_embeddings=16)
+    assert export(model, None, tmp_path / "out").is_dir()
+
+
 def test_keeps_a_16_bit_model_in_16_bit(tiny_folder, tmp_path):
     model, tokenizer = load_model(tiny_folder, dtype=torch.bfloat16)
     folder = export(model, tokenizer, tmp_path / "out")
