@@ -136,11 +136,11 @@ def _chosen(
 ) -> tuple[float, float]:
     if alpha != "auto" and correction != "auto":
         return alpha, correction
-    alphas = ALPHAS if alpha == "auto" else (alpha,)
-    if alpha == "auto" and (train.affine or correction in ("auto", 0)):
-        alphas = (math.inf, *alphas)  # first: of equals the one that changes nothing
+    # Of equals the first: the one that changes nothing.
+    alphas = (math.inf, *ALPHAS) if alpha == "auto" else (alpha,)
     choice = choose(train, held_out, toward, alphas, None if correction == "auto" else correction)
-    return choice.alpha, choice.correction
+    undoes_nothing = math.isinf(choice.alpha) and not train.affine
+    return choice.alpha, 0.0 if undoes_nothing else choice.correction
 
 
 def _solved(

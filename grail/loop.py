@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,9 +116,8 @@ class Run:
         self._known = known
         self._memo = Memo((), stream)
         self._ranks = stream.ranks
-        # What the network is to hold where each site of a block lands; and the shelves of those
-        # that no stream holds, whose memory every block uses again.
-        self._aims: list[Shelf] = []
+        # What the dense network holds where sites land within a block; every block uses the memory
+        # again.
         self._shelves: list[Shelf] = []
         self._select = select.get(options.selector)
         self.notes: list[str] = []  # what a person should know
@@ -175,11 +175,12 @@ class Run:
         return [row for of_site in rows.values() for row in of_site]
 
     def _closed(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
-        if self._dense is not None:
-            self._follow(self._dense, block, sites, advance)
         rows = {}
         gradient = self._gradient if select.needs_gradient(self._select) else _ignore
-        aims = {site: a for site, a in zip(sites, self._aims, strict=False) if self._aimed(site)}
+        aims: dict[BoundSite, Shelf] = {}
+        if self._dense is not None:
+            held = self._follow(self._dense, block, sites, self._shelves, advance)
+            aims = {s: aim for s, aim in held.items() if s.can_aim(self.options.per_tap)}
         for step in steps(sites):
             # The block is finished from the last site on: what ran before it need not run again.
             upstream = step[0].upstream if step[-1] is sites[-1] else ()
@@ -207,10 +208,6 @@ class Run:
         decided = self._decided(collected, self._decide, gradients.get)
         return {site.name: self._compress(site, decision) for site, decision in decided}
 
-    def _aimed(self, site: BoundSite) -> bool:
-        """Whether drift is undone there."""
-        return self._dense is not None and site.can_aim(self.options.per_tap)
-
     def _norms(self, block: int) -> list[nn.Module]:
         """The batch norms of a block that run, in that order."""
         ran: dict[nn.Module, None] = {}
@@ -222,22 +219,27 @@ class Run:
         return list(ran)
 
     def _follow(
-        self, stream: Stream, block: int, sites: Sequence[BoundSite], advance: Advance
-    ) -> None:
-        """Moves a stream past a block; keeps what it held where each site lands."""
+        self,
+        stream: Stream,
+        block: int,
+        sites: Sequence[BoundSite],
+        shelves: list[Shelf],
+        advance: Advance,
+    ) -> dict[BoundSite, Shelf]:
+        """Moves a stream past a block; what it held where each site lands, kept on `shelves`."""
         batch = 0
-        self._shelves += [Shelf(stream.storage) for _ in sites[len(self._shelves) :]]
+        shelves += [Shelf(stream.storage) for _ in sites[len(shelves) :]]
         # A block's output is kept by the stream itself.
-        self._aims = [
-            stream.hidden if site.lands_at_output else shelf
-            for site, shelf in zip(sites, self._shelves, strict=False)
-        ]
+        held = {
+            site: stream.hidden if site.lands_at_output else shelf
+            for site, shelf in zip(sites, shelves, strict=False)
+        }
 
         def keeping(shelf: Shelf) -> Callable[[Tensor], None]:
             return lambda landed: shelf.put(batch, landed)
 
         with ExitStack() as hooks, self.clock("forward"):
-            for site, shelf in zip(sites, self._aims, strict=True):
+            for site, shelf in held.items():
                 if site.can_aim(self.options.per_tap) and not site.lands_at_output:
                     hooks.enter_context(_watch(site, stream.blocks[block], _ignore, keeping(shelf)))
             for batch in range(len(stream)):
@@ -245,6 +247,7 @@ class Run:
                 if isinstance(output, Tensor):
                     stream.store(batch, output)
                 advance(stream.tokens_of(batch))
+        return held
 
     def _inputs_of(self, module: nn.Module, block: int) -> Iterator[Tensor]:
         """What a module of a block reads, batch by batch."""
@@ -418,8 +421,8 @@ class Run:
             tuple(self._fit(part, consumer, reduction, correction) for part, consumer in pairs),
             tuple(part.tokens for part in collected),
             tuple(
-                f"{part.name}: {part.tokens} tokens are too few to fit {reduction.kept} channels, "
-                "so it was only pruned"
+                f"{part.name}: {part.train.tokens} tokens are too few to fit {reduction.kept} "
+                "channels, so it was only pruned"
                 for part in collected
                 if self.options.fits_weights and part.scarce(reduction.kept)
             )
@@ -466,15 +469,11 @@ class Run:
     ) -> list[SiteReport]:
         """Folds, runs the folded block, and fits the plainly folded consumer to what is amiss.
 
-        What is amiss is a drift: from the dense network's stream, or if that is not followed, from
-        what the block itself held before it was folded.
+        That is a drift: from what the block itself held before it was folded, and from the dense
+        network's stream as far as drift is to be corrected.
         """
         channels, (consumer,) = site.channels, site.consumers
-        correction: float | Auto = self.options.drift_correction
-        if aim is None:
-            with self._memo.replaying():
-                self._follow(self.stream.fork(), site.block, [site], _ignore)
-            aim, correction = self._aims[0], 1.0
+        aim, correction, share = self._aim_of_folded(site, aim)
         with self.clock("absorb"):
             plain = reduction.absorb(consumer.by_channel)
             site.narrow(reduction, self.widths[site.name], self.transaction)
@@ -487,7 +486,31 @@ class Run:
             lambda site, parts, _: self._fitted(site, parts, everything, correction),
             _ignore,
         )
+        if share is not None:
+            fits = tuple(replace(result, drift_correction=share) for result in decision.fits)
+            decision = replace(decision, fits=fits)
         return self._absorbed(site, decision, channels)
+
+    def _aim_of_folded(
+        self, site: BoundSite, aim: Shelf | None
+    ) -> tuple[Shelf, float | Auto, float | None]:
+        """What a folded block is to hold, how much of what it lacks is fitted, the share of drift.
+
+        Held-out tokens choose one share of both, of drift and of what folding took: None.
+        """
+        share = self.options.drift_correction
+        if share == "auto":
+            if aim is not None and self.stream.holds_out:
+                return aim, share, None
+            share = 0.0
+        if aim is not None and share == 1:
+            return aim, 1.0, share
+        with self._memo.replaying():
+            own = self._follow(self.stream.fork(), site.block, [site], [], _ignore)[site]
+        if aim is not None and share > 0:
+            for batch, dense in enumerate(aim):
+                own.put(batch, own[batch].lerp(dense, share))
+        return own, 1.0, share
 
     def _gradient(self, site: BoundSite) -> Tensor:
         with self.clock("forward"):

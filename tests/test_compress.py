@@ -587,6 +587,30 @@ def test_exact_folding_is_least_squares_on_what_the_folded_producers_write(
     assert exact < np.linalg.norm(inexact) / np.linalg.norm(target)
 
 
+def test_exact_folding_undoes_its_share_of_the_drift_and_all_that_folding_took(
+    tiny_llama, tiny_batches
+):
+    def folded(correction, batches):
+        model = tiny_llama(num_hidden_layers=2)
+        settings = {"selector": "folding", "alpha": ALPHA, "drift_correction": correction}
+        report = grail.compress(model, batches, 0.5, ("mlp",), progress=False, **settings)
+        return [layer.mlp.down_proj.weight.detach() for layer in model.model.layers], report.sites
+
+    batches = tiny_batches(count=8, length=24)
+    (none, rows), (half, halves), (full, _) = (folded(share, batches) for share in (0.0, 0.5, 1.0))
+    # Nothing has drifted before the first block; behind it the fit is linear in its aim.
+    torch.testing.assert_close(none[0], half[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(half[1], (none[1] + full[1]) / 2, rtol=0, atol=1e-5)
+    assert not torch.allclose(none[1], full[1], atol=1e-3)
+    assert [row.drift_correction for row in (*rows, *halves)] == [0, 0, 0.5, 0.5]
+    # Where nothing can be held out drift is left, and folding is compensated all the same.
+    alone, rows = folded("auto", [batches[0][:1]])
+    assert [row.drift_correction for row in rows] == [0, 0]
+    assert all(row.error < 0.9 * row.baseline_error for row in rows)
+    for weight, same in zip(alone, folded(0.0, [batches[0][:1]])[0], strict=True):
+        torch.testing.assert_close(weight, same, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("kinds", [("mlp",), ("mlp", "heads")], ids="+".join)
 def test_llama_is_given_the_biases_that_compensation_wants(
     kinds, tiny_llama, tiny_batches, tmp_path

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -720,3 +722,18 @@ def test_a_dead_channel_is_no_obstacle_to_damping_by_channel(integers, affine):
     assert fit.retries == 0
     undamped = grail.fit(gram_of(x), SELECTION, weight, **{**settings, "alpha": 0.0})
     assert undamped.retries > 0
+
+
+def test_an_automatic_ridge_may_choose_plain_pruning_beside_a_given_correction():
+    generator = torch.Generator().manual_seed(0)
+    train, held_out = grail.Gram(6), grail.Gram(6)
+    for gram in (train, held_out):  # the drift of one says nothing of the other's
+        x = torch.randn(7, 6, generator=generator)
+        gram.update(x, drift=50 * torch.randn(7, 3, generator=generator))
+    weight = torch.randn(3, 6, generator=generator)
+    everything = grail.Selection(range(6), 6)
+    found = grail.fit(
+        train, everything, weight, alpha="auto", drift_correction=1.0, held_out=held_out
+    )
+    assert (found.alpha, found.drift_correction) == (math.inf, 0)
+    assert torch.equal(found.weight, weight)
