@@ -35,6 +35,7 @@ from grail.gradient import regional_gradient
 from grail.gram import Gram
 from grail.gram_ragged import RaggedGrams
 from grail.layers import Consumer, Reader, Routed, stacked
+from grail.memory import ran_out
 from grail.onload import Onloader
 from grail.options import ALPHA, Options
 from grail.reduction import Folding, Reduction, Selection
@@ -197,7 +198,23 @@ class Run:
         with self._memo.replaying():
             if block + 1 < len(self.architecture.blocks):
                 self._collect(block, [], {}, advance, finish=True)
+            elif sites:
+                self._try(block)
         return rows
+
+    def _try(self, block: int) -> None:
+        """Runs a block that is done, which shows whether all that had to be narrowed was."""
+        try:
+            with self.clock("forward"):
+                self.stream.run(block, 0)
+        except (RuntimeError, ValueError) as error:
+            if ran_out(error):
+                raise
+            raise ModelError(
+                f"the network does not run once it is narrow: {error}. If its sites were named, "
+                "name every layer with weights between producers and consumers: "
+                "grail.Site(…, along=[…])"
+            ) from error
 
     def _open(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
         gradients: dict[BoundSite, Tensor] = {}

@@ -554,6 +554,20 @@ def test_each_block_keeps_its_own_share(tiny_llama, tiny_batches):
         grail.compress(tiny_llama(), tiny_batches(), {"mlp": [0.5]}, ("mlp",), progress=False)
 
 
+def test_a_layer_that_was_forgotten_between_a_site_s_layers_is_found():
+    layers = [nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3)]
+    network = nn.Sequential(*layers).eval()
+    images = [torch.randn(2, 1, 9, 9) for _ in range(3)]
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    site = grail.Site(producers=["0"], consumers=["3"])
+    with pytest.raises(ModelError, match=r"does not run once it is narrow: .*along=\[…\]"):
+        grail.compress(network, images, 0.5, sites=[site], progress=False)
+    assert all(torch.equal(before[name], now) for name, now in network.state_dict().items())
+    site = grail.Site(producers=["0"], along=["1"], consumers=["3"])
+    grail.compress(network, images, 0.5, sites=[site], progress=False)
+    assert network(images[0]).shape == (2, 4, 5, 5)
+
+
 def test_an_unknown_compensation_is_refused(tiny_llama, tiny_batches):
     with pytest.raises(InputError, match="weights, bias, both; got 'all'"):
         grail.compress(tiny_llama(), tiny_batches(), compensate="all")
