@@ -240,15 +240,11 @@ def narrow_along(name: str, module: Any, reduction: Reduction, change: Transacti
     """Narrows a layer that treats every channel by itself.
 
     Raises:
-        ModelError: a kind of layer that is not known to do so.
+        ModelError: see `check_along`.
     """
+    check_along(name, module, reduction.channels)
     if is_depthwise(module):
         change.set_attribute(module, "groups", reduction.kept)
-    elif not isinstance(module, (*NORMS, nn.PReLU)):
-        raise ModelError(
-            f"{name} is a {type(module).__name__}; along a site run batch norm, depthwise "
-            "convolutions and PReLU. Layers without parameters need not be named"
-        )
     for key, parameter in list(module.named_parameters(recurse=False)):
         if parameter.shape[0] != 1 or reduction.channels == 1:  # a PReLU of one slope for all
             change.set_parameter(module, key, reduction.narrow(parameter.detach()))
@@ -263,6 +259,24 @@ def narrow_along(name: str, module: Any, reduction: Reduction, change: Transacti
     else:
         change.set_attribute(module, "in_channels", reduction.kept)
         change.set_attribute(module, "out_channels", reduction.kept)
+
+
+def check_along(name: str, module: Any, channels: int) -> None:
+    """Raises ModelError for a layer that is not known to treat each of H channels by itself."""
+    if isinstance(module, NORMS):
+        own = module.num_features
+    elif isinstance(module, nn.PReLU):
+        own = channels if module.num_parameters == 1 else module.num_parameters
+    elif is_depthwise(module):
+        own = module.in_channels
+    else:
+        raise ModelError(
+            f"{name} is a {type(module).__name__}; along a site run batch norm, depthwise "
+            "convolutions and PReLU. Layers without parameters need not be named"
+        )
+    _require_own(name, module)
+    if own != channels:
+        raise ModelError(f"{name} has {own} channels, where its site has {channels}")
 
 
 def is_depthwise(module: Any) -> bool:
@@ -296,6 +310,18 @@ def _require_plain(name: str, module: Any) -> None:
             f"{name} is a {type(module).__name__}, not a plain floating-point "
             "Linear or convolution; load the model without quantisation or adapters"
         )
+    _require_own(name, module)
+
+
+def _require_own(name: str, module: nn.Module) -> None:
+    """Raises ModelError where a layer computes its weight or bias anew whenever it runs."""
+    for key in ("weight", "bias"):
+        if getattr(module, key, None) is not None and key not in module._parameters:
+            raise ModelError(
+                f"{name} computes its {key} whenever it runs, as torch.nn.utils.prune, weight_norm "
+                "and spectral_norm make it do; make that permanent first (prune.remove, "
+                "remove_weight_norm, remove_spectral_norm, remove_parametrizations)"
+            )
 
 
 def _set_sizes(module: Any, change: Transaction) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import grail
 from grail.errors import ExportError, InputError, ModelError
@@ -228,6 +229,26 @@ def test_what_runs_along_must_be_known():
         grail.compress(model, images(), 0.5, [site], multiple=1, progress=False)
     for key, value in before.state_dict().items():
         assert torch.equal(model.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("how", ["prune", "weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("name", ["conv1", "conv2", "depthwise"])
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_a_layer_that_computes_its_weight_whenever_it_runs_is_refused(name, how):
+    model = network()
+    module = model.get_submodule(name)
+    if how == "prune":
+        prune.l1_unstructured(module, "weight", 0.3)
+    else:
+        getattr(nn.utils, how)(module)
+    with pytest.raises(ModelError, match=f"{name} computes its weight whenever it runs"):
+        grail.compress(model, images(), 0.5, [CONV], progress=False)
+
+
+def test_a_layer_along_has_as_many_channels_as_its_site():
+    site = grail.Site(producers=["stem"], along=["bn1"], consumers=["conv1"])
+    with pytest.raises(ModelError, match="bn1 has 12 channels, where its site has 8"):
+        grail.compress(network(), images(), 0.5, [site], progress=False)
 
 
 def test_names_are_lists_and_kinds_do_not_mix_with_sites():

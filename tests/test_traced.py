@@ -103,7 +103,7 @@ class Between(nn.Module):
     ids=["softmax", "last", "normalize", "centred", "norm", "prelu"],
 )
 def test_what_may_mix_the_channels_of_vectors_or_of_tokens_is_not_followed(between):
-    with pytest.raises(ModelError, match="those of first are lost in"):
+    with pytest.raises(ModelError, match="the channels of first are lost in"):
         grail.trace(Between(between).eval())
 
 
@@ -113,7 +113,7 @@ def test_what_may_mix_the_channels_of_vectors_or_of_tokens_is_not_followed(betwe
     ids=["flip", "cumsum", "response", "normalize"],
 )
 def test_no_channel_of_an_image_may_depend_on_another(between):
-    with pytest.raises(ModelError, match="those of first are lost in"):
+    with pytest.raises(ModelError, match="the channels of first are lost in"):
         grail.trace(Between(between, nn.Conv2d, 1).eval())
 
 

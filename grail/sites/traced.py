@@ -34,29 +34,24 @@ def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
         raise ModelError(
             f"{kind} cannot be traced ({reason}); name its sites: grail.Site"
         ) from error
-    sites, lost = [], ""
+    sites, reasons = [], []
     for channels in flow.every():
         layers = (channels.producers, channels.consumers, channels.along)
         producers, consumers, along = ([str(node.target) for node in nodes] for nodes in layers)
         if channels.outside or not producers or not consumers:
             continue
         if channels.lost:
-            lost = lost or f" (those of {producers[0]} are lost in {channels.lost})"
+            reasons.append(f"the channels of {producers[0]} are lost in {channels.lost}")
             continue
         site = Site(producers, consumers, along)
-        if (streams or len(producers) == len(consumers) == 1) and _binds(model, site):
-            sites.append(site)
+        if streams or len(producers) == len(consumers) == 1:
+            try:
+                Named(model, [site])
+            except ModelError as error:  # a layer of a kind that cannot be narrowed or rewritten
+                reasons.append(str(error))
+            else:
+                sites.append(site)
     if not sites:
-        raise ModelError(
-            f"tracing found no unambiguous site in {kind}{lost}; name them: grail.Site"
-        )
+        why = f" ({reasons[0]})" if reasons else ""
+        raise ModelError(f"tracing found no unambiguous site in {kind}{why}; name them: grail.Site")
     return sites
-
-
-def _binds(model: nn.Module, site: Site) -> bool:
-    """Whether the site's layers are of kinds that can be narrowed and rewritten."""
-    try:
-        Named(model, [site])
-    except ModelError:
-        return False
-    return True
