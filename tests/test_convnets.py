@@ -522,6 +522,33 @@ def test_a_block_that_cannot_be_traced_is_left_out_with_a_note():
     assert net.layer1[1].conv1.out_channels == 16
 
 
+class ConvNeXt(nn.Module):
+    """transformers' and torchvision's: its channels inside are written by a linear layer."""
+
+    def __init__(self, c: int, o: int, stride: int):
+        super().__init__()
+        self.dwconv, self.pwconv = conv(16, 16, 3, groups=16), conv(16, 16, 1)
+        self.fc1, self.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.pwconv(F.relu(self.dwconv(x))).permute(0, 2, 3, 1)
+        return x + self.fc2(F.gelu(self.fc1(hidden))).permute(0, 3, 1, 2)
+
+
+def test_linear_layers_inside_a_block_of_convolutions_are_narrowed():
+    net = randomised(Net(lambda c, o, stride: ConvNeXt(16, 16, 1)))
+    net.layer2, batches = nn.Sequential(conv(16, 24, 1)), images()
+    with torch.no_grad():
+        for site in sites_of(net):
+            for consumer in site.consumers:
+                consumer.module.weight[:, 1::2] = 0
+        dense = net(batches[0])
+    report = grail.compress(net, batches, 0.5, None, "wanda", multiple=1, progress=False)
+    assert any(row.name == "layer1.0.fc1" and row.kept == 12 for row in report.sites)
+    with torch.no_grad():
+        torch.testing.assert_close(net(batches[0]), dense, rtol=1e-4, atol=1e-4)
+
+
 class Pooled(Net):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.layer1(F.relu(self.bn1(self.conv1(x)))), 2)

@@ -22,7 +22,7 @@ from typing import Any
 from torch import fx, nn
 
 from grail.errors import InputError, ModelError
-from grail.layers import CONVOLUTIONS, Consumer, Producer
+from grail.layers import CONVOLUTIONS, Consumer, Producer, check_along
 from grail.reduction import Reduction, Selection
 from grail.sites.channels import Channels, Flow
 from grail.sites.site import Architecture, BoundSite, Landing
@@ -78,8 +78,8 @@ class ConvNet(Architecture):
             return [(f"{self._names[number]}.{node.target}", flow.module(node)) for node in nodes]
 
         producers = named(channels.producers)
-        grouped = any(module.groups > 1 for _, module in producers)
-        return (GroupedSite if grouped else BoundSite)(
+        grouped = any(_groups(module) > 1 for _, module in producers)
+        site = (GroupedSite if grouped else BoundSite)(
             name=name,
             kind="conv",
             block=number,
@@ -93,6 +93,9 @@ class ConvNet(Architecture):
             along=tuple(named(channels.along)),
             landing=_landing(flow, channels.consumers[-1]),
         )
+        for layer in site.along:
+            check_along(*layer, site.channels)
+        return site
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +103,8 @@ class GroupedSite(BoundSite):
     """Channels that a grouped convolution writes: equally many of each group stay."""
 
     def width(self, keep: float, multiple: int | None) -> GroupWidth:
-        modules: list[Any] = [producer.module for producer in self.producers]
-        groups = math.lcm(*(module.groups for module in modules))
+        modules = [producer.module for producer in self.producers]
+        groups = math.lcm(*map(_groups, modules))
         return GroupWidth.nearest_of_each(groups, self.channels // groups, keep)
 
     def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
@@ -162,6 +165,11 @@ def architecture(model: nn.Module) -> Architecture | None:
         name, reason = next(iter(search.untraced.items()))
         raise ModelError(f"{name} of {type(model).__name__}: {reason}; name sites by grail.Site")
     return ConvNet(model, search) if search.blocks else None
+
+
+def _groups(module: Any) -> int:
+    """In how many groups a layer writes its channels; a linear layer writes one."""
+    return getattr(module, "groups", 1)
 
 
 LAYOUTS = {"convolutional networks of blocks (ResNet, MobileNet, EfficientNet)": architecture}
