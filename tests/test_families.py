@@ -411,3 +411,26 @@ def test_heads_of_an_older_timm_are_refused(network):
         del block.attn.attn_dim
     with pytest.raises(InputError, match="ties them to the embedding's width"):
         grail.compress(model, batches, sites=("heads",), progress=False)
+
+
+def test_a_vision_transformer_of_another_form_is_not_known(network):
+    class VisionTransformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(32, 4, 64)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    with pytest.raises(ModelError, match="no sites are known for VisionTransformer"):
+        find(VisionTransformer())
+    model, _ = network("timm")
+    for block in model.blocks:
+        del block.mlp.fc1
+    with pytest.raises(ModelError, match="no sites are known for VisionTransformer"):
+        find(model)
+
+
+def test_a_model_that_is_not_of_its_familys_form_is_refused(network):
+    model, _ = network("bert")
+    del model.encoder.layer[0].intermediate
+    with pytest.raises(ModelError, match="not of its family's form .*intermediate"):
+        find(model)

@@ -11,7 +11,7 @@ from torch import nn
 
 from grail.errors import ModelError
 from grail.sites.site import Architecture
-from grail.sites.transformer import Heads, Layout, Mlp, Seen, Settings, Transformer, setting
+from grail.sites.transformer import Heads, Layout, Mlp, Seen, Settings, Transformer, has, setting
 from grail.width import HeadWidth
 
 
@@ -173,11 +173,11 @@ def architecture(model: Any) -> Architecture | None:
 
 def _by_form(model: Any) -> Layout | None:
     """The layout of a vision transformer of timm or torchvision."""
-    if hasattr(model, "encoder") and hasattr(model.encoder, "layers"):
+    if _first_block(model, _TORCHVISION) is not None:
         return _TORCHVISION
-    if not hasattr(model, "blocks") or type(model.blocks[0]).__name__ != "Block":
+    block = _first_block(model, _TIMM)
+    if type(block).__name__ != "Block":
         return None
-    block = model.blocks[0]
     if not isinstance(getattr(block.mlp, "norm", nn.Identity()), nn.Identity):
         return None  # it normalises the channels of the site
     scaled = hasattr(getattr(block, "ls1", None), "gamma")
@@ -189,6 +189,16 @@ def _by_form(model: Any) -> Layout | None:
     if not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity):
         return replace(layout, heads=None, no_heads="their outputs are normalised all at once")
     return layout
+
+
+def _first_block(model: nn.Module, layout: Layout) -> Any:
+    """The first block of a model, if it holds what the layout says."""
+    if not has(model, layout.blocks):
+        return None
+    paths = (layout.attention, *layout.mlp.producers, layout.mlp.consumer)
+    paths += layout.heads.projections if layout.heads is not None else ()
+    block = next(model.get_submodule(layout.blocks).children(), None)
+    return block if block is not None and all(has(block, path) for path in paths) else None
 
 
 def _scaled(layout: Layout, heads: str, mlp: str) -> Layout:

@@ -137,7 +137,12 @@ class Transformer(Architecture):
         others = {"heads": layout.heads, "shared_experts": layout.shared_experts}
         self.kinds = (*(kind for kind, place in others.items() if place), *self.default)
         self.name = getattr(self.config, "_name_or_path", "") or type(model).__name__
-        widest = next(iter(itertools.chain(*self.sites(self.default))))
+        try:
+            widest = next(iter(itertools.chain(*self.sites(self.default))))
+        except AttributeError as error:
+            raise ModelError(
+                f"{self.name} is not of its family's form ({error}); name sites by grail.Site"
+            ) from error
         self.hidden_size = widest.outputs
         # The MLP is the widest point: its producers, an activation and their product beside three
         # hidden states. A token goes to several experts.
@@ -213,7 +218,7 @@ class Transformer(Architecture):
     def _experts(self, number: int, block: nn.Module) -> list[BoundSite]:
         mixture = self._layout.experts
         assert mixture is not None
-        if not _has(block, mixture.path):
+        if not has(block, mixture.path):
             return []
         module = block.get_submodule(mixture.path)
         experts = Experts(f"{self._names[number]}.{mixture.path}", module)
@@ -222,7 +227,7 @@ class Transformer(Architecture):
     def _shared_experts(self, number: int, block: nn.Module) -> list[BoundSite]:
         shared = self._layout.shared_experts
         assert shared is not None
-        if not _has(block, shared.consumer):
+        if not has(block, shared.consumer):
             return []
         return [self._channels("shared_experts", shared, number, block)]
 
@@ -390,10 +395,10 @@ def _projections(
     return (Producer(names[0], modules[0], parts),)
 
 
-def _has(block: nn.Module, path: str) -> bool:
-    """Whether a block holds a module of that path."""
+def has(module: nn.Module, path: str) -> bool:
+    """Whether a module holds a module of that path."""
     try:
-        block.get_submodule(path)
+        module.get_submodule(path)
     except AttributeError:
         return False
     return True
