@@ -158,6 +158,10 @@ class Consumer:
         if not isinstance(module, CONVOLUTIONS):
             return x
         if self.taps == 1:
+            if not isinstance(module.padding, str):  # a name gives one tap no padding
+                mode = module.padding_mode.replace("zeros", "constant")
+                ring = [size for size in reversed(module.padding) for _ in range(2)]
+                x = nn.functional.pad(x, ring, mode) if any(ring) else x
             read = (slice(None, None, step) for step in module.stride)
             x = x[(slice(None), slice(None), *read)]
         return x.movedim(1, -1)
@@ -170,7 +174,7 @@ class Consumer:
         module: Any = self.module
         if not isinstance(module, CONVOLUTIONS):
             return x
-        if self.taps == 1 and (module.padding in ("same", "valid") or not any(module.padding)):
+        if self.taps == 1:
             return self.pixels(x).flatten(1, -2)
         if isinstance(module.padding, str) or module.padding_mode != "zeros" or x.dim() != 4:
             raise ModelError(
@@ -189,7 +193,11 @@ class Consumer:
     @contextmanager
     def watch(self, read: Reader) -> Iterator[None]:
         """Reports the layer's input x whenever it runs, and which of a batch's tokens those are."""
-        handle = self.module.register_forward_pre_hook(lambda _, args: read(args[0], None))
+
+        def heard(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read(args[0] if args else next(iter(kwargs.values())), None)
+
+        handle = self.module.register_forward_pre_hook(heard, with_kwargs=True)
         try:
             yield
         finally:

@@ -565,6 +565,25 @@ def test_a_network_of_untraceable_blocks_is_refused_with_the_reason():
         find(Net(lambda c, o, stride: Branching(16, 16, 1)))
 
 
+@pytest.mark.parametrize("per_tap", [True, False])
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_a_padded_pointwise_convolution_is_fitted_to_what_it_reads(mode, per_tap):
+    torch.manual_seed(0)
+    padded = nn.Conv2d(12, 20, 1, stride=2, padding=1, padding_mode=mode)
+    model = nn.Sequential(conv(3, 12, 3), nn.ReLU(), padded).eval()
+    dense, batches = copy.deepcopy(model), images()
+    site = grail.Site(producers=["0"], consumers=["2"])
+    settings = {**FIXED, "drift_correction": 0.5, "per_tap": per_tap}
+    report = grail.compress(model, batches, 0.5, [site], "magnitude", **settings)
+    x, weight = seen(dense, "2", batches), dense[2].weight.detach().double().flatten(1)
+    x = F.pad(x, (1, 1, 1, 1), "constant" if mode == "zeros" else mode)[:, :, ::2, ::2]
+    kept = kept_of(dense[0].weight)
+    fitted = ridge(pixels(x[:, kept]), pixels(x) @ weight.T)
+    ours = model[2].weight.detach().double().flatten(1)
+    torch.testing.assert_close(ours, fitted, rtol=1e-3, atol=1e-4)
+    assert report.sites[0].tokens == 4 * 5 * 7 * 7
+
+
 @pytest.mark.parametrize("padding", ["same", "valid", 0], ids=str)
 def test_a_pointwise_convolution_reads_pixels_whatever_its_padding_is_called(padding):
     (x,) = images(count=1)

@@ -154,6 +154,25 @@ def test_later_sites_undo_the_drift_of_earlier_ones():
     assert errors[1.0] < errors[0.0]
 
 
+def test_a_consumer_may_be_called_by_keyword():
+    class ByKeyword(Network):
+        def forward(self, x):
+            x = self.stem(x).relu().mean((2, 3))
+            return self.out(input=self.act(self.hidden(x)))
+
+    class ByPosition(Network):
+        def forward(self, x):
+            return self.out(self.act(self.hidden(self.stem(x).relu().mean((2, 3)))))
+
+    weights = []
+    for kind in (ByKeyword, ByPosition):
+        torch.manual_seed(0)
+        model = kind().eval()
+        grail.compress(model, images(), 0.5, [HIDDEN], progress=False, multiple=1)
+        weights.append(model.out.weight)
+    assert torch.equal(*weights)
+
+
 @pytest.mark.parametrize("batch", ["tensor", "tuple", "mapping"])
 def test_a_batch_is_a_tensor_a_tuple_or_keyword_arguments(batch):
     forms = {"tensor": lambda x: x, "tuple": lambda x: (x,), "mapping": lambda x: {"x": x}}
