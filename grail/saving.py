@@ -4,9 +4,11 @@ For networks without `save_pretrained`. A folder holds the weights as safetensor
 widths: no code, no pickle.
 """
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,7 +40,8 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
         ExportError: too little disk, or the folder could not be written.
     """
     tensors = _tensors(model)
-    widths = {"format": FORMAT, "class": type(model).__name__, **_numbers(model)}
+    tied = {name: source for name, source in _sources(model).items() if source != name}
+    widths = {"format": FORMAT, "class": type(model).__name__, "tied": tied, **_numbers(model)}
     with complete(output, ExportError, size=sum(t.nbytes for t in tensors.values())) as folder:
         try:
             save_file(tensors, folder / WEIGHTS)
@@ -81,51 +84,89 @@ def load(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ExportError(f"{folder} is damaged: {error}") from error
     model = factory()
-    expected, found = set(_tensors(model)), set(tensors)
-    if expected != found:
-        odd = ", ".join(sorted(expected ^ found)[:3])
+    # Narrowing may have untied what the factory ties: the files know better.
+    sources = _sources(model) | widths.get("tied", {}) | {name: name for name in tensors}
+    places = _places(model)
+    odd = [name for name in sources if name not in places or sources[name] not in tensors]
+    if odd:
         raise ExportError(
             f"the factory makes a {type(model).__name__} of other layers than the saved "
-            f"{widths.get('class')}: they differ in {odd}"
+            f"{widths.get('class')}: they differ in {', '.join(sorted(odd)[:3])}"
         )
-    _set_tensors(model, tensors)
+    _set_tensors(model, sources, tensors)
     _set_numbers(model, modules, config)
+    _set_configs(model, widths.get("configs", {}))
     return model.to(device).eval()
+
+
+def _sources(model: nn.Module) -> dict[str, str]:
+    """For each parameter and stored buffer the first that is the same tensor, by name."""
+    seen: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    return {name: seen.setdefault(id(tensor), name) for name, tensor in tensors.items()}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and stored buffers by name; of tied ones the first."""
-    seen: dict[int, str] = {}
-    return {
-        name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if seen.setdefault(id(tensor), name) == name
-    }
+    sources, stored, found = _sources(model), set(), {}
+    for name, tensor in model.state_dict().items():
+        if sources[name] == name:
+            tensor = tensor.contiguous()
+            place = tensor.untyped_storage().data_ptr()
+            # safetensors takes no two of one storage, as `b.data = a.data` makes them.
+            found[name] = tensor.clone() if place in stored else tensor
+            stored.add(place)
+    return found
 
 
 def _numbers(model: nn.Module) -> dict[str, Any]:
-    """Every whole number that a module, or the configuration, keeps as an attribute."""
+    """Every whole number that a module, or a configuration, keeps as an attribute."""
     modules = {name: _integers(vars(module)) for name, module in model.named_modules()}
+    configs = {name: _config(module) for name, module in model.named_modules()}
     return {
         "modules": {name: numbers for name, numbers in modules.items() if numbers},
-        "config": _integers(getattr(getattr(model, "config", None), "__dict__", {})),
+        "config": _integers(vars(_config(model))),
+        "configs": {
+            name: _integers(vars(config))
+            for name, config in configs.items()
+            if config is not _config(model) and vars(config)
+        },
     }
+
+
+def _config(module: nn.Module) -> Any:
+    """A module's configuration; one that says nothing if it has none."""
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "__dict__") else SimpleNamespace()
 
 
 def _integers(attributes: Mapping[str, Any]) -> dict[str, int]:
     return {k: v for k, v in attributes.items() if type(v) is int and not k.startswith("_")}
 
 
-def _set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    shared: dict[int, Tensor] = {}  # what stands for a tied tensor of the factory's
-    for name, old in model.state_dict(keep_vars=True).items():
+def _places(model: nn.Module) -> set[str]:
+    """Names of parameters and stored buffers, and of biases that a layer could have."""
+    modules = model.named_modules(remove_duplicate=False)
+    own = {
+        f"{path}.{key}".removeprefix(".") for path, module in modules for key in module._parameters
+    }
+    return own | model.state_dict().keys()
+
+
+def _set_tensors(
+    model: nn.Module, sources: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> None:
+    placed: dict[str, Tensor] = {}
+    before = model.state_dict(keep_vars=True)
+    for name, source in sources.items():
         owner, _, key = name.rpartition(".")
-        if name in tensors:
-            new = tensors[name]
-            if isinstance(old, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=old.requires_grad)
-            shared[id(old)] = new
-        setattr(model.get_submodule(owner), key, shared[id(old)])
+        old = before.get(name)  # None: a bias that the factory's layer lacks
+        if source not in placed:
+            new = tensors[source]
+            if old is None or isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old is None or old.requires_grad)
+            placed[source] = new
+        setattr(model.get_submodule(owner), key, placed[source])
 
 
 def _set_numbers(
@@ -136,3 +177,13 @@ def _set_numbers(
         owners[name].update({k: v for k, v in numbers.items() if k in owners[name]})
     if config:
         vars(getattr(model, "config", nn.Module())).update(config)
+
+
+def _set_configs(model: nn.Module, configs: Mapping[str, Mapping[str, int]]) -> None:
+    """Gives modules that were narrowed otherwise than the rest a configuration of their own."""
+    for name, numbers in configs.items():
+        module = model.get_submodule(name)
+        if _integers(vars(_config(module))) != numbers:
+            own = copy.copy(_config(module))
+            vars(own).update(numbers)
+            module.config = own
