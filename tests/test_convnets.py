@@ -509,6 +509,28 @@ def test_a_second_output_of_a_block_is_no_place_to_see_a_sum():
     assert flow.sum_behind(channels.consumers[0]) is None
 
 
+class Scaled(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return torch.add(x, out, alpha=0.1)
+
+
+class Kept(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))).add(x, alpha=0.1)
+
+
+@pytest.mark.parametrize(("block", "share"), [(Scaled, 0.1), (Kept, 1)])
+def test_a_scaled_sum_shows_what_a_consumer_writes_at_that_scale(block, share):
+    flow = Flow(randomised(block(16, 16, 1)))
+    (channels,) = flow.inner()
+    module, slope = flow.sum_behind(channels.consumers[0])
+    norm = flow.norm(channels.consumers[0])
+    expected = share * norm.weight / (norm.running_var + norm.eps).sqrt()
+    assert module is None
+    torch.testing.assert_close(slope, expected.detach(), rtol=1e-6, atol=0)
+
+
 class Branching(Basic):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.mean() > 0 else x

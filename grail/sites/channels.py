@@ -101,7 +101,7 @@ class Flow:
 
         Returns:
             The module that reads the sum, None if the block returns it, and the slope of the batch
-            norms before it, None for 1. None, where nothing shows it.
+            norms before it and of a scaled sum, None for 1. None, where nothing shows it.
         """
         last, slope, summed = node, None, False
         while (user := _only_user(last)) is not None and user.op != "output":
@@ -109,7 +109,9 @@ class Flow:
                 own = _slope(self.module(user))
                 slope = own if slope is None else own * slope
             elif _is_sum(user):
-                summed = True
+                summed, share = True, _share(user, last)
+                if share is not None:
+                    slope = share if slope is None else share * slope
             elif user not in self._unchanged:
                 break
             last = user
@@ -256,6 +258,13 @@ def _is(node: fx.Node, targets: tuple[Any, ...]) -> bool:
 
 def _is_sum(node: fx.Node) -> bool:
     return _is(node, _SUMS) and len(node.all_input_nodes) == 2
+
+
+def _share(total: fx.Node, part: fx.Node) -> Tensor | None:
+    """What a sum multiplies one of its parts by, None for 1: `torch.add(x, y, alpha=0.1)`."""
+    alpha: Any = total.kwargs.get("alpha", 1)
+    second = total.args[1] if len(total.args) > 1 else total.kwargs["other"]
+    return None if alpha == 1 or part is not second else torch.tensor(float(alpha))
 
 
 def _is_affine(norm: Any) -> bool:
