@@ -457,6 +457,17 @@ def test_a_grouped_convolution_is_not_folded(selector):
         grail.compress(randomised(Net(ResNeXt)), images(), 0.5, None, selector, progress=False)
 
 
+def test_a_grouped_convolution_refuses_more_channels_of_one_group_than_of_another():
+    with pytest.raises(InputError, match=r"\(2 in each group\) must stay, whole and in ascending"):
+        grail.compress(
+            randomised(Net(ResNeXt)),
+            images(),
+            0.5,
+            selector=lambda view: grail.Selection(range(view.width.kept), view.width.channels),
+            progress=False,
+        )
+
+
 class Shuffled(Basic):
     """Its channels change places before the second convolution reads them."""
 

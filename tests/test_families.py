@@ -323,6 +323,20 @@ def test_fused_projections_are_taken_apart_and_put_together_as_the_model_reads_t
     assert torch.equal(after[2], before[2][groups])
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [[*range(16, 24), *range(8)], [h + row for h in (0, 8, 16, 24) for row in range(4)]],
+    ids=["another order", "halves"],
+)
+def test_heads_in_another_order_or_in_parts_are_refused(rows, network):
+    model, batches = network("bert")
+    settings = {"selector": lambda view: grail.Selection(rows, 48), "progress": False}
+    with pytest.raises(
+        InputError, match=r"2 of 6 heads .* must stay, whole and in ascending order"
+    ):
+        grail.compress(model, batches[:2], keep=1 / 3, sites=("heads",), **settings)
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "bert"])
 @pytest.mark.parametrize("kind", ["mlp", "heads"])
 def test_widths_that_differ_by_block_leave_the_configuration_alone(family, kind, network):
@@ -432,5 +446,5 @@ def test_a_vision_transformer_of_another_form_is_not_known(network):
 def test_a_model_that_is_not_of_its_familys_form_is_refused(network):
     model, _ = network("bert")
     del model.encoder.layer[0].intermediate
-    with pytest.raises(ModelError, match="not of its family's form .*intermediate"):
+    with pytest.raises(ModelError, match=r"not of its family's form .*intermediate"):
         find(model)

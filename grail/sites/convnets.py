@@ -26,6 +26,7 @@ from grail.layers import CONVOLUTIONS, Consumer, Producer, check_along
 from grail.reduction import Reduction, Selection
 from grail.sites.channels import Channels, Flow
 from grail.sites.site import Architecture, BoundSite, Landing
+from grail.sites.transformer import check_whole
 from grail.transaction import Transaction
 from grail.width import GroupWidth, Width
 
@@ -113,6 +114,8 @@ class GroupedSite(BoundSite):
                 f"{self.name}: a grouped convolution is narrowed by a selection of channels, not "
                 "by folding them"
             )
+        assert isinstance(width, GroupWidth)
+        check_whole(self.name, reduction, width)
         super().narrow(reduction, width, transaction)
 
 
