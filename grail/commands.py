@@ -38,7 +38,7 @@ from grail.fit import Auto, Damping, Toward
 from grail.folder import check_output
 from grail.gram import NonFinite
 from grail.memory import ran_out
-from grail.models import load_model
+from grail.models import check_length, load_model
 from grail.onload import require_usable
 from grail.options import Compensation, Options
 from grail.page import (
@@ -345,6 +345,8 @@ def compress(
     cut = partial(token_batches, sequence_length=sequence_length, batch_size=batch_size)
 
     network, tokenizer = load()
+    if calibration or evaluate:
+        check_length(network, sequence_length)
     with _warnings_as_notes() as notes:
         batches: list[Tensor] | Collected = (
             cut(calibration, tokenizer, tokens=tokens, seed=seed)
@@ -421,6 +423,7 @@ def evaluate(
     """
     next(load_texts(text), None)
     network, tokenizer = _load(model, _computing(device), dtype)
+    check_length(network, sequence_length)
     batches = token_batches(
         text,
         tokenizer,
@@ -513,6 +516,7 @@ def stats_collect(
     check_output(output)
     device = _computing(device)
     network, tokenizer = _load(model, "cpu" if onload else device, dtype)
+    check_length(network, sequence_length)
     batches = token_batches(
         calibration,
         tokenizer,

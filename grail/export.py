@@ -9,6 +9,7 @@ from torch import Tensor
 from grail.errors import ExportError
 from grail.evaluate import measure_size
 from grail.folder import complete
+from grail.models import positions
 from grail.report import Report
 from grail.transaction import steady
 
@@ -95,7 +96,7 @@ def _logits(model: Any) -> Tensor:
     """Logits [sequences, tokens, vocabulary] on random tokens, the same for each call."""
     vocabulary = model.get_input_embeddings().num_embeddings
     rows, length = _PROBE
-    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    length = min(length, positions(model) or length)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (rows, length), generator=generator)
     with steady(model):

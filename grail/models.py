@@ -56,6 +56,22 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
+def positions(model: Any) -> int | None:
+    """How many tokens of a sequence a model has positions for; None where nothing says so."""
+    found: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return found
+
+
+def check_length(model: Any, sequence_length: int) -> None:
+    """Raises InputError for sequences that are longer than what a model has positions for."""
+    most = positions(model)
+    if most is not None and sequence_length > most:
+        raise InputError(
+            f"the model reads sequences of at most {most} tokens, not of {sequence_length}: give "
+            f"--sequence-length {most}"
+        )
+
+
 def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
     """Splits the path of a GGUF file into folder and name, and refuses what cannot be a model."""
     path = Path(source)

@@ -16,6 +16,7 @@ from grail import memory
 from grail.fit import peak_bytes
 from grail.gram_ragged import WAITING_TOKENS
 from grail.loop import Clock, Run, steps
+from grail.models import positions
 from grail.onload import Onloader, computing_device, largest_block
 from grail.options import Options
 from grail.select import cholesky, elimination, greedy
@@ -83,13 +84,15 @@ def inspect(
         options: of the predicted run; default `Options(keep)` on every kind of site.
         keep: see `options`.
         keeps: ratios for the table of savings.
-        tokens, sequence_length, batch_size: the calibration set.
+        tokens, sequence_length, batch_size: the calibration set; sequences no longer than what the
+            model has positions for.
         onload: see `grail.compress`; memory is then that of the device where the blocks run.
 
     Raises:
         ModelError: a model of no known family.
         InputError: a keep that is not allowed.
     """
+    sequence_length = min(sequence_length, positions(model) or sequence_length)
     architecture = find(model, None if options is None else options.sites)
     options = options or Options(keep, sites=architecture.kinds)
     sites = options.all_sites(architecture)

@@ -260,6 +260,19 @@ def test_values_out_of_range_are_usage_errors(arguments, changes):
     assert grail(*arguments, *changes).exit_code == 2
 
 
+def test_sequences_longer_than_a_model_has_positions_for_are_refused(arguments, folder, tmp_path):
+    text = folder / "heldout.txt"
+    said = "reads sequences of at most 128 tokens, not of 256: give --sequence-length 128"
+    model, longer = folder / "model", ["--sequence-length", "256", "--tokens", "512"]
+    for command in (
+        ["compress", model, *arguments[2:], *longer],
+        ["evaluate", model, "--text", text, *longer],
+        ["stats", "collect", model, "--calibration", text, "--output", tmp_path / "s", *longer],
+    ):
+        assert said in refusal(grail(*command))
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.parametrize("text", ["", " \n ", words(30, seed=3)], ids=["empty", "blank", "short"])
 def test_calibration_without_one_sequence_is_refused(arguments, text, tmp_path):
     (tmp_path / "text.txt").write_text(text)

@@ -36,6 +36,12 @@ def test_inspecting_changes_nothing(tiny_llama):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_an_inspection_runs_no_longer_sequences_than_there_are_positions_for(tiny_model):
+    model = tiny_model("gpt2", n_positions=16)
+    found = grail.inspect(model, tokens=256)  # by default sequences are longer
+    assert found.seconds.keys() == PHASES | {"total"}
+
+
 def test_an_inspection_names_sites_and_predicts_every_phase(tiny_llama):
     found = inspected(tiny_llama())
     assert [(s.kind, s.count) for s in found.sites] == [("heads", 2), ("mlp", 2)]
