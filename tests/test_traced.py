@@ -97,13 +97,14 @@ class Between(nn.Module):
         nn.Softmax(dim=-1),
         nn.functional.normalize,
         lambda x: x - x.mean(1).unsqueeze(1),
-        nn.BatchNorm1d(12),  # may be a batch norm of twelve tokens
-        nn.PReLU(12),
+        nn.BatchNorm1d(10),  # of ten tokens
+        nn.PReLU(10),
     ],
     ids=["softmax", "last", "normalize", "centred", "norm", "prelu"],
 )
 def test_what_may_mix_the_channels_of_vectors_or_of_tokens_is_not_followed(between):
-    with pytest.raises(ModelError, match="the channels of first are lost in"):
+    said = "the channels of first are lost in|has 10 channels, where its site has 12"
+    with pytest.raises(ModelError, match=said):
         grail.trace(Between(between).eval())
 
 
@@ -117,17 +118,23 @@ def test_no_channel_of_an_image_may_depend_on_another(between):
         grail.trace(Between(between, nn.Conv2d, 1).eval())
 
 
-def test_layers_along_the_channels_of_vectors_are_found_behind_what_makes_vectors():
-    class Flat(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = Between(nn.Sequential(nn.BatchNorm1d(12), nn.PReLU(12)))
+def test_layers_along_the_channels_of_vectors_are_found():
+    network = Between(nn.Sequential(nn.BatchNorm1d(12), nn.PReLU(12))).eval()
+    (site,) = grail.trace(network)
+    assert site.along == ("between.0", "between.1")
+    vectors = [torch.randn(9, 4) for _ in range(3)]
+    grail.compress(network, vectors, 0.5, sites=[site], progress=False)
+    assert network(vectors[0]).shape == (9, 4)
 
-        def forward(self, x):
-            return self.body(x.flatten(1))
 
-    (site,) = grail.trace(Flat().eval())
-    assert site.along == ("body.between.0", "body.between.1")
+def test_layers_along_as_many_tokens_as_there_are_channels_leave_the_network_as_it_was():
+    network = Between(nn.BatchNorm1d(12)).eval()
+    tokens = [torch.randn(9, 12, 4) for _ in range(3)]
+    before = network(tokens[0])
+    sites = grail.trace(network)
+    with pytest.raises(ModelError, match="does not run once it is narrow"):
+        grail.compress(network, tokens, 0.5, sites=sites, progress=False)
+    assert torch.equal(network(tokens[0]), before)
 
 
 def test_a_gated_mlp_has_two_producers():

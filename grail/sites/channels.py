@@ -160,8 +160,11 @@ class Flow:
             channels.along.append(node)
             if any(True for child in module.children() for _ in child.parameters()):
                 channels.lost = f"{node.target} ({type(module).__name__})"
-            elif channels.axis == -1 and not _reads_last_axis(module, shapes):
-                channels.lost = f"{node.target}, which may run over another axis"
+            elif channels.axis == -1 and not _is_alike_for_all(module):
+                # It runs along axis 1, which is the last one of vectors only.
+                self._shapes[node] = tuple(shape for shape in shapes if len(shape) == 2)
+                if is_depthwise(module) or not self._shapes[node]:
+                    channels.lost = f"{node.target}, which runs over another axis"
         self._of[node] = channels
 
     def _joined(self, sets: list[Channels]) -> Channels:
@@ -236,11 +239,9 @@ def _broadcast(a: Shapes, b: Shapes) -> Shapes:
     return tuple(dict.fromkeys(tuple(map(max, x, y)) for x, y in pairs)) or _ANY
 
 
-def _reads_last_axis(module: Any, shapes: Shapes) -> bool:
-    """Whether what runs along axis 1 runs along the last one: in vectors those are one."""
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-        return True
-    return not isinstance(module, CONVOLUTIONS) and all(len(shape) == 2 for shape in shapes)
+def _is_alike_for_all(module: Any) -> bool:
+    """Whether a layer has one parameter for all channels, whatever their axis."""
+    return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
 class _Tracer(fx.Tracer):

@@ -13,7 +13,7 @@ def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
     Channels that meet what mixes them (a concatenation, a reshape, attention), and those that enter
     or leave the network, are passed over. So are those of linear layers where it matters whether
     they are of vectors [B, C] or of tokens [B, L, C], which a network does not tell: behind
-    `softmax(1)`, or a batch norm.
+    `softmax(1)`. A batch norm as wide as they are makes them vectors.
 
     Args:
         model: a network that `torch.fx` can trace.
