@@ -201,6 +201,8 @@ def _from_datasets(
 def _text_of(row: dict[str, Any], field: str, where: str) -> str:
     text = row.get(field)
     if isinstance(text, str):
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError(f"{where} holds half of a surrogate pair in field {field!r}.")
         return text
     kind = "has no field" if field not in row else "holds no text in field"
     found = ", ".join(map(repr, row)) or "none"

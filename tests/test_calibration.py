@@ -165,6 +165,7 @@ def test_a_wrong_field_names_those_found(tmp_path, name):
         ("bad.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
         ("list.jsonl", b'["text"]\n', "line 1 is not a JSON object"),
         ("digits.jsonl", b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
+        ("half.jsonl", b'{"text": "a \\ud800"}', "line 1 holds half of a surrogate pair"),
         ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),
         ("latin.txt", "naïve".encode("latin-1"), "cannot be read as UTF-8"),
         ("bad.parquet", b"PAR1 and nothing else", "cannot be read"),
