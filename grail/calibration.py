@@ -201,8 +201,12 @@ def _from_datasets(
 def _text_of(row: dict[str, Any], field: str, where: str) -> str:
     text = row.get(field)
     if isinstance(text, str):
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise InputError(f"{where} holds half of a surrogate pair in field {field!r}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where} holds half of a surrogate pair in field {field!r}."
+            ) from error
         return text
     kind = "has no field" if field not in row else "holds no text in field"
     found = ", ".join(map(repr, row)) or "none"
