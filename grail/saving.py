@@ -120,14 +120,14 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _numbers(model: nn.Module) -> dict[str, Any]:
-    """Every whole number that a module, or a configuration, keeps as an attribute."""
+    """Every whole number that a module keeps as an attribute; of configurations, truths too."""
     modules = {name: _integers(vars(module)) for name, module in model.named_modules()}
     configs = {name: _config(module) for name, module in model.named_modules()}
     return {
         "modules": {name: numbers for name, numbers in modules.items() if numbers},
-        "config": _integers(vars(_config(model))),
+        "config": _integers(vars(_config(model)), bool),
         "configs": {
-            name: _integers(vars(config))
+            name: _integers(vars(config), bool)
             for name, config in configs.items()
             if config is not _config(model) and vars(config)
         },
@@ -140,8 +140,9 @@ def _config(module: nn.Module) -> Any:
     return config if hasattr(config, "__dict__") else SimpleNamespace()
 
 
-def _integers(attributes: Mapping[str, Any]) -> dict[str, int]:
-    return {k: v for k, v in attributes.items() if type(v) is int and not k.startswith("_")}
+def _integers(attributes: Mapping[str, Any], *further: type) -> dict[str, int]:
+    kinds = (int, *further)
+    return {k: v for k, v in attributes.items() if type(v) in kinds and not k.startswith("_")}
 
 
 def _places(model: nn.Module) -> set[str]:
@@ -183,7 +184,7 @@ def _set_configs(model: nn.Module, configs: Mapping[str, Mapping[str, int]]) -> 
     """Gives modules that were narrowed otherwise than the rest a configuration of their own."""
     for name, numbers in configs.items():
         module = model.get_submodule(name)
-        if _integers(vars(_config(module))) != numbers:
+        if _integers(vars(_config(module)), bool) != numbers:
             own = copy.copy(_config(module))
             vars(own).update(numbers)
             module.config = own

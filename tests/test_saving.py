@@ -34,6 +34,7 @@ def test_biases_that_compensation_added(tiny_llama, tiny_batches, tmp_path):
     grail.compress(model, batches, keep, ("mlp",), compensate="both", progress=False)
     loaded = assert_loads_the_same(model, batches[0], tmp_path / "out", tiny_llama)
     assert isinstance(loaded.model.layers[1].mlp.down_proj.bias, nn.Parameter)
+    assert loaded.config.mlp_bias is True
 
 
 class Tied(nn.Module):
