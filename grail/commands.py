@@ -38,7 +38,7 @@ from grail.fit import Auto, Damping, Toward
 from grail.folder import check_output
 from grail.gram import NonFinite
 from grail.memory import ran_out
-from grail.models import check_length, load_model
+from grail.models import length_of_sequences, load_model
 from grail.onload import require_usable
 from grail.options import Compensation, Options
 from grail.page import (
@@ -143,7 +143,14 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     _Running(help="Dtype of the weights; auto is the checkpoint's own."),
 ]
-SequenceLength = Annotated[int, _Running(min=2, help="Tokens in a sequence; nothing is padded.")]
+SequenceLength = Annotated[
+    int | None,
+    _Running(
+        min=2,
+        help="Tokens in a sequence; nothing is padded.",
+        show_default="1024, or all that the model has positions for",
+    ),
+]
 BatchSize = Annotated[int, _Running(min=1, help="Sequences that go through the model at a time.")]
 Json = Annotated[bool, _Running("--json", help="Print JSON instead of a table.")]
 Debug = Annotated[
@@ -284,7 +291,7 @@ def compress(
             show_default="128 from 4096 channels up, 8 from 64, else 1",
         ),
     ] = None,
-    sequence_length: SequenceLength = 1024,
+    sequence_length: SequenceLength = None,
     batch_size: BatchSize = 4,
     seed: Annotated[int, _Running(help="Draws calibration sequences and random scores.")] = 0,
     resume_dir: Annotated[
@@ -342,11 +349,10 @@ def compress(
         next(load_texts(source), None)
     device = _computing(device)
     load = partial(_load, model, "cpu" if onload else device, dtype)
-    cut = partial(token_batches, sequence_length=sequence_length, batch_size=batch_size)
 
     network, tokenizer = load()
-    if calibration or evaluate:
-        check_length(network, sequence_length)
+    length = length_of_sequences(network, sequence_length)
+    cut = partial(token_batches, sequence_length=length, batch_size=batch_size)
     with _warnings_as_notes() as notes:
         batches: list[Tensor] | Collected = (
             cut(calibration, tokenizer, tokens=tokens, seed=seed)
@@ -410,7 +416,7 @@ def evaluate(
     tokens: Annotated[
         int | None, typer.Option(help="How many tokens to predict.", show_default="all")
     ] = None,
-    sequence_length: SequenceLength = 1024,
+    sequence_length: SequenceLength = None,
     batch_size: BatchSize = 4,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -423,12 +429,11 @@ def evaluate(
     """
     next(load_texts(text), None)
     network, tokenizer = _load(model, _computing(device), dtype)
-    check_length(network, sequence_length)
     batches = token_batches(
         text,
         tokenizer,
         tokens=tokens,
-        sequence_length=sequence_length,
+        sequence_length=length_of_sequences(network, sequence_length),
         batch_size=batch_size,
     )
     row = evaluate_model(network, batches)
@@ -453,7 +458,7 @@ def inspect(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens of the predicted run.")] = 65536,
-    sequence_length: SequenceLength = 1024,
+    sequence_length: SequenceLength = None,
     batch_size: BatchSize = 4,
     device: Device = "auto",
     onload: Onload = False,
@@ -474,7 +479,7 @@ def inspect(
         keep=first,
         keeps=keep or KEEPS,
         tokens=tokens,
-        sequence_length=sequence_length,
+        sequence_length=length_of_sequences(network, sequence_length),
         batch_size=batch_size,
         onload=device if onload else None,
     )
@@ -501,7 +506,7 @@ def stats_collect(
     output: Annotated[Path, typer.Option(help="Folder for the statistics; new or empty.")],
     sites: Annotated[str, typer.Option(help="What will become narrower, see compress.")] = "mlp",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 65536,
-    sequence_length: SequenceLength = 1024,
+    sequence_length: SequenceLength = None,
     batch_size: BatchSize = 4,
     seed: Annotated[int, _Running(help="Draws calibration sequences.")] = 0,
     device: Device = "auto",
@@ -516,12 +521,11 @@ def stats_collect(
     check_output(output)
     device = _computing(device)
     network, tokenizer = _load(model, "cpu" if onload else device, dtype)
-    check_length(network, sequence_length)
     batches = token_batches(
         calibration,
         tokenizer,
         tokens=tokens,
-        sequence_length=sequence_length,
+        sequence_length=length_of_sequences(network, sequence_length),
         batch_size=batch_size,
         seed=seed,
     )

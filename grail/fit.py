@@ -139,8 +139,7 @@ def _chosen(
     # Of equals the first: the one that changes nothing.
     alphas = (math.inf, *ALPHAS) if alpha == "auto" else (alpha,)
     choice = choose(train, held_out, toward, alphas, None if correction == "auto" else correction)
-    undoes_nothing = math.isinf(choice.alpha) and not train.affine
-    return choice.alpha, 0.0 if undoes_nothing else choice.correction
+    return choice.alpha, choice.correction
 
 
 def _solved(

@@ -9,6 +9,9 @@ import torch
 
 from grail.errors import InputError, ModelError
 
+# Tokens of a calibration sequence, where the model has positions for so many.
+LENGTH = 1024
+
 
 def load_model(
     source: str | Path,
@@ -62,14 +65,21 @@ def positions(model: Any) -> int | None:
     return found
 
 
-def check_length(model: Any, sequence_length: int) -> None:
-    """Raises InputError for sequences that are longer than what a model has positions for."""
+def length_of_sequences(model: Any, wanted: int | None = None) -> int:
+    """Tokens of a calibration sequence: 1024, or fewer where a model has no positions for them.
+
+    Raises:
+        InputError: more are wanted than the model has positions for.
+    """
     most = positions(model)
-    if most is not None and sequence_length > most:
+    if wanted is None:
+        return min(LENGTH, most or LENGTH)
+    if most is not None and wanted > most:
         raise InputError(
-            f"the model reads sequences of at most {most} tokens, not of {sequence_length}: give "
+            f"the model reads sequences of at most {most} tokens, not of {wanted}: give "
             f"--sequence-length {most}"
         )
+    return wanted
 
 
 def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:

@@ -735,5 +735,5 @@ def test_an_automatic_ridge_may_choose_plain_pruning_beside_a_given_correction()
     found = grail.fit(
         train, everything, weight, alpha="auto", drift_correction=1.0, held_out=held_out
     )
-    assert (found.alpha, found.drift_correction) == (math.inf, 0)
+    assert (found.alpha, found.drift_correction) == (math.inf, 1.0)
     assert torch.equal(found.weight, weight)
