@@ -85,8 +85,8 @@ def _of_sequences(stream: Stream, batch: int, site: BoundSite) -> Iterator[list[
         counts = torch.ones(len(output), dtype=torch.bool)
         if mask is not None:
             counts = mask.any(1).cpu()
-            if mask.shape == output.shape[:2]:
-                output = output.where(mask.view(*mask.shape, *(1,) * (output.dim() - 2)), 0)
+            if mask.shape == output.shape[:-1]:
+                output = output.where(mask.unsqueeze(-1), 0)
         # No sequence hears of another, so that the gradient of the sum holds those of all.
         norms = output.flatten(1).norm(dim=1).sum()
         gradients = torch.autograd.grad(norms, [probes[module] for module in modules])
