@@ -1,6 +1,6 @@
 """Counts of what the test run tried: faults that were injected, bad inputs that were refused.
 
-Printed at the end of the run; `pytest --counts FILE` writes them as CSV.
+Printed at the end of the run; `pytest --counts=FILE` writes them as CSV.
 """
 
 import csv
