@@ -244,13 +244,8 @@ class Consumer:
         return _matrix(self.module)
 
 
-def narrow_along(name: str, module: Any, reduction: Reduction, change: Transaction) -> None:
-    """Narrows a layer that treats every channel by itself.
-
-    Raises:
-        ModelError: see `check_along`.
-    """
-    check_along(name, module, reduction.channels)
+def narrow_along(module: Any, reduction: Reduction, change: Transaction) -> None:
+    """Narrows a layer that treats every channel by itself, see `check_along`."""
     if is_depthwise(module):
         change.set_attribute(module, "groups", reduction.kept)
     for key, parameter in list(module.named_parameters(recurse=False)):

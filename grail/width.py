@@ -160,6 +160,16 @@ class HeadWidth:
         )
         return Selection(channels.flatten(), self.channels)
 
+    def check(self, name: str, selection: Selection) -> None:
+        """Raises InputError unless a site's selection is one that `best` could have made."""
+        chosen = torch.zeros(self.channels)
+        chosen[selection.index] = 1
+        if not torch.equal(self.best(chosen).index, selection.index):
+            raise InputError(
+                f"{name}: {self} must stay, whole and in ascending order, as "
+                "view.width.best(scores) gives them; the selector answered others"
+            )
+
     def group_rows(self, selection: Selection) -> Selection:
         """The rows of a key or value projection [groups·head_dim, ...] that the groups keep."""
         per_group = self.queries * self.head_dim

@@ -22,11 +22,10 @@ from typing import Any
 from torch import fx, nn
 
 from grail.errors import InputError, ModelError
-from grail.layers import CONVOLUTIONS, Consumer, Producer, check_along
+from grail.layers import CONVOLUTIONS, Consumer, Producer
 from grail.reduction import Reduction, Selection
 from grail.sites.channels import Channels, Flow
 from grail.sites.site import Architecture, BoundSite, Landing
-from grail.sites.transformer import check_whole
 from grail.transaction import Transaction
 from grail.width import GroupWidth, Width
 
@@ -80,7 +79,7 @@ class ConvNet(Architecture):
 
         producers = named(channels.producers)
         grouped = any(_groups(module) > 1 for _, module in producers)
-        site = (GroupedSite if grouped else BoundSite)(
+        return (GroupedSite if grouped else BoundSite)(
             name=name,
             kind="conv",
             block=number,
@@ -94,9 +93,6 @@ class ConvNet(Architecture):
             along=tuple(named(channels.along)),
             landing=_landing(flow, channels.consumers[-1]),
         )
-        for layer in site.along:
-            check_along(*layer, site.channels)
-        return site
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +111,7 @@ class GroupedSite(BoundSite):
                 "by folding them"
             )
         assert isinstance(width, GroupWidth)
-        check_whole(self.name, reduction, width)
+        width.check(self.name, reduction)
         super().narrow(reduction, width, transaction)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from grail.errors import InputError
-from grail.layers import Consumer, Producer, check_along
+from grail.layers import Consumer, Producer
 from grail.sites.site import Architecture, BoundSite, Landing
 
 
@@ -65,9 +65,6 @@ class Named(Architecture):
 
     def _bound(self, site: Site) -> BoundSite:
         consumers = tuple(Consumer(name, self._module(name)) for name in site.consumers)
-        along = tuple((name, self._module(name)) for name in site.along)
-        for layer in along:
-            check_along(*layer, consumers[0].channels)
         # What another site narrows can no longer be held against the dense network's.
         narrowed = {name for other in self._sites for name in other.producers}
         clear = narrowed.isdisjoint(site.consumers)
@@ -77,7 +74,7 @@ class Named(Architecture):
             block=0,
             producers=tuple(Producer(name, self._module(name)) for name in site.producers),
             consumers=consumers,
-            along=along,
+            along=tuple((name, self._module(name)) for name in site.along),
             landing=Landing(consumers[0].module, output=True) if clear else None,
         )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grail.errors import InputError, ModelError
-from grail.layers import NORMS, Consumer, Producer, narrow_along, values_along
+from grail.layers import NORMS, Consumer, Producer, check_along, narrow_along, values_along
 from grail.reduction import Reduction
 from grail.transaction import Transaction
 from grail.width import ChannelWidth, Width
@@ -62,6 +62,8 @@ class BoundSite:
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ModelError(f"{self.name}: its layers disagree on the number of channels: {found}")
+        for name, module in self.along:
+            check_along(name, module, self.channels)
 
     @property
     def channels(self) -> int:
@@ -148,8 +150,8 @@ class BoundSite:
         reduction = reductions["channels"]
         for producer in self.producers:
             producer.narrow(reductions, transaction)
-        for name, module in self.along:
-            narrow_along(name, module, reduction, transaction)
+        for _, module in self.along:
+            narrow_along(module, reduction, transaction)
         for owner, name in self.sizes:
             transaction.set_attribute(owner, name, reduction.kept)
 

@@ -353,7 +353,7 @@ class HeadSite(BoundSite):
     def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
         if not isinstance(reduction, Selection) or not isinstance(width, HeadWidth):
             raise InputError("attention heads are narrowed by a selection of whole heads")
-        check_whole(self.name, reduction, width)
+        width.check(self.name, reduction)
         self._narrow({"channels": reduction, "groups": width.group_rows(reduction)}, transaction)
         for name, number in (self.numbers or {}).items():
             transaction.set_attribute(self.attention, name, number(width))
@@ -365,17 +365,6 @@ class HeadSite(BoundSite):
         assert isinstance(width, HeadWidth)
         groups = (width.groups - width.kept_groups) * width.head_dim
         return self._saved({"channels": width.channels - width.kept, "groups": groups})
-
-
-def check_whole(name: str, selection: Selection, width: HeadWidth) -> None:
-    """Raises InputError unless a selection is one that the width itself could have made."""
-    chosen = torch.zeros(width.channels)
-    chosen[selection.index] = 1
-    if not torch.equal(width.best(chosen).index, selection.index):
-        raise InputError(
-            f"{name}: {width} must stay, whole and in ascending order, as view.width.best(scores) "
-            "gives them; the selector answered others"
-        )
 
 
 def _blocks(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
