@@ -68,16 +68,16 @@ def gram_(
 @operator(
     "grail::gram_",
     mutates_args=("out", "sums", "nonfinite"),
-    schema="(Tensor(a!) out, Tensor x, Tensor? mask=None, Tensor? weights=None, "
-    'Tensor(b!)? sums=None, Tensor(c!)? nonfinite=None, str backend="auto") -> ()',
+    schema="(Tensor(a!) out, Tensor x, Tensor? mask, Tensor? weights, "
+    'Tensor(b!)? sums, Tensor(c!)? nonfinite, str backend="auto") -> ()',
 )
 def _gram_op(
     out: Tensor,
     x: Tensor,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    sums: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
     backend: str = "auto",
 ) -> None:
     """`torch.ops.grail.gram_`: opaque to torch.compile, which only sees what it mutates."""
@@ -93,10 +93,10 @@ def _gram_op(
 def _(
     out: Tensor,
     x: Tensor,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    sums: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
     backend: str = "auto",
 ) -> None:
     check_gram(out, x, mask, weights, sums, nonfinite)

@@ -51,16 +51,16 @@ def gram_batched_(
 @operator(
     "grail::gram_batched_",
     mutates_args=("out", "sums", "nonfinite"),
-    schema="(Tensor(a!) out, Tensor x, Tensor? mask=None, Tensor? weights=None, "
-    'Tensor(b!)? sums=None, Tensor(c!)? nonfinite=None, str backend="auto") -> ()',
+    schema="(Tensor(a!) out, Tensor x, Tensor? mask, Tensor? weights, "
+    'Tensor(b!)? sums, Tensor(c!)? nonfinite, str backend="auto") -> ()',
 )
 def _gram_batched_op(
     out: Tensor,
     x: Tensor,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    sums: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
     backend: str = "auto",
 ) -> None:
     _check(out, x, mask, weights, sums, nonfinite)
@@ -90,10 +90,10 @@ def _gram_batched_op(
 def _(
     out: Tensor,
     x: Tensor,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    sums: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
     backend: str = "auto",
 ) -> None:
     _check(out, x, mask, weights, sums, nonfinite)

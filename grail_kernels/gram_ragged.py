@@ -52,15 +52,15 @@ def gram_ragged_(
 @operator(
     "grail::gram_ragged_",
     mutates_args=("out", "sums", "nonfinite"),
-    schema="(Tensor(a!) out, Tensor x, Tensor offsets, Tensor(b!)? sums=None, "
-    'Tensor(c!)? nonfinite=None, str backend="auto") -> ()',
+    schema="(Tensor(a!) out, Tensor x, Tensor offsets, Tensor(b!)? sums, "
+    'Tensor(c!)? nonfinite, str backend="auto") -> ()',
 )
 def _gram_ragged_op(
     out: Tensor,
     x: Tensor,
     offsets: Tensor,
-    sums: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
     backend: str = "auto",
 ) -> None:
     _check(out, x, offsets, sums, nonfinite)
@@ -92,8 +92,8 @@ def _(
     out: Tensor,
     x: Tensor,
     offsets: Tensor,
-    sums: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
     backend: str = "auto",
 ) -> None:
     _check(out, x, offsets, sums, nonfinite)

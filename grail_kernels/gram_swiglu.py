@@ -53,17 +53,17 @@ def gram_swiglu_(
 @operator(
     "grail::gram_swiglu_",
     mutates_args=("out", "sums", "nonfinite"),
-    schema="(Tensor(a!) out, Tensor gate, Tensor up, Tensor? mask=None, Tensor? weights=None, "
-    'Tensor(b!)? sums=None, Tensor(c!)? nonfinite=None, str backend="auto") -> ()',
+    schema="(Tensor(a!) out, Tensor gate, Tensor up, Tensor? mask, Tensor? weights, "
+    'Tensor(b!)? sums, Tensor(c!)? nonfinite, str backend="auto") -> ()',
 )
 def _gram_swiglu_op(
     out: Tensor,
     gate: Tensor,
     up: Tensor,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    sums: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
     backend: str = "auto",
 ) -> None:
     _check(out, gate, up, mask, weights, sums, nonfinite)
@@ -94,10 +94,10 @@ def _(
     out: Tensor,
     gate: Tensor,
     up: Tensor,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    sums: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    sums: Tensor | None,
+    nonfinite: Tensor | None,
     backend: str = "auto",
 ) -> None:
     _check(out, gate, up, mask, weights, sums, nonfinite)

@@ -18,6 +18,8 @@ def operator(
     That runs kernels where Dynamo does not compile them, and imports Dynamo to do so: more than a
     second of the first call of a process. For CPU and GPU the kernel is registered once more, to be
     guarded only where something else has imported Dynamo.
+
+    What an operator writes must have no default in its schema: torch 2.11 cannot do without it.
     """
 
     def register(kernel: Callable[..., Any]) -> Any:

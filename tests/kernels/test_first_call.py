@@ -20,7 +20,7 @@ gk.gram_batched_(out[None], x[None])
 gk.gram_ragged_(out[None], x, torch.tensor([0, 50]))
 gk.gram_swiglu_(out, x, x)
 gk.absorb(x, out, torch.tensor([1, 3]))
-torch.ops.grail.gram_(out, x)
+torch.ops.grail.gram_(out, x, None, None, None, None)
 assert "torch._dynamo" not in sys.modules
 """
 
@@ -41,7 +41,7 @@ def test_dynamo_compiles_no_kernel_from_a_frame_that_it_skips() -> None:
     def skipped(x: Tensor) -> Tensor:
         try:
             torch._dynamo.graph_break()
-            torch.ops.grail.gram_(out, x)
+            torch.ops.grail.gram_(out, x, None, None, None, None)
             return x + 1
         finally:
             pass
