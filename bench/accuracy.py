@@ -6,7 +6,7 @@ Every provider gets all tokens in one call. Sums of a positive mean only grow, s
 truncates, or a short accumulator, shows as a bias of the diagonal that grows with the tokens.
 
 Columns of the CSV
-  flush          on a GPU, tokens that one fp32 accumulator takes before it is added to G. Tokens
+  chain          on a GPU, tokens that a tensor core sums up before it is added to by fp32. Tokens
                  are not split over programs, as in a matrix too wide for that: the longest chain
   error          largest |G - G64| / (eps |X|^T|X|), eps = 2^-23, over all elements
   diagonal_bias  mean of (g - g64) / g64 over the diagonal
@@ -34,21 +34,21 @@ CHANNELS = 128
 MOST_TOKENS = 2**20
 FEWEST_TOKENS = 2**8
 BIAS_LIMIT = 1e-5
-FLUSHES = (1024, tuning.FLUSH_TOKENS, 65_536, 2**30)
+CHAINS = (tuning.CHAIN_TOKENS, 1024, 8192, 65_536, 2**30)
 # Tokens that are taken to fp64 at a time.
 _STEP = 2**16
 
-Provider = tuple[str, str, torch.dtype, Callable[[Tensor], Tensor]]  # name, flush, of x, dense G
+Provider = tuple[str, str, torch.dtype, Callable[[Tensor], Tensor]]  # name, chain, of x, dense G
 
 
 def providers(device: str, channels: int) -> Iterator[Provider]:
     """Every way from x [T, H] to its dense Gram matrix [H, H]."""
 
-    def grail(flush: int) -> Callable[[Tensor], Tensor]:
+    def grail(chain: int) -> Callable[[Tensor], Tensor]:
         def call(x: Tensor) -> Tensor:
             out = torch.zeros(gk.packed_numel(channels), device=device)
             with (
-                mock.patch.object(tuning, "FLUSH_TOKENS", flush),
+                mock.patch.object(tuning, "CHAIN_TOKENS", chain),
                 mock.patch.object(tuning, "token_splits", return_value=1),
             ):
                 return gk.unpack(gk.gram_(out, x), channels)
@@ -62,8 +62,8 @@ def providers(device: str, channels: int) -> Iterator[Provider]:
         return torch.addmm(zero, x.T, x)
 
     for dtype in (torch.float32, torch.bfloat16):
-        for flush in FLUSHES if device == "cuda" else (tuning.FLUSH_TOKENS,):
-            yield "grail", str(flush) if device == "cuda" else "", dtype, grail(flush)
+        for chain in CHAINS if device == "cuda" else (tuning.CHAIN_TOKENS,):
+            yield "grail", str(chain) if device == "cuda" else "", dtype, grail(chain)
         if device == "cuda" or dtype == torch.float32:
             yield "addmm", "", dtype, addmm
     yield "mm", "", torch.bfloat16, lambda x: x.T @ x
@@ -81,13 +81,13 @@ def measure(
         few = given[:FEWEST_TOKENS]
         ours = [p for p in providers(device, channels) if p[2] == dtype and _works(p, few)]
         for tokens, exact, magnitude in _exact(given):
-            for name, flush, _, call in ours:
+            for name, chain, _, call in ours:
                 if time.monotonic() > deadline:
                     return rows
                 result = call(given[:tokens])
                 bias = (result.diagonal() - exact.diagonal()) / exact.diagonal()
                 rows.append(
-                    {"kernel": "accuracy", "provider": name, "flush": flush}
+                    {"kernel": "accuracy", "provider": name, "chain": chain}
                     | {"dtype": str(dtype).removeprefix("torch."), "tokens": str(tokens)}
                     | {"channels": str(channels), "diagonal_bias": f"{bias.mean().item():.4g}"}
                     | {"error": f"{reference.error_ratio(result.float(), exact, magnitude):.4g}"}
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="write every number here")
     options = parser.parse_args(arguments)
     rows = measure(options.device, options.tokens, options.channels)
-    names = ("provider", "dtype", "flush", "tokens", "error", "diagonal_bias")
+    names = ("provider", "dtype", "chain", "tokens", "error", "diagonal_bias")
     for row in rows:
         print(" ".join(f"{row[name]:>13}" for name in names))
     if options.csv:
@@ -144,12 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def biased(rows: list[Row]) -> list[Row]:
     """The rows in which grail, as it ships, has a bias that grows beyond the target."""
-    shipped = ("", str(tuning.FLUSH_TOKENS))
+    shipped = ("", str(tuning.CHAIN_TOKENS))
     return [
         row
         for row in rows
         if row["provider"] == "grail"
-        and row["flush"] in shipped
+        and row["chain"] in shipped
         and not abs(float(row["diagonal_bias"])) < BIAS_LIMIT
     ]
 

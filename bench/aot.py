@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
 
-from grail_kernels import absorb_triton, gram_triton, tuning
+from grail_kernels import absorb_triton, gram_tma, gram_triton, tuning
 
 RECORD = Path(__file__).parent / "results" / "aot.json"
 Resources = dict[str, int]
@@ -56,6 +56,7 @@ TENSOR_CORE = {
 STACK_LIMIT = 96
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+WIDTHS = {64: "narrow", 1024: "middle", 4096: "wide"}
 POINTERS = {
     "gate_ptr": "*{x}",
     "mask_ptr": "*u8",
@@ -90,7 +91,7 @@ class GramCase:
     def name(self) -> str:
         """The key of this case in the record."""
         alignment = "aligned" if self.aligned else "unaligned"
-        width = {64: "narrow", 1024: "middle", 4096: "wide"}[self.channels]
+        width = WIDTHS[self.channels]
         return f"gram/{self.target}/{TYPES[self.dtype]}/{alignment}/{width}/{self.feature}"
 
     @property
@@ -132,6 +133,49 @@ class GramCase:
 
 
 @dataclass(frozen=True)
+class TmaCase:
+    """One compilation of the Gram kernel that reads through the tensor memory accelerator."""
+
+    gathers: ClassVar[bool] = False
+    # Blocks come by the copy engine: what the threads load is the tile of G.
+    aligned: ClassVar[bool] = True
+
+    target: str
+    dtype: torch.dtype
+    channels: int
+    feature: str = "plain"
+
+    @property
+    def name(self) -> str:
+        """The key of this case in the record."""
+        return f"gram_tma/{self.target}/{TYPES[self.dtype]}/{WIDTHS[self.channels]}/{self.feature}"
+
+    @property
+    def parts(self) -> int:
+        """Into how many of bf16 the activations were taken apart."""
+        return 3 if self.dtype == torch.float32 else 1
+
+    @property
+    def config(self) -> tuning.GramConfig:
+        """The launch that the shipped table picks."""
+        return tuning.tma_config(self.parts, self.channels, architecture=self.target)
+
+    def source(self) -> ASTSource:
+        """The kernel with the argument types and the alignment that Triton sees in a launch."""
+        laid = torch.bfloat16 if self.parts == 3 else self.dtype
+        config, collects = self.config, self.feature == "collecting"
+        block = [1, config.block_tokens, config.block_channels]
+        types: dict[str, Any] = {"out_ptr": "*fp32", "x_desc": f"tensordesc<{TYPES[laid]}{block}>"}
+        types |= {"sums_ptr": "*fp32" if collects else None}
+        types |= {"nonfinite_ptr": "*i64" if collects else None}
+        types |= dict.fromkeys(("H", "tokens", "matrices", "span"), "i32") | {"out_stride": "i64"}
+        types |= gram_tma.constants(config, self.parts, laid)
+        sixteen = ["out_ptr", "H", "tokens", "out_stride"]
+        sixteen += ["sums_ptr", "nonfinite_ptr"] if collects else []
+        return _source(gram_tma._gram_tma_kernel, types, sixteen)
+
+
+@dataclass(frozen=True)
 class AbsorbCase:
     """One compilation of the absorb kernel, which copies its weights and so has them aligned."""
 
@@ -163,7 +207,7 @@ class AbsorbCase:
         return _source(kernel, types, [*pointers, "D"])
 
 
-Case = GramCase | AbsorbCase
+Case = GramCase | TmaCase | AbsorbCase
 
 
 def cases() -> Iterator[Case]:
@@ -182,6 +226,10 @@ def cases() -> Iterator[Case]:
         for dtype in TYPES:
             yield AbsorbCase(target, dtype)
         yield from _tuned_apart(target)
+    for dtype in TYPES:
+        yield TmaCase("sm_90", dtype, 4096)
+        yield TmaCase("sm_90", dtype, 4096, "collecting")
+        yield TmaCase("sm_90", dtype, 64)
 
 
 def _tuned_apart(target: str) -> Iterator[Case]:

@@ -32,11 +32,11 @@ MEMORY_TARGET = 0.55
 def accuracy(rows: list[Row]) -> Any:
     """Error, and bias of the diagonal, against tokens: `bench/accuracy.py`."""
     figure, (error, bias) = _panels(1, 2)
-    for key in _distinct(rows, "provider", "dtype", "flush"):
-        provider, dtype, flush = key
-        ours = [row for row in rows if _values(row, "provider", "dtype", "flush") == key]
+    for key in _distinct(rows, "provider", "dtype", "chain"):
+        provider, dtype, chain = key
+        ours = [row for row in rows if _values(row, "provider", "dtype", "chain") == key]
         tokens = [int(row["tokens"]) for row in ours]
-        label = f"{provider} {dtype}" + (f", flush {flush}" if flush else "")
+        label = f"{provider} {dtype}" + (f", chain {chain}" if chain else "")
         style = {"marker": ".", "label": label}
         error.plot(tokens, [float(row["error"]) for row in ours], **style)
         bias.plot(tokens, [abs(float(row["diagonal_bias"])) for row in ours], **style)

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without a
 import grail
 from bench.allocations import peak_bytes
 from bench.measuring import Row, machine, write_rows
-from grail_kernels.tuning import FLUSH_TOKENS
+from grail_kernels.tuning import BUFFER_TOKENS
 
 CHANNELS = (576, 1536, 2560, 4096, 8192, 11_008)
 BATCH_TOKENS = 512
 # As many batches as fill the buffer, and one that empties it.
-BATCHES = FLUSH_TOKENS // BATCH_TOKENS + 1
+BATCHES = BUFFER_TOKENS // BATCH_TOKENS + 1
 
 
 def _grail(buffer: int, batches: int, x: Tensor) -> object:
@@ -54,7 +54,7 @@ def _dense(batches: int, x: Tensor) -> object:
 
 PROVIDERS: dict[str, Callable[[int, Tensor], object]] = {
     "grail": partial(_grail, 0),
-    "grail, buffered": partial(_grail, FLUSH_TOKENS),
+    "grail, buffered": partial(_grail, BUFFER_TOKENS),
     "dense": _dense,
 }
 
@@ -63,7 +63,7 @@ def formula(provider: str, channels: int) -> int:
     """Bytes that `provider` holds between batches, as documented."""
     if provider == "dense":
         return 4 * channels**2
-    buffer = 2 * FLUSH_TOKENS * channels if provider == "grail, buffered" else 0
+    buffer = 2 * BUFFER_TOKENS * channels if provider == "grail, buffered" else 0
     return 2 * channels * (channels + 256) + buffer
 
 

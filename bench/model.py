@@ -7,8 +7,9 @@ of a large product:
   waves    programs over the places for them, multiprocessors times the programs that fit one. Each
            place has its share of the rate, whether or not the others have a program; so a last
            wave holds up its launch however few they are
-  bytes    the channels that a wave's programs read, once a wave: they walk the tokens together.
-           Every flush reads and writes its tile. Tokens that are split over programs add the passes
+  bytes    the channels that a wave's programs read, once a wave: they walk the tokens together;
+           what the copy engine cannot read as it lies, fp32 above all, is laid out before.
+           A launch reads and writes each tile once. Split tokens add the passes
            over a workspace, launches of their own
   seconds  the longer of products and bytes, plus those passes
 Not in it: the latency of a launch and of a program's first loads, and splitting fp32 into parts.
@@ -121,21 +122,25 @@ class Gpu:
         self, tokens: list[int], channels: int, dtype: torch.dtype, ragged: bool = False
     ) -> Prediction:
         """One call on matrices of so many tokens each; `ragged` ones are never split."""
-        config = tuning.gram_config(
-            dtype, channels, aligned=channels % 16 == 0, architecture=self.architecture
-        )
+        config = self.config(channels, dtype, ragged)
         steps = [math.ceil(count / config.block_tokens) for count in tokens]
         tiles = len(tokens) * len(walk(math.ceil(channels / config.block_channels), config.group))
         splits = 1 if ragged else tuning.token_splits(tiles, tokens[0], self.processors)
         launched = list(programs(steps, channels, config, splits))
-        places = self.processors * self.resident(config, channels, dtype)
+        places = self.processors * self.resident(config, channels, dtype, ragged)
 
         flops_of_step = 2.0 * config.block_tokens * config.block_channels**2
         flops_of_step *= _PRODUCTS_OF_PARTS if dtype == torch.float32 else 1
         total = sum(program.steps for program in launched)
         longest = makespan([program.steps for program in launched], places)
-        moved = _activation_bytes(launched, places, channels, config, dtype)
+        itemsize = dtype.itemsize
+        if self._reads_by_tma(ragged) and dtype == torch.float32:
+            itemsize = 3 * torch.bfloat16.itemsize
+        moved = _activation_bytes(launched, places, channels, config, itemsize)
         moved += _accumulator_bytes(launched, channels, config)
+        if self._reads_by_tma(ragged) and (dtype == torch.float32 or channels % 8):
+            # Laid out before it is multiplied.
+            moved += sum(tokens) * channels * (dtype.itemsize + itemsize)
         # Zeroed; read and summed; that sum written, read and added.
         passes = 0 if splits == 1 else 2 * splits + 4
         workspace = 4.0 * passes * len(tokens) * gk.packed_numel(channels)
@@ -148,11 +153,33 @@ class Gpu:
             busy=total / max(1, longest * places),
         )
 
-    def resident(self, config: tuning.GramConfig, channels: int, dtype: torch.dtype) -> int:
+    def config(self, channels: int, dtype: torch.dtype, ragged: bool = False) -> tuning.GramConfig:
+        """The launch that the table picks."""
+        if self._reads_by_tma(ragged):
+            parts = 3 if dtype == torch.float32 else 1
+            return tuning.tma_config(parts, channels, architecture=self.architecture)
+        aligned = channels % 16 == 0
+        return tuning.gram_config(dtype, channels, aligned=aligned, architecture=self.architecture)
+
+    def _reads_by_tma(self, ragged: bool) -> bool:
+        """Whether the kernel of `gram_tma` takes a call."""
+        return self.architecture == "sm_90" and not ragged
+
+    def resident(
+        self,
+        config: tuning.GramConfig,
+        channels: int,
+        dtype: torch.dtype,
+        ragged: bool = False,
+    ) -> int:
         """How many programs fit one multiprocessor; 1 where no record of CUDA's says more."""
         record = json.loads(COMPILED.read_text())["cases"]
-        name = f"gram/{self.architecture}/{_DTYPES[dtype]}/"
-        name += "aligned/{}/plain" if channels % 16 == 0 else "unaligned/{}/collecting"
+        name = f"{self.architecture}/{_DTYPES[dtype]}/"
+        if self._reads_by_tma(ragged):
+            name = f"gram_tma/{name}{{}}/plain"
+        else:
+            name = f"gram/{name}"
+            name += "aligned/{}/plain" if channels % 16 == 0 else "unaligned/{}/collecting"
         # A width is recorded where its launch is not that of wide matrices.
         shapes = ("narrow", "wide") if channels <= 64 else ("middle", "wide")
         found = next((record[n] for n in map(name.format, shapes) if n in record), None)
@@ -180,7 +207,7 @@ FP32_PRODUCTS = 67e12
 
 
 def walk(tile_rows: int, group: int) -> list[tuple[int, int]]:
-    """The tile (row, column) of each program, in the order of `gram_triton._tile_of`."""
+    """The tile (row, column) of each program, in the order of `gram_blocks.tile_of`."""
     order: list[tuple[int, int]] = []
     for first in range(0, tile_rows, group):
         rows = range(first, min(first + group, tile_rows))
@@ -215,7 +242,7 @@ def _activation_bytes(
     places: int,
     channels: int,
     config: tuning.GramConfig,
-    dtype: torch.dtype,
+    itemsize: int,
 ) -> float:
     elements = 0
     for start in range(0, len(launched), places):
@@ -228,16 +255,13 @@ def _activation_bytes(
             _width(block, channels, config) * steps * config.block_tokens
             for (_, _, block), steps in blocks.items()
         )
-    return float(elements * dtype.itemsize)
+    return float(elements * itemsize)
 
 
 def _accumulator_bytes(launched: list[Program], channels: int, config: tuning.GramConfig) -> float:
-    """A read and a write of four bytes an element a flush."""
-    steps_of_flush = tuning.FLUSH_TOKENS // config.block_tokens
+    """A read and a write of four bytes an element."""
     return 8.0 * sum(
-        math.ceil(program.steps / steps_of_flush)
-        * _width(program.row, channels, config)
-        * _width(program.column, channels, config)
+        _width(program.row, channels, config) * _width(program.column, channels, config)
         for program in launched
     )
 

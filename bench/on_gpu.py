@@ -4,12 +4,12 @@
     python bench/on_gpu.py --steps checks   only the named steps
     python bench/on_gpu.py --dry-run        the same code on the CPU at toy sizes: does it run?
 
-Steps, in this order, with the seconds that each may take
-  tests      120  tests/kernels on the GPU, the Triton backend
-  checks      70  each kernel gives the same bits twice and in a new process; more than 2^31
+Steps, in this order, the first three at once, with the seconds that each may take
+  tests      120  the tests that need a GPU, and those of the kernels with the Triton backend
+  checks     100  each kernel gives the same bits twice and in a new process; more than 2^31
                   elements of activations and of the accumulator; compute-sanitizer, if installed
-  accuracy    30  error and bias of the diagonal against the number of tokens, by flush interval
-  tuning     130  bench/tune.py: the launch table's rows for this architecture, written to
+  accuracy    60  error and bias of the diagonal against the number of tokens, by length of chain
+  tuning     150  bench/tune.py: the launch table's rows for this architecture, written to
                   grail_kernels/launches.json and beside the results
   bench      130  bench/gram.py, absorb.py and ridge.py on the real models, with the tuned table
   calibrate  100  bench/calibrate.py, a whole compression
@@ -34,6 +34,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,9 @@ from grail_kernels import reference, tuning
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds in which a step that is out of time may finish the measurement it is at.
 GRACE = 15.0
+# Nothing is timed in these, so that they run at once.
+UNTIMED = ("tests", "checks", "accuracy")
+GPU_TESTS = ("tests/test_gram.py", "tests/test_gram_ragged.py", "tests/test_onload.py")
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,11 @@ def _without_scratch(packed: Tensor, channels: int) -> Tensor:
 
 def run_tests(run: Run) -> None:
     """The tests of the kernels that need a GPU."""
-    selected = "test_tiles" if run.dry else "triton and not interpreter and not bench"
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-x", "-k", selected]
+    selected = "(triton and not interpreter and not bench) or gpu"
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "test_tiles" if run.dry else selected]
+    command += ["tests/kernels", *([] if run.dry else GPU_TESTS)]
+    if importlib.util.find_spec("xdist") is not None and not run.dry:
+        command += ["-n", str(max(1, (os.cpu_count() or 1) // 3))]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=run.left())
     if finished.returncode:
         raise RuntimeError(finished.stdout[-3000:] + finished.stderr[-1000:])
@@ -321,9 +328,9 @@ class Step:
 
 STEPS = {
     "tests": Step(run_tests, 120),
-    "checks": Step(run_checks, 70),
-    "accuracy": Step(run_accuracy, 30),
-    "tuning": Step(run_tuning, 130),
+    "checks": Step(run_checks, 100),
+    "accuracy": Step(run_accuracy, 60),
+    "tuning": Step(run_tuning, 150),
     "bench": Step(run_bench, 130),
     "calibrate": Step(run_calibrate, 100),
 }
@@ -388,11 +395,16 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     if len(options.steps) == 1:
         return int(not run_step(options.steps[0], run))
-    failed = []
-    for name in options.steps:
+
+    def passes(name: str) -> bool:
         left = deadline - time.monotonic()
-        if left <= 0 or not run_apart(name, options, min(left, STEPS[name].seconds)):
-            failed.append(name)
+        return left > 0 and run_apart(name, options, min(left, STEPS[name].seconds))
+
+    untimed = [name for name in options.steps if name in UNTIMED]
+    with ThreadPoolExecutor(len(UNTIMED)) as pool:
+        passed = dict(zip(untimed, pool.map(passes, untimed), strict=True))
+    passed |= {name: passes(name) for name in options.steps if name not in UNTIMED}
+    failed = [name for name in options.steps if not passed[name]]
     print(f"failed: {', '.join(failed)}" if failed else "every step passed")
     return int(bool(failed))
 

@@ -9,7 +9,8 @@
 For every row, all candidates and the row that launches now do the same work, on one or two shapes
 of its class. A candidate that does not compile or fit, whose error is 16 eps or more, or whose bits
 differ when it runs again, is out. The fastest takes the row if it beats the present one by 2%,
-summed over the shapes. For absorb the library's product on gathered operands competes too.
+summed over the shapes. For absorb the library's product on gathered operands competes too. All
+candidates are compiled first, on every core of the machine.
 
 `git diff` shows what was written. Run `python bench/aot.py` afterwards: the gate compiles every row
 that ships; `--write` records it.
@@ -20,10 +21,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -43,11 +47,41 @@ from grail_kernels.tuning import AbsorbConfig, Config, GramConfig, Key
 MARGIN = 0.02
 CHECKED = 64
 
+# Tokens, channels, group, warps, stages; by operands, and whether a matrix is narrow. What fits
+# shared memory: two blocks a stage, six where fp32 is in parts.
+TMA_CANDIDATES = {
+    ("16-bit", False): (
+        *((128, 128, group, 8, 3) for group in (4, 8, 12, 16)),
+        *((64, 128, group, 8, 4) for group in (4, 8)),
+        (64, 128, 8, 8, 5),
+        (64, 128, 8, 4, 3),
+        (128, 64, 8, 4, 3),
+        (64, 64, 8, 4, 4),
+    ),
+    ("16-bit", True): tuple(
+        (tokens, 64, 1, 4, stages) for tokens, stages in ((64, 3), (64, 5), (128, 2), (128, 3))
+    ),
+    ("split", False): (
+        *((32, 128, group, 8, stages) for group in (8, 16) for stages in (3, 4)),
+        (64, 128, 8, 8, 2),
+        (32, 64, 8, 4, 3),
+        (64, 64, 8, 4, 2),
+    ),
+    ("split", True): ((32, 64, 1, 4, 3), (32, 64, 1, 4, 4), (64, 64, 1, 4, 2), (64, 64, 1, 4, 3)),
+}
+
+# Tokens of the calls that compile, of the same alignment as those that are timed.
+COMPILED_TOKENS = 2048
+
 # In the order of what a calibration spends its time on.
 ORDER: tuple[Key, ...] = (
-    ("gram", "16-bit", "wide"),
-    ("gram", "16-bit", "middle"),
+    ("gram_tma", "16-bit", "wide"),
+    ("gram_tma", "16-bit", "middle"),
     ("absorb", "bf16", "wide"),
+    ("gram_tma", "split", "wide"),
+    ("gram_tma", "16-bit", "narrow"),
+    ("gram", "16-bit", "middle"),
+    ("gram", "16-bit", "wide"),
     ("gram", "split", "wide"),
     ("gram", "16-bit", "narrow"),
     ("gram", "16-bit", "gated"),
@@ -56,6 +90,8 @@ ORDER: tuple[Key, ...] = (
     ("gram", "split", "middle"),
     ("gram", "16-bit", "scattered"),
     ("absorb", "split", "middle"),
+    ("gram_tma", "split", "middle"),
+    ("gram_tma", "split", "narrow"),
     ("gram", "split", "narrow"),
     ("gram", "split", "gated"),
     ("gram", "split", "scattered"),
@@ -89,7 +125,7 @@ class Work:
 
 def candidates(key: Key) -> list[Config]:
     """The launches that are worth a try for a row: a dozen, for each takes seconds to compile."""
-    kernel, operands, _ = key
+    kernel, operands, shape = key
     if kernel == "absorb":
         return [
             AbsorbConfig(outputs, kept, dropped, 8, 8, stages)
@@ -97,6 +133,8 @@ def candidates(key: Key) -> list[Config]:
                 ((128, 128), (128, 64), (64, 128), (256, 64)), ((32, 2), (32, 3), (64, 2))
             )
         ]
+    if kernel == "gram_tma":
+        return [GramConfig(*values) for values in TMA_CANDIDATES[operands, shape == "narrow"]]
     if operands == "split":
         sizes = (((32, 64), 4), ((16, 64), 8), ((64, 64), 8), ((32, 128), 8), ((16, 128), 8))
         return [
@@ -111,8 +149,8 @@ def candidates(key: Key) -> list[Config]:
     ]
 
 
-def works(key: Key, device: str, dry: bool) -> Iterator[Work]:
-    """The shapes that decide a row; toy ones in a dry run."""
+def works(key: Key, device: str, dry: bool, most: int = 2**31) -> Iterator[Work]:
+    """The shapes that decide a row, of `most` tokens at most; toy ones in a dry run."""
     kernel, operands, shape = key
     if kernel == "absorb":
         for sizes in ABSORB_SIZES[shape]:
@@ -121,7 +159,7 @@ def works(key: Key, device: str, dry: bool) -> Iterator[Work]:
     for matrices, tokens, channels in GRAM_SIZES[shape]:
         if dry:
             matrices, tokens, channels = min(matrices, 2), 40, 33 if channels % 16 else 48
-        yield _gram_work(operands, shape, (matrices, tokens, channels), device)
+        yield _gram_work(operands, shape, (matrices, min(tokens, most), channels), device)
 
 
 def _gram_work(operands: str, shape: str, size: tuple[int, int, int], device: str) -> Work:
@@ -188,16 +226,39 @@ def kernel_backend(device: str) -> str:
     return "triton" if device == "cuda" or interpreting() else "torch"
 
 
-def launched_with(config: Config) -> AbstractContextManager[object]:
-    """A context in which every launch of that kernel takes `config`."""
-    name = "gram_config" if isinstance(config, GramConfig) else "absorb_config"
-    return mock.patch.object(tuning, name, return_value=config)
+@contextmanager
+def launched_with(key: Key, config: Config) -> Iterator[None]:
+    """A context in which every launch of the kernel of `key` takes `config`."""
+    kernel = key[0]
+    name = {"gram": "gram_config", "gram_tma": "tma_config", "absorb": "absorb_config"}[kernel]
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(tuning, name, return_value=config))
+        if kernel == "gram":
+            # Of the calls that are timed, some would go to the other kernel.
+            never = mock.patch("grail_kernels.gram_tma.runs_on", return_value=False)
+            stack.enter_context(never)
+        yield
 
 
-def judge(config: Config, work: Work, repeats: int) -> tuple[float, str]:
+def compile_ahead(keys: list[Key], device: str) -> None:
+    """Compile every candidate of those rows into Triton's cache, as many at a time as cores."""
+    jobs = [(key, config, device) for key in keys for config in candidates(key)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        list(pool.map(_compile, jobs))
+
+
+def _compile(job: tuple[Key, Config, str]) -> None:
+    key, config, device = job
+    for work in works(key, device, dry=False, most=COMPILED_TOKENS):
+        with launched_with(key, config), suppress(Exception):  # what does not fit is told later
+            work.call()
+
+
+def judge(key: Key, config: Config, work: Work, repeats: int) -> tuple[float, str]:
     """The median seconds of a candidate, or infinity and what is wrong with it."""
     try:
-        with launched_with(config):
+        with launched_with(key, config):
             result = work.call()
             ratio = work.error(result)
             if not ratio < reference.ERROR_LIMIT:
@@ -225,7 +286,7 @@ def search(
     for config in dict.fromkeys(tried):
         if time.monotonic() > deadline:
             break
-        found = [judge(config, work, 2 if dry else 7) for work in shapes]
+        found = [judge(key, config, work, 2 if dry else 7) for work in shapes]
         # Shapes count alike, however long they take.
         scores[config] = sum(math.log(seconds) for seconds, _ in found)
         for work, (seconds, problem) in zip(shapes, found, strict=True):
@@ -265,6 +326,8 @@ def tune(
         What was measured, a row for each candidate and shape.
     """
     deadline = time.monotonic() + seconds
+    if device == "cuda":
+        compile_ahead(keys, device)
     architecture = tuning.architecture_of(torch.device(device))
     measured = []
     for key in keys:

@@ -17,7 +17,7 @@ from grail.drift import Drift, require_finite
 from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, StateError
 from grail_kernels.checks import check_activations
 from grail_kernels.tiles import BLOCK
-from grail_kernels.tuning import FLUSH_TOKENS
+from grail_kernels.tuning import BUFFER_TOKENS
 
 NonFinite = Literal["refuse", "drop"]
 
@@ -314,7 +314,7 @@ class Gram:
 
     def _allocate(self, device: torch.device) -> None:
         if self._capacity is None:
-            self._capacity = 0 if device.type == "cpu" else FLUSH_TOKENS
+            self._capacity = 0 if device.type == "cpu" else BUFFER_TOKENS
         self._packed, self._sum, self._nonfinite = self._zeros(device)
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._dropped = torch.zeros((), dtype=torch.int64, device=device)

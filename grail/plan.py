@@ -24,7 +24,7 @@ from grail.sites import Architecture, BoundSite, find
 from grail.stream import Stream
 from grail.transaction import Transaction, steady
 from grail.width import Width
-from grail_kernels.tuning import FLUSH_TOKENS
+from grail_kernels.tuning import BUFFER_TOKENS
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -207,7 +207,7 @@ def demand(
         (1 + options.holds_out)
         * sum(
             4 * gk.packed_numel(s.channels)
-            + on_gpu * (2 * WAITING_TOKENS if s.beside else FLUSH_TOKENS) * s.channels * element
+            + on_gpu * (2 * WAITING_TOKENS if s.beside else BUFFER_TOKENS) * s.channels * element
             + 4 * options.follows_drift * s.outputs * s.channels
             for s in step
         )

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from grail_kernels import tiles, tuning
 from grail_kernels.backend import interpreting
-from grail_kernels.gram_triton import _products_of_parts
+from grail_kernels.gram_blocks import products_of_parts
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def _absorb_kernel(
             if PARTS == 1:
                 total += _products_with_exact(gram, tl.trans(weights), OPERAND)
             else:
-                total += _products_of_parts(gram, tl.trans(weights).to(tl.float32), OPERAND)
+                total += products_of_parts(gram, tl.trans(weights).to(tl.float32), OPERAND)
 
     out_cols = tl.load(order_ptr + cols)
     out_offsets = rows[:, None] * K + out_cols[None, :]

@@ -5,15 +5,19 @@ the same bits every time, and a mirrored copy that is bitwise symmetric. Square 
 triangle of T*H*(H + BLOCK) executed FLOPs is then the tightest. Neighbouring programs walk a group
 of tile rows, so that one wave reads a square patch of channels and its tokens meet in L2.
 
-Accumulation is fp32; every FLUSH steps it is added to the matrix, because tensor cores truncate.
-A batch of matrices is one launch. Where it has too few tiles to fill the GPU, the tokens of each
-tile are split over programs that write to a workspace, which is added up in a fixed order.
+Accumulation is fp32: chains of a few steps on the tensor cores, which truncate, are added up by
+ordinary additions, which do not. A batch of matrices is one launch. Where it has too few tiles to
+fill the GPU, the tokens of each tile are split over programs that write to a workspace, which is
+added up in a fixed order.
+
+On GPUs with a tensor memory accelerator this kernel is for experts, gates and weights, and
+`gram_tma` has the rest.
 
 fp32 activations, and weighted ones, become three bf16 parts each (8 + 8 + 8 bits, exact), and the
 six products above 2^-24 are taken. Two parts would leave 2^-17, a hundred times fp32's rounding.
 
-Bytes: each tile row reads T*H*itemsize once per tile in it, from L2; the matrix moves 4*H^2 per
-FLUSH. Bound by the tensor cores from about 500 channels on.
+Bytes: each tile row reads T*H*itemsize once per tile in it, from L2; the matrix moves 4*H^2 a
+launch. Bound by the tensor cores from about 500 channels on.
 """
 
 from __future__ import annotations
@@ -26,40 +30,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grail_kernels import tiles, tuning
+from grail_kernels import gram_tma, tiles, tuning
 from grail_kernels.backend import interpreting
-
-# What the interpreter, which has no GPU to fill, takes as the number of its multiprocessors.
-_INTERPRETER_PROCESSORS = 4
-
-
-@triton.jit
-def _triangle_row(index):
-    """The row of element `index` of a row-major lower triangle."""
-    row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int64)
-    # The root of a large number may round across an integer.
-    row = tl.where(row * (row + 1) // 2 > index, row - 1, row)
-    return tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
-
-
-@triton.jit
-def _tile_of(program, tile_rows, GROUP: tl.constexpr):
-    """The (row, column) of the tile that a program owns.
-
-    Groups of GROUP tile rows follow one another. Within a group the columns to the left of its
-    own triangle come first, each from top to bottom, then that triangle.
-    """
-    first_row = _triangle_row(program) // GROUP * GROUP
-    within = program - first_row * (first_row + 1) // 2
-    rows = tl.minimum(GROUP, tile_rows - first_row)
-    beyond = within - rows * first_row
-    in_triangle = beyond >= 0
-    beyond = tl.maximum(beyond, 0)
-    triangle_row = _triangle_row(beyond)
-    triangle_column = beyond - triangle_row * (triangle_row + 1) // 2
-    row = tl.where(in_triangle, triangle_row, within % rows)
-    column = tl.where(in_triangle, first_row + triangle_column, within // rows)
-    return first_row + row, column
+from grail_kernels.gram_blocks import (
+    add_collected,
+    add_tile,
+    in_splits,
+    processors_of,
+    products_of_parts,
+    tile_of,
+    tiles_of,
+)
 
 
 @triton.jit
@@ -71,29 +52,6 @@ def _load_activations(x_ptr, gate_ptr, offsets, mask):
         gate = (gate / (1.0 + tl.exp(-gate))).to(x.dtype)
         x = (gate.to(tl.float32) * x.to(tl.float32)).to(x.dtype)
     return x
-
-
-@triton.jit
-def _products_of_parts(rows, cols, OPERAND: tl.constexpr):
-    """Rows [R, T] @ cols [T, C] in fp32, each the sum of three bf16; small products first."""
-    row_high = rows.to(tl.bfloat16)
-    col_high = cols.to(tl.bfloat16)
-    rows -= row_high.to(tl.float32)
-    cols -= col_high.to(tl.float32)
-    row_middle = rows.to(tl.bfloat16)
-    col_middle = cols.to(tl.bfloat16)
-    row_low = (rows - row_middle.to(tl.float32)).to(tl.bfloat16).to(OPERAND)
-    col_low = (cols - col_middle.to(tl.float32)).to(tl.bfloat16).to(OPERAND)
-    row_high = row_high.to(OPERAND)
-    col_high = col_high.to(OPERAND)
-    row_middle = row_middle.to(OPERAND)
-    col_middle = col_middle.to(OPERAND)
-    product = tl.dot(row_low, col_high, input_precision="ieee")
-    product = tl.dot(row_high, col_low, product, input_precision="ieee")
-    product = tl.dot(row_middle, col_middle, product, input_precision="ieee")
-    product = tl.dot(row_middle, col_high, product, input_precision="ieee")
-    product = tl.dot(row_high, col_middle, product, input_precision="ieee")
-    return tl.dot(row_high, col_high, product, input_precision="ieee")
 
 
 @triton.jit
@@ -148,7 +106,7 @@ def _gram_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
-    FLUSH: tl.constexpr,
+    CHAIN: tl.constexpr,
     PARTS: tl.constexpr,
     OPERAND: tl.constexpr,
     REPEATS: tl.constexpr,
@@ -213,71 +171,60 @@ def _gram_kernel(
             row_counts += tl.sum((~is_finite).to(tl.int32), axis=0)
             row_sums += tl.sum(x * weights[:, None], axis=0)
         if sums_ptr is not None:
-            pointers = sums_ptr + target * H + rows
-            before = tl.load(pointers, mask=row_mask, other=0.0)
-            tl.store(pointers, before + row_sums, mask=row_mask)
+            sums_ptr += target * H
         if nonfinite_ptr is not None:
-            pointers = nonfinite_ptr + target * H + rows
-            before = tl.load(pointers, mask=row_mask, other=0)
-            tl.store(pointers, before + row_counts, mask=row_mask)
+            nonfinite_ptr += target * H
+        add_collected(sums_ptr, nonfinite_ptr, row_sums, row_counts, rows, row_mask)
     else:
-        tile_row, tile_column = _tile_of(program - collectors, tile_rows, GROUP)
+        tile_row, tile_column = tile_of(program - collectors, tile_rows, GROUP)
         rows = tile_row * BLOCK_H + tl.arange(0, BLOCK_H)
         cols = tile_column * BLOCK_H + tl.arange(0, BLOCK_H)
         row_mask = rows < H
         col_mask = cols < H
-
-        # The whole tile is ours: above the diagonal of its strip lies scratch. Offsets inside a
-        # tile fit 32 bits, and 64-bit ones would take half of the registers.
-        strip = tile_row * BLOCK_H // STRIP
-        row_stride = tl.minimum((strip + 1) * STRIP, H)
-        tile_ptr = out_ptr + target * out_stride + STRIP * STRIP * strip * (strip + 1) // 2
-        tile_ptr += (tile_row * BLOCK_H - strip * STRIP) * row_stride + tile_column * BLOCK_H
-        within = tl.arange(0, BLOCK_H)
-        out_offsets = within[:, None] * row_stride.to(tl.int32) + within[None, :]
-        out_mask = row_mask[:, None] & col_mask[None, :]
-
-        for flush_step in range(first_step, end_step, FLUSH):
-            total = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
-            for step in range(flush_step, tl.minimum(flush_step + FLUSH, end_step)):
-                offsets, takes_part, weights = _step_tokens(
-                    step,
-                    mask_ptr,
-                    weights_ptr,
-                    inner,
-                    first_token,
-                    end_token,
-                    steps_each,
-                    stride_xo,
-                    stride_xt,
-                    BLOCK_T,
-                    REPEATS,
-                )
-                row_x = _load_activations(
-                    x_ptr,
-                    gate_ptr,
-                    rows[:, None] * stride_xc + offsets[None, :],
-                    row_mask[:, None] & takes_part[None, :],
-                )
-                # On the diagonal this is the same block; one load for both operands would be
-                # transposed element by element.
-                col_x = _load_activations(
-                    x_ptr,
-                    gate_ptr,
-                    offsets[:, None] + cols[None, :] * stride_xc,
-                    takes_part[:, None] & col_mask[None, :],
-                )
-                if PARTS == 1:
-                    row_x = row_x.to(OPERAND)
-                    col_x = col_x.to(OPERAND)
-                    total = tl.dot(row_x, col_x, total, input_precision="ieee")
-                else:
-                    if weights_ptr is not None:
-                        row_x = row_x.to(tl.float32) * weights[None, :]
-                    # Summed apart, so that the long chain of additions gets one a step, not six.
-                    total += _products_of_parts(row_x.to(tl.float32), col_x.to(tl.float32), OPERAND)
-            before = tl.load(tile_ptr + out_offsets, mask=out_mask, other=0.0)
-            tl.store(tile_ptr + out_offsets, before + total, mask=out_mask)
+        total = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
+        chain = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
+        for step in range(first_step, end_step):
+            offsets, takes_part, weights = _step_tokens(
+                step,
+                mask_ptr,
+                weights_ptr,
+                inner,
+                first_token,
+                end_token,
+                steps_each,
+                stride_xo,
+                stride_xt,
+                BLOCK_T,
+                REPEATS,
+            )
+            row_x = _load_activations(
+                x_ptr,
+                gate_ptr,
+                rows[:, None] * stride_xc + offsets[None, :],
+                row_mask[:, None] & takes_part[None, :],
+            )
+            # On the diagonal this is the same block; one load for both operands would be
+            # transposed element by element.
+            col_x = _load_activations(
+                x_ptr,
+                gate_ptr,
+                offsets[:, None] + cols[None, :] * stride_xc,
+                takes_part[:, None] & col_mask[None, :],
+            )
+            if PARTS == 1:
+                link = (step - first_step) % CHAIN
+                if link == 0:
+                    chain = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
+                row_x = row_x.to(OPERAND)
+                chain = tl.dot(row_x, col_x.to(OPERAND), chain, input_precision="ieee")
+                if (link == CHAIN - 1) | (step == end_step - 1):
+                    total += chain
+            else:
+                if weights_ptr is not None:
+                    row_x = row_x.to(tl.float32) * weights[None, :]
+                # Summed apart, so that the long chain of additions gets one a step, not six.
+                total += products_of_parts(row_x.to(tl.float32), col_x.to(tl.float32), OPERAND)
+        add_tile(out_ptr + target * out_stride, total, tile_row, tile_column, H, STRIP, BLOCK_H)
 
 
 def launch_gram(
@@ -305,6 +252,9 @@ def launch_gram(
     x = x.view(shape)
     gate = None if gate is None else gate.view(shape)
     mask = None if mask is None else mask.reshape(-1).view(torch.uint8)
+    if weights is None and gate is None and gram_tma.runs_on(x.device):
+        gram_tma.launch_gram_tma(out, x, mask, sums, nonfinite)
+        return
     weights = None if weights is None else weights.reshape(-1).float()
     _launch_split(out, x, mask, weights, sums, nonfinite, gate)
 
@@ -363,21 +313,14 @@ def _launch_split(
         architecture=tuning.architecture_of(x.device),
     )
     steps = outer * math.ceil(inner / config.block_tokens)
-    tiles_of_all = matrices * _tiles(channels, config)
-    splits = tuning.token_splits(tiles_of_all, outer * inner, _processors(x))
+    tiles_of_all = matrices * tiles_of(channels, config.block_channels)
+    splits = tuning.token_splits(tiles_of_all, outer * inner, processors_of(x))
     span = math.ceil(steps / splits)
-    if splits == 1:
-        _launch(config, out, x, mask, weights, sums, nonfinite, gate=gate, span=span)
-        return
-    parts = out.new_zeros(splits, *out.shape)
-    part_sums = None if sums is None else sums.new_zeros(splits, *sums.shape)
-    part_counts = None if nonfinite is None else nonfinite.new_zeros(splits, *nonfinite.shape)
-    _launch(
-        config, parts, x, mask, weights, part_sums, part_counts, gate=gate, span=span, splits=splits
-    )
-    for target, part in ((out, parts), (sums, part_sums), (nonfinite, part_counts)):
-        if target is not None and part is not None:
-            target += part.sum(0)
+
+    def launch(out: Tensor, sums: Tensor | None, nonfinite: Tensor | None) -> None:
+        _launch(config, out, x, mask, weights, sums, nonfinite, gate=gate, span=span, splits=splits)
+
+    in_splits(splits, out, sums, nonfinite, launch)
 
 
 def _launch(
@@ -397,7 +340,7 @@ def _launch(
     """Launch a program for each tile of each matrix, and for each block of channels to collect."""
     matrices, outer, inner, channels = x.shape
     collects = sums is not None or nonfinite is not None
-    programs = _tiles(channels, config)
+    programs = tiles_of(channels, config.block_channels)
     programs += math.ceil(channels / config.block_channels) if collects else 0
     _gram_kernel[(programs * matrices, splits)](
         out,
@@ -432,7 +375,7 @@ def constants(
         "BLOCK_T": config.block_tokens,
         "BLOCK_H": config.block_channels,
         "GROUP": config.group,
-        "FLUSH": tuning.FLUSH_TOKENS // config.block_tokens,
+        "CHAIN": max(1, tuning.CHAIN_TOKENS // config.block_tokens),
         "PARTS": 1 if native else 3,
         # The interpreter gets products of bf16 wrong.
         "OPERAND": tl.float32 if interpreting() else operand,
@@ -446,14 +389,3 @@ def _is_aligned(x: Tensor) -> bool:
     run = channels if x.stride(3) == 1 else inner if x.stride(2) == 1 else 1
     lengths = (run, *(stride for stride in x.stride() if stride != 1))
     return x.data_ptr() % 16 == 0 and all(length % 16 == 0 for length in lengths)
-
-
-def _tiles(channels: int, config: tuning.GramConfig) -> int:
-    tile_rows = math.ceil(channels / config.block_channels)
-    return tile_rows * (tile_rows + 1) // 2
-
-
-def _processors(x: Tensor) -> int:
-    if not x.is_cuda:
-        return _INTERPRETER_PROCESSORS
-    return torch.cuda.get_device_properties(x.device).multi_processor_count

@@ -26,9 +26,13 @@ TABLE = Path(__file__).with_name("launches.json")
 # The architecture whose rows serve all others.
 DEFAULT = "default"
 
-# Tokens that one fp32 accumulator takes before it is added to the Gram matrix: a tensor core that
-# truncates biases the diagonal by 1e-5 over so many and by 1e-3 over a million.
-FLUSH_TOKENS = 8192
+# Tokens that a tensor core sums up before an addition that rounds to nearest takes over. Its own
+# additions truncate: on an H100 the diagonal is biased by 4e-7 over so many tokens, by 3e-5 over
+# 8192 and by 6e-3 over a million (bench/results/gpu/accuracy.csv).
+CHAIN_TOKENS = 256
+
+# Tokens worth waiting for before a launch: G is read and written once for all of them.
+BUFFER_TOKENS = 8192
 
 # The most channels of a "narrow" matrix, one tile of which holds it, and of a "middle" one, which
 # fills a GPU only together with others: heads, experts.
@@ -100,6 +104,11 @@ ROWS: dict[Key, type[Config]] = {
         for shape in ("narrow", "middle", "wide", "gated", "scattered")
     },
     **{
+        ("gram_tma", operands, shape): GramConfig
+        for operands in ("16-bit", "split")
+        for shape in ("narrow", "middle", "wide")
+    },
+    **{
         ("absorb", operands, shape): AbsorbConfig
         for operands in ("bf16", "split")
         for shape in ("middle", "wide")
@@ -132,6 +141,18 @@ def gram_config(
     operands = "16-bit" if multiplies_natively(dtype, weighted) else "split"
     shape = "scattered" if not aligned else "gated" if gated else _width(channels)
     config = _row(architecture, ("gram", operands, shape))
+    assert isinstance(config, GramConfig)
+    return config
+
+
+def tma_config(parts: int, channels: int, *, architecture: str = DEFAULT) -> GramConfig:
+    """The launch of the kernel of `gram_tma` for activations in 1 or 3 parts, H = `channels`.
+
+    Raises:
+        LaunchTableError: the table is damaged.
+    """
+    operands = "16-bit" if parts == 1 else "split"
+    config = _row(architecture, ("gram_tma", operands, _width(channels)))
     assert isinstance(config, GramConfig)
     return config
 

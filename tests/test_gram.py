@@ -277,7 +277,7 @@ def test_a_gpu_counts_batches_that_the_caller_overwrites_at_once(where):
     channels = 1024
     x, mask = torch.randn(30, 300, channels).bfloat16(), torch.rand(30, 300) > 0.4
     gram = grail.Gram(channels, device="cuda")
-    batch, counts = x[0].to(where), mask[0].to(where)
+    batch, counts = x[0].to(where, copy=True), mask[0].to(where, copy=True)
     for source, chosen in zip(x, mask, strict=True):
         batch.copy_(source)
         counts.copy_(chosen)

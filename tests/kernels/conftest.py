@@ -1,5 +1,7 @@
 """Every test of a kernel runs on each backend that can run here.
 
+A test that both of Triton's Gram kernels must pass takes `every_runner`.
+
 Triton needs a GPU, or its interpreter: `test_interpreter.py` runs this folder once more with that.
 """
 
@@ -29,13 +31,22 @@ class Runner(NamedTuple):
 BACKENDS = ["torch", "triton"] if interpreting() or torch.cuda.is_available() else ["torch"]
 
 
+# The kernel for GPUs without a tensor memory accelerator, on one that has it.
+POINTERS = [f"{backend} by pointers" for backend in BACKENDS if backend == "triton"]
+
+
 @pytest.fixture(params=BACKENDS)
-def runner(request: pytest.FixtureRequest) -> Runner:
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Runner:
     if request.param == "torch":
         return Runner("torch", "cpu", tokens=1300)
+    if request.param in POINTERS:
+        monkeypatch.setattr("grail_kernels.gram_tma.runs_on", lambda device: False)
     if interpreting():
         return Runner("triton", "cpu", tokens=180)
     return Runner("triton", "cuda", tokens=1300)
+
+
+every_runner = pytest.mark.parametrize("runner", [*BACKENDS, *POINTERS], indirect=True)
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])

@@ -90,20 +90,20 @@ def test_a_library_that_cannot_is_left_out_of_accuracy(
     assert "addmm in torch.float32 left out: not on this machine" in capsys.readouterr().out
 
 
-def test_accuracy_patches_the_flush_interval_that_launches_read(
+def test_accuracy_patches_the_chain_that_launches_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[int, int]] = []
     right = gk.gram_
 
     def spy(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        seen.append((tuning.FLUSH_TOKENS, tuning.token_splits(1, 10**6, 100)))
+        seen.append((tuning.CHAIN_TOKENS, tuning.token_splits(1, 10**6, 100)))
         return right(out, x)
 
     monkeypatch.setattr(gk, "gram_", spy)
     for _, _, dtype, call in accuracy.providers("cpu", 3):
         call(torch.ones(5, 3, dtype=dtype))
-    assert set(seen) == {(tuning.FLUSH_TOKENS, 1)}
+    assert set(seen) == {(tuning.CHAIN_TOKENS, 1)}
     assert tuning.token_splits(1, 10**6, 100) > 1
 
 
@@ -122,7 +122,7 @@ def test_the_accumulator_takes_what_its_formula_says(tmp_path: Path) -> None:
     rows = {(r["provider"], r["metric"]): int(r["p50"]) for r in csv.DictReader(path.open())}
     for provider in memory.PROVIDERS:
         # Sums, counts and masks: a few numbers a channel, a byte a buffered token.
-        spare = 32 * channels + 2 * tuning.FLUSH_TOKENS
+        spare = 32 * channels + 2 * tuning.BUFFER_TOKENS
         assert 0 <= rows[provider, "accumulator"] - rows[provider, "formula"] <= spare
         assert rows[provider, "peak"] >= rows[provider, "accumulator"]
     assert rows["grail", "accumulator"] < 0.56 * rows["dense", "accumulator"]

@@ -54,28 +54,32 @@ def test_padding_is_executed() -> None:
 
 def test_fp32_takes_six_products_of_its_own_tiles() -> None:
     found = H100.predict([65_536], 4096, torch.float32)
-    assert found.flops == 6 * 65_536 * 4096 * (4096 + 64)
+    assert found.flops == 6 * 65_536 * 4096 * (4096 + 128)
 
 
-def test_bytes_of_heads_are_their_tokens_flushes_and_workspace() -> None:
-    # 32 tiles on 132 multiprocessors: 16 splits of 4096 tokens, so a flush each.
+def test_bytes_of_heads_are_their_tokens_accumulators_and_workspace() -> None:
+    # 32 tiles on 132 multiprocessors: 16 splits of 4096 tokens, each added once.
     assert tuning.token_splits(32, 65_536, 132) == 16
     found = H100.predict([65_536] * 32, 128, torch.bfloat16)
     activations = 2 * 32 * 65_536 * 128
-    flushes = 16 * 32 * 8 * 128**2
+    accumulators = 16 * 32 * 8 * 128**2
     # Zeroed and summed, 16 parts each; the sum is written, read, and added to what is read.
     passes = (2 * 16 + 4) * 4 * 32 * gk.packed_numel(128)
-    assert found.moved == activations + flushes + passes
+    assert found.moved == activations + accumulators + passes
     assert found.seconds == pytest.approx(found.moved / 3.35e12)
 
 
-def test_a_tile_is_read_and_written_at_every_flush() -> None:
+def test_a_tile_is_read_and_written_once_a_launch() -> None:
     once, twice = (
-        H100.predict([tokens], 128, torch.bfloat16, ragged=True)
-        for tokens in (tuning.FLUSH_TOKENS, tuning.FLUSH_TOKENS + 1)
+        H100.predict([tokens], 128, torch.bfloat16, ragged=True) for tokens in (8192, 16_384)
     )
-    step = 2 * 64 * 128
-    assert twice.moved - once.moved == 8 * 128**2 + step
+    assert twice.moved - once.moved == 2 * 8192 * 128
+
+
+def test_fp32_is_laid_out_before_it_is_read() -> None:
+    half, full = (H100.predict([1024], 128, dtype) for dtype in (torch.bfloat16, torch.float32))
+    # Read as fp32 and written in three parts of bf16, on top of being read by the product.
+    assert full.moved - half.moved == 1024 * 128 * (4 + 6 + 6 - 2)
 
 
 def test_a_wave_reads_each_of_its_channels_once() -> None:
@@ -87,14 +91,14 @@ def test_a_wave_reads_each_of_its_channels_once() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "channels", "expected"),
-    [(torch.bfloat16, 4096, 1), (torch.float32, 4096, 3), (torch.bfloat16, 64, 3)],
+    [(torch.bfloat16, 4096, 1), (torch.float32, 4096, 1), (torch.bfloat16, 64, 2)],
     ids=["wide bf16", "wide fp32", "narrow bf16"],
 )
 def test_registers_decide_how_many_programs_fit(
     dtype: torch.dtype, channels: int, expected: int
 ) -> None:
-    # bench/results/aot.json: 230 registers of 256 threads, 165 and 166 of 128, 65,536 in all.
-    config = tuning.gram_config(dtype, channels, architecture="sm_90")
+    # bench/results/aot.json: 180 registers of 256 threads of 65,536 in all; 98 kB of 227.
+    config = H100.config(channels, dtype)
     assert H100.resident(config, channels, dtype) == expected
 
 
@@ -119,7 +123,7 @@ def test_the_walk_is_that_of_the_triton_kernel() -> None:
     import triton
     import triton.language as tl
 
-    from grail_kernels.gram_triton import _tile_of
+    from grail_kernels.gram_blocks import tile_of
 
     @triton.jit
     def visit(row_ptr, column_ptr, tile_rows, TILE_OF: tl.constexpr, GROUP: tl.constexpr):
@@ -129,7 +133,7 @@ def test_the_walk_is_that_of_the_triton_kernel() -> None:
         tl.store(column_ptr + program, column)
 
     rows, columns = torch.zeros(2, 66, dtype=torch.int64)
-    visit[(66,)](rows, columns, 11, TILE_OF=_tile_of, GROUP=4)
+    visit[(66,)](rows, columns, 11, TILE_OF=tile_of, GROUP=4)
     assert model.walk(11, group=4) == list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 

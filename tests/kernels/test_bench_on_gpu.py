@@ -118,6 +118,9 @@ def test_no_measurement_starts_after_the_deadline(
 
 
 def test_steps_fit_into_ten_minutes_and_the_help_tells_their_seconds() -> None:
-    assert sum(step.seconds for step in on_gpu.STEPS.values()) + on_gpu.GRACE <= 600
+    at_once = {name: on_gpu.STEPS[name].seconds for name in on_gpu.UNTIMED}
+    every = {name: step.seconds for name, step in on_gpu.STEPS.items()}
+    one_by_one = sum(every.values()) - sum(at_once.values())
+    assert max(at_once.values()) + one_by_one + 4 * on_gpu.GRACE <= 600
     told = re.findall(r"^  (\w+) +(\d+)  ", on_gpu.__doc__ or "", re.MULTILINE)
     assert told == [(name, f"{step.seconds:.0f}") for name, step in on_gpu.STEPS.items()]

@@ -30,7 +30,9 @@ def judged(
     """Let candidates take that long, without running them; the list of those that were tried."""
     tried: list[tuning.Config] = []
 
-    def judge(config: tuning.Config, work: tune.Work, repeats: int) -> tuple[float, str]:
+    def judge(
+        key: tuning.Key, config: tuning.Config, work: tune.Work, repeats: int
+    ) -> tuple[float, str]:
         tried.append(config)
         return seconds(config), "" if math.isfinite(seconds(config)) else "wrong"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import grail_kernels as gk
 from grail_kernels import reference
 from tests.kernels.cases import CHANNELS, LAYOUTS, TOKENS, positive
-from tests.kernels.conftest import Runner
+from tests.kernels.conftest import Runner, every_runner
 
 
 def accumulate(x: Tensor, runner: Runner, **options: Tensor | None) -> Tensor:
@@ -45,6 +45,7 @@ def assert_matches_fp64(
     assert reference.error_ratio(result, exact, magnitude) < reference.ERROR_LIMIT
 
 
+@every_runner
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_all_sizes_match_fp64_and_are_symmetric(
@@ -58,6 +59,7 @@ def test_all_sizes_match_fp64_and_are_symmetric(
     assert_matches_fp64(result, x)
 
 
+@every_runner
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_layouts_match_fp64_and_are_left_alone(
     layout: str, dtype: torch.dtype, runner: Runner
@@ -74,6 +76,7 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.as_strided(whole.to(dtype), x.shape, x.stride(), x.storage_offset())
 
 
+@every_runner
 @pytest.mark.parametrize("layout", ["rows", "transposed", "padded batch", "pixels"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
@@ -93,6 +96,7 @@ def test_masks_weights_sums_and_counts_match_fp64(
     assert not nonfinite.any()
 
 
+@every_runner
 def test_nonfinite_values_are_counted_by_channel(runner: Runner) -> None:
     x = positive(2, 90, 67)
     for value, channel, count in ((torch.nan, 3, 1), (torch.inf, 5, 4), (-torch.inf, 66, 90)):
@@ -105,6 +109,7 @@ def test_nonfinite_values_are_counted_by_channel(runner: Runner) -> None:
     assert not torch.isfinite(result[66, 66])
 
 
+@every_runner
 def test_what_is_there_is_added_to(dtype: torch.dtype, runner: Runner) -> None:
     x = positive(100, 260).to(dtype)
     out = accumulate(x, runner).to(runner.device)
@@ -112,6 +117,7 @@ def test_what_is_there_is_added_to(dtype: torch.dtype, runner: Runner) -> None:
     assert_matches_fp64(gk.unpack(out.cpu(), 260), torch.cat([x, x]))
 
 
+@every_runner
 def test_chunks_in_any_order_match_one_pass(dtype: torch.dtype, runner: Runner) -> None:
     tokens = runner.tokens
     x = positive(tokens, 130).to(dtype)
@@ -121,19 +127,22 @@ def test_chunks_in_any_order_match_one_pass(dtype: torch.dtype, runner: Runner) 
     assert_matches_fp64(gk.unpack(out.cpu(), 130), x)
 
 
+@every_runner
 def test_more_tile_rows_than_a_group_match_fp64(runner: Runner) -> None:
     x = positive(16, 1100).half()
     assert_matches_fp64(matrix(x, runner), x)
 
 
-def test_flushing_often_matches_fp64(
+@every_runner
+def test_short_chains_match_fp64(
     dtype: torch.dtype, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grail_kernels.tuning.FLUSH_TOKENS", 64)
+    monkeypatch.setattr("grail_kernels.tuning.CHAIN_TOKENS", 64)
     x = positive(180, 67).to(dtype)
     assert_matches_fp64(matrix(x, runner), x)
 
 
+@every_runner
 @pytest.mark.parametrize("layout", ["rows", "padded batch", "pixels"])
 def test_blocks_of_few_tokens_match_fp64(
     layout: str, runner: Runner, monkeypatch: pytest.MonkeyPatch
@@ -144,18 +153,21 @@ def test_blocks_of_few_tokens_match_fp64(
     assert_matches_fp64(matrix(x, runner, mask=mask), x, mask)
 
 
+@every_runner
 def test_shards_add_up(dtype: torch.dtype, runner: Runner) -> None:
     x = positive(runner.tokens, 130).to(dtype)
     merged = accumulate(x[:100], runner) + accumulate(x[100:], runner)
     assert_matches_fp64(gk.unpack(merged, 130), x)
 
 
+@every_runner
 def test_masked_tokens_are_removed_tokens(dtype: torch.dtype, runner: Runner) -> None:
     x = positive(200, 67).to(dtype)
     mask = torch.rand(200) < 0.5
     assert_matches_fp64(matrix(x, runner, mask=mask), x[mask])
 
 
+@every_runner
 def test_what_masked_tokens_hold_changes_no_bit(dtype: torch.dtype, runner: Runner) -> None:
     x = positive(200, 67).to(dtype)
     mask = torch.rand(200) < 0.5
@@ -163,6 +175,7 @@ def test_what_masked_tokens_hold_changes_no_bit(dtype: torch.dtype, runner: Runn
     assert torch.equal(matrix(poisoned, runner, mask=mask), matrix(x, runner, mask=mask))
 
 
+@every_runner
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_weight_zero_removes_a_token_and_weight_two_repeats_it(
     masked: bool, dtype: torch.dtype, runner: Runner
@@ -176,6 +189,7 @@ def test_weight_zero_removes_a_token_and_weight_two_repeats_it(
     assert_matches_fp64(result, repeated)
 
 
+@every_runner
 @pytest.mark.parametrize("padding", [1, 64, 500])
 def test_zero_tokens_at_the_end_change_no_bit(
     padding: int, dtype: torch.dtype, runner: Runner
@@ -185,6 +199,7 @@ def test_zero_tokens_at_the_end_change_no_bit(
     assert torch.equal(matrix(padded, runner), matrix(x, runner))
 
 
+@every_runner
 @pytest.mark.parametrize("exponent", [-4, 3])
 def test_scaling_by_a_power_of_two_scales_every_bit(
     exponent: int, dtype: torch.dtype, runner: Runner
@@ -195,16 +210,19 @@ def test_scaling_by_a_power_of_two_scales_every_bit(
     assert torch.equal(matrix(x * scale, runner), matrix(x, runner) * scale**2)
 
 
+@every_runner
 def test_the_same_input_gives_the_same_bits(dtype: torch.dtype, runner: Runner) -> None:
     x = positive(runner.tokens, 140).to(dtype)
     assert torch.equal(matrix(x, runner), matrix(x, runner))
 
 
+@every_runner
 def test_large_and_small_magnitudes_survive(runner: Runner) -> None:
     x = positive(200, 66) * torch.logspace(-18, 18, 66)
     assert_matches_fp64(matrix(x, runner), x)
 
 
+@every_runner
 def test_the_gram_is_positive_semidefinite_to_rounding(dtype: torch.dtype, runner: Runner) -> None:
     # Rank 8 of 128. Weyl: an eigenvalue moves by at most the norm of the error matrix, which the
     # componentwise bound keeps below ERROR_LIMIT * eps * | |X|^T |X| |, in the Frobenius norm.
@@ -215,6 +233,7 @@ def test_the_gram_is_positive_semidefinite_to_rounding(dtype: torch.dtype, runne
     assert lowest - exact > -reference.ERROR_LIMIT * eps * reference.gram(x.abs()).norm()
 
 
+@every_runner
 def test_activations_that_need_gradients_are_fine(runner: Runner) -> None:
     x = positive(70, 20)
     expected = accumulate(x, runner)
@@ -223,6 +242,7 @@ def test_activations_that_need_gradients_are_fine(runner: Runner) -> None:
     )
 
 
+@every_runner
 @pytest.mark.parametrize(
     "context",
     [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],

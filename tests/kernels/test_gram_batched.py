@@ -12,7 +12,7 @@ from torch import Tensor
 import grail_kernels as gk
 from grail_kernels import reference
 from tests.kernels.cases import positive
-from tests.kernels.conftest import Runner
+from tests.kernels.conftest import Runner, every_runner
 from tests.kernels.test_gram import in_dtype, poison_scratch
 
 CHANNELS = 67
@@ -86,6 +86,7 @@ def assert_match_fp64(
         assert reference.error_ratio(matrix, exact, magnitude) < reference.ERROR_LIMIT
 
 
+@every_runner
 @pytest.mark.parametrize("tokens", [1, 63, 65, 2100])
 @pytest.mark.parametrize("channels", [1, 64, 129])
 def test_all_sizes_match_fp64(
@@ -97,6 +98,7 @@ def test_all_sizes_match_fp64(
     assert_match_fp64(matrices(x, runner), x)
 
 
+@every_runner
 @pytest.mark.parametrize("batch", BATCHES)
 def test_all_layouts_match_fp64_and_are_left_alone(
     batch: str, dtype: torch.dtype, runner: Runner
@@ -107,6 +109,7 @@ def test_all_layouts_match_fp64_and_are_left_alone(
     assert torch.equal(x, before)
 
 
+@every_runner
 @pytest.mark.parametrize("batch", ["heads", "heads of sequences", "pixels in groups", "windows"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
@@ -127,6 +130,7 @@ def test_masks_weights_sums_and_counts_match_fp64(
     assert not nonfinite.any()
 
 
+@every_runner
 @pytest.mark.parametrize("batch", ["heads", "pixels in groups"])
 def test_tokens_split_over_programs_match_fp64(
     batch: str, runner: Runner, monkeypatch: pytest.MonkeyPatch
@@ -144,12 +148,14 @@ def test_tokens_split_over_programs_match_fp64(
         assert reference.error_ratio(matrix_sums, exact, magnitude) < reference.ERROR_LIMIT
 
 
+@every_runner
 def test_more_than_a_tile_and_a_strip_of_each_matrix_match_fp64(runner: Runner) -> None:
     x = positive(16, 3, 400).half().transpose(0, 1)
     sums = torch.zeros(3, 400, device=runner.device)
     assert_match_fp64(matrices(x, runner, sums=sums), x)
 
 
+@every_runner
 def test_what_is_there_is_added_to(runner: Runner) -> None:
     x = BATCHES["heads"](100).half()
     out = torch.zeros(3, gk.packed_numel(CHANNELS), device=runner.device)
@@ -158,6 +164,7 @@ def test_what_is_there_is_added_to(runner: Runner) -> None:
     assert_match_fp64(gk.unpack(out.cpu(), CHANNELS), torch.cat([x, x], dim=1))
 
 
+@every_runner
 def test_a_batch_of_one_has_the_bits_of_a_single_matrix(runner: Runner) -> None:
     x = positive(runner.tokens, CHANNELS).half().to(runner.device)
     batched, single = (torch.zeros(1, gk.packed_numel(CHANNELS)).to(runner.device) for _ in "ab")
@@ -166,11 +173,13 @@ def test_a_batch_of_one_has_the_bits_of_a_single_matrix(runner: Runner) -> None:
     assert torch.equal(gk.unpack(batched, CHANNELS), gk.unpack(single, CHANNELS))
 
 
+@every_runner
 def test_the_same_input_gives_the_same_bits(dtype: torch.dtype, runner: Runner) -> None:
     x = BATCHES["heads"](runner.tokens).to(dtype)
     assert torch.equal(matrices(x, runner), matrices(x, runner))
 
 
+@every_runner
 def test_what_masked_tokens_hold_changes_no_bit(runner: Runner) -> None:
     x = BATCHES["heads"](200).half()
     mask = torch.rand(200) < 0.5
@@ -178,6 +187,7 @@ def test_what_masked_tokens_hold_changes_no_bit(runner: Runner) -> None:
     assert torch.equal(matrices(poisoned, runner, mask=mask), matrices(x, runner, mask=mask))
 
 
+@every_runner
 @pytest.mark.parametrize(
     "context",
     [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],

@@ -147,6 +147,7 @@ def test_triton_launches_with_the_row_of_its_own_architecture(
 ) -> None:
     launched: list[tuning.GramConfig] = []
     gram_triton = pytest.importorskip("grail_kernels.gram_triton")
+    monkeypatch.setattr("grail_kernels.gram_tma.runs_on", lambda device: False)
     monkeypatch.setattr(gram_triton, "_launch", lambda config, *_, **__: launched.append(config))
     row = {"block_tokens": 16, "block_channels": 32, "group": 3, "warps": 4, "stages": 2}
     rows = {"16-bit": {"narrow": row, "scattered": row}}

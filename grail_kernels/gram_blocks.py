@@ -1,0 +1,135 @@
+"""What the Triton kernels of Gram matrices share: the walk over tiles, adding one, split tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What the interpreter, which has no GPU to fill, takes as the number of its multiprocessors.
+_INTERPRETER_PROCESSORS = 4
+
+# Adds to targets [splits, E, P], [splits, E, H] and [splits, E, H].
+Launch = Callable[[Tensor, Tensor | None, Tensor | None], None]
+
+
+@triton.jit
+def _triangle_row(index):
+    """The row of element `index` of a row-major lower triangle."""
+    row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int64)
+    # The root of a large number may round across an integer.
+    row = tl.where(row * (row + 1) // 2 > index, row - 1, row)
+    return tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
+
+
+@triton.jit
+def tile_of(program, tile_rows, GROUP: tl.constexpr):
+    """The (row, column) of the tile that a program owns.
+
+    Groups of GROUP tile rows follow one another. Within a group the columns to the left of its
+    own triangle come first, each from top to bottom, then that triangle.
+    """
+    first_row = _triangle_row(program) // GROUP * GROUP
+    within = program - first_row * (first_row + 1) // 2
+    rows = tl.minimum(GROUP, tile_rows - first_row)
+    beyond = within - rows * first_row
+    in_triangle = beyond >= 0
+    beyond = tl.maximum(beyond, 0)
+    triangle_row = _triangle_row(beyond)
+    triangle_column = beyond - triangle_row * (triangle_row + 1) // 2
+    row = tl.where(in_triangle, triangle_row, within % rows)
+    column = tl.where(in_triangle, first_row + triangle_column, within // rows)
+    return first_row + row, column
+
+
+@triton.jit
+def add_tile(
+    packed_ptr, total, tile_row, tile_column, H, STRIP: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """Add `total` [BLOCK_H, BLOCK_H] to a tile of a packed matrix, which nobody else writes."""
+    # The whole tile is ours: above the diagonal of its strip lies scratch. Offsets inside a tile
+    # fit 32 bits, and 64-bit ones would take half of the registers.
+    strip = tile_row * BLOCK_H // STRIP
+    row_stride = tl.minimum((strip + 1) * STRIP, H)
+    tile_ptr = packed_ptr + STRIP * STRIP * strip * (strip + 1) // 2
+    tile_ptr += (tile_row * BLOCK_H - strip * STRIP) * row_stride + tile_column * BLOCK_H
+    within = tl.arange(0, BLOCK_H)
+    offsets = within[:, None] * row_stride.to(tl.int32) + within[None, :]
+    fits_rows = tile_row * BLOCK_H + within < H
+    fits_columns = tile_column * BLOCK_H + within < H
+    mask = fits_rows[:, None] & fits_columns[None, :]
+    stored = tl.load(tile_ptr + offsets, mask=mask, other=0.0)
+    tl.store(tile_ptr + offsets, stored + total, mask=mask)
+
+
+@triton.jit
+def add_collected(sums_ptr, nonfinite_ptr, sums, counts, rows, row_mask):
+    """Add sums and counts of channels [BLOCK_H] to those of a matrix, where they are collected."""
+    if sums_ptr is not None:
+        before = tl.load(sums_ptr + rows, mask=row_mask, other=0.0)
+        tl.store(sums_ptr + rows, before + sums, mask=row_mask)
+    if nonfinite_ptr is not None:
+        before = tl.load(nonfinite_ptr + rows, mask=row_mask, other=0)
+        tl.store(nonfinite_ptr + rows, before + counts, mask=row_mask)
+
+
+@triton.jit
+def products_of_parts(rows, cols, OPERAND: tl.constexpr):
+    """Rows [R, T] @ cols [T, C] in fp32, each the sum of three bf16; small products first."""
+    row_high = rows.to(tl.bfloat16)
+    col_high = cols.to(tl.bfloat16)
+    rows -= row_high.to(tl.float32)
+    cols -= col_high.to(tl.float32)
+    row_middle = rows.to(tl.bfloat16)
+    col_middle = cols.to(tl.bfloat16)
+    row_low = (rows - row_middle.to(tl.float32)).to(tl.bfloat16).to(OPERAND)
+    col_low = (cols - col_middle.to(tl.float32)).to(tl.bfloat16).to(OPERAND)
+    row_high = row_high.to(OPERAND)
+    col_high = col_high.to(OPERAND)
+    row_middle = row_middle.to(OPERAND)
+    col_middle = col_middle.to(OPERAND)
+    product = tl.dot(row_low, col_high, input_precision="ieee")
+    product = tl.dot(row_high, col_low, product, input_precision="ieee")
+    product = tl.dot(row_middle, col_middle, product, input_precision="ieee")
+    product = tl.dot(row_middle, col_high, product, input_precision="ieee")
+    product = tl.dot(row_high, col_middle, product, input_precision="ieee")
+    return tl.dot(row_high, col_high, product, input_precision="ieee")
+
+
+def in_splits(
+    splits: int,
+    out: Tensor,  # [E, P]
+    sums: Tensor | None,  # [E, H]
+    nonfinite: Tensor | None,  # [E, H]
+    launch: Launch,
+) -> None:
+    """Let `launch` add to the targets, or where tokens are split to parts that add up in order."""
+    if splits == 1:
+        launch(out, sums, nonfinite)
+        return
+    parts = out.new_zeros(splits, *out.shape)
+    part_sums, part_counts = (
+        None if target is None else target.new_zeros(splits, *target.shape)
+        for target in (sums, nonfinite)
+    )
+    launch(parts, part_sums, part_counts)
+    for target, part in ((out, parts), (sums, part_sums), (nonfinite, part_counts)):
+        if target is not None and part is not None:
+            target += part.sum(0)
+
+
+def tiles_of(channels: int, edge: int) -> int:
+    """How many square tiles of that edge the lower triangle has."""
+    tile_rows = math.ceil(channels / edge)
+    return tile_rows * (tile_rows + 1) // 2
+
+
+def processors_of(x: Tensor) -> int:
+    """The multiprocessors of the GPU that holds `x`."""
+    if not x.is_cuda:
+        return _INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(x.device).multi_processor_count

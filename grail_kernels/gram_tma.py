@@ -1,0 +1,301 @@
+"""The Triton kernel for GPUs with a tensor memory accelerator (TMA): sm_90.
+
+As `gram_triton`, tile by tile, but a program names the blocks of activations and the copy engine
+brings them into shared memory, zeros where the activations end. That leaves registers for twice the
+tokens a step, and no address is computed in the loop.
+
+The engine reads bf16 or fp16 [matrices, tokens, channels] in rows of 16 aligned bytes. Activations
+that lie so are read where they are. Others are first laid out so, a block of tokens at a time: with
+other strides, with a mask, which leaves zeros, and fp32, which becomes three bf16 parts (see
+`gram_triton`) that six products then read without converting anything in their loop.
+
+Bytes: each tile reads 2*T*BLOCK_H*itemsize from L2, which at 128 x 128 bounds it as much as the
+tensor cores do; the matrix moves 4*H^2 a launch. Laying out reads and writes the activations once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from grail_kernels import tiles, tuning
+from grail_kernels.backend import interpreting
+from grail_kernels.gram_blocks import (
+    add_collected,
+    add_tile,
+    in_splits,
+    processors_of,
+    tile_of,
+    tiles_of,
+)
+
+# The GPUs that this kernel was measured on: on sm_100, Triton 3.6 fails to compile it.
+_CAPABILITY = (9, 0)
+
+# What a descriptor asks of addresses and strides, in bytes, and how far it reaches.
+_ALIGNMENT = 16
+_REACH = 2**40
+
+# Tokens that are laid out at a time: enough to make up for reading G again.
+_LAID_TOKENS = 8192
+
+# The block of activations that one program lays out.
+_LAID_BLOCK = (32, 128)
+
+
+@triton.jit
+def _load_block(x_desc, matrix, token, channel, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A block [BLOCK_T, BLOCK_H] of one matrix, zeros beyond its end."""
+    return x_desc.load([matrix, token, channel]).reshape(BLOCK_T, BLOCK_H)
+
+
+@triton.jit(do_not_specialize=["matrices", "span"])
+def _gram_tma_kernel(
+    out_ptr,  # [splits, matrices, P]
+    x_desc,  # [matrices * PARTS, tokens, H]
+    sums_ptr,  # [splits, matrices, H], or None
+    nonfinite_ptr,  # [splits, matrices, H], or None
+    H,
+    tokens,
+    matrices,
+    span,
+    out_stride,
+    STRIP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHAIN: tl.constexpr,
+    PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """One tile of one matrix over `span` steps; with sums or counts, first a block of channels."""
+    program = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
+    tile_rows = tl.cdiv(H, BLOCK_H).to(tl.int64)
+    collectors = 0 if sums_ptr is None and nonfinite_ptr is None else tile_rows
+    programs = collectors + tile_rows * (tile_rows + 1) // 2
+    matrix = program // programs
+    program -= matrix * programs
+    target = split * matrices + matrix
+    first = matrix.to(tl.int32) * PARTS
+    first_step = split.to(tl.int32) * span
+    end_step = tl.minimum(first_step + span, tl.cdiv(tokens, BLOCK_T))
+
+    if program < collectors:
+        channel = (program * BLOCK_H).to(tl.int32)
+        channel_sums = tl.zeros([BLOCK_H], tl.float32)
+        channel_counts = tl.zeros([BLOCK_H], tl.int32)
+        for step in range(first_step, end_step):
+            x = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+            for part in tl.static_range(PARTS - 1, -1, -1):
+                block = _load_block(x_desc, first + part, step * BLOCK_T, channel, BLOCK_T, BLOCK_H)
+                x += block.to(tl.float32)
+            is_finite = tl.abs(x) < float("inf")
+            channel_counts += tl.sum((~is_finite).to(tl.int32), axis=0)
+            channel_sums += tl.sum(x, axis=0)
+        channels = channel + tl.arange(0, BLOCK_H)
+        if sums_ptr is not None:
+            sums_ptr += target * H
+        if nonfinite_ptr is not None:
+            nonfinite_ptr += target * H
+        add_collected(sums_ptr, nonfinite_ptr, channel_sums, channel_counts, channels, channels < H)
+    else:
+        tile_row, tile_column = tile_of(program - collectors, tile_rows, GROUP)
+        row = (tile_row * BLOCK_H).to(tl.int32)
+        column = (tile_column * BLOCK_H).to(tl.int32)
+        total = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
+        chain = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
+        for step in range(first_step, end_step):
+            token = step * BLOCK_T
+            if PARTS == 1:
+                rows = _load_block(x_desc, first, token, row, BLOCK_T, BLOCK_H).to(OPERAND)
+                cols = _load_block(x_desc, first, token, column, BLOCK_T, BLOCK_H).to(OPERAND)
+                link = (step - first_step) % CHAIN
+                if link == 0:
+                    chain = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
+                chain = tl.dot(rows.T, cols, chain, input_precision="ieee")
+                if (link == CHAIN - 1) | (step == end_step - 1):
+                    total += chain
+            else:
+                high = _load_block(x_desc, first, token, row, BLOCK_T, BLOCK_H).to(OPERAND).T
+                col_high = _load_block(x_desc, first, token, column, BLOCK_T, BLOCK_H).to(OPERAND)
+                mid = _load_block(x_desc, first + 1, token, row, BLOCK_T, BLOCK_H).to(OPERAND).T
+                col_mid = _load_block(x_desc, first + 1, token, column, BLOCK_T, BLOCK_H).to(
+                    OPERAND
+                )
+                low = _load_block(x_desc, first + 2, token, row, BLOCK_T, BLOCK_H).to(OPERAND).T
+                col_low = _load_block(x_desc, first + 2, token, column, BLOCK_T, BLOCK_H).to(
+                    OPERAND
+                )
+                # Small products first; a step's are summed apart from the long chain.
+                product = tl.dot(low, col_high, input_precision="ieee")
+                product = tl.dot(high, col_low, product, input_precision="ieee")
+                product = tl.dot(mid, col_mid, product, input_precision="ieee")
+                product = tl.dot(mid, col_high, product, input_precision="ieee")
+                product = tl.dot(high, col_mid, product, input_precision="ieee")
+                total += tl.dot(high, col_high, product, input_precision="ieee")
+        add_tile(out_ptr + target * out_stride, total, tile_row, tile_column, H, STRIP, BLOCK_H)
+
+
+@triton.jit(do_not_specialize=["inner", "first_token", "tokens"])
+def _lay_kernel(
+    laid_ptr,  # [matrices * PARTS, tokens, width]
+    x_ptr,  # [matrices, outer, inner, H]
+    mask_ptr,  # [outer * inner], or None
+    H,
+    width,
+    inner,
+    first_token,
+    tokens,
+    stride_xm,
+    stride_xo,
+    stride_xt,
+    stride_xc,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Lay out a block of `tokens` tokens from `first_token` on, zeros where the mask is."""
+    matrix = tl.program_id(2).to(tl.int64)
+    own = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    channels = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    token = first_token + own
+    counts = own < tokens
+    takes_part = counts
+    if mask_ptr is not None:
+        takes_part &= tl.load(mask_ptr + token, mask=counts, other=0) != 0
+    places = matrix * stride_xm + token // inner * stride_xo + token % inner * stride_xt
+    x = tl.load(
+        x_ptr + (places[:, None] + channels[None, :] * stride_xc),
+        mask=takes_part[:, None] & (channels < H)[None, :],
+        other=0.0,
+    )
+    laid_ptr += matrix * PARTS * tokens * width
+    offsets = own[:, None] * width + channels[None, :]
+    mask = counts[:, None] & (channels < width)[None, :]
+    for part in tl.static_range(PARTS):
+        high = x.to(laid_ptr.dtype.element_ty)
+        tl.store(laid_ptr + part * tokens * width + offsets, high, mask=mask)
+        if PARTS > 1:
+            x -= high.to(tl.float32)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the GPU `device` has a tensor memory accelerator that Triton drives well."""
+    if device.type != "cuda":
+        return interpreting()
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) == _CAPABILITY
+
+
+def launch_gram_tma(
+    out: Tensor,  # [E, P]
+    x: Tensor,  # [E, outer, inner, H]
+    mask: Tensor | None,  # [outer * inner] uint8
+    sums: Tensor | None,  # [E, H]
+    nonfinite: Tensor | None,  # [E, H]
+) -> None:
+    """Add the Gram matrix of each x of a batch; the checked arguments of `launch_gram`."""
+    _, outer, inner, channels = x.shape
+    if mask is None and outer == 1 and _is_laid(x):
+        _launch(out, x[:, 0], channels, sums, nonfinite)
+        return
+    for first in range(0, outer * inner, _LAID_TOKENS):
+        tokens = min(_LAID_TOKENS, outer * inner - first)
+        _launch(out, _lay(x, mask, first, tokens), channels, sums, nonfinite)
+
+
+def _is_laid(x: Tensor) -> bool:
+    """Whether the engine can read `x` [E, 1, T, H] where it is."""
+    steps = [stride * x.element_size() for stride in (x.stride(0), x.stride(2))]
+    return (
+        x.dtype != torch.float32
+        and x.stride(3) == 1
+        and x.data_ptr() % _ALIGNMENT == 0
+        and all(0 < step < _REACH and step % _ALIGNMENT == 0 for step in steps)
+    )
+
+
+def _lay(x: Tensor, mask: Tensor | None, first: int, tokens: int) -> Tensor:
+    """Those tokens of `x` [E, outer, inner, H] as [E * parts, tokens, H or a little more]."""
+    matrices, _, inner, channels = x.shape
+    parts, dtype = (3, torch.bfloat16) if x.dtype == torch.float32 else (1, x.dtype)
+    width = math.ceil(channels * dtype.itemsize / _ALIGNMENT) * _ALIGNMENT // dtype.itemsize
+    laid = x.new_empty(matrices * parts, tokens, width, dtype=dtype)
+    block_tokens, block_channels = _LAID_BLOCK
+    grid = (math.ceil(tokens / block_tokens), math.ceil(width / block_channels), matrices)
+    _lay_kernel[grid](
+        laid,
+        x,
+        mask,
+        channels,
+        width,
+        inner,
+        first,
+        tokens,
+        *x.stride(),
+        BLOCK_T=block_tokens,
+        BLOCK_H=block_channels,
+        PARTS=parts,
+    )
+    return laid
+
+
+def _launch(
+    out: Tensor,  # [E, P]
+    laid: Tensor,  # [E * parts, T, H or more]
+    channels: int,
+    sums: Tensor | None,  # [E, H]
+    nonfinite: Tensor | None,  # [E, H]
+) -> None:
+    """Launch a program for each tile of each matrix, and for each block of channels to collect."""
+    matrices, tokens = out.shape[0] if out.dim() > 1 else 1, laid.shape[1]
+    parts = laid.shape[0] // matrices
+    config = tuning.tma_config(parts, channels, architecture=tuning.architecture_of(laid.device))
+    steps = math.ceil(tokens / config.block_tokens)
+    programs = tiles_of(channels, config.block_channels)
+    splits = tuning.token_splits(matrices * programs, tokens, processors_of(laid))
+    span = math.ceil(steps / splits)
+    if sums is not None or nonfinite is not None:
+        programs += math.ceil(channels / config.block_channels)
+    block = [1, config.block_tokens, config.block_channels]
+    shape = [matrices * parts, tokens, channels]
+    descriptor = TensorDescriptor(laid, shape, list(laid.stride()), block)
+
+    def launch(out: Tensor, sums: Tensor | None, nonfinite: Tensor | None) -> None:
+        _gram_tma_kernel[(programs * matrices, splits)](
+            out,
+            descriptor,
+            sums,
+            nonfinite,
+            channels,
+            tokens,
+            matrices,
+            span,
+            out.shape[-1],
+            **constants(config, parts, laid.dtype),
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+
+    in_splits(splits, out, sums, nonfinite, launch)
+
+
+def constants(config: tuning.GramConfig, parts: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of the kernel; `bench/aot.py` compiles with the same."""
+    operand = tl.float16 if dtype == torch.float16 else tl.bfloat16
+    return {
+        "STRIP": tiles.BLOCK,
+        "BLOCK_T": config.block_tokens,
+        "BLOCK_H": config.block_channels,
+        "GROUP": config.group,
+        "CHAIN": max(1, tuning.CHAIN_TOKENS // config.block_tokens),
+        "PARTS": parts,
+        # The interpreter gets products of bf16 wrong.
+        "OPERAND": tl.float32 if interpreting() else operand,
+    }
