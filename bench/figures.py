@@ -40,7 +40,7 @@ def accuracy(rows: list[Row]) -> Any:
         style = {"marker": ".", "label": label}
         error.plot(tokens, [float(row["error"]) for row in ours], **style)
         bias.plot(tokens, [abs(float(row["diagonal_bias"])) for row in ours], **style)
-    error.axhline(ERROR_LIMIT, color="grey", linestyle=":", label="16 eps")
+    limit = error.axhline(ERROR_LIMIT, color="grey", linestyle=":", label="16 eps")
     bias.axhline(BIAS_LIMIT, color="grey", linestyle=":", label="target")
     channels = rows[0]["channels"]
     title = f"{channels} channels of mean 0.5, deviation 1; all tokens in one call"
@@ -48,7 +48,8 @@ def accuracy(rows: list[Row]) -> Any:
     bias.set(title=rows[0]["device"], ylabel="|mean relative error| of the diagonal")
     for panel in (error, bias):
         panel.set(xscale="log", yscale="log", xlabel="tokens")
-        panel.legend(fontsize=8)
+    error.legend(handles=[limit], fontsize=8)
+    bias.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from grail_kernels import tuning
+from grail_kernels.backend import interpreting
 
 # What the interpreter, which has no GPU to fill, takes as the number of its multiprocessors.
 _INTERPRETER_PROCESSORS = 4
@@ -128,8 +133,27 @@ def tiles_of(channels: int, edge: int) -> int:
     return tile_rows * (tile_rows + 1) // 2
 
 
-def processors_of(x: Tensor) -> int:
-    """The multiprocessors of the GPU that holds `x`."""
-    if not x.is_cuda:
-        return _INTERPRETER_PROCESSORS
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+@dataclass(frozen=True)
+class Gpu:
+    """What a launch has to know of a GPU.
+
+    Attributes:
+        architecture: as `tuning.architecture_of` names it.
+        processors: its multiprocessors.
+        has_tma: whether it has a tensor memory accelerator that Triton drives well: sm_90. (Triton
+            3.6 fails to compile for sm_100 what reads through it here.)
+    """
+
+    architecture: str
+    processors: int
+    has_tma: bool
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU `device`, asked once: the driver takes its time to answer."""
+    architecture = tuning.architecture_of(device)
+    if device.type != "cuda":
+        return Gpu(architecture, _INTERPRETER_PROCESSORS, has_tma=interpreting())
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Gpu(architecture, processors, has_tma=architecture == "sm_90")

@@ -29,21 +29,22 @@ from grail_kernels.backend import interpreting
 from grail_kernels.gram_blocks import (
     add_collected,
     add_tile,
+    gpu_of,
     in_splits,
-    processors_of,
     tile_of,
     tiles_of,
 )
-
-# The GPUs that this kernel was measured on: on sm_100, Triton 3.6 fails to compile it.
-_CAPABILITY = (9, 0)
 
 # What a descriptor asks of addresses and strides, in bytes, and how far it reaches.
 _ALIGNMENT = 16
 _REACH = 2**40
 
 # Tokens that are laid out at a time: enough to make up for reading G again.
-_LAID_TOKENS = 8192
+_LAID_TOKENS = tuning.BUFFER_TOKENS
+
+# Tokens of a launch. Programs start together, and drift apart: over more tokens than these, what
+# one reads has left L2 before its neighbours come for it.
+_LAUNCHED_TOKENS = 2 * tuning.BUFFER_TOKENS
 
 # The block of activations that one program lays out.
 _LAID_BLOCK = (32, 128)
@@ -187,10 +188,8 @@ def _lay_kernel(
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the GPU `device` has a tensor memory accelerator that Triton drives well."""
-    if device.type != "cuda":
-        return interpreting()
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) == _CAPABILITY
+    """Whether this kernel is for the GPU `device`."""
+    return gpu_of(device).has_tma
 
 
 def launch_gram_tma(
@@ -203,7 +202,8 @@ def launch_gram_tma(
     """Add the Gram matrix of each x of a batch; the checked arguments of `launch_gram`."""
     _, outer, inner, channels = x.shape
     if mask is None and outer == 1 and _is_laid(x):
-        _launch(out, x[:, 0], channels, sums, nonfinite)
+        for part in x[:, 0].split(_LAUNCHED_TOKENS, dim=1):
+            _launch(out, part, channels, sums, nonfinite)
         return
     for first in range(0, outer * inner, _LAID_TOKENS):
         tokens = min(_LAID_TOKENS, outer * inner - first)
@@ -256,10 +256,11 @@ def _launch(
     """Launch a program for each tile of each matrix, and for each block of channels to collect."""
     matrices, tokens = out.shape[0] if out.dim() > 1 else 1, laid.shape[1]
     parts = laid.shape[0] // matrices
-    config = tuning.tma_config(parts, channels, architecture=tuning.architecture_of(laid.device))
+    gpu = gpu_of(laid.device)
+    config = tuning.tma_config(parts, channels, architecture=gpu.architecture)
     steps = math.ceil(tokens / config.block_tokens)
     programs = tiles_of(channels, config.block_channels)
-    splits = tuning.token_splits(matrices * programs, tokens, processors_of(laid))
+    splits = tuning.token_splits(matrices * programs, tokens, gpu.processors)
     span = math.ceil(steps / splits)
     if sums is not None or nonfinite is not None:
         programs += math.ceil(channels / config.block_channels)

@@ -35,8 +35,8 @@ from grail_kernels.backend import interpreting
 from grail_kernels.gram_blocks import (
     add_collected,
     add_tile,
+    gpu_of,
     in_splits,
-    processors_of,
     products_of_parts,
     tile_of,
     tiles_of,
@@ -274,7 +274,7 @@ def launch_gram_ragged(
         x.dtype,
         x.shape[-1],
         aligned=_is_aligned(x),
-        architecture=tuning.architecture_of(x.device),
+        architecture=gpu_of(x.device).architecture,
     )
     _launch(config, out, x, None, None, sums, nonfinite, offsets=offsets)
 
@@ -310,11 +310,11 @@ def _launch_split(
         weighted=weights is not None,
         gated=gate is not None,
         aligned=_is_aligned(x),
-        architecture=tuning.architecture_of(x.device),
+        architecture=gpu_of(x.device).architecture,
     )
     steps = outer * math.ceil(inner / config.block_tokens)
     tiles_of_all = matrices * tiles_of(channels, config.block_channels)
-    splits = tuning.token_splits(tiles_of_all, outer * inner, processors_of(x))
+    splits = tuning.token_splits(tiles_of_all, outer * inner, gpu_of(x.device).processors)
     span = math.ceil(steps / splits)
 
     def launch(out: Tensor, sums: Tensor | None, nonfinite: Tensor | None) -> None:

@@ -163,6 +163,7 @@ def test_what_cannot_be_brought_is_refused(tiny_llama, tiny_batches):
         grail.compress(model.to("meta"), batches)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_weights_block_by_block(tiny_llama, tiny_batches):
     model = tiny_llama(num_hidden_layers=4)
@@ -172,4 +173,5 @@ def test_a_gpu_gives_the_same_weights_block_by_block(tiny_llama, tiny_batches):
     grail.compress(there, [batch.to("cuda") for batch in tiny_batches()], **settings)
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
     for name, weight in there.named_parameters():
-        assert torch.equal(model.get_parameter(name), weight.cpu()), name
+        # Not bit for bit: embeddings and rotary angles are the host's here, the GPU's there.
+        torch.testing.assert_close(model.get_parameter(name), weight.cpu(), rtol=1e-3, atol=1e-4)

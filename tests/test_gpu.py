@@ -1,0 +1,40 @@
+"""What a whole run gives on a GPU is what it gives on the CPU, for every family and selector."""
+
+import copy
+
+import pytest
+import torch
+
+import grail
+from grail.select import names
+
+FAMILIES = ("llama", "gpt2", "qwen2_moe", "bert", "vit")
+
+
+def errors(model, batches, **options):
+    report = grail.compress(model, batches, keep=0.5, progress=False, **options)
+    return {row.name: row.error for row in report.sites}
+
+
+def moved(batches, device):
+    return [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+
+
+def assert_a_gpu_agrees(model, batches, **options):
+    there = copy.deepcopy(model).to("cuda")
+    here = errors(model, batches, **options)
+    assert errors(there, moved(batches, "cuda"), **options) == pytest.approx(here, rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_restores_every_family_as_the_cpu_does(family, tiny_model, tiny_inputs):
+    assert_a_gpu_agrees(tiny_model(family), tiny_inputs(family))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_gpu_chooses_and_restores_as_the_cpu_does(selector, tiny_model, tiny_inputs):
+    assert_a_gpu_agrees(tiny_model("llama"), tiny_inputs("llama"), selector=selector)
