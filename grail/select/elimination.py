@@ -7,7 +7,7 @@ With H = G + λI, and every weight free to make up for what is dropped, dropping
 
 which is the forward search of `grail.select.greedy` with H⁻¹ in the place of S, W in that of W S
 and the least in that of the most: both run `grail.select.pivots`. Of H channels, D dropped: 2·H³
-FLOPs for the inverse, then 8·H·D² + 2·D·O·H.
+FLOPs for the inverse, then H·D² + 2·D·O·H.
 
 The updates of W need no code of their own: whatever the order, with the set D dropped and P kept
 they end in W_P + W_D H_DP H_PP⁻¹, which is `grail.fit(..., toward="baseline")` with the same λ.
@@ -55,16 +55,12 @@ def eliminate(view: View, damping: float, block_cost: BlockCost) -> Selection:
     return Selection(kept.nonzero().flatten(), width.channels)
 
 
-def flops(channels: int, kept: int, outputs: int) -> int:
-    """Of the matrix products that leave `kept` of H channels with O outputs."""
-    return 2 * channels**3 + pivots.flops(channels, channels - kept, outputs)
-
-
 def peak_bytes(channels: int, kept: int, outputs: int) -> int:
     """The most memory that the choice of `kept` of H channels for O outputs takes."""
     h, o = channels, outputs
     solving = 3 * h * h  # the identity, the factor of H and its inverse, beside G
-    searching = h * (h - kept) + pivots.working_numbers(h, o)  # V; the inverse in G's place
+    # V; the inverse is in G's place.
+    searching = h * (h - kept) + pivots.working_numbers(h, h - kept, o)
     return 8 * (h * h + h * o + max(solving, searching))
 
 
@@ -73,9 +69,9 @@ def exact_cost(columns: Tensor, inverse: Tensor) -> Tensor:
     return (columns @ torch.linalg.inv(inverse) * columns).sum()
 
 
-def cheapness(columns: Tensor, left: Tensor, first: Tensor) -> Tensor:
+def cheapness(squares: Tensor, left: Tensor, first: Tensor) -> Tensor:
     """-‖W_:j‖² / [H⁻¹]_jj by channel, for `pivots`."""
-    return -columns.square().sum(0) / left
+    return -squares / left
 
 
 def _prepared(view: View, damping: float) -> tuple[Tensor, Tensor]:

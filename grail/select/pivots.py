@@ -4,11 +4,23 @@ Each chosen channel j takes its part out of all the others, for a symmetric S [H
 
     S ← S − S_:j S_j: / S_jj        A ← A − A_:j S_j: / S_jj
 
-S itself is never rewritten: a pivoted partial Cholesky S ≈ V Vᵀ gives the columns that are asked
-for, S_:j − V V_jᵀ, and A is corrected by the outer products of V. To work with matrices, not
-vectors, the order is exact among the candidates only, those of best score, and all channels are
-looked at again after a block of choices. For N channels with p candidates for a block of b:
-H·N²·p/b + 2·N·O·H FLOPs in matrix products, and N passes over [H, p].
+S itself is never rewritten: a pivoted partial Cholesky S ≈ V Vᵀ gives what is asked for, S − V Vᵀ,
+and A is corrected by the outer products of V. To work with matrices, not vectors, the order is
+exact among the candidates only, those of best score, and all channels are looked at again after a
+block of choices.
+
+A score needs no more of A than ‖A_:j‖², so the choices within a block are made on two matrices of
+the p candidates alone, S_PP and B = A_PᵀA_P. With v = S_:j/√S_jj, c = B_:j/√S_jj and
+d = c − v·c_j/(2√S_jj) they become
+
+    S_PP − v vᵀ        B − v dᵀ − d vᵀ
+
+That is done on the CPU, wherever S is: a choice costs a few passes over [p, p], where on a GPU it
+would wait for a dozen launches and a look at the result. Then one triangular solve brings the
+columns of V and the corrections of A for the whole block.
+
+FLOPs for N channels in blocks of b with p candidates: H·N² for V, 2·N·O·H for A, 2·N·O·p²/b for B,
+and N passes over [p, p]. Bytes: N/b times A read twice and written once, V read once.
 """
 
 import math
@@ -21,20 +33,17 @@ from torch import Tensor
 # are candidates for that.
 BLOCK, POOL = 16, 8
 
-# From A [O, n], diag S [n] and what diag S was at first [n]: a score [n], the highest is next.
+# From ‖A_:j‖² [n], diag S [n] and what diag S was at first [n]: a score [n], the highest is next.
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def flops(channels: int, count: int, outputs: int) -> int:
-    """Of the matrix products of a search for `count` of H channels with O outputs."""
-    return channels * count * (count * POOL + 2 * outputs)
-
-
-def working_numbers(channels: int, outputs: int) -> int:
-    """The most fp64 numbers that a search holds beside S, A and V."""
+def working_numbers(channels: int, count: int, outputs: int) -> int:
+    """The most fp64 numbers that a search for `count` of H channels holds beside S, A and V."""
     h, o, pool = channels, outputs, min(POOL * BLOCK, channels)
-    # Candidates are gathered while those of the block before are still there, or A is corrected.
-    return max(pool * (4 * h + o), h * o + pool * (h + o) + 2 * BLOCK * o)
+    # Of the candidates, their columns of A or rows of V and two matrices among them; or two forms
+    # of a block's columns. Beside either the block's before, and what is known of each channel.
+    among = pool * (max(o, count) + 2 * pool)
+    return BLOCK * (h + o) + max(among, 2 * BLOCK * (h + o)) + 5 * h
 
 
 def pivots(
@@ -54,31 +63,85 @@ def pivots(
     factor = matrix.new_zeros(matrix.shape[0], count)  # V
     chosen = torch.zeros_like(first, dtype=torch.bool)
     order: list[int] = []
-
-    def scored(part: Tensor, index: Tensor | slice) -> Tensor:
-        return score(part, left[index], first[index]).where(~chosen[index], -math.inf)
-
     while len(order) < count:
-        start = len(order)
-        ranked = scored(outputs, slice(None)).argsort(descending=True, stable=True)
-        pool = ranked[: POOL * block]
-        columns = matrix[:, pool] - factor[:, :start] @ factor[pool, :start].T
-        candidates, corrections = outputs[:, pool], []
-        while len(order) < min(start + block, count):
-            values = scored(candidates, pool)
-            best = int(values.argmax())
-            if values[best] == -math.inf:
-                break
-            j = int(pool[best])
-            column, output = (t[:, best] / left[j].sqrt() for t in (columns, candidates))
-            columns -= torch.outer(column, column[pool])
-            candidates -= torch.outer(output, column[pool])
-            left = (left - column.square()).clamp_min(0)
-            factor[:, len(order)] = column
-            corrections.append(output)
-            chosen[j] = True
-            order.append(j)
-        if not corrections:
+        known = factor[:, : len(order)]
+        squares = torch.linalg.vector_norm(outputs, dim=0).square()
+        scores = score(squares, left, first).where(~chosen, -math.inf)
+        pool = scores.argsort(descending=True, stable=True)[: POOL * block]
+        among, triangle = _chosen_among(
+            _schur_complement(matrix, known, pool).cpu(),
+            _products(outputs[:, pool]).cpu(),
+            (first[pool].cpu(), chosen[pool].cpu()),
+            min(block, count - len(order)),
+            score,
+        )
+        if not among:
             break
-        outputs -= torch.stack(corrections, 1) @ factor[:, start : len(order)].T
+        picked = pool[among]
+        columns = torch.cat([_columns(matrix, known, picked), outputs[:, picked]])
+        columns = torch.linalg.solve_triangular(
+            triangle.to(columns.device).mT, columns, upper=True, left=False
+        )
+        of_matrix, of_outputs = columns.split([len(matrix), len(outputs)])
+        factor[:, len(order) : len(order) + len(among)] = of_matrix
+        outputs.addmm_(of_outputs, of_matrix.mT, alpha=-1)
+        left = (left - of_matrix.square().sum(1)).clamp_min(0)
+        chosen[picked] = True
+        order += picked.tolist()
     return order
+
+
+def _chosen_among(
+    schur: Tensor,
+    products: Tensor,
+    state: tuple[Tensor, Tensor],
+    count: int,
+    score: Score,
+) -> tuple[list[int], Tensor]:
+    """Up to `count` of p candidates, exactly one after another.
+
+    Args:
+        schur: S_PP [p, p]; overwritten.
+        products: A_PᵀA_P [p, p]; overwritten.
+        state: what diag S_PP was at first [p], and which [p] are chosen already.
+
+    Returns:
+        Their places among the candidates, and their rows of their own columns of V: the lower
+        triangle [n, n] of a Cholesky of their part of S.
+    """
+    first, chosen = state
+    waiting = ~chosen
+    places: list[int] = []
+    columns = schur.new_zeros(count, len(schur))  # of V, as rows
+    for column in columns:
+        squares, left = products.diagonal().clamp_min(0), schur.diagonal().clamp_min(0)
+        values = score(squares, left, first).where(waiting, -math.inf)
+        best = int(values.argmax())
+        if values[best].item() == -math.inf:
+            break
+        root = math.sqrt(left[best].item())
+        torch.div(schur[best], root, out=column)
+        output = products[best] / root
+        output.sub_(column, alpha=output[best].item() / (2 * root))
+        schur.addr_(column, column, alpha=-1)
+        products.addr_(column, output, alpha=-1).addr_(output, column, alpha=-1)
+        waiting[best] = False
+        places.append(best)
+    return places, columns[: len(places), places].mT.tril()
+
+
+def _schur_complement(matrix: Tensor, factor: Tensor, index: Tensor) -> Tensor:
+    """(S − V Vᵀ) [n, n] of the channels `index` [n]."""
+    rows = factor[index]
+    return torch.addmm(matrix[index[:, None], index], rows, rows.mT, alpha=-1)
+
+
+def _columns(matrix: Tensor, factor: Tensor, index: Tensor) -> Tensor:
+    """(S − V Vᵀ) [H, n] of the channels `index` [n]."""
+    # Rows of S, which is symmetric: columns of a row-major matrix are the slow direction.
+    return torch.addmm(matrix[index].mT, factor, factor[index].mT, alpha=-1)
+
+
+def _products(columns: Tensor) -> Tensor:
+    """Inner products [n, n] of columns [O, n]."""
+    return columns.mT @ columns
