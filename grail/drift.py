@@ -7,8 +7,9 @@ network's stream h. Their difference is the drift
     δ = h − (r + W x)   [O]
 
 and a consumer that aims at W x + β δ, not at W x, undoes a share β of it. What a fit needs of it
-is the cross moment with the consumer's input, one GEMM of 2·T·O·H FLOPs; of an affine fit also the
-sum d = Σ δ.
+is the cross moment with the consumer's input, a product of 2·T·O·H FLOPs, which tensor cores take
+over for inputs of 16 bits (`grail_kernels.products`); of an affine fit also the sum d = Σ δ. δ
+itself is formed in fp32: with h xᵀ and (r + W x) xᵀ summed up apart their difference would drown.
 
 What the experts of a token write is added up by the router's weights w. Each is asked for its share
 of the token's drift, δ·w/Σw² (`grail.layers.Routed`): together they then add all of it.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from grail.errors import NonFiniteError
-from grail_kernels.precision import full_fp32
+from grail_kernels.products import add_products
 
 
 class Drift:
@@ -41,12 +42,11 @@ class Drift:
 
     def update(self, drift: Tensor, x: Tensor, mask: Tensor | None) -> None:
         """Adds the drift [..., O] of the tokens `x` [..., H] that `mask` [...] counts."""
-        drift, x = (t.reshape(-1, t.shape[-1]).float() for t in (drift, x))
+        drift, x = (t.reshape(-1, t.shape[-1]) for t in (drift, x))
         if mask is not None:
-            # Not by multiplying: what is masked may hold NaN.
-            drift, x = drift[mask.flatten()], x[mask.flatten()]
-        with full_fp32(x.device):
-            self.cross.addmm_(drift.T, x)
+            drift, x = (_counted(t, mask.flatten()) for t in (drift, x))
+        drift = drift.float()
+        add_products(self.cross, drift, x)
         self.sum += drift.sum(0, dtype=torch.float64)
         # Not from fp32 squares, which overflow where C does not.
         self.energy += torch.linalg.vector_norm(drift, dtype=torch.float64).square()
@@ -62,6 +62,15 @@ class Drift:
         bad = ~(self.cross.isfinite().all(1) & self.sum.isfinite())
         if bool(bad.any()):
             _refuse(bad, label)
+
+
+def _counted(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The tokens [T, N] that a mask [T] counts; on a GPU with zeros in the place of the others."""
+    if tokens.device.type == "cpu":
+        return tokens[mask]
+    # How many there are is not asked, which would stall the stream. Not by multiplying: what is
+    # masked may hold NaN.
+    return tokens.where(mask[:, None], 0)
 
 
 def require_finite(drift: Tensor, label: str) -> None:
