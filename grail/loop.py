@@ -367,7 +367,8 @@ class Run:
         self, site: BoundSite, aim: Tensor, landed: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """What the network lacks of `aim` where a site lands, and what each token counts by."""
-        aim = aim.to(landed.device, torch.float32)
+        # Widened where it runs: on its way from a host it would be widened there, and sent as fp32.
+        aim = aim.to(landed.device).float()
         scale = site.token_scale(aim) if self.options.token_weights else None
         return site.drift(aim, landed), scale
 

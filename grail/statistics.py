@@ -84,10 +84,11 @@ class Statistics:
         mask, held = self._flags(batch, tokens, routed)
         if held is None:
             self._add(x, tokens, mask, drift)
-        elif bool((~held).any()):
+        elif bool(held.all()):
+            self._held_out.update(tokens, mask, drift)
+        else:
             parts = (None if t is None else t[~held] for t in (mask, drift))
             self._add(x[~held], tokens[~held], *parts)
-        if held is not None:
             parts = (None if t is None else t[held] for t in (mask, drift))
             self._held_out.update(tokens[held], *parts)
 
@@ -99,13 +100,18 @@ class Statistics:
     def _flags(
         self, batch: int, tokens: Tensor, routed: Routed | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Which tokens count, and which rows of the first axis are held out."""
+        """Which tokens count, and which rows of the first axis are held out.
+
+        The second is on the CPU, where looking at it stalls no GPU, but for a layer that gets only
+        some of the tokens.
+        """
         mask = self._stream.mask(batch)
         held = self._stream.held_out(batch) if self._holds_out else None
         if routed is not None:
             length = self._stream.hidden[batch].shape[1]
             mask = None if mask is None else mask.flatten()[routed.places]
-            return mask, None if held is None else held[routed.places // length]
+            samples_of = routed.places // length
+            return mask, None if held is None else held.to(samples_of.device)[samples_of]
         samples = self._stream.hidden[batch].shape[0]
         shape = tokens.shape[:-1]
         if mask is not None and mask.shape != shape:

@@ -177,12 +177,12 @@ class Stream:
         return sum(map(len, self._counting))
 
     def held_out(self, batch: int) -> Tensor | None:
-        """[B] bool on the model's device, every fifth sequence of all (of fewer, the last).
+        """[B] bool on the CPU, every fifth sequence of all (of fewer, the last).
 
         Sequences of which no token counts are passed over. None where the batch has no other.
         """
         held = self._own_held_out[batch]
-        return held.to(self.device) if bool(held.any()) else None
+        return held if bool(held.any()) else None
 
     @property
     def holds_out(self) -> bool:
