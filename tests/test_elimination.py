@@ -146,7 +146,7 @@ def test_dropping_by_blocks_costs_little():
         return torch.trace(weight @ schur @ weight.T).item()
 
     exact, blocks = (
-        error(pivots(torch.linalg.inv(gram), weight.clone(), channels - kept, cheapness, block=b))
+        error(pivots(torch.linalg.inv(gram), weight.T.clone(), channels - kept, cheapness, block=b))
         for b in (1, 16)
     )
     random = error(list(range(channels - kept)))

@@ -48,7 +48,7 @@ def eliminate(view: View, damping: float, block_cost: BlockCost) -> Selection:
     inverse, weight = _prepared(view, damping)
     width = view.width
     if isinstance(width, HeadWidth):
-        return Selection(_kept_heads(inverse, weight, width, block_cost), width.channels)
+        return Selection(_kept_heads(inverse, weight.mT, width, block_cost), width.channels)
     dropped = pivots.pivots(inverse, weight, width.channels - width.kept, cheapness)
     kept = torch.ones(width.channels, dtype=torch.bool)
     kept[dropped] = False
@@ -75,11 +75,11 @@ def cheapness(squares: Tensor, left: Tensor, first: Tensor) -> Tensor:
 
 
 def _prepared(view: View, damping: float) -> tuple[Tensor, Tensor]:
-    """H⁻¹ [H, H] and W [O, H] in fp64, with channels without data cut off."""
+    """H⁻¹ [H, H] and Wᵀ [H, O] in fp64, with channels without data cut off."""
     gram = view.gram.matrix().double()
-    weight = view.consumer.to(gram.device, torch.float64, copy=True)
+    weight = gram.new_empty(view.consumer.mT.shape).copy_(view.consumer.mT)
     mean, dead = gram.diagonal().mean(), gram.diagonal() == 0
-    gram.diagonal()[dead], weight[:, dead] = 1, 0
+    gram.diagonal()[dead], weight[dead] = 1, 0
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return ridge.solve(gram, identity, damping * mean).x, weight
 

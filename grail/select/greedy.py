@@ -71,7 +71,7 @@ def forward(gram: Tensor, weight: Tensor, kept: int, block: int = pivots.BLOCK) 
         weight: W [O, H] fp64.
         block: how many are chosen between two looks at all channels; 1 is the exact greedy order.
     """
-    order = pivots.pivots(gram, weight @ gram, kept, _gain, block)
+    order = pivots.pivots(gram, gram @ weight.mT, kept, _gain, block)
     energy = gram.diagonal().clone()
     energy[order] = -1  # nothing is left to gain: the loudest of the rest fill up
     rest = energy.argsort(descending=True, stable=True)[: kept - len(order)]

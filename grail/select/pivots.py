@@ -55,7 +55,7 @@ def pivots(
 
     Args:
         matrix: S [H, H] fp64.
-        outputs: A [O, H] fp64; overwritten.
+        outputs: Aᵀ [H, O] fp64, so that what a channel has is in one place; overwritten.
         block: how many are chosen between two looks at all channels; 1 is the exact greedy order.
     """
     first = matrix.diagonal()
@@ -65,12 +65,12 @@ def pivots(
     order: list[int] = []
     while len(order) < count:
         known = factor[:, : len(order)]
-        squares = torch.linalg.vector_norm(outputs, dim=0).square()
+        squares = torch.linalg.vector_norm(outputs, dim=1).square()
         scores = score(squares, left, first).where(~chosen, -math.inf)
         pool = scores.argsort(descending=True, stable=True)[: POOL * block]
         among, triangle = _chosen_among(
             _schur_complement(matrix, known, pool).cpu(),
-            _products(outputs[:, pool]).cpu(),
+            _products(outputs[pool]).cpu(),
             (first[pool].cpu(), chosen[pool].cpu()),
             min(block, count - len(order)),
             score,
@@ -78,14 +78,12 @@ def pivots(
         if not among:
             break
         picked = pool[among]
-        columns = torch.cat([_columns(matrix, known, picked), outputs[:, picked]])
-        columns = torch.linalg.solve_triangular(
-            triangle.to(columns.device).mT, columns, upper=True, left=False
-        )
-        of_matrix, of_outputs = columns.split([len(matrix), len(outputs)])
-        factor[:, len(order) : len(order) + len(among)] = of_matrix
-        outputs.addmm_(of_outputs, of_matrix.mT, alpha=-1)
-        left = (left - of_matrix.square().sum(1)).clamp_min(0)
+        rows = torch.cat([_rows(matrix, known, picked), outputs[picked]], 1)
+        rows = torch.linalg.solve_triangular(triangle.to(rows.device), rows, upper=False)
+        of_matrix, of_outputs = rows.split([len(matrix), outputs.shape[1]], 1)
+        factor[:, len(order) : len(order) + len(among)] = of_matrix.mT
+        outputs.addmm_(of_matrix.mT, of_outputs, alpha=-1)
+        left = (left - of_matrix.square().sum(0)).clamp_min(0)
         chosen[picked] = True
         order += picked.tolist()
     return order
@@ -136,12 +134,11 @@ def _schur_complement(matrix: Tensor, factor: Tensor, index: Tensor) -> Tensor:
     return torch.addmm(matrix[index[:, None], index], rows, rows.mT, alpha=-1)
 
 
-def _columns(matrix: Tensor, factor: Tensor, index: Tensor) -> Tensor:
-    """(S − V Vᵀ) [H, n] of the channels `index` [n]."""
-    # Rows of S, which is symmetric: columns of a row-major matrix are the slow direction.
-    return torch.addmm(matrix[index].mT, factor, factor[index].mT, alpha=-1)
+def _rows(matrix: Tensor, factor: Tensor, index: Tensor) -> Tensor:
+    """(S − V Vᵀ) [n, H] of the channels `index` [n]."""
+    return torch.addmm(matrix[index], factor[index], factor.mT, alpha=-1)
 
 
-def _products(columns: Tensor) -> Tensor:
-    """Inner products [n, n] of columns [O, n]."""
-    return columns.mT @ columns
+def _products(rows: Tensor) -> Tensor:
+    """Inner products [n, n] of rows [n, O]."""
+    return rows @ rows.mT
