@@ -46,7 +46,7 @@ def compress(
     exact_folding: bool = True,
     repair: bool = False,
     non_finite: NonFinite = "refuse",
-    storage: torch.device | str = "cpu",
+    storage: torch.device | str = "auto",
     onload: torch.device | str | None = None,
     progress: bool = True,
     resume_dir: str | Path | None = None,
@@ -95,7 +95,9 @@ def compress(
             are done (see `grail.batchnorm`).
         non_finite: "refuse" a calibration in which a site reads NaN or Inf, or "drop" the tokens
             that hold them, with a note of how many.
-        storage: where the hidden states of the calibration set wait between blocks.
+        storage: where the hidden states of the calibration set wait between blocks; "auto": on a
+            GPU that holds the model, if the run fits beside them (`grail.plan.waiting_place`), else
+            on the host.
         onload: where the blocks of a model on the CPU run, one at a time, the next one on its way
             ("cuda"): so a model need not fit on the GPU. See `grail.onload`.
         progress: show a progress bar.
@@ -222,15 +224,32 @@ def _stream(
     options: Options,
 ) -> Stream:
     """The calibration set at the model's entry, once all processes are known to do the same."""
+    room = None
+    automatic = storage == "auto"
+    if automatic:
+        storage = architecture.device  # the host, where a model is brought from there
+        # Of one stream, where a run has up to four.
+        room = memory.free(device) // 4 if storage.type == "cuda" else None
+    enter = partial(Stream, model, architecture.blocks, storage=storage, device=device, room=room)
     if processes.count == 1:
-        return Stream(model, architecture.blocks, batches, storage, device=device)
-    said = {key: value for key, value in options.as_dict().items() if key != "selector"}
-    processes.require_equal("the settings", said)
-    processes.require_equal("the model", checksum(model.parameters()))
-    read: list[int] = []
-    stream = Stream(model, architecture.blocks, watched(batches, read), storage, processes, device)
-    processes.require_equal("the calibration", read)
+        stream = enter(batches)
+    else:
+        said = {key: value for key, value in options.as_dict().items() if key != "selector"}
+        processes.require_equal("the settings", said)
+        processes.require_equal("the model", checksum(model.parameters()))
+        read: list[int] = []
+        stream = enter(watched(batches, read), ranks=processes)
+        processes.require_equal("the calibration", read)
+    if automatic and stream.storage.type != "cpu":
+        held = sum(hidden.nbytes for hidden in stream.hidden)
+        size = stream.own_tokens, _largest_batch(stream)
+        stream.rest_on(plan.waiting_place(architecture, options, *size, held))
     return stream
+
+
+def _largest_batch(stream: Stream) -> int:
+    """Tokens, those that do not count too."""
+    return max((h.shape[:2].numel() for h in stream.hidden), default=0)
 
 
 def _predicted_peak(
@@ -239,12 +258,11 @@ def _predicted_peak(
     """Bytes that the run adds; 0 where they depend on more than shapes of weights."""
     if architecture.activations_per_token is None:
         return 0
-    batch_tokens = max((h.shape[:2].numel() for h in stream.hidden), default=0)
     parts = plan.demand(
         architecture,
         options,
         stream.own_tokens,
-        batch_tokens,
+        _largest_batch(stream),
         stream.storage,
         stream.device if onloads else None,
     )

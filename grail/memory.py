@@ -26,6 +26,12 @@ def in_use(device: torch.device) -> int:
     return _status("VmRSS")
 
 
+def free(device: torch.device) -> int:
+    """Bytes that a GPU can still hand out, those that torch keeps for itself among them."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 class Peak:
     """`with Peak(device) as peak: …`; then `peak.bytes` is the highest use, 0 where unknown."""
 
@@ -77,7 +83,8 @@ def explained(device: torch.device, phase: Callable[[], str], onloads: bool) -> 
             raise
         remedies = [_REMEDIES.get(phase(), "use a machine with more memory")]
         if device.type == "cuda" and not onloads:
-            remedies.append("leave the model and the hidden states on the CPU: onload='cuda'")
+            remedies.append("leave the hidden states on the CPU: storage='cpu'")
+            remedies.append("leave the model there as well: onload='cuda'")
         raise OutOfMemoryError(
             f"out of memory on {device} ({phase()}); the model is as it was. To need less, "
             f"{'; or '.join(remedies)}"

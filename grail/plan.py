@@ -4,8 +4,9 @@ Memory is arithmetic on shapes (`demand`). Time is measured: one block is compre
 batches, rolled back, and scaled by the number of blocks and batches.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ from grail.width import Width
 from grail_kernels.tuning import BUFFER_TOKENS
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+# Of a GPU's free memory, what a run may be predicted to take with its hidden states there: the
+# prediction is good to a tenth, and an allocator's memory comes in pieces.
+ROOM = 0.8
 
 
 @dataclass(frozen=True)
@@ -116,13 +122,17 @@ def inspect(
     if hasattr(embeddings, "num_embeddings") and architecture.activations_per_token is not None:
         device = computing_device(model, onload)
         brought = None if onload is None else device
+        storage, size_of_batch = torch.device("cpu"), batch_size * sequence_length
+        if onload is None:
+            storage = waiting_place(architecture, options, tokens, size_of_batch)
         parts = {
             "in use now": memory.in_use(device),
-            **demand(architecture, options, tokens, batch_size * sequence_length, onload=brought),
+            **demand(architecture, options, tokens, size_of_batch, storage, brought),
         }
         onloader = Onloader(architecture.blocks, brought)
         trial = _trial(model, batch_size, sequence_length)
-        seconds = _seconds(model, architecture, options, tokens, trial, device, onloader)
+        enter = partial(Stream, model, architecture.blocks, trial, storage, device=device)
+        seconds = _seconds(model, architecture, options, tokens, enter, onloader)
     structures = by_kind((site, site.width(1.0, None).structure) for site in sites)
     return Inspection(
         name=architecture.name,
@@ -255,6 +265,25 @@ def demand(
     }
 
 
+def waiting_place(
+    architecture: Architecture, options: Options, tokens: int, batch_tokens: int, held: int = 0
+) -> torch.device:
+    """Where hidden states wait between blocks: on the model's GPU if a run fits beside them.
+
+    On the host if it does not, or if nobody can tell. A run copies them eight times a block, which
+    takes a pageable memory of a host longer than an H100 takes for the block.
+
+    Args:
+        tokens, batch_tokens: see `demand`.
+        held: bytes of what `demand` counts that are on the GPU already.
+    """
+    host, device = torch.device("cpu"), architecture.device
+    if device.type == "cpu" or architecture.activations_per_token is None:
+        return host
+    needed = sum(demand(architecture, options, tokens, batch_tokens, device).values()) - held
+    return device if needed <= ROOM * memory.free(device) else host
+
+
 def _trial(model: Any, batch_size: int, sequence_length: int) -> list[torch.Tensor]:
     """Made-up token ids: two batches, so that there is one to hold out."""
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -268,21 +297,20 @@ def _seconds(
     architecture: Architecture,
     options: Options,
     tokens: int,
-    trial: Sequence[torch.Tensor],
-    device: torch.device,
+    enter: Callable[[], Stream],
     onloader: Onloader,
 ) -> dict[str, float]:
     blocks = len(architecture.blocks)
-    repeats = -(-tokens // sum(ids.numel() for ids in trial))
     phases: dict[str, float] = {}
     for _ in range(2):  # the first time warms up
-        clock = Clock(device)
         with steady(model), Transaction() as transaction:
-            stream = Stream(model, architecture.blocks, trial, device=device)
+            stream = enter()
+            clock = Clock(stream.device)
             run = Run(architecture, options, stream, transaction, clock, onload=onloader)
             if any(width.kept < width.channels for width in run.widths.values()):
                 run.block(0, options.sites_of(architecture)[0], lambda n: None)
             transaction.undo()
+        repeats = -(-tokens // stream.tokens)
         each = {"forward": repeats, "gram": repeats}
         phases = {k: v * blocks * each.get(k, 1) for k, v in clock.seconds.items()}
     return {**phases, "total": sum(phases.values())}

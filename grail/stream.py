@@ -75,9 +75,9 @@ class Shelf:
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def copy(self) -> "Shelf":
-        """Another one of the same content."""
-        other = Shelf(self._storage)
+    def copy(self, storage: torch.device | None = None) -> "Shelf":
+        """Another one of the same content, there or elsewhere."""
+        other = Shelf(storage or self._storage)
         for batch, tensor in enumerate(self._tensors):
             other.put(batch, tensor)
         return other
@@ -95,6 +95,7 @@ class Stream:
         storage: where hidden states wait between blocks; the model may be elsewhere.
         ranks: the processes that share the batches; each runs some of them.
         device: where the blocks run; default where the model is.
+        room: bytes that hidden states may take in `storage`; beyond, all of them move to the CPU.
 
     `tokens`: how many were counted, in all processes; samples, where a sample has no tokens
     (images). `own_tokens`: those of this process.
@@ -113,12 +114,14 @@ class Stream:
         storage: torch.device | str = "cpu",
         ranks: Ranks | None = None,
         device: torch.device | None = None,
+        room: int | None = None,
     ):
         self.blocks, self.storage, self.ranks = blocks, torch.device(storage), ranks or Ranks()
+        self._room = room
         self._home = next(model.parameters()).device
         self.device = device or self._home
         self.hidden = Shelf(self.storage)
-        self.masks: list[Tensor | None] = []
+        self.masks: list[Tensor | None] = []  # on the CPU, where looking at one stalls no GPU
         self._calls: list[list[Call]] = []
         for batch in self.ranks.share(batches):
             self._enter(model, batch)
@@ -153,6 +156,11 @@ class Stream:
     def store(self, batch: int, hidden: Tensor) -> None:
         """Replaces one batch's hidden states by those at the next block's entry."""
         self.hidden.put(batch, hidden)
+
+    def rest_on(self, storage: torch.device) -> None:
+        """Lets hidden states wait elsewhere from now on."""
+        if storage != self.storage:
+            self.hidden, self.storage = self.hidden.copy(storage), storage
 
     def mask(self, batch: int) -> Tensor | None:
         """[B, L] bool on the model's device, or None where every token counts."""
@@ -204,7 +212,7 @@ class Stream:
     def _counts(self, batch: int) -> Tensor:
         """[B] bool on the CPU, the samples of one batch of which a token counts."""
         mask, size = self.masks[batch], self.hidden[batch].shape[0]
-        return torch.ones(size, dtype=torch.bool) if mask is None else mask.any(1).cpu()
+        return torch.ones(size, dtype=torch.bool) if mask is None else mask.any(1)
 
     def fork(self) -> "Stream":
         """A second stream of the same batches, where this one is; each then moves on its own."""
@@ -225,7 +233,7 @@ class Stream:
                 hidden, call = _without_hidden(args, kwargs)
                 call = Call(_to(call.args, self.device), _to(call.kwargs, self.device), call.key)
                 if number == 0 and not calls:
-                    self.hidden.put(len(self._calls), hidden)
+                    self._put_first(hidden)
                 elif number != len(calls) or between is None or not _same(hidden, *between):
                     raise _no_chain(number)
                 between = hidden, _version(hidden)
@@ -258,7 +266,16 @@ class Stream:
             )
         self._calls.append(calls)
         mask = _mask(args, kwargs, list(inspect.signature(model.forward).parameters))
-        self.masks.append(None if mask is None else mask.to(self.storage))
+        self.masks.append(None if mask is None else mask.cpu())
+
+    def _put_first(self, hidden: Tensor) -> None:
+        """Keeps the hidden states of one batch more."""
+        self.hidden.put(len(self._calls), hidden)
+        if self._room is not None:
+            self._room -= hidden.nbytes
+            if self._room < 0:
+                self.rest_on(torch.device("cpu"))
+                self._room = None
 
     def _shared(self, number: int, call: Call) -> Call:
         """The first batch's call where this one equals it, so that equal tables are held once."""

@@ -148,3 +148,20 @@ def test_a_transaction_that_succeeds_keeps_its_changes():
     assert linear.weight.shape == (2, 4)
     assert linear.weight.dtype == torch.bfloat16
     assert not linear.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("device", "spare", "held", "expected"),
+    [("cuda", 1, 0, "cuda"), ("cuda", -1, 0, "cpu"), ("cuda", -1, 2, "cuda"), ("cpu", 1, 0, "cpu")],
+    ids=["room", "no room", "part is there already", "no GPU"],
+)
+def test_hidden_states_wait_on_the_gpu_where_the_run_fits_beside_them(
+    device, spare, held, expected, tiny_llama, monkeypatch
+):
+    architecture, options = find(tiny_llama()), Options(keep=0.5)
+    monkeypatch.setattr(type(architecture), "device", torch.device(device))
+    needed = sum(plan.demand(architecture, options, 256, 16, device).values())
+    monkeypatch.setattr(plan, "ROOM", 1.0)
+    monkeypatch.setattr(memory, "free", lambda _: needed + spare)
+    place = plan.waiting_place(architecture, options, 256, 16, held)
+    assert place == torch.device(expected)

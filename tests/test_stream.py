@@ -276,3 +276,28 @@ def test_a_block_that_writes_on_its_input_leaves_the_hidden_states_alone():
         before = stream.hidden[0].clone()
         stream.run(0, 0)
     assert torch.equal(stream.hidden[0], before)
+
+
+def test_hidden_states_go_on_to_wait_elsewhere(tiny_llama, tiny_batches):
+    stream = stream_of(tiny_llama(), tiny_batches(count=2))
+    before, meta = [hidden.clone() for hidden in stream.hidden], torch.device("meta")
+    stream.rest_on(torch.device("cpu"))
+    assert all(torch.equal(*pair) for pair in zip(stream.hidden, before, strict=True))
+    stream.rest_on(meta)
+    stream.store(0, before[0])
+    assert stream.storage == meta
+    assert [hidden.device for hidden in stream.hidden] == [meta, meta]
+    assert [hidden.shape for hidden in stream.hidden] == [hidden.shape for hidden in before]
+
+
+@pytest.mark.parametrize(("batches", "moved"), [(2, 0), (3, 1)], ids=["fit", "are more"])
+def test_batches_leave_for_the_cpu_once_they_outgrow_their_room(
+    batches, moved, tiny_llama, tiny_batches, monkeypatch
+):
+    places = []
+    monkeypatch.setattr(Stream, "rest_on", lambda stream, place: places.append(place))
+    model, found = tiny_llama(), tiny_batches(count=batches)
+    size = found[0].numel() * model.config.hidden_size * 4
+    with torch.no_grad():
+        Stream(model, find(model).blocks, found, room=2 * size)
+    assert places == moved * [torch.device("cpu")]
