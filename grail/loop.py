@@ -16,6 +16,7 @@ import itertools
 import math
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -51,15 +52,27 @@ Read = Callable[[Consumer, Tensor, Routed | None], None]
 Rows = dict[str, list[SiteReport]]  # by name of site, one for each of its consumers
 
 
+# Of a CPU's clock in seconds, or in a GPU's stream.
+Mark = float | torch.cuda.Event
+
+# Stretches that wait to be added up: as many as keep a GPU busy, of some thirty launches each.
+MARKS = 256
+
+
 class Clock:
-    """Wall seconds by phase: `with clock("gram")`. An inner phase stops the one around it."""
+    """Wall seconds by phase: `with clock("gram")`. An inner phase stops the one around it.
+
+    On a GPU they are those between marks in its stream, for which nothing waits: a phase begins
+    where the GPU comes to its work, not where the host queues it.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._stack: list[str] = []
-        self._since = 0.0
+        self._since: Mark = 0.0
+        self._passed: deque[tuple[str, Mark, Mark]] = deque()  # not added up yet
+        self._seconds: dict[str, float] = {}
         self.failed = ""  # the phase in which an error came up
-        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -74,14 +87,41 @@ class Clock:
             self._settle()
             self._stack.pop()
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Always the same dictionary, up to date when it is asked for."""
+        self._add_up(0)
+        return self._seconds
+
     def _settle(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
+        now = self._mark()
         if self._stack:
-            phase = self._stack[-1]
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+            self._passed.append((self._stack[-1], self._since, now))
         self._since = now
+        if len(self._passed) > MARKS:
+            self._add_up(MARKS // 2)
+
+    def _mark(self) -> Mark:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _add_up(self, left: int) -> None:
+        """Adds up the oldest stretches, all but `left` of them."""
+        while len(self._passed) > left:
+            phase, start, end = self._passed.popleft()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + _between(start, end)
+
+
+def _between(start: Mark, end: Mark) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float)
+        assert isinstance(end, float)
+        return end - start
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
 
 
 class Run:
@@ -152,6 +192,7 @@ class Run:
     def _keep(self, position: Position) -> None:
         if self._checkpoint is not None:
             left = position.done < len(self.architecture.blocks)
+            position.seconds = self.clock.seconds
             with self.clock("checkpoint"):
                 self._checkpoint.save(position, self._streams() if left else ())
 

@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from grail import loop
+from grail.loop import Clock
+
+
+class Event:
+    """A mark in the stream of a GPU that does everything at once; `waits`: how often one waited."""
+
+    waits = 0
+
+    def __init__(self, milliseconds: float):
+        self.milliseconds = milliseconds
+
+    def synchronize(self) -> None:
+        Event.waits += 1
+
+    def elapsed_time(self, end: "Event") -> float:
+        return end.milliseconds - self.milliseconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """Of a GPU where a second passes between two marks."""
+    clock, marks = Clock(torch.device("cuda")), iter(range(0, 10**7, 1000))
+    monkeypatch.setattr(Event, "waits", 0)
+    monkeypatch.setattr(clock, "_mark", lambda: Event(next(marks)))
+    return clock
+
+
+def test_an_inner_phase_stops_the_one_around_it(clock):
+    with clock("other"):
+        with clock("forward"), clock("gram"):
+            pass
+        with clock("forward"):
+            pass
+    # Marks: other, forward, gram, its end, that of forward, forward, its end, that of other.
+    assert clock.seconds == {"other": 3.0, "forward": 3.0, "gram": 1.0}
+
+
+def test_nothing_waits_for_a_mark_until_seconds_are_asked_for(clock):
+    for _ in range(loop.MARKS):
+        with clock("forward"):
+            pass
+    assert Event.waits == 0
+    assert clock.seconds == {"forward": loop.MARKS}
+    assert Event.waits == loop.MARKS
+
+
+def test_only_so_many_marks_are_held(clock):
+    for _ in range(10 * loop.MARKS):
+        with clock("forward"):
+            pass
+    assert len(clock._passed) <= loop.MARKS
+    assert clock.seconds == {"forward": 10 * loop.MARKS}
+
+
+def test_seconds_that_an_earlier_run_took_are_added_to_those_of_this_one(clock):
+    clock.seconds["solve"] = 5.0
+    with clock("solve"):
+        pass
+    assert clock.seconds == {"solve": 6.0}
