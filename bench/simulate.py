@@ -7,8 +7,9 @@ One block of a model's shape, shrunk by a whole number, is really compressed, by
 the settings of a user who sets nothing. Of each phase its FLOPs and seconds are counted: their
 quotient is the measured rate. FLOPs are then scaled to the full shape, those of forward passes and
 Grams by tokens and the square of the widths, those of selections and solves by the cube of the
-widths, and times the number of blocks. Small matrices are slower than large ones, so this
-overestimates; products of queries with keys and of their weights with values are left out.
+widths, and times the number of blocks. Small matrices are slower than large ones, and products
+among a search's candidates grow by the square only, so this overestimates; products of queries with
+keys and of their weights with values are left out.
 
 Two bases stand beside each other
   measured   seconds at the rates of this machine
