@@ -111,18 +111,21 @@ def _chosen_among(
     waiting = ~chosen
     places: list[int] = []
     columns = schur.new_zeros(count, len(schur))  # of V, as rows
+    # B = half + halfᵀ takes one outer product for its two. Halves of squares compare as squares do.
+    half = products.div_(2)
+    squares, left = half.diagonal(), schur.diagonal()  # views, which follow every update
     for column in columns:
-        squares, left = products.diagonal().clamp_min(0), schur.diagonal().clamp_min(0)
-        values = score(squares, left, first).where(waiting, -math.inf)
+        left.clamp_min_(0)
+        values = score(squares.clamp_min_(0), left, first).where(waiting, -math.inf)
         best = int(values.argmax())
         if values[best].item() == -math.inf:
             break
         root = math.sqrt(left[best].item())
         torch.div(schur[best], root, out=column)
-        output = products[best] / root
+        output = (half[best] + half[:, best]).div_(root)
         output.sub_(column, alpha=output[best].item() / (2 * root))
         schur.addr_(column, column, alpha=-1)
-        products.addr_(column, output, alpha=-1).addr_(output, column, alpha=-1)
+        half.addr_(column, output, alpha=-1)
         waiting[best] = False
         places.append(best)
     return places, columns[: len(places), places].mT.tril()
