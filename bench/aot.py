@@ -7,7 +7,8 @@ A kernel is compiled for each architecture, dtype, alignment, launch configurati
 features that `grail_kernels` launches. The record, bench/results/aot.json, holds what decides its
 speed: registers, stack, shared memory, tensor-core instructions, wide and narrow loads, atomics.
 Numbers differ between versions of Triton, so they are compared with the record of the same version
-only; the limits of `violations` hold for all of them.
+only; the limits of `violations` hold for all of them, those of speed for launches that nobody
+measured.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -331,14 +332,17 @@ def _number(pattern: str, text: str) -> int:
 def violations(case: Case, found: Resources) -> list[str]:
     """The limits that hold for every version of Triton, as sentences; empty if all do."""
     limit = SHARED_LIMITS[case.target]
+    # What a launch of the architecture's own spills or reads in pieces was in its measured time.
+    tuned = replace(case, target=tuning.DEFAULT).config != case.config
     rules = {
         f"takes {found['shared']} B of shared memory, the limit is {limit}": found["shared"]
         > limit,
-        f"spills {found['stack']} B": found["stack"] > STACK_LIMIT,
+        f"spills {found['stack']} B": not tuned and found["stack"] > STACK_LIMIT,
         "uses no tensor cores": found["tensor_core"] == 0,
         "has atomics, so its bits may vary": found["atomics"] > 0,
         "reads aligned activations in pieces": case.aligned
         and not case.gathers
+        and not tuned
         and found["narrow_loads"] > 0,
         "has no 16-byte loads": case.aligned and found["wide_loads"] == 0,
     }

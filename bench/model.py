@@ -8,9 +8,10 @@ of a large product:
            place has its share of the rate, whether or not the others have a program; so a last
            wave holds up its launch however few they are
   bytes    the channels that a wave's programs read, once a wave: they walk the tokens together;
-           what the copy engine cannot read as it lies, fp32 above all, is laid out before.
-           A launch reads and writes each tile once. Split tokens add the passes
-           over a workspace, launches of their own
+           what the copy engine cannot read as it lies, fp32 above all, is laid out before. A
+           launch reads and writes each tile once, and takes `tuning.LAUNCHED_TOKENS` at most.
+           Tokens that are split over programs add the passes over a workspace, launches of their
+           own
   seconds  the longer of products and bytes, plus those passes
 Not in it: the latency of a launch and of a program's first loads, and splitting fp32 into parts.
 
@@ -50,7 +51,7 @@ class Prediction:
         flops: executed FLOPs.
         moved: bytes to and from memory.
         seconds: the time that both allow.
-        waves: programs over the places for them; None on a CPU.
+        waves: programs of a launch over the places for them; None on a CPU.
         busy: share of the places' time in which they have a program, 0 to 1; None on a CPU.
     """
 
@@ -121,7 +122,26 @@ class Gpu:
     def predict(
         self, tokens: list[int], channels: int, dtype: torch.dtype, ragged: bool = False
     ) -> Prediction:
-        """One call on matrices of so many tokens each; `ragged` ones are never split."""
+        """One call on matrices of so many tokens each; `ragged` ones take one launch, unsplit."""
+        most = tuning.LAUNCHED_TOKENS
+        if ragged or tokens[0] <= most:
+            return self._predict_launch(tokens, channels, dtype, ragged)
+        rest = [tokens[0] - tokens[0] // most * most] * len(tokens)
+        launches = [self._predict_launch([most] * len(tokens), channels, dtype, ragged)]
+        launches *= tokens[0] // most
+        launches += [self._predict_launch(rest, channels, dtype, ragged)] if rest[0] else []
+        seconds = sum(launch.seconds for launch in launches)
+        return Prediction(
+            flops=sum(launch.flops for launch in launches),
+            moved=sum(launch.moved for launch in launches),
+            seconds=seconds,
+            waves=launches[0].waves,
+            busy=sum((launch.busy or 0.0) * launch.seconds for launch in launches) / seconds,
+        )
+
+    def _predict_launch(
+        self, tokens: list[int], channels: int, dtype: torch.dtype, ragged: bool
+    ) -> Prediction:
         config = self.config(channels, dtype, ragged)
         steps = [math.ceil(count / config.block_tokens) for count in tokens]
         tiles = len(tokens) * len(walk(math.ceil(channels / config.block_channels), config.group))

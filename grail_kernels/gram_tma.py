@@ -42,10 +42,6 @@ _REACH = 2**40
 # Tokens that are laid out at a time: enough to make up for reading G again.
 _LAID_TOKENS = tuning.BUFFER_TOKENS
 
-# Tokens of a launch. Programs start together, and drift apart: over more tokens than these, what
-# one reads has left L2 before its neighbours come for it.
-_LAUNCHED_TOKENS = 2 * tuning.BUFFER_TOKENS
-
 # The block of activations that one program lays out.
 _LAID_BLOCK = (32, 128)
 
@@ -202,8 +198,7 @@ def launch_gram_tma(
     """Add the Gram matrix of each x of a batch; the checked arguments of `launch_gram`."""
     _, outer, inner, channels = x.shape
     if mask is None and outer == 1 and _is_laid(x):
-        for part in x[:, 0].split(_LAUNCHED_TOKENS, dim=1):
-            _launch(out, part, channels, sums, nonfinite)
+        _launch(out, x[:, 0], channels, sums, nonfinite)
         return
     for first in range(0, outer * inner, _LAID_TOKENS):
         tokens = min(_LAID_TOKENS, outer * inner - first)

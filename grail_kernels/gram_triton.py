@@ -23,6 +23,7 @@ launch. Bound by the tensor cores from about 500 channels on.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -252,11 +253,29 @@ def launch_gram(
     x = x.view(shape)
     gate = None if gate is None else gate.view(shape)
     mask = None if mask is None else mask.reshape(-1).view(torch.uint8)
-    if weights is None and gate is None and gram_tma.runs_on(x.device):
-        gram_tma.launch_gram_tma(out, x, mask, sums, nonfinite)
-        return
     weights = None if weights is None else weights.reshape(-1).float()
-    _launch_split(out, x, mask, weights, sums, nonfinite, gate)
+    for part, tokens in _launches(x):
+        part_mask, part_weights = (None if t is None else t[tokens] for t in (mask, weights))
+        if weights is None and gate is None and gram_tma.runs_on(x.device):
+            gram_tma.launch_gram_tma(out, x[part], part_mask, sums, nonfinite)
+        else:
+            part_gate = None if gate is None else gate[part]
+            _launch_split(out, x[part], part_mask, part_weights, sums, nonfinite, part_gate)
+
+
+def _launches(x: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
+    """Where the part of each launch lies in `x` [E, outer, inner, H], and which tokens it has."""
+    _, outer, inner, _ = x.shape
+    most = tuning.LAUNCHED_TOKENS
+    if outer == 1:
+        for first in range(0, inner, most):
+            tokens = slice(first, min(first + most, inner))
+            yield (slice(None), slice(None), tokens), tokens
+        return
+    each = max(1, most // inner)
+    for first in range(0, outer, each):
+        end = min(first + each, outer)
+        yield (slice(None), slice(first, end)), slice(first * inner, end * inner)
 
 
 def launch_gram_ragged(

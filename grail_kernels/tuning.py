@@ -3,8 +3,9 @@
 `launches.json`, beside this file, has a row for each kernel, operand class and shape class. The
 rows of "default" are complete and serve every architecture that has no row of its own;
 `bench/tune.py` measures candidates on a GPU and writes the rows of its architecture. Every row is
-compiled ahead of time by `bench/aot.py`, whose record says that it fits shared memory and spills
-two dozen registers at most. No row has been timed on a GPU yet.
+compiled ahead of time by `bench/aot.py`, whose record says that it fits shared memory. The rows of
+sm_90 were timed on an H100 (bench/results/gpu/tuning.csv, and trials.csv for the wide ones of
+`gram_tma`); those of "default", which nobody has timed, spill two dozen registers at most.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ CHAIN_TOKENS = 256
 
 # Tokens worth waiting for before a launch: G is read and written once for all of them.
 BUFFER_TOKENS = 8192
+
+# The most tokens of a launch. Programs start together and drift apart: over more tokens, what one
+# reads has left L2 before its neighbours come for it, and the sums of a tile get long for fp32.
+LAUNCHED_TOKENS = 2 * BUFFER_TOKENS
 
 # The most channels of a "narrow" matrix, one tile of which holds it, and of a "middle" one, which
 # fills a GPU only together with others: heads, experts.

@@ -35,6 +35,6 @@ def test_a_gpu_restores_every_family_as_the_cpu_does(family, tiny_model, tiny_in
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", names())
 def test_a_gpu_chooses_and_restores_as_the_cpu_does(selector, tiny_model, tiny_inputs):
     assert_a_gpu_agrees(tiny_model("llama"), tiny_inputs("llama"), selector=selector)

@@ -34,10 +34,11 @@ def test_a_last_wave_of_one_program_takes_as_long_as_a_full_one() -> None:
 
 
 def test_experts_wait_for_the_one_with_most_tokens() -> None:
-    found = H100.predict([64 * 100, 64, 0], 128, torch.bfloat16, ragged=True)
-    assert found.flops == 101 * 64 * 2 * 128**2
+    step = H100.config(128, torch.bfloat16, ragged=True).block_tokens
+    found = H100.predict([step * 100, step, 0], 128, torch.bfloat16, ragged=True)
+    assert found.flops == 101 * step * 2 * 128**2
     # 100 steps on one of 132 multiprocessors.
-    assert found.seconds == pytest.approx(100 * 64 * 2 * 128**2 / (650e12 / 132))
+    assert found.seconds == pytest.approx(100 * step * 2 * 128**2 / (650e12 / 132))
 
 
 def test_programs_take_the_first_free_place() -> None:
@@ -47,7 +48,7 @@ def test_programs_take_the_first_free_place() -> None:
 
 
 def test_padding_is_executed() -> None:
-    # 3 tiles of 128 channels for 200; 2 steps of 64 tokens for 65.
+    # 3 tiles of 128 channels for 208; 128 tokens for 65.
     found = H100.predict([65], 208, torch.bfloat16, ragged=True)
     assert found.flops == 3 * 2 * 128 * 128 * 128
 
@@ -58,15 +59,22 @@ def test_fp32_takes_six_products_of_its_own_tiles() -> None:
 
 
 def test_bytes_of_heads_are_their_tokens_accumulators_and_workspace() -> None:
-    # 32 tiles on 132 multiprocessors: 16 splits of 4096 tokens, each added once.
-    assert tuning.token_splits(32, 65_536, 132) == 16
+    # 32 tiles on 132 multiprocessors: 16 splits of 1024 tokens, each added once; four launches.
+    assert tuning.token_splits(32, 16_384, 132) == 16
     found = H100.predict([65_536] * 32, 128, torch.bfloat16)
     activations = 2 * 32 * 65_536 * 128
-    accumulators = 16 * 32 * 8 * 128**2
+    accumulators = 4 * 16 * 32 * 8 * 128**2
     # Zeroed and summed, 16 parts each; the sum is written, read, and added to what is read.
-    passes = (2 * 16 + 4) * 4 * 32 * gk.packed_numel(128)
+    passes = 4 * (2 * 16 + 4) * 4 * 32 * gk.packed_numel(128)
     assert found.moved == activations + accumulators + passes
     assert found.seconds == pytest.approx(found.moved / 3.35e12)
+
+
+def test_tokens_beyond_whole_launches_are_one_more() -> None:
+    whole, more, rest = (H100.predict([t], 4096, torch.bfloat16) for t in (32_768, 33_000, 232))
+    assert more.flops == whole.flops + rest.flops
+    assert more.seconds == pytest.approx(whole.seconds + rest.seconds)
+    assert more.waves == whole.waves
 
 
 def test_a_tile_is_read_and_written_once_a_launch() -> None:

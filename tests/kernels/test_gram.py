@@ -334,3 +334,16 @@ def test_triton_on_a_cpu_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_auto_takes_torch_on_a_cpu_tensor() -> None:
     assert gk.resolve_backend(x64()) == "torch"
+
+
+@every_runner
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("layout", ["rows", "padded batch", "pixels"])
+def test_many_launches_match_fp64(
+    layout: str, weighted: bool, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grail_kernels.tuning.LAUNCHED_TOKENS", 70)
+    x = in_dtype(LAYOUTS[layout](180, 67), torch.float16)
+    mask = torch.rand(x.shape[:-1]) < 0.7
+    weights = torch.rand(x.shape[:-1]) if weighted else None
+    assert_matches_fp64(matrix(x, runner, mask=mask, weights=weights), x, mask, weights)
