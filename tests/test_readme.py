@@ -83,14 +83,18 @@ def test_the_kernels_page_runs():
     torch.testing.assert_close(matrix.double(), expected, rtol=1e-4, atol=1e-3)
 
 
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (ROOT / "bench" / "results" / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def test_the_kernels_page_quotes_the_committed_csv():
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    with (ROOT / "bench" / "results" / "gram_cpu.csv").open(newline="") as file:
-        times = {
-            (row["channels"], row["provider"]): float(row["p50"])
-            for row in csv.DictReader(file)
-            if (row["kernel"], row["metric"], row["dtype"]) == ("gram", "time", "fp32")
-        }
+    times = {
+        (row["channels"], row["provider"]): float(row["p50"])
+        for row in rows_of("gram_cpu.csv")
+        if (row["kernel"], row["metric"], row["dtype"]) == ("gram", "time", "fp32")
+    }
     quoted = re.findall(r"^\| (\d+) \| \d+ \| ([\d.]+)× \| ([\d.]+)× \| ([\d.]+)× \|", page, re.M)
     assert len(quoted) >= 5
     for channels, *ratios in quoted:
@@ -101,16 +105,65 @@ def test_the_kernels_page_quotes_the_committed_csv():
 
 def test_the_kernels_page_quotes_the_committed_predictions():
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    with (ROOT / "bench" / "results" / "gram_predicted.csv").open(newline="") as file:
-        found = {
-            (row["channels"], row["metric"]): float(row["p50"])
-            for row in csv.DictReader(file)
-            if (row["device"], row["dtype"], row["tokens"], row["matrices"])
-            == ("H100 (predicted)", "bf16", "65536", "1")
-        }
-    speed, rate = found["11008", "speed"], found["11008", "TF-eq"]
-    assert f"*predicted* {speed:.2f}×, {rate:.0f} TF-eq (H = 11008)" in page
-    assert f"*predicted* {found['4096', 'speed']:.2f}× |" in page
+    found = {
+        row["metric"]: float(row["p50"])
+        for row in rows_of("gram_predicted.csv")
+        if (row["device"], row["dtype"], row["channels"], row["tokens"], row["matrices"])
+        == ("H100 (predicted)", "bf16", "11008", "65536", "1")
+    }
+    assert f"{found['speed']:.2f}× and {found['TF-eq']:.0f} TF-eq for\n65,536 tokens" in page
+
+
+def test_the_kernels_page_quotes_the_committed_trials():
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    times, errors = {}, {}
+    for row in rows_of("gpu/trials.csv"):
+        if row["dtype"] != "bfloat16":
+            continue
+        shipped = row["provider"] == "descriptors, chains in a flat loop" and row["chain"] == "256"
+        if row["provider"] == "addmm" or (shipped and row["config"].startswith("128 tokens")):
+            key = row["provider"] == "addmm", int(row["tokens"]), int(row["channels"])
+            times[key], errors[key] = float(row["p50"]), row["error"]
+
+    def speed(tokens, channels):
+        return f"{times[True, tokens, channels] / times[False, tokens, channels]:.2f}×"
+
+    def rate(tokens, channels):
+        return f"{2 * tokens * channels**2 / times[False, tokens, channels] / 1e12:.0f}"
+
+    assert (
+        f"{speed(8192, 11008)} and {rate(8192, 11008)} TF-eq for 8192 tokens, "
+        f"{speed(32_768, 11008)} and {rate(32_768, 11008)} for 32,768" in page
+    )
+    assert (
+        f"{speed(8192, 4096)} for 8192 tokens, {speed(65_536, 4096)} and "
+        f"{rate(65_536, 4096)} TF-eq for 65,536" in page
+    )
+    first, second = (float(errors[False, tokens, 11008]) for tokens in (8192, 32_768))
+    assert f"at {first:.1f} and {second:.1f} eps" in page
+
+
+def test_the_kernels_page_quotes_what_a_gpu_measured():
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    times = {
+        (row["kernel"], row["dtype"], int(row["channels"]), row["provider"]): float(row["p50"])
+        for row in rows_of("gpu/gram.csv")
+        if row["metric"] == "time"
+    }
+
+    def speed(kernel, dtype, channels, rival):
+        return times[kernel, dtype, channels, rival] / times[kernel, dtype, channels, "grail"]
+
+    wide = [speed("gram", "fp32", channels, "addmm") for channels in (4096, 11008, 14336, 18944)]
+    assert f"H100: {min(wide):.1f} to {max(wide):.1f}× from H = 4096 on" in page
+    experts = [speed("gram_ragged", "bf16", 768, rival) for rival in ("loop", "bmm")]
+    assert "768 {:.1f}× and {:.1f}×".format(*experts) in page
+    heads = [speed("gram_batched", "bf16", 128, rival) for rival in ("loop", "bmm")]
+    assert "32 heads of 128 {:.1f}× and {:.2f}×".format(*heads) in page
+    solves = [float(row["p50"]) for row in rows_of("gpu/ridge.csv") if row["channels"] == "11008"]
+    fit, solve, reference = solves
+    assert f"H100, fp64: {reference / solve:.1f}×, a whole fit with both errors" in page
+    assert f"{reference / fit:.1f}×. CPU" in page
 
 
 def test_its_commands_run(tiny_folder, tmp_path, monkeypatch):
