@@ -194,8 +194,8 @@ def demand(
     statistics      packed Grams 2H² of a block (one site's in the closed loop), drift 4·O·H, twice
                     if sequences are held out, and on a GPU the tokens that wait for one; those
                     of experts twice, for they are sorted
-    working set     the largest of a batch's activations, of a solve in fp64 and of a search for
-                    channels
+    working set     the largest of a batch's activations (on a GPU with what fp32 ones are taken
+                    apart into), of a solve in fp64 and of a search for channels
 
     Not counted: attention masks of padded batches, and what k-means holds. An exact folding takes
     up to two fifths less: what is counted is the fit of an inexact one.
@@ -255,6 +255,10 @@ def demand(
         return whole - site.parameters_saved(widths[site.name])
 
     largest_batch = batch_tokens * architecture.activations_per_token * element
+    if (
+        on_gpu and element == torch.float32.itemsize
+    ):  # three parts of bf16, `gram_tma` of the kernels
+        largest_batch += 6 * BUFFER_TOKENS * max((s.channels for s in first), default=0)
     narrowed = [sum(rewritten(s) for s in sites) * element for sites in blocks]
     return {
         "hidden states": hidden * streams if stored_here else 0,

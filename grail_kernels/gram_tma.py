@@ -159,8 +159,10 @@ def _lay_kernel(
     PARTS: tl.constexpr,
 ):
     """Lay out a block of `tokens` tokens from `first_token` on, zeros where the mask is."""
-    matrix = tl.program_id(2).to(tl.int64)
-    own = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # The matrices share the first axis of the grid: the others end at 65,535.
+    blocks = tl.cdiv(tokens, BLOCK_T)
+    matrix = (tl.program_id(0) // blocks).to(tl.int64)
+    own = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     channels = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     token = first_token + own
     counts = own < tokens
@@ -223,7 +225,7 @@ def _lay(x: Tensor, mask: Tensor | None, first: int, tokens: int) -> Tensor:
     width = math.ceil(channels * dtype.itemsize / _ALIGNMENT) * _ALIGNMENT // dtype.itemsize
     laid = x.new_empty(matrices * parts, tokens, width, dtype=dtype)
     block_tokens, block_channels = _LAID_BLOCK
-    grid = (math.ceil(tokens / block_tokens), math.ceil(width / block_channels), matrices)
+    grid = (matrices * math.ceil(tokens / block_tokens), math.ceil(width / block_channels))
     _lay_kernel[grid](
         laid,
         x,

@@ -254,11 +254,13 @@ def launch_gram(
     gate = None if gate is None else gate.view(shape)
     mask = None if mask is None else mask.reshape(-1).view(torch.uint8)
     weights = None if weights is None else weights.reshape(-1).float()
-    for part, tokens in _launches(x):
-        part_mask, part_weights = (None if t is None else t[tokens] for t in (mask, weights))
-        if weights is None and gate is None and gram_tma.runs_on(x.device):
-            gram_tma.launch_gram_tma(out, x[part], part_mask, sums, nonfinite)
-        else:
+    reads_by_tma = weights is None and gate is None and gram_tma.runs_on(x.device)
+    with torch.cuda.device_of(x):
+        for part, tokens in _launches(x):
+            part_mask, part_weights = (None if t is None else t[tokens] for t in (mask, weights))
+            if reads_by_tma:
+                gram_tma.launch_gram_tma(out, x[part], part_mask, sums, nonfinite)
+                continue
             part_gate = None if gate is None else gate[part]
             _launch_split(out, x[part], part_mask, part_weights, sums, nonfinite, part_gate)
 
@@ -295,7 +297,8 @@ def launch_gram_ragged(
         aligned=_is_aligned(x),
         architecture=gpu_of(x.device).architecture,
     )
-    _launch(config, out, x, None, None, sums, nonfinite, offsets=offsets)
+    with torch.cuda.device_of(x):
+        _launch(config, out, x, None, None, sums, nonfinite, offsets=offsets)
 
 
 def _mergeable_shape(x: Tensor) -> tuple[int, int, int, int] | None:
