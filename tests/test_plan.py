@@ -7,6 +7,7 @@ from grail import memory, plan
 from grail.options import Options
 from grail.sites import find
 from grail.transaction import Transaction
+from grail_kernels.tuning import BUFFER_TOKENS
 
 from .test_compress import assert_untouched, fingerprint
 
@@ -165,3 +166,14 @@ def test_hidden_states_wait_on_the_gpu_where_the_run_fits_beside_them(
     monkeypatch.setattr(memory, "free", lambda _: needed + spare)
     place = plan.waiting_place(architecture, options, 256, 16, held)
     assert place == torch.device(expected)
+
+
+@pytest.mark.parametrize(("dtype", "laid"), [(torch.float32, 6), (torch.bfloat16, 0)])
+def test_what_fp32_is_taken_apart_into_on_a_gpu_counts(dtype, laid, tiny_llama, monkeypatch):
+    architecture = find(tiny_llama().to(dtype))
+    batch = 10**6  # so many tokens that activations are the most of all
+    here, there = (
+        plan.demand(architecture, Options(keep=0.5), batch, batch, onload=onload)["working set"]
+        for onload in (None, torch.device("cuda"))
+    )
+    assert there - here == laid * BUFFER_TOKENS * 80
