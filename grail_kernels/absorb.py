@@ -53,12 +53,14 @@ def absorb(weight: Tensor, gram: Tensor, keep: Tensor, backend: str = "auto") ->
 def _absorb_op(weight: Tensor, gram: Tensor, keep: Tensor, backend: str = "auto") -> Tensor:
     """`torch.ops.grail.absorb`: opaque to torch.compile, which only sees the shape it gives."""
     _check(weight, gram, keep)
+    device, keep = keep.device, keep.cpu()  # a GPU is asked once
     _check_distinct(keep, weight.shape[1])
     chosen = _resolve(weight, gram, backend)
-    dropped_mask = torch.ones(weight.shape[1], dtype=torch.bool, device=keep.device)
-    dropped_mask[keep] = False
-    dropped = dropped_mask.nonzero().flatten()
+    is_dropped = torch.ones(weight.shape[1], dtype=torch.bool)
+    is_dropped[keep] = False
     kept, order = keep.sort()
+    selections = (kept, is_dropped.nonzero().flatten(), order)
+    kept, dropped, order = (selection.to(device) for selection in selections)
     if chosen == "triton":
         from grail_kernels.absorb_triton import launch_absorb
 
@@ -120,10 +122,14 @@ def _add_packed(
     dropped: Tensor,  # [D], ascending
 ) -> None:
     """Add W_D G_DP strip by strip: a strip couples its rows to the columns before, both ways."""
-    for strip in strips(kept.numel() + dropped.numel()):
-        bounds = torch.tensor([strip.low, strip.high], device=kept.device)
-        kept_low, kept_high = torch.searchsorted(kept, bounds).tolist()
-        dropped_low, dropped_high = torch.searchsorted(dropped, bounds).tolist()
+    every = list(strips(kept.numel() + dropped.numel()))
+    edges = torch.tensor([0, *(strip.high for strip in every)])
+    kept_edges, dropped_edges = (
+        torch.searchsorted(selection.cpu(), edges).tolist() for selection in (kept, dropped)
+    )
+    for number, strip in enumerate(every):
+        kept_low, kept_high = kept_edges[number : number + 2]
+        dropped_low, dropped_high = dropped_edges[number : number + 2]
         rows = strip.view(packed)
         block = rows[:, strip.low :].tril()
         rows = torch.cat([rows[:, : strip.low], block + block.tril(-1).mT], dim=1)
