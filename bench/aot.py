@@ -231,6 +231,8 @@ def cases() -> Iterator[Case]:
         yield TmaCase("sm_90", dtype, 4096)
         yield TmaCase("sm_90", dtype, 4096, "collecting")
         yield TmaCase("sm_90", dtype, 64)
+        if TmaCase("sm_90", dtype, 1024).config != TmaCase("sm_90", dtype, 4096).config:
+            yield TmaCase("sm_90", dtype, 1024)
 
 
 def _tuned_apart(target: str) -> Iterator[Case]:

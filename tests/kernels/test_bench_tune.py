@@ -63,7 +63,7 @@ def test_triton_dry_run_finds_candidates_right(own_table: Path, tmp_path: Path) 
     assert {row["row"] for row in measured} == set(rows)
     assert not [row["problem"] for row in measured if row["problem"]]
     written = {
-        key for architecture, key in tuning.read_table(own_table) if architecture != "default"
+        key for architecture, key in tuning.read_table(own_table) if architecture == "interpreter"
     }
     assert {"/".join(key) for key in written} == set(rows)
 
@@ -76,7 +76,7 @@ def test_the_fastest_is_written_and_launched_with(
     tune.tune([WIDE], "cpu", dry=True, table=own_table)
     launched = tuning.gram_config(torch.bfloat16, 4096, architecture="interpreter")
     assert launched == fastest != default(WIDE)
-    assert tuning.gram_config(torch.bfloat16, 4096, architecture="sm_90") == default(WIDE)
+    assert tuning.gram_config(torch.bfloat16, 4096, architecture="sm_80") == default(WIDE)
 
 
 def test_a_dry_run_leaves_the_shipped_table_alone(
