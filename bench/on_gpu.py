@@ -5,7 +5,7 @@
     python bench/on_gpu.py --dry-run        the same code on the CPU at toy sizes: does it run?
 
 Steps, in this order, the first three at once, with the seconds that each may take
-  tests      120  the tests that need a GPU, and those of the kernels with the Triton backend
+  tests      150  the tests that need a GPU, and those of the kernels with the Triton backend
   checks     100  each kernel gives the same bits twice and in a new process; more than 2^31
                   elements of activations and of the accumulator; compute-sanitizer, if installed
   accuracy    60  error and bias of the diagonal against the number of tokens, by length of chain
@@ -56,7 +56,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GRACE = 15.0
 # Nothing is timed in these, so that they run at once.
 UNTIMED = ("tests", "checks", "accuracy")
-GPU_TESTS = ("tests/test_gram.py", "tests/test_gram_ragged.py", "tests/test_onload.py")
+GPU_TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "gram", "gram_ragged", "onload"))
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ class Step:
 
 
 STEPS = {
-    "tests": Step(run_tests, 120),
+    "tests": Step(run_tests, 150),
     "checks": Step(run_checks, 100),
     "accuracy": Step(run_accuracy, 60),
     "tuning": Step(run_tuning, 150),
