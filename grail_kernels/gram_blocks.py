@@ -52,6 +52,22 @@ def tile_of(program, tile_rows, GROUP: tl.constexpr):
 
 
 @triton.jit
+def program_of(H, COLLECTS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The matrix of a program, its number among that one's, how many of those collect; tile rows.
+
+    With sums or counts to collect, the first programs of a matrix do that, a block of channels
+    each: inside the loop of products it would cost every tile its registers.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tile_rows = tl.cdiv(H, BLOCK_H).to(tl.int64)
+    collectors = tile_rows if COLLECTS else tile_rows * 0
+    # The matrices share the first axis of the grid: the others end at 65,535.
+    programs = collectors + tile_rows * (tile_rows + 1) // 2
+    matrix = program // programs
+    return matrix, program - matrix * programs, collectors, tile_rows
+
+
+@triton.jit
 def add_tile(
     packed_ptr, total, tile_row, tile_column, H, STRIP: tl.constexpr, BLOCK_H: tl.constexpr
 ):
@@ -72,12 +88,14 @@ def add_tile(
 
 
 @triton.jit
-def add_collected(sums_ptr, nonfinite_ptr, sums, counts, rows, row_mask):
-    """Add sums and counts of channels [BLOCK_H] to those of a matrix, where they are collected."""
+def add_collected(sums_ptr, nonfinite_ptr, first, sums, counts, rows, row_mask):
+    """Add sums and counts of channels [BLOCK_H] to those that begin at `first`, if collected."""
     if sums_ptr is not None:
+        sums_ptr += first
         before = tl.load(sums_ptr + rows, mask=row_mask, other=0.0)
         tl.store(sums_ptr + rows, before + sums, mask=row_mask)
     if nonfinite_ptr is not None:
+        nonfinite_ptr += first
         before = tl.load(nonfinite_ptr + rows, mask=row_mask, other=0)
         tl.store(nonfinite_ptr + rows, before + counts, mask=row_mask)
 

@@ -31,6 +31,7 @@ from grail_kernels.gram_blocks import (
     add_tile,
     gpu_of,
     in_splits,
+    program_of,
     tile_of,
     tiles_of,
 )
@@ -72,13 +73,9 @@ def _gram_tma_kernel(
     OPERAND: tl.constexpr,
 ):
     """One tile of one matrix over `span` steps; with sums or counts, first a block of channels."""
-    program = tl.program_id(0).to(tl.int64)
+    collects: tl.constexpr = sums_ptr is not None or nonfinite_ptr is not None
+    matrix, program, collectors, tile_rows = program_of(H, collects, BLOCK_H)
     split = tl.program_id(1).to(tl.int64)
-    tile_rows = tl.cdiv(H, BLOCK_H).to(tl.int64)
-    collectors = 0 if sums_ptr is None and nonfinite_ptr is None else tile_rows
-    programs = collectors + tile_rows * (tile_rows + 1) // 2
-    matrix = program // programs
-    program -= matrix * programs
     target = split * matrices + matrix
     first = matrix.to(tl.int32) * PARTS
     first_step = split.to(tl.int32) * span
@@ -97,11 +94,15 @@ def _gram_tma_kernel(
             channel_counts += tl.sum((~is_finite).to(tl.int32), axis=0)
             channel_sums += tl.sum(x, axis=0)
         channels = channel + tl.arange(0, BLOCK_H)
-        if sums_ptr is not None:
-            sums_ptr += target * H
-        if nonfinite_ptr is not None:
-            nonfinite_ptr += target * H
-        add_collected(sums_ptr, nonfinite_ptr, channel_sums, channel_counts, channels, channels < H)
+        add_collected(
+            sums_ptr,
+            nonfinite_ptr,
+            target * H,
+            channel_sums,
+            channel_counts,
+            channels,
+            channels < H,
+        )
     else:
         tile_row, tile_column = tile_of(program - collectors, tile_rows, GROUP)
         row = (tile_row * BLOCK_H).to(tl.int32)

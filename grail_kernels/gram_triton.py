@@ -39,6 +39,7 @@ from grail_kernels.gram_blocks import (
     gpu_of,
     in_splits,
     products_of_parts,
+    program_of,
     tile_of,
     tiles_of,
 )
@@ -112,19 +113,10 @@ def _gram_kernel(
     OPERAND: tl.constexpr,
     REPEATS: tl.constexpr,
 ):
-    """One tile of one matrix, over the tokens of an expert (offsets) or `span` steps of them all.
-
-    With sums or counts to collect, the first programs of a matrix do that, a block of channels
-    each: inside the loop of products it would cost every tile its registers.
-    """
-    program = tl.program_id(0).to(tl.int64)
+    """One tile of one matrix over an expert's tokens (offsets), or `span` steps of them all."""
+    collects: tl.constexpr = sums_ptr is not None or nonfinite_ptr is not None
+    matrix, program, collectors, tile_rows = program_of(H, collects, BLOCK_H)
     split = tl.program_id(1).to(tl.int64)
-    tile_rows = tl.cdiv(H, BLOCK_H).to(tl.int64)
-    collectors = 0 if sums_ptr is None and nonfinite_ptr is None else tile_rows
-    # The matrices share the first axis of the grid: the others end at 65,535.
-    programs = collectors + tile_rows * (tile_rows + 1) // 2
-    matrix = program // programs
-    program -= matrix * programs
     target = split * matrices + matrix
     x_ptr += matrix * stride_xm
     if gate_ptr is not None:
@@ -171,11 +163,7 @@ def _gram_kernel(
             is_finite = tl.abs(x) < float("inf")
             row_counts += tl.sum((~is_finite).to(tl.int32), axis=0)
             row_sums += tl.sum(x * weights[:, None], axis=0)
-        if sums_ptr is not None:
-            sums_ptr += target * H
-        if nonfinite_ptr is not None:
-            nonfinite_ptr += target * H
-        add_collected(sums_ptr, nonfinite_ptr, row_sums, row_counts, rows, row_mask)
+        add_collected(sums_ptr, nonfinite_ptr, target * H, row_sums, row_counts, rows, row_mask)
     else:
         tile_row, tile_column = tile_of(program - collectors, tile_rows, GROUP)
         rows = tile_row * BLOCK_H + tl.arange(0, BLOCK_H)
