@@ -49,6 +49,7 @@ def providers(device: str, channels: int) -> Iterator[Provider]:
             out = torch.zeros(gk.packed_numel(channels), device=device)
             with (
                 mock.patch.object(tuning, "CHAIN_TOKENS", chain),
+                mock.patch.object(tuning, "LAUNCHED_TOKENS", max(chain, tuning.LAUNCHED_TOKENS)),
                 mock.patch.object(tuning, "token_splits", return_value=1),
             ):
                 return gk.unpack(gk.gram_(out, x), channels)

@@ -57,7 +57,7 @@ TENSOR_CORE = {
 STACK_LIMIT = 96
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-WIDTHS = {64: "narrow", 1024: "middle", 4096: "wide"}
+WIDTHS = {1: "single", 64: "narrow", 1024: "middle", 4096: "wide"}
 POINTERS = {
     "gate_ptr": "*{x}",
     "mask_ptr": "*u8",
@@ -116,7 +116,7 @@ class GramCase:
         types |= {n: t.format(x=x) if n in present else None for n, t in POINTERS.items()}
         types |= dict.fromkeys(("H", "inner", "outer", "matrices", "span"), "i32")
         types |= dict.fromkeys(("stride_xm", "stride_xo"), "i32")
-        types |= {"out_stride": "i64"}
+        types |= {"out_stride": "i64"} | ({"H": 1} if self.channels == 1 else {})
         types |= (
             {"stride_xt": 1, "stride_xc": "i32"}
             if by_pixels
@@ -138,13 +138,16 @@ class TmaCase:
     """One compilation of the Gram kernel that reads through the tensor memory accelerator."""
 
     gathers: ClassVar[bool] = False
-    # Blocks come by the copy engine: what the threads load is the tile of G.
-    aligned: ClassVar[bool] = True
 
     target: str
     dtype: torch.dtype
     channels: int
     feature: str = "plain"
+
+    @property
+    def aligned(self) -> bool:
+        """Whether threads load 16 bytes at once, of the tile of G: blocks come by the engine."""
+        return self.channels > 1
 
     @property
     def name(self) -> str:
@@ -170,6 +173,7 @@ class TmaCase:
         types |= {"sums_ptr": "*fp32" if collects else None}
         types |= {"nonfinite_ptr": "*i64" if collects else None}
         types |= dict.fromkeys(("H", "tokens", "matrices", "span"), "i32") | {"out_stride": "i64"}
+        types |= {"H": 1} if self.channels == 1 else {}
         types |= gram_tma.constants(config, self.parts, laid)
         sixteen = ["out_ptr", "H", "tokens", "out_stride"]
         sixteen += ["sums_ptr", "nonfinite_ptr"] if collects else []
@@ -218,6 +222,7 @@ def cases() -> Iterator[Case]:
             yield GramCase(target, dtype, True, 4096, "plain")
             yield GramCase(target, dtype, True, 64, "plain")
             yield GramCase(target, dtype, False, 4096, "collecting")
+        yield GramCase(target, torch.bfloat16, False, 1, "plain")  # a width that is a constant
         for feature in FEATURES:
             if feature != "plain":
                 yield GramCase(target, torch.bfloat16, True, 4096, feature)
@@ -227,6 +232,7 @@ def cases() -> Iterator[Case]:
         for dtype in TYPES:
             yield AbsorbCase(target, dtype)
         yield from _tuned_apart(target)
+    yield TmaCase("sm_90", torch.bfloat16, 1)
     for dtype in TYPES:
         yield TmaCase("sm_90", dtype, 4096)
         yield TmaCase("sm_90", dtype, 4096, "collecting")

@@ -124,6 +124,8 @@ class Gpu:
     ) -> Prediction:
         """One call on matrices of so many tokens each; `ragged` ones take one launch, unsplit."""
         most = tuning.LAUNCHED_TOKENS
+        if self._lays_out(channels, dtype, ragged):
+            most = tuning.BUFFER_TOKENS  # laid out at a time
         if ragged or tokens[0] <= most:
             return self._predict_launch(tokens, channels, dtype, ragged)
         rest = [tokens[0] - tokens[0] // most * most] * len(tokens)
@@ -158,7 +160,7 @@ class Gpu:
             itemsize = 3 * torch.bfloat16.itemsize
         moved = _activation_bytes(launched, places, channels, config, itemsize)
         moved += _accumulator_bytes(launched, channels, config)
-        if self._reads_by_tma(ragged) and (dtype == torch.float32 or channels % 8):
+        if self._lays_out(channels, dtype, ragged):
             # Laid out before it is multiplied.
             moved += sum(tokens) * channels * (dtype.itemsize + itemsize)
         # Zeroed; read and summed; that sum written, read and added.
@@ -180,6 +182,10 @@ class Gpu:
             return tuning.tma_config(parts, channels, architecture=self.architecture)
         aligned = channels % 16 == 0
         return tuning.gram_config(dtype, channels, aligned=aligned, architecture=self.architecture)
+
+    def _lays_out(self, channels: int, dtype: torch.dtype, ragged: bool) -> bool:
+        """Whether the copy engine cannot read the activations as they lie."""
+        return self._reads_by_tma(ragged) and (dtype == torch.float32 or channels % 8 != 0)
 
     def _reads_by_tma(self, ragged: bool) -> bool:
         """Whether the kernel of `gram_tma` takes a call."""

@@ -222,6 +222,15 @@ def _absorb_work(operands: str, outputs: int, channels: int, device: str) -> Wor
     return Work(f"{outputs} outputs x {channels} channels", call, error)
 
 
+def runs_here(device: str) -> bool:
+    """Whether the kernel of `gram_tma` is launched on that device; in a dry run, as if it were."""
+    if device == "cpu":
+        return True
+    from grail_kernels.gram_tma import runs_on
+
+    return runs_on(torch.device(device))
+
+
 def kernel_backend(device: str) -> str:
     """The backend whose launches are searched; without a GPU or interpreter its twin stands in."""
     return "triton" if device == "cuda" or interpreting() else "torch"
@@ -327,6 +336,7 @@ def tune(
         What was measured, a row for each candidate and shape.
     """
     deadline = time.monotonic() + seconds
+    keys = [key for key in keys if key[0] != "gram_tma" or runs_here(device)]
     if device == "cuda":
         compile_ahead(keys, device)
     architecture = tuning.architecture_of(torch.device(device))

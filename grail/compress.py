@@ -242,14 +242,15 @@ def _stream(
         processes.require_equal("the calibration", read)
     if automatic and stream.storage.type != "cpu":
         held = sum(hidden.nbytes for hidden in stream.hidden)
-        size = stream.own_tokens, _largest_batch(stream)
+        size = _sizes(stream)
         stream.rest_on(plan.waiting_place(architecture, options, *size, held))
     return stream
 
 
-def _largest_batch(stream: Stream) -> int:
-    """Tokens, those that do not count too."""
-    return max((h.shape[:2].numel() for h in stream.hidden), default=0)
+def _sizes(stream: Stream) -> tuple[int, int]:
+    """Tokens of all batches here and of the largest; those that do not count take room, too."""
+    sizes = [hidden.shape[:2].numel() for hidden in stream.hidden]
+    return sum(sizes), max(sizes, default=0)
 
 
 def _predicted_peak(
@@ -261,8 +262,7 @@ def _predicted_peak(
     parts = plan.demand(
         architecture,
         options,
-        stream.own_tokens,
-        _largest_batch(stream),
+        *_sizes(stream),
         stream.storage,
         stream.device if onloads else None,
     )

@@ -518,10 +518,9 @@ class Run:
         ]
 
     def _folds_exactly(self, site: BoundSite) -> bool:
-        asked = self.options.exact_folding and self.options.fits_weights
         alone = site.beside is None  # experts are narrowed together
-        aims = site.can_aim(self.options.per_tap)
-        return asked and alone and self.options.closed_loop and aims
+        asked = self.options.exact_folding and self.options.fits_weights
+        return asked and self.options.closed_loop and alone and site.can_aim(self.options.per_tap)
 
     def _fold_exactly(
         self, site: BoundSite, reduction: Folding, aim: Shelf | None
@@ -568,7 +567,9 @@ class Run:
             own = self._follow(self.stream.fork(), site.block, [site], [], _ignore)[site]
         if aim is not None and share > 0:
             for batch, dense in enumerate(aim):
-                own.put(batch, own[batch].lerp(dense, share))
+                # Where it runs, so that the bits do not hang on where hidden states wait.
+                mixed = own[batch].to(self.stream.device).lerp(dense.to(self.stream.device), share)
+                own.put(batch, mixed)
         return own, 1.0, share
 
     def _gradient(self, site: BoundSite) -> Tensor:

@@ -85,6 +85,12 @@ class Options:
         return self.fits_weights and self.closed_loop and self.drift_correction != 0
 
     @property
+    def folds_exactly(self) -> bool:
+        """Whether the selector folds, and foldings are fitted to what the folded block writes."""
+        folds = str(self.selector).startswith("folding")
+        return folds and self.exact_folding and self.fits_weights and self.closed_loop
+
+    @property
     def holds_out(self) -> bool:
         """Whether something is chosen by held-out tokens."""
         automatic = self.alpha == "auto" or (self.follows_drift and self.drift_correction == "auto")

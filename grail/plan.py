@@ -197,7 +197,8 @@ def demand(
     working set     the largest of a batch's activations (on a GPU with what fp32 ones are taken
                     apart into), of a solve in fp64 and of a search for channels
 
-    Not counted: attention masks of padded batches, and what k-means holds. An exact folding takes
+    Not counted: attention masks of padded batches, what a GPU lays those batches out into (two
+    bytes a value of 8192 tokens of a site), and what k-means holds. An exact folding takes
     up to two fifths less: what is counted is the fit of an inexact one.
     """
     widths = options.widths(architecture)
@@ -210,6 +211,9 @@ def demand(
     streams = 1 + kept_outputs
     if options.follows_drift:
         streams += 1 + sum(not s.lands_at_output for s in first)
+    if options.folds_exactly and options.drift_correction not in ("auto", 1):
+        # What a folded block is to hold: its own outputs, and those where its site lands.
+        streams += 1 + any(not s.lands_at_output for s in first)
     device = onload or architecture.device
     elsewhere = device.type != architecture.device.type  # where blocks wait, not where they run
     on_gpu = device.type == "cuda"
@@ -278,11 +282,11 @@ def waiting_place(
     takes a pageable memory of a host longer than an H100 takes for the block.
 
     Args:
-        tokens, batch_tokens: see `demand`.
+        tokens, batch_tokens: see `demand`; those that do not count too.
         held: bytes of what `demand` counts that are on the GPU already.
     """
     host, device = torch.device("cpu"), architecture.device
-    if device.type == "cpu" or architecture.activations_per_token is None:
+    if device.type != "cuda" or architecture.activations_per_token is None:
         return host
     needed = sum(demand(architecture, options, tokens, batch_tokens, device).values()) - held
     return device if needed <= ROOM * memory.free(device) else host

@@ -322,7 +322,8 @@ class Memo:
             yield
 
     def _next(self, module: nn.Module, kept: Iterator[Tensor], *args: Any, **kwargs: Any) -> Any:
-        output = next(kept).to(self._stream.device)
+        # A copy: what reads it may write over it, and it may be replayed again.
+        output = next(kept).to(self._stream.device, copy=True)
         if module not in self._entries:
             return output
         return (output, *(None for _ in range(self._entries[module] - 1)))

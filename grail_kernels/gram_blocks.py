@@ -59,7 +59,8 @@ def program_of(H, COLLECTS: tl.constexpr, BLOCK_H: tl.constexpr):
     each: inside the loop of products it would cost every tile its registers.
     """
     program = tl.program_id(0).to(tl.int64)
-    tile_rows = tl.cdiv(H, BLOCK_H).to(tl.int64)
+    # A width of 1 comes as a constant, whose quotient would have no `to`.
+    tile_rows = tl.cdiv(tl.zeros([], tl.int64) + H, BLOCK_H)
     collectors = tile_rows if COLLECTS else tile_rows * 0
     # The matrices share the first axis of the grid: the others end at 65,535.
     programs = collectors + tile_rows * (tile_rows + 1) // 2

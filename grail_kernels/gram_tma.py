@@ -177,11 +177,12 @@ def _lay_kernel(
         other=0.0,
     )
     laid_ptr += matrix * PARTS * tokens * width
+    part_stride = (tl.zeros([], tl.int64) + tokens) * width
     offsets = own[:, None] * width + channels[None, :]
     mask = counts[:, None] & (channels < width)[None, :]
     for part in tl.static_range(PARTS):
         high = x.to(laid_ptr.dtype.element_ty)
-        tl.store(laid_ptr + part * tokens * width + offsets, high, mask=mask)
+        tl.store(laid_ptr + part * part_stride + offsets, high, mask=mask)
         if PARTS > 1:
             x -= high.to(tl.float32)
 

@@ -257,15 +257,13 @@ def _launches(x: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
     """Where the part of each launch lies in `x` [E, outer, inner, H], and which tokens it has."""
     _, outer, inner, _ = x.shape
     most = tuning.LAUNCHED_TOKENS
-    if outer == 1:
-        for first in range(0, inner, most):
-            tokens = slice(first, min(first + most, inner))
-            yield (slice(None), slice(None), tokens), tokens
-        return
     each = max(1, most // inner)
     for first in range(0, outer, each):
-        end = min(first + each, outer)
-        yield (slice(None), slice(first, end)), slice(first * inner, end * inner)
+        of_outer = slice(first, min(first + each, outer))
+        for start in range(0, inner, most):  # more than one only where `each` is 1
+            of_inner = slice(start, min(start + most, inner))
+            end = (of_outer.stop - 1) * inner + of_inner.stop
+            yield (slice(None), of_outer, of_inner), slice(first * inner + start, end)
 
 
 def launch_gram_ragged(

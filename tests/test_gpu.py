@@ -7,6 +7,7 @@ import torch
 
 import grail
 from grail.select import names
+from grail_kernels.products import add_products
 
 FAMILIES = ("llama", "gpt2", "qwen2_moe", "bert", "vit")
 
@@ -38,3 +39,19 @@ def test_a_gpu_restores_every_family_as_the_cpu_does(family, tiny_model, tiny_in
 @pytest.mark.parametrize("selector", names())
 def test_a_gpu_chooses_and_restores_as_the_cpu_does(selector, tiny_model, tiny_inputs):
     assert_a_gpu_agrees(tiny_model("llama"), tiny_inputs("llama"), selector=selector)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "outputs", "channels"), [(0, 3, 5), (70, 1, 33), (300, 40, 64)])
+def test_a_gpu_adds_products_of_16_bits_where_they_belong(dtype, tokens, outputs, channels):
+    left = torch.randn(tokens, outputs, device="cuda")
+    right = torch.randn(tokens, channels, device="cuda").to(dtype)
+    total = torch.randn(outputs, channels, device="cuda")
+    before, place = total.double(), total.data_ptr()
+    add_products(total, left, right)
+    exact = before + left.double().T @ right.double()
+    bound = 2**-16 * (before.abs() + left.double().abs().T @ right.double().abs())
+    assert total.data_ptr() == place
+    assert ((total.double() - exact).abs() <= bound).all()

@@ -4,8 +4,10 @@ import torch
 import grail
 from bench.allocations import peak_bytes
 from grail import memory, plan
+from grail.compress import _sizes
 from grail.options import Options
 from grail.sites import find
+from grail.stream import Stream
 from grail.transaction import Transaction
 from grail_kernels.tuning import BUFFER_TOKENS
 
@@ -153,8 +155,14 @@ def test_a_transaction_that_succeeds_keeps_its_changes():
 
 @pytest.mark.parametrize(
     ("device", "spare", "held", "expected"),
-    [("cuda", 1, 0, "cuda"), ("cuda", -1, 0, "cpu"), ("cuda", -1, 2, "cuda"), ("cpu", 1, 0, "cpu")],
-    ids=["room", "no room", "part is there already", "no GPU"],
+    [
+        ("cuda", 1, 0, "cuda"),
+        ("cuda", -1, 0, "cpu"),
+        ("cuda", -1, 2, "cuda"),
+        ("cpu", 1, 0, "cpu"),
+        ("mps", 1, 0, "cpu"),
+    ],
+    ids=["room", "no room", "part is there already", "no GPU", "whose memory nobody tells"],
 )
 def test_hidden_states_wait_on_the_gpu_where_the_run_fits_beside_them(
     device, spare, held, expected, tiny_llama, monkeypatch
@@ -177,3 +185,33 @@ def test_what_fp32_is_taken_apart_into_on_a_gpu_counts(dtype, laid, tiny_llama, 
         for onload in (None, torch.device("cuda"))
     )
     assert there - here == laid * BUFFER_TOKENS * 80
+
+
+def test_tokens_that_do_not_count_take_room(tiny_llama, tiny_batches):
+    model = tiny_llama()
+    batches = [
+        {"input_ids": tokens, "attention_mask": (tokens > 40).long().index_fill(1, first, 1)}
+        for tokens in tiny_batches(count=2) + tiny_batches(count=1, rows=3)
+        for first in [torch.tensor([0])]
+    ]
+    stream = Stream(model, find(model).blocks, batches)
+    assert stream.own_tokens < 7 * 16
+    assert _sizes(stream) == (7 * 16, 3 * 16)
+
+
+@pytest.mark.parametrize(("share", "more"), [(0.5, 2), (0, 2), (1, 0), ("auto", 0)])
+def test_what_a_folded_block_is_to_hold_counts(share, more, tiny_llama):
+    architecture = find(tiny_llama())
+    exact, plain = (
+        plan.demand(
+            architecture,
+            Options(keep=0.5, selector="folding", sites=("mlp", "heads"), **rest),
+            1000,
+            16,
+        )["hidden states"]
+        for rest in (
+            {"drift_correction": share},
+            {"drift_correction": share, "exact_folding": False},
+        )
+    )
+    assert exact - plain == more * 1000 * 48 * 4

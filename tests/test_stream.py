@@ -75,6 +75,19 @@ def test_a_memo_replays_what_was_recorded_in_order(tiny_llama, tiny_batches):
     assert "forward" not in block.self_attn.__dict__
 
 
+def test_what_a_memo_replays_may_be_written_over(tiny_llama, tiny_batches):
+    stream = stream_of(tiny_llama(), tiny_batches(count=1))
+    attention = stream.blocks[0].self_attn
+    memo = Memo((attention,), stream)
+    with torch.no_grad(), memo.recording():
+        stream.run(0, 0)
+    for _ in range(2):
+        with memo.replaying():
+            output, _ = attention()
+        assert output.any()
+        output.zero_()
+
+
 def test_an_attention_mask_decides_which_tokens_count(tiny_llama, tiny_batches):
     batch = tiny_batches(count=1, rows=2, length=8)[0]
     mask = torch.ones_like(batch)

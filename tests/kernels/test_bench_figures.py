@@ -97,6 +97,7 @@ def test_accuracy_patches_the_chain_that_launches_read(
     right = gk.gram_
 
     def spy(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        assert tuning.LAUNCHED_TOKENS >= tuning.CHAIN_TOKENS
         seen.append((tuning.CHAIN_TOKENS, tuning.token_splits(1, 10**6, 100)))
         return right(out, x)
 

@@ -175,6 +175,15 @@ def test_no_candidate_starts_when_the_seconds_are_over(monkeypatch: pytest.Monke
     assert not tried
 
 
+def test_what_a_gpu_has_no_engine_for_is_not_searched(
+    own_table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = judged(monkeypatch, lambda config: 1.0)
+    monkeypatch.setattr(tune, "runs_here", lambda device: False)
+    assert tune.tune([("gram_tma", "16-bit", "wide")], "cpu", dry=True, table=own_table) == []
+    assert not tried
+
+
 def test_without_a_gpu_it_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

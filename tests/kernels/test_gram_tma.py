@@ -76,3 +76,19 @@ def test_a_launch_takes_some_of_the_tokens(
     magnitude = reference.gram(x.abs())
     assert reference.error_ratio(result, reference.gram(x), magnitude) < reference.ERROR_LIMIT
     assert torch.allclose(sums.cpu().double(), x.double().sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(1, 7), (1, 250), (7, 30), (2, 250), (3, 100)])
+def test_launches_take_every_token_once_and_not_too_many(
+    outer: int, inner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grail_kernels.gram_triton import _launches
+
+    monkeypatch.setattr("grail_kernels.tuning.LAUNCHED_TOKENS", 100)
+    x = torch.arange(outer * inner).view(1, outer, inner, 1)
+    seen = []
+    for part, tokens in _launches(x):
+        assert torch.equal(x[part].flatten(), torch.arange(outer * inner)[tokens])
+        assert 0 < x[part].numel() <= 100
+        seen += x[part].flatten().tolist()
+    assert seen == list(range(outer * inner))
