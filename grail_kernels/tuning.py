@@ -35,8 +35,9 @@ CHAIN_TOKENS = 256
 # Tokens worth waiting for before a launch: G is read and written once for all of them.
 BUFFER_TOKENS = 8192
 
-# The most tokens of a launch. Programs start together and drift apart: over more tokens, what one
-# reads has left L2 before its neighbours come for it, and the sums of a tile get long for fp32.
+# The most tokens of a launch. Programs start together and drift apart: over many more, an H100 was
+# a third slower, as what one reads has probably left L2 before its neighbours come for it; and the
+# sums of a tile get long for fp32.
 LAUNCHED_TOKENS = 2 * BUFFER_TOKENS
 
 # The most channels of a "narrow" matrix, one tile of which holds it, and of a "middle" one, which
