@@ -519,8 +519,7 @@ class Run:
 
     def _folds_exactly(self, site: BoundSite) -> bool:
         alone = site.beside is None  # experts are narrowed together
-        asked = self.options.exact_folding and self.options.fits_weights
-        return asked and self.options.closed_loop and alone and site.can_aim(self.options.per_tap)
+        return self.options.folds_exactly and alone and site.can_aim(self.options.per_tap)
 
     def _fold_exactly(
         self, site: BoundSite, reduction: Folding, aim: Shelf | None

@@ -86,9 +86,8 @@ class Options:
 
     @property
     def folds_exactly(self) -> bool:
-        """Whether the selector folds, and foldings are fitted to what the folded block writes."""
-        folds = str(self.selector).startswith("folding")
-        return folds and self.exact_folding and self.fits_weights and self.closed_loop
+        """Whether a folding is fitted to what the folded block writes."""
+        return self.exact_folding and self.fits_weights and self.closed_loop
 
     @property
     def holds_out(self) -> bool:

@@ -211,7 +211,8 @@ def demand(
     streams = 1 + kept_outputs
     if options.follows_drift:
         streams += 1 + sum(not s.lands_at_output for s in first)
-    if options.folds_exactly and options.drift_correction not in ("auto", 1):
+    folds = str(options.selector).startswith("folding")
+    if folds and options.folds_exactly and options.drift_correction not in ("auto", 1):
         # What a folded block is to hold: its own outputs, and those where its site lands.
         streams += 1 + any(not s.lands_at_output for s in first)
     device = onload or architecture.device
@@ -233,7 +234,7 @@ def demand(
             s.channels,
             widths[s.name].kept,
             s.outputs,
-            folding=str(options.selector).startswith("folding"),
+            folding=folds,
             drift=options.follows_drift,
             held_out=options.holds_out,
             affine=options.shifts_bias,
