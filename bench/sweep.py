@@ -352,6 +352,10 @@ def _studies(name: str, keep: float) -> Iterator[StudyRow]:
         for selector in ("wanda", "greedy", "random"):
             yield selector, keep, "ours", {}, default
             yield selector, keep, "ours, tokens weighted", {"token_weights": True}, default
+            corrected: dict[str, Any] = {"correct_attention": True}
+            yield selector, keep, "ours, attention corrected", corrected, default
+            corrected = {**corrected, "token_weights": True}
+            yield selector, keep, "ours, attention corrected, tokens weighted", corrected, default
     for variant, settings in FOLDINGS.items():
         if name == "resnet18" or "REPAIR" not in variant:
             yield "folding", keep, variant, settings, default

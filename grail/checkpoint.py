@@ -35,7 +35,7 @@ from grail.distributed import Ranks
 from grail.errors import InputError, StateError
 from grail.folder import PARTIAL
 from grail.options import Options
-from grail.report import SiteReport
+from grail.report import InputReport, SiteReport
 from grail.stream import Batch, Shelf, Stream
 from grail.transaction import Transaction
 
@@ -51,6 +51,7 @@ class Position:
 
     done: int
     rows: list[SiteReport]
+    inputs: list[InputReport]
     notes: list[str]
     seconds: dict[str, float]
 
@@ -171,6 +172,7 @@ class Checkpoint:
                 stream.hidden = shelf
         position.done = content["done"]
         position.rows += [SiteReport(**row) for row in content["rows"]]
+        position.inputs += [InputReport(**place) for place in content["inputs"]]
         position.notes += content["notes"]
         for phase, seconds in content["seconds"].items():
             position.seconds[phase] = position.seconds.get(phase, 0.0) + seconds

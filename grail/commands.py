@@ -264,6 +264,13 @@ def compress(
             metavar="FLOAT|auto",
         ),
     ] = "auto",
+    correct_attention: Annotated[
+        bool,
+        _Restoring(
+            help="Also rewrite the projections to queries, keys and values, so that they see "
+            "through drift. Their widths stay as they are."
+        ),
+    ] = False,
     token_weights: Annotated[
         bool,
         _Restoring(
@@ -323,6 +330,7 @@ def compress(
         toward=toward,
         damping=damping,
         drift_correction=drift_correction,
+        correct_attention=correct_attention,
         token_weights=token_weights,
         closed_loop=closed_loop,
         multiple=multiple,
@@ -373,7 +381,7 @@ def compress(
         evaluation["dense"] = evaluate_model(network, heldout)
     if heldout and baseline and options.compensate:
         _say("Measuring plain pruning …")
-        plain = replace(options, compensate=False, token_weights=False)
+        plain = replace(options, compensate=False, token_weights=False, correct_attention=False)
         if selector == "greedy":
             plain = replace(plain, selector="wanda")
             notes.append(

@@ -38,6 +38,7 @@ def compress(
     toward: Toward = "baseline",
     damping: Damping = "site",
     drift_correction: float | Auto = "auto",
+    correct_attention: bool = False,
     token_weights: bool = False,
     closed_loop: bool = True,
     multiple: int | None = None,
@@ -78,6 +79,11 @@ def compress(
         drift_correction: how much of the compressed network's drift from the dense one each
             consumer is also to undo, in [0, 1]; 0 is the paper, "auto" chooses by held-out
             sequences. Costs a forward pass of the dense blocks.
+        correct_attention: also rewrite a transformer's projections to queries, keys and values, so
+            that from the compressed stream they compute what they did from the dense one, as far as
+            a linear map can tell (see `grail.loop`); their widths stay as they are. Needs drift to
+            be followed. Worth it for encoders, and for decoders with little text only
+            (docs/results.md).
         token_weights: count a token's error relative to the size of the dense network's stream
             where it lands, which is how the norms of a transformer see it; False, all alike, is the
             paper. Needs drift to be followed and no bias to be fitted. Worth it for text encoders,
@@ -126,6 +132,7 @@ def compress(
         toward=toward,
         damping=damping,
         drift_correction=drift_correction,
+        correct_attention=correct_attention,
         token_weights=token_weights,
         closed_loop=closed_loop,
         multiple=multiple,
@@ -149,6 +156,13 @@ def compress(
         raise InputError(
             f"token_weights is for sites behind which norms read the stream, token by token; "
             f"{architecture.name} has none"
+        )
+    if options.correct_attention and not any(
+        map(architecture.entries, range(len(architecture.blocks)))
+    ):
+        raise InputError(
+            f"correct_attention is for transformers whose projections to queries, keys and values "
+            f"are plain layers; {architecture.name} has none"
         )
     onloader = Onloader(architecture.blocks, None if onload is None else device)
     in_use = memory.in_use(device)
@@ -199,6 +213,7 @@ def compress(
             ),
         },
         sites=rows,
+        inputs=run.inputs,
         seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         memory={
             "predicted_peak": in_use + predicted if predicted else 0,

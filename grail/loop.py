@@ -5,7 +5,16 @@ before it, and the Gram of its MLP after its own heads were narrowed. Open loop:
 block come from one pass of the dense model. One block's statistics live at a time.
 
 Where drift is to be corrected, the dense network's stream goes along: what a block's dense form
-holds after each site is taken before anything in it is narrowed (see `grail.drift`).
+holds after each site is taken before anything in it is narrowed (see `grail.drift`). What is left
+of drift meets the attention behind, which was made for the dense network's x and reads x̃. It can
+be corrected, too: with the best linear guess of x, M x̃, the weights of queries, keys and values
+become W M,
+
+    M = argmin ‖x − M x̃‖² + λ‖M − I‖² = I + β C (G + λI)⁻¹,   G = Σ x̃ x̃ᵀ,  C = Σ (x − x̃) x̃ᵀ
+
+which is a site's own problem with W = I and nothing lost (`grail.problem`); λ and β are chosen
+likewise. In quantisation it is error propagation (Arai, Ichikawa, NeurIPS 2025, arXiv 2504.09629).
+An MLP's first layers stay as they are: it can undo only such drift as its hidden channels show.
 
 Folding is fitted exactly: a folded producer writes φ(R W x), not R φ(W x), so the block runs once
 more with its producers folded, and the fit sees what the narrow network computes.
@@ -20,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +40,7 @@ from grail.batchnorm import reset_norm
 from grail.checkpoint import Checkpoint, Position
 from grail.distributed import Decision
 from grail.errors import InputError, ModelError
-from grail.fit import Auto, Fit, fit
+from grail.fit import Auto, Fit, Toward, fit
 from grail.gradient import regional_gradient
 from grail.gram import Gram
 from grail.gram_ragged import RaggedGrams
@@ -40,8 +49,8 @@ from grail.memory import ran_out
 from grail.onload import Onloader
 from grail.options import ALPHA, Options
 from grail.reduction import Folding, Reduction, Selection
-from grail.report import SiteReport
-from grail.sites import Architecture, BoundSite
+from grail.report import InputReport, SiteReport
+from grail.sites import Architecture, BoundSite, Entry, Place
 from grail.statistics import Statistics
 from grail.stream import Memo, Shelf, Stop, Stream
 from grail.transaction import Transaction
@@ -50,6 +59,7 @@ Advance = Callable[[int], object]  # hears of so many tokens done
 # As a `Reader` of each consumer.
 Read = Callable[[Consumer, Tensor, Routed | None], None]
 Rows = dict[str, list[SiteReport]]  # by name of site, one for each of its consumers
+AnyPlace = TypeVar("AnyPlace", bound=Place)
 
 
 # Of a CPU's clock in seconds, or in a GPU's stream.
@@ -147,7 +157,7 @@ class Run:
         clock: Clock,
         checkpoint: Checkpoint | None = None,
         onload: Onloader | None = None,
-        known: Callable[[BoundSite], list[Statistics]] | None = None,
+        known: Callable[[Any], list[Statistics]] | None = None,
     ):
         self.architecture, self.options, self.stream = architecture, options, stream
         self.transaction, self.clock, self._checkpoint = transaction, clock, checkpoint
@@ -162,6 +172,10 @@ class Run:
         self._shelves: list[Shelf] = []
         self._select = select.get(options.selector)
         self.notes: list[str] = []  # what a person should know
+        self.inputs: list[InputReport] = []
+        active = (options.active(s, self.widths) for s in options.sites_of(architecture))
+        # The first block in which anything becomes narrower: before it nothing drifts.
+        self._first = next((number for number, sites in enumerate(active) if sites), 0)
 
     def all_blocks(self, progress: bool) -> list[SiteReport]:
         """Compresses every block in order; returns a row for each consumer of each site."""
@@ -169,13 +183,14 @@ class Run:
         active = [self.options.active(sites, self.widths) for sites in blocks]
         if not any(active):
             return [row for sites in blocks for site in sites for row in self._untouched(site)]
-        position = Position(0, [], self.notes, self.clock.seconds)
+        position = Position(0, [], self.inputs, self.notes, self.clock.seconds)
         if self._checkpoint is not None:
             with self.clock("checkpoint"):
                 self._checkpoint.resume(position, self._streams())
-        left = active[position.done :]
-        passes = sum(1 + len(steps(sites)) * self.options.closed_loop for sites in left)
-        passes += (self._dense is not None) * len(left)
+        left = list(enumerate(active))[position.done :]
+        passes = (1 + (self._dense is not None)) * len(left)
+        if self.options.closed_loop:
+            passes += sum(len(steps(sites)) + bool(self._entries(n)) for n, sites in left)
         with tqdm(
             total=self.stream.own_tokens * passes,
             unit="tok",
@@ -219,10 +234,13 @@ class Run:
     def _closed(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
         rows = {}
         gradient = self._gradient if select.needs_gradient(self._select) else _ignore
-        aims: dict[BoundSite, Shelf] = {}
+        entries = self._entries(block)
+        aims: dict[Place, Shelf] = {}
         if self._dense is not None:
-            held = self._follow(self._dense, block, sites, self._shelves, advance)
-            aims = {s: aim for s, aim in held.items() if s.can_aim(self.options.per_tap)}
+            held = self._follow(self._dense, block, [*entries, *sites], self._shelves, advance)
+            aims = {p: aim for p, aim in held.items() if p.can_aim(self.options.per_tap)}
+        for entry in entries:
+            self._correct(entry, aims, advance)
         for step in steps(sites):
             # The block is finished from the last site on: what ran before it need not run again.
             upstream = step[0].upstream if step[-1] is sites[-1] else ()
@@ -242,6 +260,48 @@ class Run:
             elif sites:
                 self._try(block)
         return rows
+
+    def _entries(self, block: int) -> list[Entry]:
+        """Where the attention of a block reads a stream that has drifted."""
+        if not self.options.correct_attention or block <= self._first:
+            return []
+        return self.architecture.entries(block)
+
+    def _correct(self, entry: Entry, aims: Mapping[Place, Shelf], advance: Advance) -> None:
+        """Rewrites layers that read the stream; W becomes W M."""
+        aim = {entry: aims[entry]}
+        try:
+            collected = self._collect(entry.block, [entry], aim, advance, finish=False)
+        except ModelError:  # it runs more than once, or on what a mask says nothing of
+            return
+        decided = self._decided(collected, lambda _, parts, __: self._decide_entry(*parts), _ignore)
+        for _, decision in decided:
+            ((fitted,), (tokens,)) = decision.fits, decision.tokens
+            self.inputs.append(
+                InputReport(
+                    name=entry.name,
+                    block=entry.block,
+                    layers=[layer.name for layer in entry.layers],
+                    tokens=tokens,
+                    alpha=None if math.isinf(fitted.alpha) else fitted.alpha,
+                    drift_correction=fitted.drift_correction,
+                    error=fitted.error,
+                    baseline_error=fitted.baseline_error,
+                )
+            )
+            if math.isinf(fitted.alpha) or not fitted.drift_correction:
+                continue
+            with self.clock("absorb"):
+                for layer in entry.layers:
+                    new = layer.by_channel.to(fitted.weight) @ fitted.weight
+                    layer.rewrite(new, layer.channels, False, None, self.transaction)
+
+    def _decide_entry(self, collected: Statistics) -> Decision:
+        channels = collected.train.channels
+        everything = Selection(range(channels), channels)
+        identity = torch.eye(channels, dtype=torch.float64, device=collected.train.device)
+        fitted = self._fit(collected, identity, everything, toward="baseline", affine=False)
+        return Decision(everything, (fitted,), (collected.tokens,))
 
     def _try(self, block: int) -> None:
         """Runs a block that is done, which shows whether all that had to be narrowed was."""
@@ -280,26 +340,27 @@ class Run:
         self,
         stream: Stream,
         block: int,
-        sites: Sequence[BoundSite],
+        places: Sequence[Place],
         shelves: list[Shelf],
         advance: Advance,
-    ) -> dict[BoundSite, Shelf]:
-        """Moves a stream past a block; what it held where each site lands, kept on `shelves`."""
+    ) -> dict[Place, Shelf]:
+        """Moves a stream past a block; what it held where each place lands, kept on `shelves`."""
         batch = 0
-        shelves += [Shelf(stream.storage) for _ in sites[len(shelves) :]]
+        shelves += [Shelf(stream.storage) for _ in places[len(shelves) :]]
         # A block's output is kept by the stream itself.
         held = {
-            site: stream.hidden if site.lands_at_output else shelf
-            for site, shelf in zip(sites, shelves, strict=False)
+            place: stream.hidden if place.lands_at_output else shelf
+            for place, shelf in zip(places, shelves, strict=False)
         }
 
         def keeping(shelf: Shelf) -> Callable[[Tensor], None]:
             return lambda landed: shelf.put(batch, landed)
 
         with ExitStack() as hooks, self.clock("forward"):
-            for site, shelf in held.items():
-                if site.can_aim(self.options.per_tap) and not site.lands_at_output:
-                    hooks.enter_context(_watch(site, stream.blocks[block], _ignore, keeping(shelf)))
+            for place, shelf in held.items():
+                if place.can_aim(self.options.per_tap) and not place.lands_at_output:
+                    watched = _watch(place, stream.blocks[block], _ignore, keeping(shelf))
+                    hooks.enter_context(watched)
             for batch in range(len(stream)):
                 output = stream.run(block, batch)
                 if isinstance(output, Tensor):
@@ -325,24 +386,24 @@ class Run:
     def _collect(
         self,
         block: int,
-        sites: Sequence[BoundSite],
-        aims: Mapping[BoundSite, Shelf],
+        places: Sequence[AnyPlace],
+        aims: Mapping[Any, Shelf],
         advance: Advance,
         finish: bool,
-    ) -> dict[BoundSite, list[Statistics]]:
-        """Runs every batch through a block, collecting what the consumers of `sites` read.
+    ) -> dict[AnyPlace, list[Statistics]]:
+        """Runs every batch through a block, collecting what the consumers of `places` read.
 
         Args:
-            aims: what the sites that undo drift aim at.
+            aims: what those places aim at that undo drift.
             finish: whether the stream moves to the block's output; without, a batch ends where
                 all has been seen.
         """
-        collected: dict[BoundSite, list[Statistics]] = {}
-        for step in steps(sites):
+        collected: dict[AnyPlace, list[Statistics]] = {}
+        for step in steps(places):
             if self._known is None:
                 collected |= self._statistics(step)
             else:
-                collected |= {site: self._known(site) for site in step}
+                collected |= {place: self._known(place) for place in step}
         batch = 0
         inputs: dict[Consumer, tuple[Tensor, Routed | None]] = {}
         # A batch's drift, and what its tokens count by, by what lands together.
@@ -351,13 +412,13 @@ class Run:
         heard: set[Consumer] = set()
 
         def add(
-            site: BoundSite,
+            place: AnyPlace,
             consumer: Consumer,
             drift: Tensor | None = None,
             scale: Tensor | None = None,
         ) -> None:
             with self.clock("gram"):
-                statistics = collected[site][site.consumers.index(consumer)]
+                statistics = collected[place][place.consumers.index(consumer)]
                 x, routed = inputs.pop(consumer)
                 statistics.update(batch, x, drift, routed, scale)
             waiting.discard(consumer)
@@ -365,7 +426,7 @@ class Run:
             if not waiting and not finish and batch > 0:
                 raise Stop
 
-        def reading(site: BoundSite) -> Read:
+        def reading(place: AnyPlace) -> Read:
             def read(consumer: Consumer, x: Tensor, routed: Routed | None) -> None:
                 if consumer in heard:
                     raise ModelError(
@@ -374,27 +435,27 @@ class Run:
                     )
                 heard.add(consumer)
                 inputs[consumer] = x, routed
-                if site not in aims:
-                    add(site, consumer)
+                if place not in aims:
+                    add(place, consumer)
 
             return read
 
-        def landing(site: BoundSite) -> Callable[[Tensor], None]:
+        def landing(place: AnyPlace) -> Callable[[Tensor], None]:
             def land(landed: Tensor) -> None:
-                together = site.beside or site
+                together = place.beside or place
                 if together not in missing:
                     with self.clock("gram"):
-                        missing[together] = self._missing(site, aims[site][batch], landed)
-                add(site, site.consumers[0], *missing[together])
+                        missing[together] = self._missing(place, aims[place][batch], landed)
+                add(place, place.consumers[0], *missing[together])
 
             return land
 
         with ExitStack() as hooks, self.clock("forward"):
-            for site in sites:
-                land = landing(site) if site in aims else None
-                hooks.enter_context(_watch(site, self.stream.blocks[block], reading(site), land))
+            for place in places:
+                land = landing(place) if place in aims else None
+                hooks.enter_context(_watch(place, self.stream.blocks[block], reading(place), land))
             for batch in range(len(self.stream)):
-                waiting.update(c for site in sites for c in site.consumers)
+                waiting.update(c for place in places for c in place.consumers)
                 heard.clear()
                 missing.clear()
                 with suppress(Stop):
@@ -404,22 +465,20 @@ class Run:
                 advance(self.stream.tokens_of(batch))
         return collected
 
-    def _missing(
-        self, site: BoundSite, aim: Tensor, landed: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the network lacks of `aim` where a site lands, and what each token counts by."""
+    def _missing(self, place: Place, aim: Tensor, landed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the network lacks of `aim` where a place lands, and what each token counts by."""
         # Widened where it runs: on its way from a host it would be widened there, and sent as fp32.
         aim = aim.to(landed.device).float()
-        scale = site.token_scale(aim) if self.options.token_weights else None
-        return site.drift(aim, landed), scale
+        scale = place.token_scale(aim) if self.options.token_weights else None
+        return place.drift(aim, landed), scale
 
-    def _statistics(self, step: Sequence[BoundSite]) -> dict[BoundSite, list[Statistics]]:
-        """Empty ones for sites that run side by side; experts' Grams share their launches."""
+    def _statistics(self, step: Sequence[AnyPlace]) -> dict[AnyPlace, list[Statistics]]:
+        """Empty ones for places that run side by side; experts' Grams share their launches."""
         together: dict[str, RaggedGrams] = {}
         if step[0].beside is not None:
             together = {
                 name: RaggedGrams(
-                    [site.name for site in step],
+                    [place.name for place in step],
                     step[0].channels,
                     self.stream.device,
                     non_finite=self.options.non_finite,
@@ -427,35 +486,35 @@ class Run:
                 for name in ("train", "held_out")
             }
         return {
-            site: [
+            place: [
                 Statistics(
-                    site.name,
+                    place.name,
                     consumer,
                     self.stream,
                     self.options.holds_out,
                     self.options.per_tap,
-                    partial=site.beside is not None,
+                    partial=place.beside is not None,
                     non_finite=self.options.non_finite,
                     grams={name: ragged.grams[number] for name, ragged in together.items()},
                 )
-                for consumer in site.consumers
+                for consumer in place.consumers
             ]
-            for number, site in enumerate(step)
+            for number, place in enumerate(step)
         }
 
     def _decided(
         self,
-        collected: Mapping[BoundSite, Sequence[Statistics]],
-        decide: Callable[[BoundSite, Sequence[Statistics], Tensor | None], Decision],
-        gradient: Callable[[BoundSite], Tensor | None],
-    ) -> Iterator[tuple[BoundSite, Decision]]:
-        """What becomes of each site, by the tokens of all processes; made when it is asked for."""
+        collected: Mapping[AnyPlace, Sequence[Statistics]],
+        decide: Callable[[AnyPlace, Sequence[Statistics], Tensor | None], Decision],
+        gradient: Callable[[AnyPlace], Tensor | None],
+    ) -> Iterator[tuple[AnyPlace, Decision]]:
+        """What becomes of each place, by the tokens of all processes; made when it is asked for."""
         return self._ranks.decided(
             list(collected),
-            grams=lambda site: [gram for part in collected[site] for gram in part.grams],
-            decide=lambda site, gradient: decide(site, collected[site], gradient),
+            grams=lambda place: [gram for part in collected[place] for gram in part.grams],
+            decide=lambda place, gradient: decide(place, collected[place], gradient),
             prepare=gradient,
-            cost=lambda site: site.channels**3,
+            cost=lambda place: place.channels**3,
         )
 
     def _decide(
@@ -477,7 +536,7 @@ class Run:
         pairs = zip(collected, site.consumers, strict=True)
         return Decision(
             reduction,
-            tuple(self._fit(part, consumer, reduction, correction) for part, consumer in pairs),
+            tuple(self._fit_consumer(part, c, reduction, correction) for part, c in pairs),
             tuple(part.tokens for part in collected),
             tuple(
                 f"{part.name}: {part.train.tokens} tokens are too few to fit {reduction.kept} "
@@ -575,14 +634,29 @@ class Run:
         with self.clock("forward"):
             return regional_gradient(self.stream, site, self.options.non_finite == "drop")
 
-    def _fit(
+    def _fit_consumer(
         self,
         statistics: Statistics,
         consumer: Consumer,
         reduction: Reduction,
+        correction: float | Auto | None,
+    ) -> Fit:
+        weight = consumer.by_channel
+        if self.options.per_tap:
+            weight, reduction = consumer.by_tap, reduction.repeat(consumer.taps)
+        toward, affine = self.options.toward, self.options.shifts_bias
+        return self._fit(statistics, weight, reduction, toward, affine, correction)
+
+    def _fit(
+        self,
+        statistics: Statistics,
+        weight: Tensor,
+        reduction: Reduction,
+        toward: Toward,
+        affine: bool,
         correction: float | Auto | None = None,
     ) -> Fit:
-        options, per_tap = self.options, self.options.per_tap
+        options = self.options
         alpha, compensate = options.alpha, options.fits_weights
         correction = options.drift_correction if correction is None else correction
         if statistics.held_out is None:  # nothing to choose by
@@ -591,17 +665,17 @@ class Run:
         if compensate and statistics.scarce(reduction.kept):
             compensate = False
         if statistics.scarce(1):  # an expert that was never asked
-            plain = reduction.absorb(consumer.by_channel)
+            plain = reduction.absorb(weight)
             return Fit((plain,), math.nan, math.nan, math.inf, 0.0, 0.0, retries=0)
         with self.clock("solve"):
             return fit(
                 statistics.train,
-                reduction.repeat(consumer.taps) if per_tap else reduction,
-                consumer.by_tap if per_tap else consumer.by_channel,
+                reduction,
+                weight,
                 alpha=alpha,
-                toward=options.toward,
+                toward=toward,
                 damping=options.damping,
-                affine=options.shifts_bias,
+                affine=affine,
                 compensate=compensate,
                 drift_correction=correction,
                 held_out=statistics.held_out,
@@ -650,19 +724,20 @@ def _ignore(*_: object) -> None:
     """Hears and does nothing."""
 
 
-def steps(sites: Sequence[BoundSite]) -> list[list[BoundSite]]:
-    """Sites in order, those that run side by side in one step."""
-    return [list(step) for _, step in itertools.groupby(sites, lambda site: site.beside or site)]
+def steps(places: Sequence[AnyPlace]) -> list[list[AnyPlace]]:
+    """Places in order, those that run side by side in one step."""
+    apart = itertools.groupby(places, lambda place: place.beside or place)
+    return [list(step) for _, step in apart]
 
 
 @contextmanager
 def _watch(
-    site: BoundSite,
+    place: Place,
     block: nn.Module,
     read: Read,
     landed: Callable[[Tensor], None] | None,
 ) -> Iterator[None]:
-    """Reports what each consumer of a site reads, then what the network holds where it lands."""
+    """Reports what each consumer of a place reads, then what the network holds where it lands."""
     reading = False
 
     def reader(consumer: Consumer) -> Reader:
@@ -681,11 +756,11 @@ def _watch(
             landed(seen[0] if isinstance(seen, tuple) else seen)
 
     with ExitStack() as hooks:
-        for consumer in site.consumers:
+        for consumer in place.consumers:
             hooks.enter_context(consumer.watch(reader(consumer)))
-        if landed is not None and site.landing is not None:
-            module = site.landing.module or block
-            if site.lands_at_output or site.landing.output:
+        if landed is not None and place.landing is not None:
+            module = place.landing.module or block
+            if place.lands_at_output or place.landing.output:
                 hooks.callback(module.register_forward_hook(land).remove)
             else:
                 hooks.callback(module.register_forward_pre_hook(land).remove)

@@ -32,6 +32,7 @@ class Options:
     toward: Toward = "baseline"
     damping: Damping = "site"
     drift_correction: float | Auto = "auto"
+    correct_attention: bool = False
     token_weights: bool = False
     closed_loop: bool = True
     multiple: int | None = None
@@ -61,6 +62,11 @@ class Options:
             raise InputError(
                 "token_weights needs the dense network's stream, which is followed where drift is "
                 "corrected, and no bias to be fitted"
+            )
+        if self.correct_attention and not self.follows_drift:
+            raise InputError(
+                "correct_attention needs the dense network's stream, which is followed where drift "
+                "is corrected"
             )
         if self.repair and not self.closed_loop:
             raise InputError("repair needs the closed loop: an open one runs no narrowed block")

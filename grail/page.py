@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grail.report import Evaluation, Report, SiteReport
+from grail.report import Evaluation, InputReport, Report, SiteReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,7 +136,7 @@ def page(report: Report) -> str:
         [
             _header(report, name),
             _evaluation_section(report.evaluation),
-            _error_section(report.sites),
+            _error_section(report.sites, report.inputs),
             _cost_section(report),
             _notes_section(report.notes),
             _details_section(report),
@@ -197,7 +197,7 @@ def _evaluation_section(evaluation: dict[str, Evaluation]) -> str:
     )
 
 
-def _error_section(sites: Sequence[SiteReport]) -> str:
+def _error_section(sites: Sequence[SiteReport], inputs: Sequence[InputReport]) -> str:
     pairs = _error_pairs(sites)
     if not pairs:
         return ""
@@ -209,8 +209,22 @@ def _error_section(sites: Sequence[SiteReport]) -> str:
             "Relative error of what each site hands to the next layer, on the calibration text: "
             "‖T − W′RX‖ / ‖T‖, where T is its own output WX, plus its drift from the dense network "
             "where that is followed. Lower is better; the distance between the points is what "
-            f"compensation took away. {better} of {len(pairs)} sites improved."
+            f"compensation took away. {better} of {len(pairs)} sites improved." + _read_by(inputs)
         ),
+    )
+
+
+def _read_by(inputs: Sequence[InputReport]) -> str:
+    """What correcting attention came to."""
+    if not inputs:
+        return ""
+    before, after = (
+        statistics.median(getattr(row, name) for row in inputs)
+        for name in ("baseline_error", "error")
+    )
+    return (
+        f" Attention was corrected in {len(inputs)} blocks: what it reads differs from the dense "
+        f"network's by {before:.1%} in the median, by {after:.1%} once projections see through it."
     )
 
 
@@ -261,7 +275,29 @@ def _details_section(report: Report) -> str:
         f"<details><summary>Settings and versions</summary>{tables}</details>"
         f"<details><summary>All {len(report.sites)} sites</summary>{_site_table(report.sites)}"
         "</details>"
+        + (
+            f"<details><summary>What attention reads in {len(report.inputs)} blocks</summary>"
+            f"{_input_table(report.inputs)}</details>"
+            if report.inputs
+            else ""
+        )
     )
+
+
+def _input_table(inputs: Sequence[InputReport]) -> str:
+    header = ["attention", "tokens", "alpha", "drift undone", "drift", "error"]
+    rows = [
+        [
+            row.name,
+            f"{row.tokens:,}",
+            "–" if row.alpha is None else f"{row.alpha:g}",
+            f"{row.drift_correction:.0%}",
+            f"{row.baseline_error:.4f}",
+            f"{row.error:.4f}",
+        ]
+        for row in inputs
+    ]
+    return _table(header, rows, numeric=True)
 
 
 def _site_table(sites: Sequence[SiteReport]) -> str:

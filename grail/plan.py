@@ -21,7 +21,7 @@ from grail.models import positions
 from grail.onload import Onloader, computing_device, largest_block
 from grail.options import Options
 from grail.select import cholesky, elimination, greedy
-from grail.sites import Architecture, BoundSite, find
+from grail.sites import Architecture, BoundSite, Place, find
 from grail.stream import Stream
 from grail.transaction import Transaction, steady
 from grail.width import Width
@@ -187,7 +187,8 @@ def demand(
 
     hidden states   tokens · hidden, and as much again for an MLP's upstream outputs that are kept
                     for the second pass, for the dense stream, and for what that holds after each
-                    site within a block; where `storage` is the model's device
+                    site within a block and where attention reads it; where `storage` is the model's
+                    device
     blocks          two of them, the largest, where they are brought from the host one by one
     weights         the narrowed layers, beside the dense ones that an error would bring back; those
                     of one block at a time where the others are on the host
@@ -204,13 +205,14 @@ def demand(
     widths = options.widths(architecture)
     blocks = [options.active(sites, widths) for sites in options.sites_of(architecture)]
     first, element = blocks[0], architecture.element_size
+    entries = architecture.entries(0) if options.correct_attention else []
     assert architecture.hidden_size is not None
     assert architecture.activations_per_token is not None
     hidden = tokens * architecture.hidden_size * element
     kept_outputs = options.closed_loop and any(s.upstream for s in first[-1:])
     streams = 1 + kept_outputs
     if options.follows_drift:
-        streams += 1 + sum(not s.lands_at_output for s in first)
+        streams += 1 + sum(not s.lands_at_output for s in first) + len(entries)
     folds = str(options.selector).startswith("folding")
     if folds and options.folds_exactly and options.drift_correction not in ("auto", 1):
         # What a folded block is to hold: its own outputs, and those where its site lands.
@@ -218,16 +220,15 @@ def demand(
     device = onload or architecture.device
     elsewhere = device.type != architecture.device.type  # where blocks wait, not where they run
     on_gpu = device.type == "cuda"
-    grams = [
-        (1 + options.holds_out)
-        * sum(
-            4 * gk.packed_numel(s.channels)
-            + on_gpu * (2 * WAITING_TOKENS if s.beside else BUFFER_TOKENS) * s.channels * element
-            + 4 * options.follows_drift * s.outputs * s.channels
-            for s in step
-        )
-        for step in steps(first)
-    ]
+
+    def collected(place: Place, outputs: int) -> int:
+        waiting = on_gpu * (2 * WAITING_TOKENS if place.beside else BUFFER_TOKENS) * element
+        drift = 4 * options.follows_drift * outputs
+        of_one = 4 * gk.packed_numel(place.channels) + (waiting + drift) * place.channels
+        return (1 + options.holds_out) * of_one
+
+    grams = [sum(collected(s, s.outputs) for s in step) for step in steps(first)]
+    grams += [collected(entry, entry.channels) for entry in entries]
     stored_here = torch.device(storage).type == device.type
     solves = [
         peak_bytes(
@@ -240,6 +241,10 @@ def demand(
             affine=options.shifts_bias,
         )
         for s in first
+    ]
+    solves += [
+        peak_bytes(e.channels, e.channels, e.channels, drift=True, held_out=options.holds_out)
+        for e in entries
     ]
     searches: dict[Any, Any] = {
         "greedy": greedy,
@@ -264,7 +269,12 @@ def demand(
         on_gpu and element == torch.float32.itemsize
     ):  # three parts of bf16, `gram_tma` of the kernels
         largest_batch += 6 * BUFFER_TOKENS * max((s.channels for s in first), default=0)
-    narrowed = [sum(rewritten(s) for s in sites) * element for sites in blocks]
+    # Those that a site narrows as well leave nothing behind.
+    of_sites = {module for s in first for module in s.modules().values()}
+    corrected = [c for e in entries for c in e.layers if c.module not in of_sites]
+    beside = sum(layer.outputs * layer.channels for layer in corrected)
+    narrowed = [(sum(map(rewritten, sites)) + beside) * element for sites in blocks]
+    solves += [16 * layer.outputs * layer.channels for e in entries for layer in e.layers]  # W M
     return {
         "hidden states": hidden * streams if stored_here else 0,
         "blocks": 0 if onload is None else 2 * largest_block(architecture.blocks),
@@ -317,7 +327,9 @@ def _seconds(
             clock = Clock(stream.device)
             run = Run(architecture, options, stream, transaction, clock, onload=onloader)
             if any(width.kept < width.channels for width in run.widths.values()):
-                run.block(0, options.sites_of(architecture)[0], lambda n: None)
+                # Not the first: what runs before all sites never drifts, and is never corrected.
+                number = min(1, blocks - 1)
+                run.block(number, options.sites_of(architecture)[number], lambda n: None)
             transaction.undo()
         repeats = -(-tokens // stream.tokens)
         each = {"forward": repeats, "gram": repeats}

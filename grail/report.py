@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def recovered(dense: float, pruned: float, restored: float) -> float | None:
@@ -56,6 +56,20 @@ class SiteReport:
 
 
 @dataclass
+class InputReport:
+    """The attention of a block, and how near what it reads is to what the dense network's does."""
+
+    name: str  # "model.layers.3.self_attn"
+    block: int
+    layers: list[str]  # its projections to queries, keys and values
+    tokens: int
+    alpha: float | None  # None: they were left as they are, because nothing helped
+    drift_correction: float  # share of the drift that a linear map undoes
+    error: float  # ‖x − M x̃‖ / ‖x‖: x the dense network's, x̃ the compressed one's
+    baseline_error: float  # ‖x − x̃‖ / ‖x‖
+
+
+@dataclass
 class Evaluation:
     """One model on the held-out text."""
 
@@ -74,6 +88,7 @@ class Report:
     model: dict[str, Any]  # name, class, dtype, device; parameters, widths {before, after}
     calibration: dict[str, Any]  # source, tokens, sequences, sequence_length
     sites: list[SiteReport] = field(default_factory=list)
+    inputs: list[InputReport] = field(default_factory=list)  # of attention, where it was corrected
     seconds: dict[str, float] = field(default_factory=dict)  # forward, gram, select, solve, total
     memory: dict[str, int] = field(default_factory=dict)  # predicted_peak, measured_peak
     evaluation: dict[str, Evaluation] = field(default_factory=dict)  # dense, pruned, restored
@@ -106,5 +121,6 @@ class Report:
             if row["perplexity"] is None:
                 row["perplexity"] = math.inf
         data["sites"] = [SiteReport(**site) for site in data["sites"]]
+        data["inputs"] = [InputReport(**place) for place in data.get("inputs", [])]
         data["evaluation"] = {k: Evaluation(**v) for k, v in data["evaluation"].items()}
         return cls(**data)

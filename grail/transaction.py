@@ -15,20 +15,23 @@ from torch import Tensor, nn
 class Transaction:
     """Records every change made through it; an exception through the block undoes them.
 
-    `changes`: owners and names of what was set, in order.
+    `changes`: owners and names of what was set, in order. What is set again leaves its second value
+    behind: only the first is put back.
     """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: dict[tuple[int, str], Callable[[], None]] = {}
         self.changes: list[tuple[Any, str]] = []
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Sets `owner.name = value`; undoing removes a name that was not there."""
-        if hasattr(owner, name):
-            old = getattr(owner, name)
-            self._undo.append(lambda: setattr(owner, name, old))
-        else:
-            self._undo.append(lambda: delattr(owner, name))
+        place = id(owner), name  # what undoes it holds on to the owner
+        if place not in self._undo:
+            if hasattr(owner, name):
+                old = getattr(owner, name)
+                self._undo[place] = lambda: setattr(owner, name, old)
+            else:
+                self._undo[place] = lambda: delattr(owner, name)
         setattr(owner, name, value)
         self.changes.append((owner, name))
 
@@ -48,7 +51,7 @@ class Transaction:
     def undo(self) -> None:
         """Takes back every change so far, last first."""
         while self._undo:
-            self._undo.pop()()
+            self._undo.popitem()[1]()
 
     def __enter__(self) -> "Transaction":
         return self

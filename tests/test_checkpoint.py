@@ -79,7 +79,8 @@ def assert_same(one, other):
     for name, tensor in tensors.items():
         assert tensor.dtype == expected_tensors[name].dtype
         assert torch.equal(tensor, expected_tensors[name]), name
-    assert [asdict(row) for row in report.sites] == [asdict(row) for row in expected.sites]
+    for rows, expected_rows in ((report.sites, expected.sites), (report.inputs, expected.inputs)):
+        assert [asdict(row) for row in rows] == [asdict(row) for row in expected_rows]
 
 
 CASES = {
@@ -87,6 +88,7 @@ CASES = {
     "open loop": ("llama", {"closed_loop": False, "drift_correction": 0}),
     "biases": ("llama", {"compensate": "both"}),
     "folding": ("llama", {"selector": "folding"}),
+    "attention": ("llama", {"correct_attention": True}),
     "conv1d": ("gpt2", {"sites": "mlp,heads"}),
     "a configuration of its own": ("phi3", {"sites": "heads", "keep": {"heads": [0.5, 0.7, 0.5]}}),
     "one width for each block": ("llama", {"keep": {"mlp": [0.5, 0.8, 0.5]}}),

@@ -44,7 +44,18 @@ def rebuilt(weight: np.ndarray, x: np.ndarray, kept: np.ndarray, drift: np.ndarr
     return target @ np.linalg.inv(a + ALPHA * np.diag(a).mean() * np.eye(len(kept)))
 
 
-def brute_force(model, batches, keep, closed_loop, correction, weighted):
+def read_as_dense(layers, dense, seen, correction):
+    """W M for layers that read x̃, where their dense form reads x: M guesses x from x̃."""
+    x, x_dense = seen(layers[0]), seen(dense)
+    g = x.T @ x
+    ridge = g + ALPHA * np.diag(g).mean() * np.eye(len(g))
+    guess = np.eye(len(g)) + correction * (x_dense - x).T @ x @ np.linalg.inv(ridge)
+    for layer in layers:
+        weight = layer.weight.detach().double().numpy() @ guess
+        layer.weight = nn.Parameter(torch.from_numpy(weight).float())
+
+
+def brute_force(model, batches, keep, closed_loop, correction, weighted, inputs):
     """Compresses `model` with whole-model forward passes; magnitude selection by hand."""
     frozen = copy.deepcopy(model)
     for layer, dense in zip(model.model.layers, frozen.model.layers, strict=True):
@@ -59,6 +70,14 @@ def brute_force(model, batches, keep, closed_loop, correction, weighted):
             norms = np.sqrt((there**2).mean(1, keepdims=True) + 1e-6) if weighted else 1
             return x / norms, correction * (there - here) / norms
 
+        def read(module: nn.Module, dense: nn.Module = dense) -> np.ndarray:
+            whole = frozen if module in dense.modules() else model
+            return seen_by(whole, module, batches)
+
+        attention = layer.self_attn
+        if inputs:
+            projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+            read_as_dense(projections, dense.self_attn.q_proj, read, correction)
         if keep.get("heads", 1) < 1 or (correction and "heads" in keep):
             x = seen_by(source, origin.self_attn.o_proj, batches)
             _drop_heads(layer, *weighed(x, "post_attention_layernorm"), keep["heads"])
@@ -96,9 +115,15 @@ def _drop_heads(layer: nn.Module, x: np.ndarray, drift: np.ndarray, keep: float)
 
 
 @pytest.mark.parametrize(
-    ("closed_loop", "correction", "weighted"),
-    [(True, 0.0, False), (True, 0.7, False), (True, 0.7, True), (False, 0.0, False)],
-    ids=["closed", "drift", "drift, weighted", "open"],
+    ("closed_loop", "correction", "weighted", "inputs"),
+    [
+        (True, 0.0, False, False),
+        (True, 0.7, False, False),
+        (True, 0.7, False, True),
+        (True, 0.7, True, True),
+        (False, 0.0, False, False),
+    ],
+    ids=["closed", "drift", "drift, attention", "drift, attention, weighted", "open"],
 )
 @pytest.mark.parametrize(
     "keep",
@@ -106,11 +131,12 @@ def _drop_heads(layer: nn.Module, x: np.ndarray, drift: np.ndarray, keep: float)
     ids=["mlp", "heads", "mlp+heads", "mlp+full heads"],
 )
 def test_a_run_equals_brute_force_over_whole_forward_passes(
-    keep, closed_loop, correction, weighted, tiny_llama, tiny_batches
+    keep, closed_loop, correction, weighted, inputs, tiny_llama, tiny_batches
 ):
     model, batches = tiny_llama(num_hidden_layers=3), tiny_batches(count=8, length=24)
-    reference = brute_force(copy.deepcopy(model), batches, keep, closed_loop, correction, weighted)
-    grail.compress(
+    asked = keep, closed_loop, correction, weighted, inputs
+    reference = brute_force(copy.deepcopy(model), batches, *asked)
+    report = grail.compress(
         model,
         batches,
         keep=keep,
@@ -119,15 +145,47 @@ def test_a_run_equals_brute_force_over_whole_forward_passes(
         alpha=ALPHA,
         toward="zero",
         drift_correction=correction,
+        correct_attention=inputs,
         token_weights=weighted,
         closed_loop=closed_loop,
         multiple=1,
         progress=False,
     )
+    assert [row.block for row in report.inputs] == [1, 2] * inputs  # before the first is no drift
     with torch.no_grad():
         ours, theirs = (m(batches[0]).logits for m in (model, reference))
     # fp32 forward passes and Grams (1e-6) through a ridge system of condition ≤ 1/α.
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+class Adapted(nn.Linear):
+    """Not a plain layer: what it computes is not its weight's alone."""
+
+
+def runs_twice(attention: nn.Module) -> None:
+    forward = attention.forward
+    attention.forward = lambda *args, **kwargs: (
+        forward(*args, **kwargs),
+        forward(*args, **kwargs),
+    )[0]
+
+
+def is_adapted(attention: nn.Module) -> None:
+    attention.q_proj.__class__ = Adapted
+
+
+@pytest.mark.parametrize("change", [runs_twice, is_adapted])
+def test_attention_that_is_not_plain_is_left_alone(change, tiny_llama, tiny_batches):
+    model, batches = tiny_llama(), tiny_batches(count=8, length=24)
+    for layer in model.model.layers[1:]:  # the first never reads a drifted stream
+        change(layer.self_attn)
+    expected = copy.deepcopy(model)
+    for network, corrects in ((expected, False), (model, True)):
+        settings = {"sites": ("mlp",), "correct_attention": corrects}
+        report = grail.compress(network, batches, 0.5, progress=False, **settings)
+        assert report.inputs == []
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize(
@@ -145,6 +203,16 @@ def test_token_weights_are_refused_where_no_drift_is_followed_or_a_bias_is_fitte
 ):
     with pytest.raises(InputError, match="token_weights needs the dense network's stream"):
         grail.compress(tiny_llama(), tiny_batches(), token_weights=True, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"drift_correction": 0}, {"closed_loop": False}, {"compensate": False}], ids=str
+)
+def test_attention_cannot_be_corrected_where_no_drift_is_followed(
+    settings, tiny_llama, tiny_batches
+):
+    with pytest.raises(InputError, match="correct_attention needs the dense network's stream"):
+        grail.compress(tiny_llama(), tiny_batches(), correct_attention=True, **settings)
 
 
 def test_weighted_fp16_tokens_do_not_overflow(tiny_llama, tiny_batches):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -227,6 +228,37 @@ def test_the_parameters_saved_are_as_predicted(family, kind, compressed):
         p.numel() for p in model.parameters()
     )
     assert saved == report.model["parameters"]["before"] - report.model["parameters"]["after"] > 0
+
+
+@pytest.mark.parametrize("family", [f for f in (*FAMILIES, *MIXTURES) if f != "torchvision"])
+def test_attention_is_corrected_where_its_projections_read_one_tensor(family, network):
+    dense, batches = network(family)
+    model = copy.deepcopy(dense)
+    architecture = find(model)
+    for number in range(len(architecture.blocks)):
+        read = []
+        (entry,) = architecture.entries(number)
+        with ExitStack() as hooks:
+            for layer in entry.layers:
+                hooks.enter_context(layer.watch(lambda x, _, read=read: read.append(x)))
+            answer(model, batches[0])
+        assert len(read) == len(entry.layers)
+        assert all(torch.equal(x, read[0]) for x in read)
+
+    report = grail.compress(model, batches, 0.5, correct_attention=True, progress=False)
+    (row,) = report.inputs  # of the second block; before the first nothing drifts
+    assert row.block == 1
+    assert row.error < row.baseline_error
+    for name in row.layers:
+        weights = [m.get_submodule(name).weight for m in (dense, model)]
+        assert weights[0].shape == weights[1].shape
+        assert torch.equal(*weights) == (row.alpha is None)
+
+
+def test_attention_that_calls_no_module_for_its_projections_cannot_be_corrected(network):
+    model, batches = network("torchvision")
+    with pytest.raises(InputError, match="plain layers; VisionTransformer has none"):
+        grail.compress(model, batches, 0.5, correct_attention=True, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,11 @@ def test_every_share_of_kept_channels_reaches_its_site():
     assert np.array_equal([model.conv2.in_channels, model.out.in_features], [6, 5])
 
 
+def test_attention_that_is_not_known_cannot_be_corrected():
+    with pytest.raises(InputError, match="correct_attention is for transformers"):
+        grail.compress(network(), images(), 0.5, [CONV], correct_attention=True, progress=False)
+
+
 def test_token_weights_are_refused_where_no_norm_reads_the_stream():
     with pytest.raises(InputError, match="token_weights is for sites behind which norms read"):
         grail.compress(network(), images(), 0.5, [CONV], token_weights=True, progress=False)

@@ -18,7 +18,7 @@ from grail.page import (
     page,
     save_page,
 )
-from grail.report import Evaluation, Report, SiteReport
+from grail.report import Evaluation, InputReport, Report, SiteReport
 
 pytest.importorskip("matplotlib")
 
@@ -55,6 +55,19 @@ def report(blocks=4, kinds=("mlp", "heads"), **changes):
         model={"name": "tiny", "parameters": {"before": 1_500_000, "after": 1_000_000}},
         calibration={"source": "text.txt", "tokens": 2048},
         sites=sites,
+        inputs=[
+            InputReport(
+                name=f"model.layers.{block}.self_attn",
+                block=block,
+                layers=[f"model.layers.{block}.self_attn.{p}_proj" for p in "qkv"],
+                tokens=2048,
+                alpha=1e-4,
+                drift_correction=0.75,
+                error=0.12 + 0.01 * block,
+                baseline_error=0.23,
+            )
+            for block in range(1, blocks)
+        ],
         seconds={
             "forward": 4.0,
             "gram": 1.0,
@@ -150,6 +163,13 @@ def test_a_report_is_strict_json_and_reads_back_infinite_perplexities():
     assert Report.from_json(text) == whole
 
 
+def test_a_report_from_before_attention_was_corrected_can_be_read():
+    whole = report()
+    data = json.loads(whole.to_json())
+    del data["inputs"]
+    assert Report.from_json(json.dumps(data)) == dataclasses.replace(whole, inputs=[])
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -181,6 +201,10 @@ def test_page_shows_the_share_and_every_row_of_the_table():
         "own work took 50% of the time of the forward passes" in text
     )  # (1 + 0.5 + 0.3 + 0.2) / 4
     assert "off by +10.0%" in text
+    # Blocks 1 to 3: 0.13, 0.14 and 0.15.
+    assert "corrected in 3 blocks: what it reads differs from the dense network's by 23.0%" in text
+    assert "by 14.0% once projections see through it" in text
+    assert "model.layers.3.self_attn" in text
 
 
 def test_page_needs_no_script_and_no_other_file():

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 
@@ -91,10 +93,21 @@ def test_drift_and_held_out_sequences_are_counted(tiny_llama):
         {"alpha": 1e-3, "drift_correction": 0},
         {"closed_loop": False},
         {"keep": {"mlp": 0.5, "heads": 1.0}},
+        {"correct_attention": True},
+        {"sites": ("mlp",), "correct_attention": True},
         {"selector": "cholesky", "alpha": 1e-3, "drift_correction": 0},
         {"selector": "folding", "sites": ("mlp",), "exact_folding": False},
     ],
-    ids=["default", "paper", "open", "full heads", "cholesky", "folding"],
+    ids=[
+        "default",
+        "paper",
+        "open",
+        "full heads",
+        "attention",
+        "attention, mlp",
+        "cholesky",
+        "folding",
+    ],
 )
 def test_the_predicted_peak_is_within_a_tenth_of_what_torch_allocates(
     settings, tiny_llama, tiny_batches
@@ -141,6 +154,15 @@ def test_a_transaction_puts_back_the_very_objects():
     assert linear.weight is weight
     assert linear.bias is bias
     assert (linear.in_features, linear.out_features) == (4, 3)
+
+
+def test_what_is_set_twice_leaves_its_second_value_behind():
+    linear = torch.nn.Linear(4, 3)
+    with Transaction() as transaction:
+        transaction.set_parameter(linear, "weight", torch.ones(3, 4))
+        between = weakref.ref(linear.weight)
+        transaction.set_parameter(linear, "weight", torch.ones(2, 4))
+        assert between() is None
 
 
 def test_a_transaction_that_succeeds_keeps_its_changes():

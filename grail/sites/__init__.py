@@ -7,10 +7,20 @@ from torch import nn
 from grail.errors import InputError, ModelError
 from grail.sites import convnets, decoders, encoders
 from grail.sites.named import Named, Site
-from grail.sites.site import Architecture, BoundSite, Landing
+from grail.sites.site import Architecture, BoundSite, Entry, Landing, Place
 from grail.sites.traced import trace
 
-__all__ = ["Architecture", "BoundSite", "Landing", "Site", "find", "supported", "trace"]
+__all__ = [
+    "Architecture",
+    "BoundSite",
+    "Entry",
+    "Landing",
+    "Place",
+    "Site",
+    "find",
+    "supported",
+    "trace",
+]
 
 _FAMILIES = (decoders, encoders, convnets)
 

@@ -95,7 +95,7 @@ class ConvNet(Architecture):
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class GroupedSite(BoundSite):
     """Channels that a grouped convolution writes: equally many of each group stay."""
 

@@ -50,7 +50,7 @@ def _landing(layout: Layout, heads: Seen, mlp: Seen) -> Layout:
 
 
 def _without_heads(layout: Layout, why: str) -> Layout:
-    return replace(layout, heads=None, no_heads=why)
+    return replace(layout, no_heads=why)
 
 
 # A norm lies between a consumer and the stream, so drift is seen in front of it.

@@ -183,11 +183,9 @@ def _by_form(model: Any) -> Layout | None:
     scaled = hasattr(getattr(block, "ls1", None), "gamma")
     layout = _scaled(_TIMM, "ls1.gamma", "ls2.gamma") if scaled else _TIMM
     if not hasattr(block.attn, "attn_dim"):
-        return replace(
-            layout, heads=None, no_heads="this version of timm ties them to the embedding's width"
-        )
+        return replace(layout, no_heads="this version of timm ties them to the embedding's width")
     if not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity):
-        return replace(layout, heads=None, no_heads="their outputs are normalised all at once")
+        return replace(layout, no_heads="their outputs are normalised all at once")
     return layout
 
 

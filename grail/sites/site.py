@@ -32,48 +32,26 @@ class Landing:
     normalised: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class BoundSite:
-    """One hidden activation of one block, bound to the modules of a model.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Place:
+    """Where a run listens in a block: what consumers read, and what the network then holds.
 
-    `name`: "model.layers.3.mlp"; `kind`: "mlp", "heads", "conv", …; `along`: layers between
-    producers and consumers that treat every channel by itself, by name; `upstream`: modules of the
-    block that run before the site and that narrowing it does not touch; `landing`: where drift is
-    seen, None if nowhere; `sizes`: attributes that hold the width, as (owner, name); `beside`: the
-    same for sites that run side by side, each for some of the tokens (experts).
+    `name`: "model.layers.3.mlp"; `upstream`: modules of the block that run before, and that no
+    change here touches; `landing`: where drift is seen, None if nowhere; `beside`: the same for
+    places that run side by side, each for some of the tokens (experts).
     """
 
     name: str
-    kind: str
     block: int
-    producers: tuple[Producer, ...]
     consumers: tuple[Consumer, ...]
-    along: tuple[tuple[str, nn.Module], ...] = ()
     upstream: tuple[nn.Module, ...] = ()
     landing: Landing | None = None
-    sizes: tuple[tuple[Any, str], ...] = ()
     beside: Any = None
-
-    def __post_init__(self) -> None:
-        if not self.producers or not self.consumers:
-            raise ModelError(f"{self.name}: a site needs a producer and a consumer")
-        counts = {p.name: len(rows) for p in self.producers for rows in p.rows()}
-        counts |= {c.name: c.channels for c in self.consumers}
-        if len(set(counts.values())) > 1:
-            found = ", ".join(f"{name} {count}" for name, count in counts.items())
-            raise ModelError(f"{self.name}: its layers disagree on the number of channels: {found}")
-        for name, module in self.along:
-            check_along(name, module, self.channels)
 
     @property
     def channels(self) -> int:
         """H."""
         return self.consumers[0].channels
-
-    @property
-    def outputs(self) -> int:
-        """O of all consumers, each tap of a convolution counted."""
-        return sum(c.outputs * c.taps for c in self.consumers)
 
     @property
     def lands_at_output(self) -> bool:
@@ -106,6 +84,55 @@ class BoundSite:
         if not self.landing.normalised:
             return None
         return (aim.square().mean(-1) + NORM_EPS).rsqrt()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Entry(Place):
+    """Where a block reads the stream: layers with the same input, query, key and value.
+
+    `layers`: all of them. It listens at one, whose input is both what is read and where drift is
+    seen: the stream keeps its width, and nothing of it is lost.
+    """
+
+    layers: tuple[Consumer, ...]
+
+    @classmethod
+    def of(cls, name: str, block: int, layers: tuple[Consumer, ...], **others: Any) -> "Entry":
+        """An entry that listens at the first of its layers."""
+        first, landing = layers[:1], Landing(layers[0].module)
+        return cls(
+            name=name, block=block, consumers=first, landing=landing, layers=layers, **others
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BoundSite(Place):
+    """One hidden activation of one block, bound to the modules of a model.
+
+    `kind`: "mlp", "heads", "conv", …; `along`: layers between producers and consumers that treat
+    every channel by itself, by name; `sizes`: attributes that hold the width, as (owner, name).
+    """
+
+    kind: str
+    producers: tuple[Producer, ...]
+    along: tuple[tuple[str, nn.Module], ...] = ()
+    sizes: tuple[tuple[Any, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.producers or not self.consumers:
+            raise ModelError(f"{self.name}: a site needs a producer and a consumer")
+        counts = {p.name: len(rows) for p in self.producers for rows in p.rows()}
+        counts |= {c.name: c.channels for c in self.consumers}
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ModelError(f"{self.name}: its layers disagree on the number of channels: {found}")
+        for name, module in self.along:
+            check_along(name, module, self.channels)
+
+    @property
+    def outputs(self) -> int:
+        """O of all consumers, each tap of a convolution counted."""
+        return sum(c.outputs * c.taps for c in self.consumers)
 
     def modules(self) -> dict[str, nn.Module]:
         """Every layer that narrowing rewrites, by its name."""
@@ -196,6 +223,10 @@ class Architecture(ABC):
         """The batch norms of a block that remember statistics."""
         norms = (m for m in self.blocks[block].modules() if isinstance(m, NORMS))
         return [norm for norm in norms if norm.running_mean is not None]
+
+    def entries(self, block: int) -> list[Entry]:
+        """Where the attention of a block reads the stream, if that is known."""
+        return []
 
     @abstractmethod
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:

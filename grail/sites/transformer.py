@@ -23,7 +23,7 @@ from grail.errors import InputError, ModelError
 from grail.layers import Consumer, Producer
 from grail.reduction import Reduction, Selection
 from grail.sites.experts import Experts
-from grail.sites.site import Architecture, BoundSite, Landing
+from grail.sites.site import Architecture, BoundSite, Entry, Landing
 from grail.transaction import Transaction
 from grail.width import HeadWidth, Width
 
@@ -114,7 +114,8 @@ class Layout:
 
     `blocks`: below the model, or below its `base_model_prefix`. `attention`: the path of the module
     that runs before the MLP. `experts`: narrowed in place of an MLP; `shared_experts`: what every
-    token goes to beside them. Without `heads`, `no_heads` says why.
+    token goes to beside them. `no_heads` says why heads cannot be narrowed; attention without
+    modules for its projections has no `heads` at all.
     """
 
     blocks: str
@@ -134,7 +135,8 @@ class Transformer(Architecture):
         named = _blocks(model, layout)
         self._names, self.blocks = list(named), list(named.values())
         self.default = ("experts",) if layout.experts else ("mlp",)
-        others = {"heads": layout.heads, "shared_experts": layout.shared_experts}
+        heads = None if layout.no_heads else layout.heads
+        others = {"heads": heads, "shared_experts": layout.shared_experts}
         self.kinds = (*(kind for kind, place in others.items() if place), *self.default)
         self.name = getattr(self.config, "_name_or_path", "") or type(model).__name__
         try:
@@ -161,6 +163,18 @@ class Transformer(Architecture):
             [site for kind in self.kinds if kind in kinds for site in make[kind](number, block)]
             for number, block in enumerate(self.blocks)
         ]
+
+    def entries(self, block: int) -> list[Entry]:
+        heads, module, name = self._layout.heads, self.blocks[block], self._names[block]
+        if heads is None or not all(has(module, path) for path in heads.projections):
+            return []
+        try:
+            layers = tuple(
+                Consumer(f"{name}.{path}", module.get_submodule(path)) for path in heads.projections
+            )
+        except ModelError:  # quantised ones, or adapters, stay as they are
+            return []
+        return [Entry.of(f"{name}.{self._layout.attention}", block, layers)]
 
     def check_kinds(self, kinds: Sequence[str]) -> None:
         if "heads" in kinds and self._layout.no_heads:
@@ -321,7 +335,7 @@ class Interleaved(Producer):
         return rows.unflatten(0, (-1, 3, self.head_dim)).movedim(1, 0).flatten(1, 2)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class HeadSite(BoundSite):
     """Query heads of grouped attention; dropping a whole group drops its key and value head too.
 
