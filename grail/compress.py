@@ -82,8 +82,7 @@ def compress(
         correct_attention: also rewrite a transformer's projections to queries, keys and values, so
             that from the compressed stream they compute what they did from the dense one, as far as
             a linear map can tell (see `grail.loop`); their widths stay as they are. Needs drift to
-            be followed. Worth it for encoders, and for decoders with little text only
-            (docs/results.md).
+            be followed. Worth it for text encoders (docs/results.md); for decoders, measure.
         token_weights: count a token's error relative to the size of the dense network's stream
             where it lands, which is how the norms of a transformer see it; False, all alike, is the
             paper. Needs drift to be followed and no bias to be fitted. Worth it for text encoders,

@@ -272,7 +272,8 @@ class Run:
         aim = {entry: aims[entry]}
         try:
             collected = self._collect(entry.block, [entry], aim, advance, finish=False)
-        except ModelError:  # it runs more than once, or on what a mask says nothing of
+        except ModelError as error:  # it runs more than once, or on what a mask says nothing of
+            self.notes.append(f"{entry.name} was not corrected: {error}")
             return
         decided = self._decided(collected, lambda _, parts, __: self._decide_entry(*parts), _ignore)
         for _, decision in decided:

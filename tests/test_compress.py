@@ -184,6 +184,8 @@ def test_attention_that_is_not_plain_is_left_alone(change, tiny_llama, tiny_batc
         settings = {"sites": ("mlp",), "correct_attention": corrects}
         report = grail.compress(network, batches, 0.5, progress=False, **settings)
         assert report.inputs == []
+    said = [note for note in report.notes if "self_attn was not corrected: " in note]
+    assert len(said) == (change is runs_twice)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
 

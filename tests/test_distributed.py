@@ -135,7 +135,10 @@ RUNS = {
     "defaults": ("llama", {"keep": 0.5, "sites": ("mlp", "heads")}),
     "open loop": ("llama", {"keep": 0.5, "sites": ("mlp", "heads"), "closed_loop": False}),
     "folding": ("llama", {"keep": 0.5, "selector": "folding", "alpha": 1e-3}),
-    "gradients": ("llama", {"keep": 0.5, "selector": "wanda++", "alpha": 1e-3}),
+    "gradients, attention": (
+        "llama",
+        {"keep": 0.5, "selector": "wanda++", "alpha": 1e-3, "correct_attention": True},
+    ),
     "experts": ("mixtral", {"keep": 0.5, "selector": "wanda"}),
 }
 

@@ -43,6 +43,13 @@ def test_a_gpu_chooses_and_restores_as_the_cpu_does(selector, tiny_model, tiny_i
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_gpu_corrects_attention_as_the_cpu_does(family, tiny_model, tiny_inputs):
+    assert_a_gpu_agrees(tiny_model(family), tiny_inputs(family), correct_attention=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "outputs", "channels"), [(0, 3, 5), (70, 1, 33), (300, 40, 64)])
 def test_a_gpu_adds_products_of_16_bits_where_they_belong(dtype, tokens, outputs, channels):
