@@ -275,27 +275,28 @@ class Run:
         except ModelError as error:  # it runs more than once, or on what a mask says nothing of
             self.notes.append(f"{entry.name} was not corrected: {error}")
             return
-        decided = self._decided(collected, lambda _, parts, __: self._decide_entry(*parts), _ignore)
-        for _, decision in decided:
-            ((fitted,), (tokens,)) = decision.fits, decision.tokens
-            self.inputs.append(
-                InputReport(
-                    name=entry.name,
-                    block=entry.block,
-                    layers=[layer.name for layer in entry.layers],
-                    tokens=tokens,
-                    alpha=None if math.isinf(fitted.alpha) else fitted.alpha,
-                    drift_correction=fitted.drift_correction,
-                    error=fitted.error,
-                    baseline_error=fitted.baseline_error,
-                )
+        ((_, decision),) = self._decided(
+            collected, lambda _, parts, __: self._decide_entry(*parts), _ignore
+        )
+        ((fitted,), (tokens,)) = decision.fits, decision.tokens
+        self.inputs.append(
+            InputReport(
+                name=entry.name,
+                block=entry.block,
+                layers=[layer.name for layer in entry.layers],
+                tokens=tokens,
+                alpha=None if math.isinf(fitted.alpha) else fitted.alpha,
+                drift_correction=fitted.drift_correction,
+                error=fitted.error,
+                baseline_error=fitted.baseline_error,
             )
-            if math.isinf(fitted.alpha) or not fitted.drift_correction:
-                continue
-            with self.clock("absorb"):
-                for layer in entry.layers:
-                    new = layer.by_channel.to(fitted.weight) @ fitted.weight
-                    layer.rewrite(new, layer.channels, False, None, self.transaction)
+        )
+        if math.isinf(fitted.alpha) or not fitted.drift_correction:
+            return
+        with self.clock("absorb"):
+            for layer in entry.layers:
+                new = layer.by_channel.to(fitted.weight) @ fitted.weight
+                layer.rewrite(new, layer.channels, False, None, self.transaction)
 
     def _decide_entry(self, collected: Statistics) -> Decision:
         channels = collected.train.channels
