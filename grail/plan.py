@@ -246,6 +246,7 @@ def demand(
         peak_bytes(e.channels, e.channels, e.channels, drift=True, held_out=options.holds_out)
         for e in entries
     ]
+    solves += [16 * layer.outputs * layer.channels for e in entries for layer in e.layers]  # W M
     searches: dict[Any, Any] = {
         "greedy": greedy,
         "slimgpt": elimination,
@@ -274,7 +275,6 @@ def demand(
     corrected = [c for e in entries for c in e.layers if c.module not in of_sites]
     beside = sum(layer.outputs * layer.channels for layer in corrected)
     narrowed = [(sum(map(rewritten, sites)) + beside) * element for sites in blocks]
-    solves += [16 * layer.outputs * layer.channels for e in entries for layer in e.layers]  # W M
     return {
         "hidden states": hidden * streams if stored_here else 0,
         "blocks": 0 if onload is None else 2 * largest_block(architecture.blocks),
