@@ -9,6 +9,7 @@ from grail.plan import Inspection, inspect
 from grail.reduction import Folding, Reduction, Selection
 from grail.report import Report
 from grail.saving import load, save
+from grail.sensitivity import Sensitivity, sensitivity
 from grail.sites import Site, trace
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "Reduction",
     "Report",
     "Selection",
+    "Sensitivity",
     "Site",
     "collect",
     "compress",
@@ -30,5 +32,6 @@ __all__ = [
     "inspect",
     "load",
     "save",
+    "sensitivity",
     "trace",
 ]

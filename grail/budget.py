@@ -1,7 +1,8 @@
 """Uneven budgets: how much each site, or block, keeps when all together keep a given share."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -87,6 +88,75 @@ def slimgpt(blocks: int, keep: float, first: float = 1 / 16) -> list[float]:
             f"let the first lose more than {first:g}"
         )
     return shares
+
+
+def least_loss(
+    losses: Sequence[Mapping[int, float]], keep: float, parameters: Sequence[float] | None = None
+) -> list[int]:
+    """How wide each site becomes, so that the sum of their losses is least.
+
+    On the lower convex hull of each site's losses, the steps are taken that gain most for each
+    parameter, until the budget is spent. That is the least sum that the budget allows where the
+    losses are convex, but for what one step could not fit in.
+
+    Args:
+        losses: by site, what the network loses at each width that the site may have.
+        keep: the share of all parameters that stays at most; a site at its greatest width has all.
+        parameters: by site, of one unit of width. By default each counts the same.
+
+    Returns:
+        A width of each site, among those that it may have.
+
+    Raises:
+        InputError: keep outside (0, 1], no site, one without a width, other lengths, losses that
+            are not finite, or a budget below the least widths.
+
+    Source: separable convex allocation by marginal analysis (Fox, "Discrete optimization via
+    marginal analysis", Management Science 1966).
+    """
+    check_keep(keep)
+    parameters = [1.0] * len(losses) if parameters is None else parameters
+    if not losses or len(parameters) != len(losses) or not all(losses):
+        raise InputError(
+            f"a budget needs losses of every site and as many parameter counts; got those of "
+            f"{len(losses)} sites and {len(parameters)} counts"
+        )
+    if not all(math.isfinite(loss) for of_site in losses for loss in of_site.values()):
+        raise InputError("a budget needs finite losses")
+    sites = list(zip(losses, parameters, strict=True))
+    left = keep * sum(max(site) * each for site, each in sites)
+    left -= sum(min(site) * each for site, each in sites)
+    if left < 0:
+        raise InputError(f"keep={keep:g} is less than the least widths of all sites")
+    steps = []
+    for number, (site, each) in enumerate(sites):
+        hull = _lower_hull(sorted(site.items()))
+        for (narrow, more), (wide, less) in itertools.pairwise(hull):
+            cost = (wide - narrow) * each
+            steps.append(((more - less) / cost, number, wide, cost))
+    widths = [min(site) for site in losses]
+    full = set()  # a step that does not fit in ends a site, for the next one builds on it
+    for gain, number, wide, cost in sorted(steps, key=lambda step: (-step[0], *step[1:])):
+        if gain <= 0 or number in full:
+            continue
+        if cost <= left:
+            widths[number], left = wide, left - cost
+        else:
+            full.add(number)
+    return widths
+
+
+def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Of points from left to right, those of the lower convex hull."""
+    hull: list[tuple[int, float]] = []
+    for x, y in points:
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (y1 - y0) * (x - x1) < (y - y1) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull
 
 
 def _standardised(scores: Tensor) -> Tensor:

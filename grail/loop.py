@@ -59,6 +59,7 @@ Advance = Callable[[int], object]  # hears of so many tokens done
 # As a `Reader` of each consumer.
 Read = Callable[[Consumer, Tensor, Routed | None], None]
 Rows = dict[str, list[SiteReport]]  # by name of site, one for each of its consumers
+Narrow = Callable[[], Rows]
 AnyPlace = TypeVar("AnyPlace", bound=Place)
 
 
@@ -223,6 +224,24 @@ class Run:
                 with self._onload(number):
                     yield from self._collect(number, sites, {}, bar.update, finish=True).items()
 
+    def apart(self, progress: bool) -> Iterator[tuple[dict[BoundSite, select.View], Narrow]]:
+        """Sites that run side by side, and what narrows them until the next ones are asked for.
+
+        So each is narrow in a network that is otherwise dense.
+        """
+        blocks = self.options.sites_of(self.architecture)
+        total = self.stream.tokens * len(blocks)
+        with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
+            for number, sites in enumerate(blocks):
+                bar.set_description(f"sensitivity of block {number + 1}/{len(blocks)}")
+                gradients = self._gradients(sites)
+                collected = self._collect(number, sites, {}, bar.update, finish=True)
+                for step in steps(sites):
+                    of_step = {site: collected[site] for site in step}
+                    views = {site: self._view(site, parts, None) for site, parts in of_step.items()}
+                    yield views, functools.partial(self._narrowed, of_step, gradients)
+                    self.transaction.undo()
+
     def block(self, number: int, sites: Sequence[BoundSite], advance: Advance) -> list[SiteReport]:
         """Compresses one block and moves the stream past it; `advance` hears of tokens done."""
         run = self._closed if self.options.closed_loop else self._open
@@ -320,11 +339,20 @@ class Run:
             ) from error
 
     def _open(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
-        gradients: dict[BoundSite, Tensor] = {}
-        if select.needs_gradient(self._select):
-            # While the stream is at the block's entry, and nothing of the block is narrow.
-            gradients = {site: self._gradient(site) for site in sites}
-        collected = self._collect(block, sites, {}, advance, finish=True)
+        gradients = self._gradients(sites)
+        return self._narrowed(self._collect(block, sites, {}, advance, finish=True), gradients)
+
+    def _gradients(self, sites: Sequence[BoundSite]) -> dict[BoundSite, Tensor]:
+        """While the stream is at the block's entry, and nothing of the block is narrow."""
+        if not select.needs_gradient(self._select):
+            return {}
+        return {site: self._gradient(site) for site in sites}
+
+    def _narrowed(
+        self,
+        collected: Mapping[BoundSite, Sequence[Statistics]],
+        gradients: Mapping[BoundSite, Tensor],
+    ) -> Rows:
         decided = self._decided(collected, self._decide, gradients.get)
         return {site.name: self._compress(site, decision) for site, decision in decided}
 
@@ -698,28 +726,33 @@ class Run:
     def _reduction(
         self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
     ) -> Reduction:
-        # Seeded by the site as well, so that a block's draw depends on no other block.
-        generator = torch.Generator().manual_seed(
-            self.options.seed ^ zlib.crc32(site.name.encode())
-        )
         width = self.widths[site.name]
         if width.kept == site.channels:
             return Selection(range(site.channels), site.channels)
-        gram = collected[0].channels
-        if len(collected) > 1:
-            gram = Gram(site.channels, name=site.name)
-            for statistics in collected:
-                gram.merge(statistics.channels)
-        weight = stacked(site.consumers)
-        view = select.View(site.weights(), weight, gram, width, generator, gradient)
+        view = self._view(site, collected, gradient)
         # Of an expert that was never asked only its weights are known.
-        unseen = site.beside is not None and not gram.tokens
+        unseen = site.beside is not None and not view.gram.tokens
         reduction = (select.get("magnitude") if unseen else self._select)(view)
         if (reduction.channels, reduction.kept) != (width.channels, width.kept):
             raise InputError(
                 f"the selector answered {reduction!r} at {site.name}, where {width} must stay"
             )
         return reduction
+
+    def _view(
+        self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
+    ) -> select.View:
+        # Seeded by the site as well, so that a block's draw depends on no other block.
+        generator = torch.Generator().manual_seed(
+            self.options.seed ^ zlib.crc32(site.name.encode())
+        )
+        gram = collected[0].channels
+        if len(collected) > 1:
+            gram = Gram(site.channels, name=site.name)
+            for statistics in collected:
+                gram.merge(statistics.channels)
+        weight, width = stacked(site.consumers), self.widths[site.name]
+        return select.View(site.weights(), weight, gram, width, generator, gradient)
 
 
 def _ignore(*_: object) -> None:

@@ -221,7 +221,7 @@ class Stream:
         return other
 
     def _enter(self, model: nn.Module, batch: Batch) -> None:
-        args, kwargs = _model_inputs(model, batch, self._home)
+        args, kwargs = model_inputs(model, batch, self._home)
         calls: list[Call] = []
         between: tuple[Tensor, int] | None = None  # what a block returned, and its version
         # Where a model may be anybody's, one pass goes on to its end, for blocks that run again.
@@ -265,7 +265,7 @@ class Stream:
                 "sites=[grail.Site(…)]"
             )
         self._calls.append(calls)
-        mask = _mask(args, kwargs, list(inspect.signature(model.forward).parameters))
+        mask = attention_mask(model, args, kwargs)
         self.masks.append(None if mask is None else mask.cpu())
 
     def _put_first(self, hidden: Tensor) -> None:
@@ -344,8 +344,11 @@ def _no_chain(block: int) -> ModelError:
     )
 
 
-def _mask(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:
-    """The attention mask among a forward's arguments, of which those in order have `names`."""
+def attention_mask(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """The attention mask [B, L] bool among the arguments of the model's forward."""
+    names = inspect.signature(model.forward).parameters
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     mask = given.get("attention_mask")
     if mask is None:
@@ -380,7 +383,7 @@ def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
             module.forward = had
 
 
-def _model_inputs(
+def model_inputs(
     model: nn.Module, batch: Batch, device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the model's forward."""

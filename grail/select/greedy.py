@@ -78,6 +78,29 @@ def forward(gram: Tensor, weight: Tensor, kept: int, block: int = pivots.BLOCK) 
     return torch.tensor(order + rest.tolist())
 
 
+def errors(gram: Tensor, weight: Tensor) -> Tensor:
+    """‖W X − W'R X‖² of the best W', by how many channels stay, in the order of the search.
+
+    With the channels in that order and G = L Lᵀ it is Σ_j>k ‖(W L)_:j‖²: what the first k leave of
+    each later channel is its column of L. G is damped as where channels are dropped.
+
+    Args:
+        gram: G [H, H] fp64.
+        weight: W [O, H] fp64.
+
+    Returns:
+        [H + 1] fp64; the first, where none stays, is ‖W X‖², the last 0.
+    """
+    channels = len(gram)
+    order = forward(gram, weight, channels).to(gram.device)
+    damping = elimination.DAMPING * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    ordered = gram[order[:, None], order]
+    ordered.diagonal().add_(damping)
+    factor = torch.linalg.cholesky(ordered)
+    lost = (weight[:, order] @ factor).square().sum(0)
+    return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])
+
+
 def _gain(squares: Tensor, left: Tensor, energy: Tensor) -> Tensor:
     """‖W S_:j‖² / S_jj by channel; -inf where it is 0 or a channel has nothing of its own left."""
     gain = squares / left

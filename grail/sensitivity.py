@@ -1,0 +1,253 @@
+"""What the network loses where one site is narrow, and the uneven widths that lose least.
+
+Two things are known of a site: how its own error falls with its width, E(k) in closed form from
+its Gram (`grail.select.greedy.errors`), and what the whole network loses when it alone is narrowed
+and compensated, L at width k₀, from forward passes over a few batches. To first order a loss that
+is quadratic in small errors is proportional to E, so that
+
+    L(k) = L(k₀) · E(k) / E(k₀)
+
+and the widths that lose least in sum, for a given number of parameters, are `budget.least_loss`.
+
+The loss is the Kullback-Leibler divergence of the dense network's predictions from the narrow
+network's, where a model returns logits, else the squared error of its output relative to the
+output's. No labels, no gradients.
+
+Measured losses of layers in the place of fixed schedules: as in AMC (He et al., ECCV 2018) and
+ZipLM (Kurtic, Frantar, Alistarh, NeurIPS 2023), which search where this divides in closed form.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grail import budget, select
+from grail.errors import InputError, ModelError
+from grail.loop import Clock, Narrow, Run
+from grail.options import Options
+from grail.select import greedy
+from grail.sites import BoundSite, Site, find
+from grail.stream import Batch, Stream, attention_mask, model_inputs
+from grail.transaction import Transaction, steady
+from grail.width import ChannelWidth
+
+# One batch in so many shows what the network loses; the others are what sites are fitted to.
+PROBES = 16
+
+# A site keeps at least this part of the share that all keep together: losses are known at that
+# share, and the proportion with which they grow from there is one of small errors.
+LEAST = 0.5
+
+# Widths between nothing and all that a site may come to.
+STEPS = 128
+
+# Numbers of an output that are in fp32 at once: 64 MiB.
+ROWS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sites that get one width: one, or the experts of a layer.
+
+    `loss`: of the network where they are narrow at `kept` of `channels`; `errors`: [channels + 1]
+    fp64, their own squared error by width; `parameters`: of one channel, in all of them; `widths`:
+    what they may have.
+    """
+
+    names: tuple[str, ...]
+    channels: int
+    kept: int
+    loss: float
+    errors: Tensor
+    parameters: float
+    widths: tuple[int, ...]
+
+    def loss_at(self, kept: int) -> float:
+        """What the network is expected to lose where they are that wide."""
+        here = self.errors[self.kept].item()
+        return self.loss * self.errors[kept].item() / here if here > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a network loses by each of its sites, measured at a share `keep` of all."""
+
+    keep: float
+    parts: tuple[Part, ...]
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """By name of site, what the network loses where it alone is narrow; experts together."""
+        return {name: part.loss for part in self.parts for name in part.names}
+
+    def shares(self, keep: float | None = None) -> dict[str, float]:
+        """The share of each site, for `grail.compress(…, keep=…)`, that loses least in sum.
+
+        Args:
+            keep: the share of the sites' parameters that stays at most; default that of the
+                measurement. The further from that, the rougher the estimate.
+
+        Raises:
+            InputError: keep outside (0, 1].
+        """
+        keep = self.keep if keep is None else keep
+        least = [
+            {k: part.loss_at(k) for k in part.widths if k >= LEAST * keep * part.channels}
+            for part in self.parts
+        ]
+        widths = budget.least_loss(least, keep, [part.parameters for part in self.parts])
+        return {
+            name: width / part.channels
+            for part, width in zip(self.parts, widths, strict=True)
+            for name in part.names
+        }
+
+
+def sensitivity(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    sites: Sequence[str | Site] | None = None,
+    *,
+    keep: float = 0.5,
+    selector: str | select.Selector = "greedy",
+    multiple: int | None = None,
+    seed: int = 0,
+    probes: int | None = None,
+    progress: bool = True,
+) -> Sensitivity:
+    """Narrows each site alone, compensated, and measures what that does to the network's output.
+
+    Costs one pass over the dense network with its Grams, a search and the solves of a run, and for
+    each site a forward pass over `probes` batches. The model ends as it was.
+
+    Args:
+        model, sites, selector, multiple, seed: see `grail.compress`. Sites of channels only: whole
+            heads lose in steps that no curve of channels knows.
+        batches: as for `grail.compress`; all of them are held at once.
+        keep: the share at which each site is tried, in (0, 1).
+        probes: how many of the batches, the first ones, the network's loss is measured on; sites
+            are fitted to the others. Default one in sixteen. Of a single batch both are done.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: sites of heads, keep outside (0, 1), probes that leave no batch.
+        ModelError: outputs that are not finite, or of no known kind.
+        EmptyCalibrationError, NonFiniteError, SolveError: as `grail.compress`.
+    """
+    batches = list(batches)
+    probes = max(1, len(batches) // PROBES) if probes is None else probes
+    if not 0 < probes < max(len(batches), 2):
+        raise InputError(f"probes must be some of {len(batches)} batches, not all; got {probes}")
+    options = Options(
+        keep, sites, selector, drift_correction=0, closed_loop=False, multiple=multiple, seed=seed
+    )
+    if keep == 1:
+        raise InputError("keep=1 narrows nothing whose loss could be measured")
+    architecture = find(model, options.sites)
+    for name, width in options.widths(architecture).items():
+        if not isinstance(width, ChannelWidth):
+            raise InputError(
+                f"{name} becomes narrower by whole heads, whose loss is not measured; give "
+                'them one share, keep={**shares, "heads": 0.7}'
+            )
+    with steady(model), Transaction() as transaction:
+        probe = _Probe(model, batches[:probes])
+        stream = Stream(model, architecture.blocks, batches[probes:] or batches)
+        run = Run(architecture, options, stream, transaction, Clock(stream.device))
+        parts = [_part(views, narrow, probe, options) for views, narrow in run.apart(progress)]
+    return Sensitivity(keep, tuple(parts))
+
+
+def _part(
+    views: Mapping[BoundSite, select.View], narrow: Narrow, probe: "_Probe", options: Options
+) -> Part:
+    site, width = next((site, view.width) for site, view in views.items())
+    errors = torch.zeros(width.channels + 1, dtype=torch.float64)
+    for view in views.values():
+        if view.gram.tokens:  # an expert may never have been asked
+            gram = view.gram.matrix().double()
+            errors += greedy.errors(gram, view.consumer.double().to(gram.device)).cpu()
+    widths = {width.channels}
+    if width.kept < width.channels:  # else its loss is not known
+        for step in range(1, STEPS):
+            with suppress(InputError):  # a width of 0
+                widths.add(site.width(step / STEPS, options.multiple).kept)
+    one_less = ChannelWidth(width.channels, width.channels - 1)
+    parameters = sum(site.parameters_saved(one_less) for site in views)
+    narrow()
+    return Part(
+        names=tuple(site.name for site in views),
+        channels=width.channels,
+        kept=width.kept,
+        loss=probe.loss(),
+        errors=errors,
+        parameters=parameters,
+        widths=tuple(sorted(widths)),
+    )
+
+
+class _Probe:
+    """What the dense network answers to a few batches, and how far from that it is later."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]):
+        self._model = model
+        device = next(model.parameters()).device
+        self._inputs = [model_inputs(model, batch, device) for batch in batches]
+        self._dense = [self._output(*inputs) for inputs in self._inputs]
+
+    def loss(self) -> float:
+        """The mean divergence of predictions, or the squared error relative to the output's."""
+        found = size = 0.0
+        for inputs, dense in zip(self._inputs, self._dense, strict=True):
+            for expected, got in zip(dense.rows(), self._output(*inputs).rows(), strict=True):
+                if dense.logits:
+                    found += _divergence(expected, got)
+                    size += len(expected)
+                else:
+                    found += _squares(got.float() - expected.float())
+                    size += _squares(expected)
+        if not math.isfinite(found):
+            raise ModelError("the network's output is not finite where a site is narrow")
+        return found / size if size else 0.0
+
+    def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Output":
+        output = self._model(*args, **kwargs)
+        logits = getattr(output, "logits", None)
+        tensor = logits if logits is not None else output
+        if not isinstance(tensor, Tensor):
+            values = tensor.values() if isinstance(tensor, Mapping) else tensor
+            tensor = next((v for v in values if isinstance(v, Tensor)), None)
+        if tensor is None or not tensor.is_floating_point():
+            raise ModelError(f"{type(self._model).__name__} returns no tensor to compare")
+        mask = attention_mask(self._model, args, kwargs)
+        if mask is not None and mask.shape == tensor.shape[:-1]:
+            tensor = tensor[mask]
+        return _Output(tensor.reshape(-1, tensor.shape[-1]), logits is not None)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """[N, D], of samples or of tokens that count; `logits`: whether they are those of classes."""
+
+    values: Tensor
+    logits: bool
+
+    def rows(self) -> Sequence[Tensor]:
+        """A few at a time, so that little of them is in fp32 at once."""
+        return self.values.split(max(1, ROWS // self.values.shape[-1]))
+
+
+def _divergence(dense: Tensor, narrow: Tensor) -> float:
+    """Σ KL(dense ‖ narrow) over rows of logits [N, D], in nats."""
+    p, q = (logits.float().log_softmax(-1) for logits in (dense, narrow))
+    return F.kl_div(q, p, reduction="sum", log_target=True).item()
+
+
+def _squares(values: Tensor) -> float:
+    return torch.linalg.vector_norm(values, dtype=torch.float64).square().item()
