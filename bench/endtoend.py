@@ -79,9 +79,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "restored": {},
 }
-# Beside those, of one cell.
+# Beside those, of one cell: widths by what each block's narrowing costs the network, and a setting.
+UNEVEN = "restored, uneven widths"
 OTHERS: dict[tuple[str, str, float], dict[str, dict[str, Any]]] = {
-    ("passages", "mlp", 0.5): {"restored, tokens weighted": {"token_weights": True}}
+    ("passages", "mlp", 0.5): {UNEVEN: {}, "restored, tokens weighted": {"token_weights": True}},
+    **{
+        cell: {UNEVEN: {}}
+        for cell in (
+            ("technical", "mlp", 0.5),
+            ("passages", "mlp", 0.75),
+            ("technical", "mlp", 0.75),
+            ("brown", "mlp", 0.5),
+        )
+    },
 }
 LENGTHS, ALPHAS = (8192, 32768, 131072), (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -158,7 +168,11 @@ def table() -> None:
             dense = evaluate(subject.model, heldout, progress=False)
             out.add(_table_row(text, "", 1.0, "dense", dense, None))
         for name in missing:
-            chosen = {"keep": keep, "sites": tuple(sites.split(",")), **models[name]}
+            kinds = tuple(sites.split(","))
+            chosen = {"keep": keep, "sites": kinds, **models[name]}
+            if name == UNEVEN:
+                of = grail.sensitivity(subject.model, calibration, kinds, keep=keep, progress=False)
+                chosen["keep"] = of.shares()
             model, report = subject.compressed(calibration, **chosen)
             result = evaluate(model, heldout, progress=False)
             out.add(_table_row(text, sites, keep, name, result, report))
@@ -284,8 +298,9 @@ def markdown(rows: list[Row]) -> str:
     """The table of README.md: a line for each cell, from the rows of smollm2_table.csv."""
     found = {(r["text"], r["sites"], float(r["keep"]), r["model"]): r for r in rows}
     lines = [
-        "| text | sites | keep | parameters | dense | pruned | the paper's way | grail |",
-        "|---|---|---|---|---|---|---|---|",
+        "| text | sites | keep | parameters | dense | pruned | the paper's way | grail "
+        "| uneven widths |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for text, sites, keep in sorted(
         CELLS, key=lambda c: (c[0] == "brown", c[0], c[1] != "mlp", len(c[1]), -c[2])
@@ -299,7 +314,8 @@ def markdown(rows: list[Row]) -> str:
         left = int(pruned["parameters"]) / int(dense["parameters"])
         base = float(dense["perplexity"]), float(pruned["perplexity"])
         ours = (
-            _with_share(found.get((text, sites, keep, m)), *base) for m in ("paper", "restored")
+            _with_share(found.get((text, sites, keep, m)), *base)
+            for m in ("paper", "restored", UNEVEN)
         )
         lines.append(
             f"| {text} | {sites} | {keep:g} | {left:.0%} | {base[0]:.1f} | {base[1]:.1f} "
