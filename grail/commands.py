@@ -52,6 +52,7 @@ from grail.page import (
 from grail.plan import KEEPS, Inspection
 from grail.plan import inspect as inspect_model
 from grail.report import Report, strict_json
+from grail.sensitivity import sensitivity
 
 _DEBUG = "grail.debug"
 
@@ -208,6 +209,14 @@ def compress(
             "shared_experts."
         ),
     ] = "mlp",
+    uneven: Annotated[
+        bool,
+        typer.Option(
+            help="Let blocks keep more or less, by what their narrowing costs the model, "
+            "--keep of all together; OUTPUT is then for grail alone, since stock "
+            "configurations hold one width for all blocks."
+        ),
+    ] = False,
     selector: Annotated[
         str,
         typer.Option(help=f"Who chooses what stays: {', '.join(select.names())}."),
@@ -350,6 +359,11 @@ def compress(
         return
     if (calibration is None) == (statistics is None):
         raise InputError("give either --calibration or --statistics")
+    if uneven and (statistics or onload):
+        raise InputError(
+            "--uneven runs the whole model on calibration text: give it no --statistics, and no "
+            "--onload"
+        )
     if statistics and closed_loop:
         raise InputError("--statistics are of the dense network: give --open-loop with them")
     check_output(output)
@@ -392,6 +406,18 @@ def compress(
         evaluation["pruned"] = evaluate_model(network, heldout)
         del network  # loaded again, because two models at once would double the peak
         network, tokenizer = load()
+    if uneven and not isinstance(batches, Collected):
+        _say("Measuring what the model loses by each site …")
+        measured = sensitivity(
+            network,
+            batches,
+            options.sites,
+            keep=keep,
+            selector=selector,
+            multiple=multiple,
+            seed=seed,
+        )
+        options = replace(options, keep=measured.shares())
     _say("Compressing …")
     report = compress_model(
         network, batches, **vars(options), onload=brought, resume_dir=resume_dir
@@ -411,7 +437,7 @@ def compress(
             return  # the first one writes, and the others wait for it
         if resume_dir is not None:
             checkpoint.announce(resume_dir, command)
-        export(network, tokenizer, output, report=report, page=_page(report))
+        export(network, tokenizer, output, report=report, page=_page(report), uneven=uneven)
         if resume_dir is not None:
             checkpoint.clear(resume_dir)
     _print_result(report, output, as_json)

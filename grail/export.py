@@ -9,8 +9,9 @@ from torch import Tensor
 from grail.errors import ExportError
 from grail.evaluate import measure_size
 from grail.folder import complete
-from grail.models import positions
+from grail.models import positions, read_model
 from grail.report import Report
+from grail.saving import write
 from grail.transaction import steady
 
 # Sequences and tokens, if it has room for those, on which the reloaded model must agree.
@@ -23,6 +24,8 @@ def export(
     output: str | Path,
     report: Report | None = None,
     page: str | None = None,
+    *,
+    uneven: bool = False,
 ) -> Path:
     """Saves model and tokenizer, and proves that the folder reloads to the same logits.
 
@@ -35,6 +38,9 @@ def export(
         output: folder to create; one that exists must be empty.
         report: written as `report.json`.
         page: HTML text, written as `report.html`.
+        uneven: whether widths differ by block. No stock configuration holds that: weights and
+            widths are then written as by `grail.save`, and `load_model` reads the folder, not
+            transformers alone.
 
     Returns:
         The path of the folder.
@@ -45,16 +51,27 @@ def export(
             bitwise the same logits.
     """
     with complete(output, ExportError, size=measure_size(model)[1]) as folder:
-        _write(folder, model, tokenizer, report, page)
+        _write(folder, model, tokenizer, report, page, uneven)
         _verify(folder, model)
     return Path(output).resolve()
 
 
 def _write(
-    folder: Path, model: Any, tokenizer: Any, report: Report | None, page: str | None
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    report: Report | None,
+    page: str | None,
+    uneven: bool,
 ) -> None:
     try:
-        model.save_pretrained(folder)
+        if uneven:
+            write(model, folder)
+            model.config.save_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+        else:
+            model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     # Refusals and full disks come as ValueError, RuntimeError, OSError, SafetensorError, …
@@ -67,12 +84,8 @@ def _write(
 
 
 def _verify(folder: Path, model: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
     try:
-        reloaded = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation=model.config._attn_implementation
-        )
+        reloaded, _ = read_model(folder, attn_implementation=model.config._attn_implementation)
     except Exception as error:
         raise ExportError(f"The exported model does not load again: {error}") from error
     expected, found = _logits(model), _logits(reloaded.to(model.device))

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from grail.errors import InputError, ModelError
+from grail.saving import WIDTHS, load
 
 # Tokens of a calibration sequence, where the model has positions for so many.
 LENGTH = 1024
@@ -23,7 +25,8 @@ def load_model(
     """Loads a causal language model and its tokenizer, ready to be compressed and saved.
 
     Args:
-        source: a folder that `save_pretrained` wrote, a hub name, or the path of a `.gguf` file.
+        source: a folder that `save_pretrained` or `grail.export` wrote, a hub name, or the path of
+            a `.gguf` file.
         dtype: dtype of the weights; the checkpoint's own if None (fp32 for GGUF).
         device: where the model goes.
         gguf_file: name of the GGUF file inside `source`, where that is a folder or a hub name.
@@ -37,7 +40,7 @@ def load_model(
     """
     where, gguf_file = _locate(str(source), gguf_file)
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
     except ImportError as error:
         raise ModelError(
             "Loading a model needs transformers: pip install 'grail-kernels[llm]'."
@@ -47,16 +50,39 @@ def load_model(
     # SafetensorError, ImportError …): whatever stops them, the caller's answer is the same.
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype or "auto", output_loading_info=True, **options
-        )
+        model, missing = read_model(where, dtype, **options)
     except Exception as error:
         raise ModelError(_explain(source, error)) from error
-    model, details = loaded
-    _refuse_missing(source, details["missing_keys"])
+    _refuse_missing(source, missing)
     if gguf_file is not None:
         model = _without_quantiser(model)
     return model.to(device).eval(), tokenizer
+
+
+def read_model(
+    where: str | Path, dtype: torch.dtype | None = None, **options: Any
+) -> tuple[Any, Collection[str]]:
+    """A causal language model from a folder or hub name, and the weights that are missing there.
+
+    Blocks of different widths are read by `grail.load`, which knows of no missing weight: it
+    refuses them.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    if not (Path(where) / WIDTHS).is_file():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype or "auto", output_loading_info=True, **options
+        )
+        return loaded[0], loaded[1]["missing_keys"]
+    config = AutoConfig.from_pretrained(where)
+    model: Any = load(where, lambda: AutoModelForCausalLM.from_config(config, **options))
+    for parameter in model.parameters():
+        # Buffers stay: rotary frequencies are not weights.
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    if model.can_generate():
+        with suppress(OSError):  # there is none
+            model.generation_config = GenerationConfig.from_pretrained(where)
+    return model, ()
 
 
 def positions(model: Any) -> int | None:

@@ -8,10 +8,10 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grail.report import Evaluation, InputReport, Report, SiteReport
 
@@ -39,6 +39,7 @@ _PHASES = {
     "absorb": "absorb",
     "other": "everything else",
 }
+_FEW = 4  # shares that are listed; as many kinds may be narrowed at once
 _KINDS = {
     "mlp": "MLP channels",
     "heads": "attention heads",
@@ -149,7 +150,7 @@ def _header(report: Report, name: str) -> str:
     settings = report.settings
     before, after = _before_after(report.model.get("parameters"))
     facts = [
-        f"keep {settings['keep']}" if "keep" in settings else "",
+        f"keep {_shares(settings['keep'])}" if "keep" in settings else "",
         f"sites {_text(settings['sites'])}" if "sites" in settings else "",
         f"selector {_text(settings['selector'])}" if "selector" in settings else "",
         f"{format_count(before)} → {format_count(after)} parameters" if before and after else "",
@@ -161,6 +162,13 @@ def _header(report: Report, name: str) -> str:
         f"<p class='hero'><b>{escape(figure)}</b> <span>{escape(claim)}</span></p>"
         f"<p class='lead'>{_explanation(report)}</p></header>"
     )
+
+
+def _shares(keep: Any) -> str:
+    """One share, those of kinds, or of shares by site the range."""
+    if not isinstance(keep, Mapping) or len(keep) <= _FEW:
+        return str(keep)
+    return f"{min(keep.values()):.2f} to {max(keep.values()):.2f}, by site"
 
 
 def _explanation(report: Report) -> str:

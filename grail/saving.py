@@ -39,18 +39,23 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
         InputError: `output` is in use; nothing was written.
         ExportError: too little disk, or the folder could not be written.
     """
-    tensors = _tensors(model)
-    tied = {name: source for name, source in _sources(model).items() if source != name}
-    widths = {"format": FORMAT, "class": type(model).__name__, "tied": tied, **_numbers(model)}
-    with complete(output, ExportError, size=sum(t.nbytes for t in tensors.values())) as folder:
-        try:
-            save_file(tensors, folder / WEIGHTS)
-        except SafetensorError as error:
-            raise ExportError(f"{output} could not be written: {error}") from error
-        (folder / WIDTHS).write_text(json.dumps(widths, indent=1) + "\n", encoding="utf-8")
+    size = sum(tensor.nbytes for tensor in _tensors(model).values())
+    with complete(output, ExportError, size=size) as folder:
+        write(model, folder)
         if report is not None:
             report.save(folder / "report.json")
     return Path(output).resolve()
+
+
+def write(model: nn.Module, folder: Path) -> None:
+    """Writes weights and widths into a folder that is there."""
+    tied = {name: source for name, source in _sources(model).items() if source != name}
+    widths = {"format": FORMAT, "class": type(model).__name__, "tied": tied, **_numbers(model)}
+    try:
+        save_file(_tensors(model), folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ExportError(f"the weights could not be written: {error}") from error
+    (folder / WIDTHS).write_text(json.dumps(widths, indent=1) + "\n", encoding="utf-8")
 
 
 def load(

@@ -22,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 from typer.testing import CliRunner  # noqa: E402
 
 from grail import commands  # noqa: E402
+from grail.models import load_model  # noqa: E402
 
 from .counting import refused  # noqa: E402
 
@@ -214,6 +215,38 @@ def test_onload_writes_the_same_bits(arguments, tmp_path):
     result = grail(*arguments, "--output", tmp_path / "again", "--onload", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == written
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_uneven_widths_add_up_and_the_folder_is_read_by_every_command(
+    arguments, folder, dtype, tmp_path
+):
+    output, heldout = tmp_path / "out", folder / "heldout.txt"
+    result = grail(
+        *(*arguments, "--keep", "0.5", "--uneven", "--multiple", "2", "--dtype", dtype, "--json"),
+        *("--evaluate", heldout, "--evaluate-tokens", "512", "--no-baseline", "--batch-size", "1"),
+    )
+    assert result.exit_code == 0, result.stderr
+    report = Report.from_json((output / "report.json").read_text())
+    kept = [site.kept for site in report.sites]
+    assert sum(kept) == 80  # half of 160
+    assert kept[0] != kept[1]
+    model, _ = load_model(output)
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == kept
+    assert str(model.dtype) == f"torch.{dtype}"
+    again = grail("evaluate", output, "--text", heldout, "--tokens", "512", "--json", *SHORT[:2])
+    assert json.loads(again.stdout)["perplexity"] == report.evaluation["restored"].perplexity
+    assert grail("inspect", output).exit_code == 0
+    with pytest.raises((RuntimeError, ValueError)):  # never silently another model
+        transformers.AutoModelForCausalLM.from_pretrained(output)
+
+
+@pytest.mark.parametrize("given", [["--onload"], ["--statistics", "a", "--open-loop"]])
+def test_uneven_widths_need_text_and_the_model_where_it_runs(given, folder, tmp_path):
+    command = ["compress", folder / "model", "--output", tmp_path / "out", "--uneven", *given]
+    if "--onload" in given:
+        command += ["--calibration", folder / "calibration.txt"]
+    assert "--uneven runs the whole model" in refusal(grail(*command))
 
 
 def test_heldout_text_that_is_the_calibration_text_is_noted(arguments, folder):
