@@ -138,6 +138,7 @@ def page(report: Report) -> str:
             _header(report, name),
             _evaluation_section(report.evaluation),
             _error_section(report.sites, report.inputs),
+            _width_section(report.sites),
             _cost_section(report),
             _notes_section(report.notes),
             _details_section(report),
@@ -220,6 +221,33 @@ def _error_section(sites: Sequence[SiteReport], inputs: Sequence[InputReport]) -
             f"compensation took away. {better} of {len(pairs)} sites improved." + _read_by(inputs)
         ),
     )
+
+
+def _width_section(sites: Sequence[SiteReport]) -> str:
+    """Only where sites of a kind keep different shares."""
+    uneven = [kind for kind in _kinds(sites) if len(set(_shares_kept(sites, kind).values())) > 1]
+    if not uneven:
+        return ""
+    return _section(
+        "Who keeps how much",
+        _width_plot({kind: _shares_kept(sites, kind) for kind in uneven}),
+        caption="Share of the channels that each block keeps; the line is that of all together.",
+    )
+
+
+def _kinds(sites: Sequence[SiteReport]) -> list[str]:
+    return list(dict.fromkeys(site.kind for site in sites))
+
+
+def _shares_kept(sites: Sequence[SiteReport], kind: str) -> dict[int, float]:
+    """By block, the share of the channels that stays in its sites of that kind."""
+    kept: dict[int, int] = {}
+    channels: dict[int, int] = {}
+    for site in sites:
+        if site.kind == kind:
+            kept[site.block] = kept.get(site.block, 0) + site.kept
+            channels[site.block] = channels.get(site.block, 0) + site.channels
+    return {block: kept[block] / channels[block] for block in kept}
 
 
 def _read_by(inputs: Sequence[InputReport]) -> str:
@@ -447,6 +475,27 @@ def _bars(
     axes.spines["bottom"].set_visible(False)
     summary = "; ".join(f"{name} {label}" for name, label in zip(names, labels, strict=True))
     return _svg(figure, key, title, summary)
+
+
+def _width_plot(shares: Mapping[str, Mapping[int, float]]) -> str:
+    """One panel a kind of site: a bar for each block."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure, panels = _figure(height=1.8 * len(shares) + 0.3, rows=len(shares))
+    for axes, (kind, by_block) in zip(panels, shares.items(), strict=True):
+        axes.bar(list(by_block), list(by_block.values()), width=0.7, color=_RESTORED)
+        axes.axhline(statistics.mean(by_block.values()), color=_MUTED, linewidth=1)
+        axes.set_ylim(0, 1)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        title = _KINDS.get(kind, kind)
+        axes.set_title(title, loc="left", color=_INK, fontsize=10, parse_math=False)
+    panels[-1].set_xlabel("block", color=_MUTED)
+    summary = "; ".join(
+        f"{_KINDS.get(kind, kind)} {min(s.values()):.0%} to {max(s.values()):.0%}"
+        for kind, s in shares.items()
+    )
+    return _svg(figure, "widths", "Share of the channels that stays, by block", summary)
 
 
 def _error_plot(sites: Sequence[SiteReport]) -> str:

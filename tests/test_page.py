@@ -84,6 +84,17 @@ def report(blocks=4, kinds=("mlp", "heads"), **changes):
     return dataclasses.replace(whole, **changes)
 
 
+def test_uneven_widths_are_shown_and_even_ones_are_not():
+    even = report()
+    assert "Who keeps how much" not in page(even)
+    sites = [dataclasses.replace(site, kept=8 * (2 + site.block)) for site in even.sites]
+    keep = {site.name: site.kept / site.channels for site in sites}
+    shown = page(report(sites=sites, settings={**even.settings, "keep": keep}))
+    assert "Who keeps how much" in shown
+    assert "keep 0.25 to 0.62, by site" in shown
+    assert "MLP channels 25% to 62%; attention heads 25% to 62%" in shown
+
+
 class Document(HTMLParser):
     """Tags, attributes and visible text of an HTML text; fails on tags that do not nest."""
 
