@@ -43,7 +43,7 @@ def test_its_python_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch, capsys
     assert "→" in capsys.readouterr().out
 
 
-def test_the_networks_page_runs(tmp_path, monkeypatch):
+def test_the_networks_page_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch):
     page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
 
@@ -53,11 +53,16 @@ def test_the_networks_page_runs(tmp_path, monkeypatch):
     names = {"net": model_factory().eval(), "model_factory": model_factory}
     names["batches"] = [torch.randn(8, 1, 28, 28) for _ in range(3)]
     dense = names["net"]
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(block, names)
+    named, uneven = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(named, names)
     assert names["net"].layer1[0].conv1.out_channels < 8
     with torch.no_grad():
         assert torch.equal(names["net"](names["batches"][0]), dense(names["batches"][0]))
+    names = {"grail": grail, "model": tiny_llama(), "batches": tiny_batches()}
+    exec(uneven, names)
+    widths = {site.name: site.kept / site.channels for site in names["report"].sites}
+    assert widths == names["measured"].shares()
+    assert Path("uneven/grail.json").is_file()
 
 
 def test_the_networks_page_names_every_selector():
