@@ -226,6 +226,21 @@ class Bench:
         if ("", 1.0, "dense", 0) not in self.out:
             self._add("", 1.0, "dense", 0, self.subject.network, None)
 
+    def __contains__(self, cell: tuple[str, float, str]) -> bool:
+        return (*cell, self.subject.samples) in self.out
+
+    def shares(self, selector: str, keep: float) -> dict[str, float]:
+        """The share of each site by what its narrowing costs the network."""
+        return grail.sensitivity(
+            self.subject.network,
+            self._batches(self.subject.samples),
+            self.subject.sites,
+            keep=keep,
+            selector=selector,
+            progress=False,
+            **self.subject.settings,
+        ).shares()
+
     def measure(
         self, selector: str, keep: float, variant: str, settings: dict[str, Any], samples: int = 0
     ) -> None:
@@ -306,9 +321,21 @@ def studies(name: str, keeps: tuple[float, ...]) -> None:
     for keep in keeps or ((0.5,) if language else (0.5, 0.3)):
         for row in _mixed(keep) if name == "mixture" else _studies(name, keep):
             bench.measure(*row)
+        if name != "mixture":
+            for row in _uneven(bench, keep):
+                bench.measure(*row)
         if name == "smollm2":
             for selector, variant, settings in _budgets(bench, keep):
                 bench.measure(selector, keep, variant, settings)
+
+
+def _uneven(bench: "Bench", keep: float) -> Iterator[StudyRow]:
+    """The same share of all channels, dealt out by what each site's narrowing costs."""
+    for selector in ("wanda", "greedy"):
+        variant = "ours, uneven widths"
+        yield selector, keep, "ours", {}, 0
+        if (selector, keep, variant) not in bench:
+            yield selector, keep, variant, {"keep": bench.shares(selector, keep)}, 0
 
 
 def _budgets(bench: "Bench", keep: float) -> Iterator[tuple[str, str, dict[str, Any]]]:
