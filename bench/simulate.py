@@ -188,7 +188,7 @@ def trial(shape: Shape, shrink: int) -> Trial:
     hidden = sum(tensor.nbytes for tensor in run.stream.hidden)
     flops = {phase: float(count) for phase, count in counting.flops.items()}
     # The CPU's Gram calls BLAS itself, which no dispatcher sees: T·H² for the triangle.
-    sites = options.sites_of(run.architecture)[1]
+    sites = run.sites[1]
     per_token = sum(site.channels**2 for site in sites)
     if shape.kind == "mixtral":
         per_token *= shape.config["num_experts_per_tok"] / shape.config["num_local_experts"]
@@ -201,7 +201,7 @@ def _run_block(model: Any, options: Options, batches: list[torch.Tensor], clock:
     with steady(model), Transaction() as transaction:
         stream = Stream(model, architecture.blocks, batches)
         run = Run(architecture, options, stream, transaction, clock)
-        run.block(0, options.sites_of(architecture)[0], lambda _: None)
+        run.block(0, lambda _: None)
     return run
 
 

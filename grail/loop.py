@@ -174,21 +174,21 @@ class Run:
         self._select = select.get(options.selector)
         self.notes: list[str] = []  # what a person should know
         self.inputs: list[InputReport] = []
-        active = (options.active(s, self.widths) for s in options.sites_of(architecture))
+        # Bound, and told apart, while nothing is narrow: a resumed run soon is.
+        self.sites = options.sites_of(architecture)
+        self._active = [options.active(sites, self.widths) for sites in self.sites]
         # The first block in which anything becomes narrower: before it nothing drifts.
-        self._first = next((number for number, sites in enumerate(active) if sites), 0)
+        self._first = next((number for number, sites in enumerate(self._active) if sites), 0)
 
     def all_blocks(self, progress: bool) -> list[SiteReport]:
         """Compresses every block in order; returns a row for each consumer of each site."""
-        blocks = self.options.sites_of(self.architecture)
-        active = [self.options.active(sites, self.widths) for sites in blocks]
-        if not any(active):
-            return [row for sites in blocks for site in sites for row in self._untouched(site)]
+        if not any(self._active):
+            return [row for sites in self.sites for site in sites for row in self._untouched(site)]
         position = Position(0, [], self.inputs, self.notes, self.clock.seconds)
         if self._checkpoint is not None:
             with self.clock("checkpoint"):
                 self._checkpoint.resume(position, self._streams())
-        left = list(enumerate(active))[position.done :]
+        left = list(enumerate(self._active))[position.done :]
         passes = (1 + (self._dense is not None)) * len(left)
         if self.options.closed_loop:
             passes += sum(len(steps(sites)) + bool(self._entries(n)) for n, sites in left)
@@ -198,9 +198,9 @@ class Run:
             unit_scale=True,
             disable=not progress or self._ranks.number > 0,
         ) as bar:
-            for number, sites in enumerate(blocks[position.done :], start=position.done):
-                bar.set_description(f"block {number + 1}/{len(blocks)}")
-                position.rows += self.block(number, sites, bar.update)
+            for number, _ in left:
+                bar.set_description(f"block {number + 1}/{len(self.sites)}")
+                position.rows += self.block(number, bar.update)
                 position.done = number + 1
                 self._keep(position)
         return position.rows
@@ -217,10 +217,9 @@ class Run:
 
     def statistics(self, progress: bool) -> Iterator[tuple[BoundSite, list[Statistics]]]:
         """What the consumers of each site read in the dense network, site by site."""
-        blocks = self.options.sites_of(self.architecture)
-        total = self.stream.tokens * len(blocks)
+        total = self.stream.tokens * len(self.sites)
         with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
-            for number, sites in enumerate(blocks):
+            for number, sites in enumerate(self.sites):
                 with self._onload(number):
                     yield from self._collect(number, sites, {}, bar.update, finish=True).items()
 
@@ -229,11 +228,10 @@ class Run:
 
         So each is narrow in a network that is otherwise dense.
         """
-        blocks = self.options.sites_of(self.architecture)
-        total = self.stream.tokens * len(blocks)
+        total = self.stream.tokens * len(self.sites)
         with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
-            for number, sites in enumerate(blocks):
-                bar.set_description(f"sensitivity of block {number + 1}/{len(blocks)}")
+            for number, sites in enumerate(self.sites):
+                bar.set_description(f"sensitivity of block {number + 1}/{len(self.sites)}")
                 gradients = self._gradients(sites)
                 collected = self._collect(number, sites, {}, bar.update, finish=True)
                 for step in steps(sites):
@@ -242,12 +240,12 @@ class Run:
                     yield views, functools.partial(self._narrowed, of_step, gradients)
                     self.transaction.undo()
 
-    def block(self, number: int, sites: Sequence[BoundSite], advance: Advance) -> list[SiteReport]:
+    def block(self, number: int, advance: Advance) -> list[SiteReport]:
         """Compresses one block and moves the stream past it; `advance` hears of tokens done."""
         run = self._closed if self.options.closed_loop else self._open
-        rows = {site.name: self._untouched(site) for site in sites}
+        rows = {site.name: self._untouched(site) for site in self.sites[number]}
         with self._onload(number):
-            rows |= run(number, self.options.active(sites, self.widths), advance)
+            rows |= run(number, self._active[number], advance)
         return [row for of_site in rows.values() for row in of_site]
 
     def _closed(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:

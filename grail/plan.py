@@ -329,7 +329,7 @@ def _seconds(
             if any(width.kept < width.channels for width in run.widths.values()):
                 # Not the first: what runs before all sites never drifts, and is never corrected.
                 number = min(1, blocks - 1)
-                run.block(number, options.sites_of(architecture)[number], lambda n: None)
+                run.block(number, lambda n: None)
             transaction.undo()
         repeats = -(-tokens // stream.tokens)
         each = {"forward": repeats, "gram": repeats}
