@@ -123,8 +123,9 @@ def sensitivity(
 ) -> Sensitivity:
     """Narrows each site alone, compensated, and measures what that does to the network's output.
 
-    Costs one pass over the dense network with its Grams, a search and the solves of a run, and for
-    each site a forward pass over `probes` batches. The model ends as it was.
+    Costs one pass over the dense network with its Grams, a search to full width and the solves of a
+    run, and for each site a forward pass over `probes` batches, whose dense outputs are held. The
+    model ends as it was. What later sites of a run undo of the drift of earlier ones is left out.
 
     Args:
         model, sites, selector, multiple, seed: see `grail.compress`. Sites of channels only: whole
@@ -220,10 +221,10 @@ class _Probe:
         output = self._model(*args, **kwargs)
         logits = getattr(output, "logits", None)
         tensor = logits if logits is not None else output
-        if not isinstance(tensor, Tensor):
+        if isinstance(tensor, (Mapping, Sequence)):
             values = tensor.values() if isinstance(tensor, Mapping) else tensor
             tensor = next((v for v in values if isinstance(v, Tensor)), None)
-        if tensor is None or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise ModelError(f"{type(self._model).__name__} returns no tensor to compare")
         mask = attention_mask(self._model, args, kwargs)
         if mask is not None and mask.shape == tensor.shape[:-1]:

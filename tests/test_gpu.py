@@ -50,6 +50,17 @@ def test_a_gpu_corrects_attention_as_the_cpu_does(family, tiny_model, tiny_input
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_measures_what_sites_cost_as_the_cpu_does(family, tiny_model, tiny_inputs):
+    model, batches = tiny_model(family), tiny_inputs(family)
+    here = grail.sensitivity(model, batches, progress=False)
+    there = copy.deepcopy(model).to("cuda")
+    found = grail.sensitivity(there, moved(batches, "cuda"), progress=False)
+    assert found.losses == pytest.approx(here.losses, rel=1e-2)  # differences of nearby outputs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "outputs", "channels"), [(0, 3, 5), (70, 1, 33), (300, 40, 64)])
 def test_a_gpu_adds_products_of_16_bits_where_they_belong(dtype, tokens, outputs, channels):

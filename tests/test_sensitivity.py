@@ -179,6 +179,25 @@ def test_outputs_that_are_not_finite_are_refused_and_nothing_stays_narrow(
     assert same(before, bits(model))
 
 
+class Wordy(torch.nn.Module):
+    """A network that answers in words."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 20), torch.nn.Linear(20, 6)
+
+    def forward(self, x):
+        self.second(self.first(x).relu())
+        return "words"
+
+
+def test_a_network_that_returns_no_tensor_is_refused():
+    site = grail.Site(producers=["first"], consumers=["second"])
+    batches = [torch.randn(30, 6) for _ in range(3)]
+    with pytest.raises(ModelError, match="no tensor to compare"):
+        grail.sensitivity(Wordy(), batches, sites=[site], progress=False)
+
+
 def test_a_share_that_no_narrow_width_fits_in_is_refused(tiny_llama, tiny_batches):
     found = grail.sensitivity(
         tiny_llama(), tiny_batches(count=3), keep=0.5, multiple=80, progress=False
