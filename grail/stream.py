@@ -356,6 +356,15 @@ def attention_mask(
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(f"an attention_mask must be [B, L], not 0 where a token counts; got {got}")
+    read = given.get("decoder_input_ids")
+    if isinstance(read, Tensor) and read.shape == mask.shape:
+        own = given.get("decoder_attention_mask")
+        own = torch.ones_like(mask) if own is None else own
+        if not torch.equal(own.bool(), mask.bool()):
+            raise InputError(
+                "encoder and decoder read sequences of one length under different masks, so what "
+                "a layer reads does not tell which mask is its own: pad one of them further"
+            )
     return mask.bool()
 
 

@@ -125,6 +125,32 @@ def test_a_mask_counts_wherever_it_stands_among_the_arguments(tiny_llama, tiny_b
     assert counted == [20, 20]
 
 
+def test_masks_of_encoder_and_decoder_are_not_mixed_up():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=40, decoder_start_token_id=0, **sizes)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    decoder = "decoder.block.0.layer.2.DenseReluDense"
+    site = grail.Site(producers=[f"{decoder}.wi"], consumers=[f"{decoder}.wo"])
+
+    def tokens_of(length: int, **masks) -> int:
+        ids = torch.arange(2 * 8).view(2, 8)
+        batch = {"input_ids": ids, "decoder_input_ids": ids[:, :length], **masks}
+        report = grail.compress(model, [batch, batch], 0.5, [site], progress=False)
+        return report.sites[0].tokens
+
+    padded = torch.ones(2, 8, dtype=torch.long)
+    padded[1, 5:] = 0
+    with pytest.raises(InputError, match="under different masks"):
+        tokens_of(8, attention_mask=padded)
+    with pytest.raises(InputError, match="under different masks"):
+        tokens_of(8, attention_mask=padded, decoder_attention_mask=torch.ones_like(padded))
+    with pytest.raises(InputError, match="under different masks"):
+        tokens_of(8, attention_mask=torch.ones_like(padded), decoder_attention_mask=padded)
+    assert tokens_of(8, attention_mask=padded, decoder_attention_mask=padded) == 26
+    assert tokens_of(8, attention_mask=torch.ones_like(padded)) == 32
+
+
 def test_a_mask_that_is_not_one_value_a_token_is_refused(tiny_llama, tiny_batches):
     ids = tiny_batches(count=1)[0]
     for mask in (torch.ones(2, 1, 16, 16, dtype=torch.bool), torch.zeros(2, 1, 16, 16)):
