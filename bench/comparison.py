@@ -74,7 +74,7 @@ helps behind all three selectors that were tried, random most. It is no default,
 64k tokens of passages is worse with it: a perplexity of 17.5 for 17.4 (smollm2_table.csv).
 Correcting attention (`correct_attention=True`) helps behind all three, too, and both together
 more than either. It is no default: SmolLM2 gains by it with 16k tokens (see its studies), and did
-not in a trial with 64k. Uneven widths by measured losses raise the cosine by 0.001 to 0.003, and
+not in a trial with 64k. Uneven widths by measured losses raise the cosine by up to 0.003, and
 lower the rank correlation by 0.003 to 0.012 (CSV): what is measured is the error of every token's
 state.""",
 }
