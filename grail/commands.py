@@ -52,7 +52,7 @@ from grail.page import (
 from grail.plan import KEEPS, Inspection
 from grail.plan import inspect as inspect_model
 from grail.report import Report, strict_json
-from grail.sensitivity import sensitivity
+from grail.sensitivity import UNDONE, sensitivity
 
 _DEBUG = "grail.debug"
 
@@ -417,7 +417,8 @@ def compress(
             multiple=multiple,
             seed=seed,
         )
-        options = replace(options, keep=measured.shares())
+        undone = UNDONE if options.follows_drift else 0.0
+        options = replace(options, keep=measured.shares(undone=undone))
     _say("Compressing …")
     report = compress_model(
         network, batches, **vars(options), onload=brought, resume_dir=resume_dir

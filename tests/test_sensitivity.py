@@ -96,11 +96,11 @@ def test_experts_of_a_layer_share_one_width(tiny_model, tiny_batches):
 def test_no_feasible_widths_of_as_many_parameters_promise_less_loss(keep, tiny_llama, tiny_batches):
     model, batches = tiny_llama(), tiny_batches(count=5)
     found = grail.sensitivity(model, batches, keep=0.5, multiple=4, progress=False)
-    shares = found.shares(keep)
+    shares = found.shares(keep, undone=0.25)
     first, second = found.parts
 
     def promised(a, b):
-        return first.loss_at(a) + second.loss_at(b)
+        return 0.75 * first.loss_at(a) + second.loss_at(b)
 
     chosen = [round(share * 80) for share in shares.values()]
     assert sum(chosen) <= keep * 160
@@ -111,6 +111,16 @@ def test_no_feasible_widths_of_as_many_parameters_promise_less_loss(keep, tiny_l
     assert promised(*chosen) <= 1.05 * min(promised(*w) for w in allowed)
     report = grail.compress(model, batches, shares, multiple=4, progress=False)
     assert [row.kept for row in report.sites] == chosen
+
+
+def test_the_more_later_sites_undo_the_less_stays_of_the_first(tiny_llama, tiny_batches):
+    model, batches = tiny_llama(num_hidden_layers=3), tiny_batches(count=5)
+    found = grail.sensitivity(model, batches, keep=0.5, multiple=1, progress=False)
+    first = [list(found.shares(undone=undone).values())[0] for undone in (0.0, 0.5, 0.99)]
+    assert first == sorted(first, reverse=True)
+    assert first[0] > first[-1]
+    with pytest.raises(InputError, match="undone"):
+        found.shares(undone=1.0)
 
 
 def test_convolutions_have_shares_too():
