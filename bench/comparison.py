@@ -45,8 +45,10 @@ REMARKS = {
 hence their perplexities. GRAIL evens selectors out, as in the paper. SlimGPT's own update is a
 ridge toward the baseline with α = 0.01, so the paper's way changes next to nothing there. All
 blocks have one width, also for FLAP: its own budget across blocks is far worse here (see the
-studies). The share that comes back grows with the text: defaults behind Wanda, at half of the
-channels, with 4, 16 and 64 sequences of 1024 tokens are the points of the figure.""",
+studies). Widths by what narrowing each block costs the network (`grail.sensitivity`) are better
+than even ones: README.md has them with 64k tokens. The share that comes back grows with the text:
+defaults behind Wanda, at half of the channels, with 4, 16 and 64 sequences of 1024 tokens are the
+points of the figure.""",
     "mixture": """Every MLP stands four times as an expert, and a random router sends each token
 to two of them: the same function, and every expert is compressed by the tokens that it gets. (No
 trained mixture of experts can be installed as a package.) The defaults without drift correction
