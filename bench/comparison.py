@@ -59,7 +59,7 @@ made to repeat what its drifted input gives, and the drift of all blocks adds up
 whose statistics are the dense network's. Fitting every tap, undoing the drift, or setting the
 statistics anew (REPAIR) each mends most of that; the defaults do the first two, and REPAIR adds
 nothing to them. SlimGPT as published has taps fitted by themselves too, for its Hessian is that of
-patches; the paper's way, with one map for all taps, undoes that. The same share of all channels,
+patches; the paper's way, with one map for all taps, undoes that. The same share of all weights,
 dealt out by what each site's narrowing costs (`grail.sensitivity`), gains half a point or more in
 each of four cells.""",
     "vit": """Half of these MLPs can go at hardly any cost, whoever chooses; what there is to win

@@ -330,7 +330,7 @@ def studies(name: str, keeps: tuple[float, ...]) -> None:
 
 
 def _uneven(bench: "Bench", keep: float) -> Iterator[StudyRow]:
-    """The same share of all channels, dealt out by what each site's narrowing costs."""
+    """The same share of all parameters, dealt out by what each site's narrowing costs."""
     for selector in ("wanda", "greedy"):
         variant = "ours, uneven widths"
         yield selector, keep, "ours", {}, 0

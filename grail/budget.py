@@ -96,8 +96,9 @@ def least_loss(
     """How wide each site becomes, so that the sum of their losses is least.
 
     On the lower convex hull of each site's losses, the steps are taken that gain most for each
-    parameter, until the budget is spent. That is the least sum that the budget allows where the
-    losses are convex, but for what one step could not fit in.
+    parameter, until the next does not fit in; what is left goes to the first sites that it can
+    widen. That is the least sum that the budget allows where the losses are convex and all steps
+    cost the same, else near it.
 
     Args:
         losses: by site, what the network loses at each width that the site may have.
@@ -124,8 +125,9 @@ def least_loss(
     if not all(math.isfinite(loss) for of_site in losses for loss in of_site.values()):
         raise InputError("a budget needs finite losses")
     sites = list(zip(losses, parameters, strict=True))
-    left = keep * sum(max(site) * each for site, each in sites)
-    left -= sum(min(site) * each for site, each in sites)
+    total = sum(max(site) * each for site, each in sites)
+    # Half of the parameters are to fit into half of the budget, whatever the product rounds to.
+    left = (keep + 1e-9) * total - sum(min(site) * each for site, each in sites)
     if left < 0:
         raise InputError(f"keep={keep:g} is less than the least widths of all sites")
     steps = []
@@ -135,14 +137,19 @@ def least_loss(
             cost = (wide - narrow) * each
             steps.append(((more - less) / cost, number, wide, cost))
     widths = [min(site) for site in losses]
-    full = set()  # a step that does not fit in ends a site, for the next one builds on it
+    full = set()  # a step that does not fit in ends a site's hull, for the next one builds on it
     for gain, number, wide, cost in sorted(steps, key=lambda step: (-step[0], *step[1:])):
-        if gain <= 0 or number in full:
+        if gain < 0 or number in full:
             continue
         if cost <= left:
             widths[number], left = wide, left - cost
         else:
             full.add(number)
+    for number, (site, each) in enumerate(sites):  # widths between two of the hull
+        now = widths[number]
+        fitting = [k for k in site if (k - now) * each <= left and site[k] <= site[now]]
+        widths[number] = max([now, *fitting])
+        left -= (widths[number] - now) * each
     return widths
 
 

@@ -52,7 +52,8 @@ from grail.page import (
 from grail.plan import KEEPS, Inspection
 from grail.plan import inspect as inspect_model
 from grail.report import Report, strict_json
-from grail.sensitivity import UNDONE, sensitivity
+from grail.sensitivity import UNDONE, require_single_channels, sensitivity
+from grail.sites import find
 
 _DEBUG = "grail.debug"
 
@@ -359,10 +360,14 @@ def compress(
         return
     if (calibration is None) == (statistics is None):
         raise InputError("give either --calibration or --statistics")
-    if uneven and (statistics or onload):
+    if uneven and (statistics or onload or processes.count > 1):
         raise InputError(
-            "--uneven runs the whole model on calibration text: give it no --statistics, and no "
-            "--onload"
+            "--uneven runs the whole model on calibration text, in one process: give it no "
+            "--statistics, and no --onload"
+        )
+    if uneven and not options.fits_weights:
+        raise InputError(
+            "--uneven measures what sites cost once compensated: leave --compensate on"
         )
     if statistics and closed_loop:
         raise InputError("--statistics are of the dense network: give --open-loop with them")
@@ -384,6 +389,8 @@ def compress(
         heldout = cut(evaluate, tokenizer, tokens=evaluate_tokens) if evaluate else []
     if evaluate and evaluate == calibration:
         notes.append("The held-out text is the calibration text: the comparison is too kind.")
+    if uneven:
+        require_single_channels(find(network, options.sites), options)
     brought = device if onload else None
     plan = _plan(network, options, keep, batches, brought)
     check_output(output, plan.savings[0].bytes)
@@ -416,6 +423,12 @@ def compress(
             selector=selector,
             multiple=multiple,
             seed=seed,
+            non_finite=non_finite,
+        )
+        notes.append(
+            f"Blocks keep more or less, {keep:g} of all together, by what narrowing each of them "
+            "costs. Plain pruning was measured with even widths; time and memory were predicted "
+            "without the measuring."
         )
         undone = UNDONE if options.follows_drift else 0.0
         options = replace(options, keep=measured.shares(undone=undone))
@@ -438,7 +451,9 @@ def compress(
             return  # the first one writes, and the others wait for it
         if resume_dir is not None:
             checkpoint.announce(resume_dir, command)
-        export(network, tokenizer, output, report=report, page=_page(report), uneven=uneven)
+        kinds = {(site.kind, site.kept) for site in report.sites}
+        by_block = len(kinds) > len({kind for kind, _ in kinds})
+        export(network, tokenizer, output, report=report, page=_page(report), uneven=by_block)
         if resume_dir is not None:
             checkpoint.clear(resume_dir)
     _print_result(report, output, as_json)

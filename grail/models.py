@@ -25,8 +25,8 @@ def load_model(
     """Loads a causal language model and its tokenizer, ready to be compressed and saved.
 
     Args:
-        source: a folder that `save_pretrained` or `grail.export` wrote, a hub name, or the path of
-            a `.gguf` file.
+        source: a folder that `save_pretrained` or the command line wrote, a hub name, or the path
+            of a `.gguf` file.
         dtype: dtype of the weights; the checkpoint's own if None (fp32 for GGUF).
         device: where the model goes.
         gguf_file: name of the GGUF file inside `source`, where that is a folder or a hub name.

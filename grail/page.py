@@ -5,6 +5,7 @@ replaced by the page's CSS variables, so one drawing is legible on a light and o
 """
 
 import io
+import itertools
 import math
 import re
 import statistics
@@ -169,7 +170,9 @@ def _shares(keep: Any) -> str:
     """One share, those of kinds, or of shares by site the range."""
     if not isinstance(keep, Mapping) or len(keep) <= _FEW:
         return str(keep)
-    return f"{min(keep.values()):.2f} to {max(keep.values()):.2f}, by site"
+    listed = (share if isinstance(share, Sequence) else (share,) for share in keep.values())
+    shares = list(itertools.chain(*listed))
+    return f"{min(shares):.2f} to {max(shares):.2f}, by site"
 
 
 def _explanation(report: Report) -> str:
@@ -231,7 +234,7 @@ def _width_section(sites: Sequence[SiteReport]) -> str:
     return _section(
         "Who keeps how much",
         _width_plot({kind: _shares_kept(sites, kind) for kind in uneven}),
-        caption="Share of the channels that each block keeps; the line is that of all together.",
+        caption="Share of the channels that each block keeps; the line is their median.",
     )
 
 
@@ -484,7 +487,7 @@ def _width_plot(shares: Mapping[str, Mapping[int, float]]) -> str:
     figure, panels = _figure(height=1.8 * len(shares) + 0.3, rows=len(shares))
     for axes, (kind, by_block) in zip(panels, shares.items(), strict=True):
         axes.bar(list(by_block), list(by_block.values()), width=0.7, color=_RESTORED)
-        axes.axhline(statistics.mean(by_block.values()), color=_MUTED, linewidth=1)
+        axes.axhline(statistics.median(by_block.values()), color=_MUTED, linewidth=1)
         axes.set_ylim(0, 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1))

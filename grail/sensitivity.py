@@ -30,14 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grail import budget, select
+from grail.distributed import refuse_sharded
 from grail.errors import InputError, ModelError
+from grail.gram import NonFinite
 from grail.loop import Clock, Narrow, Run
 from grail.options import Options
 from grail.select import greedy
-from grail.sites import BoundSite, Site, find
+from grail.sites import Architecture, BoundSite, Site, find
 from grail.stream import Batch, Stream, attention_mask, model_inputs
 from grail.transaction import Transaction, steady
-from grail.width import ChannelWidth
+from grail.width import ChannelWidth, check_keep
 
 # One batch in so many shows what the network loses; the others are what sites are fitted to.
 PROBES = 16
@@ -102,18 +104,25 @@ class Sensitivity:
                 correct no drift.
 
         Raises:
-            InputError: keep outside (0, 1], undone outside [0, 1), or a budget below the least
-                widths of all sites.
+            InputError: keep outside (0, 1], or undone outside [0, 1).
         """
         keep = self.keep if keep is None else keep
+        check_keep(keep)
         if not 0 <= undone < 1:
             raise InputError(f"undone must be in [0, 1); got {undone:g}")
-        losses = []
+        losses: list[dict[int, float]] = []
         for behind, part in zip(reversed(range(len(self.parts))), self.parts, strict=True):
             left = (1 - undone) ** behind
-            least = LEAST * keep * part.channels
-            losses.append({k: left * part.loss_at(k) for k in part.widths if k >= least})
-        widths = budget.least_loss(losses, keep, [part.parameters for part in self.parts])
+            floor = LEAST * keep * part.channels
+            losses.append({k: left * part.loss_at(k) for k in part.widths if k >= floor})
+        parameters = [part.parameters for part in self.parts]
+        # Where no width is narrow enough, the least ones are the nearest.
+        sizes = [(min(site), max(site)) for site in losses]
+        least, most = (
+            sum(size * each for size, each in zip(of_all, parameters, strict=True))
+            for of_all in zip(*sizes, strict=True)
+        )
+        widths = budget.least_loss(losses, min(1.0, max(keep, least / most)), parameters)
         return {
             name: width / part.channels
             for part, width in zip(self.parts, widths, strict=True)
@@ -130,6 +139,7 @@ def sensitivity(
     selector: str | select.Selector = "greedy",
     multiple: int | None = None,
     seed: int = 0,
+    non_finite: NonFinite = "refuse",
     probes: int | None = None,
     progress: bool = True,
 ) -> Sensitivity:
@@ -140,8 +150,8 @@ def sensitivity(
     model ends as it was.
 
     Args:
-        model, sites, selector, multiple, seed: see `grail.compress`. Sites of channels only: whole
-            heads lose in steps that no curve of channels knows.
+        model, sites, selector, multiple, seed, non_finite: see `grail.compress`. Sites of single
+            channels only: whole heads and groups lose in steps that no curve of channels knows.
         batches: as for `grail.compress`; all of them are held at once.
         keep: the share at which each site is tried, in (0, 1).
         probes: how many of the batches, the first ones, the network's loss is measured on; sites
@@ -149,32 +159,49 @@ def sensitivity(
         progress: show a progress bar.
 
     Raises:
-        InputError: sites of heads, keep outside (0, 1), probes that leave no batch.
-        ModelError: outputs that are not finite, or of no known kind.
+        InputError: sites of heads or groups, keep outside (0, 1), probes that leave no batch or
+            hold no token that counts.
+        ModelError: outputs that are not finite, of no known kind, or that no site changes.
         EmptyCalibrationError, NonFiniteError, SolveError: as `grail.compress`.
     """
+    check_keep(keep)
+    refuse_sharded(model)
     batches = list(batches)
     probes = max(1, len(batches) // PROBES) if probes is None else probes
     if not 0 < probes < max(len(batches), 2):
         raise InputError(f"probes must be some of {len(batches)} batches, not all; got {probes}")
     options = Options(
-        keep, sites, selector, drift_correction=0, closed_loop=False, multiple=multiple, seed=seed
+        keep,
+        sites,
+        selector,
+        drift_correction=0,
+        closed_loop=False,
+        multiple=multiple,
+        seed=seed,
+        non_finite=non_finite,
     )
     if keep == 1:
         raise InputError("keep=1 narrows nothing whose loss could be measured")
     architecture = find(model, options.sites)
-    for name, width in options.widths(architecture).items():
-        if not isinstance(width, ChannelWidth):
-            raise InputError(
-                f"{name} becomes narrower by whole heads, whose loss is not measured; give "
-                'them one share, keep={**shares, "heads": 0.7}'
-            )
+    require_single_channels(architecture, options)
     with steady(model), Transaction() as transaction:
         probe = _Probe(model, batches[:probes])
         stream = Stream(model, architecture.blocks, batches[probes:] or batches)
         run = Run(architecture, options, stream, transaction, Clock(stream.device))
         parts = [_part(views, narrow, probe, options) for views, narrow in run.apart(progress)]
+    if not any(part.loss for part in parts) and any(part.kept < part.channels for part in parts):
+        raise ModelError("the network's output does not change, whichever site is narrow")
     return Sensitivity(keep, tuple(parts))
+
+
+def require_single_channels(architecture: Architecture, options: Options) -> None:
+    """Raises InputError for sites whose loss is not measured."""
+    for site in options.all_sites(architecture):
+        if not isinstance(site.width(1.0, options.multiple), ChannelWidth):
+            raise InputError(
+                f"{site.name} becomes narrower by whole groups of channels, whose loss is not "
+                f"measured; narrow {site.kind} in a run with one share for all of them"
+            )
 
 
 def _part(
@@ -213,6 +240,10 @@ class _Probe:
         device = next(model.parameters()).device
         self._inputs = [model_inputs(model, batch, device) for batch in batches]
         self._dense = [self._output(*inputs) for inputs in self._inputs]
+        if not all(bool(dense.values.isfinite().all()) for dense in self._dense):
+            raise ModelError("the dense network's output is not finite")
+        if self._dense and not any(dense.values.numel() for dense in self._dense):
+            raise InputError("the batches to probe with, the first ones, hold no token that counts")
 
     def loss(self) -> float:
         """The mean divergence of predictions, or the squared error relative to the output's."""
@@ -227,21 +258,26 @@ class _Probe:
                     size += _squares(expected)
         if not math.isfinite(found):
             raise ModelError("the network's output is not finite where a site is narrow")
-        return found / size if size else 0.0
+        # A divergence of nothing is negative by rounding.
+        return max(0.0, found / size) if size else 0.0
 
     def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Output":
         output = self._model(*args, **kwargs)
         logits = getattr(output, "logits", None)
-        tensor = logits if logits is not None else output
-        if isinstance(tensor, (Mapping, Sequence)):
-            values = tensor.values() if isinstance(tensor, Mapping) else tensor
-            tensor = next((v for v in values if isinstance(v, Tensor)), None)
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        values = output if logits is None else logits
+        if isinstance(values, Mapping):
+            values = tuple(values.values())
+        found = values if isinstance(values, (tuple, list)) else (values,)
+        tensors = (v for v in found if isinstance(v, Tensor) and v.is_floating_point())
+        tensor = next((v for v in tensors if v.dim() > 1), None)
+        if tensor is None:
             raise ModelError(f"{type(self._model).__name__} returns no tensor to compare")
         mask = attention_mask(self._model, args, kwargs)
+        # One class is no prediction, and of maps of classes they are no last axis.
+        classes = logits is not None and tensor.shape[-1] > 1 and tensor.dim() < 4
         if mask is not None and mask.shape == tensor.shape[:-1]:
             tensor = tensor[mask]
-        return _Output(tensor.reshape(-1, tensor.shape[-1]), logits is not None)
+        return _Output(tensor.reshape(-1, tensor.shape[-1]), classes)
 
 
 @dataclass(frozen=True)

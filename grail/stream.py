@@ -356,11 +356,13 @@ def attention_mask(
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(f"an attention_mask must be [B, L], not 0 where a token counts; got {got}")
-    read = given.get("decoder_input_ids")
-    if isinstance(read, Tensor) and read.shape == mask.shape:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        # What the decoder reads; some models make it of the encoder's tokens.
+        sources = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids")
+        read = next((given[name] for name in sources if given.get(name) is not None), mask)
         own = given.get("decoder_attention_mask")
         own = torch.ones_like(mask) if own is None else own
-        if not torch.equal(own.bool(), mask.bool()):
+        if read.shape[:2] == mask.shape and not torch.equal(own.bool(), mask.bool()):
             raise InputError(
                 "encoder and decoder read sequences of one length under different masks, so what "
                 "a layer reads does not tell which mask is its own: pad one of them further"

@@ -236,9 +236,27 @@ def test_uneven_widths_add_up_and_the_folder_is_read_by_every_command(
     assert str(model.dtype) == f"torch.{dtype}"
     again = grail("evaluate", output, "--text", heldout, "--tokens", "512", "--json", *SHORT[:2])
     assert json.loads(again.stdout)["perplexity"] == report.evaluation["restored"].perplexity
-    assert grail("inspect", output).exit_code == 0
+    assert str(kept[0]) in (shown := grail("inspect", output).stdout)
+    assert str(kept[1]) in shown
+    again = [*arguments, "--keep", "0.75", "--multiple", "2", "--output", tmp_path / "narrower"]
+    again[1] = output
+    assert grail(*again).exit_code == 0
+    model, _ = load_model(tmp_path / "narrower")
+    narrower = [layer.mlp.down_proj.in_features for layer in model.model.layers]
+    assert all(width < before for width, before in zip(narrower, kept, strict=True))
     with pytest.raises((RuntimeError, ValueError)):  # never silently another model
         transformers.AutoModelForCausalLM.from_pretrained(output)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--no-compensate"], "leave --compensate on"),
+        (["--sites", "mlp,heads"], "whole groups of channels"),
+    ],
+)
+def test_uneven_widths_of_what_is_not_measured_are_refused(given, said, arguments):
+    assert said in refusal(grail(*arguments, "--uneven", *given))
 
 
 @pytest.mark.parametrize("given", [["--onload"], ["--statistics", "a", "--open-loop"]])

@@ -92,6 +92,9 @@ def test_uneven_widths_are_shown_and_even_ones_are_not():
     shown = page(report(sites=sites, settings={**even.settings, "keep": keep}))
     assert "Who keeps how much" in shown
     assert "keep 0.25 to 0.62, by site" in shown
+    kinds = {"mlp": [0.5, 0.75], "a": 0.5, "b": 0.25, "c": 0.5, "d": 0.5}
+    listed = page(report(sites=sites, settings={**even.settings, "keep": kinds}))
+    assert "keep 0.25 to 0.75, by site" in listed
     assert "MLP channels 25% to 62%; attention heads 25% to 62%" in shown
 
 

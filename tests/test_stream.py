@@ -145,6 +145,10 @@ def test_masks_of_encoder_and_decoder_are_not_mixed_up():
         tokens_of(8, attention_mask=padded)
     with pytest.raises(InputError, match="under different masks"):
         tokens_of(8, attention_mask=padded, decoder_attention_mask=torch.ones_like(padded))
+    ids = torch.arange(16).view(2, 8)
+    taught = {"input_ids": ids, "labels": ids, "attention_mask": padded}
+    with pytest.raises(InputError, match="under different masks"):
+        grail.compress(model, [taught], 0.5, [site], progress=False)
     with pytest.raises(InputError, match="under different masks"):
         tokens_of(8, attention_mask=torch.ones_like(padded), decoder_attention_mask=padded)
     assert tokens_of(8, attention_mask=padded, decoder_attention_mask=padded) == 26

@@ -82,7 +82,8 @@ def errors(gram: Tensor, weight: Tensor) -> Tensor:
     """‖W X − W'R X‖² of the best W', by how many channels stay, in the order of the search.
 
     With the channels in that order and G = L Lᵀ it is Σ_j>k ‖(W L)_:j‖²: what the first k leave of
-    each later channel is its column of L. G is damped as where channels are dropped.
+    each later channel is its column of L. G is damped as where channels are dropped, or as much
+    more as its rounding wants.
 
     Args:
         gram: G [H, H] fp64.
@@ -93,10 +94,12 @@ def errors(gram: Tensor, weight: Tensor) -> Tensor:
     """
     channels = len(gram)
     order = forward(gram, weight, channels).to(gram.device)
-    damping = elimination.DAMPING * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     ordered = gram[order[:, None], order]
-    ordered.diagonal().add_(damping)
-    factor = torch.linalg.cholesky(ordered)
+    damping = elimination.DAMPING * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    factor, failed = torch.linalg.cholesky_ex(ordered + damping * torch.eye(channels).to(gram))
+    while bool(failed):  # an fp32 Gram of loud channels that say the same
+        damping = 10 * damping
+        factor, failed = torch.linalg.cholesky_ex(ordered + damping * torch.eye(channels).to(gram))
     lost = (weight[:, order] @ factor).square().sum(0)
     return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])
 
