@@ -451,9 +451,9 @@ def compress(
             return  # the first one writes, and the others wait for it
         if resume_dir is not None:
             checkpoint.announce(resume_dir, command)
-        kinds = {(site.kind, site.kept) for site in report.sites}
-        by_block = len(kinds) > len({kind for kind, _ in kinds})
-        export(network, tokenizer, output, report=report, page=_page(report), uneven=by_block)
+        # One width for each kind, else one for each site.
+        by_site = report.model["widths"]["after"].keys() != {site.kind for site in report.sites}
+        export(network, tokenizer, output, report=report, page=_page(report), uneven=by_site)
         if resume_dir is not None:
             checkpoint.clear(resume_dir)
     _print_result(report, output, as_json)

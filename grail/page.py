@@ -228,18 +228,15 @@ def _error_section(sites: Sequence[SiteReport], inputs: Sequence[InputReport]) -
 
 def _width_section(sites: Sequence[SiteReport]) -> str:
     """Only where sites of a kind keep different shares."""
-    uneven = [kind for kind in _kinds(sites) if len(set(_shares_kept(sites, kind).values())) > 1]
+    shares = {kind: _shares_kept(sites, kind) for kind in dict.fromkeys(s.kind for s in sites)}
+    uneven = {kind: kept for kind, kept in shares.items() if len(set(kept.values())) > 1}
     if not uneven:
         return ""
     return _section(
         "Who keeps how much",
-        _width_plot({kind: _shares_kept(sites, kind) for kind in uneven}),
+        _width_plot(uneven),
         caption="Share of the channels that each block keeps; the line is their median.",
     )
-
-
-def _kinds(sites: Sequence[SiteReport]) -> list[str]:
-    return list(dict.fromkeys(site.kind for site in sites))
 
 
 def _shares_kept(sites: Sequence[SiteReport], kind: str) -> dict[int, float]:

@@ -117,12 +117,9 @@ class Sensitivity:
             losses.append({k: left * part.loss_at(k) for k in part.widths if k >= floor})
         parameters = [part.parameters for part in self.parts]
         # Where no width is narrow enough, the least ones are the nearest.
-        sizes = [(min(site), max(site)) for site in losses]
-        least, most = (
-            sum(size * each for size, each in zip(of_all, parameters, strict=True))
-            for of_all in zip(*sizes, strict=True)
-        )
-        widths = budget.least_loss(losses, min(1.0, max(keep, least / most)), parameters)
+        least = sum(min(site) * each for site, each in zip(losses, parameters, strict=True))
+        least /= sum(part.channels * part.parameters for part in self.parts)
+        widths = budget.least_loss(losses, min(1.0, max(keep, least)), parameters)
         return {
             name: width / part.channels
             for part, width in zip(self.parts, widths, strict=True)

@@ -96,10 +96,10 @@ def errors(gram: Tensor, weight: Tensor) -> Tensor:
     order = forward(gram, weight, channels).to(gram.device)
     ordered = gram[order[:, None], order]
     damping = elimination.DAMPING * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    factor, failed = torch.linalg.cholesky_ex(ordered + damping * torch.eye(channels).to(gram))
-    while bool(failed):  # an fp32 Gram of loud channels that say the same
-        damping = 10 * damping
-        factor, failed = torch.linalg.cholesky_ex(ordered + damping * torch.eye(channels).to(gram))
+    failed = True
+    while failed:  # more than once for an fp32 Gram of loud channels that say the same
+        factor, info = torch.linalg.cholesky_ex(ordered + damping * torch.eye(channels).to(gram))
+        failed, damping = bool(info), 10 * damping
     lost = (weight[:, order] @ factor).square().sum(0)
     return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])
 
