@@ -119,7 +119,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_what_torch_allocates(
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
-        num_hidden_layers=6,
+        num_hidden_layers=3,
     )
     batches = tiny_batches(count=40, rows=4, length=128)
     settings = {"keep": 0.5, "sites": ("mlp", "heads"), **settings}
