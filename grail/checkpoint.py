@@ -4,6 +4,7 @@
     d/position-0004.state   hidden states at the entry of block 4, rows of the report, and of which
                             model, calibration and settings all this is
     d/command.state         the command line that is about to write its output
+    d/sensitivity.state     what each site's narrowing costs, as far as that was measured
     d/process-0-of-4/       the same of each of several processes
     d/lock                  held by the run that uses the folder
 
@@ -40,7 +41,7 @@ from grail.stream import Batch, Shelf, Stream
 from grail.transaction import Transaction
 
 _BLOCK, _POSITION, _COMMAND, _LOCK = "block", "position", "command", "lock"
-_PROCESS = "process"
+_PROCESS, _SENSITIVITY = "process", "sensitivity"
 _HASH = "sha256:"
 _UNIMPORTANT = {"_name_or_path", "transformers_version"}  # of a configuration
 
@@ -152,7 +153,7 @@ class Checkpoint:
         for path in positions:
             try:
                 content = state.read(path, _POSITION).content
-                self._require_same(content["run"])
+                _require_same(self.folder, content["run"], self._run)
                 while whole < content["done"]:
                     self._read_block(whole)
                     whole += 1
@@ -230,25 +231,42 @@ class Checkpoint:
         owner, _, key = name.rpartition(".")
         return self._model.get_submodule(owner), key
 
-    def _require_same(self, run: Mapping[str, str]) -> None:
-        different = [
-            f"{name} differs"
-            if self._run[name].startswith(_HASH)
-            else f"{name} was {run.get(name)} and is {self._run[name]}"
-            for name in self._run
-            if run.get(name) != self._run[name]
-        ]
-        if different:
-            raise InputError(
-                f"{self.folder} holds the state of another run: {', '.join(different)}. Give "
-                "another folder, or delete it"
-            )
-
     def _positions(self) -> list[Path]:
         return sorted(self.folder.glob(f"{_POSITION}-*.state"))
 
     def _path(self, kind: str, number: int) -> Path:
         return self.folder / f"{kind}-{number:04}.state"
+
+
+class Measurement:
+    """What `grail.sensitivity` has measured so far, in a folder; made by `measuring`."""
+
+    def __init__(self, folder: Path, run: Mapping[str, str]):
+        self._path, self._run = folder / f"{_SENSITIVITY}.state", run
+
+    def read(self) -> state.State | None:
+        """What was written last, if anything was.
+
+        Raises:
+            InputError: by a measurement of another model, calibration or setting.
+            StateError: a damaged file.
+        """
+        if not self._path.exists():
+            return None
+        try:
+            found = state.read(self._path, _SENSITIVITY)
+        except StateError as error:
+            raise StateError(f"{error}. Delete it to measure anew") from error
+        _require_same(self._path.parent, found.content["run"], self._run)
+        return found
+
+    def write(self, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Replaces it.
+
+        Raises:
+            StateError: the disk is full, or cannot be written.
+        """
+        state.write(self._path, _SENSITIVITY, {"run": self._run, **content}, tensors)
 
 
 @contextmanager
@@ -271,11 +289,37 @@ def opened(
     if folder is None:
         yield None
         return
-    if not isinstance(options.selector, str):
-        raise InputError("a run can be resumed only with a selector that is given by its name")
     folder = Path(folder)
     if ranks.count > 1:
         folder /= f"{_PROCESS}-{ranks.number}-of-{ranks.count}"
+    with _held(folder, options):
+        yield Checkpoint(folder, model, options, transaction, ranks)
+
+
+@contextmanager
+def measuring(
+    folder: str | Path | None,
+    model: nn.Module,
+    options: Options,
+    batches: Iterable[Batch],
+    probes: int,
+) -> Iterator[Measurement | None]:
+    """The same of a measurement, whose first `probes` batches show what the network loses."""
+    if folder is None:
+        yield None
+        return
+    run = {**_fingerprints(model, options), "probes": str(probes)}
+    for _ in hashed(batches, lambda found: run.update(calibration=_HASH + found)):
+        pass
+    with _held(Path(folder), options):
+        yield Measurement(Path(folder), run)
+
+
+@contextmanager
+def _held(folder: Path, options: Options) -> Iterator[None]:
+    """Makes a folder this run's alone, without what an earlier one was about to write."""
+    if not isinstance(options.selector, str):
+        raise InputError("a run can be resumed only with a selector that is given by its name")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder for the state of the run")
     try:
@@ -290,7 +334,7 @@ def opened(
             raise InputError(f"{folder} is in use by another run") from error
         for path in folder.glob(f".*.state.*{PARTIAL}"):
             path.unlink()
-        yield Checkpoint(folder, model, options, transaction, ranks)
+        yield
 
 
 def announce(folder: str | Path, command: Mapping[str, str]) -> None:
@@ -347,8 +391,28 @@ def _hashed_text(text: str) -> str:
 
 def _files(folder: Path) -> list[Path]:
     """In the order in which they may be deleted: nothing then needs what is gone."""
-    names = (f"{_POSITION}-*.state", f"{_BLOCK}-*.state", f"{_COMMAND}.state")
+    names = (
+        f"{_POSITION}-*.state",
+        f"{_BLOCK}-*.state",
+        f"{_SENSITIVITY}.state",
+        f"{_COMMAND}.state",
+    )
     return [path for name in names for path in sorted(folder.glob(name), reverse=True)]
+
+
+def _require_same(folder: Path, before: Mapping[str, str], here: Mapping[str, str]) -> None:
+    different = [
+        f"{name} differs"
+        if here[name].startswith(_HASH)
+        else f"{name} was {before.get(name)} and is {here[name]}"
+        for name in here
+        if before.get(name) != here[name]
+    ]
+    if different:
+        raise InputError(
+            f"{folder} holds the state of another run: {', '.join(different)}. Give another "
+            "folder, or delete it"
+        )
 
 
 def _fingerprints(model: Any, options: Options) -> dict[str, str]:

@@ -424,6 +424,7 @@ def compress(
             multiple=multiple,
             seed=seed,
             non_finite=non_finite,
+            resume_dir=resume_dir,
         )
         notes.append(
             f"Blocks keep more or less, {keep:g} of all together, by what narrowing each of them "

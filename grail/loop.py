@@ -59,7 +59,8 @@ Advance = Callable[[int], object]  # hears of so many tokens done
 # As a `Reader` of each consumer.
 Read = Callable[[Consumer, Tensor, Routed | None], None]
 Rows = dict[str, list[SiteReport]]  # by name of site, one for each of its consumers
-Narrow = Callable[[], Rows]
+# Sites that run side by side, and what narrows them.
+Apart = tuple[dict[BoundSite, select.View], Callable[[], Rows]]
 AnyPlace = TypeVar("AnyPlace", bound=Place)
 
 
@@ -223,22 +224,29 @@ class Run:
                 with self._onload(number):
                     yield from self._collect(number, sites, {}, bar.update, finish=True).items()
 
-    def apart(self, progress: bool) -> Iterator[tuple[dict[BoundSite, select.View], Narrow]]:
-        """Sites that run side by side, and what narrows them until the next ones are asked for.
+    def apart(self, progress: bool, done: int = 0) -> Iterator[Iterator[Apart]]:
+        """By block, sites that run side by side, and what narrows them.
 
-        So each is narrow in a network that is otherwise dense.
+        Only until the next ones are asked for: each is narrow in a network that is otherwise dense.
+        The first `done` blocks are passed by.
         """
         total = self.stream.tokens * len(self.sites)
         with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
             for number, sites in enumerate(self.sites):
                 bar.set_description(f"sensitivity of block {number + 1}/{len(self.sites)}")
-                gradients = self._gradients(sites)
-                collected = self._collect(number, sites, {}, bar.update, finish=True)
-                for step in steps(sites):
-                    of_step = {site: collected[site] for site in step}
-                    views = {site: self._view(site, parts, None) for site, parts in of_step.items()}
-                    yield views, functools.partial(self._narrowed, of_step, gradients)
-                    self.transaction.undo()
+                if number < done:
+                    self._collect(number, [], {}, bar.update, finish=True)
+                else:
+                    yield self._apart(number, sites, bar.update)
+
+    def _apart(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Iterator[Apart]:
+        gradients = self._gradients(sites)
+        collected = self._collect(block, sites, {}, advance, finish=True)
+        for step in steps(sites):
+            of_step = {site: collected[site] for site in step}
+            views = {site: self._view(site, parts, None) for site, parts in of_step.items()}
+            yield views, functools.partial(self._narrowed, of_step, gradients)
+            self.transaction.undo()
 
     def block(self, number: int, advance: Advance) -> list[SiteReport]:
         """Compresses one block and moves the stream past it; `advance` hears of tokens done."""

@@ -23,20 +23,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grail import budget, select
+from grail import budget, checkpoint, select
 from grail.distributed import refuse_sharded
 from grail.errors import InputError, ModelError
 from grail.gram import NonFinite
-from grail.loop import Clock, Narrow, Run
+from grail.loop import Apart, Clock, Run
 from grail.options import Options
 from grail.select import greedy
-from grail.sites import Architecture, BoundSite, Site, find
+from grail.sites import Architecture, Site, find
 from grail.stream import Batch, Stream, attention_mask, model_inputs
 from grail.transaction import Transaction, steady
 from grail.width import ChannelWidth, check_keep
@@ -138,6 +139,7 @@ def sensitivity(
     seed: int = 0,
     non_finite: NonFinite = "refuse",
     probes: int | None = None,
+    resume_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Sensitivity:
     """Narrows each site alone, compensated, and measures what that does to the network's output.
@@ -153,12 +155,16 @@ def sensitivity(
         keep: the share at which each site is tried, in (0, 1).
         probes: how many of the batches, the first ones, the network's loss is measured on; sites
             are fitted to the others. Default one in sixteen. Of a single batch both are done.
+        resume_dir: a folder for what each block's sites cost, once that is measured. The same call
+            after one that was killed goes on from there and finds the same. A `grail.compress`
+            may use the same folder afterwards.
         progress: show a progress bar.
 
     Raises:
         InputError: sites of heads or groups, keep outside (0, 1), probes that leave no batch or
-            hold no token that counts.
+            hold no token that counts; a resume_dir that holds the state of another measurement.
         ModelError: outputs that are not finite, of no known kind, or that no site changes.
+        StateError: a resume_dir whose state is damaged, or that cannot be written.
         EmptyCalibrationError, NonFiniteError, SolveError: as `grail.compress`.
     """
     check_keep(keep)
@@ -181,11 +187,21 @@ def sensitivity(
         raise InputError("keep=1 narrows nothing whose loss could be measured")
     architecture = find(model, options.sites)
     require_single_channels(architecture, options)
-    with steady(model), Transaction() as transaction:
-        probe = _Probe(model, batches[:probes])
-        stream = Stream(model, architecture.blocks, batches[probes:] or batches)
-        run = Run(architecture, options, stream, transaction, Clock(stream.device))
-        parts = [_part(views, narrow, probe, options) for views, narrow in run.apart(progress)]
+    with (
+        steady(model),
+        Transaction() as transaction,
+        checkpoint.measuring(resume_dir, model, options, batches, probes) as kept,
+    ):
+        by_block = _known(kept)
+        if len(by_block) < len(architecture.blocks):
+            probe = _Probe(model, batches[:probes])
+            stream = Stream(model, architecture.blocks, batches[probes:] or batches)
+            run = Run(architecture, options, stream, transaction, Clock(stream.device))
+            for block in run.apart(progress, len(by_block)):
+                by_block.append([_part(apart, probe, options) for apart in block])
+                if kept is not None:
+                    _keep(by_block, kept)
+    parts = [part for block in by_block for part in block]
     if not any(part.loss for part in parts) and any(part.kept < part.channels for part in parts):
         raise ModelError("the network's output does not change, whichever site is narrow")
     return Sensitivity(keep, tuple(parts))
@@ -201,9 +217,37 @@ def require_single_channels(architecture: Architecture, options: Options) -> Non
             )
 
 
-def _part(
-    views: Mapping[BoundSite, select.View], narrow: Narrow, probe: "_Probe", options: Options
-) -> Part:
+def _known(kept: checkpoint.Measurement | None) -> list[list[Part]]:
+    """By block, what an earlier call measured."""
+    found = kept.read() if kept is not None else None
+    if found is None:
+        return []
+    return [
+        [_part_of(part, found.tensors[f"{number}.{place}"]) for place, part in enumerate(block)]
+        for number, block in enumerate(found.content["blocks"])
+    ]
+
+
+def _part_of(content: dict[str, Any], errors: Tensor) -> Part:
+    lists = {name: tuple(content[name]) for name in ("names", "widths")}
+    return Part(**content | lists, errors=errors)
+
+
+def _keep(by_block: Sequence[Sequence[Part]], kept: checkpoint.Measurement) -> None:
+    tensors = {
+        f"{number}.{place}": part.errors
+        for number, block in enumerate(by_block)
+        for place, part in enumerate(block)
+    }
+    blocks = [
+        [{name: value for name, value in vars(part).items() if name != "errors"} for part in block]
+        for block in by_block
+    ]
+    kept.write({"blocks": blocks}, tensors)
+
+
+def _part(apart: Apart, probe: "_Probe", options: Options) -> Part:
+    views, narrow = apart
     site, width = next((site, view.width) for site, view in views.items())
     errors = torch.zeros(width.channels + 1, dtype=torch.float64)
     for view in views.values():

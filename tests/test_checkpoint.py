@@ -4,6 +4,7 @@ import copy
 import csv
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -15,6 +16,7 @@ import torch
 import grail
 from grail import checkpoint, state
 from grail.errors import InputError, StateError
+from grail.select import greedy
 
 from . import processes
 from .convnets import images, network
@@ -294,20 +296,24 @@ def test_the_command_line_survives_kills_at_random_moments(tmp_path):
     injected("killed runs", deaths)
 
 
-def test_a_command_that_was_killed_once_its_output_was_there_is_done(
-    tiny_folder, monkeypatch, tmp_path
-):
+@pytest.fixture
+def command(tiny_folder, tmp_path):
+    """`command(*more)`: a compression on the command line that keeps its state in tmp_path/d."""
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
     from grail import commands
 
     (tmp_path / "text.txt").write_text(" ".join(f"w{3 + n % 90}" for n in range(400)))
-    command = ["compress", tiny_folder, "--calibration", tmp_path / "text.txt", "--tokens", 64]
-    command += ["--sequence-length", 16, "--output", tmp_path / "out", "--json"]
-    command += ["--resume-dir", tmp_path / "d"]
-    command = list(map(str, command))
+    fixed = ["compress", tiny_folder, "--calibration", tmp_path / "text.txt", "--tokens", 64]
+    fixed += ["--sequence-length", 16, "--output", tmp_path / "out", "--json"]
+    fixed += ["--resume-dir", tmp_path / "d"]
+    return lambda *more: CliRunner().invoke(commands.app, [str(part) for part in (*fixed, *more)])
 
+
+def test_a_command_that_was_killed_once_its_output_was_there_is_done(
+    command, monkeypatch, tmp_path
+):
     def die(_):
         injected("killed runs")
         raise Killed
@@ -315,8 +321,26 @@ def test_a_command_that_was_killed_once_its_output_was_there_is_done(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "clear", die)
         with pytest.raises(Killed):
-            CliRunner().invoke(commands.app, command)
-    assert CliRunner().invoke(commands.app, [*command, "--keep", "0.6"]).exit_code == 2
-    again = CliRunner().invoke(commands.app, command)
+            command()
+    assert command("--keep", "0.6").exit_code == 2
+    again = command()
     assert (again.exit_code, again.stdout) == (0, (tmp_path / "out/report.json").read_text())
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_command_that_was_killed_behind_its_measuring_does_not_measure_again(
+    command, kill, monkeypatch, tmp_path
+):
+    uneven = ("--uneven", "--batch-size", "1", "--multiple", "1")
+    result = command(*uneven)
+    assert result.exit_code == 0, result.output
+    expected = (tmp_path / "out/model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    kill(1)
+    with pytest.raises(Killed):
+        command(*uneven)
+    kill(None)
+    monkeypatch.setattr(greedy, "errors", None)
+    assert command(*uneven).exit_code == 0
+    assert (tmp_path / "out/model.safetensors").read_bytes() == expected
     assert not (tmp_path / "d").exists()

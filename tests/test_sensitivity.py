@@ -1,5 +1,7 @@
 import copy
+import functools
 import itertools
+from dataclasses import replace
 from operator import sub
 from types import SimpleNamespace
 
@@ -8,11 +10,12 @@ import torch
 import torch.nn.functional as F
 
 import grail
-from grail import budget
-from grail.errors import InputError, ModelError, NonFiniteError
+from grail import budget, checkpoint
+from grail.errors import InputError, ModelError, NonFiniteError, StateError
 from grail.select import greedy
 
 from . import convnets
+from .counting import injected
 
 
 def bits(model):
@@ -179,6 +182,108 @@ def test_what_cannot_be_measured_is_refused(settings, message, tiny_llama, tiny_
     with pytest.raises(InputError, match=message):
         grail.sensitivity(model, tiny_batches(count=3), progress=False, **settings)
     assert same(before, bits(model))
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would: nothing in the package catches it."""
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """`kill(after)`: the next measurement ends once it has kept so many blocks; None: never."""
+    write = checkpoint.Measurement.write
+
+    def arm(after):
+        kept = 0
+
+        def writing(self, *arguments):
+            nonlocal kept
+            write(self, *arguments)
+            kept += 1
+            if kept == after:
+                injected("killed runs")
+                raise Killed
+
+        monkeypatch.setattr(checkpoint.Measurement, "write", writing)
+
+    return arm
+
+
+CASES = {
+    "llama": ("llama", {}),
+    "experts": ("qwen3_moe", {"sites": "experts"}),
+    "encoder": ("bert", {"selector": "wanda"}),
+}
+
+
+@pytest.mark.parametrize(("family", "settings"), CASES.values(), ids=CASES)
+def test_a_measurement_that_was_killed_goes_on_and_finds_the_same(
+    family, settings, kill, tiny_model, tiny_batches, monkeypatch, tmp_path
+):
+    model = tiny_model(family, num_hidden_layers=3)
+    batches = [batch[:, :12] for batch in tiny_batches(count=4)]
+    measure = functools.partial(grail.sensitivity, model, batches, progress=False, **settings)
+    calls = []
+    errors = greedy.errors
+    monkeypatch.setattr(greedy, "errors", lambda *given: calls.append(1) or errors(*given))
+    expected = measure()
+    of_all = len(calls)
+    kill(2)
+    with pytest.raises(Killed):
+        measure(resume_dir=tmp_path)
+    kill(None)
+    calls.clear()
+    before = bits(model)
+    found = measure(resume_dir=tmp_path)
+    assert same(before, bits(model))
+    assert 0 < len(calls) < of_all / 2  # what was kept was not measured again
+    for one, other in zip(found.parts, expected.parts, strict=True):
+        assert torch.equal(one.errors, other.errors)
+        assert replace(one, errors=other.errors) == other
+    assert found.shares() == expected.shares()
+
+
+def test_a_measurement_that_ended_runs_nothing(tiny_llama, tiny_batches, tmp_path):
+    model, batches = tiny_llama(), tiny_batches(count=3)
+    expected = grail.sensitivity(model, batches, resume_dir=tmp_path, progress=False)
+    model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    again = grail.sensitivity(model, batches, resume_dir=tmp_path, progress=False)
+    assert again.losses == expected.losses
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": 0.75}, "keep was 0.5 and is 0.75"),
+        ({"probes": 2}, "probes was 1 and is 2"),
+        ({"batches": slice(2)}, "calibration differs"),
+        ({"selector": lambda view: view.width.best(view.gram.diagonal())}, "given by its name"),
+    ],
+)
+def test_another_measurement_in_the_folder_is_refused(
+    changes, message, tiny_llama, tiny_batches, tmp_path
+):
+    model, batches = tiny_llama(), tiny_batches(count=3)
+    settings = {"resume_dir": tmp_path, "progress": False}
+    grail.sensitivity(model, batches, **settings)
+    batches = batches[changes.pop("batches", slice(3))]
+    with pytest.raises(InputError, match=message):
+        grail.sensitivity(model, batches, **settings, **changes)
+
+
+def test_a_damaged_measurement_is_named(tiny_llama, tiny_batches, tmp_path):
+    model, batches = tiny_llama(), tiny_batches(count=3)
+    settings = {"resume_dir": tmp_path, "progress": False}
+    expected = grail.sensitivity(model, batches, **settings)
+    path = tmp_path / "sensitivity.state"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    injected("damaged state files")
+    with pytest.raises(StateError, match=r"sensitivity\.state.*Delete it to measure anew"):
+        grail.sensitivity(model, batches, **settings)
+    path.unlink()
+    assert grail.sensitivity(model, batches, **settings).losses == expected.losses
 
 
 def test_outputs_that_are_not_finite_are_refused_and_nothing_stays_narrow(
