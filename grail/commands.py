@@ -428,11 +428,12 @@ def compress(
         )
         notes.append(
             f"Blocks keep more or less, {keep:g} of all together, by what narrowing each of them "
-            "costs. Plain pruning was measured with even widths; time and memory were predicted "
-            "without the measuring."
+            "costs. Plain pruning was measured with even widths; time and memory of the measuring "
+            "are not predicted."
         )
         undone = UNDONE if options.follows_drift else 0.0
         options = replace(options, keep=measured.shares(undone=undone))
+        _say(_prediction(_plan(network, options, keep, batches, brought)))
     _say("Compressing …")
     report = compress_model(
         network, batches, **vars(options), onload=brought, resume_dir=resume_dir
@@ -624,8 +625,10 @@ def _plan(
 
 def _prediction(inspection: Inspection) -> str:
     memory, seconds = inspection.memory["peak"], inspection.seconds["total"]
+    even = not isinstance(inspection.keep, dict)
+    keep = f"keep={inspection.keep:g}" if even else "these widths"
     return (
-        f"Predicted for keep={inspection.keep:g}, {inspection.tokens:,} tokens: peak memory "
+        f"Predicted for {keep}, {inspection.tokens:,} tokens: peak memory "
         f"{format_bytes(memory)}, time {format_seconds(seconds)}."
     )
 

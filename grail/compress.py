@@ -169,7 +169,7 @@ def compress(
     clock = Clock(device)
 
     with (
-        memory.explained(device, lambda: clock.failed, onload is not None),
+        memory.explained(device, lambda: clock.failed, onload is None),
         memory.Peak(device) as peak,
         Transaction() as transaction,
         steady(model),

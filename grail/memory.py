@@ -5,7 +5,7 @@ In use is the resident set on a CPU, what the allocator handed out on a GPU.
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +59,7 @@ class Peak:
 
 
 # What needs less of it, by phase of a run.
-_REMEDIES = {
+REMEDIES = {
     "forward": "give smaller batches or shorter sequences",
     "gram": "give smaller batches, or narrow one kind of site at a time",
     "select": "choose a selector that searches less, such as wanda",
@@ -68,26 +68,32 @@ _REMEDIES = {
 
 
 @contextmanager
-def explained(device: torch.device, phase: Callable[[], str], onloads: bool) -> Iterator[None]:
+def explained(
+    device: torch.device,
+    phase: Callable[[], str],
+    movable: bool,
+    remedies: Mapping[str, str] = REMEDIES,
+) -> Iterator[None]:
     """Turns running out of memory into an OutOfMemoryError that says what would need less.
 
     Args:
         device: where the work is.
         phase: in which it was when it failed.
-        onloads: whether the model is elsewhere already.
+        movable: whether hidden states and model may be told to stay on the host, and do not yet.
+        remedies: what needs less of it, by phase.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        remedies = [_REMEDIES.get(phase(), "use a machine with more memory")]
-        if device.type == "cuda" and not onloads:
-            remedies.append("leave the hidden states on the CPU: storage='cpu'")
-            remedies.append("leave the model there as well: onload='cuda'")
+        advice = [remedies.get(phase(), "use a machine with more memory")]
+        if device.type == "cuda" and movable:
+            advice.append("leave the hidden states on the CPU: storage='cpu'")
+            advice.append("leave the model there as well: onload='cuda'")
         raise OutOfMemoryError(
             f"out of memory on {device} ({phase()}); the model is as it was. To need less, "
-            f"{'; or '.join(remedies)}"
+            f"{'; or '.join(advice)}"
         ) from error
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grail import budget, checkpoint, select
+from grail import budget, checkpoint, memory, select
 from grail.distributed import refuse_sharded
 from grail.errors import InputError, ModelError
 from grail.gram import NonFinite
@@ -58,6 +58,14 @@ STEPS = 128
 
 # Numbers of an output that are in fp32 at once: 64 MiB.
 ROWS = 1 << 24
+
+
+# What needs less memory, by phase.
+REMEDIES = {
+    "forward": memory.REMEDIES["forward"],
+    "gram": memory.REMEDIES["gram"],
+    "probe": "give smaller batches, or fewer of them as probes",
+}
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ def sensitivity(
             hold no token that counts; a resume_dir that holds the state of another measurement.
         ModelError: outputs that are not finite, of no known kind, or that no site changes.
         StateError: a resume_dir whose state is damaged, or that cannot be written.
-        EmptyCalibrationError, NonFiniteError, SolveError: as `grail.compress`.
+        EmptyCalibrationError, NonFiniteError, SolveError, OutOfMemoryError: as `grail.compress`.
     """
     check_keep(keep)
     refuse_sharded(model)
@@ -187,18 +195,21 @@ def sensitivity(
         raise InputError("keep=1 narrows nothing whose loss could be measured")
     architecture = find(model, options.sites)
     require_single_channels(architecture, options)
+    clock = Clock(architecture.device)
     with (
-        steady(model),
+        memory.explained(architecture.device, lambda: clock.failed, False, REMEDIES),
         Transaction() as transaction,
+        steady(model),
         checkpoint.measuring(resume_dir, model, options, batches, probes) as kept,
     ):
         by_block = _known(kept)
         if len(by_block) < len(architecture.blocks):
-            probe = _Probe(model, batches[:probes])
-            stream = Stream(model, architecture.blocks, batches[probes:] or batches)
-            run = Run(architecture, options, stream, transaction, Clock(stream.device))
+            probe = _Probe(model, batches[:probes], clock)
+            with clock("forward"):
+                stream = Stream(model, architecture.blocks, batches[probes:] or batches)
+            run = Run(architecture, options, stream, transaction, clock)
             for block in run.apart(progress, len(by_block)):
-                by_block.append([_part(apart, probe, options) for apart in block])
+                by_block.append([_part(apart, probe, clock, options) for apart in block])
                 if kept is not None:
                     _keep(by_block, kept)
     parts = [part for block in by_block for part in block]
@@ -246,14 +257,15 @@ def _keep(by_block: Sequence[Sequence[Part]], kept: checkpoint.Measurement) -> N
     kept.write({"blocks": blocks}, tensors)
 
 
-def _part(apart: Apart, probe: "_Probe", options: Options) -> Part:
+def _part(apart: Apart, probe: "_Probe", clock: Clock, options: Options) -> Part:
     views, narrow = apart
     site, width = next((site, view.width) for site, view in views.items())
     errors = torch.zeros(width.channels + 1, dtype=torch.float64)
     for view in views.values():
         if view.gram.tokens:  # an expert may never have been asked
             gram = view.gram.matrix().double()
-            errors += greedy.errors(gram, view.consumer.double().to(gram.device)).cpu()
+            with clock("search"):
+                errors += greedy.errors(gram, view.consumer.double().to(gram.device)).cpu()
     widths = {width.channels}
     if width.kept < width.channels:  # else its loss is not known
         for step in range(1, STEPS):
@@ -276,11 +288,12 @@ def _part(apart: Apart, probe: "_Probe", options: Options) -> Part:
 class _Probe:
     """What the dense network answers to a few batches, and how far from that it is later."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]):
-        self._model = model
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], clock: Clock):
+        self._model, self._clock = model, clock
         device = next(model.parameters()).device
-        self._inputs = [model_inputs(model, batch, device) for batch in batches]
-        self._dense = [self._output(*inputs) for inputs in self._inputs]
+        with clock("probe"):
+            self._inputs = [model_inputs(model, batch, device) for batch in batches]
+            self._dense = [self._output(*inputs) for inputs in self._inputs]
         if not all(bool(dense.values.isfinite().all()) for dense in self._dense):
             raise ModelError("the dense network's output is not finite")
         if self._dense and not any(dense.values.numel() for dense in self._dense):
@@ -289,14 +302,15 @@ class _Probe:
     def loss(self) -> float:
         """The mean divergence of predictions, or the squared error relative to the output's."""
         found = size = 0.0
-        for inputs, dense in zip(self._inputs, self._dense, strict=True):
-            for expected, got in zip(dense.rows(), self._output(*inputs).rows(), strict=True):
-                if dense.logits:
-                    found += _divergence(expected, got)
-                    size += len(expected)
-                else:
-                    found += _squares(got.float() - expected.float())
-                    size += _squares(expected)
+        with self._clock("probe"):
+            for inputs, dense in zip(self._inputs, self._dense, strict=True):
+                for expected, got in zip(dense.rows(), self._output(*inputs).rows(), strict=True):
+                    if dense.logits:
+                        found += _divergence(expected, got)
+                        size += len(expected)
+                    else:
+                        found += _squares(got.float() - expected.float())
+                        size += _squares(expected)
         if not math.isfinite(found):
             raise ModelError("the network's output is not finite where a site is narrow")
         # A divergence of nothing is negative by rounding.

@@ -21,6 +21,22 @@ EXHAUSTED = RuntimeError(
 H = 6
 
 
+def failing_after(calls, owner, name, error, monkeypatch):
+    """Lets a function fail with an error from its next call but so many."""
+    owner = sys.modules[owner] if isinstance(owner, str) else owner
+    whole, left = getattr(owner, name), calls
+
+    def fails(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            injected("allocations that fail")
+            raise error
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fails)
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "calls", "remedy"),
     [
@@ -37,18 +53,7 @@ def test_too_little_memory_names_what_needs_less_and_leaves_the_model_alone(
 ):
     model = tiny_llama()
     before = fingerprint(model)
-    owner = sys.modules[owner] if isinstance(owner, str) else owner
-    whole, left = getattr(owner, name), calls
-
-    def fails(*args, **kwargs):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            injected("allocations that fail")
-            raise error
-        return whole(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, fails)
+    failing_after(calls, owner, name, error, monkeypatch)
     with pytest.raises(OutOfMemoryError, match=remedy) as caught:
         grail.compress(model, tiny_batches(), keep=0.5, sites=("mlp", "heads"), progress=False)
     assert caught.value.__cause__ is error
@@ -57,15 +62,35 @@ def test_too_little_memory_names_what_needs_less_and_leaves_the_model_alone(
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "calls", "remedy"),
+    [
+        (Stream, "run", 1, "smaller batches or shorter sequences"),
+        ("grail.select.greedy", "errors", 1, "use a machine with more memory"),
+        ("grail.sensitivity", "_divergence", 1, "fewer of them as probes"),
+    ],
+    ids=["forward", "search", "probe"],
+)
+def test_so_does_measuring_what_sites_cost(
+    owner, name, calls, remedy, tiny_llama, tiny_batches, monkeypatch
+):
+    model = tiny_llama()
+    before = fingerprint(model)
+    failing_after(calls, owner, name, EXHAUSTED, monkeypatch)
+    with pytest.raises(OutOfMemoryError, match=remedy):
+        grail.sensitivity(model, tiny_batches(), progress=False)
+    assert_untouched(model, before)
+
+
 def test_on_a_gpu_the_model_can_stay_on_the_host():
     gpu = torch.device("cuda")
-    for onloads in (False, True):
+    for movable in (False, True):
         with (
             pytest.raises(OutOfMemoryError) as caught,
-            memory.explained(gpu, lambda: "forward", onloads),
+            memory.explained(gpu, lambda: "forward", movable),
         ):
             raise torch.OutOfMemoryError
-        assert ("onload='cuda'" in str(caught.value)) is not onloads
+        assert ("onload='cuda'" in str(caught.value)) is movable
 
 
 def test_other_errors_pass_as_they_are():
