@@ -260,6 +260,11 @@ class Run:
         rows = {}
         gradient = self._gradient if select.needs_gradient(self._select) else _ignore
         entries = self._entries(block)
+        if self.options.correct_attention and block > self._first and not entries:
+            self.notes.append(
+                f"the attention of block {block + 1} was not corrected: its projections to "
+                "queries, keys and values are no plain layers"
+            )
         aims: dict[Place, Shelf] = {}
         if self._dense is not None:
             held = self._follow(self._dense, block, [*entries, *sites], self._shelves, advance)

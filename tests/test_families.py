@@ -255,6 +255,20 @@ def test_attention_is_corrected_where_its_projections_read_one_tensor(family, ne
         assert torch.equal(*weights) == (row.alpha is None)
 
 
+def test_attention_of_a_block_whose_projections_are_no_plain_layers_is_noted(
+    tiny_llama, tiny_batches
+):
+    model = tiny_llama(num_hidden_layers=3)
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = torch.nn.Sequential(attention.q_proj)  # as an adapter would be
+    report = grail.compress(
+        model, tiny_batches(), 0.5, sites=("mlp",), correct_attention=True, progress=False
+    )
+    assert [row.block for row in report.inputs] == [2]
+    (note,) = (note for note in report.notes if "not corrected" in note)
+    assert "block 2 " in note
+
+
 def test_attention_that_calls_no_module_for_its_projections_cannot_be_corrected(network):
     model, batches = network("torchvision")
     with pytest.raises(InputError, match="plain layers; VisionTransformer has none"):
