@@ -42,7 +42,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.measuring import Row, machine, write_rows
 from grail import plan
-from grail.loop import Clock, Run
+from grail.clock import Clock
+from grail.loop import Run
 from grail.onload import largest_block
 from grail.options import Options
 from grail.sites import find

@@ -22,11 +22,12 @@ from torch import nn
 
 from grail import select, state
 from grail.checkpoint import fingerprint, hashed
+from grail.clock import Clock
 from grail.distributed import Ranks
 from grail.errors import InputError, StateError
 from grail.folder import complete
 from grail.gram import Gram, NonFinite
-from grail.loop import Clock, Run
+from grail.loop import Run
 from grail.onload import Onloader, computing_device
 from grail.options import Options
 from grail.sites import Architecture, BoundSite, Site, find

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from grail import checkpoint, memory, plan, select
+from grail.clock import Clock
 from grail.collect import Collected
 from grail.distributed import Ranks, checksum, ranks, refuse_sharded, watched
 from grail.errors import InputError, NonFiniteError
 from grail.fit import Auto, Damping, Toward
 from grail.gram import NonFinite
-from grail.loop import Clock, Run
+from grail.loop import Run
 from grail.onload import Onloader, computing_device
 from grail.options import ALPHA, Compensation, Keep, Options
 from grail.report import Report, SiteReport

@@ -14,9 +14,10 @@ from torch import nn
 
 import grail_kernels as gk
 from grail import memory
+from grail.clock import Clock
 from grail.fit import peak_bytes
 from grail.gram_ragged import WAITING_TOKENS
-from grail.loop import Clock, Run, steps
+from grail.loop import Run, steps
 from grail.models import positions
 from grail.onload import Onloader, computing_device, largest_block
 from grail.options import Options

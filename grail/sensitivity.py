@@ -31,10 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grail import budget, checkpoint, memory, select
+from grail.clock import Clock
 from grail.distributed import refuse_sharded
 from grail.errors import InputError, ModelError
 from grail.gram import NonFinite
-from grail.loop import Apart, Clock, Run
+from grail.loop import Apart, Run
 from grail.options import Options
 from grail.select import greedy
 from grail.sites import Architecture, Site, find

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from grail import loop
-from grail.loop import Clock
+from grail.clock import MARKS, Clock
 
 
 class Event:
@@ -40,20 +39,20 @@ def test_an_inner_phase_stops_the_one_around_it(clock):
 
 
 def test_nothing_waits_for_a_mark_until_seconds_are_asked_for(clock):
-    for _ in range(loop.MARKS):
+    for _ in range(MARKS):
         with clock("forward"):
             pass
     assert Event.waits == 0
-    assert clock.seconds == {"forward": loop.MARKS}
-    assert Event.waits == loop.MARKS
+    assert clock.seconds == {"forward": MARKS}
+    assert Event.waits == MARKS
 
 
 def test_only_so_many_marks_are_held(clock):
-    for _ in range(10 * loop.MARKS):
+    for _ in range(10 * MARKS):
         with clock("forward"):
             pass
-    assert len(clock._passed) <= loop.MARKS
-    assert clock.seconds == {"forward": 10 * loop.MARKS}
+    assert len(clock._passed) <= MARKS
+    assert clock.seconds == {"forward": 10 * MARKS}
 
 
 def test_seconds_that_an_earlier_run_took_are_added_to_those_of_this_one(clock):

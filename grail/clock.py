@@ -1,0 +1,79 @@
+"""Where the time of a run goes, by phase."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# Of a CPU's clock in seconds, or in a GPU's stream.
+Mark = float | torch.cuda.Event
+
+# Stretches that wait to be added up: as many as keep a GPU busy, of some thirty launches each.
+MARKS = 256
+
+
+class Clock:
+    """Wall seconds by phase: `with clock("gram")`. An inner phase stops the one around it.
+
+    On a GPU they are those between marks in its stream, for which nothing waits: a phase begins
+    where the GPU comes to its work, not where the host queues it.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stack: list[str] = []
+        self._since: Mark = 0.0
+        self._passed: deque[tuple[str, Mark, Mark]] = deque()  # not added up yet
+        self._seconds: dict[str, float] = {}
+        self.failed = ""  # the phase in which an error came up
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self._settle()
+        self._stack.append(phase)
+        try:
+            yield
+        except BaseException:
+            self.failed = self.failed or phase
+            raise
+        finally:
+            self._settle()
+            self._stack.pop()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Always the same dictionary, up to date when it is asked for."""
+        self._add_up(0)
+        return self._seconds
+
+    def _settle(self) -> None:
+        now = self._mark()
+        if self._stack:
+            self._passed.append((self._stack[-1], self._since, now))
+        self._since = now
+        if len(self._passed) > MARKS:
+            self._add_up(MARKS // 2)
+
+    def _mark(self) -> Mark:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _add_up(self, left: int) -> None:
+        """Adds up the oldest stretches, all but `left` of them."""
+        while len(self._passed) > left:
+            phase, start, end = self._passed.popleft()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + _between(start, end)
+
+
+def _between(start: Mark, end: Mark) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float)
+        assert isinstance(end, float)
+        return end - start
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
