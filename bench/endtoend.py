@@ -79,10 +79,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "restored": {},
 }
-# Beside those, of one cell: widths by what each block's narrowing costs the network, and a setting.
-UNEVEN = "restored, uneven widths"
+# Beside those, of one cell: widths by what each block's narrowing costs the network; what pruning
+# alone makes of the default selector's channels; a setting.
+UNEVEN, GREEDY = "restored, uneven widths", "pruned, default selector"
 OTHERS: dict[tuple[str, str, float], dict[str, dict[str, Any]]] = {
-    ("passages", "mlp", 0.5): {UNEVEN: {}, "restored, tokens weighted": {"token_weights": True}},
+    ("passages", "mlp", 0.5): {
+        UNEVEN: {},
+        GREEDY: {"compensate": False},
+        "restored, tokens weighted": {"token_weights": True},
+    },
     **{
         cell: {UNEVEN: {}}
         for cell in (
