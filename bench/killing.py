@@ -1,6 +1,7 @@
 """Kills a compression with SIGKILL, starts it again, and compares the bits of what it writes.
 
     python -m bench.killing --trials 100
+    python -m bench.killing --uneven --trials 30 --output bench/results/killing_uneven.csv
 
 Every run is the real command line, in a process of its own that is forked from this one, so that
 torch and transformers are imported once. Runs die at a random moment, or at a random step of saving
@@ -35,11 +36,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--uneven", action="store_true", help="runs that measure widths first")
     parser.add_argument("--output", type=Path, default=Path("bench/results/killing.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     with tempfile.TemporaryDirectory() as folder:
-        trials = Trials(Path(folder), random.Random(arguments.seed))
+        trials = Trials(Path(folder), random.Random(arguments.seed), arguments.uneven)
         rows = [trials.row(number) for number in range(arguments.trials)]
     conditions = {"seed": str(arguments.seed), **machine("cpu")}
     write_rows(arguments.output, [{**row, **conditions} for row in rows])
@@ -53,8 +55,8 @@ def main() -> int:
 class Trials:
     """Trials on one tiny model and text in a folder, against one run that nobody disturbed."""
 
-    def __init__(self, folder: Path, draw: random.Random):
-        self.folder, self._draw = folder, draw
+    def __init__(self, folder: Path, draw: random.Random, uneven: bool):
+        self.folder, self._draw, self._uneven = folder, draw, uneven
         _write_model(folder / "model")
         words = (f"w{draw.randrange(3, 97)}" for _ in range(2000))
         (folder / "text.txt").write_text(" ".join(words))
@@ -120,7 +122,8 @@ class Trials:
         return [
             *("compress", self.folder / "model", "--calibration", self.folder / "text.txt"),
             *("--output", self.folder / name, "--resume-dir", self.folder / f"{name}.resume"),
-            *("--sites", "mlp,heads", "--keep", 0.5, "--tokens", 512, "--sequence-length", 32),
+            *("--keep", 0.5, "--tokens", 512, "--sequence-length", 32),
+            *(("--sites", "mlp", "--uneven") if self._uneven else ("--sites", "mlp,heads")),
         ]
 
     def _finish(self, name: str, process: int) -> None:
