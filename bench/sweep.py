@@ -154,7 +154,7 @@ def _efficientnet() -> Subject:
         images = first if crops <= 4 else assets.photographs(TEXTS, crops)[0]
         return list(images[:samples].split(16))
 
-    # Pruned to half it agrees with itself on no photograph in a hundred, whatever selector was used.
+    # Plainly pruned to half it agrees with itself on not one photograph in a hundred.
     keeps = (0.9, 0.8, 0.7, 0.6, 0.5)
     return Subject(network, calibration, score, 256, ("conv",), keeps, studied=(0.5,))
 
