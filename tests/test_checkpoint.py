@@ -21,31 +21,13 @@ from grail.select import greedy
 from . import processes
 from .convnets import images, network
 from .counting import injected
-
-
-class Killed(BaseException):
-    """Ends a run as a signal would: nothing in the package catches it."""
+from .kills import Killed, killing
 
 
 @pytest.fixture
 def kill(monkeypatch):
     """`kill(after)`: the next run ends once it has saved so many blocks; None lets it end well."""
-    save = checkpoint.Checkpoint.save
-
-    def arm(after):
-        saved = 0
-
-        def saving(self, *arguments):
-            nonlocal saved
-            save(self, *arguments)
-            saved += 1
-            if saved == after:
-                injected("killed runs")
-                raise Killed
-
-        monkeypatch.setattr(checkpoint.Checkpoint, "save", saving)
-
-    return arm
+    return killing(checkpoint.Checkpoint, "save", monkeypatch)
 
 
 def compressed(model, batches, **settings):

@@ -16,6 +16,7 @@ from grail.select import greedy
 
 from . import convnets
 from .counting import injected
+from .kills import Killed, killing
 
 
 def bits(model):
@@ -184,29 +185,10 @@ def test_what_cannot_be_measured_is_refused(settings, message, tiny_llama, tiny_
     assert same(before, bits(model))
 
 
-class Killed(BaseException):
-    """Ends a run as a signal would: nothing in the package catches it."""
-
-
 @pytest.fixture
 def kill(monkeypatch):
     """`kill(after)`: the next measurement ends once it has kept so many blocks; None: never."""
-    write = checkpoint.Measurement.write
-
-    def arm(after):
-        kept = 0
-
-        def writing(self, *arguments):
-            nonlocal kept
-            write(self, *arguments)
-            kept += 1
-            if kept == after:
-                injected("killed runs")
-                raise Killed
-
-        monkeypatch.setattr(checkpoint.Measurement, "write", writing)
-
-    return arm
+    return killing(checkpoint.Measurement, "write", monkeypatch)
 
 
 CASES = {
