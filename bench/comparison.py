@@ -70,7 +70,7 @@ correcting attention change less than that. Uneven widths by measured losses bri
 crops of each). Calibration has 256 crops of other photographs; from 128 on more of them change
 little. Uneven widths by measured losses (`grail.sensitivity`) are worth more here than anywhere:
 the same share of all weights dealt out by what narrowing costs, 69% for 53 to 55%. In the paper's
-way the open loop is better than the closed one, as for ResNet-18, and for the same reason.""",
+way the open loop is better than the closed one, as for ResNet-18; undoing the drift mends that.""",
     "minilm": """The cosine is to the dense network's embeddings; rank correlations of similarities
 are in the CSV. Most of folding's gain is its exact form: the Gram of what the folded layer gives,
 not of the folded channels. With 16 sentences the paper's way is worse than plain pruning, the
