@@ -308,11 +308,12 @@ def measuring(
     if folder is None:
         yield None
         return
-    run = {**_fingerprints(model, options), "probes": str(probes)}
-    for _ in hashed(batches, lambda found: run.update(calibration=_HASH + found)):
-        pass
-    with _held(Path(folder), options):
-        yield Measurement(Path(folder), run)
+    folder = Path(folder)
+    with _held(folder, options):
+        run = {**_fingerprints(model, options), "probes": str(probes)}
+        for _ in hashed(batches, lambda found: run.update(calibration=_HASH + found)):
+            pass
+        yield Measurement(folder, run)
 
 
 @contextmanager

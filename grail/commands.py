@@ -625,10 +625,10 @@ def _plan(
 
 def _prediction(inspection: Inspection) -> str:
     memory, seconds = inspection.memory["peak"], inspection.seconds["total"]
-    even = not isinstance(inspection.keep, dict)
-    keep = f"keep={inspection.keep:g}" if even else "these widths"
+    keep = inspection.keep
+    widths = "these widths" if isinstance(keep, dict) else f"keep={keep:g}"
     return (
-        f"Predicted for {keep}, {inspection.tokens:,} tokens: peak memory "
+        f"Predicted for {widths}, {inspection.tokens:,} tokens: peak memory "
         f"{format_bytes(memory)}, time {format_seconds(seconds)}."
     )
 

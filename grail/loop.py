@@ -187,7 +187,7 @@ class Run:
         rows = {}
         gradient = self._gradient if select.needs_gradient(self._select) else _ignore
         entries = self._entries(block)
-        if self.options.correct_attention and block > self._first and not entries:
+        if self._corrects(block) and not entries:
             self.notes.append(
                 f"the attention of block {block + 1} was not corrected: its projections to "
                 "queries, keys and values are no plain layers"
@@ -220,9 +220,10 @@ class Run:
 
     def _entries(self, block: int) -> list[Entry]:
         """Where the attention of a block reads a stream that has drifted."""
-        if not self.options.correct_attention or block <= self._first:
-            return []
-        return self.architecture.entries(block)
+        return self.architecture.entries(block) if self._corrects(block) else []
+
+    def _corrects(self, block: int) -> bool:
+        return self.options.correct_attention and block > self._first
 
     def _correct(self, entry: Entry, aims: Mapping[Place, Shelf], advance: Advance) -> None:
         """Rewrites layers that read the stream; W becomes W M."""

@@ -210,7 +210,7 @@ def sensitivity(
                 stream = Stream(model, architecture.blocks, batches[probes:] or batches)
             run = Run(architecture, options, stream, transaction, clock)
             for block in run.apart(progress, len(by_block)):
-                by_block.append([_part(apart, probe, clock, options) for apart in block])
+                by_block.append([_part(apart, run, probe) for apart in block])
                 if kept is not None:
                     _keep(by_block, kept)
     parts = [part for block in by_block for part in block]
@@ -258,20 +258,20 @@ def _keep(by_block: Sequence[Sequence[Part]], kept: checkpoint.Measurement) -> N
     kept.write({"blocks": blocks}, tensors)
 
 
-def _part(apart: Apart, probe: "_Probe", clock: Clock, options: Options) -> Part:
+def _part(apart: Apart, run: Run, probe: "_Probe") -> Part:
     views, narrow = apart
     site, width = next((site, view.width) for site, view in views.items())
     errors = torch.zeros(width.channels + 1, dtype=torch.float64)
     for view in views.values():
         if view.gram.tokens:  # an expert may never have been asked
             gram = view.gram.matrix().double()
-            with clock("search"):
+            with run.clock("search"):
                 errors += greedy.errors(gram, view.consumer.double().to(gram.device)).cpu()
     widths = {width.channels}
     if width.kept < width.channels:  # else its loss is not known
         for step in range(1, STEPS):
             with suppress(InputError):  # a width of 0
-                widths.add(site.width(step / STEPS, options.multiple).kept)
+                widths.add(site.width(step / STEPS, run.options.multiple).kept)
     one_less = ChannelWidth(width.channels, width.channels - 1)
     parameters = sum(site.parameters_saved(one_less) for site in views)
     narrow()
