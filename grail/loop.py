@@ -24,9 +24,10 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
@@ -102,6 +103,7 @@ class Run:
         self._select = select.get(options.selector)
         self.notes: list[str] = []  # what a person should know
         self.inputs: list[InputReport] = []
+        self._shares: dict[str, float] = {}  # by kind, of drift that the last such block undoes
         # Bound, and told apart, while nothing is narrow: a resumed run soon is.
         self.sites = options.sites_of(architecture)
         self._active = [options.active(sites, self.widths) for sites in self.sites]
@@ -116,6 +118,7 @@ class Run:
         if self._checkpoint is not None:
             with self.clock("checkpoint"):
                 self._checkpoint.resume(position, self._streams())
+        self._shares |= _shares(position.rows)
         left = list(enumerate(self._active))[position.done :]
         passes = (1 + (self._dense is not None)) * len(left)
         if self.options.closed_loop:
@@ -128,7 +131,9 @@ class Run:
         ) as bar:
             for number, _ in left:
                 bar.set_description(f"block {number + 1}/{len(self.sites)}")
-                position.rows += self.block(number, bar.update)
+                rows = self.block(number, bar.update)
+                self._shares |= _shares(rows)
+                position.rows += rows
                 position.done = number + 1
                 self._keep(position)
         return position.rows
@@ -691,7 +696,20 @@ class Run:
             for statistics in collected:
                 gram.merge(statistics.channels)
         weight, width = stacked(site.consumers), self.widths[site.name]
-        return select.View(site.weights(), weight, gram, width, generator, gradient)
+        share = self._expected_share(site, collected)
+        return select.View(site.weights(), weight, gram, width, generator, gradient, share)
+
+    def _expected_share(self, site: BoundSite, collected: Sequence[Statistics]) -> float:
+        """The share of drift that a choice of channels is to reckon with.
+
+        Where held-out tokens choose it once channels are chosen, it is what they took one block
+        before: there it may have been too faint in few tokens to be told from noise.
+        """
+        share, first = self.options.drift_correction, collected[0]
+        # Each of several consumers drifts on its own, and one that is only pruned undoes nothing.
+        if len(collected) > 1 or first.scarce(self.widths[site.name].kept):
+            return 0.0
+        return self._shares.get(site.kind, 0.0) if share == "auto" else share
 
 
 def _ignore(*_: object) -> None:
@@ -743,6 +761,16 @@ def _watch(
 
 def _known(error: float) -> float | None:
     return None if math.isnan(error) else error
+
+
+def _shares(rows: Iterable[SiteReport]) -> dict[str, float]:
+    """By kind, the mean share of drift that the sites of its last block undo."""
+    last: dict[str, list[SiteReport]] = {}
+    for row in rows:
+        if row.kept < row.channels:
+            others = last.get(row.kind, [])
+            last[row.kind] = [*others, row] if others and others[0].block == row.block else [row]
+    return {kind: fmean(row.drift_correction for row in of) for kind, of in last.items()}
 
 
 def _row(

@@ -12,6 +12,7 @@ from grail.errors import EmptyCalibrationError, InputError, ModelError, NonFinit
 from grail.sites import find
 from grail.statistics import Statistics
 from grail.stream import Stream
+from grail.width import HeadWidth
 
 from .conftest import FAMILIES
 from .counting import injected
@@ -317,7 +318,15 @@ def test_query_heads_alone_can_be_narrowed_in_every_group(tiny_llama, tiny_batch
 
 def test_one_sequence_leaves_nothing_to_hold_out_and_the_report_says_so(tiny_llama, tiny_batches):
     batches = tiny_batches(count=1, rows=1, length=200)
-    report = grail.compress(tiny_llama(), batches, keep=0.5, progress=False)
+    shares = []
+
+    def listen(view: grail.select.View) -> grail.Reduction:
+        shares.append(view.drift_correction)
+        return view.width.best(view.gram.energy)
+
+    model = tiny_llama()
+    report = grail.compress(model, batches, keep=0.5, selector=listen, progress=False)
+    assert set(shares) == {0.0}
     assert any("nothing could be held out" in note for note in report.notes)
     assert {(row.alpha, row.drift_correction) for row in report.sites} == {(1e-3, 0.0)}
 
@@ -329,6 +338,41 @@ def test_held_out_sequences_choose_for_every_site(tiny_llama, tiny_batches):
     assert report.sites[0].drift_correction == 0  # nothing drifts before the first block
     assert all(0 < row.drift_correction <= 1 for row in report.sites[1:])
     assert all(row.tokens == 20 * 2 * 32 for row in report.sites)
+
+
+@pytest.mark.parametrize("correction", ["auto", 0.3, 0.0])
+def test_a_selector_sees_what_drift_it_is_to_reckon_with(tiny_llama, tiny_batches, correction):
+    seen = []
+
+    def listen(view: grail.select.View) -> grail.Reduction:
+        seen.append(view)
+        return view.width.best(view.gram.energy)
+
+    model, batches = tiny_llama(num_hidden_layers=4), tiny_batches(count=20, length=32)
+    settings = {"selector": listen, "drift_correction": correction, "progress": False}
+    report = grail.compress(model, batches, keep=0.5, **settings)
+    taken = [row.drift_correction for row in report.sites]
+    expected = [0, *taken[:-1]] if correction == "auto" else [correction] * 4
+    assert [view.drift_correction for view in seen] == expected
+    assert [view.drifted is not None for view in seen] == [share > 0 for share in expected]
+    assert all(view.drifted.any() for view in seen[1:] if view.drift_correction)
+
+
+def test_heads_and_channels_reckon_with_what_the_last_of_their_kind_undid(tiny_llama, tiny_batches):
+    seen = {}
+
+    def listen(view: grail.select.View) -> grail.Reduction:
+        kind = "heads" if isinstance(view.width, HeadWidth) else "mlp"
+        seen.setdefault(kind, []).append(view.drift_correction)
+        return view.width.best(view.gram.energy)
+
+    model, batches = tiny_llama(num_hidden_layers=4), tiny_batches(count=20, length=32)
+    keep = {"mlp": [0.5, 1.0, 0.5, 0.5], "heads": 0.5}  # a block that is not narrowed says nothing
+    settings = {"sites": ("mlp", "heads"), "selector": listen, "progress": False}
+    report = grail.compress(model, batches, keep, **settings)
+    taken = {k: [row.drift_correction for row in report.sites if row.kind == k] for k in seen}
+    assert seen["heads"] == [0, *taken["heads"][:-1]]
+    assert seen["mlp"] == [0, taken["mlp"][0], taken["mlp"][2]]
 
 
 def test_folding_runs_through_the_same_door(tiny_llama, tiny_batches):

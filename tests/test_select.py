@@ -224,11 +224,70 @@ def correlated(tokens: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 def test_each_greedy_step_is_the_best_of_all_steps(block, monkeypatch):
     monkeypatch.setattr("grail.select.pivots.POOL", H)
     gram, weight = correlated()
-    order = forward(gram, weight, 6, block=block).tolist()
+    order = forward(gram, gram @ weight.T, 6, block=block).tolist()
     for step in range(6):
         kept = order[:step]
         errors = {j: compensated_error(gram, weight, [*kept, j]) for j in range(H) if j not in kept}
         assert min(errors, key=errors.__getitem__) == order[step]
+
+
+def drifting(share: float, width) -> tuple[select.View, torch.Tensor, torch.Tensor]:
+    """A site whose consumer is to say W x + `share`·δ; its tokens, and that for each of them."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(80, H, generator=generator)
+    x += x @ torch.randn(H, H, generator=generator) / 4
+    drift = x @ torch.randn(H, 4, generator=generator) + torch.randn(80, 4, generator=generator)
+    consumer = torch.randn(4, H, generator=generator)
+    gram = grail.Gram(H)
+    gram.update(x, drift=drift)
+    seen = select.View((), consumer, gram, width, torch.Generator(), drift_correction=share)
+    return seen, x.double(), (x @ consumer.T + share * drift).double()
+
+
+def rebuilt_error(x: torch.Tensor, target: torch.Tensor, kept: list[int]) -> float:
+    """min over W' of ‖T − X_P W'ᵀ‖², by QR."""
+    return (target - x[:, kept] @ torch.linalg.lstsq(x[:, kept], target).solution).square().sum()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("name", "widths"), [("greedy", (1, 2, 3)), ("backward", (9, 8, 7, 6))])
+def test_each_step_is_the_best_for_what_undoes_drift_as_well(name, widths, share):
+    before = [] if name == "greedy" else list(range(H))
+    for width in widths:
+        seen, x, target = drifting(share, ChannelWidth(H, width))
+        chosen = select.get(name)(seen).index.tolist()
+        steps = (
+            [sorted([*before, j]) for j in range(H) if j not in before]
+            if name == "greedy"
+            else [[k for k in before if k != j] for j in before]
+        )
+        assert chosen == min(steps, key=lambda kept: rebuilt_error(x, target, kept))
+        before = chosen
+
+
+@pytest.mark.parametrize("name", ["greedy", "backward"])
+def test_heads_are_dropped_for_what_undoes_drift_as_well(name):
+    seen, x, target = drifting(0.8, HeadWidth(5, 1, 2, 4, 1))
+    heads = [[c for c in range(H) if c // 2 != dropped] for dropped in range(5)]
+    best = min(heads, key=lambda kept: rebuilt_error(x, target, kept))
+    assert select.get(name)(seen).index.tolist() == best
+
+
+@pytest.mark.parametrize("name", sorted({*select.names()} - {"greedy", "backward"}))
+def test_others_choose_as_published_whatever_drifts(name):
+    (seen, *_), (still, *_) = (drifting(share, ChannelWidth(H, 4)) for share in (1.0, 0.0))
+    chosen = [
+        select.get(name)(
+            dataclasses.replace(
+                one,
+                producers=(torch.arange(2.0 * H).view(H, 2).sin(),),
+                gradient=torch.ones(4, H),
+                generator=torch.Generator().manual_seed(1),
+            )
+        )
+        for one in (seen, still)
+    ]
+    assert torch.equal(*(reduction.lift(torch.eye(4)) for reduction in chosen))
 
 
 def test_choosing_by_blocks_costs_little():
@@ -239,7 +298,7 @@ def test_choosing_by_blocks_costs_little():
     gram = (mixing @ mixing.T) / channels
     weight = torch.randn(60, channels, generator=generator).double()
     exact, blocks = (
-        compensated_error(gram, weight, forward(gram, weight, kept, block=b).tolist())
+        compensated_error(gram, weight, forward(gram, gram @ weight.T, kept, block=b).tolist())
         for b in (1, 16)
     )
     random = compensated_error(gram, weight, list(range(kept)))
@@ -267,15 +326,16 @@ def test_the_predicted_memory_of_greedy_is_what_torch_allocates(kept, outputs):
 def test_greedy_never_keeps_a_copy_while_another_channel_helps():
     gram, weight = correlated()
     copies = [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
-    order = forward(gram[copies][:, copies], weight, 5).tolist()
+    gram = gram[copies][:, copies]
+    order = forward(gram, gram @ weight.T, 5).tolist()
     assert sorted(copies[j] for j in order) == [0, 1, 2, 3, 4]
 
 
 def test_greedy_fills_up_when_nothing_is_left_to_gain():
     gram = torch.diag(torch.tensor([0.0, 2, 0, 1], dtype=torch.float64))
     weight = torch.tensor([[1.0, 0, 1, 1]], dtype=torch.float64)  # the loudest is not read
-    assert forward(gram, weight, 2).tolist() == [3, 1]
-    assert sorted(forward(gram, weight, 4).tolist()) == [0, 1, 2, 3]
+    assert forward(gram, gram @ weight.T, 2).tolist() == [3, 1]
+    assert sorted(forward(gram, gram @ weight.T, 4).tolist()) == [0, 1, 2, 3]
 
 
 def test_greedy_keeps_whole_heads():

@@ -150,7 +150,7 @@ def test_errors_are_those_of_least_squares_on_each_prefix_of_the_search():
     x = torch.randn(12, 200, generator=generator).double() * torch.logspace(0, -1, 12)[:, None]
     x[5] = x[2] - 0.5 * x[7]
     weight = torch.randn(7, 12, generator=generator).double()
-    order = greedy.forward(x @ x.T, weight, 12)
+    order = greedy.forward(x @ x.T, x @ x.T @ weight.T, 12)
     found = greedy.errors(x @ x.T, weight)
     wanted = weight @ x
     for kept in range(13):

@@ -18,7 +18,9 @@ class View:
     convolution's taps, all rows stacked along O. `gram`: of the consumer's input. `generator`:
     seeded by run and site, for selectors that draw. `gradient`: [O, H] fp32, root mean square over
     calibration sequences of the gradient of the block output's L2 norm with respect to the
-    consumer's weight; only for selectors that `select.needs_gradient`.
+    consumer's weight; only for selectors that `select.needs_gradient`. `drift_correction`: the
+    share β in [0, 1] of the drift that the Gram recorded (`grail.drift`) which the consumer is to
+    undo.
     """
 
     producers: tuple[Tensor, ...]
@@ -27,6 +29,12 @@ class View:
     width: Width
     generator: torch.Generator
     gradient: Tensor | None = None
+    drift_correction: float = 0.0
+
+    @property
+    def drifted(self) -> Tensor | None:
+        """C = Σ δ xᵀ [O, H] fp32, of which the consumer is to say β; None if there is none."""
+        return self.gram.drift.cross if self.gram.drift and self.drift_correction else None
 
     @property
     def rows(self) -> Tensor:
