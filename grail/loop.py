@@ -103,7 +103,7 @@ class Run:
         self._select = select.get(options.selector)
         self.notes: list[str] = []  # what a person should know
         self.inputs: list[InputReport] = []
-        self._shares: dict[str, float] = {}  # by kind, of drift that the last such block undoes
+        self._shares: dict[str, float] = {}  # of drift that the last such block undoes
         # Bound, and told apart, while nothing is narrow: a resumed run soon is.
         self.sites = options.sites_of(architecture)
         self._active = [options.active(sites, self.widths) for sites in self.sites]
@@ -702,8 +702,8 @@ class Run:
     def _expected_share(self, site: BoundSite, collected: Sequence[Statistics]) -> float:
         """The share of drift that a choice of channels is to reckon with.
 
-        Where held-out tokens choose it once channels are chosen, it is what they took one block
-        before: there it may have been too faint in few tokens to be told from noise.
+        Where held-out tokens choose it, after the channels, it is what they chose a block earlier:
+        of few tokens most of what seems to drift is noise, which a choice of channels cannot tell.
         """
         share, first = self.options.drift_correction, collected[0]
         # Each of several consumers drifts on its own, and one that is only pruned undoes nothing.
