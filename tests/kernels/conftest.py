@@ -54,6 +54,12 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+def leave_to_fp16(dtype: torch.dtype) -> None:
+    """Skips bf16 in the interpreter, where it takes the path of fp16, in minutes all told."""
+    if interpreting() and dtype == torch.bfloat16:
+        pytest.skip("slow in the interpreter, where fp16 takes the same path")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
