@@ -15,4 +15,4 @@ from grail.select.elimination import DAMPING, eliminate, exact_cost
 @reduces("backward")
 def backward(view: View) -> Reduction:
     """What is left once the cheapest channels, or heads, are dropped one after another."""
-    return eliminate(view, DAMPING, exact_cost, drift=True)
+    return eliminate(view, DAMPING, exact_cost)

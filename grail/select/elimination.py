@@ -12,9 +12,6 @@ FLOPs for the inverse, then H·D² + 2·D·O·H.
 The updates of W need no code of their own: whatever the order, with the set D dropped and P kept
 they end in W_P + W_D H_DP H_PP⁻¹, which is `grail.fit(..., toward="baseline")` with the same λ.
 
-Where the consumer is to undo a share β of a drift δ as well (`grail.drift`), W is at first
-W + β C H⁻¹, C = Σ δ xᵀ: what says that best with all channels there.
-
 Heads go one by one, as blocks of channels: first those that a key/value group has too many of, then
 whole groups. A channel without data costs nothing.
 
@@ -37,27 +34,18 @@ from grail.width import HeadWidth
 # of it.
 DAMPING = 3e-5
 
-# Rows of C that are held in fp64 at a time: enough for the GEMM.
-ROWS = 1024
-
 # What the loss of a block of channels costs, from its columns [O, d] and block of H⁻¹ [d, d].
 BlockCost = Callable[[Tensor, Tensor], Tensor]
 
 
-def eliminate(
-    view: View, damping: float, block_cost: BlockCost, *, drift: bool = False
-) -> Selection:
+def eliminate(view: View, damping: float, block_cost: BlockCost) -> Selection:
     """What is left once the channels, or heads, of least cost are dropped one after another.
 
     Args:
         damping: λ as a share of the mean diagonal of G.
         block_cost: of a head.
-        drift: whether the view's share of drift counts.
     """
     inverse, weight = _prepared(view, damping)
-    if drift and view.drifted is not None:
-        for some, cross in zip(weight.split(ROWS, 1), view.drifted.split(ROWS), strict=True):
-            some.addmm_(inverse, cross.mT.double(), alpha=view.drift_correction)
     width = view.width
     if isinstance(width, HeadWidth):
         return Selection(_kept_heads(inverse, weight.mT, width, block_cost), width.channels)
@@ -73,8 +61,7 @@ def peak_bytes(channels: int, kept: int, outputs: int) -> int:
     solving = 3 * h * h  # the identity, the factor of H and its inverse, beside G
     # V; the inverse is in G's place.
     searching = h * (h - kept) + pivots.working_numbers(h, h - kept, o)
-    drifting = 2 * min(o, ROWS) * h  # C's rows, and what a GEMM into a part of W may copy
-    return 8 * (h * h + h * o + max(solving, searching, drifting))
+    return 8 * (h * h + h * o + max(solving, searching))
 
 
 def exact_cost(columns: Tensor, inverse: Tensor) -> Tensor:
