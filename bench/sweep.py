@@ -32,7 +32,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -107,6 +107,7 @@ class Subject:
     score: Callable[[Any], dict[str, float]]
     samples: int
     sites: tuple[str, ...]
+    _: KW_ONLY
     keeps: tuple[float, ...] = KEEPS
     studied: tuple[float, ...] = (0.5, 0.3)
     variants: tuple[str, ...] = ("own", "grail", "ours")
@@ -126,9 +127,14 @@ def _fashion(network: Any, sites: tuple[str, ...], kind: Callable[[Tensor], Any]
     def score(model: Any) -> dict[str, float]:
         return {"accuracy": scores.accuracy(model, test, labels)}
 
-    settings = {"multiple": 1}
     return Subject(
-        network, calibration, score, 512, sites, KEEPS, tuple(VARIANTS), settings=settings
+        network,
+        calibration,
+        score,
+        512,
+        sites,
+        variants=tuple(VARIANTS),
+        settings={"multiple": 1},
     )
 
 
@@ -156,7 +162,7 @@ def _efficientnet() -> Subject:
 
     # Plainly pruned to half it agrees with itself on not one photograph in a hundred.
     keeps = (0.9, 0.8, 0.7, 0.6, 0.5)
-    return Subject(network, calibration, score, 256, ("conv",), keeps, studied=(0.5,))
+    return Subject(network, calibration, score, 256, ("conv",), keeps=keeps, studied=(0.5,))
 
 
 def _minilm() -> Subject:
