@@ -79,13 +79,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "restored": {},
 }
-# Beside those, of one cell: widths by what each block's narrowing costs the network; what pruning
-# alone makes of the default selector's channels; a setting.
-UNEVEN, GREEDY = "restored, uneven widths", "pruned, default selector"
+# Beside those, of some cells: widths by what each block's narrowing costs the network; a setting.
+UNEVEN = "restored, uneven widths"
 OTHERS: dict[tuple[str, str, float], dict[str, dict[str, Any]]] = {
     ("passages", "mlp", 0.5): {
         UNEVEN: {},
-        GREEDY: {"compensate": False},
         "restored, tokens weighted": {"token_weights": True},
     },
     **{
