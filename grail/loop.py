@@ -24,7 +24,7 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from statistics import fmean
@@ -103,15 +103,16 @@ class Run:
         self._select = select.get(options.selector)
         self.notes: list[str] = []  # what a person should know
         self.inputs: list[InputReport] = []
-        self._shares: dict[str, float] = {}  # of drift that the last such block undoes
+        self._rows: list[SiteReport] = []  # of the blocks that are done
         # Bound, and told apart, while nothing is narrow: a resumed run soon is.
         self.sites = options.sites_of(architecture)
         self._active = [options.active(sites, self.widths) for sites in self.sites]
-        self._narrowed_kinds = {
+        narrowed = (
             site.kind
             for site in itertools.chain(*self.sites)
             if self.widths[site.name].kept < site.channels
-        }
+        )
+        self._several_kinds = len(set(narrowed)) > 1
         # The first block in which anything becomes narrower: before it nothing drifts.
         self._first = next((number for number, sites in enumerate(self._active) if sites), 0)
 
@@ -123,7 +124,7 @@ class Run:
         if self._checkpoint is not None:
             with self.clock("checkpoint"):
                 self._checkpoint.resume(position, self._streams())
-        self._shares |= _shares(position.rows)
+        self._rows = position.rows
         left = list(enumerate(self._active))[position.done :]
         passes = (1 + (self._dense is not None)) * len(left)
         if self.options.closed_loop:
@@ -136,9 +137,7 @@ class Run:
         ) as bar:
             for number, _ in left:
                 bar.set_description(f"block {number + 1}/{len(self.sites)}")
-                rows = self.block(number, bar.update)
-                self._shares |= _shares(rows)
-                position.rows += rows
+                position.rows += self.block(number, bar.update)
                 position.done = number + 1
                 self._keep(position)
         return position.rows
@@ -712,13 +711,12 @@ class Run:
         None where sites of several kinds are narrowed: with SmolLM2's heads and MLPs, both at half,
         perplexity rose from 125 to 134 (Brown, 32k tokens), with its MLPs alone it fell.
         """
-        share, first = self.options.drift_correction, collected[0]
-        if len(self._narrowed_kinds) > 1:
-            return 0.0
         # Each of several consumers drifts on its own, and one that is only pruned undoes nothing.
-        if len(collected) > 1 or first.scarce(self.widths[site.name].kept):
+        alone = len(collected) == 1 and not collected[0].scarce(self.widths[site.name].kept)
+        if self._several_kinds or not alone:
             return 0.0
-        return self._shares.get(site.kind, 0.0) if share == "auto" else share
+        share = self.options.drift_correction
+        return _last_share(self._rows, site.kind) if share == "auto" else share
 
 
 def _ignore(*_: object) -> None:
@@ -772,14 +770,12 @@ def _known(error: float) -> float | None:
     return None if math.isnan(error) else error
 
 
-def _shares(rows: Iterable[SiteReport]) -> dict[str, float]:
-    """By kind, the mean share of drift that the sites of its last block undo."""
-    last: dict[str, list[SiteReport]] = {}
-    for row in rows:
-        if row.kept < row.channels:
-            others = last.get(row.kind, [])
-            last[row.kind] = [*others, row] if others and others[0].block == row.block else [row]
-    return {kind: fmean(row.drift_correction for row in of) for kind, of in last.items()}
+def _last_share(rows: Sequence[SiteReport], kind: str) -> float:
+    """The mean share of drift that sites of a kind undo, in the last block that narrows any."""
+    narrowed = (row for row in reversed(rows) if row.kind == kind and row.kept < row.channels)
+    _, block = next(itertools.groupby(narrowed, key=lambda row: row.block), (None, ()))
+    shares = [row.drift_correction for row in block]
+    return fmean(shares) if shares else 0.0
 
 
 def _row(

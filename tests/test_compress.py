@@ -316,17 +316,22 @@ def test_query_heads_alone_can_be_narrowed_in_every_group(tiny_llama, tiny_batch
         torch.testing.assert_close(model(batches[0]).logits, dense, rtol=1e-4, atol=1e-4)
 
 
-def test_one_sequence_leaves_nothing_to_hold_out_and_the_report_says_so(tiny_llama, tiny_batches):
-    batches = tiny_batches(count=1, rows=1, length=200)
-    shares = []
+def kept_in(views: list[grail.select.View]) -> grail.select.Selector:
+    """A selector that keeps what it sees, and the loudest channels."""
 
-    def listen(view: grail.select.View) -> grail.Reduction:
-        shares.append(view.drift_correction)
+    def select(view: grail.select.View) -> grail.Reduction:
+        views.append(view)
         return view.width.best(view.gram.energy)
 
-    model = tiny_llama()
-    report = grail.compress(model, batches, keep=0.5, selector=listen, progress=False)
-    assert set(shares) == {0.0}
+    return select
+
+
+def test_one_sequence_leaves_nothing_to_hold_out_and_the_report_says_so(tiny_llama, tiny_batches):
+    batches = tiny_batches(count=1, rows=1, length=200)
+    views = []
+    settings = {"selector": kept_in(views), "progress": False}
+    report = grail.compress(tiny_llama(), batches, keep=0.5, **settings)
+    assert {view.drift_correction for view in views} == {0.0}
     assert any("nothing could be held out" in note for note in report.notes)
     assert {(row.alpha, row.drift_correction) for row in report.sites} == {(1e-3, 0.0)}
 
@@ -343,13 +348,8 @@ def test_held_out_sequences_choose_for_every_site(tiny_llama, tiny_batches):
 @pytest.mark.parametrize("correction", ["auto", 0.3, 0.0])
 def test_a_selector_sees_what_drift_it_is_to_reckon_with(tiny_llama, tiny_batches, correction):
     seen = []
-
-    def listen(view: grail.select.View) -> grail.Reduction:
-        seen.append(view)
-        return view.width.best(view.gram.energy)
-
     model, batches = tiny_llama(num_hidden_layers=4), tiny_batches(count=20, length=32)
-    settings = {"selector": listen, "drift_correction": correction, "progress": False}
+    settings = {"selector": kept_in(seen), "drift_correction": correction, "progress": False}
     report = grail.compress(model, batches, keep=0.5, **settings)
     taken = [row.drift_correction for row in report.sites]
     expected = [0, *taken[:-1]] if correction == "auto" else [correction] * 4
@@ -362,17 +362,12 @@ def test_a_selector_sees_what_drift_it_is_to_reckon_with(tiny_llama, tiny_batche
 def test_no_choice_reckons_with_drift_where_sites_of_several_kinds_are_narrowed(
     tiny_llama, tiny_batches, heads
 ):
-    seen = []
-
-    def listen(view: grail.select.View) -> grail.Reduction:
-        if not isinstance(view.width, HeadWidth):
-            seen.append(view.drift_correction)
-        return view.width.best(view.gram.energy)
-
+    views = []
     model, batches = tiny_llama(num_hidden_layers=4), tiny_batches(count=20, length=32)
     keep = {"mlp": [0.5, 1.0, 0.5, 0.5], "heads": heads}  # what is not narrowed says nothing
-    settings = {"sites": ("mlp", "heads"), "selector": listen, "progress": False}
+    settings = {"sites": ("mlp", "heads"), "selector": kept_in(views), "progress": False}
     report = grail.compress(model, batches, keep, **settings)
+    seen = [view.drift_correction for view in views if not isinstance(view.width, HeadWidth)]
     taken = [row.drift_correction for row in report.sites if row.kind == "mlp"]
     assert taken[2] > 0
     assert seen == ([0, taken[0], taken[2]] if heads == 1 else [0, 0, 0])
