@@ -17,12 +17,12 @@ from grail import memory
 from grail.clock import Clock
 from grail.fit import peak_bytes
 from grail.gram_ragged import WAITING_TOKENS
-from grail.loop import Run, steps
+from grail.loop import Run
 from grail.models import positions
 from grail.onload import Onloader, computing_device, largest_block
 from grail.options import Options
 from grail.select import cholesky, elimination, greedy
-from grail.sites import Architecture, BoundSite, Place, find
+from grail.sites import Architecture, BoundSite, Place, find, steps
 from grail.stream import Stream
 from grail.transaction import Transaction, steady
 from grail.width import Width

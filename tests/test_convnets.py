@@ -388,11 +388,11 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
 
 def landed(model: nn.Module, site: grail.sites.BoundSite, batch: Tensor) -> Tensor:
     """What the driver would see where a site lands."""
-    from grail.loop import _ignore, _watch
+    from grail.passes import ignore, watch
 
     shown: list[Tensor] = []
     block = find(model).blocks[site.block]
-    with _watch(site, block, _ignore, lambda x: shown.append(x.clone())), torch.no_grad():
+    with watch(site, block, ignore, lambda x: shown.append(x.clone())), torch.no_grad():
         model(batch)
     return shown[0]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import grail
-from grail import loop
+from grail import passes
 from grail.errors import InputError
 from grail.gram_ragged import RaggedGrams
 from grail.layers import Routed
@@ -284,7 +284,7 @@ def test_tokens_of_all_experts_can_wait_for_one_launch(
     at_once, later = copy.deepcopy(model), model
     grail.compress(at_once, batches, keep=0.5, progress=False)
     # As on a GPU: on a CPU nothing waits unless it is asked to.
-    monkeypatch.setattr(loop, "RaggedGrams", functools.partial(RaggedGrams, buffer=10_000))
+    monkeypatch.setattr(passes, "RaggedGrams", functools.partial(RaggedGrams, buffer=10_000))
     report = grail.compress(later, batches, keep=0.5, progress=False)
     layers = len(model.model.layers)
     assert len(ragged_launches) == 2 * layers  # of those for the fit, and of those held out

@@ -11,7 +11,7 @@ from torch import nn
 
 import grail
 from grail.errors import InputError, ModelError
-from grail.loop import _watch
+from grail.passes import watch
 from grail.sites import find, supported
 from grail.sites.transformer import HeadSite
 
@@ -307,7 +307,7 @@ def test_where_a_site_lands_shows_what_its_consumer_changes_one_to_one(family, k
         change = torch.linspace(-1, 1, consumer.outputs)
         for added in (0, change):
             add = consumer.module.register_forward_hook(lambda *a, added=added: a[2] + added)
-            with _watch(site, block, lambda *_: None, seen.append):
+            with watch(site, block, lambda *_: None, seen.append):
                 answer(model, batches[0])
             add.remove()
         lacking = site.drift(*seen)

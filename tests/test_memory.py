@@ -8,8 +8,8 @@ import torch
 
 import grail
 from grail import memory
+from grail.decide import Decider
 from grail.errors import GrailError, OutOfMemoryError, StateError
-from grail.loop import Run
 from grail.stream import Stream
 
 from .counting import injected
@@ -42,8 +42,8 @@ def failing_after(calls, owner, name, error, monkeypatch):
     [
         (Stream, "run", 5, "smaller batches or shorter sequences"),
         (grail.Gram, "update", 5, "one kind of site at a time"),
-        (Run, "_reduction", 1, "such as wanda"),
-        ("grail.loop", "fit", 1, "fix alpha and drift_correction"),
+        (Decider, "_reduction", 1, "such as wanda"),
+        ("grail.decide", "fit", 1, "fix alpha and drift_correction"),
     ],
     ids=["forward", "gram", "select", "solve"],
 )

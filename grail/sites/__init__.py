@@ -7,10 +7,11 @@ from torch import nn
 from grail.errors import InputError, ModelError
 from grail.sites import convnets, decoders, encoders
 from grail.sites.named import Named, Site
-from grail.sites.site import Architecture, BoundSite, Entry, Landing, Place
+from grail.sites.site import AnyPlace, Architecture, BoundSite, Entry, Landing, Place, steps
 from grail.sites.traced import trace
 
 __all__ = [
+    "AnyPlace",
     "Architecture",
     "BoundSite",
     "Entry",
@@ -18,6 +19,7 @@ __all__ = [
     "Place",
     "Site",
     "find",
+    "steps",
     "supported",
     "trace",
 ]

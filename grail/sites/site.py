@@ -1,9 +1,10 @@
 """A site is one hidden activation: producers write its channels, consumers read them."""
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,15 @@ class Place:
         if not self.landing.normalised:
             return None
         return (aim.square().mean(-1) + NORM_EPS).rsqrt()
+
+
+AnyPlace = TypeVar("AnyPlace", bound=Place)
+
+
+def steps(places: Sequence[AnyPlace]) -> list[list[AnyPlace]]:
+    """Places in order, those that run side by side in one step."""
+    apart = itertools.groupby(places, lambda place: place.beside or place)
+    return [list(step) for _, step in apart]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
