@@ -22,7 +22,7 @@ NETWORKS = {
     "efficientnet": (
         "EfficientNet-lite0, expanded channels, photographs",
         "agreement",
-        (0.9, 0.7, 0.5),
+        (0.7, 0.5, 0.3),
     ),
     "minilm": ("all-MiniLM-L6-v2, MLP, Brown sentences", "cosine", (0.7, 0.5, 0.3)),
 }
