@@ -15,8 +15,8 @@ Networks, and what is reported of each, on data that calibration has not seen
   mixture       the same network as a mixture of experts (`networks.upcycled`); studies only
 
 Variants
-  own       the selector as its authors compensate it: FLAP by biases, SlimGPT by its weight update
-            (ridge toward the baseline, α = 0.01), all others not at all
+  own       the selector alone, one share kept at every site: FLAP with its biases, SlimGPT with its
+            weight update (ridge toward the baseline, α = 0.01), all others without an update
   grail     the paper's way: α = 1e-3 toward zero, the block's own output as target, the same map
             of channels at every tap of a convolution, folding as if it commuted
   both      the paper's way, and a bias fitted with it
@@ -344,7 +344,7 @@ def _uneven(bench: "Bench", keep: float) -> Iterator[StudyRow]:
 
 
 def _budgets(bench: "Bench", keep: float) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """FLAP's and SlimGPT's uneven widths, as published and with grail's defaults."""
+    """FLAP's and SlimGPT's uneven widths, alone and with grail's defaults."""
     blocks = bench.subject.network.config.num_hidden_layers
     shares = {
         "flap": budget.flap(bench.scores(flap_scores), keep),

@@ -1,4 +1,4 @@
-"""Batch norm's statistics, made anew for a network that was changed (REPAIR).
+"""Batch norm's statistics, made anew for a network that was changed: the reset of REPAIR.
 
 Averages of filters have less variance than filters, so behind a folded layer the statistics that
 batch norm remembers are too wide, and the signal fades from layer to layer.

@@ -70,7 +70,8 @@ def token_batches(
     Args:
         source: see `load_texts`.
         tokenizer: a transformers tokenizer.
-        tokens: how many are wanted, rounded up to whole sequences; None takes the whole source.
+        tokens: how many are wanted, one sequence or more, rounded up to whole ones; None takes
+            the whole source.
         sequence_length: tokens in a sequence.
         batch_size: sequences in a batch; the last batch may hold fewer.
         seed: draws the sequences at random from the first 8 · `tokens` of the source;

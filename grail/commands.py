@@ -96,10 +96,10 @@ class Commands(TyperGroup):
             if not ran_out(error):
                 raise
             advice = "lower --batch-size or --sequence-length, or choose --device cpu"
-            typer.echo(f"grail: out of memory; nothing was written: {advice}.", err=True)
+            typer.echo(f"grail: out of memory; no output was written: {advice}.", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            typer.echo("\ngrail: interrupted; nothing was written.", err=True)
+            typer.echo("\ngrail: interrupted; no output was written.", err=True)
             raise typer.Exit(130) from error
 
 
@@ -138,7 +138,7 @@ Onload = Annotated[
     bool,
     _Running(
         help="Leave the model on the CPU and bring one block at a time to the device, for models "
-        "larger than a GPU. What --evaluate measures then runs on the CPU.",
+        "larger than a GPU.",
     ),
 ]
 Dtype = Annotated[
@@ -215,7 +215,8 @@ def compress(
         typer.Option(
             help="Let blocks keep more or less, by what their narrowing costs the model, "
             "--keep of all together; OUTPUT is then for grail alone, since stock "
-            "configurations hold one width for all blocks."
+            "configurations hold one width for all blocks. Not for heads, and on the device alone: "
+            "no --statistics, --onload, --no-compensate, nor several processes."
         ),
     ] = False,
     selector: Annotated[
@@ -229,7 +230,8 @@ def compress(
         str | None,
         _Comparing(
             metavar="TEXT",
-            help="Held-out text: compares the dense, the pruned and the restored model on it.",
+            help="Held-out text: compares the dense, the pruned and the restored model on it; "
+            "with --onload on the CPU.",
         ),
     ] = None,
     evaluate_tokens: Annotated[int, _Comparing(help="Held-out tokens to predict.")] = 16384,

@@ -79,8 +79,8 @@ def compress(
         damping: alike for all channels of a "site" (the paper), or by each "channel"'s own energy.
         drift_correction: how much of the compressed network's drift from the dense one each
             consumer is also to undo, in [0, 1]; 0 is the paper, "auto" chooses by held-out
-            sequences. Costs a forward pass of the dense blocks. "greedy" chooses channels for that
-            as well, where sites of one kind are narrowed.
+            sequences. Costs a forward pass of the dense blocks. "greedy" adds channels for that as
+            well (see `grail.select.greedy`), where sites of one kind are narrowed.
         correct_attention: also rewrite a transformer's projections to queries, keys and values, so
             that from the compressed stream they compute what they did from the dense one, as far as
             a linear map can tell (see `grail.loop`); their widths stay as they are. Needs drift to
@@ -117,7 +117,7 @@ def compress(
 
     Raises:
         InputError, ModelError, EmptyCalibrationError, NonFiniteError, SolveError, StateError,
-        OutOfMemoryError: the model is as it was.
+        OutOfMemoryError, RankError: the model is as it was.
 
     In an initialised `torch.distributed` group all processes call this alike, with the same model
     and the same batches, and end with the same bits: see `grail.distributed`.

@@ -186,10 +186,10 @@ class Decider:
 
         Where held-out tokens choose it, after the channels, it is what they chose a block earlier:
         of few tokens most of what seems to drift is noise, which a choice of channels cannot tell.
-        None where sites of several kinds are narrowed: with SmolLM2's heads and MLPs, both at half,
-        perplexity rose from 125 to 134 (Brown, 32k tokens), with its MLPs alone it fell.
+        It is 0 where a consumer is only pruned, where there are several, for each drifts on its
+        own, and where sites of several kinds are narrowed: with SmolLM2's heads and MLPs, both at
+        half, perplexity rose from 125 to 134 (Brown, 32k tokens), with its MLPs alone it fell.
         """
-        # Each of several consumers drifts on its own, and one that is only pruned undoes nothing.
         alone = len(collected) == 1 and not collected[0].scarce(self._widths[site.name].kept)
         if self._several_kinds or not alone:
             return 0.0

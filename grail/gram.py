@@ -32,7 +32,7 @@ class Gram:
         device: where the sums live; by default the device of the first update.
         name: the site, for error messages.
         buffer: how many tokens wait, copied in their own dtype, until G is touched. Default 8192 on
-            a GPU. 0, none, on a CPU, where it saves 10% at 256 tokens a call and 4% at 1024.
+            a GPU. 0, none, on a CPU, where waiting would save only 10% at 256 tokens a call.
         non_finite: "refuse" tokens with NaN or Inf, or "drop" them, counted in `dropped`; on a GPU
             that costs one more read of x.
 

@@ -10,10 +10,11 @@ of drift meets the attention behind, which was made for the dense network's x an
 be corrected, too: with the best linear guess of x, M x̃, the weights of queries, keys and values
 become W M,
 
-    M = argmin ‖x − M x̃‖² + λ‖M − I‖² = I + β C (G + λI)⁻¹,   G = Σ x̃ x̃ᵀ,  C = Σ (x − x̃) x̃ᵀ
+    M = I + β C (G + λI)⁻¹,   G = Σ x̃ x̃ᵀ,  C = Σ (x − x̃) x̃ᵀ
 
-which is a site's own problem with W = I and nothing lost (`grail.problem`); λ and β are chosen
-likewise. In quantisation it is error propagation (Arai, Ichikawa, NeurIPS 2025, arXiv 2504.09629).
+which at β = 1 minimises Σ‖x − M x̃‖² + λ‖M − I‖², and is a site's own problem with W = I and
+nothing lost (`grail.problem`); λ and β are chosen likewise. In quantisation it is error propagation
+(Arai, Ichikawa, NeurIPS 2025, arXiv 2504.09629).
 An MLP's first layers stay as they are: it can undo only such drift as its hidden channels show.
 
 Folding is fitted exactly: a folded producer writes φ(R W x), not R φ(W x), so the block runs once

@@ -1,7 +1,7 @@
 """Passes of a stream through a block: what consumers read, what the network holds where they land.
 
-One pass hears all sites that run before anything of the block is narrow, or one step of it: sites
-that run side by side, each for some of the tokens (experts).
+One pass serves all sites of a block that is still dense, or one step of it: one site, or the
+experts of a layer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -40,7 +40,7 @@ class SiteReport:
     """One site: how wide it was and is, and how well its consumer's output is rebuilt."""
 
     name: str  # "model.layers.3.mlp"
-    kind: str  # "mlp" or "heads"
+    kind: str  # "mlp", "heads", "experts", …
     block: int
     channels: int  # before
     kept: int  # after

@@ -1,16 +1,16 @@
 """Optimal brain surgeon by whole columns: drop next the channel whose loss costs the output least.
 
-With H = G + λI, and every weight free to make up for what is dropped, dropping channel j costs
+With M = G + λI, and every weight free to make up for what is dropped, dropping channel j costs
 
-    ‖W_:j‖² / [H⁻¹]_jj        and then        W ← W − W_:j [H⁻¹]_j: / [H⁻¹]_jj
-                                              H⁻¹ ← H⁻¹ − [H⁻¹]_:j [H⁻¹]_j: / [H⁻¹]_jj
+    ‖W_:j‖² / [M⁻¹]_jj        and then        W ← W − W_:j [M⁻¹]_j: / [M⁻¹]_jj
+                                              M⁻¹ ← M⁻¹ − [M⁻¹]_:j [M⁻¹]_j: / [M⁻¹]_jj
 
-which is the forward search of `grail.select.greedy` with H⁻¹ in the place of S, W in that of W S
+which is the forward search of `grail.select.greedy` with M⁻¹ in the place of S, W in that of W S
 and the least in that of the most: both run `grail.select.pivots`. Of H channels, D dropped: 2·H³
 FLOPs for the inverse, then H·D² + 2·D·O·H.
 
 The updates of W need no code of their own: whatever the order, with the set D dropped and P kept
-they end in W_P + W_D H_DP H_PP⁻¹, which is `grail.fit(..., toward="baseline")` with the same λ.
+they end in W_P + W_D M_DP M_PP⁻¹, which is `grail.fit(..., toward="baseline")` with the same λ.
 
 Heads go one by one, as blocks of channels: first those that a key/value group has too many of, then
 whole groups. A channel without data costs nothing.
@@ -34,7 +34,7 @@ from grail.width import HeadWidth
 # of it.
 DAMPING = 3e-5
 
-# What the loss of a block of channels costs, from its columns [O, d] and block of H⁻¹ [d, d].
+# What the loss of a block of channels costs, from its columns [O, d] and block of M⁻¹ [d, d].
 BlockCost = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -58,24 +58,24 @@ def eliminate(view: View, damping: float, block_cost: BlockCost) -> Selection:
 def peak_bytes(channels: int, kept: int, outputs: int) -> int:
     """The most memory that the choice of `kept` of H channels for O outputs takes."""
     h, o = channels, outputs
-    solving = 3 * h * h  # the identity, the factor of H and its inverse, beside G
+    solving = 3 * h * h  # the identity, the factor of M and its inverse, beside G
     # V; the inverse is in G's place.
     searching = h * (h - kept) + pivots.working_numbers(h, h - kept, o)
     return 8 * (h * h + h * o + max(solving, searching))
 
 
 def exact_cost(columns: Tensor, inverse: Tensor) -> Tensor:
-    """tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ): the squared output error once all others compensate."""
+    """tr(W_g ([M⁻¹]_gg)⁻¹ W_gᵀ): the squared output error once all others compensate."""
     return (columns @ torch.linalg.inv(inverse) * columns).sum()
 
 
 def cheapness(squares: Tensor, left: Tensor, first: Tensor) -> Tensor:
-    """-‖W_:j‖² / [H⁻¹]_jj by channel, for `pivots`."""
+    """-‖W_:j‖² / [M⁻¹]_jj by channel, for `pivots`."""
     return -squares / left
 
 
 def _prepared(view: View, damping: float) -> tuple[Tensor, Tensor]:
-    """H⁻¹ [H, H] and Wᵀ [H, O] in fp64, with channels without data cut off."""
+    """M⁻¹ [H, H] and Wᵀ [H, O] in fp64, with channels without data cut off."""
     gram = view.gram.matrix().double()
     weight = gram.new_empty(view.consumer.mT.shape).copy_(view.consumer.mT)
     mean, dead = gram.diagonal().mean(), gram.diagonal() == 0
