@@ -142,7 +142,8 @@ def least_loss(
         if gain < 0 or number in full:
             continue
         if cost <= left:
-            widths[number], left = wide, left - cost
+            # Steps of a straight hull may come in any order, by the rounding of their gains.
+            widths[number], left = max(widths[number], wide), left - cost
         else:
             full.add(number)
     for number, (site, each) in enumerate(sites):  # widths between two of the hull

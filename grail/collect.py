@@ -3,7 +3,8 @@
     a/index.state            sites, of which model, from which calibrations
     a/0003.0.train.state     the `grail.Gram` of what the first consumer of site 3 reads
     a/0003.0.held_out.state  the same of every fifth sequence, by which what is "auto" is chosen
-    a/0003.0.channels.state  of channels alone, where taps of a convolution are columns of `train`
+    a/0003.0.channels.state  of channels alone, where taps of a convolution are columns of `train`,
+                             and a/0003.0.held_out_channels.state beside `held_out`
 
 `Collected` gives such a folder to `grail.compress`, which then needs no text, any number of times;
 being sums of the dense network, they are for the open loop.
@@ -31,7 +32,7 @@ from grail.loop import Run
 from grail.onload import Onloader, computing_device
 from grail.options import Options
 from grail.sites import Architecture, BoundSite, Site, find
-from grail.statistics import Statistics
+from grail.statistics import HELD_OUT, Statistics
 from grail.stream import Batch, Shelf, Stream
 from grail.transaction import Transaction, steady
 
@@ -150,8 +151,10 @@ class Collected:
         stream.held_out_tokens += sum(grams["held_out"].tokens for grams in by_consumer)
         if not options.holds_out:
             for grams in by_consumer:
-                grams["train"].merge(grams["held_out"])
-                grams["held_out"] = Gram(grams["train"].channels, stream.device, site.name)
+                for name, held_out in HELD_OUT.items():
+                    if name in grams:
+                        grams[name].merge(grams[held_out])
+                        grams[held_out] = Gram(grams[name].channels, stream.device, site.name)
         return [
             Statistics(
                 site.name,

@@ -4,7 +4,6 @@ import itertools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -112,7 +111,9 @@ class Decider:
                 gram.merge(statistics.channels)
         weight, width = stacked(site.consumers), self._widths[site.name]
         share = self._expected_share(site, collected)
-        return select.View(site.weights(), weight, gram, width, generator, gradient, share)
+        return select.View(
+            site.weights(), weight, gram, width, generator, gradient, share, len(collected)
+        )
 
     def _folds_exactly(self, site: BoundSite) -> bool:
         alone = site.beside is None  # experts are narrowed together
@@ -198,8 +199,9 @@ class Decider:
 
 
 def _last_share(rows: Sequence[SiteReport], kind: str) -> float:
-    """The mean share of drift that sites of a kind undo, in the last block that narrows any."""
+    """The share of drift that sites of a kind undo in the last block that narrows any, by token."""
     narrowed = (row for row in reversed(rows) if row.kind == kind and row.kept < row.channels)
     _, block = next(itertools.groupby(narrowed, key=lambda row: row.block), (None, ()))
-    shares = [row.drift_correction for row in block]
-    return fmean(shares) if shares else 0.0
+    last = list(block)
+    tokens = sum(row.tokens for row in last)
+    return sum(row.tokens * row.drift_correction for row in last) / tokens if tokens else 0.0

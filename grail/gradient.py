@@ -27,7 +27,9 @@ _OF_CONVOLUTION: dict[type[nn.Module], Any] = {
 }
 
 
-def regional_gradient(stream: Stream, site: BoundSite, drops: bool = False) -> Tensor:
+def regional_gradient(
+    stream: Stream, site: BoundSite, drops: bool = False, holds_out: bool = False
+) -> Tensor:
     """The root mean square, over sequences, of ∂‖f(X)‖₂/∂W of a site's consumers: [O, H] fp32.
 
     Args:
@@ -49,7 +51,7 @@ def regional_gradient(stream: Stream, site: BoundSite, drops: bool = False) -> T
     squares = [torch.zeros_like(weight.detach(), dtype=torch.float32) for weight in weights]
     count = 0
     for batch in range(len(stream)):
-        for gradients in _of_sequences(stream, batch, site):
+        for gradients in _of_sequences(stream, batch, site, holds_out):
             if not all(bool(gradient.isfinite().all()) for gradient in gradients):
                 if not drops:
                     raise _non_finite(site, gradients)
@@ -66,7 +68,9 @@ def regional_gradient(stream: Stream, site: BoundSite, drops: bool = False) -> T
     )
 
 
-def _of_sequences(stream: Stream, batch: int, site: BoundSite) -> Iterator[list[Tensor]]:
+def _of_sequences(
+    stream: Stream, batch: int, site: BoundSite, holds_out: bool
+) -> Iterator[list[Tensor]]:
     """For each sequence of a batch with a token that counts, the gradient of each weight, fp32."""
     inputs: dict[nn.Module, Tensor] = {}
     probes: dict[nn.Module, Tensor] = {}
@@ -80,6 +84,10 @@ def _of_sequences(stream: Stream, batch: int, site: BoundSite) -> Iterator[list[
     with ExitStack() as hooks, torch.enable_grad():
         for module in modules:
             hooks.callback(module.register_forward_hook(probe).remove)
+        for parameter in stream.blocks[site.block].parameters():
+            if parameter.requires_grad:  # else what runs before the probes is kept for autograd
+                hooks.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
         output = _tensor(stream.run(site.block, batch), site).float()
         mask = stream.mask(batch)
         counts = torch.ones(len(output), dtype=torch.bool)
@@ -87,6 +95,9 @@ def _of_sequences(stream: Stream, batch: int, site: BoundSite) -> Iterator[list[
             counts = mask.any(1).cpu()
             if mask.shape == output.shape[:-1]:
                 output = output.where(mask.unsqueeze(-1), 0)
+        held = stream.held_out(batch) if holds_out else None
+        if held is not None:
+            counts &= ~held
         # No sequence hears of another, so that the gradient of the sum holds those of all.
         norms = output.flatten(1).norm(dim=1).sum()
         gradients = torch.autograd.grad(norms, [probes[module] for module in modules])

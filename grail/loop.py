@@ -381,7 +381,8 @@ class Run:
 
     def _gradient(self, site: BoundSite) -> Tensor:
         with self.clock("forward"):
-            return regional_gradient(self.stream, site, self.options.non_finite == "drop")
+            drops, holds_out = self.options.non_finite == "drop", self.options.holds_out
+            return regional_gradient(self.stream, site, drops, holds_out)
 
     def _rewrite(self, site: BoundSite, fits: Sequence[Fit], kept: int) -> None:
         for consumer, result in zip(site.consumers, fits, strict=True):

@@ -33,7 +33,7 @@ from grail.errors import InputError, StateError
 from grail.folder import PARTIAL, flush
 
 SCHEMA = 1  # of the header
-ALGORITHM = 1  # raised when sums or positions of an older version can no longer be continued
+ALGORITHM = 2  # raised when sums or positions of an older version can no longer be continued
 
 _MARGIN = 1 << 20  # bytes that stay free on the disk
 _MAX_HEADER = 1 << 28

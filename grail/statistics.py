@@ -11,6 +11,9 @@ from grail.gram import Gram, NonFinite
 from grail.layers import Consumer, Routed
 from grail.stream import Stream
 
+# Beside each Gram of most samples the one of those that were held out.
+HELD_OUT = {"train": "held_out", "channels": "held_out_channels"}
+
 
 class Statistics:
     """The Grams of what one consumer reads, fed batch by batch.
@@ -27,7 +30,8 @@ class Statistics:
             of this consumer among those of a layer's experts.
 
     `train`: for the fit. `held_out`: for what is chosen; None if it has no token. `channels`: of
-    the channels alone, for selection; the same as `train` unless taps are columns.
+    the channels alone, for selection; the same as `train` unless taps are columns, where those of
+    held-out samples are summed beside it.
     """
 
     def __init__(
@@ -47,10 +51,11 @@ class Statistics:
         make = bind(Gram, device=stream.device, name=name, non_finite=non_finite)
         sizes = {"train": columns, "held_out": columns}
         if columns > consumer.channels:
-            sizes["channels"] = consumer.channels
+            sizes |= dict.fromkeys(("channels", "held_out_channels"), consumer.channels)
         self._grams = grams or {key: make(size) for key, size in sizes.items()}
         self.train, self._held_out = self._grams["train"], self._grams["held_out"]
         self.channels = self._grams.get("channels", self.train)
+        self._held_out_channels = self._grams.get("held_out_channels", self._held_out)
 
     def update(
         self,
@@ -83,19 +88,28 @@ class Statistics:
                 drift = drift * scale
         mask, held = self._flags(batch, tokens, routed)
         if held is None:
-            self._add(x, tokens, mask, drift)
-        elif bool(held.all()):
-            self._held_out.update(tokens, mask, drift)
-        else:
-            parts = (None if t is None else t[~held] for t in (mask, drift))
-            self._add(x[~held], tokens[~held], *parts)
-            parts = (None if t is None else t[held] for t in (mask, drift))
-            self._held_out.update(tokens[held], *parts)
+            self._add(False, x, tokens, mask, drift)
+            return
+        for is_held, rows in ((False, ~held), (True, held)):
+            if bool(rows.all()):
+                self._add(is_held, x, tokens, mask, drift)
+            elif bool(rows.any()):
+                parts = (None if t is None else t[rows] for t in (mask, drift))
+                self._add(is_held, x[rows], tokens[rows], *parts)
 
-    def _add(self, x: Tensor, tokens: Tensor, mask: Tensor | None, drift: Tensor | None) -> None:
-        self.train.update(tokens, mask, drift)
-        if self.channels is not self.train:
-            self.channels.update(self._consumer.pixels(x))
+    def _add(
+        self,
+        held: bool,
+        x: Tensor,
+        tokens: Tensor,
+        mask: Tensor | None,
+        drift: Tensor | None,
+    ) -> None:
+        gram = self._held_out if held else self.train
+        channels = self._held_out_channels if held else self.channels
+        gram.update(tokens, mask, drift)
+        if channels is not gram:
+            channels.update(self._consumer.pixels(x))
 
     def _flags(
         self, batch: int, tokens: Tensor, routed: Routed | None

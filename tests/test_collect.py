@@ -220,6 +220,20 @@ def test_convolutions_compress_from_what_was_collected(per_tap, tmp_path):
     assert_same_weights(model, other)
 
 
+def test_where_nothing_is_held_out_all_samples_choose_channels(tmp_path):
+    # Every fifth image says of other channels that they are loud.
+    batches = [
+        batch * (100 if number % 5 == 4 else 1) for number, batch in enumerate(images(count=10))
+    ]
+    model, other = network("torchvision-basic"), network("torchvision-basic")
+    settings = {**OPEN, "selector": "gram", "alpha": 1e-3}
+    folder = grail.collect(model, batches, output=tmp_path / "a", progress=False)
+    grail.compress(model, batches, 0.5, **settings)
+    grail.compress(other, grail.Collected(folder), 0.5, **settings)
+    for name, weight in model.state_dict().items():  # sums in another order
+        torch.testing.assert_close(other.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+
+
 def test_experts_compress_from_what_was_collected(tiny_model, tiny_batches, tmp_path):
     model, other = tiny_model("mixtral"), tiny_model("mixtral")
     folder = grail.collect(

@@ -382,6 +382,22 @@ def test_a_landing_shows_what_the_consumer_adds_to(name):
             weight.copy_(kept)
 
 
+@pytest.mark.parametrize("slope", [1e-6, 1e-12, 1e-30, 1e-41])
+def test_no_drift_is_asked_for_behind_a_slope_of_next_to_nothing(slope):
+    # As after training with weight decay; what such an output lacks would be divided by it.
+    model, batches = network("torchvision-basic"), images()
+    norms = [m for name, m in model.named_modules() if name.endswith("bn2")]
+    assert norms
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight[:2] = slope
+    largest = max(float(p.detach().abs().max()) for p in model.parameters())
+    dense = model(batches[0])
+    grail.compress(model, batches, 0.5, drift_correction=1.0, progress=False)
+    assert max(float(p.detach().abs().max()) for p in model.parameters()) < 10 * largest
+    assert bool((model(batches[0]) - dense).isfinite().all())
+
+
 def name_of(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, m in model.named_modules() if m is module)
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -155,6 +156,21 @@ def test_what_the_experts_of_a_token_add_is_all_of_its_drift():
         part = Routed(torch.arange(2), shares).drift(drift)
         total += weights[:, choice, None] * part
     torch.testing.assert_close(total, drift[0])
+
+
+def test_shares_of_drift_are_not_rounded_to_16_bits(tiny_model):
+    model, weights, heard = tiny_model("mixtral").bfloat16(), [], []
+    (first, *_) = find(model).sites(("experts",))
+    with ExitStack() as hooks, torch.no_grad():
+        layer = model.model.layers[0].mlp.experts
+        hooks.callback(layer.register_forward_pre_hook(lambda _, a: weights.append(a[2])).remove)
+        for site in first:
+            hooks.enter_context(site.consumers[0].watch(lambda _, routed: heard.append(routed)))
+        model(torch.arange(40)[None])
+    (given,) = weights
+    expected = given.double() / given.double().square().sum(-1, keepdim=True)
+    shares = torch.cat([routed.shares for routed in heard]).double()
+    torch.testing.assert_close(shares.sort()[0], expected.flatten().sort()[0], rtol=1e-6, atol=0)
 
 
 def test_held_out_sequences_stay_held_out_in_every_expert(tiny_model, tiny_batches):

@@ -69,6 +69,39 @@ def test_an_open_loop_takes_them_before_anything_is_narrowed(tiny_llama, tiny_ba
     assert_close(both[48][0], expected(model, layer, layer.self_attn.o_proj, batches))
 
 
+def test_held_out_sequences_have_no_say(tiny_llama, tiny_batches):
+    model, batches = tiny_llama(num_hidden_layers=1), tiny_batches(count=3, rows=2)
+    others = [batch.clone() for batch in batches]
+    others[2][0] = others[2][0].flip(0)  # the fifth of six sequences
+    chosen = {"compensate": True, "alpha": "auto"}
+    ours, theirs = (seen(model, given, **chosen)[80][0] for given in (batches, others))
+    assert torch.equal(ours, theirs)
+    ours, theirs = (seen(model, given)[80][0] for given in (batches, others))  # none is held out
+    assert not torch.equal(ours, theirs)
+
+
+def test_nothing_before_the_consumer_is_kept_for_autograd(tiny_llama, tiny_batches):
+    model, batches = tiny_llama(num_hidden_layers=1), tiny_batches(count=1)
+    trained = [p.requires_grad for p in model.parameters()]
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        seen(model, batches)
+    mlp = model.model.layers[0].mlp
+    before = [
+        mlp.gate_proj.weight,
+        mlp.up_proj.weight,
+        model.model.layers[0].self_attn.q_proj.weight,
+    ]
+    assert kept
+    assert not {t.data_ptr() for t in kept} & {w.data_ptr() for w in before}
+    assert [p.requires_grad for p in model.parameters()] == trained
+
+
 def test_padding_has_no_say(tiny_llama, tiny_batches):
     model = tiny_llama(num_hidden_layers=1)
     layer = model.model.layers[0]

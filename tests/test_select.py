@@ -116,6 +116,27 @@ def test_a_gradient_that_is_missing_or_does_not_fit_is_refused(gradient, message
         select.get("wanda++")(dataclasses.replace(view(), gradient=gradient))
 
 
+def test_wanda_plus_counts_an_input_once_however_many_consumers_read_it():
+    one = view()
+    twice = grail.Gram(H)
+    for _ in range(2):
+        twice.update(activations(torch.Generator().manual_seed(7)))
+    both = {"consumer": torch.cat([one.consumer] * 2), "gradient": torch.cat([one.gradient] * 2)}
+    score = select.wanda_plus.wanda_plus
+    seen = dataclasses.replace(one, gram=twice, consumers=2, **both)
+    torch.testing.assert_close(score(seen), 2 * score(one))
+
+
+def test_rounding_beside_a_large_mean_is_no_fluctuation():
+    x = torch.full((4000, 2), 3e4 + 0.3)
+    x[:, 1] += torch.randn(4000) * 3e3
+    gram = grail.Gram(2)
+    gram.update(x)
+    score = select.flap.flap(dataclasses.replace(view(), consumer=torch.ones(4, 2), gram=gram))
+    assert score[0] == 0
+    assert score[1] == pytest.approx(4 * float(x[:, 1].double().var()) * 3999, rel=1e-2)
+
+
 BY_DATA = ("wanda", "flap", "gram", "cholesky", "greedy", "slimgpt", "backward")
 
 

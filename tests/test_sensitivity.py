@@ -384,6 +384,12 @@ def test_least_loss_is_the_least_of_all_allowed_widths_where_losses_are_convex(k
     assert total(widths) == min(total(w) for w in every if sum(w) <= keep * 18)
 
 
+def test_a_site_whose_loss_falls_in_a_straight_line_gets_its_widest():
+    # By rounding, the second step of these seems to gain more than the first.
+    losses = {k: 0.7142791936429349 - 0.3 * k for k in (8, 23, 29)}
+    assert budget.least_loss([losses], 1.0, [0.7]) == [29]
+
+
 def test_least_loss_counts_parameters_not_channels():
     losses = [{1: 1.0, 2: 0.0}, {1: 1.0, 2: 0.0}]
     assert budget.least_loss(losses, 0.8, [10.0, 1.0]) == [1, 2]

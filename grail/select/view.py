@@ -19,8 +19,9 @@ class View:
     seeded by run and site, for selectors that draw. `gradient`: [O, H] fp32, root mean square over
     calibration sequences of the gradient of the block output's L2 norm with respect to the
     consumer's weight; only for selectors that `select.needs_gradient`. `drift_correction`: the
-    share β in [0, 1] of the drift that the Gram recorded (`grail.drift`) which the consumer is to
-    undo.
+    share β in [0, 1] of the drift that the Gram recorded (`grail.drift`) which the consumer is
+    expected to undo; a Gram that is beside one of a convolution's taps records none. `consumers`:
+    whose inputs the Gram adds up.
     """
 
     producers: tuple[Tensor, ...]
@@ -30,6 +31,7 @@ class View:
     generator: torch.Generator
     gradient: Tensor | None = None
     drift_correction: float = 0.0
+    consumers: int = 1
 
     @property
     def drifted(self) -> Tensor | None:

@@ -29,5 +29,7 @@ def wanda_plus(view: View) -> Tensor:
             f"{list(view.gradient.shape)}"
         )
     weight = view.consumer.float().abs()
-    slope, norm = view.gradient.to(weight), view.gram.energy.sqrt().to(weight)
+    # Each consumer's own input: beside the gradient its size counts.
+    norm = (view.gram.energy / view.consumers).sqrt().to(weight)
+    slope = view.gradient.to(weight)
     return ((ALPHA * slope + norm) * weight).sum(0)

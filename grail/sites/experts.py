@@ -78,7 +78,8 @@ class Experts:
         def run(hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
             config._experts_implementation = "eager"
             heard: set[int] = set()
-            shares = (weights / weights.square().sum(-1, keepdim=True)).float()
+            weights32 = weights.float()
+            shares = weights32 / weights32.square().sum(-1, keepdim=True)
 
             def hear(number: int, x: Tensor) -> None:
                 heard.add(number)

@@ -15,6 +15,7 @@ from grail.reduction import Reduction
 from grail.transaction import Transaction
 from grail.width import ChannelWidth, Width
 
+LEAST_SLOPE = 1e-3  # of a batch norm's largest; behind less of it no drift is asked for
 NORM_EPS = 1e-6  # beside the mean square of a token, as RMSNorm's
 
 
@@ -74,7 +75,9 @@ class Place:
         if self.landing.scale is None:
             return missing
         scale = self.landing.scale.to(missing)
-        return (missing / scale).where(scale != 0, 0)
+        # Through a slope of next to nothing no output could reach what is missing.
+        seen = scale.abs() > LEAST_SLOPE * scale.abs().amax()
+        return (missing / scale).where(seen, 0)
 
     def token_scale(self, aim: Tensor) -> Tensor | None:
         """What each token's error counts by, [...], if the network is to hold `aim` [..., O], fp32.
