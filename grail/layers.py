@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from grail.errors import InputError, ModelError
 from grail.reduction import Reduction
@@ -306,6 +307,7 @@ def _matrix(module: Any) -> Tensor:
 
 
 def _require_plain(name: str, module: Any) -> None:
+    _require_own(name, module)
     weight = getattr(module, "weight", None)
     known = type(module) in (nn.Linear, *CONVOLUTIONS) or _transposed(module)
     if not known or not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -313,13 +315,12 @@ def _require_plain(name: str, module: Any) -> None:
             f"{name} is a {type(module).__name__}, not a plain floating-point "
             "Linear or convolution; load the model without quantisation or adapters"
         )
-    _require_own(name, module)
 
 
 def _require_own(name: str, module: nn.Module) -> None:
     """Raises ModelError where a layer computes its weight or bias anew whenever it runs."""
     for key in ("weight", "bias"):
-        if getattr(module, key, None) is not None and key not in module._parameters:
+        if is_parametrized(module, key) or key in vars(module):
             raise ModelError(
                 f"{name} computes its {key} whenever it runs, as torch.nn.utils.prune, weight_norm "
                 "and spectral_norm make it do; make that permanent first (prune.remove, "

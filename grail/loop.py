@@ -25,6 +25,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +38,7 @@ from grail.checkpoint import Checkpoint, Position
 from grail.clock import Clock
 from grail.decide import Decider
 from grail.distributed import Decision
-from grail.errors import ModelError
+from grail.errors import GrailError, ModelError
 from grail.fit import Auto, Fit
 from grail.gradient import regional_gradient
 from grail.layers import Consumer
@@ -45,13 +46,14 @@ from grail.memory import ran_out
 from grail.onload import Onloader
 from grail.options import Options
 from grail.passes import Advance, Passes, ignore
-from grail.reduction import Folding, Selection
+from grail.reduction import Folding, Reduction, Selection
 from grail.report import InputReport, SiteReport
 from grail.sites import AnyPlace, Architecture, BoundSite, Entry, Place, steps
 from grail.statistics import Statistics
 from grail.stream import Memo, Shelf, Stream
 from grail.transaction import Transaction
 
+OTHER = 0.05  # of its norm: what a narrow site's activation may be off by rounding, in 16 bits, too
 Rows = dict[str, list[SiteReport]]  # by name of site, one for each of its consumers
 # Sites that run side by side, and what narrows them.
 Apart = tuple[dict[BoundSite, select.View], Callable[[], Rows]]
@@ -166,7 +168,7 @@ class Run:
 
     def _apart(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Iterator[Apart]:
         gradients = self._gradients(sites)
-        collected = self._passes.collect(block, sites, {}, advance, finish=True)
+        collected = self._passes.collect(block, sites, {}, advance, self._goes_on(block))
         for step in steps(sites):
             of_step = {site: collected[site] for site in step}
             views = {site: self._decider.view(site, parts, None) for site, parts in of_step.items()}
@@ -212,7 +214,7 @@ class Run:
                 inputs = functools.partial(self._passes.inputs_of, norm, block)
                 reset_norm(norm, inputs, self.transaction, self._ranks.total)
         with self._memo.replaying():
-            if block + 1 < len(self.architecture.blocks):
+            if self._goes_on(block):
                 self._passes.collect(block, [], {}, advance, finish=True)
             elif sites:
                 self._try(block)
@@ -258,11 +260,16 @@ class Run:
 
     def _try(self, block: int) -> None:
         """Runs a block that is done, which shows whether all that had to be narrowed was."""
+        with self._explained(), self.clock("forward"):
+            self.stream.run(block, 0)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says what it means where a network that was narrowed does not run."""
         try:
-            with self.clock("forward"):
-                self.stream.run(block, 0)
-        except (RuntimeError, ValueError) as error:
-            if ran_out(error):
+            yield
+        except (RuntimeError, ValueError, IndexError) as error:
+            if ran_out(error) or isinstance(error, GrailError):
                 raise
             raise ModelError(
                 f"the network does not run once it is narrow: {error}. If its sites were named, "
@@ -272,9 +279,12 @@ class Run:
 
     def _open(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
         gradients = self._gradients(sites)
-        return self._narrowed(
-            self._passes.collect(block, sites, {}, advance, finish=True), gradients
-        )
+        collected = self._passes.collect(block, sites, {}, advance, self._goes_on(block))
+        return self._narrowed(collected, gradients)
+
+    def _goes_on(self, block: int) -> bool:
+        """Whether a block's output is another's input."""
+        return block + 1 < len(self.architecture.blocks)
 
     def _gradients(self, sites: Sequence[BoundSite]) -> dict[BoundSite, Tensor]:
         """While the stream is at the block's entry, and nothing of the block is narrow."""
@@ -311,10 +321,33 @@ class Run:
         channels, reduction = site.channels, decision.reduction
         if isinstance(reduction, Folding) and not decision.fits:
             return self._fold_exactly(site, reduction, aim)
+        checked = not self.architecture.known and len(self.stream) > 0
+        seen = self._passes.first_read(site) if checked else None
         with self.clock("absorb"):
             if not reduction.is_identity:
                 site.narrow(reduction, self.widths[site.name], self.transaction)
-        return self._absorbed(site, decision, channels)
+        rows = self._absorbed(site, decision, channels)
+        if seen is not None:
+            self._check(site, reduction, seen)
+        return rows
+
+    def _check(self, site: BoundSite, reduction: Reduction, seen: Tensor) -> None:
+        """Refuses a site whose consumer does not read R x of the x [..., H] that it read before."""
+        with self._explained():
+            read = self._passes.first_read(site, whole=True)
+        if isinstance(reduction, Folding):  # φ(R W x) is not R φ(W x)
+            return
+        expected = reduction.restrict(seen)
+        same = expected.shape == read.shape
+        if same:
+            off = (read - expected).nan_to_num(0, 0, 0).norm()
+            same = bool(off <= OTHER * expected.nan_to_num(0, 0, 0).norm())
+        if not same:
+            raise ModelError(
+                f"{site.name}: once narrow, its consumer does not read the channels that were "
+                "kept. Something between producers and consumers mixes channels (a softmax or a "
+                "norm over them, a shuffle, heads), or depends on chance; it is no site"
+            )
 
     def _absorbed(self, site: BoundSite, decision: Decision, channels: int) -> list[SiteReport]:
         """Rewrites the consumers of a narrowed site; returns their rows."""
@@ -343,7 +376,7 @@ class Run:
             plain = reduction.absorb(consumer.by_channel)
             site.narrow(reduction, self.widths[site.name], self.transaction)
             consumer.rewrite(plain, reduction.kept, False, None, self.transaction)
-        with self._memo.replaying():
+        with self._explained(), self._memo.replaying():
             collected = self._passes.collect(site.block, [site], {site: aim}, ignore, finish=False)
         everything = Selection(range(reduction.kept), reduction.kept)
         ((_, decision),) = self._decided(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from grail import select
-from grail.errors import InputError
+from grail.errors import InputError, ModelError
 from grail.fit import Auto, Damping, Toward, check_settings
 from grail.gram import NonFinite, check_non_finite
 from grail.sites import Architecture, BoundSite, Site
@@ -45,6 +45,10 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.sites, str):
             object.__setattr__(self, "sites", tuple(s.strip() for s in self.sites.split(",")))
+        elif isinstance(self.sites, Site):
+            object.__setattr__(self, "sites", (self.sites,))
+        if odd := [site for site in self.sites or () if not isinstance(site, (str, Site))]:
+            raise InputError(f"sites must be kinds, such as 'mlp', or grail.Site; got {odd[0]!r}")
         for keep in self.keep.values() if isinstance(self.keep, Mapping) else (self.keep,):
             for share in keep if isinstance(keep, Sequence) else (keep,):
                 check_keep(share)
@@ -110,6 +114,25 @@ class Options:
         architecture.check_kinds(kinds)
         return architecture.sites(kinds)
 
+    @staticmethod
+    def _require_own_weights(architecture: Architecture, sites: Sequence[BoundSite]) -> None:
+        """Raises ModelError where a weight is another site's, or runs as two blocks'."""
+        if len(set(architecture.blocks)) < len(architecture.blocks):
+            raise ModelError(
+                f"{architecture.name} runs one block several times: a site is narrowed for what its "
+                "own layers see, so give each its own copy"
+            )
+        for role in ("producers", "consumers"):
+            owners: dict[int, str] = {}
+            for site in sites:
+                for layer in getattr(site, role):
+                    owner = owners.setdefault(id(layer.module.weight), layer.name)
+                    if owner != layer.name:
+                        raise ModelError(
+                            f"{layer.name} has the weight of {owner}: a site is narrowed for what "
+                            "its own layers see, so give each its own copy"
+                        )
+
     def all_sites(self, architecture: Architecture) -> list[BoundSite]:
         """The sites of all blocks, in the order in which they run."""
         return list(itertools.chain(*self.sites_of(architecture)))
@@ -135,6 +158,7 @@ class Options:
     def widths(self, architecture: Architecture) -> dict[str, Width]:
         """The feasible width of each site, by its name."""
         sites = self.all_sites(architecture)
+        self._require_own_weights(architecture, sites)
         self._check_keep_names(architecture, sites)
         return {site.name: site.width(self.keep_of(site), self.multiple) for site in sites}
 

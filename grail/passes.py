@@ -15,7 +15,7 @@ from grail.errors import ModelError
 from grail.gram_ragged import RaggedGrams
 from grail.layers import Consumer, Reader, Routed
 from grail.options import Options
-from grail.sites import AnyPlace, Place, steps
+from grail.sites import AnyPlace, BoundSite, Place, steps
 from grail.statistics import Statistics
 from grail.stream import Shelf, Stop, Stream
 
@@ -197,6 +197,29 @@ class Passes:
                     stream.store(batch, output)
                 advance(stream.tokens_of(batch))
         return held
+
+    def first_read(self, site: BoundSite, whole: bool = False) -> Tensor:
+        """What the first consumer to run reads of the first batch, [..., H] fp32.
+
+        Args:
+            whole: whether the block runs to its end.
+        """
+        seen: list[Tensor] = []
+
+        def hear(consumer: Consumer) -> Reader:
+            def heard(x: Tensor, _: Routed | None) -> None:
+                if not seen:
+                    seen.append(consumer.pixels(x).float())
+                if not whole:
+                    raise Stop
+
+            return heard
+
+        with ExitStack() as hooks, self._clock("forward"), suppress(Stop):
+            for consumer in site.consumers:
+                hooks.enter_context(consumer.watch(hear(consumer)))
+            self._stream.run(site.block, 0)
+        return seen[0]
 
     def in_order(self, modules: Sequence[nn.Module], block: int) -> list[nn.Module]:
         """Those of some modules that a block runs, in the order in which it does."""

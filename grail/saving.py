@@ -5,6 +5,7 @@ widths: no code, no pickle.
 """
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from grail.errors import ExportError, InputError
 from grail.folder import complete
 from grail.report import Report
 
-FORMAT = 1
+FORMAT = 2  # of the JSON
 WEIGHTS, WIDTHS = "model.safetensors", "grail.json"
 
 
@@ -50,11 +51,17 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
 def write(model: nn.Module, folder: Path) -> None:
     """Writes weights and widths into a folder that is there."""
     tied = {name: source for name, source in _sources(model).items() if source != name}
-    widths = {"format": FORMAT, "class": type(model).__name__, "tied": tied, **_numbers(model)}
     try:
         save_file(_tensors(model), folder / WEIGHTS)
     except SafetensorError as error:
         raise ExportError(f"the weights could not be written: {error}") from error
+    widths = {
+        "format": FORMAT,
+        "class": type(model).__name__,
+        "sha256": _sha256(folder / WEIGHTS),
+        "tied": tied,
+        **_numbers(model),
+    }
     (folder / WIDTHS).write_text(json.dumps(widths, indent=1) + "\n", encoding="utf-8")
 
 
@@ -85,6 +92,8 @@ def load(
         if not isinstance(widths, dict) or widths.get("format") != FORMAT:
             raise ValueError(f"{WIDTHS} is not of format {FORMAT}")
         modules, config = widths["modules"], widths["config"]
+        if widths["sha256"] != _sha256(folder / WEIGHTS):
+            raise ValueError(f"{WEIGHTS} does not match its hash")
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ExportError(f"{folder} is damaged: {error}") from error
@@ -102,6 +111,14 @@ def load(
     _set_numbers(model, modules, config)
     _set_configs(model, widths.get("configs", {}))
     return model.to(device).eval()
+
+
+def _sha256(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as read:
+        while part := read.read(1 << 24):
+            found.update(part)
+    return found.hexdigest()
 
 
 def _sources(model: nn.Module) -> dict[str, str]:

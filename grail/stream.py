@@ -123,7 +123,7 @@ class Stream:
         self.hidden = Shelf(self.storage)
         self.masks: list[Tensor | None] = []  # on the CPU, where looking at one stalls no GPU
         self._calls: list[list[Call]] = []
-        for batch in self.ranks.share(batches):
+        for batch in self.ranks.share(_several(batches)):
             self._enter(model, batch)
         own = range(len(self))
         self.own_tokens = sum(map(self.tokens_of, own))
@@ -394,6 +394,13 @@ def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
             module.forward = had
 
 
+def _several(batches: Any) -> Iterable[Batch]:
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        kind = type(batches).__name__
+        raise InputError(f"batches must be a list, or any iterable, of batches; got one {kind}")
+    return batches
+
+
 def model_inputs(
     model: nn.Module, batch: Batch, device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -411,7 +418,8 @@ def model_inputs(
             "a batch must be a tensor (token ids [B, L], images [B, C, H, W]), a tuple of the "
             f"model's arguments, or a mapping of its keyword arguments; got {type(batch).__name__}"
         )
-    known = inspect.signature(model.forward).parameters
+    signature = inspect.signature(model.forward)
+    known = signature.parameters
     if isinstance(batch, Tensor) and "input_ids" in known:
         if batch.dim() != 2 or batch.is_floating_point():
             raise InputError(
@@ -421,6 +429,13 @@ def model_inputs(
         args, kwargs = (), {"input_ids": batch}
     if "use_cache" in known:
         kwargs = {"use_cache": False, **kwargs}
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"{type(model).__name__} does not take this batch: {error}. A tuple holds the model's "
+            "arguments in order, a mapping its keyword arguments; leave labels out"
+        ) from error
     return _to(args, device), _to(kwargs, device)
 
 

@@ -494,3 +494,26 @@ def test_a_model_that_is_not_of_its_familys_form_is_refused(network):
     del model.encoder.layer[0].intermediate
     with pytest.raises(ModelError, match=r"not of its family's form .*intermediate"):
         find(model)
+
+
+def test_weights_that_two_sites_share_are_refused(tiny_llama, tiny_batches):
+    for share in ("weights", "module", "block"):
+        model = tiny_llama()
+        layers = model.model.layers
+        if share == "weights":
+            layers[1].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
+        elif share == "module":
+            layers[1].mlp = layers[0].mlp
+        else:
+            layers[1] = layers[0]
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ModelError, match="give each its own copy"):
+            grail.compress(model, tiny_batches(), keep=0.5, progress=False)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_compiled_layers_are_refused(tiny_llama, tiny_batches):
+    model = tiny_llama()
+    model.model.layers[1].compile(backend="eager")
+    with pytest.raises(ModelError, match=r"model\.layers\.1 was compiled"):
+        grail.compress(model, tiny_batches(), keep=0.5, progress=False)

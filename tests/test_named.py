@@ -217,9 +217,14 @@ def test_files_of_other_networks_and_damaged_ones_are_refused(tmp_path):
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(ExportError, match="damaged"):
         grail.load(folder, Network)
+    flipped = bytearray(weights)
+    flipped[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(flipped)
+    with pytest.raises(ExportError, match="does not match its hash"):
+        grail.load(folder, Network)
     (folder / "model.safetensors").write_bytes(weights)
     (folder / "grail.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(ExportError, match="not of format 1"):
+    with pytest.raises(ExportError, match="not of format 2"):
         grail.load(folder, Network)
 
 
@@ -268,6 +273,121 @@ def test_a_layer_along_has_as_many_channels_as_its_site():
     site = grail.Site(producers=["stem"], along=["bn1"], consumers=["conv1"])
     with pytest.raises(ModelError, match="bn1 has 12 channels, where its site has 8"):
         grail.compress(network(), images(), 0.5, [site], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        ([CONV, grail.Site(["conv1"], ["hidden"])], "two sites are written by 'conv1'"),
+        ([HIDDEN, grail.Site(["stem"], ["out"], name="other")], "two sites are read by 'out'"),
+        ([5], "sites must be kinds, such as 'mlp', or grail.Site; got 5"),
+        ([{"producers": ["hidden"], "consumers": ["out"]}], "or grail.Site; got {'producers'"),
+    ],
+    ids=["producer", "consumer", "number", "mapping"],
+)
+def test_sites_that_overlap_or_are_none_are_refused(sites, message):
+    model = network()
+    with pytest.raises(InputError, match=message):
+        grail.compress(model, images(), 0.5, sites, progress=False)
+    assert all(map(torch.equal, model.parameters(), network().parameters()))
+
+
+def test_a_layer_twice_in_a_site_is_refused():
+    with pytest.raises(InputError, match="producers names 'conv1' twice"):
+        grail.Site(producers=["conv1", "conv1"], consumers=["conv2"])
+    with pytest.raises(ModelError, match="hidden writes the channels that it reads"):
+        grail.Site(producers=["stem", "hidden"], consumers=["hidden"])
+
+
+def test_one_site_needs_no_list():
+    report = grail.compress(network(), images(), 0.5, HIDDEN, progress=False)
+    assert [row.name for row in report.sites] == ["out"]
+
+
+class Between(nn.Module):
+    """Two linear layers and something between them that has no parameters."""
+
+    def __init__(self, between, first=None):
+        super().__init__()
+        self.first, self.second = first or nn.Linear(6, 16), nn.Linear(16, 4)
+        self.between = between
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x)))
+
+
+MIXES = {
+    "softmax": lambda x: x.softmax(-1),
+    "norm": lambda x: nn.functional.normalize(x, dim=-1),
+    "roll": lambda x: x.roll(1, -1),
+    "layer norm": lambda x: nn.functional.layer_norm(x, x.shape[-1:]),
+}
+
+
+@pytest.mark.parametrize("loop", [True, False], ids=["closed", "open"])
+@pytest.mark.parametrize("between", MIXES.values(), ids=MIXES)
+def test_a_site_whose_channels_are_mixed_on_their_way_is_refused(between, loop):
+    torch.manual_seed(0)
+    model = Between(between)
+    before = copy.deepcopy(model.state_dict())
+    batches = [torch.randn(40, 6) for _ in range(3)]
+    site = grail.Site(producers=["first"], consumers=["second"])
+    settings = {} if loop else {"closed_loop": False, "drift_correction": 0}
+    with pytest.raises(ModelError, match="does not read the channels that were kept"):
+        grail.compress(model, batches, 0.5, site, progress=False, **settings)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+FORGOTTEN = {
+    "open loop": {"closed_loop": False, "drift_correction": 0},
+    "folding": {"selector": "folding"},
+    "repair": {"repair": True},
+    "a site behind": {"sites": [grail.Site(["conv1"], ["conv2"], ["bn1"]), HIDDEN]},
+}
+
+
+@pytest.mark.parametrize("settings", FORGOTTEN.values(), ids=FORGOTTEN)
+def test_a_forgotten_layer_is_named_as_the_cause_wherever_it_shows(settings):
+    model, site = network(), grail.Site(["conv1"], ["conv2"], ["bn1"])  # no depthwise
+    with pytest.raises(ModelError, match="name every layer with weights between"):
+        grail.compress(model, images(), 0.5, progress=False, **{"sites": [site], **settings})
+    assert all(map(torch.equal, model.parameters(), network().parameters()))
+    with pytest.raises(ModelError, match="name every layer with weights between"):
+        grail.sensitivity(model, images(), [site], progress=False)
+
+
+@pytest.mark.parametrize("groups", [4, 8])
+def test_equally_many_channels_of_each_group_stay(groups):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1, groups=groups), nn.ReLU(), nn.Conv2d(16, 5, 1)
+    ).eval()
+    half = torch.arange(16).view(groups, -1)
+    with torch.no_grad():  # of each group the second half says what the first one does
+        half = half.view(groups, 2, -1)
+        for tensor in (model[0].weight, model[0].bias):
+            tensor[half[:, 1].flatten()] = tensor[half[:, 0].flatten()]
+    batches = [torch.randn(4, 8, 9, 9) for _ in range(6)]
+    dense = copy.deepcopy(model)
+    (site,) = grail.trace(model)
+    grail.compress(model, batches, 0.5, [site], alpha=1e-10, drift_correction=0, progress=False)
+    assert (model[0].out_channels, model[0].groups) == (8, groups)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]), dense(batches[0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (torch.randn(4, 3, 10, 10), "got one Tensor"),
+        (None, "got one NoneType"),
+        ([(torch.randn(4, 3, 10, 10), torch.zeros(4))], "leave labels out"),
+    ],
+    ids=["tensor", "none", "labels"],
+)
+def test_batches_that_are_none_or_hold_labels_are_refused(batches, message):
+    with pytest.raises(InputError, match=message):
+        grail.compress(network(), batches, 0.5, [CONV], progress=False)
 
 
 def test_names_are_lists_and_kinds_do_not_mix_with_sites():

@@ -43,6 +43,12 @@ def find(model: nn.Module, sites: Sequence[str | Site] | None = None) -> Archite
             promises.
         InputError: sites of both forms.
     """
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ModelError(
+                f"{name or type(model).__name__} was compiled, and compiled layers do not say what "
+                "they read: compress the model first, then compile it"
+            )
     named = [site for site in sites or () if isinstance(site, Site)]
     if named:
         if len(named) < len(sites or ()):

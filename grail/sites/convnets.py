@@ -14,20 +14,16 @@ not fit into it.
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from grail.errors import InputError, ModelError
+from grail.errors import ModelError
 from grail.layers import CONVOLUTIONS, Consumer, Producer
-from grail.reduction import Reduction, Selection
 from grail.sites.channels import Channels, Flow
-from grail.sites.site import Architecture, BoundSite, Landing
-from grail.transaction import Transaction
-from grail.width import GroupWidth, Width
+from grail.sites.site import Architecture, BoundSite, Landing, bind
+from grail.width import Width
 
 _LISTS = (nn.Sequential, nn.ModuleList)
 
@@ -77,13 +73,11 @@ class ConvNet(Architecture):
         def named(nodes: Sequence[fx.Node]) -> list[tuple[str, Any]]:
             return [(f"{self._names[number]}.{node.target}", flow.module(node)) for node in nodes]
 
-        producers = named(channels.producers)
-        grouped = any(_groups(module) > 1 for _, module in producers)
-        return (GroupedSite if grouped else BoundSite)(
+        return bind(
             name=name,
             kind="conv",
             block=number,
-            producers=tuple(Producer(*producer) for producer in producers),
+            producers=tuple(Producer(*producer) for producer in named(channels.producers)),
             consumers=tuple(
                 Consumer(*consumer, flow.norm(node))
                 for consumer, node in zip(
@@ -93,26 +87,6 @@ class ConvNet(Architecture):
             along=tuple(named(channels.along)),
             landing=_landing(flow, channels.consumers[-1]),
         )
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class GroupedSite(BoundSite):
-    """Channels that a grouped convolution writes: equally many of each group stay."""
-
-    def width(self, keep: float, multiple: int | None) -> GroupWidth:
-        modules = [producer.module for producer in self.producers]
-        groups = math.lcm(*map(_groups, modules))
-        return GroupWidth.nearest_of_each(groups, self.channels // groups, keep)
-
-    def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
-        if not isinstance(reduction, Selection):
-            raise InputError(
-                f"{self.name}: a grouped convolution is narrowed by a selection of channels, not "
-                "by folding them"
-            )
-        assert isinstance(width, GroupWidth)
-        width.check(self.name, reduction)
-        super().narrow(reduction, width, transaction)
 
 
 class Search:
@@ -164,11 +138,6 @@ def architecture(model: nn.Module) -> Architecture | None:
         name, reason = next(iter(search.untraced.items()))
         raise ModelError(f"{name} of {type(model).__name__}: {reason}; name sites by grail.Site")
     return ConvNet(model, search) if search.blocks else None
-
-
-def _groups(module: Any) -> int:
-    """In how many groups a layer writes its channels; a linear layer writes one."""
-    return getattr(module, "groups", 1)
 
 
 LAYOUTS = {"convolutional networks of blocks (ResNet, MobileNet, EfficientNet)": architecture}

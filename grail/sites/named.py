@@ -1,13 +1,14 @@
 """Sites that a person names, in any network."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from grail.errors import InputError
+from grail.errors import InputError, ModelError
 from grail.layers import Consumer, Producer
-from grail.sites.site import Architecture, BoundSite, Landing
+from grail.sites.site import Architecture, BoundSite, Landing, bind
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,12 @@ class Site:
             if isinstance(names, str):
                 raise InputError(f"{field} must be a list of names; got the string {names!r}")
             object.__setattr__(self, field, tuple(names))
+            if twice := _repeated(names):
+                raise InputError(f"{field} names {twice[0]!r} twice")
         if not self.producers or not self.consumers:
             raise InputError("a site needs the names of its producers and of its consumers")
+        if both := [name for name in self.consumers if name in self.producers]:
+            raise ModelError(f"{both[0]} writes the channels that it reads; it cannot be narrowed")
 
     def __str__(self) -> str:
         return self.name or self.consumers[0]
@@ -51,6 +56,7 @@ class Named(Architecture):
     """
 
     kinds = default = ("named",)
+    known = False
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]):
         self.name, self.blocks = type(model).__name__, [model]
@@ -58,6 +64,13 @@ class Named(Architecture):
         names = [str(site) for site in sites]
         if len(set(names)) < len(names):
             raise InputError(f"sites must have different names; got {', '.join(names)}")
+        for field, does in (
+            ("producers", "written"),
+            ("along", "run along"),
+            ("consumers", "read"),
+        ):
+            if twice := _repeated([name for site in sites for name in getattr(site, field)]):
+                raise InputError(f"two sites are {does} by {twice[0]!r}; it can belong to one")
         self.sites(self.kinds)
 
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
@@ -68,7 +81,7 @@ class Named(Architecture):
         # What another site narrows can no longer be held against the dense network's.
         narrowed = {name for other in self._sites for name in other.producers}
         clear = narrowed.isdisjoint(site.consumers)
-        return BoundSite(
+        return bind(
             name=str(site),
             kind="named",
             block=0,
@@ -84,3 +97,8 @@ class Named(Architecture):
             hint = f"; there are {', '.join(near[:3])}" if near else ""
             raise InputError(f"the model has no layer named {name!r}{hint}")
         return self._modules[name]
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    """Those that are there more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]

@@ -1,6 +1,7 @@
 """A site is one hidden activation: producers write its channels, consumers read them."""
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from grail.errors import InputError, ModelError
 from grail.layers import NORMS, Consumer, Producer, check_along, narrow_along, values_along
-from grail.reduction import Reduction
+from grail.reduction import Reduction, Selection
 from grail.transaction import Transaction
-from grail.width import ChannelWidth, Width
+from grail.width import ChannelWidth, GroupWidth, Width
 
 LEAST_SLOPE = 1e-3  # of a batch norm's largest; behind less of it no drift is asked for
 NORM_EPS = 1e-6  # beside the mean square of a token, as RMSNorm's
@@ -134,10 +135,10 @@ class BoundSite(Place):
     def __post_init__(self) -> None:
         if not self.producers or not self.consumers:
             raise ModelError(f"{self.name}: a site needs a producer and a consumer")
-        counts = {p.name: len(rows) for p in self.producers for rows in p.rows()}
-        counts |= {c.name: c.channels for c in self.consumers}
-        if len(set(counts.values())) > 1:
-            found = ", ".join(f"{name} {count}" for name, count in counts.items())
+        counts = [(p.name, len(rows)) for p in self.producers for rows in p.rows()]
+        counts += [(c.name, c.channels) for c in self.consumers]
+        if len({count for _, count in counts}) > 1:
+            found = ", ".join(f"{name} {count}" for name, count in counts)
             raise ModelError(f"{self.name}: its layers disagree on the number of channels: {found}")
         for name, module in self.along:
             check_along(name, module, self.channels)
@@ -206,6 +207,37 @@ class BoundSite(Place):
         return rows + (columns + beside) * lost["channels"]
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GroupedSite(BoundSite):
+    """Channels that a grouped convolution writes: equally many of each group stay."""
+
+    def width(self, keep: float, multiple: int | None) -> GroupWidth:
+        modules = [producer.module for producer in self.producers]
+        groups = math.lcm(*map(_groups, modules))
+        return GroupWidth.nearest_of_each(groups, self.channels // groups, keep)
+
+    def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
+        if not isinstance(reduction, Selection):
+            raise InputError(
+                f"{self.name}: a grouped convolution is narrowed by a selection of channels, not "
+                "by folding them"
+            )
+        assert isinstance(width, GroupWidth)
+        width.check(self.name, reduction)
+        super().narrow(reduction, width, transaction)
+
+
+def bind(*, producers: tuple[Producer, ...], **fields: Any) -> BoundSite:
+    """A site of the class that its producers ask for."""
+    grouped = any(_groups(producer.module) > 1 for producer in producers)
+    return (GroupedSite if grouped else BoundSite)(producers=producers, **fields)
+
+
+def _groups(module: Any) -> int:
+    """In how many groups a layer writes its channels; a linear layer writes one."""
+    return getattr(module, "groups", 1)
+
+
 class Architecture(ABC):
     """A model as a chain of blocks, each with sites in the order in which they run.
 
@@ -219,6 +251,7 @@ class Architecture(ABC):
     kinds: tuple[str, ...]
     default: tuple[str, ...]
     blocks: Sequence[nn.Module]
+    known = True  # or its sites are what somebody says of them, which a run then checks
     hidden_size: int | None = None
     activations_per_token: int | None = None
 

@@ -43,9 +43,9 @@ def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
         if channels.lost:
             reasons.append(f"the channels of {producers[0]} are lost in {channels.lost}")
             continue
-        site = Site(producers, consumers, along)
         if streams or len(producers) == len(consumers) == 1:
             try:
+                site = Site(producers, consumers, along)
                 Named(model, [site])
             except ModelError as error:  # a layer of a kind that cannot be narrowed or rewritten
                 reasons.append(str(error))
