@@ -119,8 +119,8 @@ class Options:
         """Raises ModelError where a weight is another site's, or runs as two blocks'."""
         if len(set(architecture.blocks)) < len(architecture.blocks):
             raise ModelError(
-                f"{architecture.name} runs one block several times: a site is narrowed for what its "
-                "own layers see, so give each its own copy"
+                f"{architecture.name} runs one block several times: a site is narrowed for what "
+                "its own layers see, so give each its own copy"
             )
         for role in ("producers", "consumers"):
             owners: dict[int, str] = {}
