@@ -19,7 +19,7 @@ from grail.fit import Auto, Damping, Toward
 from grail.gram import NonFinite
 from grail.loop import Run
 from grail.onload import Onloader, computing_device
-from grail.options import ALPHA, Compensation, Keep, Options
+from grail.options import ALPHA, Compensation, Keep, Options, TokenWeights
 from grail.report import Report, SiteReport
 from grail.sites import Architecture, BoundSite, Site, find
 from grail.stream import Batch, Stream
@@ -40,7 +40,7 @@ def compress(
     damping: Damping = "site",
     drift_correction: float | Auto = "auto",
     correct_attention: bool = False,
-    token_weights: bool = False,
+    token_weights: TokenWeights = "heads",
     closed_loop: bool = True,
     multiple: int | None = None,
     seed: int = 0,
@@ -87,8 +87,10 @@ def compress(
             be followed. Worth it for text encoders (docs/results.md); for decoders, measure.
         token_weights: count a token's error relative to the size of the dense network's stream
             where it lands, which is how the norms of a transformer see it; False, all alike, is the
-            paper. Needs drift to be followed and no bias to be fitted. Worth it for text encoders,
-            not for decoders (docs/results.md).
+            paper. "heads" does so where attention heads are narrowed: what they write is small, and
+            beside the drift of a few tokens of enormous size that of all others would not count.
+            True needs drift to be followed and no bias to be fitted. Worth it for text encoders,
+            not for decoders' MLPs (docs/results.md).
         closed_loop: calibrate each block behind the already compressed ones; False: on the dense
             model.
         multiple: round widths in channels to multiples of this; default 128 from 4096 channels up,
@@ -153,7 +155,7 @@ def compress(
     _require_finite_weights(dense)
     if options.repair and not any(map(architecture.norms, range(len(architecture.blocks)))):
         raise InputError(f"repair resets batch norms; {architecture.name} has none")
-    if options.token_weights and not any(s.landing and s.landing.normalised for s in dense):
+    if options.token_weights is True and not any(s.landing and s.landing.normalised for s in dense):
         raise InputError(
             f"token_weights is for sites behind which norms read the stream, token by token; "
             f"{architecture.name} has none"
