@@ -288,7 +288,7 @@ def compress(
         _Restoring(
             help="Count a token's error relative to the size of the dense stream where it lands, "
             "as norms see it; without, as in the paper, loud tokens count for more.",
-            show_default="only where heads are narrowed",
+            show_default="where heads alone are narrowed",
         ),
     ] = None,
     closed_loop: Annotated[
@@ -344,7 +344,7 @@ def compress(
         damping=damping,
         drift_correction=drift_correction,
         correct_attention=correct_attention,
-        token_weights="heads" if token_weights is None else token_weights,
+        token_weights="auto" if token_weights is None else token_weights,
         closed_loop=closed_loop,
         multiple=multiple,
         seed=seed,

@@ -40,7 +40,7 @@ def compress(
     damping: Damping = "site",
     drift_correction: float | Auto = "auto",
     correct_attention: bool = False,
-    token_weights: TokenWeights = "heads",
+    token_weights: TokenWeights = "auto",
     closed_loop: bool = True,
     multiple: int | None = None,
     seed: int = 0,
@@ -87,10 +87,10 @@ def compress(
             be followed. Worth it for text encoders (docs/results.md); for decoders, measure.
         token_weights: count a token's error relative to the size of the dense network's stream
             where it lands, which is how the norms of a transformer see it; False, all alike, is the
-            paper. "heads" does so where attention heads are narrowed: what they write is small, and
-            beside the drift of a few tokens of enormous size that of all others would not count.
-            True needs drift to be followed and no bias to be fitted. Worth it for text encoders,
-            not for decoders' MLPs (docs/results.md).
+            paper. "auto" does so where nothing but attention heads is narrowed: beside the drift of
+            a few tokens of enormous size that of all others would not count. True needs drift to be
+            followed and no bias to be fitted. Worth it for text encoders, not for decoders' MLPs
+            (docs/results.md).
         closed_loop: calibrate each block behind the already compressed ones; False: on the dense
             model.
         multiple: round widths in channels to multiples of this; default 128 from 4096 channels up,

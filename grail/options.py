@@ -9,7 +9,7 @@ from grail import select
 from grail.errors import InputError, ModelError
 from grail.fit import Auto, Damping, Toward, check_settings
 from grail.gram import NonFinite, check_non_finite
-from grail.sites import Architecture, BoundSite, Place, Site
+from grail.sites import Architecture, BoundSite, Site
 from grail.width import Width, check_keep
 
 # From bench/results/smollm2_calibration.csv: the best or within 2% of it at 8k, 32k and 128k
@@ -17,7 +17,7 @@ from grail.width import Width, check_keep
 ALPHA = 1e-3
 
 Compensation = Literal["weights", "bias", "both"]
-TokenWeights = bool | Literal["heads"]
+TokenWeights = bool | Auto
 Keep = float | Mapping[str, float | Sequence[float]]
 
 
@@ -34,7 +34,7 @@ class Options:
     damping: Damping = "site"
     drift_correction: float | Auto = "auto"
     correct_attention: bool = False
-    token_weights: TokenWeights = "heads"
+    token_weights: TokenWeights = "auto"
     closed_loop: bool = True
     multiple: int | None = None
     seed: int = 0
@@ -63,9 +63,9 @@ class Options:
             raise InputError(
                 "drift_correction needs the closed loop: an open one sees no drift to correct"
             )
-        if self.token_weights not in (True, False, "heads"):
+        if self.token_weights not in (True, False, "auto"):
             raise InputError(
-                f"token_weights must be True, False or 'heads'; got {self.token_weights!r}"
+                f"token_weights must be True, False or 'auto'; got {self.token_weights!r}"
             )
         if self.token_weights is True and (self.shifts_bias or not self.follows_drift):
             raise InputError(
@@ -99,11 +99,16 @@ class Options:
         """Whether the dense network's stream is carried beside the compressed one's."""
         return self.fits_weights and self.closed_loop and self.drift_correction != 0
 
-    def weighs(self, place: Place) -> bool:
-        """Whether a token's error counts relative to the size of the stream where a place lands."""
-        if self.token_weights == "heads":
-            heads = isinstance(place, BoundSite) and place.kind == "heads"
-            return heads and self.follows_drift and not self.shifts_bias
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether a token's error counts relative to the size of the stream where it lands.
+
+        What heads write is small; where nothing but heads is fitted, the drift of a few tokens of
+        enormous size would drown that of all others. MLPs meet it, too, but can undo it.
+        """
+        if self.token_weights == "auto":
+            heads_alone = list(self.sites or ()) == ["heads"]
+            return heads_alone and self.follows_drift and not self.shifts_bias
         return bool(self.token_weights)
 
     @property

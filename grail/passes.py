@@ -133,7 +133,7 @@ class Passes:
         """What the network lacks of `aim` where a place lands, and what each token counts by."""
         # Widened where it runs: on its way from a host it would be widened there, and sent as fp32.
         aim = aim.to(landed.device).float()
-        scale = place.token_scale(aim) if self._options.weighs(place) else None
+        scale = place.token_scale(aim) if self._options.weighs_tokens else None
         return place.drift(aim, landed), scale
 
     def _statistics(self, step: Sequence[AnyPlace]) -> dict[AnyPlace, list[Statistics]]:

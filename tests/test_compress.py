@@ -68,7 +68,7 @@ def brute_force(model, batches, keep, closed_loop, correction, weighted, inputs)
             after = {"output": not name}
             there = seen_by(frozen, dense.get_submodule(name), batches, **after)
             here = seen_by(model, layer.get_submodule(name), batches, **after)
-            relative = correction and (weighted is True or (weighted == "heads" and name))
+            relative = correction and (weighted is True or (weighted and list(keep) == ["heads"]))
             norms = np.sqrt((there**2).mean(1, keepdims=True) + 1e-6) if relative else 1
             return x / norms, correction * (there - here) / norms
 
@@ -123,10 +123,10 @@ def _drop_heads(layer: nn.Module, x: np.ndarray, drift: np.ndarray, keep: float)
         (True, 0.7, False, False),
         (True, 0.7, False, True),
         (True, 0.7, True, True),
-        (True, 0.7, "heads", False),
-        (False, 0.0, "heads", False),
+        (True, 0.7, "auto", False),
+        (False, 0.0, "auto", False),
     ],
-    ids=["closed", "drift", "attention", "attention, weighted", "heads weighted", "open"],
+    ids=["closed", "drift", "attention", "attention, weighted", "auto", "open"],
 )
 @pytest.mark.parametrize(
     "keep",
@@ -206,7 +206,7 @@ def test_attention_that_is_not_plain_is_left_alone(change, tiny_llama, tiny_batc
 def test_token_weights_are_refused_where_no_drift_is_followed_or_a_bias_is_fitted(
     settings, tiny_llama, tiny_batches
 ):
-    kinds = ("mlp", "heads")  # the default asks for it at heads, where there is drift to follow
+    kinds = ("heads",)  # the default asks for it where there is drift to follow
     grail.compress(tiny_llama(), tiny_batches(), 0.5, kinds, progress=False, **settings)
     with pytest.raises(InputError, match="token_weights needs the dense network's stream"):
         grail.compress(tiny_llama(), tiny_batches(), token_weights=True, **settings)
