@@ -225,6 +225,8 @@ def _check(grams: Sequence[Gram], reduction: Reduction, weights: tuple[Tensor, .
     for w in weights:
         if w.dim() != 2 or w.shape[1] != gram.channels:
             raise InputError(f"a consumer must be [O, {gram.channels}]; got {tuple(w.shape)}")
+        if not w.is_floating_point():
+            raise InputError(f"a consumer must be of floating point; got {w.dtype}: dequantise it")
         _require_finite(w, f"consumer weight of {gram.name or 'a site'}")
     outputs = sum(w.shape[0] for w in weights)
     for drift in (g.drift for g in grams if g.drift is not None):
