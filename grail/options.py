@@ -103,8 +103,9 @@ class Options:
     def weighs_tokens(self) -> bool:
         """Whether a token's error counts relative to the size of the stream where it lands.
 
-        What heads write is small; where nothing but heads is fitted, the drift of a few tokens of
-        enormous size would drown that of all others. MLPs meet it, too, but can undo it.
+        Else the drift of a few tokens of enormous size drowns that of all others. SmolLM2's heads
+        alone (Brown, 32k tokens): perplexity 52.7 for 74.6 at 0.7, 77.2 for 75.4 at 0.5. Heads and
+        MLPs at 0.7: 81.3 for 69.1, with weights at the heads only 74.6.
         """
         if self.token_weights == "auto":
             heads_alone = list(self.sites or ()) == ["heads"]
