@@ -60,6 +60,7 @@ def write(model: nn.Module, folder: Path) -> None:
         "class": type(model).__name__,
         "sha256": _sha256(folder / WEIGHTS),
         "tied": tied,
+        "buffers": {name: _name(buffer.dtype) for name, buffer in _unsaved(model).items()},
         **_numbers(model),
     }
     (folder / WIDTHS).write_text(json.dumps(widths, indent=1) + "\n", encoding="utf-8")
@@ -110,6 +111,8 @@ def load(
     _set_tensors(model, sources, tensors)
     _set_numbers(model, modules, config)
     _set_configs(model, widths.get("configs", {}))
+    for name, buffer in _unsaved(model).items():
+        buffer.data = buffer.to(getattr(torch, widths["buffers"].get(name, _name(buffer.dtype))))
     return model.to(device).eval()
 
 
@@ -139,6 +142,17 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
             found[name] = tensor.clone() if place in stored else tensor
             stored.add(place)
     return found
+
+
+def _unsaved(model: nn.Module) -> dict[str, Tensor]:
+    """Floating-point buffers that are no part of the state, but were cast along with the model."""
+    stored = model.state_dict().keys()
+    found = {name: b for name, b in model.named_buffers() if name not in stored}
+    return {name: buffer for name, buffer in found.items() if buffer.is_floating_point()}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _numbers(model: nn.Module) -> dict[str, Any]:

@@ -28,6 +28,16 @@ def test_attention_that_reads_a_configuration_of_its_own(tiny_model, tiny_batche
     assert loaded.config.num_attention_heads == 6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_buffers_that_are_not_saved_are_cast_as_the_model_was(
+    dtype, tiny_llama, tiny_batches, tmp_path
+):
+    model, batches = tiny_llama().to(dtype), tiny_batches(length=64)  # rotary frequencies as well
+    grail.compress(model, batches, 0.5, progress=False)
+    loaded = assert_loads_the_same(model, batches[0], tmp_path / "out", tiny_llama)
+    assert loaded.model.rotary_emb.inv_freq.dtype == dtype
+
+
 def test_biases_that_compensation_added(tiny_llama, tiny_batches, tmp_path):
     model, batches = tiny_llama(), tiny_batches()
     keep = {"mlp": [0.5, 0.7]}
