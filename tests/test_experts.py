@@ -11,9 +11,11 @@ from torch import nn
 
 import grail
 from grail import passes
+from grail.decide import _last_share
 from grail.errors import InputError
 from grail.gram_ragged import RaggedGrams
 from grail.layers import Routed
+from grail.report import SiteReport
 from grail.sites import find
 
 from .conftest import MIXTURES
@@ -159,7 +161,7 @@ def test_what_the_experts_of_a_token_add_is_all_of_its_drift():
 
 
 def test_shares_of_drift_are_not_rounded_to_16_bits(tiny_model):
-    model, weights, heard = tiny_model("mixtral").bfloat16(), [], []
+    model, weights, heard = tiny_model("qwen3_moe").bfloat16(), [], []
     (first, *_) = find(model).sites(("experts",))
     with ExitStack() as hooks, torch.no_grad():
         layer = model.model.layers[0].mlp.experts
@@ -168,9 +170,23 @@ def test_shares_of_drift_are_not_rounded_to_16_bits(tiny_model):
             hooks.enter_context(site.consumers[0].watch(lambda _, routed: heard.append(routed)))
         model(torch.arange(40)[None])
     (given,) = weights
+    assert given.dtype == torch.bfloat16
     expected = given.double() / given.double().square().sum(-1, keepdim=True)
     shares = torch.cat([routed.shares for routed in heard]).double()
     torch.testing.assert_close(shares.sort()[0], expected.flatten().sort()[0], rtol=1e-6, atol=0)
+
+
+def test_experts_that_undo_nothing_for_want_of_tokens_do_not_speak_for_their_layer():
+    def row(name, block, tokens, share):
+        nothing = {"alpha": None, "damping": 0.0, "retries": 0, "error": None}
+        return SiteReport(
+            name=name, kind="experts", block=block, channels=8, kept=4, tokens=tokens,
+            drift_correction=share, baseline_error=None, **nothing,
+        )  # fmt: skip
+
+    rows = [row("a", 0, 90, 0.1), row("b", 1, 90, 0.6), row("c", 1, 10, 0.5), row("d", 1, 0, 0.0)]
+    assert _last_share(rows, "experts") == pytest.approx(0.59)
+    assert _last_share(rows, "mlp") == 0.0
 
 
 def test_held_out_sequences_stay_held_out_in_every_expert(tiny_model, tiny_batches):
