@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grail import select, state
+from grail import state
 from grail.checkpoint import fingerprint, hashed
 from grail.clock import Clock
 from grail.distributed import Ranks
@@ -127,7 +127,7 @@ class Collected:
         needs = {
             "closed_loop=False": options.closed_loop,
             f"per_tap={self._index['per_tap']}": options.per_tap != self._index["per_tap"],
-            "a selector without gradients": select.needs_gradient(select.get(options.selector)),
+            "a selector without gradients": options.needs_gradient,
         }
         for setting, missing in needs.items():
             if missing:

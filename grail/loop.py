@@ -101,7 +101,6 @@ class Run:
         self.sites = options.sites_of(architecture)
         self._active = [options.active(sites, self.widths) for sites in self.sites]
         self._decider = Decider(options, list(itertools.chain(*self.sites)), self.widths, clock)
-        self._needs_gradient = select.needs_gradient(select.get(options.selector))
         # The first block in which anything becomes narrower: before it nothing drifts.
         self._first = next((number for number, sites in enumerate(self._active) if sites), 0)
 
@@ -185,7 +184,7 @@ class Run:
 
     def _closed(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
         rows = {}
-        gradient = self._gradient if self._needs_gradient else ignore
+        gradient = self._gradient if self.options.needs_gradient else ignore
         entries = self._entries(block)
         if self._corrects(block) and not entries:
             self.notes.append(
@@ -288,7 +287,7 @@ class Run:
 
     def _gradients(self, sites: Sequence[BoundSite]) -> dict[BoundSite, Tensor]:
         """While the stream is at the block's entry, and nothing of the block is narrow."""
-        if not self._needs_gradient:
+        if not self.options.needs_gradient:
             return {}
         return {site: self._gradient(site) for site in sites}
 

@@ -118,6 +118,11 @@ class Options:
         return self.exact_folding and self.fits_weights and self.closed_loop
 
     @property
+    def needs_gradient(self) -> bool:
+        """Whether the selector wants gradients of each block's output."""
+        return select.needs_gradient(select.get(self.selector))
+
+    @property
     def holds_out(self) -> bool:
         """Whether something is chosen by held-out tokens."""
         automatic = self.alpha == "auto" or (self.follows_drift and self.drift_correction == "auto")

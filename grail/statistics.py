@@ -89,11 +89,10 @@ class Statistics:
         mask, held = self._flags(batch, tokens, routed)
         if held is None:
             self._add(False, x, tokens, mask, drift)
-            return
-        for is_held, rows in ((False, ~held), (True, held)):
-            if bool(rows.all()):
-                self._add(is_held, x, tokens, mask, drift)
-            elif bool(rows.any()):
+        elif bool(held.all()):
+            self._add(True, x, tokens, mask, drift)
+        else:
+            for is_held, rows in ((False, ~held), (True, held)):
                 parts = (None if t is None else t[rows] for t in (mask, drift))
                 self._add(is_held, x[rows], tokens[rows], *parts)
 

@@ -62,7 +62,7 @@ class Named(Architecture):
         self.name, self.blocks = type(model).__name__, [model]
         self._sites, self._modules = sites, dict(model.named_modules())
         names = [str(site) for site in sites]
-        if len(set(names)) < len(names):
+        if _repeated(names):
             raise InputError(f"sites must have different names; got {', '.join(names)}")
         for field, does in (
             ("producers", "written"),
