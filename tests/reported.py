@@ -47,7 +47,7 @@ def assert_errors_are_those_of_the_network(
     found = 0
     for of_block in architecture.sites(kinds):
         for step in _alone(of_block):
-            keep = {kind: 1.0 for kind in architecture.kinds} | {site.name: 0.5 for site in step}
+            keep = dict.fromkeys(architecture.kinds, 1.0) | {site.name: 0.5 for site in step}
             model = copy.deepcopy(dense)
             report = grail.compress(
                 model, batches, keep, sites, drift_correction=0, progress=False, **settings

@@ -1,11 +1,7 @@
 """Reported errors are those of the real network, over every family and kind of site."""
 
-import copy
 
 import pytest
-import torch
-
-import grail
 
 from .reported import (
     assert_errors_are_those_of_the_network,
