@@ -1,6 +1,5 @@
 """Reported errors are those of the real network, over every family and kind of site."""
 
-
 import pytest
 
 from .reported import (
