@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from grail import select
 from grail.batchnorm import reset_norm
@@ -47,6 +46,7 @@ from grail.memory import ran_out
 from grail.onload import Onloader
 from grail.options import Options
 from grail.passes import Advance, Calls, Passes, ignore
+from grail.progress import Progress
 from grail.reduction import Folding, Reduction, Selection
 from grail.report import InputReport, SiteReport
 from grail.sites import AnyPlace, Architecture, BoundSite, Entry, Place, steps
@@ -115,22 +115,33 @@ class Run:
             with self.clock("checkpoint"):
                 self._checkpoint.resume(position, self._streams())
         self._decider.done = position.rows
-        left = list(enumerate(self._active))[position.done :]
-        passes = (1 + (self._dense is not None)) * len(left)
-        if self.options.closed_loop:
-            passes += sum(len(steps(sites)) + bool(self._entries(n)) for n, sites in left)
-        with tqdm(
-            total=self.stream.own_tokens * passes,
-            unit="tok",
-            unit_scale=True,
-            disable=not progress or self._ranks.number > 0,
-        ) as bar:
-            for number, _ in left:
-                bar.set_description(f"block {number + 1}/{len(self.sites)}")
-                position.rows += self.block(number, bar.update)
+        passes = [self._passes_through(number) for number in range(len(self.sites))]
+        with self._progress(sum(passes[position.done :]), progress) as bar:
+            if position.done:
+                bar.say(f"resumed after block {position.done} of {len(self.sites)}")
+            for number in range(position.done, len(self.sites)):
+                bar.start(number, passes[number])
+                position.rows += self.block(number, bar.advance)
                 position.done = number + 1
                 self._keep(position)
         return position.rows
+
+    def _passes_through(self, block: int) -> int:
+        """How many passes over the calibration set a block takes."""
+        if not self.options.closed_loop:
+            return 1
+        sites = len(steps(self._active[block])) + bool(self._entries(block))
+        return sites + (self._dense is not None) + self._goes_on(block)
+
+    def _progress(self, passes: int, shown: bool, label: str = "block") -> Progress:
+        return Progress(
+            len(self.sites),
+            self.stream.own_tokens,
+            passes,
+            lambda: self.clock.phase,
+            shown and self._ranks.number == 0,
+            label,
+        )
 
     def _learn_orders(self) -> None:
         """Finds out how tokens are ordered, in a network of which nothing is known."""
@@ -149,13 +160,13 @@ class Run:
 
     def statistics(self, progress: bool) -> Iterator[tuple[BoundSite, list[Statistics]]]:
         """What the consumers of each site read in the dense network, site by site."""
-        total = self.stream.tokens * len(self.sites)
         self._learn_orders()
-        with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
+        with self._progress(len(self.sites), progress) as bar:
             for number, sites in enumerate(self.sites):
+                bar.start(number, 1)
                 with self._onload(number):
                     yield from self._passes.collect(
-                        number, sites, {}, bar.update, finish=True
+                        number, sites, {}, bar.advance, finish=True
                     ).items()
 
     def apart(self, progress: bool, done: int = 0) -> Iterator[Iterator[Apart]]:
@@ -164,15 +175,16 @@ class Run:
         Only until the next ones are asked for: each is narrow in a network that is otherwise dense.
         The first `done` blocks are passed by.
         """
-        total = self.stream.tokens * len(self.sites)
         self._learn_orders()
-        with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
+        with self._progress(len(self.sites), progress, "sensitivity of block") as bar:
+            if done:
+                bar.say(f"resumed after block {done} of {len(self.sites)}")
             for number, sites in enumerate(self.sites):
-                bar.set_description(f"sensitivity of block {number + 1}/{len(self.sites)}")
+                bar.start(number, 1)
                 if number < done:
-                    self._passes.collect(number, [], {}, bar.update, finish=True)
+                    self._passes.collect(number, [], {}, bar.advance, finish=True)
                 else:
-                    yield self._apart(number, sites, bar.update)
+                    yield self._apart(number, sites, bar.advance)
 
     def _apart(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Iterator[Apart]:
         gradients = self._gradients(sites)

@@ -132,7 +132,7 @@ def _strides(model: nn.Module) -> dict[str, list[int]]:
 
 def _axes(tensor: Tensor) -> list[int]:
     """Axes by how far apart their entries lie in memory, the furthest first."""
-    return sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 def _in_memory_of_its_own(tensor: Tensor, strides: Sequence[int] | None) -> Tensor:
