@@ -18,9 +18,18 @@ import grail
 from grail.passes import watch
 from grail.sites import BoundSite, find
 
-# Errors are differences of sums over fp32 Grams, 1e-7 each; the smallest here are about 0.01, whose
-# squares are 1e-4 of those sums: 1e-3.
-TOLERANCE = {"rtol": 1e-3, "atol": 0}
+# Squared errors are differences of sums over fp32 Grams, of which each is 1e-7 off, times what W x
+# cancels: up to 100 where a gate reads the means of few images.
+TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}
+
+
+def assert_alike(name: str, reported: float | None, measured: Tensor) -> None:
+    """Compares squared errors."""
+    assert reported is not None, name
+    found = torch.tensor(reported, dtype=torch.float64).square()
+    torch.testing.assert_close(
+        found, measured.square(), **TOLERANCE, msg=lambda text: f"{name}: {text}"
+    )
 
 
 def assert_errors_are_those_of_the_network(
@@ -67,10 +76,7 @@ def assert_errors_are_those_of_the_network(
                         continue
                     target = expected - _bias(dense, consumer.name)
                     error = (expected - got).norm() / target.norm()
-                    reported = torch.tensor(rows[name].error, dtype=torch.float64)
-                    torch.testing.assert_close(
-                        reported, error, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
-                    )
+                    assert_alike(name, rows[name].error, error)
                     found += 1
     assert found
 
@@ -106,10 +112,7 @@ def assert_errors_of_a_run_are_those_of_the_network(
                 ]
             ).double()
             error = lacking.norm() / (returned + lacking).norm()
-            reported = torch.tensor(rows[before.name].error, dtype=torch.float64)
-            torch.testing.assert_close(
-                reported, error, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            assert_alike(name, rows[before.name].error, error)
             found += 1
     assert found
 
@@ -157,7 +160,15 @@ CONVOLUTIONS = (
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """Calls a model with a batch, its cache off where it has one."""
+    """Calls a model with a batch, its cache off where it has one, and torch's fused encoder."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        return _run(model, batch)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def _run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**{**batch, **({"use_cache": False} if "use_cache" in batch else {})})
     return model(*batch) if isinstance(batch, tuple) else model(batch)
