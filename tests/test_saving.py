@@ -1,6 +1,7 @@
 """Saved and loaded again: networks that differ from the factory's in more than their widths."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 import grail
 from grail.errors import ExportError
+from grail.export import export
+from grail.models import read_model
 
 
 def assert_loads_the_same(model, x, folder, factory):
@@ -99,3 +102,87 @@ def test_what_the_factory_has_no_place_for_is_refused(more, tmp_path):
         factory = lambda: larger  # noqa: E731
     with pytest.raises(ExportError, match=r"differ in (down\.scale|more\.bias, more\.weight)$"):
         grail.load(grail.save(model, tmp_path / "out"), factory)
+
+
+def mlp(sizes):
+    layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh()))).eval()
+
+
+def convolutions(sizes):
+    layers = [nn.Conv2d(*pair, 3, padding=1) for pair in itertools.pairwise(sizes)]
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU()))).eval()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+@pytest.mark.parametrize("sizes", [(7, 13, 9), (5, 31, 3, 11), (64, 64, 64), (17, 129, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_odd_sizes_load_to_the_same_bits_at_every_batch_size(dtype, sizes, rows, tmp_path):
+    torch.manual_seed(0)
+    model = mlp(sizes).to(dtype)
+    loaded = assert_loads_the_same(
+        model, torch.randn(rows, sizes[0], dtype=dtype), tmp_path / "out", lambda: mlp(sizes)
+    )
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_weights_load_in_the_order_in_memory_that_they_had(order, rows, tmp_path):
+    torch.manual_seed(0)
+    sizes = (3, 13, 7)
+    model = convolutions(sizes).to(memory_format=order)
+    x = torch.randn(rows, 3, 11, 9)
+    loaded = assert_loads_the_same(model, x, tmp_path / "out", lambda: convolutions(sizes))
+    for new, old in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert new.stride() == old.stride()
+
+
+def test_a_transposed_weight_loads_transposed(tmp_path):
+    torch.manual_seed(0)
+    model = mlp((5, 7, 3))
+    model[0].weight = nn.Parameter(model[0].weight.T.contiguous().T)
+    loaded = assert_loads_the_same(
+        model, torch.randn(1, 5), tmp_path / "out", lambda: mlp((5, 7, 3))
+    )
+    assert loaded[0].weight.stride() == (1, 7)
+
+
+@pytest.mark.parametrize("keep", [0.5, {"mlp": [0.4, 0.7]}], ids=["even", "uneven"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_exported_folder_loads_to_the_same_bits_at_every_batch_size(
+    keep, rows, tiny_llama, tiny_batches, tmp_path
+):
+    model = tiny_llama(intermediate_size=77, hidden_size=42, head_dim=6)
+    grail.compress(model, tiny_batches(), keep, multiple=1, progress=False)
+    export(model, None, tmp_path / "out", uneven=isinstance(keep, dict))
+    loaded, _ = read_model(tmp_path / "out")
+    for length in (1, 5, 16):
+        ids = tiny_batches(1, rows, length)[0]
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def test_what_is_made_in_inference_mode_can_be_trained(tiny_llama, tiny_batches, tmp_path):
+    model, batches = tiny_llama(), tiny_batches()
+    with torch.inference_mode():
+        grail.compress(model, batches, 0.5, ("heads", "mlp"), progress=False)
+        grail.save(model, tmp_path / "out")
+        loaded = grail.load(tmp_path / "out", tiny_llama)
+    for trained in (model, loaded):
+        trained(batches[0], labels=batches[0]).loss.backward()
+        assert all(parameter.grad is not None for parameter in trained.parameters())
+
+
+def test_a_fit_in_inference_mode_gives_weights_that_can_be_trained():
+    torch.manual_seed(0)
+    x, layer = torch.randn(50, 8), nn.Linear(8, 3)
+    with torch.inference_mode():
+        gram = grail.Gram(8)
+        gram.update(x[:30])
+    gram.update(x[30:])
+    with torch.inference_mode():
+        result = grail.fit(gram, grail.Selection([0, 2, 5], 8), layer.weight)
+    layer.weight = nn.Parameter(result.weight)
+    layer(x[:, [0, 2, 5]]).sum().backward()
+    assert layer.weight.grad is not None
