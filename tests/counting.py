@@ -1,4 +1,4 @@
-"""Counts of what the test run tried: faults that were injected, bad inputs that were refused.
+"""Counts of what the test run tried: faults injected, bad inputs refused, reported errors measured.
 
 Printed at the end of the run; `pytest --counts=FILE` writes them as CSV.
 """
@@ -11,13 +11,18 @@ import pytest
 
 from grail.errors import GrailError
 
-FAULTS, REFUSALS = Counter(), Counter()
+NAMES = {
+    "fault": "faults injected",
+    "refusal": "refusals of bad input or damage",
+    "error": "reported errors measured in the whole network",
+}
+COUNTS = {what: Counter() for what in NAMES}
 COMMITTED = Path(__file__).parent.parent / "bench" / "results" / "faults.csv"
 
 
 def injected(fault: str, count: int = 1) -> None:
     """Hears that a test has injected a fault."""
-    FAULTS[fault] += count
+    COUNTS["fault"][fault] += count
 
 
 def pytest_addoption(parser):
@@ -26,7 +31,12 @@ def pytest_addoption(parser):
 
 def refused(error, count=1):
     """Hears that bad input or damage was refused, by a named error or an exit code."""
-    REFUSALS[error] += count
+    COUNTS["refusal"][error] += count
+
+
+def measured(kind):
+    """Counts a reported error of a site of some kind that was held against the network's."""
+    COUNTS["error"][kind] += 1
 
 
 class Counting:
@@ -66,22 +76,18 @@ def pytest_sessionfinish(session):
 def pytest_testnodedown(node):
     """Adds what such a process counted."""
     for what, kind, count in getattr(node, "workeroutput", {}).get("counts", ()):
-        (FAULTS if what == "fault" else REFUSALS)[kind] += count
+        COUNTS[what][kind] += count
 
 
 def rows():
     """What was counted so far, as (what, kind, count)."""
-    found = [("fault", fault, count) for fault, count in sorted(FAULTS.items())]
-    return found + [("refusal", error, count) for error, count in sorted(REFUSALS.items())]
+    return [(what, kind, count) for what in NAMES for kind, count in sorted(COUNTS[what].items())]
 
 
 def sentence(counted):
     """Rows in words."""
     words = []
-    for what, name in (
-        ("fault", "faults injected"),
-        ("refusal", "refusals of bad input or damage"),
-    ):
+    for what, name in NAMES.items():
         kinds = [(kind, int(count)) for w, kind, count in counted if w == what]
         listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
         words.append(f"{sum(n for _, n in kinds):,} {name}" + (f" ({listed})" if kinds else ""))
@@ -96,7 +102,7 @@ def read(path):
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
-    if not FAULTS and not REFUSALS:
+    if not any(COUNTS.values()):
         return
     terminalreporter.write_line(f"This run: {sentence(rows())}.")
     if path := config.getoption("--counts"):

@@ -18,13 +18,16 @@ import grail
 from grail.passes import watch
 from grail.sites import BoundSite, find
 
+from . import counting
+
 # Squared errors are differences of sums over fp32 Grams, of which each is 1e-7 off, times what W x
 # cancels: up to 100 where a gate reads the means of few images.
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}
 
 
-def assert_alike(name: str, reported: float | None, measured: Tensor) -> None:
+def assert_alike(site: BoundSite, name: str, reported: float | None, measured: Tensor) -> None:
     """Compares squared errors."""
+    counting.measured(site.kind)
     assert reported is not None, name
     found = torch.tensor(reported, dtype=torch.float64).square()
     torch.testing.assert_close(
@@ -76,7 +79,7 @@ def assert_errors_are_those_of_the_network(
                         continue
                     target = expected - _bias(dense, consumer.name)
                     error = (expected - got).norm() / target.norm()
-                    assert_alike(name, rows[name].error, error)
+                    assert_alike(site, name, rows[name].error, error)
                     found += 1
     assert found
 
@@ -112,7 +115,7 @@ def assert_errors_of_a_run_are_those_of_the_network(
                 ]
             ).double()
             error = lacking.norm() / (returned + lacking).norm()
-            assert_alike(name, rows[before.name].error, error)
+            assert_alike(before, name, rows[before.name].error, error)
             found += 1
     assert found
 
