@@ -142,7 +142,9 @@ def test_an_argument_that_a_block_changes_is_refused(use, make):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: iter([1, 2]), lambda: (n for n in (1, 2)), torch.Generator], ids=str
+    "make",
+    [lambda: iter([1, 2]), lambda: (n for n in (1, 2)), torch.Generator],
+    ids=["iterator", "generator", "random numbers"],
 )
 def test_an_argument_that_is_used_up_is_refused(make):
     model = Chain(lambda _: 1, make).eval()
