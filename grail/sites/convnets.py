@@ -20,7 +20,8 @@ from typing import Any
 from torch import fx, nn
 
 from grail.errors import ModelError
-from grail.layers import CONVOLUTIONS, Consumer, Producer
+from grail.kinds import CONVOLUTIONS
+from grail.layers import Consumer, Producer
 from grail.sites.channels import Channels, Flow
 from grail.sites.site import Architecture, BoundSite, Landing, bind
 from grail.width import Width
