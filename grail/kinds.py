@@ -84,7 +84,8 @@ def _spread(module: Any, x: Tensor) -> Tensor:
     """The input of a transposed convolution with zeros between its values and around them."""
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *sizes)
-    spread[(..., *(slice(None, None, step) for step in module.stride))] = x
+    places: Any = (..., *(slice(None, None, step) for step in module.stride))
+    spread[places] = x
     sides = []
     for axis, taps in enumerate(module.kernel_size):
         side = module.dilation[axis] * (taps - 1) - module.padding[axis]

@@ -40,13 +40,13 @@ class Producer:
 
     `parts`: what its rows are, in order, as (role, rows): fused query, key and value rows are
     (("channels", H), ("groups", G), ("groups", G)). None: all of them are the site's channels.
-    `interleaved`: whether the parts, all of one size, take turns row by row.
+    `turn`: after how many rows parts of one size take turns; None: each lies in one piece.
     """
 
     name: str
     module: nn.Module
     parts: tuple[tuple[str, int], ...] | None = None
-    interleaved: bool = False
+    turn: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         require_plain(self.name, self.module)
@@ -84,16 +84,18 @@ class Producer:
 
     def _in_parts(self, rows: Tensor) -> Tensor:
         """Rows, part by part."""
-        if not self.interleaved or self.parts is None:
+        if self.turn is None or self.parts is None:
             return rows
-        return rows.unflatten(0, (-1, len(self.parts))).transpose(0, 1).flatten(0, 1)
+        return rows.unflatten(0, (-1, len(self.parts), self.turn)).movedim(1, 0).flatten(0, 2)
 
     def _narrowed(self, rows: Tensor, reductions: Mapping[str, Reduction]) -> Tensor:
         if self.parts is None:
             return reductions["channels"].narrow(rows)
         pieces = self._in_parts(rows).split([n for _, n in self.parts])
         narrow = [reductions[r].narrow(p) for (r, _), p in zip(self.parts, pieces, strict=True)]
-        return torch.stack(narrow, 1).flatten(0, 1) if self.interleaved else torch.cat(narrow)
+        if self.turn is None:
+            return torch.cat(narrow)
+        return torch.stack([p.unflatten(0, (-1, self.turn)) for p in narrow], 1).flatten(0, 2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,7 +57,7 @@ def test_what_a_trace_finds_can_be_compressed():
 
 
 class Odd(nn.Module):
-    """A concatenation, a flattened map, a shared layer and a broadcast scale."""
+    """A concatenation, a map flattened position by position, a shared layer, a broadcast scale."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ class Odd(nn.Module):
         both = torch.cat([self.a(x), self.b(x)], 1)
         y = self.shared(self.shared(self.joined(both)))
         y = self.scaled(y * self.scale + self.c(x) * 2)
-        return self.last(y.relu().flatten(1))
+        return self.last(y.relu().permute(0, 2, 3, 1).flatten(1))
 
 
 def test_ambiguous_flows_are_given_up():

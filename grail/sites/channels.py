@@ -3,7 +3,7 @@
 It is traced (torch.fx) down to modules without children. Convolutions and linear layers read
 channels and start new ones, sums and products tie channels together, and what treats every channel
 by itself passes them on. Which operations without parameters do so is tried out, so that no list of
-them is needed. A flatten makes each channel of a map a block of columns, which a linear layer reads.
+them is needed. A flatten makes of each channel of a map a block of columns for a linear layer.
 """
 
 import math
@@ -156,7 +156,7 @@ class Flow:
         else:
             what = type(self.module(node)).__name__ if node.op == "call_module" else node.op
             lost = f"{getattr(node.target, '__name__', node.target)} ({what})"
-            if _is(node, _RESHAPES) and any(isinstance(size, int) for size in _below(node.args)):
+            if _is(node, _RESHAPES) and any(isinstance(size, int) for size in _sizes_in(node.args)):
                 lost += ", perhaps for its sizes, which are written into the code: try flatten(1)"
             self._of[node] = self._joined([*read, Channels(lost=lost)])
 
@@ -309,9 +309,10 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _below(values: Any) -> tuple[Any, ...]:
+def _sizes_in(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The sizes among a reshape's arguments, which may lie in one tuple."""
-    return values[1] if len(values) == 2 and isinstance(values[1], (tuple, list)) else values[1:]
+    sizes = values[1:]
+    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
 
 def _length(value: Any) -> Any:
@@ -325,8 +326,8 @@ def _length(value: Any) -> Any:
 def _recorded_len(block: nn.Module) -> Iterator[None]:
     """Lets a block call `len` of what is traced, as `fx.wrap("len")` in its file would."""
     forwards = (getattr(type(module), "forward", None) for module in block.modules())
-    files = {id(f.__globals__): f.__globals__ for f in forwards if hasattr(f, "__globals__")}
-    own = [names for names in files.values() if "len" not in names]
+    files = [getattr(forward, "__globals__", {"len": len}) for forward in forwards]
+    own = list({id(names): names for names in files if "len" not in names}.values())
     for names in own:
         names["len"] = _length
     try:

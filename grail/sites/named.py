@@ -134,7 +134,7 @@ class Named(Architecture):
                 "of one size"
             )
         parts = (("channels", channels),) * producer.parts
-        return replace(whole, parts=parts, interleaved=producer.interleaved)
+        return replace(whole, parts=parts, turn=1 if producer.interleaved else None)
 
     def _module(self, name: str) -> nn.Module:
         if name not in self._modules:
