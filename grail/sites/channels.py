@@ -156,7 +156,7 @@ class Flow:
         else:
             what = type(self.module(node)).__name__ if node.op == "call_module" else node.op
             lost = f"{getattr(node.target, '__name__', node.target)} ({what})"
-            if _is(node, _RESHAPES) and any(isinstance(size, int) for size in _sizes_in(node.args)):
+            if _is(node, _RESHAPES) and any(isinstance(n, int) and n > 1 for n in _sizes_in(node.args)):
                 lost += ", perhaps for its sizes, which are written into the code: try flatten(1)"
             self._of[node] = self._joined([*read, Channels(lost=lost)])
 
