@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import grail
-from grail.errors import InputError, ModelError
+from grail.errors import InputError
 from grail.kinds import as_matrix, as_stored
-from grail.layers import Consumer, Producer
+from grail.layers import Consumer
 
 from .kinds import KINDS, as_rows, batches, by_output, design, network, ridge, seen
 

@@ -156,7 +156,7 @@ class Flow:
         else:
             what = type(self.module(node)).__name__ if node.op == "call_module" else node.op
             lost = f"{getattr(node.target, '__name__', node.target)} ({what})"
-            if _is(node, _RESHAPES) and any(isinstance(n, int) and n > 1 for n in _sizes_in(node.args)):
+            if _is(node, _RESHAPES) and _has_fixed_sizes(node):
                 lost += ", perhaps for its sizes, which are written into the code: try flatten(1)"
             self._of[node] = self._joined([*read, Channels(lost=lost)])
 
@@ -309,10 +309,11 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _sizes_in(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The sizes among a reshape's arguments, which may lie in one tuple."""
-    sizes = values[1:]
-    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+def _has_fixed_sizes(reshape: fx.Node) -> bool:
+    """Whether a reshape is to sizes that are numbers in the code, -1 aside."""
+    sizes = reshape.args[1:]
+    several = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    return any(isinstance(size, int) and size > 1 for size in several)
 
 
 def _length(value: Any) -> Any:
