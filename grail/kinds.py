@@ -128,17 +128,23 @@ def _is_conv1d(module: Any) -> bool:
 
 def require_plain(name: str, module: Any) -> None:
     """Raises ModelError for a layer whose weight alone does not say what it computes."""
-    require_own(name, module)
     is_a = f"{name} is a {type(module).__name__}"
     if any(hasattr(module, mark) for mark in _ADAPTED):
-        raise ModelError(f"{is_a}, a layer with an adapter: call merge_and_unload() first")
-    if _is_quantised(module):
+        raise ModelError(f"{is_a}, a layer with an adapter: call model.merge_and_unload() first")
+    if any(hasattr(module, mark) for mark in _QUANTISED):
         raise ModelError(f"{is_a}, a quantised layer: load the model without quantisation")
     kind = next((kind for kind in (nn.Linear, *MAPS) if isinstance(module, kind)), None)
-    if (kind is None and not _is_conv1d(module)) or not isinstance(module.weight, Tensor):
+    if kind is None and not _is_conv1d(module):
         raise ModelError(
             f"{is_a}, not a plain floating-point Linear or convolution; producers and consumers "
             "of a site are Linear, Conv1d to Conv3d and ConvTranspose1d to 3d"
+        )
+    require_own(name, module)
+    weight: Tensor = module.weight
+    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in _FLOATS:
+        raise ModelError(
+            f"{is_a}, not a plain floating-point Linear or convolution: its weight is a "
+            f"{type(weight).__name__} of {weight.dtype}; load the model without quantisation"
         )
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise ModelError(
@@ -166,14 +172,6 @@ def require_own(name: str, module: nn.Module) -> None:
             f"{name} is a {type(module).__name__} that has no size yet; run the model once on a "
             "batch, which gives it one"
         )
-
-
-def _is_quantised(module: Any) -> bool:
-    weight = getattr(module, "weight", None)
-    odd = isinstance(weight, Tensor) and (
-        type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in _FLOATS
-    )
-    return odd or any(hasattr(module, mark) for mark in _QUANTISED)
 
 
 def _computes_as(kind: Any, module: Any) -> bool:

@@ -276,6 +276,7 @@ def narrow_along(module: Any, reduction: Reduction, change: Transaction) -> None
 
 def check_along(name: str, module: Any, channels: int) -> None:
     """Raises ModelError for a layer that is not known to treat each of H channels by itself."""
+    require_own(name, module)
     if isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)) and not _sizes_along(module):
         raise ModelError(
             f"{name} is a {type(module).__name__}, which scales each channel by what others hold: "
@@ -286,7 +287,6 @@ def check_along(name: str, module: Any, channels: int) -> None:
             f"{name} is a {type(module).__name__}; along a site run batch norm, instance norm, "
             "depthwise convolutions and PReLU. Layers without parameters need not be named"
         )
-    require_own(name, module)
     for own in {getattr(module, key) for key in _sizes_along(module)} - {channels}:
         raise ModelError(f"{name} has {own} channels, where its site has {channels}")
 

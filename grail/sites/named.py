@@ -60,8 +60,12 @@ class Site:
     def __post_init__(self) -> None:
         for field in ("producers", "consumers", "along"):
             names = getattr(self, field)
-            if isinstance(names, str):
-                raise InputError(f"{field} must be a list of names; got the string {names!r}")
+            if isinstance(names, (str, Fused)):
+                one = f"the string {names!r}" if isinstance(names, str) else repr(names)
+                raise InputError(f"{field} must be a list of names; got {one}")
+            kinds = (str, Fused) if field == "producers" else str
+            if odd := [name for name in names if not isinstance(name, kinds)]:
+                raise InputError(f"{field} must be a list of names of layers; got {odd[0]!r} in it")
             object.__setattr__(self, field, tuple(names))
             if twice := _repeated(list(map(str, names))):
                 raise InputError(f"{field} names {twice[0]!r} twice")
