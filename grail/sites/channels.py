@@ -54,10 +54,14 @@ class Channels:
         self.producers += other.producers
         self.along += other.along
         self.consumers += other.consumers
-        self.lost = self.lost or other.lost
+        self.lose(other.lost)
         if self.axis != other.axis and not other.outside:
-            self.lost = self.lost or "a sum or a product over different axes"
+            self.lose("a sum or a product over different axes")
         self.outside |= other.outside
+
+    def lose(self, reason: str) -> None:
+        """Notes what they cannot be followed through; the first reason counts."""
+        self.lost = self.lost or reason
 
 
 class Flow:
@@ -150,7 +154,7 @@ class Flow:
             if flat := self._flat.intersection(tensors):
                 self._flat.add(node)
                 if len(flat) == 1:
-                    self._of[node].lost = "a sum or a product of a flattened map and another one"
+                    self._of[node].lose("a sum or a product of a flattened map and another one")
         elif len(tensors) == 1 and self._by_channel(node, tensors[0]):
             self._of[node] = read[0]
         else:
@@ -179,13 +183,13 @@ class Flow:
         """A layer with a parameter for each channel, or for each two."""
         module = self.module(node)
         twice = f"{node.target}, which runs twice" if self._runs[node.target] > 1 else ""
-        channels.lost = channels.lost or twice
+        channels.lose(twice)
         (read,) = self._read(node)
         shapes = self._may_be(read)
         axis = -1 if isinstance(module, nn.Linear) else 1
         if not isinstance(module, _ALONG) and not is_depthwise(module):
             if axis != channels.axis and any(len(shape) > 2 for shape in shapes):
-                channels.lost = f"{node.target}, which reads another axis"
+                channels.lose(f"{node.target}, which reads another axis")
             channels.consumers.append(node)
             channels = Channels(producers=[node], lost=twice, axis=axis)
             self._shapes[node] = _behind(module, shapes)
@@ -193,16 +197,16 @@ class Flow:
             self._shapes[node] = shapes
             channels.along.append(node)
             if any(True for child in module.children() for _ in child.parameters()):
-                channels.lost = f"{node.target} ({type(module).__name__})"
+                channels.lose(f"{node.target} ({type(module).__name__})")
             elif read in self._flat:
                 self._flat.add(node)
                 if not _is_alike_for_all(module):
-                    channels.lost = f"{node.target}, which runs over a flattened map"
+                    channels.lose(f"{node.target}, which runs over a flattened map")
             elif channels.axis == -1 and not _is_alike_for_all(module):
                 # It runs along axis 1, which is the last one of vectors only.
                 self._shapes[node] = tuple(shape for shape in shapes if len(shape) == 2)
                 if not isinstance(module, (*NORMS, nn.PReLU)) or not self._shapes[node]:
-                    channels.lost = f"{node.target}, which runs over another axis"
+                    channels.lose(f"{node.target}, which runs over another axis")
         self._of[node] = channels
 
     def _joined(self, sets: list[Channels]) -> Channels:

@@ -52,6 +52,6 @@ def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
             else:
                 sites.append(site)
     if not sites:
-        why = f" ({reasons[0]})" if reasons else ""
+        why = f" ({'; '.join(reasons[:3])})" if reasons else ""
         raise ModelError(f"tracing found no unambiguous site in {kind}{why}; name them: grail.Site")
     return sites
