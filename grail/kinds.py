@@ -46,18 +46,13 @@ def as_stored(module: Any, matrix: Tensor) -> Tensor:
     return as_matrix(module, matrix)
 
 
-def windows(name: str, module: Any, x: Tensor) -> Tensor:
+def windows(module: Any, x: Tensor) -> Tensor:
     """The values that each output of a convolution reads: [N, positions …, channels · taps].
 
     Args:
         x: [N, channels, …], the layer's input.
     """
     axes = len(module.kernel_size)
-    if x.dim() != axes + 2:
-        raise ModelError(
-            f"{name} reads {list(x.shape)}, which has no batch axis: samples must lie along the "
-            "first one"
-        )
     if isinstance(module, TRANSPOSED):
         x, stride = _spread(module, x), (1,) * axes
     else:

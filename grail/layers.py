@@ -182,7 +182,7 @@ class Consumer:
         """Its input as tokens [..., H]; of a convolution with one tap, those that it reads."""
         if not isinstance(self.module, MAPS):
             return self._by_position(x, -1).movedim(-2, -1) if self.positions > 1 else x
-        return windows(self.name, self.module, x) if self.taps == 1 else x.movedim(1, -1)
+        return windows(self.module, x) if self.taps == 1 else x.movedim(1, -1)
 
     def patches(self, x: Tensor) -> Tensor:
         """Its input as tokens [N, positions, H·taps], one for each output position.
@@ -191,7 +191,7 @@ class Consumer:
         """
         if not isinstance(self.module, MAPS):
             return x
-        return windows(self.name, self.module, x).flatten(1, -2)
+        return windows(self.module, x).flatten(1, -2)
 
     def outputs_as_tokens(self, y: Tensor) -> Tensor:
         """What follows its output, [N, positions, O] beside `patches`."""
@@ -202,18 +202,28 @@ class Consumer:
         """Reports the layer's input x whenever it runs, and which of a batch's tokens those are."""
 
         def heard(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if any(value is not None for value in [*args, *kwargs.values()][1:]):
-                raise ModelError(
-                    f"{self.name} is called with more than its input, an output_size perhaps; it "
-                    "is narrowed only where its own settings say what it computes"
-                )
-            read(args[0] if args else next(iter(kwargs.values())), None)
+            x, *others = args + tuple(kwargs.values())
+            self._check_call(x, others)
+            read(x, None)
 
         handle = self.module.register_forward_pre_hook(heard, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
+
+    def _check_call(self, x: Tensor, others: Sequence[Any]) -> None:
+        """Raises ModelError for an input that its weight alone does not say the output of."""
+        if any(value is not None for value in others):
+            raise ModelError(
+                f"{self.name} is called with more than its input, an output_size perhaps; it is "
+                "narrowed only where its own settings say what it computes"
+            )
+        if isinstance(self.module, MAPS) and x.dim() != self._weight().dim():
+            raise ModelError(
+                f"{self.name} reads {list(x.shape)}, which has no batch axis: samples must lie "
+                "along the first one"
+            )
 
     def rewrite(
         self, weight: Tensor, kept: int, per_tap: bool, shift: Tensor | None, change: Transaction

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import grail
-from grail.errors import InputError
+from grail.errors import InputError, ModelError
 from grail.kinds import as_matrix, as_stored
 from grail.layers import Consumer
 
-from .kinds import KINDS, as_rows, batches, by_output, design, network, ridge, seen
+from .kinds import KINDS, as_rows, axis, batches, by_output, design, network, ridge, seen
+from .test_gradient import assert_close, expected
+from .test_gradient import seen as gradients
 
 ALPHA = 1e-2
 FIXED: dict[str, Any] = {"alpha": ALPHA, "toward": "zero", "multiple": 1, "progress": False}
@@ -49,10 +51,10 @@ def test_patches_times_the_weight_by_tap_is_what_the_layer_computes(kind, seed):
     module, x = drawn(kind, seed)
     consumer = Consumer("conv", module)
     with torch.no_grad():
-        expected = consumer.outputs_as_tokens(module(x))
+        written = consumer.outputs_as_tokens(module(x))
     found = consumer.patches(x) @ consumer.by_tap.T + module.bias.detach()
     # fp64 sums of a hundred products.
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found, written, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -111,9 +113,9 @@ def test_a_run_is_the_ridge_solution_over_forward_passes(name):
     # Of the dense layer's columns those of the kept channels.
     taps = by_output(there).shape[1] // row.channels
     columns = (selector.kept[:, None] * taps + torch.arange(taps)).flatten()
-    expected = ridge(design(there, read)[:, columns], target, ALPHA)
+    solved = ridge(design(there, read)[:, columns], target, ALPHA)
     # An fp32 Gram (1e-6) through a system of condition ≤ 1/α.
-    torch.testing.assert_close(by_output(here), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(by_output(here), solved, rtol=1e-3, atol=1e-4)
     # The narrow network reads those very channels: what was fitted is what it computes.
     assert row.error == pytest.approx(real_error(dense, model, consumer, data), rel=1e-3)
 
@@ -172,9 +174,9 @@ def test_a_map_of_channels_is_fitted_to_pixels(name):
         read = read.movedim(1, -1)
     pixels = read.flatten(0, -2)
     weight = by_output(there).unflatten(1, (row.channels, -1)).movedim(1, -1).flatten(0, 1)
-    expected = ridge(pixels[:, selector.kept], pixels @ weight.T, ALPHA)
+    solved = ridge(pixels[:, selector.kept], pixels @ weight.T, ALPHA)
     found = by_output(here).unflatten(1, (row.kept, -1)).movedim(1, -1).flatten(0, 1)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, solved, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("correction", [0.0, 0.7, 1.0])
@@ -204,9 +206,9 @@ def test_a_later_site_undoes_the_drift_of_an_earlier_one(name, correction):
     target = target - layer.bias.detach().double()
     taps = by_output(layer).shape[1] // row.channels
     columns = (selector.kept[:, None] * taps + torch.arange(taps)).flatten()
-    expected = ridge(design(layer, drifted)[:, columns], target, ALPHA)
+    solved = ridge(design(layer, drifted)[:, columns], target, ALPHA)
     found = by_output(model.get_submodule(consumer))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(found, solved, rtol=1e-3, atol=2e-4)
     if correction == 1:
         real = real_error(dense, model, consumer, data)
         assert row.error == pytest.approx(real, rel=1e-3, abs=1e-5)
@@ -239,3 +241,248 @@ def test_parameters_saved_are_those_that_are_gone(name):
     after = sum(p.numel() for p in model.parameters())
     assert report.model["parameters"] == {"before": before, "after": after}
     assert before - after == saved > 0
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "batch-norm-of-the-batch"])
+def test_regional_gradients_of_every_kind_are_those_of_autograd(name):
+    model, data = network(name), batches(name, count=2)
+    (layer,) = KINDS[name].site.consumers
+    module = model.get_submodule(layer)
+    reference = expected(model, model, module, data, lambda _, output: list(output))
+    ((channels, (found,)),) = gradients(model, data, sites=KINDS[name].site).items()
+    taps = reference.movedim(axis(module), 0).flatten(1).unflatten(1, (channels, -1))
+    taps = taps.flip(-1) if axis(module) else taps  # in the order in which windows are read
+    assert_close(found, taps.movedim(1, -1).flatten(0, -2))
+
+
+class Adapter(nn.Module):
+    """As a LoRA layer of peft."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer, self.lora_A = nn.Linear(6, 8), nn.ModuleDict({"default": nn.Linear(6, 2)})
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+class AdapterInside(nn.Linear):
+    """As loralib's, whose adapter is zero before it is trained."""
+
+    def __init__(self):
+        super().__init__(6, 8)
+        self.lora_A, self.lora_B = (nn.Parameter(torch.zeros(*s)) for s in ((2, 6), (8, 2)))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.lora_A.T @ self.lora_B.T
+
+
+class Packed(nn.Module):
+    """As GPTQ's and AWQ's layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(6, 1, dtype=torch.int32))
+
+    def forward(self, x):
+        return x.new_ones(len(x), 8)
+
+
+class Wrapped(Tensor):
+    """As torchao's tensors."""
+
+
+class Rounded(nn.Linear):
+    """As BitLinear."""
+
+    def __init__(self):
+        super().__init__(6, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.sign(), self.bias)
+
+
+class Observed(nn.Linear):
+    """Its forward computes what a linear layer does, of a state that it keeps."""
+
+    def __init__(self):
+        super().__init__(6, 8)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x * self.scale)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = x[:, None].expand(-1, 3, -1)
+        return self.attention(x, x, x)[0][:, 0]
+
+
+def of_weight(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(6, 8)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+QUANTISED, ODD = "load the model without quantisation", "something else than that of"
+PRODUCERS = {
+    "adapter": (Adapter, r"call model\.merge_and_unload\(\) first"),
+    "adapter-inside": (AdapterInside, r"call model\.merge_and_unload\(\) first"),
+    "packed": (Packed, QUANTISED),
+    "int8": (lambda: of_weight(torch.zeros(8, 6, dtype=torch.int8)), QUANTISED),
+    "float8": (lambda: of_weight(torch.zeros(8, 6).to(torch.float8_e4m3fn)), "float8_e4m3fn"),
+    "tensor-subclass": (lambda: of_weight(torch.zeros(8, 6).as_subclass(Wrapped)), "a Wrapped of"),
+    "rounded": (Rounded, f"Rounded.*{ODD} Linear"),
+    "observed": (Observed, f"Observed.*{ODD} Linear"),
+    "lazy": (lambda: nn.LazyLinear(8), "has no size yet; run the model once"),
+    "embedding": (lambda: nn.EmbeddingBag(6, 8), "EmbeddingBag.*are Linear, Conv1d to Conv3d and"),
+    "recurrent": (lambda: nn.RNN(6, 8), "RNN.*are Linear, Conv1d to Conv3d and"),
+}
+
+
+@pytest.mark.parametrize(("layer", "reason"), PRODUCERS.values(), ids=PRODUCERS)
+def test_a_producer_that_cannot_be_narrowed_is_refused_by_its_reason(layer, reason):
+    model = nn.Sequential(layer(), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with pytest.raises(ModelError, match=reason) as refusal:
+        grail.compress(model, [torch.randn(9, 6)], 0.5, grail.Site(["0"], ["2"]), progress=False)
+    assert ("quantis" in str(refusal.value)) == (
+        reason in (QUANTISED, "float8_e4m3fn", "a Wrapped of")
+    )
+
+
+def test_a_layer_that_its_owner_does_not_call_is_refused_by_its_reason():
+    model = nn.Sequential(nn.Linear(6, 8), Attention(), nn.Linear(8, 3)).eval()
+    site = grail.Site(["1.attention.out_proj"], ["2"])
+    with pytest.raises(ModelError, match="MultiheadAttention, which reads its weight without"):
+        grail.compress(model, [torch.randn(9, 6)], 0.5, site, progress=False)
+
+
+ALONG = {
+    "groups": (lambda: nn.GroupNorm(4, 8), "GroupNorm, which scales each channel by what others"),
+    "layer": (lambda: nn.LayerNorm([8, 6]), "LayerNorm, which scales each channel by what others"),
+    "rms": (lambda: nn.RMSNorm([8, 6]), "RMSNorm, which scales each channel by what others hold"),
+    "lazy": (nn.LazyBatchNorm1d, "LazyBatchNorm1d that has no size yet; run the model once"),
+    "grouped": (lambda: nn.Conv1d(8, 8, 1, groups=4), "Conv1d; along a site run batch norm"),
+    "sizes": (lambda: nn.InstanceNorm1d(6, affine=True), "1 has 6 channels, where its site has 8"),
+}
+
+
+@pytest.mark.parametrize(("layer", "reason"), ALONG.values(), ids=ALONG)
+def test_a_layer_that_cannot_run_along_is_refused_by_its_reason(layer, reason):
+    model = nn.Sequential(nn.Conv1d(3, 8, 1), layer(), nn.Conv1d(8, 4, 1)).eval()
+    site = grail.Site(["0"], ["2"], ["1"])
+    with pytest.raises(ModelError, match=reason):
+        grail.compress(model, [torch.randn(9, 3, 6)], 0.5, site, progress=False)
+
+
+class Same(nn.Conv2d):
+    """As timm's, which pads by the size of what it reads."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+class Standardised(nn.Conv2d):
+    """As timm's StdConv2d."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), True), bias)
+
+
+class Cast(nn.Conv2d):
+    """Computes what its parent does, in another way."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class Named(nn.ConvTranspose2d):
+    """Only a name."""
+
+
+@pytest.mark.parametrize("kind", [Same, Standardised, Cast, Named])
+def test_a_subclass_is_narrowed_where_it_computes_what_its_parent_does(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), kind(8, 4, 3, padding=1)).eval()
+    data, site = [torch.randn(4, 3, 6, 5) for _ in range(3)], grail.Site(["0"], ["2"])
+    dense = copy.deepcopy(model)
+    if kind in (Same, Standardised):
+        with pytest.raises(ModelError, match=f"2 is a {kind.__name__}.*{ODD} Conv2d"):
+            grail.compress(model, data, 0.5, site, progress=False)
+        return
+    (row,) = grail.compress(model, data, 0.5, site, progress=False).sites
+    assert row.error == pytest.approx(real_error(dense, model, "2", data), rel=1e-3)
+
+
+def test_an_output_size_that_is_given_with_a_call_is_refused():
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(3, 8, 3, 2), nn.ConvTranspose2d(8, 3, 3, 2)
+
+        def forward(self, x):
+            return self.up(self.down(x).relu(), output_size=x.shape[2:])
+
+    site = grail.Site(["down"], ["up"])
+    with pytest.raises(ModelError, match="up is called with more than its input, an output_size"):
+        grail.compress(Decoder().eval(), [torch.randn(4, 3, 8, 8)], 0.5, site, progress=False)
+
+
+def test_a_map_without_a_batch_axis_is_refused():
+    model = nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 4, 3)).eval()
+    with pytest.raises(ModelError, match="no batch axis: samples must lie along the first one"):
+        grail.compress(model, [torch.randn(3, 9)], 0.5, grail.Site(["0"], ["2"]), progress=False)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_fused_parts_of_another_order_are_refused(interleaved):
+    site = grail.Site([grail.Fused("gate_up", interleaved=not interleaved)], ["down"])
+    name = "fused-interleaved" if interleaved else "fused"
+    with pytest.raises(ModelError, match="does not read the channels that were kept"):
+        grail.compress(network(name), batches(name), 0.5, site, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("site", "error", "message"),
+    [
+        (lambda: grail.Fused(3), InputError, "Fused takes the name of a layer; got 3"),
+        (lambda: grail.Fused("a", parts=1), InputError, "integer of at least 2; got 1"),
+        (lambda: grail.Site(grail.Fused("a"), ["b"]), InputError, "must be a list of names; got F"),
+        (lambda: grail.Site(["a"], [grail.Fused("b")]), InputError, "names of layers; got Fused"),
+        (lambda: grail.Site([grail.Fused("a"), "a"], ["b"]), InputError, "names 'a' twice"),
+        (lambda: grail.Site([grail.Fused("a")], ["a"]), ModelError, "a writes the channels that"),
+    ],
+    ids=["name", "parts", "no list", "consumer", "twice", "itself"],
+)
+def test_fused_layers_that_make_no_site_are_refused(site, error, message):
+    with pytest.raises(error, match=message):
+        site()
+
+
+@pytest.mark.parametrize(("parts", "message"), [(3, "no 3 parts of one size"), (11, "down 11")])
+def test_fused_parts_must_fit_the_layer(parts, message):
+    site = grail.Site([grail.Fused("gate_up", parts)], ["down"])
+    with pytest.raises(ModelError, match=message):
+        grail.compress(network("fused"), batches("fused"), 0.5, site, progress=False)
+
+
+def test_a_layer_of_several_parts_that_is_not_said_to_be_fused_is_refused_with_the_remedy():
+    site = grail.Site(["gate_up"], ["down"])
+    with pytest.raises(ModelError, match=r"gate_up 22, down 11.*grail\.Fused\(name\)"):
+        grail.compress(network("fused"), batches("fused"), 0.5, site, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["conv1d", "same", "transposed", "flatten", "fused", "falcon"])
+def test_other_dtypes_report_the_real_error_too(name, dtype):
+    model, data = network(name).to(dtype), [batch.to(dtype) for batch in batches(name)]
+    dense, (consumer,) = copy.deepcopy(model), KINDS[name].site.consumers
+    (row,) = grail.compress(model, data, 0.5, KINDS[name].site, progress=False).sites
+    # Outputs are rounded to 8 or 11 bits; the report's are not.
+    slack = {torch.bfloat16: 2**-6, torch.float16: 2**-9}[dtype]
+    assert row.error == pytest.approx(real_error(dense, model, consumer, data), abs=slack)
