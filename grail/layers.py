@@ -214,12 +214,13 @@ class Consumer:
 
     def _check_call(self, x: Tensor, others: Sequence[Any]) -> None:
         """Raises ModelError for an input that its weight alone does not say the output of."""
+        module: Any = self.module
         if any(value is not None for value in others):
             raise ModelError(
                 f"{self.name} is called with more than its input, an output_size perhaps; it is "
                 "narrowed only where its own settings say what it computes"
             )
-        if isinstance(self.module, MAPS) and x.dim() != self._weight().dim():
+        if isinstance(module, MAPS) and x.dim() != module.weight.dim():
             raise ModelError(
                 f"{self.name} reads {list(x.shape)}, which has no batch axis: samples must lie "
                 "along the first one"

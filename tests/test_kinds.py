@@ -486,3 +486,24 @@ def test_other_dtypes_report_the_real_error_too(name, dtype):
     # Outputs are rounded to 8 or 11 bits; the report's are not.
     slack = {torch.bfloat16: 2**-6, torch.float16: 2**-9}[dtype]
     assert row.error == pytest.approx(real_error(dense, model, consumer, data), abs=slack)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_was_collected_of_every_kind_compresses_to_the_same_bits(name, tmp_path):
+    data, site = batches(name), [KINDS[name].site]
+    folder = grail.collect(network(name), data, site, output=tmp_path / "a", progress=False)
+    model, other = network(name), network(name)
+    settings = {"closed_loop": False, "drift_correction": 0, "progress": False}
+    grail.compress(model, data, 0.5, site, **settings)
+    grail.compress(other, grail.Collected(folder), 0.5, site, **settings)
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].groups == 1])
+def test_what_the_network_loses_by_a_site_of_every_kind_is_measured(name):
+    model, data = network(name), batches(name)
+    before = copy.deepcopy(model.state_dict())
+    measured = grail.sensitivity(model, data, [KINDS[name].site], progress=False)
+    (loss,) = measured.losses.values()
+    assert 0 < loss < 1
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

@@ -172,8 +172,10 @@ def test_a_flattened_map_of_another_layout_is_neither_found_nor_narrowed(flatten
         (lambda x: x.permute(0, 2, 3, 1).flatten(1), "lost in permute"),
         (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(42)), "runs over a flattened map"),
         (nn.Sequential(nn.Flatten(), nn.LayerNorm(42)), "LayerNorm"),
+        (lambda x: x.flatten(1) + x.mean((2, 3)).repeat(1, 6), "repeat"),
+        (lambda x: x.flatten(1) + x.mean((2, 3))[:, :1], "lost in getitem"),
     ],
-    ids=["fixed", "channels last", "norm", "layer norm"],
+    ids=["fixed", "channels last", "norm", "layer norm", "repeated", "broadcast"],
 )
 def test_why_a_flattened_map_is_not_followed_is_said(flatten, reason):
     with pytest.raises(ModelError, match=reason):
