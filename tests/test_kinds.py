@@ -507,3 +507,14 @@ def test_what_the_network_loses_by_a_site_of_every_kind_is_measured(name):
     (loss,) = measured.losses.values()
     assert 0 < loss < 1
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [n for n in KINDS if not n.startswith(("fused", "group-norm"))])
+def test_a_trace_finds_the_site_of_every_kind(name):
+    (found,) = grail.trace(network(name))
+    site = KINDS[name].site
+    assert (found.producers, found.along, found.consumers) == (
+        site.producers,
+        site.along,
+        site.consumers,
+    )

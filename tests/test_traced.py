@@ -189,6 +189,48 @@ def test_tracing_leaves_the_names_of_a_file_alone():
     assert "len" not in globals()
 
 
+class Positions(nn.Module):
+    """Adds a layer of numbers that follow from a size to a map."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 4, 3)
+        self.place = nn.Linear(1, 1)
+
+    def forward(self, x):
+        hidden = self.first(x).relu()
+        places = torch.arange(hidden.size(2), dtype=torch.float32)[:, None]
+        return self.second(hidden) + self.place(places).sum()
+
+
+def test_what_is_computed_of_sizes_alone_is_no_obstacle():
+    (site,) = grail.trace(Positions().eval())
+    assert parts(site) == ({"first"}, set(), {"second"})
+    batches = [torch.randn(4, 3, 9) for _ in range(3)]
+    grail.compress(Positions().eval(), batches, 0.5, [site], progress=False)
+
+
+class Upsampled(nn.Module):
+    """Resizes a map to the size of another, as the decoder of a U-Net does."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.inner, self.up = (
+            nn.Conv2d(3, 8, 3, 2),
+            nn.Conv2d(8, 6, 1),
+            nn.Conv2d(6, 3, 1),
+        )
+
+    def forward(self, x):
+        hidden = self.inner(self.down(x).relu())
+        return self.up(nn.functional.interpolate(hidden, size=x.shape[2:], mode="bilinear"))
+
+
+def test_a_map_may_be_resized_to_another_ones_size():
+    found = [parts(site) for site in grail.trace(Upsampled().eval())]
+    assert found == [({"down"}, set(), {"inner"}), ({"inner"}, set(), {"up"})]
+
+
 class TwoHeads(nn.Module):
     """A map that a convolution, a pooled and a flattened head read."""
 

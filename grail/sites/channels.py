@@ -146,7 +146,7 @@ class Flow:
         read = list(dict.fromkeys(self._of[n] for n in tensors))
         if node.op in ("placeholder", "output"):
             self._of[node] = self._joined([*read, Channels(outside=True)])
-        elif self._calls(node, *_LAYERS):
+        elif len(tensors) == 1 and self._calls(node, *_LAYERS):
             self._layer(node, *read)
         elif len(tensors) == 2 and _is(node, _SUMS + _PRODUCTS):
             self._of[node] = self._joined(read)
@@ -270,7 +270,8 @@ class Flow:
                 return x
             if argument in self._sizes:
                 return self._tried(argument, read, x)
-            shape, channels = list(self._may_be(argument)[0]), self._of[argument]
+            shapes, channels = self._may_be(argument), self._of[argument]
+            shape = list(next((s for s in shapes if len(s) == x.dim()), shapes[0]))
             if channels is self._of[read] and argument not in self._flat:
                 shape[channels.axis] = min(_FEW, x.shape[channels.axis])
             return torch.zeros(shape)

@@ -22,7 +22,7 @@ from typing import Any
 from torch import fx, nn
 
 from grail.errors import ModelError
-from grail.kinds import CONVOLUTIONS
+from grail.kinds import MAPS
 from grail.layers import Consumer, Producer
 from grail.sites.channels import Channels, Flow
 from grail.sites.site import Architecture, BoundSite, Landing, bind
@@ -119,7 +119,7 @@ class Search:
         return found
 
     def _has_channels(self, name: str, block: nn.Module) -> bool:
-        convolutions = [m for m in block.modules() if isinstance(m, CONVOLUTIONS)]
+        convolutions = [m for m in block.modules() if isinstance(m, MAPS)]
         if isinstance(block, _LISTS) or len(convolutions) < 2:
             return False
         try:
