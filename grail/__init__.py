@@ -10,7 +10,7 @@ from grail.reduction import Folding, Reduction, Selection
 from grail.report import Report
 from grail.saving import load, save
 from grail.sensitivity import Sensitivity, sensitivity
-from grail.sites import Site, trace
+from grail.sites import Fused, Site, trace
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "Collected",
     "Fit",
     "Folding",
+    "Fused",
     "Gram",
     "Inspection",
     "Options",

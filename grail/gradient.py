@@ -13,19 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import grad
+from torch.func import functional_call
 
 from grail.errors import InputError, ModelError, NonFiniteError
-from grail.layers import CONVOLUTIONS, Consumer
+from grail.kinds import MAPS
+from grail.layers import Consumer
 from grail.samples import first_tensor
 from grail.sites import BoundSite
 from grail.stream import Stream
-
-_OF_CONVOLUTION: dict[type[nn.Module], Any] = {
-    nn.Conv1d: grad.conv1d_weight,
-    nn.Conv2d: grad.conv2d_weight,
-    nn.Conv3d: grad.conv3d_weight,
-}
 
 
 def regional_gradient(
@@ -39,7 +34,7 @@ def regional_gradient(
         drops: whether a sequence whose gradient holds NaN or Inf is left out, not refused.
 
     Raises:
-        InputError: a site of experts, or a layer whose padding is given in words.
+        InputError: a site of experts.
         ModelError: a block that returns no tensor.
         NonFiniteError: a gradient with NaN or Inf.
     """
@@ -128,24 +123,19 @@ def _rows(tensor: Tensor, sequences: int, sequence: int) -> Tensor:
 def _of_weight(consumer: Consumer, x: Tensor, slope: Tensor) -> Tensor:
     """Gradient of a layer's weight from its input and that of its output, in the weight's shape."""
     module: Any = consumer.module
-    if isinstance(module, CONVOLUTIONS):
-        if isinstance(module.padding, str):
-            raise InputError(
-                f"{consumer.name}: gradients are taken of convolutions whose padding is given in "
-                "numbers; choose another selector"
-            )
-        gradient: Tensor = _OF_CONVOLUTION[type(module)](
-            x,
-            module.weight.shape,
-            slope,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
-        )
-        return gradient
+    if isinstance(module, MAPS):
+        return _of_map(module, x, slope)
     product = slope.flatten(0, -2).T @ x.flatten(0, -2)
     return product if isinstance(module, nn.Linear) else product.T  # a Conv1D's
+
+
+def _of_map(module: Any, x: Tensor, slope: Tensor) -> Tensor:
+    """Gradient of a convolution's weight, whatever its padding."""
+    own = {key: value.detach().float() for key, value in module.named_parameters(recurse=False)}
+    with torch.enable_grad():
+        weight = own["weight"].requires_grad_()
+        (gradient,) = torch.autograd.grad(functional_call(module, own, (x,)), [weight], slope)
+    return gradient
 
 
 def _non_finite(site: BoundSite, gradients: list[Tensor]) -> NonFiniteError:

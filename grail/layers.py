@@ -4,26 +4,34 @@
     along       a layer between producer and consumer that treats every channel by itself
     Consumer    columns of a layer's weight read the channels
 
-Linear, transformers' Conv1D (weight [in, out]), convolutions of one to three dimensions, batch norm
-and PReLU are known; another kind is refused by name.
+Which kinds of layers there are, and how each stores its weight: `grail.kinds`. Another kind is
+refused by name.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from grail.errors import InputError, ModelError
+from grail.kinds import (
+    INSTANCE_NORMS,
+    MAPS,
+    NORMS,
+    as_matrix,
+    as_stored,
+    is_depthwise,
+    require_own,
+    require_plain,
+    set_sizes,
+    windows,
+)
 from grail.reduction import Reduction
 from grail.transaction import Transaction
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +40,16 @@ class Producer:
 
     `parts`: what its rows are, in order, as (role, rows): fused query, key and value rows are
     (("channels", H), ("groups", G), ("groups", G)). None: all of them are the site's channels.
+    `turn`: after how many rows parts of one size take turns; None: each lies in one piece.
     """
 
     name: str
     module: nn.Module
     parts: tuple[tuple[str, int], ...] | None = None
+    turn: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        _require_plain(self.name, self.module)
+        require_plain(self.name, self.module)
         if self.parts is not None and sum(n for _, n in self.parts) != len(self._rows()):
             raise ModelError(
                 f"{self.name} has {len(self._rows())} rows, where its site expects "
@@ -56,13 +66,13 @@ class Producer:
 
     def narrow(self, reductions: Mapping[str, Reduction], transaction: Transaction) -> None:
         """Narrows the rows of each role, weight and bias."""
-        weight = self._narrowed(self._rows(), reductions)
         module: Any = self.module
+        weight = self._narrowed(_matrix(module), reductions)
         bias = None if module.bias is None else self._narrowed(module.bias.detach(), reductions)
-        transaction.set_parameter(module, "weight", weight.T if _transposed(module) else weight)
+        transaction.set_parameter(module, "weight", as_stored(module, weight))
         if bias is not None:
             transaction.set_parameter(module, "bias", bias)
-        _set_sizes(module, transaction)
+        set_sizes(module, transaction)
 
     def values_per_row(self) -> int:
         """Parameters of one row, its bias included."""
@@ -70,15 +80,22 @@ class Producer:
         return self._rows()[0].numel() + (module.bias is not None)
 
     def _rows(self) -> Tensor:
-        return _matrix(self.module)
+        return self._in_parts(_matrix(self.module))
+
+    def _in_parts(self, rows: Tensor) -> Tensor:
+        """Rows, part by part."""
+        if self.turn is None or self.parts is None:
+            return rows
+        return rows.unflatten(0, (-1, len(self.parts), self.turn)).movedim(1, 0).flatten(0, 2)
 
     def _narrowed(self, rows: Tensor, reductions: Mapping[str, Reduction]) -> Tensor:
         if self.parts is None:
             return reductions["channels"].narrow(rows)
-        pieces = rows.split([n for _, n in self.parts])
-        return torch.cat(
-            [reductions[r].narrow(p) for (r, _), p in zip(self.parts, pieces, strict=True)]
-        )
+        pieces = self._in_parts(rows).split([n for _, n in self.parts])
+        narrow = [reductions[r].narrow(p) for (r, _), p in zip(self.parts, pieces, strict=True)]
+        if self.turn is None:
+            return torch.cat(narrow)
+        return torch.stack([p.unflatten(0, (-1, self.turn)) for p in narrow], 1).flatten(0, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,19 +125,28 @@ class Consumer:
     """A layer whose columns read a site's channels.
 
     `norm`: the batch norm right behind it, which can hold a bias that the layer itself has not.
+    `positions`: at how many a linear layer behind a flatten reads each channel, in columns side by
+    side; they are its taps.
     """
 
     name: str
     module: nn.Module
     norm: nn.Module | None = None
+    positions: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
-        _require_plain(self.name, self.module)
+        require_plain(self.name, self.module)
         if getattr(self.module, "groups", 1) != 1:
             raise ModelError(
                 f"{self.name} reads its channels in {self.module.groups} groups, so a map from all "
                 "channels to all cannot be absorbed into it"
             )
+
+    def reading(self, channels: int) -> "Consumer":
+        """The same layer, of a map of so many channels that was flattened before it."""
+        columns = self._weight()[0].numel()
+        flattened = isinstance(self.module, nn.Linear) and columns % channels == 0
+        return replace(self, positions=columns // channels) if flattened else self
 
     @property
     def channels(self) -> int:
@@ -134,7 +160,7 @@ class Consumer:
 
     @property
     def taps(self) -> int:
-        """Positions at which a convolution reads each channel; 1 for a linear layer."""
+        """Positions at which each channel is read: 1 for a linear layer, but behind a flatten."""
         return math.prod(self._weight().shape[2:])
 
     @property
@@ -150,59 +176,55 @@ class Consumer:
 
     def as_rows(self, weight: Tensor) -> Tensor:
         """A tensor of the layer's weight's shape, of the form of `by_channel`."""
-        weight = weight.T if _transposed(self.module) else weight
-        return weight.movedim(1, -1).flatten(0, -2)
+        return self._by_position(as_matrix(self.module, weight)).movedim(1, -1).flatten(0, -2)
 
     def pixels(self, x: Tensor) -> Tensor:
         """Its input as tokens [..., H]; of a convolution with one tap, those that it reads."""
-        module: Any = self.module
-        if not isinstance(module, CONVOLUTIONS):
-            return x
-        if self.taps == 1:
-            if not isinstance(module.padding, str):  # a name gives one tap no padding
-                mode = module.padding_mode.replace("zeros", "constant")
-                ring = [size for size in reversed(module.padding) for _ in range(2)]
-                x = nn.functional.pad(x, ring, mode) if any(ring) else x
-            read = (slice(None, None, step) for step in module.stride)
-            x = x[(slice(None), slice(None), *read)]
-        return x.movedim(1, -1)
+        if not isinstance(self.module, MAPS):
+            return self._by_position(x, -1).movedim(-2, -1) if self.positions > 1 else x
+        return windows(self.module, x) if self.taps == 1 else x.movedim(1, -1)
 
     def patches(self, x: Tensor) -> Tensor:
         """Its input as tokens [N, positions, H·taps], one for each output position.
 
-        A linear layer's, and those of a convolution with one tap, are its `pixels`.
+        A linear layer's are its input.
         """
-        module: Any = self.module
-        if not isinstance(module, CONVOLUTIONS):
+        if not isinstance(self.module, MAPS):
             return x
-        if self.taps == 1:
-            return self.pixels(x).flatten(1, -2)
-        if isinstance(module.padding, str) or module.padding_mode != "zeros" or x.dim() != 4:
-            raise ModelError(
-                f"{self.name}: patches are taken of 2-d convolutions with zero padding given in "
-                "numbers; choose per_tap=False"
-            )
-        unfolded = nn.functional.unfold(
-            x, module.kernel_size, module.dilation, module.padding, module.stride
-        )
-        return unfolded.movedim(1, -1)
+        return windows(self.module, x).flatten(1, -2)
 
     def outputs_as_tokens(self, y: Tensor) -> Tensor:
         """What follows its output, [N, positions, O] beside `patches`."""
-        return y.flatten(2).movedim(1, -1) if isinstance(self.module, CONVOLUTIONS) else y
+        return y.flatten(2).movedim(1, -1) if isinstance(self.module, MAPS) else y
 
     @contextmanager
     def watch(self, read: Reader) -> Iterator[None]:
         """Reports the layer's input x whenever it runs, and which of a batch's tokens those are."""
 
         def heard(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            read(args[0] if args else next(iter(kwargs.values())), None)
+            x, *others = args + tuple(kwargs.values())
+            self._check_call(x, others)
+            read(x, None)
 
         handle = self.module.register_forward_pre_hook(heard, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
+
+    def _check_call(self, x: Tensor, others: Sequence[Any]) -> None:
+        """Raises ModelError for an input that its weight alone does not say the output of."""
+        module: Any = self.module
+        if any(value is not None for value in others):
+            raise ModelError(
+                f"{self.name} is called with more than its input, an output_size perhaps; it is "
+                "narrowed only where its own settings say what it computes"
+            )
+        if isinstance(module, MAPS) and x.dim() != module.weight.dim():
+            raise ModelError(
+                f"{self.name} reads {list(x.shape)}, which has no batch axis: samples must lie "
+                "along the first one"
+            )
 
     def rewrite(
         self, weight: Tensor, kept: int, per_tap: bool, shift: Tensor | None, change: Transaction
@@ -218,8 +240,9 @@ class Consumer:
             new = weight.view(old.shape[0], kept, *old.shape[2:])
         else:
             new = weight.view(old.shape[0], *old.shape[2:], kept).movedim(-1, 1)
-        change.set_parameter(module, "weight", new.T if _transposed(module) else new)
-        _set_sizes(module, change)
+        new = new.flatten(1) if self.positions > 1 else new
+        change.set_parameter(module, "weight", as_stored(module, new))
+        set_sizes(module, change)
         if shift is not None:
             self._shift(shift, change)
 
@@ -242,52 +265,52 @@ class Consumer:
         return getattr(self.norm, "running_mean", None)
 
     def _weight(self) -> Tensor:
-        return _matrix(self.module)
+        return self._by_position(_matrix(self.module))
+
+    def _by_position(self, columns: Tensor, axis: int = 1) -> Tensor:
+        """Columns of a linear layer behind a flatten as [channels, positions]."""
+        return columns.unflatten(axis, (-1, self.positions)) if self.positions > 1 else columns
 
 
 def narrow_along(module: Any, reduction: Reduction, change: Transaction) -> None:
     """Narrows a layer that treats every channel by itself, see `check_along`."""
-    if is_depthwise(module):
-        change.set_attribute(module, "groups", reduction.kept)
+    sizes = _sizes_along(module)  # while it is whole: of one channel it is not depthwise
     for key, parameter in list(module.named_parameters(recurse=False)):
         if parameter.shape[0] != 1 or reduction.channels == 1:  # a PReLU of one slope for all
             change.set_parameter(module, key, reduction.narrow(parameter.detach()))
     for key, buffer in list(module.named_buffers(recurse=False)):
         if buffer.dim():
             change.set_buffer(module, key, reduction.narrow(buffer))
-    if isinstance(module, NORMS):
-        change.set_attribute(module, "num_features", reduction.kept)
-    elif isinstance(module, nn.PReLU):
-        if module.num_parameters > 1:
-            change.set_attribute(module, "num_parameters", reduction.kept)
-    else:
-        change.set_attribute(module, "in_channels", reduction.kept)
-        change.set_attribute(module, "out_channels", reduction.kept)
+    for key in sizes:
+        change.set_attribute(module, key, reduction.kept)
 
 
 def check_along(name: str, module: Any, channels: int) -> None:
     """Raises ModelError for a layer that is not known to treat each of H channels by itself."""
-    if isinstance(module, NORMS):
-        own = module.num_features
-    elif isinstance(module, nn.PReLU):
-        own = channels if module.num_parameters == 1 else module.num_parameters
-    elif is_depthwise(module):
-        own = module.in_channels
-    else:
+    require_own(name, module)
+    if isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)) and not _sizes_along(module):
         raise ModelError(
-            f"{name} is a {type(module).__name__}; along a site run batch norm, depthwise "
-            "convolutions and PReLU. Layers without parameters need not be named"
+            f"{name} is a {type(module).__name__}, which scales each channel by what others hold: "
+            "a site ends before it"
         )
-    _require_own(name, module)
-    if own != channels:
+    if not _sizes_along(module) and not isinstance(module, nn.PReLU):
+        raise ModelError(
+            f"{name} is a {type(module).__name__}; along a site run batch norm, instance norm, "
+            "depthwise convolutions and PReLU. Layers without parameters need not be named"
+        )
+    for own in {getattr(module, key) for key in _sizes_along(module)} - {channels}:
         raise ModelError(f"{name} has {own} channels, where its site has {channels}")
 
 
-def is_depthwise(module: Any) -> bool:
-    """Whether a layer is a convolution with one filter for each channel."""
-    if not isinstance(module, CONVOLUTIONS):
-        return False
-    return module.groups == module.in_channels == module.out_channels and module.groups > 1
+def _sizes_along(module: Any) -> tuple[str, ...]:
+    """Attributes that hold how many channels a layer along a site treats one by one."""
+    if isinstance(module, (*NORMS, *INSTANCE_NORMS)):
+        return ("num_features",)
+    if isinstance(module, nn.PReLU):
+        return ("num_parameters",) if module.num_parameters > 1 else ()
+    if isinstance(module, nn.GroupNorm):
+        return ("num_channels", "num_groups") if module.num_groups == module.num_channels else ()
+    return ("in_channels", "out_channels", "groups") if is_depthwise(module) else ()
 
 
 def values_along(module: nn.Module, channels: int) -> int:
@@ -295,53 +318,9 @@ def values_along(module: nn.Module, channels: int) -> int:
     return sum(p.numel() // channels for p in module.parameters(recurse=False) if p.numel() > 1)
 
 
-def _transposed(module: Any) -> bool:
-    """Transformers' Conv1D, of GPT-2: a linear layer that stores its weight as [in, out]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
 def _matrix(module: Any) -> Tensor:
     """A layer's weight as [outputs, inputs, ...]."""
-    weight = module.weight.detach()
-    return weight.T if _transposed(module) else weight
-
-
-def _require_plain(name: str, module: Any) -> None:
-    _require_own(name, module)
-    weight = getattr(module, "weight", None)
-    known = type(module) in (nn.Linear, *CONVOLUTIONS) or _transposed(module)
-    if not known or not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise ModelError(
-            f"{name} is a {type(module).__name__}, not a plain floating-point "
-            "Linear or convolution; load the model without quantisation or adapters"
-        )
-
-
-def _require_own(name: str, module: nn.Module) -> None:
-    """Raises ModelError where a layer computes its weight or bias anew whenever it runs."""
-    for key in ("weight", "bias"):
-        if is_parametrized(module, key) or key in vars(module):
-            raise ModelError(
-                f"{name} computes its {key} whenever it runs, as torch.nn.utils.prune, weight_norm "
-                "and spectral_norm make it do; make that permanent first (prune.remove, "
-                "remove_weight_norm, remove_spectral_norm, remove_parametrizations)"
-            )
-
-
-def _set_sizes(module: Any, change: Transaction) -> None:
-    """Brings a layer's record of its sizes in line with its weight."""
-    if _transposed(module):
-        sizes = {"nx": module.weight.shape[0], "nf": module.weight.shape[1]}
-    elif isinstance(module, nn.Linear):
-        sizes = {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
-    else:
-        sizes = {
-            "out_channels": module.weight.shape[0],
-            "in_channels": module.weight.shape[1] * module.groups,
-        }
-    for key, value in sizes.items():
-        if hasattr(module, key):
-            change.set_attribute(module, key, value)
+    return as_matrix(module, module.weight.detach())
 
 
 def stacked(consumers: Sequence[Consumer]) -> Tensor:

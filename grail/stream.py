@@ -314,8 +314,8 @@ class Stream:
                     raise _no_chain(len(calls)) from error
         if len(calls) < len(self.blocks):
             raise ModelError(
-                f"block {len(calls)} of {len(self.blocks)} does not run; name the sites: "
-                "sites=[grail.Site(…)]"
+                f"block {len(calls)} of {len(self.blocks)} does not run; find the sites by "
+                "sites=grail.trace(model), or name them: sites=[grail.Site(…)]"
             )
         self._calls.append(calls)
         self.masks.append(masks_of(model, args, kwargs).cpu())
@@ -393,7 +393,8 @@ class Memo:
 def _no_chain(block: int) -> ModelError:
     return ModelError(
         f"something runs between block {block} and the one before it, or a block runs again, so "
-        "blocks cannot be run one by one; name the sites: sites=[grail.Site(…)]"
+        "blocks cannot be run one by one; find the sites by sites=grail.trace(model), or name "
+        "them: sites=[grail.Site(…)]"
     )
 
 

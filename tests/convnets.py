@@ -343,3 +343,127 @@ def randomised(model: nn.Module) -> nn.Module:
 def images(count: int = 4, rows: int = 5, seed: int = 0, size: int = 12) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(rows, 3, size, size, generator=generator) for _ in range(count)]
+
+
+class ConvNormAct(nn.Module):
+    """timm's."""
+
+    def __init__(self, c: int, o: int, kernel: int = 1, stride: int = 1, groups: int = 1):
+        super().__init__()
+        self.conv, self.bn = conv(c, o, kernel, stride, groups), NormAct(o, nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class RegNetBlock(nn.Module):
+    """timm's Bottleneck of RegNet."""
+
+    def __init__(self, c: int, o: int, stride: int, groups: int = 2):
+        super().__init__()
+        self.conv1 = ConvNormAct(c, o)
+        self.conv2 = ConvNormAct(o, o, 3, stride, groups)
+        self.se, self.conv3 = SqueezeExcite(o), ConvNormAct(o, o)
+        self.conv3.bn.act = nn.Identity()
+        self.act3 = nn.ReLU(inplace=True)
+        self.downsample = downsample(c, o, stride) or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.conv3(self.se(self.conv2(self.conv1(x))))
+        return self.act3(x + self.downsample(shortcut))
+
+
+class RegStage(nn.Module):
+    """Its blocks are attributes b1, b2, …"""
+
+    grad_checkpointing = False
+
+    def __init__(self, c: int, o: int, depth: int = 2):
+        super().__init__()
+        for number in range(depth):
+            block = RegNetBlock(c if number == 0 else o, o, 2 if number == 0 else 1)
+            self.add_module(f"b{number + 1}", block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing:
+            return x
+        for block in self.children():
+            x = block(x)
+        return x
+
+
+class RegNet(nn.Module):
+    """timm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.s1, self.s2 = ConvNormAct(3, 8, 3), RegStage(8, 12), RegStage(12, 16)
+        self.final_conv, self.head = nn.Identity(), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.final_conv(self.s2(self.s1(self.stem(x)))).mean((2, 3)))
+
+
+class DlaTree(nn.Module):
+    """A level of timm's DLA: two blocks as attributes and a root that joins them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tree1, self.tree2 = Basic(8, 8, 1), Basic(8, 8, 1)
+        self.root = ConvNormAct(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.tree1(x)
+        second = self.tree2(first)
+        return self.root(torch.cat([second, first], 1))
+
+
+class ConvNeXtBlock(nn.Module):
+    """timm's, its MLP linear layers."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv_dw = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.fc1, self.act, self.fc2 = nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width)
+        self.gamma = nn.Parameter(torch.full((width,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.conv_dw(x).permute(0, 2, 3, 1))
+        hidden = self.fc2(self.act(self.fc1(hidden))).permute(0, 3, 1, 2)
+        return hidden * self.gamma.reshape(1, -1, 1, 1) + x
+
+
+class ConvNeXtStage(nn.Module):
+    """timm's: a downsampling between the lists of blocks."""
+
+    def __init__(self, c: int, o: int):
+        super().__init__()
+        self.downsample = nn.Conv2d(c, o, 2, 2)
+        self.blocks = nn.Sequential(ConvNeXtBlock(o), ConvNeXtBlock(o))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x))
+
+
+class Classifier(nn.Module):
+    """A stem, some stages and a classifier."""
+
+    def __init__(self, width: int, stage: Callable[[], nn.Module]):
+        super().__init__()
+        self.stem, self.stage = ConvNormAct(3, 8, 3), stage()
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stage(self.stem(x)).mean((2, 3)))
+
+
+# Networks whose blocks lie in no list, or not one behind the other.
+UNLISTED: dict[str, Callable[[], nn.Module]] = {
+    "regnet": RegNet,
+    "dla": lambda: Classifier(8, DlaTree),
+    "convnext": lambda: Classifier(
+        12, lambda: nn.Sequential(ConvNeXtStage(8, 12), ConvNeXtStage(12, 12))
+    ),
+}

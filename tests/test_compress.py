@@ -164,6 +164,9 @@ def test_a_run_equals_brute_force_over_whole_forward_passes(
 class Adapted(nn.Linear):
     """Not a plain layer: what it computes is not its weight's alone."""
 
+    def forward(self, x):
+        return super().forward(x) + 0.1 * x.mean(-1, keepdim=True)
+
 
 def runs_twice(attention: nn.Module) -> None:
     forward = attention.forward
@@ -585,10 +588,14 @@ def test_a_model_of_no_known_family_is_refused_with_the_known_ones():
         grail.compress(nn.Linear(2, 2), [torch.ones(1, 2, dtype=torch.int64)])
 
 
-def test_a_quantised_layer_is_refused(tiny_llama, tiny_batches):
-    class QuantisedLinear(nn.Linear):
-        pass
+class QuantisedLinear(nn.Linear):
+    """Rounds its weight whenever it runs."""
 
+    def forward(self, x):
+        return nn.functional.linear(x, (self.weight * 8).round() / 8, self.bias)
+
+
+def test_a_quantised_layer_is_refused(tiny_llama, tiny_batches):
     model = tiny_llama()
     mlp = model.model.layers[0].mlp
     mlp.up_proj = QuantisedLinear(48, 80, bias=False)
@@ -597,9 +604,6 @@ def test_a_quantised_layer_is_refused(tiny_llama, tiny_batches):
 
 
 def test_quantised_layers_of_sites_that_are_not_narrowed_do_no_harm(tiny_llama, tiny_batches):
-    class QuantisedLinear(nn.Linear):
-        pass
-
     model = tiny_llama()
     attention = model.model.layers[0].self_attn
     attention.o_proj = QuantisedLinear(*attention.o_proj.weight.shape[::-1], bias=False)

@@ -19,6 +19,7 @@ from grail.sites.channels import Flow
 
 from .convnets import (
     NETWORKS,
+    UNLISTED,
     Basic,
     Bottleneck,
     Net,
@@ -655,3 +656,98 @@ def test_a_block_aims_at_its_own_landing_whatever_the_one_before_it_landed_on(mo
     monkeypatch.setattr(grail.sites.BoundSite, "drift", noting)
     grail.compress(model, batches, 0.5, drift_correction=1.0, progress=False)
     assert torch.equal(torch.cat(aims), dense)
+
+
+def test_blocks_that_a_chain_of_attributes_holds_are_found_like_those_of_a_list():
+    torch.manual_seed(0)
+    model = randomised(UNLISTED["regnet"]())
+    listed = nn.Sequential(model.stem, nn.Sequential(*model.s1.children(), *model.s2.children()))
+    assert list(find(model).blocks) == list(find(listed).blocks)
+    names = [f"s{stage}.b{block}.conv2.conv" for stage in (1, 2) for block in (1, 2)]
+    assert [site.name for site in sites_of(model)] == names
+    for consumer in itertools.chain(*(site.consumers for site in sites_of(model))):
+        with torch.no_grad():
+            consumer.module.weight[:, 1::2] = 0
+    batches = images()
+    dense = model(batches[0])
+    grail.compress(model, batches, 0.5, None, "wanda", multiple=1, progress=False)
+    torch.testing.assert_close(model(batches[0]), dense, rtol=1e-4, atol=1e-4)
+
+
+class Reversed(nn.Module):
+    """Its blocks run in another order than they are registered, and one does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.second, self.unused, self.first = (Basic(8, 8, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+class Skips(Reversed):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x))
+
+
+class Again(Reversed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(self.second(self.first(x)))
+
+
+class Head(nn.Module):
+    def __init__(self, stage: nn.Module):
+        super().__init__()
+        self.stem, self.stage, self.fc = conv(3, 8, 3), stage, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.stage(self.stem(x)).mean((2, 3)))
+
+
+def test_a_chain_has_the_order_in_which_it_runs():
+    model = randomised(Head(Reversed()))
+    assert list(find(model).blocks) == [model.stage.first, model.stage.second]
+    assert len(grail.compress(model, images(), 0.5, progress=False).sites) == 2
+
+
+@pytest.mark.parametrize("stage", [Skips, Again], ids=["skips", "again"])
+def test_a_stage_that_does_more_than_pass_on_is_no_chain(stage):
+    with pytest.raises(
+        ModelError, match=r"no sites are known for Head.*sites=grail\.trace\(model\)"
+    ):
+        find(randomised(Head(stage())))
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_a_trace_finds_the_sites_of_networks_without_lists_of_blocks(name):
+    torch.manual_seed(0)
+    model, batches = randomised(UNLISTED[name]()), images()
+    sites = grail.trace(model)
+    with torch.no_grad():
+        for site in sites:
+            for consumer in site.consumers:
+                model.get_submodule(consumer).weight[:, 1::2] = 0
+        dense = model(batches[0])
+    grail.compress(model, batches, 0.5, sites, "wanda", multiple=1, progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]), dense, rtol=1e-4, atol=1e-4)
+
+
+def test_what_stands_between_blocks_is_refused_with_the_trace_that_can():
+    with pytest.raises(ModelError, match=r"between.*sites=grail\.trace\(model\)"):
+        grail.compress(randomised(Pooled(Bottleneck)), images(), 0.5, progress=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision-basic", "torchvision-mobilenet", "pre-activation", "torchvision-resnext"]
+)
+def test_synchronised_norms_are_taken_along_as_batch_norms_are(name):
+    # In evaluation mode both compute the same, so every weight is the same, to the bit.
+    plain = network(name)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain)).eval()
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
+    for model in (plain, synchronised):
+        grail.compress(model, images(), 0.5, repair=True, progress=False)
+    expected = plain.state_dict()
+    for key, value in synchronised.state_dict().items():
+        assert torch.equal(value, expected[key]), key

@@ -57,7 +57,7 @@ def test_what_a_trace_finds_can_be_compressed():
 
 
 class Odd(nn.Module):
-    """A concatenation, a flattened map, a shared layer and a broadcast scale."""
+    """A concatenation, a map flattened position by position, a shared layer, a broadcast scale."""
 
     def __init__(self):
         super().__init__()
@@ -70,12 +70,189 @@ class Odd(nn.Module):
         both = torch.cat([self.a(x), self.b(x)], 1)
         y = self.shared(self.shared(self.joined(both)))
         y = self.scaled(y * self.scale + self.c(x) * 2)
-        return self.last(y.relu().flatten(1))
+        return self.last(y.relu().permute(0, 2, 3, 1).flatten(1))
 
 
 def test_ambiguous_flows_are_given_up():
     with pytest.raises(ModelError, match="no unambiguous site in Odd"):
         grail.trace(Odd().eval(), streams=True)
+
+
+class LeNet(nn.Module):
+    """Two convolutions, and a classifier that reads their flattened map."""
+
+    def __init__(self, flatten):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 6, 5), nn.Conv2d(6, 7, 3)
+        self.fc1, self.fc2 = nn.Linear(7 * 6, 11), nn.Linear(11, 5)
+        self.flatten = flatten
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.conv1(x).relu(), 2)
+        x = self.flatten(nn.functional.max_pool2d(self.conv2(x).relu(), 2))
+        return self.fc2(self.fc1(x).relu())
+
+
+def unpacked(x):
+    b, c, h, w = x.shape
+    return x.view(b, c * h * w)
+
+
+FLATTENS = {
+    "module": nn.Flatten(),
+    "method": lambda x: x.flatten(1),
+    "function": lambda x: torch.flatten(x, start_dim=1),
+    "size": lambda x: x.view(x.size(0), -1),
+    "sizes": lambda x: x.view(x.size()[0], -1),
+    "shape": lambda x: x.reshape(x.shape[0], -1),
+    "len": lambda x: x.reshape(len(x), -1),
+    "tuple": lambda x: torch.reshape(x, (x.size(0), -1)),
+    "unpacked": unpacked,
+    "product": lambda x: x.view(-1, x.size(1) * x.size(2) * x.size(3)),
+    "turned": lambda x: x.transpose(2, 3).flatten(1),
+    "dropout": nn.Sequential(nn.Flatten(), nn.Dropout(), nn.ReLU()),
+}
+LENET_BATCHES = [torch.randn(50, 1, 20, 16) for _ in range(3)]
+
+
+def lenet(flatten):
+    torch.manual_seed(0)
+    return LeNet(flatten).eval()
+
+
+@pytest.mark.parametrize("flatten", FLATTENS.values(), ids=FLATTENS)
+def test_a_flattened_map_is_followed_to_its_linear_layer(flatten):
+    model, batches = lenet(flatten), LENET_BATCHES
+    sites = grail.trace(model)
+    found = [(site.producers, site.consumers) for site in sites]
+    assert found == [(("conv1",), ("conv2",)), (("conv2",), ("fc1",)), (("fc1",), ("fc2",))]
+    with torch.no_grad():  # every odd channel is cut off where it is read
+        model.conv2.weight[:, 1::2] = model.fc2.weight[:, 1::2] = 0
+        model.fc1.weight.view(11, 7, 6)[:, 1::2] = 0
+        dense = model(batches[0])
+    keep = {str(sites[0]): 0.5, str(sites[1]): 4 / 7, str(sites[2]): 6 / 11}
+    grail.compress(model, batches, keep, sites, "wanda", compensate=False, progress=False)
+    assert (model.conv2.out_channels, model.fc1.in_features) == (4, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]), dense, rtol=1e-4, atol=1e-4)
+
+
+class MapThenLinear(nn.Module):
+    def __init__(self, flatten):
+        super().__init__()
+        self.first, self.second, self.flatten = nn.Conv2d(1, 7, 3), nn.Linear(42, 3), flatten
+
+    def forward(self, x):
+        return self.second(self.flatten(self.first(x)))
+
+
+MISLAID = {
+    "channels last": (lambda x: x.permute(0, 2, 3, 1).flatten(1), "does not read the channels"),
+    "softmax": (lambda x: x.flatten(1).softmax(1), "does not read the channels"),
+    "turned round": (lambda x: x.flatten(1).flip(1), "does not read the channels"),
+    "fixed": (lambda x: x.view(-1, 42), "does not run once it is narrow"),
+}
+
+
+@pytest.mark.parametrize(("flatten", "message"), MISLAID.values(), ids=MISLAID)
+def test_a_flattened_map_of_another_layout_is_neither_found_nor_narrowed(flatten, message):
+    model = lenet(flatten)
+    assert all(site.consumers != ("fc1",) for site in grail.trace(model))
+    before = copy.deepcopy(model.state_dict())
+    site = grail.Site(["conv2"], ["fc1"])
+    with pytest.raises(ModelError, match=message):
+        grail.compress(model, LENET_BATCHES, 0.5, [site], progress=False)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("flatten", "reason"),
+    [
+        (lambda x: x.view(-1, 42), r"view \(call_method\), perhaps for its sizes"),
+        (lambda x: x.permute(0, 2, 3, 1).flatten(1), "lost in permute"),
+        (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(42)), "runs over a flattened map"),
+        (nn.Sequential(nn.Flatten(), nn.LayerNorm(42)), "LayerNorm"),
+        (lambda x: x.flatten(1) + x.mean((2, 3)).repeat(1, 6), "repeat"),
+        (lambda x: x.flatten(1) + x.mean((2, 3))[:, :1], "lost in getitem"),
+    ],
+    ids=["fixed", "channels last", "norm", "layer norm", "repeated", "broadcast"],
+)
+def test_why_a_flattened_map_is_not_followed_is_said(flatten, reason):
+    with pytest.raises(ModelError, match=reason):
+        grail.trace(MapThenLinear(flatten).eval())
+
+
+def test_tracing_leaves_the_names_of_a_file_alone():
+    before = dict(globals())
+    grail.trace(lenet(FLATTENS["len"]))
+    assert {name: before[name] for name in globals() if name in before} == before
+    assert "len" not in globals()
+
+
+class Positions(nn.Module):
+    """Adds a layer of numbers that follow from a size to a map."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 4, 3)
+        self.place = nn.Linear(1, 1)
+
+    def forward(self, x):
+        hidden = self.first(x).relu()
+        places = torch.arange(hidden.size(2), dtype=torch.float32)[:, None]
+        return self.second(hidden) + self.place(places).sum()
+
+
+def test_what_is_computed_of_sizes_alone_is_no_obstacle():
+    (site,) = grail.trace(Positions().eval())
+    assert parts(site) == ({"first"}, set(), {"second"})
+    batches = [torch.randn(4, 3, 9) for _ in range(3)]
+    grail.compress(Positions().eval(), batches, 0.5, [site], progress=False)
+
+
+class Upsampled(nn.Module):
+    """Resizes a map to the size of another, as the decoder of a U-Net does."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.inner, self.up = (
+            nn.Conv2d(3, 8, 3, 2),
+            nn.Conv2d(8, 6, 1),
+            nn.Conv2d(6, 3, 1),
+        )
+
+    def forward(self, x):
+        hidden = self.inner(self.down(x).relu())
+        return self.up(nn.functional.interpolate(hidden, size=x.shape[2:], mode="bilinear"))
+
+
+def test_a_map_may_be_resized_to_another_ones_size():
+    found = [parts(site) for site in grail.trace(Upsampled().eval())]
+    assert found == [({"down"}, set(), {"inner"}), ({"inner"}, set(), {"up"})]
+
+
+class TwoHeads(nn.Module):
+    """A map that a convolution, a pooled and a flattened head read."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 10, 3), nn.SyncBatchNorm(10)
+        self.map, self.flat, self.pooled = nn.Conv2d(10, 4, 3), nn.Linear(160, 3), nn.Linear(10, 2)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        flat = self.flat(x.reshape(len(x), -1))
+        return self.map(x).mean((2, 3)), flat, self.pooled(x.mean((2, 3)))
+
+
+def test_a_flattened_map_may_have_other_readers():
+    torch.manual_seed(0)
+    model, batches = TwoHeads().eval(), [torch.randn(40, 3, 6, 6) for _ in range(5)]
+    (site,) = grail.trace(model, streams=True)
+    assert parts(site) == ({"stem"}, {"norm"}, {"map", "flat", "pooled"})
+    report = grail.compress(model, batches, 0.5, [site], progress=False)
+    assert [row.error < 1 for row in report.sites] == [True] * 3
+    assert (model.map.in_channels, model.flat.in_features, model.pooled.in_features) == (5, 80, 5)
 
 
 class Between(nn.Module):

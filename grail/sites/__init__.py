@@ -6,7 +6,7 @@ from torch import nn
 
 from grail.errors import InputError, ModelError
 from grail.sites import convnets, decoders, encoders
-from grail.sites.named import Named, Site
+from grail.sites.named import Fused, Named, Site
 from grail.sites.site import AnyPlace, Architecture, BoundSite, Entry, Landing, Place, steps
 from grail.sites.traced import trace
 from grail.sites.wrappers import refuse_wrapped
@@ -16,6 +16,7 @@ __all__ = [
     "Architecture",
     "BoundSite",
     "Entry",
+    "Fused",
     "Landing",
     "Place",
     "Site",
@@ -58,5 +59,6 @@ def find(model: nn.Module, sites: Sequence[str | Site] | None = None) -> Archite
     name = f"model_type {model_type!r}" if model_type else type(model).__name__
     raise ModelError(
         f"no sites are known for {name}; supported are {', '.join(supported())}. For another "
-        "network name them: sites=[grail.Site(producers=[…], consumers=[…])]"
+        "network let a trace find them, sites=grail.trace(model), or name them: "
+        "sites=[grail.Site(producers=[…], consumers=[…])]"
     )

@@ -3,28 +3,34 @@
 It is traced (torch.fx) down to modules without children. Convolutions and linear layers read
 channels and start new ones, sums and products tie channels together, and what treats every channel
 by itself passes them on. Which operations without parameters do so is tried out, so that no list of
-them is needed.
+them is needed. A flatten makes of each channel of a map a block of columns for a linear layer.
 """
 
 import math
 import operator
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from grail.layers import CONVOLUTIONS, NORMS, is_depthwise
+from grail.kinds import INSTANCE_NORMS, MAPS, NORMS, is_depthwise
 from grail.transaction import steady
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+_RESHAPES = (torch.reshape, "reshape", "view")
 
 Shapes = tuple[tuple[int, ...], ...]  # that a tensor may have, of two samples with `_FEW` channels
 _FEW = 4
 _ANY: Shapes = ((2, _FEW), (2, _FEW, 8), (2, _FEW, 8, 8))  # what nothing is known of
+
+
+_ALONG = (*NORMS, *INSTANCE_NORMS, nn.PReLU)
+_LAYERS = (*MAPS, nn.Linear, *_ALONG)
 
 
 @dataclass(eq=False)
@@ -48,10 +54,14 @@ class Channels:
         self.producers += other.producers
         self.along += other.along
         self.consumers += other.consumers
-        self.lost = self.lost or other.lost
+        self.lose(other.lost)
         if self.axis != other.axis and not other.outside:
-            self.lost = self.lost or "a sum or a product over different axes"
+            self.lose("a sum or a product over different axes")
         self.outside |= other.outside
+
+    def lose(self, reason: str) -> None:
+        """Notes what they cannot be followed through; the first reason counts."""
+        self.lost = self.lost or reason
 
 
 class Flow:
@@ -67,7 +77,9 @@ class Flow:
         self._shapes: dict[fx.Node, Shapes] = {}  # of what a node returns
         self._pooled: set[fx.Node] = set()
         self._unchanged: set[fx.Node] = set()  # operations that return what they read
-        with steady(block):
+        self._flat: set[fx.Node] = set()  # tensors in which each channel is a block of columns
+        self._sizes: set[fx.Node] = set()  # of tensors, and what is computed of such
+        with steady(block), _recorded_len(block):
             self._nodes = list(_Tracer().trace(block).nodes)
             self._runs = Counter(n.target for n in self._nodes if n.op == "call_module")
             for node in self._nodes:
@@ -108,7 +120,7 @@ class Flow:
             if self._calls(user, *NORMS) and _is_affine(self.module(user)):
                 own = _slope(self.module(user))
                 slope = own if slope is None else own * slope
-            elif _is_sum(user):
+            elif self._is_sum(user):
                 summed, share = True, _share(user, last)
                 if share is not None:
                     slope = share if slope is None else share * slope
@@ -125,33 +137,59 @@ class Flow:
         return (self.module(user), slope) if shows else None
 
     def _follow(self, node: fx.Node) -> None:
-        if node.all_input_nodes and self._pooled.issuperset(node.all_input_nodes):
+        if self._is_size(node):
+            self._sizes.add(node)
+            return
+        tensors = self._read(node)
+        if tensors and self._pooled.issuperset(tensors):
             self._pooled.add(node)
-        read = list(dict.fromkeys(self._of[n] for n in node.all_input_nodes))
+        read = list(dict.fromkeys(self._of[n] for n in tensors))
         if node.op in ("placeholder", "output"):
             self._of[node] = self._joined([*read, Channels(outside=True)])
-        elif self._calls(node, *CONVOLUTIONS, nn.Linear, *NORMS, nn.PReLU):
+        elif len(tensors) == 1 and self._calls(node, *_LAYERS):
             self._layer(node, *read)
-        elif len(node.all_input_nodes) == 2 and _is(node, _SUMS + _PRODUCTS):
+        elif len(tensors) == 2 and _is(node, _SUMS + _PRODUCTS):
             self._of[node] = self._joined(read)
-            self._shapes[node] = _broadcast(*map(self._may_be, node.all_input_nodes))
-        elif len(node.all_input_nodes) == 1 and self._by_channel(node):
+            self._shapes[node] = _broadcast(*map(self._may_be, tensors))
+            if flat := self._flat.intersection(tensors):
+                self._flat.add(node)
+                if len(flat) == 1:
+                    self._of[node].lose("a sum or a product of a flattened map and another one")
+        elif len(tensors) == 1 and self._by_channel(node, tensors[0]):
             self._of[node] = read[0]
         else:
             what = type(self.module(node)).__name__ if node.op == "call_module" else node.op
             lost = f"{getattr(node.target, '__name__', node.target)} ({what})"
+            if _is(node, _RESHAPES) and _has_fixed_sizes(node):
+                lost += ", perhaps for its sizes, which are written into the code: try flatten(1)"
             self._of[node] = self._joined([*read, Channels(lost=lost)])
+
+    def _read(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors that a node reads."""
+        return [n for n in node.all_input_nodes if n not in self._sizes]
+
+    def _is_size(self, node: fx.Node) -> bool:
+        """Whether a node is a size of a tensor, or computed of nothing but such."""
+        if not node.all_input_nodes or node.op not in ("call_function", "call_method"):
+            return False
+        asks = node.target in (len, "size", "dim", "numel")
+        asks |= node.target is getattr and node.args[1] in ("shape", "ndim")
+        return asks or not self._read(node)
+
+    def _is_sum(self, node: fx.Node) -> bool:
+        return _is(node, _SUMS) and len(self._read(node)) == 2
 
     def _layer(self, node: fx.Node, channels: Channels) -> None:
         """A layer with a parameter for each channel, or for each two."""
         module = self.module(node)
         twice = f"{node.target}, which runs twice" if self._runs[node.target] > 1 else ""
-        channels.lost = channels.lost or twice
-        shapes = self._may_be(node.all_input_nodes[0])
+        channels.lose(twice)
+        (read,) = self._read(node)
+        shapes = self._may_be(read)
         axis = -1 if isinstance(module, nn.Linear) else 1
-        if not isinstance(module, (*NORMS, nn.PReLU)) and not is_depthwise(module):
+        if not isinstance(module, _ALONG) and not is_depthwise(module):
             if axis != channels.axis and any(len(shape) > 2 for shape in shapes):
-                channels.lost = f"{node.target}, which reads another axis"
+                channels.lose(f"{node.target}, which reads another axis")
             channels.consumers.append(node)
             channels = Channels(producers=[node], lost=twice, axis=axis)
             self._shapes[node] = _behind(module, shapes)
@@ -159,12 +197,16 @@ class Flow:
             self._shapes[node] = shapes
             channels.along.append(node)
             if any(True for child in module.children() for _ in child.parameters()):
-                channels.lost = f"{node.target} ({type(module).__name__})"
+                channels.lose(f"{node.target} ({type(module).__name__})")
+            elif read in self._flat:
+                self._flat.add(node)
+                if not _is_alike_for_all(module):
+                    channels.lose(f"{node.target}, which runs over a flattened map")
             elif channels.axis == -1 and not _is_alike_for_all(module):
                 # It runs along axis 1, which is the last one of vectors only.
                 self._shapes[node] = tuple(shape for shape in shapes if len(shape) == 2)
-                if is_depthwise(module) or not self._shapes[node]:
-                    channels.lost = f"{node.target}, which runs over another axis"
+                if not isinstance(module, (*NORMS, nn.PReLU)) or not self._shapes[node]:
+                    channels.lose(f"{node.target}, which runs over another axis")
         self._of[node] = channels
 
     def _joined(self, sets: list[Channels]) -> Channels:
@@ -177,7 +219,7 @@ class Flow:
                 self._of[node] = first
         return first
 
-    def _by_channel(self, node: fx.Node) -> bool:
+    def _by_channel(self, node: fx.Node, read: fx.Node) -> bool:
         """Whether an operation without parameters treats every channel by itself; tries it.
 
         In all shapes that what it reads may have: `softmax(1)` does so for tokens [B, L, C], and
@@ -185,22 +227,28 @@ class Flow:
         """
         if node.op == "call_module" and self.module(node).state_dict():
             return False
-        read = node.all_input_nodes[0]
         axis, tried, same, unchanged = self._of[read].axis, [], True, True
+        flat = read in self._flat
         for shape in self._may_be(read):
             x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
             try:
-                every = self._tried(node, x.clone())
+                every = self._tried(node, read, x.clone())
                 tried.append(tuple(every.shape))
                 unchanged &= torch.equal(every, x)
-                same &= every.shape[0] == 2 and x.shape[axis] == every.shape[axis] == _FEW
-                same = same and every.allclose(self._apart(node, x, axis), equal_nan=True)
+                flattens = axis == 1 and every.dim() == 2 and every.shape[1] > x.shape[1] == _FEW
+                flat |= flattens
+                same &= every.shape[0] == 2 and (flattens or x.shape[axis] == every.shape[axis])
+                apart = self._apart(node, read, x, axis)
+                same = same and apart.shape == every.shape
+                same = same and every.allclose(apart, equal_nan=True)
             except Exception:  # it may want anything but such a tensor
                 same = unchanged = False
         if not tried:
             return False
         self._shapes[node] = tuple(dict.fromkeys(tried))
-        if axis == 1 and all(math.prod(shape[2:]) == 1 for shape in tried):
+        if flat:
+            self._flat.add(node)
+        elif axis == 1 and all(math.prod(shape[2:]) == 1 for shape in tried):
             self._pooled.add(node)
         if unchanged:
             self._unchanged.add(node)
@@ -209,13 +257,26 @@ class Flow:
     def _may_be(self, node: fx.Node) -> Shapes:
         return self._shapes.get(node, _ANY)
 
-    def _apart(self, node: fx.Node, x: Tensor, axis: int) -> Tensor:
+    def _apart(self, node: fx.Node, read: fx.Node, x: Tensor, axis: int) -> Tensor:
         """What an operation makes of each channel alone."""
-        return torch.cat([self._tried(node, one.clone()) for one in x.split(1, axis)], axis)
+        each = x.split(x.shape[axis] // _FEW, axis)
+        return torch.cat([self._tried(node, read, one.clone()) for one in each], axis)
 
-    def _tried(self, node: fx.Node, x: Tensor) -> Any:
-        args = fx.node.map_arg(node.args, lambda _: x)
-        kwargs = fx.node.map_arg(node.kwargs, lambda _: x)
+    def _tried(self, node: fx.Node, read: fx.Node, x: Tensor) -> Any:
+        """What a node computes of x, where it reads a tensor, and of the sizes that it knows."""
+
+        def value(argument: fx.Node) -> Any:
+            if argument is read:
+                return x
+            if argument in self._sizes:
+                return self._tried(argument, read, x)
+            shapes, channels = self._may_be(argument), self._of[argument]
+            shape = list(next((s for s in shapes if len(s) == x.dim()), shapes[0]))
+            if channels is self._of[read] and argument not in self._flat:
+                shape[channels.axis] = min(_FEW, x.shape[channels.axis])
+            return torch.zeros(shape)
+
+        args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
         if node.op == "call_module":
             return self.module(node)(*args, **kwargs)
         if isinstance(node.target, str):
@@ -253,12 +314,37 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+def _has_fixed_sizes(reshape: fx.Node) -> bool:
+    """Whether a reshape is to sizes that are numbers in the code, -1 aside."""
+    sizes = reshape.args[1:]
+    several = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    return any(isinstance(size, int) and size > 1 for size in several)
+
+
+def _length(value: Any) -> Any:
+    """`len`, which of a traced tensor is a node."""
+    if not isinstance(value, fx.Proxy):
+        return len(value)
+    return value.tracer.create_proxy("call_function", len, (value,), {})
+
+
+@contextmanager
+def _recorded_len(block: nn.Module) -> Iterator[None]:
+    """Lets a block call `len` of what is traced, as `fx.wrap("len")` in its file would."""
+    forwards = (getattr(type(module), "forward", None) for module in block.modules())
+    files = [getattr(forward, "__globals__", {"len": len}) for forward in forwards]
+    own = list({id(names): names for names in files if "len" not in names}.values())
+    for names in own:
+        names["len"] = _length
+    try:
+        yield
+    finally:
+        for names in own:
+            del names["len"]
+
+
 def _is(node: fx.Node, targets: tuple[Any, ...]) -> bool:
     return node.op in ("call_function", "call_method") and node.target in targets
-
-
-def _is_sum(node: fx.Node) -> bool:
-    return _is(node, _SUMS) and len(node.all_input_nodes) == 2
 
 
 def _share(total: fx.Node, part: fx.Node) -> Tensor | None:

@@ -6,6 +6,8 @@ A block is whatever a list of modules (`nn.Sequential`, `nn.ModuleList`) holds t
 channels: ResNet's basic and bottleneck blocks, plain or pre-activation, inverted residuals with or
 without squeeze-and-excitation, whatever their library calls the layers. `grail.sites.channels`
 finds the channels; the stream between blocks, the stem and the downsampling branch are left alone.
+Where no list holds blocks, a module counts as one whose forward runs its children one after another
+(RegNet's stages).
 
 A gate (squeeze-and-excitation) reads and writes the same channels as the convolutions around it:
 its first layer is one more consumer, its last one more producer. A grouped convolution keeps
@@ -14,13 +16,14 @@ not fit into it.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
 
 from grail.errors import ModelError
-from grail.layers import CONVOLUTIONS, Consumer, Producer
+from grail.kinds import MAPS
+from grail.layers import Consumer, Producer
 from grail.sites.channels import Channels, Flow
 from grail.sites.site import Architecture, BoundSite, Landing, bind
 from grail.width import Width
@@ -90,7 +93,7 @@ class ConvNet(Architecture):
 
 
 class Search:
-    """Looks for the innermost lists of blocks.
+    """Looks for the innermost lists of blocks, or else for the innermost chains of them.
 
     `blocks`: by name, from the first one that has channels of its own. `flows`: of those that
     have. `untraced`: why others could not be traced.
@@ -99,22 +102,24 @@ class Search:
     def __init__(self, model: nn.Module):
         self.flows: dict[str, Flow] = {}
         self.untraced: dict[str, str] = {}
-        self.blocks = self._below("", model)
+        self.blocks = self._below("", model, _in_list) or self._below("", model, _in_chain)
 
-    def _below(self, prefix: str, module: nn.Module) -> dict[str, nn.Module]:
-        children = {f"{prefix}{key}": child for key, child in module.named_children()}
+    def _below(
+        self, prefix: str, module: nn.Module, ordered: Callable[[nn.Module], list[str]]
+    ) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {}
-        for name, child in children.items():
-            found |= self._below(f"{name}.", child)
-        if found or not isinstance(module, _LISTS):
+        for key, child in module.named_children():
+            found |= self._below(f"{prefix}{key}.", child, ordered)
+        if found:
             return found
-        for name, child in children.items():
+        for key in ordered(module):
+            name, child = f"{prefix}{key}", module.get_submodule(key)
             if self._has_channels(name, child) or found:
                 found[name] = child
         return found
 
     def _has_channels(self, name: str, block: nn.Module) -> bool:
-        convolutions = [m for m in block.modules() if isinstance(m, CONVOLUTIONS)]
+        convolutions = [m for m in block.modules() if isinstance(m, MAPS)]
         if isinstance(block, _LISTS) or len(convolutions) < 2:
             return False
         try:
@@ -127,6 +132,33 @@ class Search:
         return name in self.flows
 
 
+def _in_list(module: nn.Module) -> list[str]:
+    """Names of what a list of modules holds, in order."""
+    return [key for key, _ in module.named_children()] if isinstance(module, _LISTS) else []
+
+
+def _in_chain(module: nn.Module) -> list[str]:
+    """Names of a module's children, if its forward only passes its input through each of them."""
+    if isinstance(module, _LISTS) or not any(True for _ in module.children()):
+        return []
+    try:
+        first, *calls, last = _Chain().trace(module).nodes
+    except Exception:  # its forward may raise anything at a tensor without values
+        return []
+    links = itertools.pairwise([first, *calls, last])
+    reads = all(n.args == (before,) and not n.kwargs for before, n in links)
+    called = [str(node.target) for node in calls if node.op == "call_module"]
+    chained = first.op == "placeholder" and reads and len(called) == len(calls)
+    return called if chained and len(set(called)) == len(called) else []
+
+
+class _Chain(fx.Tracer):
+    """Traces a module down to its children."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
 def architecture(model: nn.Module) -> Architecture | None:
     """Its blocks and sites, if it has lists of blocks with channels of their own.
 
@@ -136,7 +168,10 @@ def architecture(model: nn.Module) -> Architecture | None:
     search = Search(model)
     if search.untraced and not search.blocks:
         name, reason = next(iter(search.untraced.items()))
-        raise ModelError(f"{name} of {type(model).__name__}: {reason}; name sites by grail.Site")
+        raise ModelError(
+            f"{name} of {type(model).__name__}: {reason}; find sites by grail.trace, or name them "
+            "by grail.Site"
+        )
     return ConvNet(model, search) if search.blocks else None
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -12,21 +12,47 @@ from grail.sites.site import Architecture, BoundSite, Landing, bind
 
 
 @dataclass(frozen=True)
+class Fused:
+    """A producer that writes several values for each channel of a site, as [gate; up] does.
+
+    Args:
+        name: of the layer; its H·parts rows are the parts one after the other, H rows each.
+        parts: how many.
+        interleaved: whether the parts take turns row by row instead.
+    """
+
+    name: str
+    parts: int = 2
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InputError(f"Fused takes the name of a layer; got {self.name!r}")
+        if isinstance(self.parts, bool) or not isinstance(self.parts, int) or self.parts < 2:
+            raise InputError(f"parts must be an integer of at least 2; got {self.parts!r}")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class Site:
     """One hidden activation of a network, by the names of its layers (`model.named_modules()`).
 
     Args:
-        producers: layers whose output channels are the site's.
-        consumers: layers that read all of them. With several, each is fitted to what it reads.
+        producers: layers whose output channels are the site's; `Fused` for one that writes several
+            values for each.
+        consumers: layers that read all of them. With several, each is fitted to what it reads. A
+            linear layer may read a map of convolutions flattened: channel by channel.
         along: layers in between that treat every channel by itself and have parameters for each:
-            batch norm, depthwise convolutions, PReLU.
+            batch norm, instance norm, depthwise convolutions, PReLU.
         name: for the report; default the first consumer's.
 
     A residual stream is one site, too: every layer that adds to it is a producer, everything that
     reads it a consumer.
     """
 
-    producers: Sequence[str]
+    producers: Sequence[str | Fused]
     consumers: Sequence[str]
     along: Sequence[str] = ()
     name: str = ""
@@ -34,18 +60,27 @@ class Site:
     def __post_init__(self) -> None:
         for field in ("producers", "consumers", "along"):
             names = getattr(self, field)
-            if isinstance(names, str):
-                raise InputError(f"{field} must be a list of names; got the string {names!r}")
+            if isinstance(names, (str, Fused)):
+                one = f"the string {names!r}" if isinstance(names, str) else repr(names)
+                raise InputError(f"{field} must be a list of names; got {one}")
+            kinds = (str, Fused) if field == "producers" else str
+            if odd := [name for name in names if not isinstance(name, kinds)]:
+                raise InputError(f"{field} must be a list of names of layers; got {odd[0]!r} in it")
             object.__setattr__(self, field, tuple(names))
-            if twice := _repeated(names):
+            if twice := _repeated(list(map(str, names))):
                 raise InputError(f"{field} names {twice[0]!r} twice")
         if not self.producers or not self.consumers:
             raise InputError("a site needs the names of its producers and of its consumers")
-        if both := [name for name in self.consumers if name in self.producers]:
+        if both := [name for name in self.consumers if name in self.written]:
             raise ModelError(f"{both[0]} writes the channels that it reads; it cannot be narrowed")
 
     def __str__(self) -> str:
         return self.name or self.consumers[0]
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The names of its producers."""
+        return tuple(map(str, self.producers))
 
 
 class Named(Architecture):
@@ -65,7 +100,7 @@ class Named(Architecture):
         if _repeated(names):
             raise InputError(f"sites must have different names; got {', '.join(names)}")
         for field, does in (
-            ("producers", "written"),
+            ("written", "written"),
             ("along", "run along"),
             ("consumers", "read"),
         ):
@@ -79,17 +114,31 @@ class Named(Architecture):
     def _bound(self, site: Site) -> BoundSite:
         consumers = tuple(Consumer(name, self._module(name)) for name in site.consumers)
         # What another site narrows can no longer be held against the dense network's.
-        narrowed = {name for other in self._sites for name in other.producers}
+        narrowed = {name for other in self._sites for name in other.written}
         clear = narrowed.isdisjoint(site.consumers)
         return bind(
             name=str(site),
             kind="named",
             block=0,
-            producers=tuple(Producer(name, self._module(name)) for name in site.producers),
+            producers=tuple(map(self._producer, site.producers)),
             consumers=consumers,
             along=tuple((name, self._module(name)) for name in site.along),
             landing=Landing(consumers[0].module, output=True) if clear else None,
         )
+
+    def _producer(self, producer: str | Fused) -> Producer:
+        name = str(producer)
+        whole = Producer(name, self._module(name))
+        if isinstance(producer, str):
+            return whole
+        channels, left = divmod(len(whole.rows()[0]), producer.parts)
+        if left:
+            raise ModelError(
+                f"{name} writes {len(whole.rows()[0])} values, which are no {producer.parts} parts "
+                "of one size"
+            )
+        parts = (("channels", channels),) * producer.parts
+        return replace(whole, parts=parts, turn=1 if producer.interleaved else None)
 
     def _module(self, name: str) -> nn.Module:
         if name not in self._modules:

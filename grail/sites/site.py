@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from grail.errors import InputError, ModelError
-from grail.layers import NORMS, Consumer, Producer, check_along, narrow_along, values_along
+from grail.kinds import MAPS, NORMS
+from grail.layers import Consumer, Producer, check_along, narrow_along, values_along
 from grail.reduction import Reduction, Selection
 from grail.transaction import Transaction
 from grail.width import ChannelWidth, GroupWidth, Width
@@ -139,7 +140,10 @@ class BoundSite(Place):
         counts += [(c.name, c.channels) for c in self.consumers]
         if len({count for _, count in counts}) > 1:
             found = ", ".join(f"{name} {count}" for name, count in counts)
-            raise ModelError(f"{self.name}: its layers disagree on the number of channels: {found}")
+            raise ModelError(
+                f"{self.name}: its layers disagree on the number of channels: {found}. A layer "
+                "that writes several values for each, [gate; up], is grail.Fused(name)"
+            )
         for name, module in self.along:
             check_along(name, module, self.channels)
 
@@ -227,10 +231,19 @@ class GroupedSite(BoundSite):
         super().narrow(reduction, width, transaction)
 
 
-def bind(*, producers: tuple[Producer, ...], **fields: Any) -> BoundSite:
-    """A site of the class that its producers ask for."""
+def bind(
+    *, producers: tuple[Producer, ...], consumers: tuple[Consumer, ...], **fields: Any
+) -> BoundSite:
+    """A site of the class that its producers ask for.
+
+    A linear layer with several columns for each channel of a map reads it flattened.
+    """
     grouped = any(_groups(producer.module) > 1 for producer in producers)
-    return (GroupedSite if grouped else BoundSite)(producers=producers, **fields)
+    if all(isinstance(producer.module, MAPS) for producer in producers):
+        channels = len(producers[0].rows()[0])
+        consumers = tuple(consumer.reading(channels) for consumer in consumers)
+    kind = GroupedSite if grouped else BoundSite
+    return kind(producers=producers, consumers=consumers, **fields)
 
 
 def _groups(module: Any) -> int:

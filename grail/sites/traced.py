@@ -10,8 +10,8 @@ from grail.sites.named import Named, Site
 def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
     """The sites of a network, found by following its channels (see `grail.sites.channels`).
 
-    Channels that meet what mixes them (a concatenation, a reshape, attention), and those that enter
-    or leave the network, are passed over. So are those of linear layers where it matters whether
+    Channels that meet what mixes them (a concatenation, attention), and those that enter or leave
+    the network, are passed over. So are those of linear layers where it matters whether
     they are of vectors [B, C] or of tokens [B, L, C], which a network does not tell: behind
     `softmax(1)`. A batch norm as wide as they are makes them vectors.
 
@@ -52,6 +52,6 @@ def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
             else:
                 sites.append(site)
     if not sites:
-        why = f" ({reasons[0]})" if reasons else ""
+        why = f" ({'; '.join(reasons[:3])})" if reasons else ""
         raise ModelError(f"tracing found no unambiguous site in {kind}{why}; name them: grail.Site")
     return sites

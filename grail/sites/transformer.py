@@ -313,28 +313,6 @@ def _different(sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> dict[
     return {kind: list(of_kind) for kind, of_kind in found.items()}
 
 
-@dataclass(frozen=True, eq=False)
-class Interleaved(Producer):
-    """Query, key and value rows of the first head, then those of the second, and so on."""
-
-    head_dim: int = 1
-
-    def rows(self, role: str = "channels") -> list[Tensor]:
-        assert self.parts is not None
-        apart = zip(self.parts, self._apart(self._rows()), strict=True)
-        return [piece for (r, _), piece in apart if r == role]
-
-    def _narrowed(self, rows: Tensor, reductions: Mapping[str, Reduction]) -> Tensor:
-        assert self.parts is not None
-        apart = zip(self.parts, self._apart(rows), strict=True)
-        narrowed = [reductions[role].narrow(piece) for (role, _), piece in apart]
-        return torch.stack([p.unflatten(0, (-1, self.head_dim)) for p in narrowed], 1).flatten(0, 2)
-
-    def _apart(self, rows: Tensor) -> Tensor:
-        """[heads·3·head_dim, ...] as [3, heads·head_dim, ...]."""
-        return rows.unflatten(0, (-1, 3, self.head_dim)).movedim(1, 0).flatten(1, 2)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeadSite(BoundSite):
     """Query heads of grouped attention; dropping a whole group drops its key and value head too.
@@ -405,9 +383,8 @@ def _projections(
         return tuple(map(Producer, names, modules, roles))
     grouped = (len(Producer(names[0], modules[0]).rows()[0]) - channels) // 2
     parts = (("channels", channels), ("groups", grouped), ("groups", grouped))
-    if heads.interleaved:
-        return (Interleaved(names[0], modules[0], parts, head_dim),)
-    return (Producer(names[0], modules[0], parts),)
+    turn = head_dim if heads.interleaved else None  # head by head: its query, key and value
+    return (Producer(names[0], modules[0], parts, turn=turn),)
 
 
 def has(module: nn.Module, path: str) -> bool:
