@@ -322,8 +322,8 @@ class Gram:
     def _zeros(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Where G packed, Σ x and the counts of NaN and Inf add up."""
         return (
-            torch.zeros(gk.packed_numel(self.channels), device=device),
-            torch.zeros(self.channels, device=device),
+            torch.zeros(gk.packed_numel(self.channels), dtype=torch.float32, device=device),
+            torch.zeros(self.channels, dtype=torch.float32, device=device),
             torch.zeros(self.channels, dtype=torch.int64, device=device),
         )
 

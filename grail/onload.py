@@ -116,7 +116,7 @@ def computing_device(model: nn.Module, onload: torch.device | str | None) -> tor
 def require_usable(device: torch.device | str) -> torch.device:
     """A device that torch knows and this machine has; any other raises InputError."""
     try:
-        return torch.empty(0, device=device).device
+        return torch.empty(0, dtype=torch.float32, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {str(device)!r} cannot be used here; choose cpu") from error
 

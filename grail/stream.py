@@ -127,7 +127,7 @@ class Stream:
             self._enter(model, batch)
         own = range(len(self))
         self.own_tokens = sum(map(self.tokens_of, own))
-        self.tokens = int(self.ranks.total(torch.tensor(self.own_tokens)))
+        self.tokens = int(self.ranks.total(torch.tensor(self.own_tokens, dtype=torch.int64)))
         # Of all batches: which samples have a token that counts.
         self._counting = self.ranks.interleaved([self._counts(batch) for batch in own])
         if self.tokens == 0:

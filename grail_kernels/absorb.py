@@ -123,7 +123,7 @@ def _add_packed(
 ) -> None:
     """Add W_D G_DP strip by strip: a strip couples its rows to the columns before, both ways."""
     every = list(strips(kept.numel() + dropped.numel()))
-    edges = torch.tensor([0, *(strip.high for strip in every)])
+    edges = torch.tensor([0, *(strip.high for strip in every)], dtype=torch.int64)
     kept_edges, dropped_edges = (
         torch.searchsorted(selection.cpu(), edges).tolist() for selection in (kept, dropped)
     )

@@ -67,7 +67,7 @@ def check_packed(packed: Tensor, channels: int) -> None:
         raise InputError(
             f"a packed accumulator of {channels} channels has {expected} elements in its last "
             f"dimension, got shape {tuple(packed.shape)}; allocate it with "
-            f"torch.zeros(packed_numel({channels}))"
+            f"torch.zeros(packed_numel({channels}), dtype=torch.float32)"
         )
 
 
