@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from grail.arguments import require_batches, require_language_model
 from grail.errors import EmptyCalibrationError, ModelError
 from grail.report import Evaluation
 from grail.transaction import steady
@@ -41,6 +42,8 @@ def evaluate(
 
     Numerics: log-probabilities in fp32 whatever the model's dtype, their sum in fp64.
     """
+    require_language_model(model)
+    require_batches(batches)
     with steady(model):
         loss, predicted, tokens, seconds = _total_loss(model, batches, progress)
     if predicted == 0:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grail.arguments import require_language_model
 from grail.errors import ExportError
 from grail.evaluate import measure_size
 from grail.folder import complete
@@ -50,6 +51,7 @@ def export(
         ExportError: too little disk, the folder could not be written, or it does not reload to
             bitwise the same logits.
     """
+    require_language_model(model)
     with complete(output, ExportError, size=measure_size(model)[1]) as folder:
         _write(folder, model, tokenizer, report, page, uneven)
         _verify(folder, model)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import grad
 
 from grail.errors import InputError, ModelError, NonFiniteError
-from grail.layers import CONVOLUTIONS, Consumer
+from grail.layers import Consumer
 from grail.sites import BoundSite
 from grail.stream import Stream
+from grail.weights import CONVOLUTIONS
 
 _OF_CONVOLUTION: dict[type[nn.Module], Any] = {
     nn.Conv1d: grad.conv1d_weight,

@@ -21,8 +21,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from grail.errors import InputError, ModelError
 from grail.reduction import Reduction
 from grail.transaction import Transaction
+from grail.weights import CONVOLUTIONS, is_plain, matrix, transposed
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -59,7 +59,7 @@ class Producer:
         weight = self._narrowed(self._rows(), reductions)
         module: Any = self.module
         bias = None if module.bias is None else self._narrowed(module.bias.detach(), reductions)
-        transaction.set_parameter(module, "weight", weight.T if _transposed(module) else weight)
+        transaction.set_parameter(module, "weight", weight.T if transposed(module) else weight)
         if bias is not None:
             transaction.set_parameter(module, "bias", bias)
         _set_sizes(module, transaction)
@@ -70,7 +70,7 @@ class Producer:
         return self._rows()[0].numel() + (module.bias is not None)
 
     def _rows(self) -> Tensor:
-        return _matrix(self.module)
+        return matrix(self.module)
 
     def _narrowed(self, rows: Tensor, reductions: Mapping[str, Reduction]) -> Tensor:
         if self.parts is None:
@@ -150,7 +150,7 @@ class Consumer:
 
     def as_rows(self, weight: Tensor) -> Tensor:
         """A tensor of the layer's weight's shape, of the form of `by_channel`."""
-        weight = weight.T if _transposed(self.module) else weight
+        weight = weight.T if transposed(self.module) else weight
         return weight.movedim(1, -1).flatten(0, -2)
 
     def pixels(self, x: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ class Consumer:
             new = weight.view(old.shape[0], kept, *old.shape[2:])
         else:
             new = weight.view(old.shape[0], *old.shape[2:], kept).movedim(-1, 1)
-        change.set_parameter(module, "weight", new.T if _transposed(module) else new)
+        change.set_parameter(module, "weight", new.T if transposed(module) else new)
         _set_sizes(module, change)
         if shift is not None:
             self._shift(shift, change)
@@ -242,7 +242,7 @@ class Consumer:
         return getattr(self.norm, "running_mean", None)
 
     def _weight(self) -> Tensor:
-        return _matrix(self.module)
+        return matrix(self.module)
 
 
 def narrow_along(module: Any, reduction: Reduction, change: Transaction) -> None:
@@ -295,21 +295,10 @@ def values_along(module: nn.Module, channels: int) -> int:
     return sum(p.numel() // channels for p in module.parameters(recurse=False) if p.numel() > 1)
 
 
-def _transposed(module: Any) -> bool:
-    """Transformers' Conv1D, of GPT-2: a linear layer that stores its weight as [in, out]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def _matrix(module: Any) -> Tensor:
-    """A layer's weight as [outputs, inputs, ...]."""
-    weight = module.weight.detach()
-    return weight.T if _transposed(module) else weight
-
-
 def _require_plain(name: str, module: Any) -> None:
     _require_own(name, module)
     weight = getattr(module, "weight", None)
-    known = type(module) in (nn.Linear, *CONVOLUTIONS) or _transposed(module)
+    known = is_plain(module)
     if not known or not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise ModelError(
             f"{name} is a {type(module).__name__}, not a plain floating-point "
@@ -330,7 +319,7 @@ def _require_own(name: str, module: nn.Module) -> None:
 
 def _set_sizes(module: Any, change: Transaction) -> None:
     """Brings a layer's record of its sizes in line with its weight."""
-    if _transposed(module):
+    if transposed(module):
         sizes = {"nx": module.weight.shape[0], "nf": module.weight.shape[1]}
     elif isinstance(module, nn.Linear):
         sizes = {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}

@@ -14,6 +14,7 @@ from torch import nn
 
 import grail_kernels as gk
 from grail import memory
+from grail.arguments import require_model, require_whole
 from grail.clock import Clock
 from grail.fit import peak_bytes
 from grail.gram_ragged import WAITING_TOKENS
@@ -99,6 +100,13 @@ def inspect(
         ModelError: a model of no known family.
         InputError: a keep that is not allowed.
     """
+    require_model(model)
+    for name, size in (
+        ("tokens", tokens),
+        ("sequence_length", sequence_length),
+        ("batch_size", batch_size),
+    ):
+        require_whole(name, size, 1)
     sequence_length = min(sequence_length, positions(model) or sequence_length)
     architecture = find(model, None if options is None else options.sites)
     options = options or Options(keep, sites=architecture.kinds)

@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from grail.arguments import as_path, require_model, require_usable
 from grail.errors import ExportError, InputError
 from grail.folder import complete
 from grail.report import Report
+from grail_kernels.arguments import check_kind
 
 FORMAT = 2  # of the JSON
 WEIGHTS, WIDTHS = "model.safetensors", "grail.json"
@@ -40,6 +42,7 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
         InputError: `output` is in use; nothing was written.
         ExportError: too little disk, or the folder could not be written.
     """
+    require_model(model)
     size = sum(tensor.nbytes for tensor in _tensors(model).values())
     with complete(output, ExportError, size=size) as folder:
         write(model, folder)
@@ -84,7 +87,9 @@ def load(
         InputError: no such folder, or one that `save` did not write.
         ExportError: damaged files, or a factory that makes another network.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
+    device = require_usable(device)
+    check_kind("factory", factory, Callable, "a function that makes the dense network")
     for name in (WEIGHTS, WIDTHS):
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}; give a folder that grail.save wrote")
@@ -99,6 +104,7 @@ def load(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ExportError(f"{folder} is damaged: {error}") from error
     model = factory()
+    require_model(model)
     # Narrowing may have untied what the factory ties: the files know better.
     sources = _sources(model) | widths.get("tied", {}) | {name: name for name in tensors}
     places = _places(model)

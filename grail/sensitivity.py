@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grail import budget, checkpoint, memory, select
+from grail.arguments import require_batches, require_model, require_number, require_whole
 from grail.clock import Clock
 from grail.distributed import refuse_sharded
 from grail.errors import InputError, ModelError
@@ -118,6 +119,7 @@ class Sensitivity:
         """
         keep = self.keep if keep is None else keep
         check_keep(keep)
+        require_number("undone", undone)
         if not 0 <= undone < 1:
             raise InputError(f"undone must be in [0, 1); got {undone:g}")
         losses: list[dict[int, float]] = []
@@ -176,11 +178,14 @@ def sensitivity(
         StateError: a resume_dir whose state is damaged, or that cannot be written.
         EmptyCalibrationError, NonFiniteError, SolveError, OutOfMemoryError: as `grail.compress`.
     """
+    require_model(model)
+    require_batches(batches)
     check_keep(keep)
     refuse_sharded(model)
     batches = list(batches)
     probes = max(1, len(batches) // PROBES) if probes is None else probes
-    if not 0 < probes < max(len(batches), 2):
+    require_whole("probes", probes, 1)
+    if not probes < max(len(batches), 2):
         raise InputError(f"probes must be some of {len(batches)} batches, not all; got {probes}")
     options = Options(
         keep,

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from grail.layers import CONVOLUTIONS, NORMS, is_depthwise
+from grail.layers import NORMS, is_depthwise
 from grail.transaction import steady
+from grail.weights import CONVOLUTIONS
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
@@ -188,9 +189,7 @@ class Flow:
         read = node.all_input_nodes[0]
         axis, tried, same, unchanged = self._of[read].axis, [], True, True
         for shape in self._may_be(read):
-            x = torch.randn(
-                shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32
-            )
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
             try:
                 every = self._tried(node, x.clone())
                 tried.append(tuple(every.shape))

@@ -20,9 +20,10 @@ from typing import Any
 from torch import fx, nn
 
 from grail.errors import ModelError
-from grail.layers import CONVOLUTIONS, Consumer, Producer
+from grail.layers import Consumer, Producer
 from grail.sites.channels import Channels, Flow
 from grail.sites.site import Architecture, BoundSite, Landing, bind
+from grail.weights import CONVOLUTIONS
 from grail.width import Width
 
 _LISTS = (nn.Sequential, nn.ModuleList)

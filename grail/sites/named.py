@@ -1,7 +1,7 @@
 """Sites that a person names, in any network."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from grail.errors import InputError, ModelError
 from grail.layers import Consumer, Producer
 from grail.sites.site import Architecture, BoundSite, Landing, bind
+from grail_kernels.arguments import check_kind
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Site:
             names = getattr(self, field)
             if isinstance(names, str):
                 raise InputError(f"{field} must be a list of names; got the string {names!r}")
+            check_kind(field, names, Iterable, "a list of names")
+            for name in names:
+                check_kind(f"an entry of {field}", name, str, "the name of a layer")
             object.__setattr__(self, field, tuple(names))
             if twice := _repeated(names):
                 raise InputError(f"{field} names {twice[0]!r} twice")

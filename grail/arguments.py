@@ -1,0 +1,75 @@
+"""The kinds of arguments that public calls take; others are refused by the name of their type."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from grail.errors import InputError
+from grail_kernels.arguments import check_kind, kind_of
+
+
+def require_model(model: object) -> None:
+    """Raises InputError for what is no network."""
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
+
+
+def require_language_model(model: Any) -> None:
+    """Raises InputError for what is no model of transformers with an input embedding."""
+    require_model(model)
+    if not (hasattr(model, "config") and hasattr(model, "get_output_embeddings")):
+        raise InputError(
+            f"model must be a causal language model of transformers; got {kind_of(model)}"
+        )
+
+
+def require_batches(batches: object) -> None:
+    """Raises InputError for what cannot be iterated over."""
+    try:
+        iter(batches)  # type: ignore[call-overload]
+    except TypeError as error:
+        raise InputError(
+            f"batches must be an iterable of batches; got {kind_of(batches)}"
+        ) from error
+
+
+def require_switches(**switches: object) -> None:
+    """Raises InputError for what is neither True nor False."""
+    for name, value in switches.items():
+        check_kind(name, value, bool, "True or False")
+
+
+def require_whole(name: str, value: object, least: int) -> None:
+    """Raises InputError for what is no whole number, or less than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number ≥ {least}; got {value!r}")
+
+
+def require_number(name: str, value: object) -> None:
+    """Raises InputError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name} must be a number; got {kind_of(value)}")
+
+
+def as_path(name: str, value: object) -> Path:
+    """A path that was given as a string or a path."""
+    check_kind(name, value, (str, os.PathLike), "a path")
+    return Path(str(value))
+
+
+def require_usable(device: torch.device | str) -> torch.device:
+    """A device that torch knows and this machine has; any other raises InputError."""
+    check_kind("device", device, (str, torch.device), "the name of a device, such as 'cuda'")
+    try:
+        return torch.empty(0, dtype=torch.float32, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(device)!r} cannot be used here; choose cpu") from error
+
+
+def as_paths(name: str, paths: object) -> list[Path]:
+    """Paths of a list."""
+    check_kind(name, paths, (list, tuple), "a list of paths")
+    return [as_path(name, path) for path in cast("Sequence[object]", paths)]
