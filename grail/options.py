@@ -52,6 +52,7 @@ class Options:
             object.__setattr__(self, "sites", (self.sites,))
         if self.sites is not None:
             check_kind("sites", self.sites, Iterable, "a list of kinds or of grail.Site")
+            object.__setattr__(self, "sites", tuple(self.sites))
         if odd := [site for site in self.sites or () if not isinstance(site, (str, Site))]:
             raise InputError(f"sites must be kinds, such as 'mlp', or grail.Site; got {odd[0]!r}")
         for keep in self.keep.values() if isinstance(self.keep, Mapping) else (self.keep,):

@@ -21,7 +21,7 @@ from grail.arguments import as_path, require_model, require_usable
 from grail.errors import ExportError, InputError
 from grail.folder import complete
 from grail.report import Report
-from grail_kernels.arguments import check_kind
+from grail_kernels.arguments import kind_of
 
 FORMAT = 2  # of the JSON
 WEIGHTS, WIDTHS = "model.safetensors", "grail.json"
@@ -89,7 +89,10 @@ def load(
     """
     folder = as_path("folder", folder)
     device = require_usable(device)
-    check_kind("factory", factory, Callable, "a function that makes the dense network")
+    if not callable(factory):
+        raise InputError(
+            f"factory must be a function that makes the dense network; got {kind_of(factory)}"
+        )
     for name in (WEIGHTS, WIDTHS):
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}; give a folder that grail.save wrote")

@@ -38,9 +38,10 @@ class Site:
             if isinstance(names, str):
                 raise InputError(f"{field} must be a list of names; got the string {names!r}")
             check_kind(field, names, Iterable, "a list of names")
+            names = tuple(names)
             for name in names:
                 check_kind(f"an entry of {field}", name, str, "the name of a layer")
-            object.__setattr__(self, field, tuple(names))
+            object.__setattr__(self, field, names)
             if twice := _repeated(names):
                 raise InputError(f"{field} names {twice[0]!r} twice")
         if not self.producers or not self.consumers:
