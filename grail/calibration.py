@@ -129,6 +129,7 @@ def _pack(texts: Iterable[str], tokenizer: Any, sequence_length: int) -> Iterato
     buffer: list[int] = []
     characters = full = 0
     for text in texts:
+        check_kind("a document", text, str, "text")
         if not text.strip():
             continue
         characters += len(text)

@@ -404,8 +404,8 @@ class Gram:
 
 def check_buffer(buffer: int | None) -> None:
     """Raises InputError for what is no number of tokens that can wait."""
-    if buffer is not None:
-        require_whole("buffer", buffer, 0)
+    if buffer is not None and (type(buffer) is not int or buffer < 0):
+        raise InputError(f"buffer must be a number of tokens ≥ 0; got {buffer!r}")
 
 
 def check_non_finite(non_finite: str) -> None:

@@ -7,6 +7,7 @@ batches, rolled back, and scaled by the number of blocks and batches.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from grail.sites import Architecture, BoundSite, Place, find, steps
 from grail.stream import Stream
 from grail.transaction import Transaction, steady
 from grail.width import Width
+from grail_kernels.arguments import check_kind
 from grail_kernels.tuning import BUFFER_TOKENS
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -101,12 +103,11 @@ def inspect(
         InputError: a keep that is not allowed.
     """
     require_model(model)
-    for name, size in (
-        ("tokens", tokens),
-        ("sequence_length", sequence_length),
-        ("batch_size", batch_size),
-    ):
-        require_whole(name, size, 1)
+    check_kind("options", options, (Options, NoneType), "a grail.Options")
+    check_kind("keeps", keeps, Iterable, "a list of shares")
+    require_whole("tokens", tokens, 0)
+    require_whole("sequence_length", sequence_length, 1)
+    require_whole("batch_size", batch_size, 1)
     sequence_length = min(sequence_length, positions(model) or sequence_length)
     architecture = find(model, None if options is None else options.sites)
     options = options or Options(keep, sites=architecture.kinds)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from grail.arguments import as_path, require_model, require_usable
 from grail.errors import ExportError, InputError
 from grail.folder import complete
 from grail.report import Report
-from grail_kernels.arguments import kind_of
+from grail_kernels.arguments import check_kind, kind_of
 
 FORMAT = 2  # of the JSON
 WEIGHTS, WIDTHS = "model.safetensors", "grail.json"
@@ -43,6 +43,7 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
         ExportError: too little disk, or the folder could not be written.
     """
     require_model(model)
+    check_kind("report", report, (Report, NoneType), "a grail.Report")
     size = sum(tensor.nbytes for tensor in _tensors(model).values())
     with complete(output, ExportError, size=size) as folder:
         write(model, folder)

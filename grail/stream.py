@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from grail.arguments import require_usable
 from grail.distributed import Ranks
 from grail.errors import EmptyCalibrationError, GrailError, InputError, ModelError
 from grail.memory import ran_out
@@ -116,7 +117,7 @@ class Stream:
         device: torch.device | None = None,
         room: int | None = None,
     ):
-        self.blocks, self.storage, self.ranks = blocks, torch.device(storage), ranks or Ranks()
+        self.blocks, self.storage, self.ranks = blocks, require_usable(storage), ranks or Ranks()
         self._room = room
         self._home = next(model.parameters()).device
         self.device = device or self._home

