@@ -58,7 +58,7 @@ class Saving:
     bytes: int
 
 
-@dataclass
+@dataclass(repr=False)
 class Inspection:
     """Sites, savings and the predicted cost of a run. Nothing was changed to find out.
 
@@ -75,6 +75,13 @@ class Inspection:
     tokens: int
     memory: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{site.count} × {site.kind}" for site in self.sites)
+        cost = ""
+        if self.memory and self.seconds:
+            cost = f", peak {self.memory['peak'] / 1e9:.3g} GB, {self.seconds['total']:.3g} s"
+        return f"Inspection({self.name}, {self.parameters:,} parameters, {sites}{cost})"
 
 
 def inspect(

@@ -22,7 +22,7 @@ ZipLM (Kurtic, Frantar, Alistarh, NeurIPS 2023), which search where this divides
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,9 @@ class Part:
     channels: int
     kept: int
     loss: float
-    errors: Tensor
+    errors: Tensor = field(repr=False)
     parameters: float
-    widths: tuple[int, ...]
+    widths: tuple[int, ...] = field(repr=False)
 
     def loss_at(self, kept: int) -> float:
         """What the network is expected to lose where they are that wide."""
@@ -93,12 +93,19 @@ class Part:
         return self.loss * self.errors[kept].item() / here if here > 0 else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sensitivity:
     """What a network loses by each of its sites, measured at a share `keep` of all."""
 
     keep: float
     parts: tuple[Part, ...]
+
+    def __repr__(self) -> str:
+        losses = self.losses
+        span = (
+            f", losses {min(losses.values()):.3g} to {max(losses.values()):.3g}" if losses else ""
+        )
+        return f"Sensitivity(keep {self.keep:g}, {len(losses)} sites{span})"
 
     @property
     def losses(self) -> dict[str, float]:

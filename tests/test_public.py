@@ -244,6 +244,41 @@ def test_other_answers_of_a_selector_are_refused(answer, message, tiny_llama, ti
     assert all(torch.equal(before[n], tensor) for n, tensor in model.state_dict().items())
 
 
+# How they print.
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_fit_and_a_gram_print_on_one_line(several, x, weight):
+    gram = grail.Gram(H, name="layers.3.mlp")
+    assert repr(gram) == f"Gram('layers.3.mlp', {H} channels, 0 tokens, on cpu)"
+    gram.update(x)
+    assert repr(gram) == f"Gram('layers.3.mlp', {H} channels, 120 tokens, on cpu)"
+    found = grail.fit(gram, KEPT, [weight, weight[:2]] if several else weight, alpha=0.25)
+    shapes = "[5, 3], [2, 3]" if several else "[5, 3]"
+    errors = f"error {found.error:.4g}, plain {found.baseline_error:.4g}"
+    assert repr(found) == f"Fit(weights {shapes}, {errors}, alpha 0.25)"
+    assert repr(grail.fit(gram, KEPT, weight, compensate=False)).endswith("alpha inf)")
+
+
+def test_reductions_print_their_widths():
+    assert repr(grail.Selection(range(300), 1000)) == "Selection(300 of 1000 channels)"
+    folding = grail.Folding([channel // 2 for channel in range(1000)])
+    assert repr(folding) == "Folding(1000 channels into 500 clusters)"
+
+
+def test_an_inspection_and_a_sensitivity_print_on_one_line(tiny_llama, tiny_batches):
+    found = grail.inspect(tiny_llama(), tokens=32, sequence_length=16)
+    assert repr(found).startswith("Inspection(LlamaForCausalLM")
+    assert f"{found.parameters:,} parameters, 2 × heads, 2 × mlp, peak " in repr(found)
+    measured = grail.sensitivity(tiny_llama(), tiny_batches(), progress=False)
+    losses = sorted(measured.losses.values())
+    span = f"losses {losses[0]:.3g} to {losses[-1]:.3g}"
+    assert repr(measured) == f"Sensitivity(keep 0.5, 2 sites, {span})"
+    for printed in (repr(found), repr(measured), repr(measured.parts[0])):
+        assert "tensor(" not in printed
+        assert len(printed) < 200
+
+
 # What is refused.
 
 OBJECT = object()
