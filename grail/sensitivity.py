@@ -191,8 +191,8 @@ def sensitivity(
     refuse_sharded(model)
     batches = list(batches)
     probes = max(1, len(batches) // PROBES) if probes is None else probes
-    require_whole("probes", probes, 1)
-    if not probes < max(len(batches), 2):
+    require_whole("probes", probes, 0)
+    if not 0 < probes < max(len(batches), 2):
         raise InputError(f"probes must be some of {len(batches)} batches, not all; got {probes}")
     options = Options(
         keep,
