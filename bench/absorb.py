@@ -37,7 +37,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
 
 import grail_kernels as gk
-from bench.measuring import Call, Row, machine, quantiles, time_in_turns, write_rows
+from bench.measuring import Call, Row, command_line, machine, quantiles, time_in_turns, write_rows
 from grail_kernels import reference, tuning
 from grail_kernels.backend import interpreting
 
@@ -198,8 +198,10 @@ def _shape(text: str) -> tuple[int, int]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with defaults filled in."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        writes="a table to the screen; a CSV with --csv",
+        takes="minutes on 2 cores; --seconds limits it",
     )
     parser.add_argument("--model", action="append", choices=[*MODELS], help="may be repeated")
     parser.add_argument("--shape", action="append", type=_shape, metavar="O,H", default=[])

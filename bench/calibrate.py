@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without a
 
 import grail
 from bench import figures
-from bench.measuring import machine, quantiles, settle, write_rows
+from bench.measuring import command_line, machine, quantiles, settle, write_rows
 from grail.report import Report
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -203,8 +203,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with defaults filled in."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        writes="a table to the screen; files with --csv and --plot",
+        takes="about 4 minutes on 2 cores with the defaults",
     )
     parser.add_argument("--model", choices=[*MODELS], help="default: what suits the device")
     parser.add_argument("--blocks", type=int, help="fewer blocks than the model has")

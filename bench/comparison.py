@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.endtoend import RESULTS, Row, Table, save_figure
+from bench.measuring import command_line
 from grail.report import recovered
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
@@ -330,6 +331,11 @@ def study_figure(rows: list[Row], score: str, title: str) -> Any:
 
 def main() -> None:
     """Draws everything."""
+    command_line(
+        __doc__,
+        writes="docs/results.md, selectors_* and studies_*.svg in bench/results",
+        takes="a minute",
+    ).parse_args()
     for name, (title, score, _) in NETWORKS.items():
         if rows := _rows(f"selectors_{name}.csv"):
             save_figure(selector_figure(rows, score, title), f"selectors_{name}.svg")

@@ -19,7 +19,6 @@ that fails the identity in its place (nothing is compensated) with a warning. It
 its own 1% ridge, not with the strength that a problem asks of ours, and knows no drift or biases.
 """
 
-import argparse
 import itertools
 import math
 import warnings
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor
 
 import grail
-from bench.measuring import Row, read_rows, write_rows
+from bench.measuring import Row, command_line, read_rows, write_rows
 from grail.errors import GrailError
 from grail.fit import Toward
 
@@ -561,7 +560,11 @@ def _shares(row: Row) -> str:
 
 def main() -> None:
     """Runs or shows."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line(
+        __doc__,
+        writes="bench/results/failsafe.csv; with --show nothing",
+        takes="less than a minute",
+    )
     parser.add_argument("--show", action="store_true", help="print the committed table")
     if not parser.parse_args().show:
         torch.set_num_threads(1)

@@ -13,7 +13,6 @@ What makes the CSV; a GPU's come from `python bench/on_gpu.py`, under bench/resu
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
 
 from bench.accuracy import BIAS_LIMIT
-from bench.measuring import Row, read_rows
+from bench.measuring import Row, command_line, read_rows
 from grail_kernels.reference import ERROR_LIMIT
 
 RESULTS = Path(__file__).parent / "results"
@@ -214,8 +213,10 @@ def _kind(path: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw; each figure lies beside its CSV."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        writes="an SVG beside every CSV",
+        takes="less than a minute",
     )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.csv")
     for path in parser.parse_args(arguments).files or drawable(RESULTS):

@@ -5,7 +5,6 @@
 Beside it stands safetensors' own reader, which checks sizes and no content.
 """
 
-import argparse
 import random
 import tempfile
 from collections import Counter
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load
 
 import grail
-from bench.measuring import Row, machine, write_rows
+from bench.measuring import Row, command_line, machine, write_rows
 from grail.errors import StateError
 
 PAGE = 4096
@@ -47,7 +46,11 @@ def damaged(data: bytes, kind: str, draw: random.Random) -> bytes:
 
 def main() -> None:
     """Writes a row for each kind of damage."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line(
+        __doc__,
+        writes="--output",
+        takes="minutes on one core",
+    )
     parser.add_argument("--trials", type=int, default=1000, help="of each kind of damage")
     parser.add_argument("--channels", type=int, default=300)
     parser.add_argument("--output", type=Path, default=Path("bench/results/flipping.csv"))

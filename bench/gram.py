@@ -56,6 +56,7 @@ import grail_kernels as gk
 from bench import figures, model
 from bench.measuring import (
     Call,
+    command_line,
     machine,
     quantiles,
     seconds_of,
@@ -510,8 +511,10 @@ def predict(gpu: model.Gpu, shapes: Iterable[Shape], dtypes: list[str]) -> list[
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with defaults filled in."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        writes="a table to the screen; files with --csv and --plot",
+        takes="many minutes on 2 cores; --seconds limits it",
     )
     models = sorted({*MODELS, *HEADS, *EXPERTS})
     parser.add_argument(
@@ -539,7 +542,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default 7)")
     parser.add_argument("--seconds", type=float, help="no case starts later than this")
     parser.add_argument("--csv", type=Path, help="write every number here, in long format")
-    parser.add_argument("--plot", type=Path, help="draw % of the limit here (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="draw %% of the limit here (needs matplotlib)")
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or ["fp32", "bf16"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import os
@@ -21,6 +22,18 @@ PAUSE = 0.2
 
 Call = Callable[[Tensor], Tensor]
 Row = dict[str, str]
+
+
+def command_line(doc: str | None, *, writes: str, takes: str) -> argparse.ArgumentParser:
+    """The parser of a bench; its help adds to the docstring what is written and how long it takes.
+
+    Call it before any work, so that `--help` touches nothing.
+    """
+    return argparse.ArgumentParser(
+        description=doc,
+        epilog=f"writes: {writes}\ntakes: {takes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def time_in_turns(

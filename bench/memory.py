@@ -15,7 +15,6 @@ Metrics
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without a
 
 import grail
 from bench.allocations import peak_bytes
-from bench.measuring import Row, machine, write_rows
+from bench.measuring import Row, command_line, machine, write_rows
 from grail_kernels.tuning import BUFFER_TOKENS
 
 CHANNELS = (576, 1536, 2560, 4096, 8192, 11_008)
@@ -89,8 +88,10 @@ def measure(channels: int, device: str) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, save."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        writes="a table to the screen; a CSV with --csv",
+        takes="minutes on 2 cores",
     )
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

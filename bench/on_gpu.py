@@ -48,7 +48,7 @@ from bench import absorb as absorb_bench
 from bench import accuracy, calibrate, tune
 from bench import gram as gram_bench
 from bench import ridge as ridge_bench
-from bench.measuring import Row, machine, write_rows
+from bench.measuring import Row, command_line, machine, write_rows
 from grail_kernels import reference, tuning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -374,8 +374,10 @@ def _empty_cache() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the steps; the exit code is 1 if one of them failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        writes="CSV files into --output; the step tuning grail_kernels/launches.json",
+        takes="at most --seconds, 10 minutes",
     )
     parser.add_argument("--steps", nargs="+", choices=[*STEPS], default=[*STEPS])
     parser.add_argument("--output", type=Path, default=ROOT / "bench/results/gpu")

@@ -19,7 +19,7 @@ from torch.multiprocessing.spawn import start_processes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grail
-from bench.measuring import Row, machine, write_rows
+from bench.measuring import Row, command_line, machine, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "ranks.csv"
 COUNTS = (1, 2, 4)
@@ -83,7 +83,15 @@ def measure() -> list[Row]:
     return rows
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Command line of this file."""
+    command_line(
+        __doc__, writes="bench/results/ranks.csv", takes="a minute on 2 cores"
+    ).parse_args()
     multiprocessing.set_forkserver_preload(["bench.ranks"])
     write_rows(RESULTS, measure())
     print(RESULTS.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without a
 import grail
 from bench import figures
 from bench.allocations import peak_bytes
-from bench.measuring import machine, quantiles, time_in_turns, write_rows
+from bench.measuring import command_line, machine, quantiles, time_in_turns, write_rows
 from grail import ridge
 
 # (consumer rows O, channels H) of the MLP sites.
@@ -248,8 +248,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with defaults filled in."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        writes="a table to the screen; files with --csv and --plot",
+        takes="many minutes on 2 cores; --seconds limits it",
     )
     parser.add_argument("--model", action="append", choices=[*MODELS], help="may be repeated")
     parser.add_argument(

@@ -24,7 +24,6 @@ the device is `grail.plan.demand`. `smollm2-135m` is simulated, too, and measure
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import time
@@ -40,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.measuring import Row, machine, write_rows
+from bench.measuring import Row, command_line, machine, write_rows
 from grail import plan
 from grail.clock import Clock
 from grail.loop import Run
@@ -352,8 +351,10 @@ def measured_seconds(tokens: int) -> dict[str, float]:
 
 def main() -> None:
     """Command line of this file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        writes="--output",
+        takes="many minutes on 2 cores; a model alone, minutes",
     )
     parser.add_argument("--models", default=",".join(SHAPES), help="separated by commas")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -8,7 +8,6 @@ are alive. Exits with 1 if the last third of the rows holds more than 5% above t
 warm-up.
 """
 
-import argparse
 import gc
 import statistics
 import sys
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 import grail
-from bench.measuring import Row, machine, write_rows
+from bench.measuring import Row, command_line, machine, write_rows
 from bench.networks import ResNet
 from grail import memory
 from grail.drift import Drift
@@ -74,8 +73,10 @@ def tensors() -> int:
 
 def main() -> None:
     """Command line of this file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        writes="rows to the screen; a CSV with --csv",
+        takes="--minutes",
     )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--csv", type=Path, help="file for the rows; default: only shown")

@@ -26,7 +26,6 @@ Results are bench/results/selectors_NETWORK.csv and studies_NETWORK.csv. A row i
 it is measured and never measured again: kill it and run it again to go on. Never part of the tests.
 """
 
-import argparse
 import copy
 import functools
 import itertools
@@ -41,6 +40,7 @@ from torch import Tensor
 import grail
 from bench import assets, networks, scores
 from bench.endtoend import LENGTH, RESULTS, TEXTS, Table, conditions
+from bench.measuring import command_line
 from grail import budget, select
 from grail.select.flap import flap as flap_scores
 
@@ -395,8 +395,10 @@ def _studies(name: str, keep: float) -> Iterator[StudyRow]:
 
 def main() -> None:
     """Command line of this file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        writes="bench/results/selectors_NETWORK.csv or studies_NETWORK.csv, row by row",
+        takes="one to twelve hours on one core for a table, up to three for the studies",
     )
     parser.add_argument("network", choices=SUBJECTS)
     parser.add_argument("--studies", action="store_true", help="the studies, not the table")

@@ -5,7 +5,6 @@ that was stopped goes on from its last epoch to the same weights. The last epoch
 kept: the test images choose nothing.
 """
 
-import argparse
 import csv
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench import assets, networks
+from bench.measuring import command_line
 from bench.scores import accuracy
 from grail.errors import InputError
 
@@ -214,7 +214,11 @@ def _append(log: Path, row: tuple[Any, ...]) -> None:
 
 def main() -> None:
     """Command line of this file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(
+        __doc__,
+        writes="weights into --weights, checkpoints into --cache, rows into --log",
+        takes="about 40 minutes for resnet18, 70 for vit, on 2 cores",
+    )
     parser.add_argument("network", choices=("resnet18", "vit"), help="which one to train")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the 60 000 images")
     parser.add_argument(

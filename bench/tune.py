@@ -38,7 +38,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
 
 import grail_kernels as gk
-from bench.measuring import Row, machine, quantiles, time_in_turns, write_rows
+from bench.measuring import Row, command_line, machine, quantiles, time_in_turns, write_rows
 from grail_kernels import reference, tuning
 from grail_kernels.backend import interpreting
 from grail_kernels.tuning import AbsorbConfig, Config, GramConfig, Key
@@ -364,8 +364,10 @@ def _key(text: str) -> Key:
 
 def main(arguments: list[str] | None = None) -> int:
     """Search, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        writes="grail_kernels/launches.json or --table; a CSV with --csv",
+        takes="minutes on a GPU; --seconds limits it",
     )
     parser.add_argument("--row", action="append", type=_key, help="only this; may be repeated")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing later")

@@ -1,9 +1,14 @@
 """GRAIL: rebuild what structured compression lost, in closed form, without labels."""
 
+from grail.calibration import token_batches
 from grail.collect import Collected, collect
 from grail.compress import compress
+from grail.errors import GrailError
+from grail.evaluate import evaluate
+from grail.export import export
 from grail.fit import Fit, fit
 from grail.gram import Gram
+from grail.models import load_model
 from grail.options import Options
 from grail.plan import Inspection, inspect
 from grail.reduction import Folding, Reduction, Selection
@@ -19,6 +24,7 @@ __all__ = [
     "Fit",
     "Folding",
     "Fused",
+    "GrailError",
     "Gram",
     "Inspection",
     "Options",
@@ -29,10 +35,14 @@ __all__ = [
     "Site",
     "collect",
     "compress",
+    "evaluate",
+    "export",
     "fit",
     "inspect",
     "load",
+    "load_model",
     "save",
     "sensitivity",
+    "token_batches",
     "trace",
 ]

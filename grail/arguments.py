@@ -1,90 +1,75 @@
-"""Arguments of a model's blocks that are recorded once and used for every pass.
+"""The kinds of arguments that public calls take; others are refused by the name of their type."""
 
-A pass must see the arguments that the pass before it saw. Key/value caches, iterators and other
-objects that a block changes while it runs break that without an error: attention would also see
-the keys that earlier passes wrote. So caches are switched off while arguments are recorded, and
-the state of every argument is compared before and after each call.
-"""
-
-import itertools
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from grail.errors import ModelError
-
-_VALUES = (type(None), bool, int, float, complex, str, bytes)
-# Other objects that cannot change, or whose changes are not the arguments'.
-_FIXED = (
-    torch.dtype,
-    torch.device,
-    type,
-    FunctionType,
-    MethodType,
-    BuiltinFunctionType,
-    nn.Module,
-)
+from grail.errors import InputError
+from grail_kernels.arguments import check_kind, kind_of
 
 
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Switches off the key/value cache in every configuration of a model's modules."""
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        for name in ("config", "generation_config"):
-            config = getattr(module, name, None)
-            if getattr(config, "use_cache", None):
-                configs[id(config)] = config
-    for config in configs.values():
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
+def require_model(model: object) -> None:
+    """Raises InputError for what is no network."""
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
 
 
-def state_of(argument: Any) -> Any:
-    """Returns what is equal for two states of an argument if it did not change between them.
-
-    Tensors are compared by identity and by how often they were written to, other objects by their
-    attributes and items.
-
-    Raises:
-        ModelError: an argument that is used up by reading it.
-    """
-    return _state(argument, set())
-
-
-def _state(value: Any, above: set[int]) -> Any:
-    if isinstance(value, Tensor):
-        return id(value), 0 if value.is_inference() else value._version
-    if isinstance(value, _VALUES):
-        return repr(value)
-    if isinstance(value, _FIXED):
-        return id(value)
-    if isinstance(value, Iterator | torch.Generator):
-        raise ModelError(
-            f"a block gets a {type(value).__name__} as an argument, which is used up by the first "
-            "of several passes; pass a list or a tensor in its place"
+def require_language_model(model: Any) -> None:
+    """Raises InputError for what is no model of transformers with an input embedding."""
+    require_model(model)
+    if not (hasattr(model, "config") and hasattr(model, "get_output_embeddings")):
+        raise InputError(
+            f"model must be a causal language model of transformers; got {kind_of(model)}"
         )
-    if id(value) in above:  # an object that refers to itself
-        return id(value)
-    above = above | {id(value)}
-    parts: list[Any] = []
-    if isinstance(value, Mapping):
-        parts += [(key, _state(item, above)) for key, item in value.items()]
-    elif isinstance(value, Sequence | Set):
-        parts += [_state(item, above) for item in value]
-    parts += [(key, _state(item, above)) for key, item in _attributes(value)]
-    return type(value), parts
 
 
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    yield from getattr(value, "__dict__", {}).items()
-    slots = itertools.chain(*(getattr(kind, "__slots__", ()) for kind in type(value).__mro__))
-    yield from ((name, getattr(value, name)) for name in slots if hasattr(value, name))
+def require_batches(batches: object) -> None:
+    """Raises InputError for what cannot be iterated over."""
+    try:
+        iter(batches)  # type: ignore[call-overload]
+    except TypeError as error:
+        raise InputError(
+            f"batches must be an iterable of batches; got {kind_of(batches)}"
+        ) from error
+
+
+def require_switches(**switches: object) -> None:
+    """Raises InputError for what is neither True nor False."""
+    for name, value in switches.items():
+        check_kind(name, value, bool, "True or False")
+
+
+def require_whole(name: str, value: object, least: int) -> None:
+    """Raises InputError for what is no whole number, or less than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number ≥ {least}; got {value!r}")
+
+
+def require_number(name: str, value: object) -> None:
+    """Raises InputError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name} must be a number; got {kind_of(value)}")
+
+
+def as_path(name: str, value: object) -> Path:
+    """A path that was given as a string or a path."""
+    check_kind(name, value, (str, os.PathLike), "a path")
+    return Path(str(value))
+
+
+def require_usable(device: torch.device | str) -> torch.device:
+    """A device that torch knows and this machine has; any other raises InputError."""
+    check_kind("device", device, (str, torch.device), "the name of a device, such as 'cuda'")
+    try:
+        return torch.empty(0, dtype=torch.float32, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(device)!r} cannot be used here; choose cpu") from error
+
+
+def as_paths(name: str, paths: object) -> list[Path]:
+    """Paths of a list."""
+    check_kind(name, paths, (list, tuple), "a list of paths")
+    return [as_path(name, path) for path in cast("Sequence[object]", paths)]

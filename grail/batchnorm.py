@@ -32,7 +32,7 @@ def reset_norm(
     for x in inputs():
         mean += _by_channel(x).sum(1)
         seen += x.numel() // x.shape[1]
-    count = int(total(torch.tensor(seen)))
+    count = int(total(torch.tensor(seen, dtype=torch.int64)))
     mean = total(mean) / count
     for x in inputs():
         squares += (_by_channel(x) - mean[:, None]).square().sum(1)

@@ -47,7 +47,9 @@ def flap(
     for site in standardised:
         site[site.argmax()] = math.inf
     order = torch.cat(standardised).argsort(descending=True, stable=True)
-    sites = torch.cat([torch.full((len(s),), i) for i, s in enumerate(standardised)])[order]
+    sites = torch.cat(
+        [torch.full((len(s),), i, dtype=torch.int64) for i, s in enumerate(standardised)]
+    )[order]
     spent = torch.tensor(parameters, dtype=torch.float64)[sites].cumsum(0)
     stay = max(len(scores), 1 + int((spent - keep * spent[-1]).abs().argmin()))
     counts = sites[:stay].bincount(minlength=len(scores))

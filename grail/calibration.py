@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grail.arguments import require_whole
 from grail.errors import EmptyCalibrationError, InputError
+from grail_kernels.arguments import check_kind, kind_of
 
 _PIECE = 1 << 20  # characters of a plain text file that are read and tokenised at a time
 _POOL = 8  # a seeded draw chooses among this many times the sequences it returns
@@ -87,12 +89,9 @@ def token_batches(
         InputError: a size that is not positive, or a source that cannot be read.
         EmptyCalibrationError: no text, or less than one sequence of it.
     """
-    for name, size in (
-        ("sequence_length", sequence_length),
-        ("batch_size", batch_size),
-    ):
-        if size < 1:
-            raise InputError(f"{name} is {size}; it must be at least 1.")
+    _require_kinds(source, tokenizer, tokens, seed)
+    require_whole("sequence_length", sequence_length, 1)
+    require_whole("batch_size", batch_size, 1)
     if tokens is not None and tokens < sequence_length:
         raise InputError(
             f"tokens is {tokens}, less than one sequence of {sequence_length}; "
@@ -115,11 +114,22 @@ def token_batches(
     return list(rows.split(batch_size))
 
 
+def _require_kinds(source: object, tokenizer: object, tokens: object, seed: object) -> None:
+    """Raises InputError for arguments of `token_batches` that are of no kind that it takes."""
+    check_kind("source", source, (Path, Iterable), "a path, the name of a dataset or documents")
+    if not (callable(tokenizer) and hasattr(tokenizer, "eos_token_id")):
+        raise InputError(f"tokenizer must be one of transformers; got {kind_of(tokenizer)}")
+    for name, number in (("tokens", tokens), ("seed", seed)):
+        if number is not None:
+            require_whole(name, number, 0)
+
+
 def _pack(texts: Iterable[str], tokenizer: Any, sequence_length: int) -> Iterator[list[int]]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     buffer: list[int] = []
     characters = full = 0
     for text in texts:
+        check_kind("a document", text, str, "text")
         if not text.strip():
             continue
         characters += len(text)

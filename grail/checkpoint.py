@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from grail import state
+from grail.arguments import as_path
 from grail.distributed import Ranks
 from grail.errors import InputError, StateError
 from grail.folder import PARTIAL
@@ -289,7 +290,7 @@ def opened(
     if folder is None:
         yield None
         return
-    folder = Path(folder)
+    folder = as_path("resume_dir", folder)
     if ranks.count > 1:
         folder /= f"{_PROCESS}-{ranks.number}-of-{ranks.count}"
     with _held(folder, options):
@@ -308,7 +309,7 @@ def measuring(
     if folder is None:
         yield None
         return
-    folder = Path(folder)
+    folder = as_path("resume_dir", folder)
     with _held(folder, options):
         run = {**_fingerprints(model, options), "probes": str(probes)}
         for _ in hashed(batches, lambda found: run.update(calibration=_HASH + found)):
@@ -351,7 +352,7 @@ def announced(folder: str | Path, command: Mapping[str, str]) -> bool:
 
 def clear(folder: str | Path) -> None:
     """Deletes a run's state, and its folder if nothing else is in it."""
-    folder = Path(folder)
+    folder = as_path("resume_dir", folder)
     for of_process in folder.glob(f"{_PROCESS}-*-of-*"):
         clear(of_process)
     for path in (*_files(folder), folder / _LOCK):

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from grail import state
+from grail.arguments import as_path, as_paths, require_batches, require_model
 from grail.checkpoint import fingerprint, hashed
 from grail.clock import Clock
 from grail.distributed import Ranks
@@ -65,6 +66,8 @@ def collect(
         InputError, ModelError, EmptyCalibrationError, NonFiniteError, StateError: nothing was
             written.
     """
+    require_model(model)
+    require_batches(batches)
     options = Options(
         1.0,
         sites,
@@ -114,7 +117,7 @@ class Collected:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = as_path("folder", folder)
         self._index = state.read(self.folder / _INDEX, _KIND).content
 
     def stream(
@@ -210,7 +213,7 @@ def merge(folders: Sequence[str | Path], output: str | Path) -> Path:
         InputError: other models or sites, or a calibration that would count twice.
         StateError: a damaged file; nothing was written.
     """
-    paths = [Path(folder) for folder in folders]
+    paths = as_paths("folders", folders)
     indexes = [state.read(path / _INDEX, _KIND).content for path in paths]
     calibrations: dict[str, dict[str, Any]] = {}
     for path, index in zip(paths, indexes, strict=True):

@@ -25,6 +25,7 @@ from torch import Tensor
 from typer.core import TyperGroup
 
 from grail import __version__, checkpoint, select
+from grail.arguments import require_usable
 from grail.calibration import load_texts, token_batches
 from grail.collect import Collected
 from grail.collect import collect as collect_statistics
@@ -39,7 +40,6 @@ from grail.folder import check_output
 from grail.gram import NonFinite
 from grail.memory import ran_out
 from grail.models import length_of_sequences, load_model
-from grail.onload import require_usable
 from grail.options import Compensation, Options
 from grail.page import (
     evaluation_table,

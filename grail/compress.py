@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from grail import checkpoint, memory, plan, select
+from grail.arguments import require_batches, require_model
 from grail.clock import Clock
 from grail.collect import Collected
 from grail.distributed import Ranks, checksum, ranks, refuse_sharded, watched
@@ -127,6 +128,9 @@ def compress(
 
     Source: GRAIL (arXiv 2602.23795), algorithm 1.
     """
+    require_model(model)
+    if not isinstance(batches, Collected):
+        require_batches(batches)
     options = Options(
         keep=keep,
         sites=sites,

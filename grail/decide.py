@@ -16,11 +16,12 @@ from grail.fit import Auto, Fit, Toward, fit
 from grail.gram import Gram
 from grail.layers import Consumer, stacked
 from grail.options import ALPHA, Options
-from grail.reduction import Folding, Reduction, Selection
+from grail.reduction import Folding, Reduction, Selection, as_reduction
 from grail.report import SiteReport
 from grail.sites import BoundSite
 from grail.statistics import Statistics
 from grail.width import Width
+from grail_kernels.arguments import as_vector
 
 
 class Decider:
@@ -175,7 +176,8 @@ class Decider:
         view = self.view(site, collected, gradient)
         # Of an expert that was never asked only its weights are known.
         unseen = site.beside is not None and not view.gram.tokens
-        reduction = (select.get("magnitude") if unseen else self._select)(view)
+        answer = (select.get("magnitude") if unseen else self._select)(view)
+        reduction = _as_reduction(answer, width, f"the selector's answer at {site.name}")
         if (reduction.channels, reduction.kept) != (width.channels, width.kept):
             raise InputError(
                 f"the selector answered {reduction!r} at {site.name}, where {width} must stay"
@@ -196,6 +198,16 @@ class Decider:
             return 0.0
         share = self._options.drift_correction
         return _last_share(self.done, site.kind) if share == "auto" else share
+
+
+def _as_reduction(answer: object, width: Width, what: str) -> Reduction:
+    """What a selector gave, scores [H] by the channels that score highest."""
+    if isinstance(answer, Reduction):
+        return answer
+    answer = as_vector(what, answer)
+    if answer.is_floating_point():
+        return select.highest(answer, width, what)
+    return as_reduction(answer, width.channels)
 
 
 def _last_share(rows: Sequence[SiteReport], kind: str) -> float:

@@ -31,7 +31,7 @@ class Drift:
     """
 
     def __init__(self, outputs: int, channels: int, device: torch.device):
-        self.cross = torch.zeros(outputs, channels, device=device)
+        self.cross = torch.zeros(outputs, channels, dtype=torch.float32, device=device)
         self.sum = torch.zeros(outputs, dtype=torch.float64, device=device)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
 

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from grail.errors import EmptyCalibrationError, ModelError
+from grail.arguments import require_batches, require_language_model
+from grail.errors import EmptyCalibrationError, InputError, ModelError
 from grail.report import Evaluation
 from grail.transaction import steady
+from grail_kernels.arguments import check_kind
 
 _LOGITS = 1 << 24  # logits held at a time, 64 MiB of fp32: 16 sequences × 1024 × 49152 are 3 GiB
 
@@ -41,6 +43,8 @@ def evaluate(
 
     Numerics: log-probabilities in fp32 whatever the model's dtype, their sum in fp64.
     """
+    require_language_model(model)
+    require_batches(batches)
     with steady(model):
         loss, predicted, tokens, seconds = _total_loss(model, batches, progress)
     if predicted == 0:
@@ -86,6 +90,7 @@ def _total_loss(
     loss_of: Callable[[Any, dict[str, Tensor], Tensor], Tensor] | None = None
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False):
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        _require_tokens(given.get("input_ids"))
         inputs = {name: value.to(model.device) for name, value in given.items()}
         targets = _targets(inputs)
         loss_of = loss_of or _choose_loss(model, inputs)
@@ -95,6 +100,17 @@ def _total_loss(
         predicted += int((targets >= 0).sum())
         tokens += inputs["input_ids"].numel()
     return loss, predicted, tokens, seconds
+
+
+def _require_tokens(tokens: object) -> None:
+    """Raises InputError for what are no token ids of sequences."""
+    check_kind("a batch's input_ids", tokens, Tensor, "a torch.Tensor")
+    assert isinstance(tokens, Tensor)
+    if tokens.dim() != 2 or tokens.is_floating_point():
+        raise InputError(
+            f"a batch of token ids must be integers [sequences, length]; got {tokens.dtype} "
+            f"{tuple(tokens.shape)}"
+        )
 
 
 def _targets(inputs: Mapping[str, Tensor]) -> Tensor:

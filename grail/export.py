@@ -1,18 +1,21 @@
 """Writes a model as a plain `save_pretrained` folder that is complete, or is not there at all."""
 
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grail.errors import ExportError
+from grail.arguments import require_language_model
+from grail.errors import ExportError, InputError
 from grail.evaluate import measure_size
 from grail.folder import complete
 from grail.models import positions, read_model
 from grail.report import Report
 from grail.saving import write
 from grail.transaction import steady
+from grail_kernels.arguments import check_kind, kind_of
 
 # Sequences and tokens, if it has room for those, on which the reloaded model must agree.
 _PROBE = (2, 32)
@@ -50,6 +53,11 @@ def export(
         ExportError: too little disk, the folder could not be written, or it does not reload to
             bitwise the same logits.
     """
+    require_language_model(model)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise InputError(f"tokenizer must be one of transformers; got {kind_of(tokenizer)}")
+    check_kind("report", report, (Report, NoneType), "a grail.Report")
+    check_kind("page", page, (str, NoneType), "text")
     with complete(output, ExportError, size=measure_size(model)[1]) as folder:
         _write(folder, model, tokenizer, report, page, uneven)
         _verify(folder, model)

@@ -6,30 +6,35 @@ by held-out tokens in `grail.heldout`. fp64 throughout, one rounding into the we
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeGuard, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from grail.arguments import require_switches
 from grail.errors import InputError, NonFiniteError
 from grail.gram import Gram
 from grail.heldout import ALPHAS, choose
 from grail.problem import ROWS, Consumer, Problem
-from grail.reduction import Reduction
+from grail.reduction import Reduction, as_reduction
+from grail.weights import as_given, consumer_matrix
+from grail_kernels.arguments import check_kind
 
 Toward = Literal["zero", "baseline"]
 Damping = Literal["site", "channel"]
 Auto = Literal["auto"]
+Weight = Tensor | nn.Module  # a consumer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fit:
     """A site's rewritten consumers and how well they rebuild the dense output.
 
-    `weights`: one [O, K] per consumer given. `shifts`: of an affine fit, what is to be added to
-    each consumer's bias, [O] fp64, else None. `error` and `baseline_error`: ‖T − W'RX‖/‖T‖ with
-    compensation and without any, no bias either, over all consumers, measured on the rounded
+    `weights`: one [O, K] per consumer given; of a layer in the form in which it stores its own, as
+    [K, O] for a Conv1D or [O, K, 1, 1] for a convolution. `shifts`: of an affine fit, what is to be
+    added to each consumer's bias, [O] fp64, else None. `error` and `baseline_error`: ‖T − W'RX‖/‖T‖
+    with compensation and without any, no bias either, over all consumers, measured on the rounded
     weights; T is WX, or what the dense network's stream asks for where the Gram knows its drift.
     `alpha` and `drift_correction`: as given or chosen; an infinite alpha is plain pruning or
     folding. `damping`: the λ used, per channel its mean. `retries`: how often it had to grow.
@@ -44,9 +49,16 @@ class Fit:
     retries: int
     shifts: tuple[Tensor, ...] | None = None
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(list(weight.shape)) for weight in self.weights)
+        return (
+            f"Fit(weights {shapes}, error {self.error:.4g}, plain {self.baseline_error:.4g}, "
+            f"alpha {self.alpha:g})"
+        )
+
     @property
     def weight(self) -> Tensor:
-        """The rewritten weight [O, K] of the only consumer."""
+        """The rewritten weight of the only consumer."""
         if len(self.weights) != 1:
             raise InputError(f"this fit has {len(self.weights)} consumers; read .weights")
         return self.weights[0]
@@ -55,8 +67,8 @@ class Fit:
 @torch.inference_mode(False)  # what is made in it could never be trained
 def fit(
     gram: Gram,
-    reduction: Reduction,
-    weight: Tensor | Sequence[Tensor],
+    reduction: Reduction | Tensor | Sequence[int],
+    weight: Weight | Sequence[Weight],
     *,
     alpha: float | Auto = 1e-3,
     toward: Toward = "zero",
@@ -70,9 +82,11 @@ def fit(
 
     Args:
         gram: the Gram of the consumer's input, H channels.
-        reduction: a `Selection`, a `Folding` or another map of the same H channels.
+        reduction: a `Selection`, a `Folding` or another map of the same H channels; or, for a
+            `Selection`, the index or the mask of the channels that stay.
         weight: the consumer [O, H], or several that read the same channels: one factorisation
-            serves all.
+            serves all. Each a tensor, a numpy array or a layer: a Linear, a Conv1D of transformers,
+            a convolution of one tap. Layers are read, not changed.
         alpha: ridge strength, relative to the mean diagonal of R G Rᵀ, affine of the centred one;
             ≥ 0.
         toward: what a strong ridge shrinks to: "zero" (the paper) or "baseline" (plain pruning or
@@ -99,15 +113,20 @@ def fit(
 
     Memory: `peak_bytes`.
     """
-    weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
+    given = tuple(weight) if isinstance(weight, (list, tuple)) else (weight,)
     grams = [gram] if held_out is None else [gram, held_out]
+    for each in grams:
+        check_kind("gram" if each is gram else "held_out", each, Gram, "a grail.Gram")
+    weights = tuple(map(consumer_matrix, given))
+    reduction = as_reduction(reduction, gram.channels)
     _check(grams, reduction, weights)
     check_settings(alpha, toward, drift_correction, damping, affine)
+    require_switches(compensate=compensate)
     if held_out is None and "auto" in (alpha, drift_correction):
         raise InputError("alpha or drift_correction 'auto' needs held_out, a Gram of other tokens")
     if not (compensate and any(g.drift is not None for g in grams)):
         if reduction.is_identity:
-            return _unchanged(weights, affine)
+            return _as_given(_unchanged(weights, affine), given)
         drift_correction = 0.0
     if not compensate:
         alpha = math.inf
@@ -123,7 +142,13 @@ def fit(
         del other
     assert alpha != "auto"
     assert drift_correction != "auto"
-    return _solved(problem, weights, alpha, toward, drift_correction)
+    return _as_given(_solved(problem, weights, alpha, toward, drift_correction), given)
+
+
+def _as_given(fit: Fit, given: Sequence[object]) -> Fit:
+    """A fit whose weights have the form in which the layers among its consumers store theirs."""
+    pairs = zip(fit.weights, given, strict=True)
+    return replace(fit, weights=tuple(as_given(weight, layer) for weight, layer in pairs))
 
 
 def _unchanged(weights: tuple[Tensor, ...], affine: bool) -> Fit:

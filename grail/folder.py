@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from grail.arguments import as_path
 from grail.errors import ExportError, GrailError, InputError
 
 PARTIAL = ".partial"  # ends the name of what is not whole
@@ -56,7 +57,7 @@ def check_output(output: str | Path, size: int = 0) -> Path:
         InputError: `output` is a file, or a folder that is not empty.
         ExportError: the disk has less space than `size` and a margin of 32 MiB.
     """
-    final = Path(output).resolve()  # renaming onto a link would fail at the very end
+    final = as_path("output", output).resolve()  # renaming onto a link would fail at the very end
     if final.is_mount():
         raise InputError(f"The output {output} is a mount point; name a folder inside it.")
     if final.exists() and (not final.is_dir() or any(final.iterdir())):

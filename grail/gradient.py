@@ -55,7 +55,7 @@ def regional_gradient(
             count += 1
             for square, gradient in zip(squares, gradients, strict=True):
                 square += gradient.square()
-    total = max(1, int(stream.ranks.total(torch.tensor(count))))
+    total = max(1, int(stream.ranks.total(torch.tensor(count, dtype=torch.int64))))
     return torch.cat(
         [
             consumer.as_rows((stream.ranks.total(square) / total).sqrt())

@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import grail_kernels as gk
 from grail import state
+from grail.arguments import as_path, require_usable, require_whole
 from grail.drift import Drift, require_finite
 from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, StateError
+from grail_kernels.arguments import as_tensor, check_kind
 from grail_kernels.checks import check_activations
 from grail_kernels.tiles import BLOCK
 from grail_kernels.tuning import BUFFER_TOKENS
@@ -49,8 +52,7 @@ class Gram:
         buffer: int | None = None,
         non_finite: NonFinite = "refuse",
     ):
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise InputError(f"channels must be a positive integer; got {channels!r}")
+        require_whole("channels", channels, 1)
         check_buffer(buffer)
         check_non_finite(non_finite)
         self.channels, self.name, self._capacity = channels, name, buffer
@@ -61,14 +63,20 @@ class Gram:
         self._feed: _HostFeed | None = None
         self._torn = False  # whether an update ended half-way
         if device is not None:
-            self._allocate(torch.device(device))
+            self._allocate(require_usable(device))
 
-    def update(self, x: Tensor, mask: Tensor | None = None, drift: Tensor | None = None) -> None:
+    def update(
+        self,
+        x: Tensor | np.ndarray,
+        mask: Tensor | np.ndarray | None = None,
+        drift: Tensor | np.ndarray | None = None,
+    ) -> None:
         """Adds the tokens of `x`.
 
         Args:
-            x: [..., H] fp32, bf16 or fp16, any strides. On the Gram's device, or on the CPU for a
-                Gram on a GPU: it is then copied there while the batch before is multiplied.
+            x: [..., H] fp32, bf16 or fp16, any strides; numpy arrays are copied. On the Gram's
+                device, or on the CPU for a Gram on a GPU: it is then copied there while the batch
+                before is multiplied.
             mask: [...] bool, where `x` is; tokens where it is False do not count.
             drift: [..., O] what the consumer's output lacks of the dense network's stream, on the
                 Gram's device; see `grail.drift`. None is no drift.
@@ -80,6 +88,9 @@ class Gram:
                 would stall the stream, it is raised when a result is read.
             StateError: an update before this one ended half-way, as where memory ran out.
         """
+        x = as_tensor("x", x)
+        mask = None if mask is None else as_tensor("mask", mask)
+        drift = None if drift is None else as_tensor("drift", drift)
         if x.dim() == 0 or x.shape[-1] != self.channels:
             raise InputError(f"x must be [..., {self.channels}]; got {tuple(x.shape)}")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
@@ -193,6 +204,7 @@ class Gram:
         Raises:
             InputError: another channel count, or a drift of another number of outputs.
         """
+        check_kind("other", other, Gram, "a grail.Gram")
         if other.channels != self.channels:
             raise InputError(f"cannot merge {other.channels} channels into {self.channels}")
         if self.drift and other.drift and self.drift.outputs != other.drift.outputs:
@@ -224,6 +236,7 @@ class Gram:
         Raises:
             StateError: it could not be written; what was there stays.
         """
+        path = as_path("path", path)
         self._require_whole()
         content = {
             "name": self.name,
@@ -240,6 +253,7 @@ class Gram:
         Raises:
             StateError: no such file, or one that is damaged, or of another kind or version.
         """
+        path = as_path("path", path)
         found = state.read(path, _KIND)
         content = found.content
         if content["block"] != BLOCK:
@@ -322,8 +336,8 @@ class Gram:
     def _zeros(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Where G packed, Σ x and the counts of NaN and Inf add up."""
         return (
-            torch.zeros(gk.packed_numel(self.channels), device=device),
-            torch.zeros(self.channels, device=device),
+            torch.zeros(gk.packed_numel(self.channels), dtype=torch.float32, device=device),
+            torch.zeros(self.channels, dtype=torch.float32, device=device),
             torch.zeros(self.channels, dtype=torch.int64, device=device),
         )
 
@@ -380,14 +394,18 @@ class Gram:
             int(counts.sum()),
         )
 
+    def __repr__(self) -> str:
+        name = f"{self.name!r}, " if self.name else ""
+        return f"Gram({name}{self.channels} channels, {self.tokens} tokens, on {self.device})"
+
     def _label(self) -> str:
         return self.name or f"a site of {self.channels} channels"
 
 
 def check_buffer(buffer: int | None) -> None:
     """Raises InputError for what is no number of tokens that can wait."""
-    if buffer is not None and buffer < 0:
-        raise InputError(f"buffer must be a number of tokens ≥ 0; got {buffer}")
+    if buffer is not None and (type(buffer) is not int or buffer < 0):
+        raise InputError(f"buffer must be a number of tokens ≥ 0; got {buffer!r}")
 
 
 def check_non_finite(non_finite: str) -> None:

@@ -49,8 +49,10 @@ class RaggedGrams:
         if buffer is None:
             buffer = 0 if device.type == "cpu" else WAITING_TOKENS * count
         self._capacity, self.device = buffer, device
-        self.packed = torch.zeros(count, gk.packed_numel(channels), device=device)
-        self.sum = torch.zeros(count, channels, device=device)
+        self.packed = torch.zeros(
+            count, gk.packed_numel(channels), dtype=torch.float32, device=device
+        )
+        self.sum = torch.zeros(count, channels, dtype=torch.float32, device=device)
         self.nonfinite = torch.zeros(count, channels, dtype=torch.int64, device=device)
         self._waiting: Buffer | None = None
         self._owners: list[tuple[int, int]] = []  # whose, and how many, as they came
@@ -96,7 +98,9 @@ class RaggedGrams:
     def _multiply(self, numbers: Sequence[int], parts: Sequence[Tensor]) -> None:
         """Adds parts [T, H] of experts that never decrease."""
         tokens = torch.zeros(len(self.packed) + 1, dtype=torch.int64)
-        tokens.index_add_(0, torch.tensor(numbers) + 1, torch.tensor([len(part) for part in parts]))
+        experts = torch.tensor(numbers, dtype=torch.int64)
+        counts = torch.tensor([len(part) for part in parts], dtype=torch.int64)
+        tokens.index_add_(0, experts + 1, counts)
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         # On a CPU every Gram has added its own sums, and looked for NaN and Inf before.
         own = self.device.type == "cpu"

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from grail.arguments import require_usable
 from grail.errors import InputError, ModelError
 from grail.saving import WIDTHS, load
+from grail_kernels.arguments import check_kind
 
 # Tokens of a calibration sequence, where the model has positions for so many.
 LENGTH = 1024
@@ -38,6 +40,8 @@ def load_model(
         InputError: `source` is the path of a file that is not there, or not GGUF.
         ModelError: no model and tokenizer can be read from it, or weights are missing there.
     """
+    check_kind("source", source, (str, Path), "a path or a hub name")
+    device = require_usable(device)
     where, gguf_file = _locate(str(source), gguf_file)
     try:
         from transformers import AutoTokenizer

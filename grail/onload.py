@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from grail.arguments import require_usable
 from grail.errors import InputError
 
 
@@ -111,14 +112,6 @@ def computing_device(model: nn.Module, onload: torch.device | str | None) -> tor
     if home.type != "cpu":
         raise InputError(f"onload brings blocks from the CPU; the model is on {home} already")
     return require_usable(onload)
-
-
-def require_usable(device: torch.device | str) -> torch.device:
-    """A device that torch knows and this machine has; any other raises InputError."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used here; choose cpu") from error
 
 
 def _tensors(block: nn.Module) -> Iterator[Tensor]:

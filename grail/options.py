@@ -1,16 +1,18 @@
 """What a run is asked to do, checked before any work starts."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from grail import select
+from grail.arguments import require_switches, require_whole
 from grail.errors import InputError, ModelError
 from grail.fit import Auto, Damping, Toward, check_settings
 from grail.gram import NonFinite, check_non_finite
 from grail.sites import Architecture, BoundSite, Site
 from grail.width import Width, check_keep
+from grail_kernels.arguments import check_kind, kind_of
 
 # From bench/results/smollm2_calibration.csv: the best or within 2% of it at 8k, 32k and 128k
 # tokens, on the calibration's text and on another.
@@ -48,6 +50,9 @@ class Options:
             object.__setattr__(self, "sites", tuple(s.strip() for s in self.sites.split(",")))
         elif isinstance(self.sites, Site):
             object.__setattr__(self, "sites", (self.sites,))
+        if self.sites is not None:
+            check_kind("sites", self.sites, Iterable, "a list of kinds or of grail.Site")
+            object.__setattr__(self, "sites", tuple(self.sites))
         if odd := [site for site in self.sites or () if not isinstance(site, (str, Site))]:
             raise InputError(f"sites must be kinds, such as 'mlp', or grail.Site; got {odd[0]!r}")
         for keep in self.keep.values() if isinstance(self.keep, Mapping) else (self.keep,):
@@ -82,6 +87,16 @@ class Options:
         check_non_finite(self.non_finite)
         if self.repair and self.non_finite == "drop":
             raise InputError("repair counts every pixel, so it cannot drop those that hold NaN")
+        require_switches(
+            correct_attention=self.correct_attention,
+            closed_loop=self.closed_loop,
+            per_tap=self.per_tap,
+            exact_folding=self.exact_folding,
+            repair=self.repair,
+        )
+        require_whole("seed", self.seed, 0)
+        if not (isinstance(self.selector, str) or callable(self.selector)):
+            raise InputError(f"selector must be a name or a function; got {kind_of(self.selector)}")
         select.get(self.selector)
 
     @property

@@ -7,6 +7,7 @@ batches, rolled back, and scaled by the number of blocks and batches.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 import grail_kernels as gk
 from grail import memory
+from grail.arguments import require_model, require_whole
 from grail.clock import Clock
 from grail.fit import peak_bytes
 from grail.gram_ragged import WAITING_TOKENS
@@ -26,6 +28,7 @@ from grail.sites import Architecture, BoundSite, Place, find, steps
 from grail.stream import Stream
 from grail.transaction import Transaction, steady
 from grail.width import Width
+from grail_kernels.arguments import check_kind
 from grail_kernels.tuning import BUFFER_TOKENS
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -55,7 +58,7 @@ class Saving:
     bytes: int
 
 
-@dataclass
+@dataclass(repr=False)
 class Inspection:
     """Sites, savings and the predicted cost of a run. Nothing was changed to find out.
 
@@ -72,6 +75,13 @@ class Inspection:
     tokens: int
     memory: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{site.count} × {site.kind}" for site in self.sites)
+        cost = ""
+        if self.memory and self.seconds:
+            cost = f", peak {self.memory['peak'] / 1e9:.3g} GB, {self.seconds['total']:.3g} s"
+        return f"Inspection({self.name}, {self.parameters:,} parameters, {sites}{cost})"
 
 
 def inspect(
@@ -99,6 +109,12 @@ def inspect(
         ModelError: a model of no known family.
         InputError: a keep that is not allowed.
     """
+    require_model(model)
+    check_kind("options", options, (Options, NoneType), "a grail.Options")
+    check_kind("keeps", keeps, Iterable, "a list of shares")
+    require_whole("tokens", tokens, 0)
+    require_whole("sequence_length", sequence_length, 1)
+    require_whole("batch_size", batch_size, 1)
     sequence_length = min(sequence_length, positions(model) or sequence_length)
     architecture = find(model, None if options is None else options.sites)
     options = options or Options(keep, sites=architecture.kinds)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grail.errors import InputError
+from grail_kernels.arguments import as_vector, check_count
 
 
 class Reduction(ABC):
@@ -69,16 +70,20 @@ class Selection(Reduction):
     """Keeps the channels in `index`, in that order.
 
     Args:
-        index: [K] integers in [0, channels), each at most once.
+        index: [K] integers in [0, channels), each at most once; or a mask [channels] of bool, True
+            where a channel stays. A tensor, numpy array, list, tuple or range.
         channels: H.
 
     Raises:
-        InputError: an index that is empty, repeated, out of range or not an integer.
+        InputError: an index that is empty, repeated, out of range or not an integer; a mask of
+            another length.
     """
 
     def __init__(self, index: Tensor | Sequence[int], channels: int):
-        self.index = _integers(index, "index")
-        self.channels, self.kept = int(channels), self.index.numel()
+        check_count("channels", channels)
+        self.channels = int(channels)
+        self.index = _integers(index, "index", self.channels)
+        self.kept = self.index.numel()
         if self.kept == 0:
             raise InputError("a selection must keep at least one channel; the index is empty")
         if int(self.index.min()) < 0 or int(self.index.max()) >= self.channels:
@@ -87,7 +92,10 @@ class Selection(Reduction):
                 f"{int(self.index.min())} … {int(self.index.max())}"
             )
         if self.index.unique().numel() != self.kept:
-            raise InputError("a selection names each channel at most once; the index repeats some")
+            raise InputError(
+                "a selection names each channel at most once; the index repeats some (labels of "
+                "clusters are for grail.Folding)"
+            )
 
     def narrow(self, weight: Tensor) -> Tensor:
         self._check(weight.shape[0])
@@ -192,10 +200,28 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _integers(values: Tensor | Sequence[int], name: str) -> Tensor:
-    vector = torch.as_tensor(values).detach().cpu()
+def as_reduction(given: object, channels: int) -> Reduction:
+    """A reduction as it is; an index [K] or a mask [channels] of what stays as a `Selection`.
+
+    Raises:
+        InputError: neither, or one that does not fit.
+    """
+    if isinstance(given, Reduction):
+        return given
+    return Selection(as_vector("reduction", given), channels)
+
+
+def _integers(values: object, name: str, channels: int | None = None) -> Tensor:
+    """A vector of integers [K] on the CPU; of a mask of `channels` the places that are True."""
+    vector = as_vector(name, values).cpu()
     if vector.dim() != 1:
         raise InputError(f"{name} must be a vector of channels; got shape {tuple(vector.shape)}")
+    if vector.dtype == torch.bool and channels is not None:
+        if len(vector) != channels:
+            raise InputError(
+                f"a mask must have an entry for each of {channels} channels; got {len(vector)}"
+            )
+        return vector.nonzero().flatten()
     if vector.numel() and (vector.is_floating_point() or vector.dtype == torch.bool):
         raise InputError(f"{name} must be integers; got {vector.dtype}")
     return vector.to(torch.int64)

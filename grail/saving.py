@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from grail.arguments import as_path, require_model, require_usable
 from grail.errors import ExportError, InputError
 from grail.folder import complete
 from grail.report import Report
+from grail_kernels.arguments import check_kind, kind_of
 
 FORMAT = 2  # of the JSON
 WEIGHTS, WIDTHS = "model.safetensors", "grail.json"
@@ -40,6 +42,8 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
         InputError: `output` is in use; nothing was written.
         ExportError: too little disk, or the folder could not be written.
     """
+    require_model(model)
+    check_kind("report", report, (Report, NoneType), "a grail.Report")
     size = sum(tensor.nbytes for tensor in _tensors(model).values())
     with complete(output, ExportError, size=size) as folder:
         write(model, folder)
@@ -86,7 +90,12 @@ def load(
         InputError: no such folder, or one that `save` did not write.
         ExportError: damaged files, or a factory that makes another network.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
+    device = require_usable(device)
+    if not callable(factory):
+        raise InputError(
+            f"factory must be a function that makes the dense network; got {kind_of(factory)}"
+        )
     for name in (WEIGHTS, WIDTHS):
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}; give a folder that grail.save wrote")
@@ -104,6 +113,7 @@ def load(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ExportError(f"{folder} is damaged: {error}") from error
     model = factory()
+    require_model(model)
     # Narrowing may have untied what the factory ties: the files know better.
     sources = _sources(model) | widths.get("tied", {}) | {name: name for name in tensors}
     places = _places(model)

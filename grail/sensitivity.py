@@ -24,7 +24,7 @@ import inspect
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grail import budget, checkpoint, memory, select
+from grail.arguments import require_batches, require_model, require_number, require_whole
 from grail.clock import Clock
 from grail.distributed import refuse_sharded
 from grail.errors import InputError, ModelError
@@ -85,9 +86,9 @@ class Part:
     channels: int
     kept: int
     loss: float
-    errors: Tensor
+    errors: Tensor = field(repr=False)
     parameters: float
-    widths: tuple[int, ...]
+    widths: tuple[int, ...] = field(repr=False)
 
     def loss_at(self, kept: int) -> float:
         """What the network is expected to lose where they are that wide."""
@@ -95,12 +96,19 @@ class Part:
         return self.loss * self.errors[kept].item() / here if here > 0 else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sensitivity:
     """What a network loses by each of its sites, measured at a share `keep` of all."""
 
     keep: float
     parts: tuple[Part, ...]
+
+    def __repr__(self) -> str:
+        losses = self.losses
+        span = (
+            f", losses {min(losses.values()):.3g} to {max(losses.values()):.3g}" if losses else ""
+        )
+        return f"Sensitivity(keep {self.keep:g}, {len(losses)} sites{span})"
 
     @property
     def losses(self) -> dict[str, float]:
@@ -121,6 +129,7 @@ class Sensitivity:
         """
         keep = self.keep if keep is None else keep
         check_keep(keep)
+        require_number("undone", undone)
         if not 0 <= undone < 1:
             raise InputError(f"undone must be in [0, 1); got {undone:g}")
         losses: list[dict[int, float]] = []
@@ -180,10 +189,13 @@ def sensitivity(
         StateError: a resume_dir whose state is damaged, or that cannot be written.
         EmptyCalibrationError, NonFiniteError, SolveError, OutOfMemoryError: as `grail.compress`.
     """
+    require_model(model)
+    require_batches(batches)
     check_keep(keep)
     refuse_sharded(model)
     batches = list(batches)
     probes = max(1, len(batches) // PROBES) if probes is None else probes
+    require_whole("probes", probes, 0)
     if not 0 < probes < max(len(batches), 2):
         raise InputError(f"probes must be some of {len(batches)} batches, not all; got {probes}")
     options = Options(

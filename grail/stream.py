@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from grail.arguments import state_of, without_cache
+from grail.arguments import require_usable
 from grail.distributed import Ranks
 from grail.errors import EmptyCalibrationError, GrailError, InputError, ModelError
 from grail.memory import ran_out
+from grail.recorded import state_of, without_cache
 from grail.samples import Change, Masks, changed_arguments, masks_of
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -127,7 +128,7 @@ class Stream:
         device: torch.device | None = None,
         room: int | None = None,
     ):
-        self.blocks, self.storage, self.ranks = blocks, torch.device(storage), ranks or Ranks()
+        self.blocks, self.storage, self.ranks = blocks, require_usable(storage), ranks or Ranks()
         self._room = room
         self._home = next(model.parameters()).device
         self.device = device or self._home
@@ -138,7 +139,7 @@ class Stream:
             self._enter(model, batch)
         own = range(len(self))
         self.own_tokens = sum(map(self.tokens_of, own))
-        self.tokens = int(self.ranks.total(torch.tensor(self.own_tokens)))
+        self.tokens = int(self.ranks.total(torch.tensor(self.own_tokens, dtype=torch.int64)))
         # Of all batches: which samples have a token that counts.
         self._counting = self.ranks.interleaved([self._counts(batch) for batch in own])
         if self.tokens == 0:

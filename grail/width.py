@@ -162,7 +162,7 @@ class HeadWidth:
 
     def check(self, name: str, selection: Selection) -> None:
         """Raises InputError unless a site's selection is one that `best` could have made."""
-        chosen = torch.zeros(self.channels)
+        chosen = torch.zeros(self.channels, dtype=torch.float32)
         chosen[selection.index] = 1
         if not torch.equal(self.best(chosen).index, selection.index):
             raise InputError(

@@ -8,11 +8,13 @@ is ever formed: beside W_D and the result torch holds one strip, Triton nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from grail_kernels import checks, tuning
-from grail_kernels.backend import resolve_backend
+from grail_kernels import arguments, checks, tuning
+from grail_kernels.backend import check_backend, resolve_backend
 from grail_kernels.errors import BackendError, InputError
 from grail_kernels.operators import operator
 from grail_kernels.precision import full_fp32
@@ -22,13 +24,16 @@ from grail_kernels.tiles import check_packed, strips
 _DROPPED_ROWS = 1024
 
 
-def absorb(weight: Tensor, gram: Tensor, keep: Tensor, backend: str = "auto") -> Tensor:
+def absorb(
+    weight: Tensor, gram: Tensor, keep: Tensor | Sequence[int], backend: str = "auto"
+) -> Tensor:
     """What the dropped channels owe to the kept ones, seen by a consumer: W_D G_DP.
 
     Args:
         weight: [O, H], floating point, any strides.
         gram: the packed accumulator [packed_numel(H)], or a dense symmetric [H, H]; fp32 or fp64.
-        keep: [K] int64, distinct channels; the columns of the result follow their order.
+        keep: [K] int64, distinct channels; the columns of the result follow their order. A list,
+            tuple, range or numpy array of integers is copied to the device of `weight`.
         backend: "auto", "torch" or "triton"; see `resolve_backend`. Triton takes a gram of fp32 and
             a weight of bf16, fp16 or fp32; "auto" leaves others to torch.
 
@@ -42,7 +47,18 @@ def absorb(weight: Tensor, gram: Tensor, keep: Tensor, backend: str = "auto") ->
     Source: Tang et al. (CPAL 2026, arXiv 2602.23795), with the identity on P split off:
         W G_:P = W_P G_PP + W_D G_DP.
     """
+    arguments.check_tensors(weight=weight, gram=gram)
+    if not isinstance(keep, Tensor):
+        keep = _as_channels(keep).to(weight.device)
+    check_backend(backend)
     return _absorb_op(weight.detach(), gram.detach(), keep, backend)
+
+
+def _as_channels(keep: object) -> Tensor:
+    """A list or array of integers [K] as int64; other numbers stay, to be refused by dtype."""
+    vector = arguments.as_vector("keep", keep)
+    is_index = vector.dtype != torch.bool and not vector.is_floating_point()
+    return vector.to(torch.int64) if is_index else vector
 
 
 @operator(
@@ -123,7 +139,7 @@ def _add_packed(
 ) -> None:
     """Add W_D G_DP strip by strip: a strip couples its rows to the columns before, both ways."""
     every = list(strips(kept.numel() + dropped.numel()))
-    edges = torch.tensor([0, *(strip.high for strip in every)])
+    edges = torch.tensor([0, *(strip.high for strip in every)], dtype=torch.int64)
     kept_edges, dropped_edges = (
         torch.searchsorted(selection.cpu(), edges).tolist() for selection in (kept, dropped)
     )

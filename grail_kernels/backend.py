@@ -9,6 +9,7 @@ import os
 import torch
 from torch import Tensor
 
+from grail_kernels.arguments import check_tensors
 from grail_kernels.errors import BackendError, InputError
 
 BACKENDS = ("auto", "torch", "triton")
@@ -31,8 +32,8 @@ def resolve_backend(x: Tensor, backend: str = "auto") -> str:
         InputError: `backend` is none of these.
         BackendError: "triton" was asked for and cannot run on `x`.
     """
-    if backend not in BACKENDS:
-        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_tensors(x=x)
+    check_backend(backend)
     if backend == "torch":
         return "torch"
     obstacle = _triton_obstacle(x)
@@ -41,6 +42,12 @@ def resolve_backend(x: Tensor, backend: str = "auto") -> str:
     if backend == "triton" or (not obstacle and x.is_cuda):
         return "triton"
     return "torch"
+
+
+def check_backend(backend: str) -> None:
+    """Refuse what names no backend."""
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
 @functools.cache

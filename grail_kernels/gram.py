@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from grail_kernels import checks, cpu_blas
-from grail_kernels.backend import resolve_backend
+from grail_kernels.arguments import check_optional, check_tensors
+from grail_kernels.backend import check_backend, resolve_backend
 from grail_kernels.operators import operator
 from grail_kernels.precision import full_fp32
 from grail_kernels.tiles import strips
@@ -61,6 +62,9 @@ def gram_(
             argument. Nothing was changed.
         BackendError: the backend asked for cannot run. Nothing was changed.
     """
+    check_tensors(out=out, x=x)
+    check_optional(mask=mask, weights=weights, sums=sums, nonfinite=nonfinite)
+    check_backend(backend)
     _gram_op(out, x.detach(), mask, weights, sums, nonfinite, backend)
     return out
 

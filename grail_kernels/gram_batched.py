@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from grail_kernels import checks
-from grail_kernels.backend import resolve_backend
+from grail_kernels.arguments import check_optional, check_tensors
+from grail_kernels.backend import check_backend, resolve_backend
 from grail_kernels.errors import InputError
 from grail_kernels.gram import add_gram, check_gram
 from grail_kernels.operators import operator
@@ -44,6 +45,9 @@ def gram_batched_(
             argument. Nothing was changed.
         BackendError: the backend asked for cannot run. Nothing was changed.
     """
+    check_tensors(out=out, x=x)
+    check_optional(mask=mask, weights=weights, sums=sums, nonfinite=nonfinite)
+    check_backend(backend)
     _gram_batched_op(out, x.detach(), mask, weights, sums, nonfinite, backend)
     return out
 

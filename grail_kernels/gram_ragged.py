@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from grail_kernels import checks
-from grail_kernels.backend import resolve_backend
+from grail_kernels.arguments import check_optional, check_tensors
+from grail_kernels.backend import check_backend, resolve_backend
 from grail_kernels.errors import InputError
 from grail_kernels.gram import add_gram, check_gram
 from grail_kernels.operators import operator
@@ -45,6 +46,9 @@ def gram_ragged_(
             a written tensor overlaps another argument. Nothing was changed.
         BackendError: the backend asked for cannot run. Nothing was changed.
     """
+    check_tensors(out=out, x=x, offsets=offsets)
+    check_optional(sums=sums, nonfinite=nonfinite)
+    check_backend(backend)
     _gram_ragged_op(out, x.detach(), offsets, sums, nonfinite, backend)
     return out
 

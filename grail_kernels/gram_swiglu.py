@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grail_kernels import checks
-from grail_kernels.backend import resolve_backend
+from grail_kernels.arguments import check_optional, check_tensors
+from grail_kernels.backend import check_backend, resolve_backend
 from grail_kernels.errors import InputError
 from grail_kernels.gram import add_gram, block_indices, block_tokens, check_gram
 from grail_kernels.operators import operator
@@ -46,6 +47,9 @@ def gram_swiglu_(
     Numerics:
         silu and the product are rounded to the dtype of `gate`, each, as eager models round them.
     """
+    check_tensors(out=out, gate=gate, up=up)
+    check_optional(mask=mask, weights=weights, sums=sums, nonfinite=nonfinite)
+    check_backend(backend)
     _gram_swiglu_op(out, gate.detach(), up.detach(), mask, weights, sums, nonfinite, backend)
     return out
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grail_kernels.arguments import check_count, check_tensors
 from grail_kernels.errors import InputError
 
 # Wide enough that a strip fills a CPU's GEMM, narrow enough for 0.55x of dense at H = 2560.
@@ -50,6 +51,7 @@ def packed_numel(channels: int) -> int:
     Raises:
         InputError: `channels` is below 1.
     """
+    check_count("channels", channels)
     if channels < 1:
         raise InputError(f"a Gram matrix needs at least 1 channel, got {channels}")
     full, rest = channels // BLOCK, channels % BLOCK  # divmod does not take traced sizes
@@ -62,12 +64,13 @@ def check_packed(packed: Tensor, channels: int) -> None:
     Raises:
         InputError: the last dimension is not `packed_numel(channels)`.
     """
+    check_tensors(packed=packed)
     expected = packed_numel(channels)
     if packed.dim() < 1 or packed.shape[-1] != expected:
         raise InputError(
             f"a packed accumulator of {channels} channels has {expected} elements in its last "
             f"dimension, got shape {tuple(packed.shape)}; allocate it with "
-            f"torch.zeros(packed_numel({channels}))"
+            f"torch.zeros(packed_numel({channels}), dtype=torch.float32)"
         )
 
 
@@ -108,6 +111,7 @@ def pack(matrix: Tensor) -> Tensor:
     Raises:
         InputError: `matrix` is not square.
     """
+    check_tensors(matrix=matrix)
     if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
         raise InputError(f"pack needs a square matrix [..., H, H], got {tuple(matrix.shape)}")
     channels = matrix.shape[-1]

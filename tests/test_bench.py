@@ -1,6 +1,8 @@
 """bench/ridge.py and bench/calibrate.py: what they write, and what they refuse to."""
 
 import csv
+import hashlib
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +96,56 @@ def test_peak_bytes_sees_memory_that_is_gone_by_the_end():
         torch.empty(3000, dtype=torch.uint8)
 
     assert peak_bytes(call) == 3000
+
+
+SCRIPTS = sorted(
+    path.stem
+    for path in (ROOT / "bench").glob("*.py")
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+)
+
+
+def committed() -> dict[str, tuple[int, int, str]]:
+    """When each file of the benches' results and of the pages was written, and what it holds."""
+    files = [ROOT / "README.md", ROOT / "grail_kernels" / "launches.json"]
+    files += [p for f in ("bench/results", "docs") for p in (ROOT / f).rglob("*") if p.is_file()]
+    return {
+        str(p): (p.stat().st_mtime_ns, p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest())
+        for p in files
+    }
+
+
+def test_every_script_is_found():
+    assert len(SCRIPTS) > 20
+    assert {"comparison", "fuzzing", "ranks"} <= set(SCRIPTS)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # imported before
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_says_what_is_written_and_touches_nothing(name, flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", flag])
+    before = committed()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
+    printed = capsys.readouterr().out
+    assert ended.value.code in (0, None)
+    assert printed.startswith("usage: ")
+    if name != "demo":
+        assert "\nwrites: " in printed
+        assert "\ntakes: " in printed
+    assert committed() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_option_runs_nothing_either(tmp_path):
+    before = committed()
+    command = [sys.executable, "-m", "bench.comparison", "--halp"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --halp" in done.stderr
+    assert committed() == before
 
 
 @pytest.mark.parametrize("name", ["ridge", "calibrate"])

@@ -132,8 +132,9 @@ def test_a_failure_while_writing_leaves_nothing(tiny_llama, tmp_path, monkeypatc
 
 _SLOW_EXPORT = """
 import sys, time
+import grail
 from transformers import AutoModelForCausalLM
-from grail import export as module
+module = sys.modules["grail.export"]
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 def wait(*_):
     print("written", flush=True)

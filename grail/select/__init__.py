@@ -8,14 +8,15 @@ A selector is one file in this folder that registers itself under a name:
     @reduces("folding")                        # or the whole reduction
     def folding(view: View) -> Reduction: ...
 
-Anything callable of the second form can be passed to `grail.compress(selector=...)` directly. One
-that reads `view.gradient`, for which a run has to go backwards through every block, says so:
+Anything callable of either form can be passed to `grail.compress(selector=...)` directly; it may
+also return the index [K] or the mask [H] of the channels that stay. A selector that reads
+`view.gradient`, for which a run has to go backwards through every block, says so:
 `@scores(name, needs_gradient=True)`, or an attribute `needs_gradient` of its own.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,10 +24,11 @@ from torch import Tensor
 from grail.errors import InputError, NonFiniteError
 from grail.reduction import Reduction
 from grail.select.view import View
+from grail.width import Width
 
-__all__ = ["Selector", "View", "get", "names", "needs_gradient", "reduces", "scores"]
+__all__ = ["Selector", "View", "get", "highest", "names", "needs_gradient", "reduces", "scores"]
 
-Selector = Callable[[View], Reduction]
+Selector = Callable[[View], Reduction | Tensor | Sequence[int]]
 
 _registry: dict[str, Selector] = {}
 
@@ -45,14 +47,24 @@ class _Scored:
                 f"selector {self.name!r} needs the gradient of the block's output; run it through "
                 "grail.compress, or fill View.gradient"
             )
-        scores = self.score(view)
-        if bool(scores.isnan().any()):
-            raise NonFiniteError(
-                f"scores of selector {self.name!r}",
-                scores.isnan().nonzero()[:, 0].tolist(),
-                int(scores.isnan().sum()),
-            )
-        return view.width.best(scores)
+        return highest(self.score(view), view.width, f"selector {self.name!r}")
+
+
+def highest(scores: Tensor, width: Width, what: str) -> Reduction:
+    """The best selection of a width, by scores [H] that a selector, named by `what`, gave.
+
+    Raises:
+        InputError: scores of another shape.
+        NonFiniteError: a score that is NaN.
+    """
+    if tuple(scores.shape) != (width.channels,):
+        raise InputError(
+            f"{what} must score each of {width.channels} channels; got {tuple(scores.shape)}"
+        )
+    if bool(scores.isnan().any()):
+        bad = scores.isnan()
+        raise NonFiniteError(f"scores of {what}", bad.nonzero()[:, 0].tolist(), int(bad.sum()))
+    return width.best(scores)
 
 
 def reduces(name: str) -> Callable[[Selector], Selector]:

@@ -49,7 +49,7 @@ def kmeans(rows: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
         [H] labels in [0, K), numbered by each cluster's first member.
     """
     centres = _plus_plus(rows, clusters, generator)
-    labels = torch.full((rows.shape[0],), -1, device=rows.device)
+    labels = torch.full((rows.shape[0],), -1, dtype=torch.int64, device=rows.device)
     for _ in range(ITERATIONS):
         distance = _squared_distance(rows, centres)
         nearest, assigned = distance.min(1)
@@ -94,7 +94,7 @@ def _fill_empty(labels: Tensor, distance: Tensor, clusters: int) -> None:
 
 def by_first_member(labels: Tensor, clusters: int) -> Tensor:
     """Labels [H] in [0, clusters), renumbered by each cluster's first member."""
-    first = torch.full((clusters,), labels.numel(), device=labels.device)
+    first = torch.full((clusters,), labels.numel(), dtype=torch.int64, device=labels.device)
     first.scatter_reduce_(0, labels, torch.arange(labels.numel(), device=labels.device), "amin")
     rank = torch.empty_like(first)
     rank[first.argsort()] = torch.arange(clusters, device=labels.device)

@@ -84,7 +84,7 @@ def forward(gram: Tensor, seen: Tensor, kept: int, block: int = pivots.BLOCK) ->
     energy = gram.diagonal().clone()
     energy[order] = -1  # nothing is left to gain: the loudest of the rest fill up
     rest = energy.argsort(descending=True, stable=True)[: kept - len(order)]
-    return torch.tensor(order + rest.tolist())
+    return torch.tensor(order + rest.tolist(), dtype=torch.int64)
 
 
 def errors(gram: Tensor, weight: Tensor) -> Tensor:
@@ -105,9 +105,10 @@ def errors(gram: Tensor, weight: Tensor) -> Tensor:
     order = forward(gram, gram @ weight.mT, channels).to(gram.device)
     ordered = gram[order[:, None], order]
     damping = elimination.DAMPING * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    identity = torch.eye(channels, dtype=gram.dtype, device=gram.device)
     failed = True
     while failed:  # more than once for an fp32 Gram of loud channels that say the same
-        factor, info = torch.linalg.cholesky_ex(ordered + damping * torch.eye(channels).to(gram))
+        factor, info = torch.linalg.cholesky_ex(ordered + damping * identity)
         failed, damping = bool(info), 10 * damping
     lost = (weight[:, order] @ factor).square().sum(0)
     return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])

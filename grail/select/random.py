@@ -11,5 +11,5 @@ def random(view: View) -> Tensor:
     """Independent uniform scores [H]; whole heads get one score."""
     width = view.width
     block = getattr(width, "head_dim", 1)
-    drawn = torch.rand(width.channels // block, generator=view.generator)
+    drawn = torch.rand(width.channels // block, generator=view.generator, dtype=torch.float32)
     return drawn.repeat_interleave(block)

@@ -230,7 +230,7 @@ class Flow:
         axis, tried, same, unchanged = self._of[read].axis, [], True, True
         flat = read in self._flat
         for shape in self._may_be(read):
-            x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
             try:
                 every = self._tried(node, read, x.clone())
                 tried.append(tuple(every.shape))
@@ -351,7 +351,9 @@ def _share(total: fx.Node, part: fx.Node) -> Tensor | None:
     """What a sum multiplies one of its parts by, None for 1: `torch.add(x, y, alpha=0.1)`."""
     alpha: Any = total.kwargs.get("alpha", 1)
     second = total.args[1] if len(total.args) > 1 else total.kwargs["other"]
-    return None if alpha == 1 or part is not second else torch.tensor(float(alpha))
+    if alpha == 1 or part is not second:
+        return None
+    return torch.tensor(float(alpha), dtype=torch.float32)
 
 
 def _is_affine(norm: Any) -> bool:

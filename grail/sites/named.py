@@ -1,7 +1,7 @@
 """Sites that a person names, in any network."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from grail.errors import InputError, ModelError
 from grail.layers import Consumer, Producer
 from grail.sites.site import Architecture, BoundSite, Landing, bind
+from grail_kernels.arguments import check_kind
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,12 @@ class Site:
             if isinstance(names, (str, Fused)):
                 one = f"the string {names!r}" if isinstance(names, str) else repr(names)
                 raise InputError(f"{field} must be a list of names; got {one}")
+            check_kind(field, names, Iterable, "a list of names")
+            names = tuple(names)
             kinds = (str, Fused) if field == "producers" else str
-            if odd := [name for name in names if not isinstance(name, kinds)]:
-                raise InputError(f"{field} must be a list of names of layers; got {odd[0]!r} in it")
-            object.__setattr__(self, field, tuple(names))
+            for name in names:
+                check_kind(f"an entry of {field}", name, kinds, "the name of a layer")
+            object.__setattr__(self, field, names)
             if twice := _repeated(list(map(str, names))):
                 raise InputError(f"{field} names {twice[0]!r} twice")
         if not self.producers or not self.consumers:

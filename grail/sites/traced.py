@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from grail.arguments import require_model
 from grail.errors import ModelError
 from grail.sites.channels import Flow
 from grail.sites.named import Named, Site
@@ -26,6 +27,7 @@ def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
     Raises:
         ModelError: the network cannot be traced, or nothing in it is unambiguous.
     """
+    require_model(model)
     kind = type(model).__name__
     try:
         flow = Flow(model)

@@ -400,7 +400,9 @@ def _landing(block: nn.Module, seen: Seen) -> Landing:
     scale = None
     if seen.scale:
         owner, _, name = seen.scale.rpartition(".")
-        scale = torch.as_tensor(getattr(block.get_submodule(owner), name)).detach()
+        found: Tensor | float = getattr(block.get_submodule(owner), name)
+        dtype = found.dtype if isinstance(found, Tensor) else torch.float32
+        scale = torch.as_tensor(found, dtype=dtype).detach()
     module = block.get_submodule(seen.path) if seen.path else None
     return Landing(module, seen.output, scale, normalised=True)
 

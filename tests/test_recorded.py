@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import grail
-from grail.arguments import state_of
 from grail.errors import ModelError
+from grail.recorded import state_of
 from grail.stream import Stream
 
 from .conftest import VOCABULARY
