@@ -30,6 +30,7 @@ class Drift:
         device: where the sums live.
     """
 
+    @torch.inference_mode(False)  # so that it can be updated outside as well
     def __init__(self, outputs: int, channels: int, device: torch.device):
         self.cross = torch.zeros(outputs, channels, dtype=torch.float32, device=device)
         self.sum = torch.zeros(outputs, dtype=torch.float64, device=device)

@@ -326,6 +326,7 @@ class Gram:
         """How many tokens did not count because of NaN or Inf."""
         return 0 if self._packed is None else int(self._dropped)
 
+    @torch.inference_mode(False)  # so that it can be updated outside as well
     def _allocate(self, device: torch.device) -> None:
         if self._capacity is None:
             self._capacity = 0 if device.type == "cpu" else BUFFER_TOKENS
@@ -423,6 +424,7 @@ def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.
 class Buffer:
     """Up to `capacity` tokens, copied; of the dtype and on the device of `like` [..., H]."""
 
+    @torch.inference_mode(False)
     def __init__(self, capacity: int, like: Tensor):
         self._tokens = like.new_empty(capacity, like.shape[-1])
         self._counts = torch.ones(capacity, dtype=torch.bool, device=like.device)

@@ -158,7 +158,10 @@ def test_layers_and_tensors_can_be_given_together(x, weight):
 
 
 class Low(nn.Linear):
-    """A subclass that may compute something else."""
+    """A subclass that computes something else."""
+
+    def forward(self, x):
+        return super().forward(x.relu())
 
 
 @pytest.mark.parametrize(
@@ -166,9 +169,9 @@ class Low(nn.Linear):
     [
         (nn.Conv2d(H, O, 3), "one tap"),
         (nn.Conv2d(H, H, 1, groups=H), "groups"),
-        (nn.Embedding(O, H), "got Embedding"),
-        (Low(H, O), "got Low"),
-        (nn.Sequential(nn.Linear(H, O)), "got Sequential"),
+        (nn.Embedding(O, H), "a consumer is a Embedding, not a plain"),
+        (Low(H, O), "a consumer is a Low, not a plain"),
+        (nn.Sequential(nn.Linear(H, O)), "a consumer is a Sequential, not a plain"),
         (nn.Linear(H + 1, O), rf"\[O, {H}\]"),
     ],
 )
@@ -341,6 +344,10 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     },
     "grail.Selection": {"index": [*NOT_VECTORS, [0.5], [True, False]], "channels": NOT_COUNTS},
     "grail.Sensitivity.shares": {"keep": ["half", 2, OBJECT, True], "undone": [*NOT_NUMBERS, 1]},
+    "grail.Fused": {
+        "name": [None, 5, OBJECT, [5]], "parts": [None, 0, 1, -2, 2.5, "two", True, OBJECT],
+        "interleaved": [None, 5, "yes", OBJECT],
+    },
     "grail.Site": {
         "producers": [None, "text", 5, OBJECT, [5], [None], []],
         "consumers": [None, "text", 5, OBJECT, [5], [None], []], "along": [5, OBJECT, "text", [5]],
@@ -449,6 +456,7 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.Options": dict,
         "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
         "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
+        "grail.Fused": lambda: {"name": "0"},
         "grail.Site": lambda: {"producers": ["0"], "consumers": ["2"]},
         "grail.collect": lambda: {"model": tiny_llama(), **calibration, "output": new()},
         "grail.compress": lambda: {"model": tiny_llama(), **calibration},

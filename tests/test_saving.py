@@ -177,10 +177,15 @@ def test_what_is_made_in_inference_mode_can_be_trained(tiny_llama, tiny_batches,
 def test_a_fit_in_inference_mode_gives_weights_that_can_be_trained():
     torch.manual_seed(0)
     x, layer = torch.randn(50, 8), nn.Linear(8, 3)
+    drift, mask = torch.randn(50, 3), torch.arange(50) % 3 > 0
     with torch.inference_mode():
-        gram = grail.Gram(8)
-        gram.update(x[:30])
-    gram.update(x[30:])
+        gram, other = grail.Gram(8, buffer=64), grail.Gram(8)
+        gram.update(x[:30], mask[:30], drift=drift[:30])
+        other.update(x[:30], drift=drift[:30])
+    gram.update(x[30:], mask[30:], drift=drift[30:])
+    gram.merge(other)
+    with torch.inference_mode():
+        other.merge(gram)
     with torch.inference_mode():
         result = grail.fit(gram, grail.Selection([0, 2, 5], 8), layer.weight)
     layer.weight = nn.Parameter(result.weight)

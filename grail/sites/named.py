@@ -27,8 +27,8 @@ class Fused:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise InputError(f"Fused takes the name of a layer; got {self.name!r}")
+        check_kind("name", self.name, str, "the name of a layer")
+        check_kind("interleaved", self.interleaved, bool, "True or False")
         if isinstance(self.parts, bool) or not isinstance(self.parts, int) or self.parts < 2:
             raise InputError(f"parts must be an integer of at least 2; got {self.parts!r}")
 
