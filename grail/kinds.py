@@ -156,7 +156,8 @@ def require_plain(name: str, module: Any) -> None:
 def require_own(name: str, module: nn.Module) -> None:
     """Raises ModelError where a layer has no weight yet, or computes it anew whenever it runs."""
     for key in ("weight", "bias"):
-        if is_parametrized(module, key) or key in vars(module):
+        computed = isinstance(getattr(type(module), key, None), property)
+        if computed or is_parametrized(module, key) or key in vars(module):
             raise ModelError(
                 f"{name} computes its {key} whenever it runs, as torch.nn.utils.prune, weight_norm "
                 "and spectral_norm make it do; make that permanent first (prune.remove, "

@@ -160,7 +160,7 @@ class Consumer:
 
     @property
     def taps(self) -> int:
-        """Positions at which each channel is read: 1 for a linear layer, but behind a flatten."""
+        """Positions at which each channel is read; 1 for a linear layer without a flatten."""
         return math.prod(self._weight().shape[2:])
 
     @property
@@ -179,7 +179,10 @@ class Consumer:
         return self._by_position(as_matrix(self.module, weight)).movedim(1, -1).flatten(0, -2)
 
     def pixels(self, x: Tensor) -> Tensor:
-        """Its input as tokens [..., H]; of a convolution with one tap, those that it reads."""
+        """Its input as tokens [..., H], one for each position of a map.
+
+        Of a convolution with one tap, those that it reads.
+        """
         if not isinstance(self.module, MAPS):
             return self._by_position(x, -1).movedim(-2, -1) if self.positions > 1 else x
         return windows(self.module, x) if self.taps == 1 else x.movedim(1, -1)

@@ -277,6 +277,22 @@ class AdapterInside(nn.Linear):
         return super().forward(x) + x @ self.lora_A.T @ self.lora_B.T
 
 
+class Scaled(nn.Linear):
+    """Its weight is computed from another one."""
+
+    def __init__(self):
+        super().__init__(6, 8)
+        self.raw = nn.Parameter(torch.ones(8, 6))
+
+    @property
+    def weight(self):
+        return self.raw * 2
+
+    @weight.setter
+    def weight(self, value):
+        pass
+
+
 class Packed(nn.Module):
     """As GPTQ's and AWQ's layers."""
 
@@ -333,6 +349,7 @@ QUANTISED, ODD = "load the model without quantisation", "something else than tha
 PRODUCERS = {
     "adapter": (Adapter, r"call model\.merge_and_unload\(\) first"),
     "adapter-inside": (AdapterInside, r"call model\.merge_and_unload\(\) first"),
+    "property": (Scaled, "computes its weight whenever it runs"),
     "packed": (Packed, QUANTISED),
     "int8": (lambda: of_weight(torch.zeros(8, 6, dtype=torch.int8)), QUANTISED),
     "float8": (lambda: of_weight(torch.zeros(8, 6).to(torch.float8_e4m3fn)), "float8_e4m3fn"),

@@ -141,7 +141,7 @@ class BoundSite(Place):
         if len({count for _, count in counts}) > 1:
             found = ", ".join(f"{name} {count}" for name, count in counts)
             raise ModelError(
-                f"{self.name}: its layers disagree on the number of channels: {found}. A layer "
+                f"{self.name}: its layers disagree on the number of channels: {found}; a layer "
                 "that writes several values for each, [gate; up], is grail.Fused(name)"
             )
         for name, module in self.along:

@@ -14,7 +14,8 @@ def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
     Channels that meet what mixes them (a concatenation, attention), and those that enter or leave
     the network, are passed over. So are those of linear layers where it matters whether
     they are of vectors [B, C] or of tokens [B, L, C], which a network does not tell: behind
-    `softmax(1)`. A batch norm as wide as they are makes them vectors.
+    `softmax(1)`. A batch norm as wide as they are makes them vectors. A map that is flattened
+    channel by channel is followed to the linear layer that reads it.
 
     Args:
         model: a network that `torch.fx` can trace.
