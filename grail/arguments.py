@@ -1,7 +1,7 @@
 """The kinds of arguments that public calls take; others are refused by the name of their type."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,13 +27,15 @@ def require_language_model(model: Any) -> None:
 
 
 def require_batches(batches: object) -> None:
-    """Raises InputError for what cannot be iterated over."""
+    """Raises InputError for one batch, or for what cannot be iterated over."""
     try:
-        iter(batches)  # type: ignore[call-overload]
-    except TypeError as error:
-        raise InputError(
-            f"batches must be an iterable of batches; got {kind_of(batches)}"
-        ) from error
+        several = not isinstance(batches, (torch.Tensor, Mapping, str))
+        iter(cast("Iterable[object]", batches))
+    except TypeError:
+        several = False
+    if not several:
+        kind = type(batches).__name__
+        raise InputError(f"batches must be a list, or any iterable, of batches; got one {kind}")
 
 
 def require_switches(**switches: object) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from grail.arguments import require_usable
+from grail.arguments import require_batches, require_usable
 from grail.distributed import Ranks
 from grail.errors import EmptyCalibrationError, GrailError, InputError, ModelError
 from grail.memory import ran_out
@@ -135,7 +135,8 @@ class Stream:
         self.hidden = Shelf(self.storage)
         self.masks: list[Masks] = []  # on the CPU, where looking at one stalls no GPU
         self._calls: list[list[Call]] = []
-        for batch in self.ranks.share(_several(batches)):
+        require_batches(batches)
+        for batch in self.ranks.share(batches):
             self._enter(model, batch)
         own = range(len(self))
         self.own_tokens = sum(map(self.tokens_of, own))
@@ -421,13 +422,6 @@ def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
             del module.forward
         else:
             module.forward = had
-
-
-def _several(batches: Any) -> Iterable[Batch]:
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        kind = type(batches).__name__
-        raise InputError(f"batches must be a list, or any iterable, of batches; got one {kind}")
-    return batches
 
 
 def model_inputs(
