@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from grail.embedding import check_token_ids
 from grail.errors import EmptyCalibrationError, ModelError
 from grail.report import Evaluation
 from grail.transaction import steady
@@ -37,6 +38,7 @@ def evaluate(
 
     Raises:
         EmptyCalibrationError: the batches hold no token to predict.
+        InputError: a token id that the model's embedding does not have.
         ModelError: a loss is NaN or Inf.
 
     Numerics: log-probabilities in fp32 whatever the model's dtype, their sum in fp64.
@@ -86,6 +88,7 @@ def _total_loss(
     loss_of: Callable[[Any, dict[str, Tensor], Tensor], Tensor] | None = None
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False):
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        check_token_ids(model, given)
         inputs = {name: value.to(model.device) for name, value in given.items()}
         targets = _targets(inputs)
         loss_of = loss_of or _choose_loss(model, inputs)
