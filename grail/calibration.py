@@ -106,6 +106,7 @@ def token_batches(
 def require_text(
     source: str | Path,
     *,
+    tokens: int | None = None,
     sequence_length: int | None,
     field: str | None = None,
     split: Split | None = None,
@@ -113,9 +114,11 @@ def require_text(
     """Refuses a source without text for one sequence, as far as that shows without a tokenizer.
 
     Raises:
-        InputError: the source cannot be read.
+        InputError: the source cannot be read, or fewer tokens are wanted than a sequence has.
         EmptyCalibrationError: no text, or fewer bytes of it than a sequence has tokens.
     """
+    if sequence_length is not None:
+        _check_sizes(tokens, sequence_length)
     most = 0
     for document in _not_blank(load_texts(source, field=field, split=split)):
         if not isinstance(document, str):
@@ -138,7 +141,7 @@ def _most_tokens(text: str) -> int:
     return len(longest.encode()) + 2 if text.strip() else 0
 
 
-def _check_sizes(tokens: int | None, sequence_length: int, batch_size: int) -> None:
+def _check_sizes(tokens: int | None, sequence_length: int, batch_size: int = 1) -> None:
     for name, size in (("sequence_length", sequence_length), ("batch_size", batch_size)):
         if size < 1:
             raise InputError(f"{name} is {size}; it must be at least 1")

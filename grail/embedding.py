@@ -24,11 +24,13 @@ def check_token_ids(model: Any, batch: Any, tokenizer: Any = None) -> None:
             forward pass would fail with an assertion that ends the process.
     """
     rows = _embedding_rows(model)
-    for name, ids in _token_ids(batch) if rows is not None else ():
+    if rows is None:
+        return
+    for name, ids in _token_ids(batch):
         unknown = ids[(ids < 0) | (ids >= rows)]
         if len(unknown):
             found = unknown.unique().tolist()
-            raise InputError(_refusal(name, found, rows or 0, tokenizer))
+            raise InputError(_refusal(name, found, rows, tokenizer))
 
 
 def _embedding_rows(model: Any) -> int | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from grail.errors import ExportError
 from grail.evaluate import measure_size
 from grail.folder import complete
-from grail.models import positions, read_model
+from grail.models import positions, read_model, runs_own_code
 from grail.report import Report
 from grail.saving import write
 from grail.transaction import steady
@@ -85,7 +85,11 @@ def _write(
 
 def _verify(folder: Path, model: Any) -> None:
     try:
-        reloaded, _ = read_model(folder, attn_implementation=model.config._attn_implementation)
+        reloaded, _ = read_model(
+            folder,
+            attn_implementation=model.config._attn_implementation,
+            trust_remote_code=runs_own_code(model),
+        )
     except Exception as error:
         raise ExportError(f"The exported model does not load again: {error}") from error
     expected, found = _logits(model), _logits(reloaded.to(model.device))

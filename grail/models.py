@@ -49,7 +49,7 @@ def load_model(
     if find_spec("transformers") is None:
         raise ModelError("loading a model needs transformers: pip install 'grail-kernels[llm]'")
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
-    options["trust_remote_code"] = trust_remote_code  # None would ask on standard input
+    options["trust_remote_code"] = trust_remote_code
     tokenizer = _read_tokenizer(source, where, options)
     with _refusing(source, trust_remote_code):
         model, missing = read_model(where, dtype, **options)
@@ -69,13 +69,13 @@ def read_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    options.setdefault("trust_remote_code", False)  # None would ask on standard input
     if not (Path(where) / WIDTHS).is_file():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype or "auto", output_loading_info=True, **options
         )
         return loaded[0], loaded[1]["missing_keys"]
-    trusted = options.get("trust_remote_code", False)
-    config = AutoConfig.from_pretrained(where, trust_remote_code=trusted)
+    config = AutoConfig.from_pretrained(where, trust_remote_code=options["trust_remote_code"])
     model: Any = load(where, lambda: AutoModelForCausalLM.from_config(config, **options))
     for parameter in model.parameters():
         # Buffers stay: rotary frequencies are not weights.
@@ -84,6 +84,23 @@ def read_model(
         with suppress(OSError):  # there is none
             model.generation_config = GenerationConfig.from_pretrained(where)
     return model, ()
+
+
+def runs_own_code(model: Any) -> bool:
+    """Whether a model's class is code that it brought along, and that was trusted."""
+    return type(model).__module__.startswith("transformers_modules")
+
+
+def length_before_loading(source: str, wanted: int | None) -> int | None:
+    """Tokens of a calibration sequence as the configuration tells, None where it cannot be read."""
+    if wanted is not None or not (Path(source) / "config.json").is_file():
+        return wanted
+    from transformers import AutoConfig
+
+    with suppress(Exception):  # loading the model says what is wrong
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return min(LENGTH, getattr(config, "max_position_embeddings", LENGTH))
+    return None
 
 
 def positions(model: Any) -> int | None:
@@ -155,8 +172,8 @@ def _read_tokenizer(source: str | Path, where: str, options: dict[str, Any]) -> 
     if Path(where).is_dir() and not any(Path(where).glob(p) for p in _TOKENIZER_FILES):
         reason = "no file of one is there"
     raise ModelError(
-        f"{source} holds a model that can be read ({config.model_type}), but its tokenizer is "
-        f"missing or damaged: {reason}; put the tokenizer's files there, such as tokenizer.json "
+        f"{source}: the model's configuration can be read ({config.model_type}), but its tokenizer "
+        f"is missing or damaged: {reason}; put the tokenizer's files there, such as tokenizer.json "
         "and tokenizer_config.json (tokenizer.save_pretrained)"
     ) from failure
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grail.errors import InputError
+from grail.errors import InputError, one_line
 
 
 @dataclass
@@ -116,9 +116,32 @@ def computing_device(model: nn.Module, onload: torch.device | str | None) -> tor
 def require_usable(device: torch.device | str) -> torch.device:
     """A device that torch knows and this machine has; any other raises InputError."""
     try:
-        return torch.empty(0, device=device).device
+        found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
+        return torch.empty(0, device=found).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used here; choose cpu") from error
+        reason = _why_not(str(device), error)
+        raise InputError(
+            f"device {str(device)!r} cannot be used here: {reason}; choose cpu"
+        ) from error
+
+
+def _why_not(device: str, error: Exception) -> str:
+    """The reason that a device cannot be used, in words where it is a GPU."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cuda", "gpu"):
+        return one_line(error).split(". ")[0]
+    if kind == "gpu":
+        return "torch calls a GPU cuda"
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built for the CPU alone; install a build for the GPU"
+    count = torch.cuda.device_count()
+    if not count:
+        return f"torch sees no GPU or no driver for one ({one_line(error).split('. ')[0]})"
+    if index.isdecimal() and int(index) >= count:
+        return f"there are {count} GPUs, cuda:0 to cuda:{count - 1}"
+    return one_line(error)
 
 
 def _tensors(block: nn.Module) -> Iterator[Tensor]:

@@ -45,7 +45,8 @@ class Options:
 
     def __post_init__(self) -> None:
         if isinstance(self.sites, str):
-            object.__setattr__(self, "sites", tuple(s.strip() for s in self.sites.split(",")))
+            kinds = self.sites.replace(",", " ").split()
+            object.__setattr__(self, "sites", tuple(dict.fromkeys(kinds)))
         elif isinstance(self.sites, Site):
             object.__setattr__(self, "sites", (self.sites,))
         if odd := [site for site in self.sites or () if not isinstance(site, (str, Site))]:
@@ -82,7 +83,8 @@ class Options:
         check_non_finite(self.non_finite)
         if self.repair and self.non_finite == "drop":
             raise InputError("repair counts every pixel, so it cannot drop those that hold NaN")
-        select.get(self.selector)
+        if not callable(self.selector):
+            object.__setattr__(self, "selector", select.canonical(self.selector))
 
     @property
     def fits_weights(self) -> bool:

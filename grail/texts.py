@@ -54,7 +54,9 @@ def load_texts(
     if is_file(source):
         _require_file(path)
         if isinstance(split, str):
-            raise InputError(f"{source} is one file and has no split {split!r}: leave the split out")
+            raise InputError(
+                f"{source} is one file and has no split {split!r}: leave the split out"
+            )
         if suffix == ".parquet":
             return _from_datasets(str(source), "parquet", field, "train", data_files=str(path))
         if suffix in (".csv", ".tsv"):
@@ -278,5 +280,6 @@ def _document(row: Any, field: str | None, where: str) -> Document:
         return list(value)
     kind = "null" if value is None else type(value).__name__
     raise InputError(
-        f"{where} holds no text but {kind}; give a text, or a list of messages with role and content"
+        f"{where} holds no text but {kind}; give a text, or a list of messages with role and "
+        "content"
     )
