@@ -154,8 +154,9 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, GrailError):
         return str(error), 2
     if isinstance(error, _UsageError):
-        command = f"{error.ctx.command_path} --help" if error.ctx else "grail --help"
-        return f"{' '.join(error.format_message().split()).rstrip('.')}; see {command}", 2
+        _, *command = error.ctx.command_path.split() if error.ctx else [""]
+        said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
+        return f"{said[:1].lower()}{said[1:]}; see {' '.join(['grail', *command])} --help", 2
     if ran_out(error):
         advice = "lower --batch-size or --sequence-length, or choose --device cpu"
         return f"out of memory; no output was written: {advice}.", 2

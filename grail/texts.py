@@ -47,6 +47,10 @@ def load_texts(
         InputError: the source cannot be read, or has no such field or split.
     """
     if not isinstance(source, str | Path):
+        if isinstance(source, bytes) or not isinstance(source, Iterable):
+            raise InputError(
+                f"a text is a path, a name or an iterable of documents; got {source!r}"
+            )
         return iter(source)
     if not str(source).strip():
         raise InputError("the name of the text is empty; give a file or the name of a dataset")
