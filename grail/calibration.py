@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
@@ -81,6 +82,7 @@ def token_batches(
         raise InputError(f"join must be one of {', '.join(get_args(Join))}; got {join!r}")
     wanted = None if tokens is None else math.ceil(tokens / sequence_length)
     limit = wanted if wanted is None or seed is None else _POOL * wanted
+    limit = None if limit is None else min(limit, sys.maxsize)  # islice takes no more
     documents = load_texts(source, field=field, split=split)
     texts = _not_blank(_render(document, tokenizer) for document in documents)
     if join == "eos":

@@ -87,14 +87,14 @@ _COMPENSATIONS: dict[tuple[bool, bool], bool | Compensation] = {
 
 def _number_or_auto(text: str) -> float | Auto:
     try:
-        return "auto" if text == "auto" else float(text)
+        return "auto" if text.lower() == "auto" else float(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is neither a number nor auto") from error
 
 
 def _count(text: object) -> int:
     """A number of tokens: 65536, 65_536, 64k or 1M, where k is 1024 and M 1024²."""
-    found = re.fullmatch(r"(\d[\d_]*)([km]?)", str(text).strip().lower())
+    found = re.fullmatch(r"(\d[\d_]*) *([km]?)", str(text).strip().lower())
     if found is None or not (count := int(found[1].replace("_", "")) * _MULTIPLIERS[found[2]]):
         raise typer.BadParameter(
             f"{text!r} is no number of tokens; give one of at least 1, such as 65536, 64k or 1M"
@@ -104,10 +104,13 @@ def _count(text: object) -> int:
 
 def _shares(text: object) -> list[float]:
     try:
-        return [float(part) for part in str(text).split(",")]
+        return [
+            float(part.rstrip("% ")) / (100 if part.endswith("%") else 1)
+            for part in str(text).split(",")
+        ]
     except ValueError as error:
         raise typer.BadParameter(
-            f"{text!r} is no share; give a number in (0, 1], such as 0.7"
+            f"{text!r} is no share; give a number in (0, 1], such as 0.7 or 70%"
         ) from error
 
 

@@ -45,7 +45,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if isinstance(self.sites, str):
-            kinds = self.sites.replace(",", " ").split()
+            kinds = self.sites.lower().replace(",", " ").split()
             object.__setattr__(self, "sites", tuple(dict.fromkeys(kinds)))
         elif isinstance(self.sites, Site):
             object.__setattr__(self, "sites", (self.sites,))

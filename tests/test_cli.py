@@ -292,6 +292,7 @@ def test_version_is_printed():
         (["--selector", "wandaa"], "did you mean 'wanda'?"),
         (["--keep", "0.5,0.7"], "2 shares, and a run has one"),
         (["--keep", "half"], "'half' is no share"),
+        (["--tokens", "0.5k"], "'0.5k' is no number of tokens"),
         (["--tokens", "64q"], "'64q' is no number of tokens"),
         (["--tokens", "0k"], "'0k' is no number of tokens"),
         (["--tokens", "-5"], "'-5' is no number of tokens"),
@@ -323,18 +324,30 @@ def test_values_out_of_range_are_usage_errors(arguments, changes):
     assert "; see grail compress --help" in refusal(grail(*arguments, *changes))
 
 
-@pytest.mark.parametrize("text", ["512", "0.5k", "5_12", "1K"])
-def test_counts_of_tokens_have_multiples(arguments, text):
-    result = grail(*arguments, "--json", "--tokens", text)
-    if text == "0.5k":
-        assert "no number of tokens" in refusal(result)
-        return
-    count = {"512": 512, "5_12": 512, "1K": 1024}[text]
-    assert Report.from_json(result.stdout).calibration["tokens"] == count
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("512", 512),
+        ("65_536", 65536),
+        ("64k", 65536),
+        ("64 K", 65536),
+        ("3M", 3 << 20),
+        ("9" * 20, int("9" * 20)),
+    ],
+)
+def test_counts_of_tokens_have_multiples(folder, text, count):
+    result = grail("inspect", folder / "model", "--tokens", text, "--json")
+    assert json.loads(result.stdout)["tokens"] == count
+
+
+def test_more_tokens_than_any_text_has_are_all_of_it(arguments):
+    result = grail(*arguments, "--json", "--tokens", "9" * 25, "--alpha", "AUTO", "--keep", "70%")
+    report = Report.from_json(result.stdout)
+    assert (report.calibration["tokens"], report.settings["keep"]) == (2000 // 32 * 32, 0.7)
 
 
 def test_a_selector_is_found_in_any_case(arguments):
-    result = grail(*arguments, "--json", "--selector", "Wanda", "--sites", " mlp , heads ")
+    result = grail(*arguments, "--json", "--selector", "Wanda", "--sites", " MLP , heads ")
     report = Report.from_json(result.stdout)
     assert report.settings["selector"] == "wanda"
     assert report.settings["sites"] == ["mlp", "heads"]
