@@ -23,8 +23,6 @@ from grail.texts import (
     load_texts,
 )
 
-__all__ = ["Join", "load_texts", "require_text", "token_batches"]
-
 Join = Literal["eos", "blank", "none"]
 
 _POOL = 8  # a seeded draw chooses among this many times the sequences it returns

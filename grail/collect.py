@@ -234,7 +234,7 @@ def merge(folders: Sequence[str | Path], output: str | Path) -> Path:
 def _read_index(folder: Path) -> dict[str, Any]:
     if not (folder / _INDEX).is_file():
         raise StateError(
-            f"{folder} holds no statistics: it has no {_INDEX}; give a folder that grail stats "
-            "collect or grail stats merge wrote"
+            f"{folder} holds no statistics: there is no {folder / _INDEX}; give a folder that "
+            "grail stats collect or grail stats merge wrote"
         )
     return state.read(folder / _INDEX, _KIND).content

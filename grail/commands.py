@@ -210,7 +210,9 @@ Onload = Annotated[
 Tokens = Annotated[
     int,
     typer.Option(
-        parser=_count, metavar="COUNT", help="Calibration tokens, such as 65536, 64k or 1M."
+        parser=_count,
+        metavar="COUNT",
+        help="Calibration tokens, such as 65536, 64k or 1M. More is better up to about 10⁵.",
     ),
 ]
 Sites = Annotated[

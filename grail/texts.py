@@ -268,8 +268,8 @@ def _document(row: Any, field: str | None, where: str) -> Document:
         if name not in row:
             missing = repr(field) if field else " or ".join(map(repr, _FIELDS))
             raise InputError(
-                f"{where} has no field {missing}; fields found: {found}; name the field that holds "
-                "the text"
+                f"{where} has no field {missing}; fields found: {found}; give the name of the "
+                "field that holds the text (--field)"
             )
         value, where = row[name], f"{where}, field {name!r}"
     elif field is not None:

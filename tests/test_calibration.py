@@ -9,8 +9,9 @@ import datasets
 import pytest
 import torch
 
-from grail.calibration import load_texts, require_text, token_batches
+from grail.calibration import require_text, token_batches
 from grail.errors import EmptyCalibrationError, InputError
+from grail.texts import load_texts
 
 END = 2  # </s> of the tiny tokenizer
 

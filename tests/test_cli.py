@@ -424,7 +424,7 @@ def test_statistics_from_a_wrong_folder_are_refused_before_the_model_is_loaded(
             *("compress", folder / "model", "--statistics", wrong, "--open-loop"),
             *("--output", tmp_path / "out"),
         )
-        assert "holds no statistics: it has no index.state; give a folder" in refusal(result)
+        assert f"{wrong} holds no statistics: there is no {wrong}/index.state" in refusal(result)
 
 
 def test_a_folder_without_tokenizer_is_refused_by_every_command(folder, arguments, tmp_path):
