@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from grail.errors import InputError
+from grail.errors import InputError, one_line
 from grail_kernels.arguments import check_kind, kind_of
 
 
@@ -66,9 +66,32 @@ def require_usable(device: torch.device | str) -> torch.device:
     """A device that torch knows and this machine has; any other raises InputError."""
     check_kind("device", device, (str, torch.device), "the name of a device, such as 'cuda'")
     try:
-        return torch.empty(0, dtype=torch.float32, device=device).device
+        found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
+        return torch.empty(0, dtype=torch.float32, device=found).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used here; choose cpu") from error
+        reason = _why_not(str(device), error)
+        raise InputError(
+            f"device {str(device)!r} cannot be used here: {reason}; choose cpu"
+        ) from error
+
+
+def _why_not(device: str, error: Exception) -> str:
+    """The reason that a device cannot be used, in words where it is a GPU."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cuda", "gpu"):
+        return one_line(error).split(". ")[0]
+    if kind == "gpu":
+        return "torch calls a GPU cuda"
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built for the CPU alone; install a build for the GPU"
+    count = torch.cuda.device_count()
+    if not count:
+        return f"torch sees no GPU or no driver for one ({one_line(error).split('. ')[0]})"
+    if index.isdecimal() and int(index) >= count:
+        return f"there are {count} GPUs, cuda:0 to cuda:{count - 1}"
+    return one_line(error)
 
 
 def as_paths(name: str, paths: object) -> list[Path]:

@@ -1,73 +1,53 @@
-"""From a source of text to batches of token sequences, read only as far as they are needed."""
+"""From documents to batches of token sequences, read only as far as they are needed."""
 
-import json
 import math
 import random
+import sys
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from grail.arguments import require_whole
-from grail.errors import EmptyCalibrationError, InputError
+from grail.errors import EmptyCalibrationError, InputError, one_line
+from grail.texts import (
+    Document,
+    Split,
+    has_lines_for_rows,
+    is_chat,
+    is_plain_text,
+    load_texts,
+)
 from grail_kernels.arguments import check_kind, kind_of
 
-_PIECE = 1 << 20  # characters of a plain text file that are read and tokenised at a time
+Join = Literal["eos", "blank", "none"]
+
 _POOL = 8  # a seeded draw chooses among this many times the sequences it returns
-
-
-def load_texts(
-    source: str | Path | Iterable[str], *, field: str = "text", split: str = "train"
-) -> Iterator[str]:
-    """Documents of a source, one by one, without holding the source in memory.
-
-    Args:
-        source: a path ending in `.jsonl` or `.json` (one object a line) or in `.parquet`, in any
-            case; any other file, as plain UTF-8 text; the name of a dataset, `NAME` or
-            `NAME:CONFIG`; or an iterable of documents. A text file longer than 2²⁰ characters comes
-            in several pieces.
-        field: where JSON lines, Parquet and datasets keep the text.
-        split: which split of a dataset is read.
-
-    Raises:
-        InputError: the source cannot be read, or has no such field.
-    """
-    if not isinstance(source, str | Path):
-        return iter(source)
-    path = Path(source)
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        _require_file(path)
-        return _from_datasets(str(source), "parquet", field, split, data_files=str(path))
-    if suffix in (".json", ".jsonl"):
-        _require_file(path)
-        return _read_json_lines(path, field)
-    if suffix == ".txt" or path.is_file() or (path.is_absolute() and not path.exists()):
-        _require_file(path)
-        return _read_text(path)
-    name, _, config = str(source).partition(":")
-    return _from_datasets(str(source), name, field, split, name=config or None)
+_CHARACTERS = 8  # of text for a token wanted, where documents are joined before they are tokenised
+_SEPARATORS = {"blank": "\n\n", "none": ""}
 
 
 def token_batches(
-    source: str | Path | Iterable[str],
+    source: str | Path | Iterable[Document],
     tokenizer: Any,
     *,
     tokens: int | None,
     sequence_length: int = 1024,
     batch_size: int = 4,
     seed: int | None = None,
-    field: str = "text",
-    split: str = "train",
+    field: str | None = None,
+    split: Split | None = None,
+    join: Join | None = None,
 ) -> list[Tensor]:
     """Packs text into sequences of exactly `sequence_length` tokens; nothing is padded.
 
-    Documents are joined with the tokenizer's end-of-text token and cut wherever a sequence is full;
-    a rest shorter than a sequence is dropped.
+    Documents are joined and cut wherever a sequence is full; a rest shorter than a sequence is
+    dropped. Chats are rendered by the tokenizer's chat template.
 
     Args:
         source: see `load_texts`.
@@ -80,27 +60,39 @@ def token_batches(
             None takes the first ones.
         field: see `load_texts`.
         split: see `load_texts`.
+        join: "eos" ends each document with the tokenizer's end-of-text token. "blank" puts a blank
+            line between documents, "none" nothing; they are then tokenised as one text, which
+            begins with the tokenizer's own special tokens, as perplexity on WikiText-2 is measured
+            in the literature. None takes "blank" where the rows of a dataset are lines of
+            documents, as those of WikiText are, else "eos".
 
     Returns:
         int64 batches [at most batch_size, sequence_length]. A source that holds fewer tokens than
         wanted gives what it has, and a warning.
 
     Raises:
-        InputError: a size that is not positive, or a source that cannot be read.
+        InputError: a size that is not positive, a source that cannot be read, or chats and a
+            tokenizer without a chat template for them.
         EmptyCalibrationError: no text, or less than one sequence of it.
     """
     _require_kinds(source, tokenizer, tokens, seed)
-    require_whole("sequence_length", sequence_length, 1)
-    require_whole("batch_size", batch_size, 1)
-    if tokens is not None and tokens < sequence_length:
-        raise InputError(
-            f"tokens is {tokens}, less than one sequence of {sequence_length}; "
-            "ask for more tokens or for shorter sequences."
-        )
+    _check_sizes(tokens, sequence_length, batch_size)
+    if join is None:
+        join = "blank" if has_lines_for_rows(source) else "eos"
+    if join not in get_args(Join):
+        raise InputError(f"join must be one of {', '.join(get_args(Join))}; got {join!r}")
     wanted = None if tokens is None else math.ceil(tokens / sequence_length)
     limit = wanted if wanted is None or seed is None else _POOL * wanted
-    texts = load_texts(source, field=field, split=split)
-    sequences = list(islice(_pack(texts, tokenizer, sequence_length), limit))
+    limit = None if limit is None else min(limit, sys.maxsize)  # islice takes no more
+    documents = load_texts(source, field=field, split=split)
+    texts = _not_blank(_render(document, tokenizer) for document in documents)
+    if join == "eos":
+        chunks = _ended(texts, tokenizer, is_plain_text(source))
+    else:
+        separator = "" if is_plain_text(source) else _SEPARATORS[join]
+        enough = None if limit is None else limit * sequence_length * _CHARACTERS
+        chunks = _as_one_text(texts, tokenizer, separator, enough)
+    sequences = list(islice(_pack(chunks, sequence_length), limit))
     if seed is not None:
         count = len(sequences) if wanted is None else min(wanted, len(sequences))
         sequences = random.Random(seed).sample(sequences, count)
@@ -124,101 +116,135 @@ def _require_kinds(source: object, tokenizer: object, tokens: object, seed: obje
             require_whole(name, number, 0)
 
 
-def _pack(texts: Iterable[str], tokenizer: Any, sequence_length: int) -> Iterator[list[int]]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    buffer: list[int] = []
-    characters = full = 0
+def require_text(
+    source: str | Path,
+    *,
+    tokens: int | None = None,
+    sequence_length: int | None,
+    field: str | None = None,
+    split: Split | None = None,
+) -> None:
+    """Refuses a source without text for one sequence, as far as that shows without a tokenizer.
+
+    Raises:
+        InputError: the source cannot be read, or fewer tokens are wanted than a sequence has.
+        EmptyCalibrationError: no text, or fewer bytes of it than a sequence has tokens.
+    """
+    if sequence_length is not None:
+        _check_sizes(tokens, sequence_length)
+    most = 0
+    for document in _not_blank(load_texts(source, field=field, split=split)):
+        if not isinstance(document, str):
+            return  # the chat template adds text
+        most += _most_tokens(document)
+        if most >= (sequence_length or 1):
+            return
+    raise EmptyCalibrationError(
+        f"the text has at most {most} tokens, less than one sequence of {sequence_length}; "
+        "give more text or ask for shorter sequences"
+    )
+
+
+def _most_tokens(text: str) -> int:
+    """A bound: a token for each byte, and two that begin and end the document.
+
+    Tokenizers may normalise a text first; of the Unicode forms NFKD is the longest.
+    """
+    longest = max(text, unicodedata.normalize("NFKD", text), key=lambda form: len(form.encode()))
+    return len(longest.encode()) + 2 if text.strip() else 0
+
+
+def _check_sizes(tokens: int | None, sequence_length: int, batch_size: int = 1) -> None:
+    require_whole("sequence_length", sequence_length, 1)
+    require_whole("batch_size", batch_size, 1)
+    if tokens is not None and tokens < sequence_length:
+        raise InputError(
+            f"tokens is {tokens}, less than one sequence of {sequence_length}; "
+            "ask for more tokens or for shorter sequences"
+        )
+
+
+def _render(document: Document, tokenizer: Any) -> str:
+    """The text of a document; a chat becomes one by the tokenizer's template."""
+    if isinstance(document, str):
+        return document
+    if not is_chat(document):
+        raise InputError(
+            f"a document is {type(document).__name__}; give texts, or lists of messages with role "
+            "and content"
+        )
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "chats need a tokenizer with a chat template, and this one has none; give plain text, "
+            "or the tokenizer of a chat model"
+        )
+    try:
+        rendered: str = tokenizer.apply_chat_template(list(document), tokenize=False)
+    except Exception as error:  # of jinja, or what a template itself raises
+        raise InputError(
+            f"the tokenizer's chat template does not render a chat of the text: {one_line(error)}; "
+            "give messages as it wants them"
+        ) from error
+    return rendered
+
+
+def _not_blank(texts: Iterable[Document]) -> Iterator[Any]:
+    """The same texts; if none holds anything but white space, an error at their end."""
+    blank = True
     for text in texts:
-        check_kind("a document", text, str, "text")
-        if not text.strip():
-            continue
+        blank = blank and isinstance(text, str) and not text.strip()
+        yield text
+    if blank:
+        raise EmptyCalibrationError("the text is empty; give text of at least one sequence")
+
+
+def _ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    # verbose=False: a document longer than the model's context is normal here, it gets cut.
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+    except (UnicodeEncodeError, TypeError) as error:  # half of a surrogate pair
+        raise InputError(f"a document is no text that can be encoded: {one_line(error)}") from error
+    return ids
+
+
+def _ended(texts: Iterable[str], tokenizer: Any, pieces: bool) -> Iterator[list[int]]:
+    """Tokens of each text and the end-of-text token, or of pieces of one text and one end."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for text in texts:
+        if text.strip():
+            yield _ids(tokenizer, text) + ([] if pieces else end)
+    if pieces:
+        yield end
+
+
+def _as_one_text(
+    texts: Iterable[str], tokenizer: Any, separator: str, enough: int | None
+) -> Iterator[list[int]]:
+    """Tokens of all texts joined, or of stretches of `enough` characters."""
+    held: list[str] = []
+    characters, begins = 0, True
+    for text in texts:
+        held.append(text)
         characters += len(text)
-        # verbose=False: a document longer than the model's context is normal here, it gets cut.
-        buffer += tokenizer(text, add_special_tokens=False, verbose=False).input_ids + end
+        if enough is not None and characters >= enough:
+            yield _ids(tokenizer, separator.join(held), special=begins)
+            held, characters, begins = [""], 0, False
+    if any(held):
+        yield _ids(tokenizer, separator.join(held), special=begins)
+
+
+def _pack(chunks: Iterable[list[int]], sequence_length: int) -> Iterator[list[int]]:
+    buffer: list[int] = []
+    full = 0
+    for chunk in chunks:
+        buffer += chunk
         whole = len(buffer) - len(buffer) % sequence_length
         for start in range(0, whole, sequence_length):
             full += 1
             yield buffer[start : start + sequence_length]
         del buffer[:whole]
-    if not characters:
-        raise EmptyCalibrationError("The text is empty; give text of at least one sequence.")
     if not full:
         raise EmptyCalibrationError(
-            f"The text has {len(buffer)} tokens, less than one sequence of {sequence_length}; "
-            "give more text or ask for shorter sequences."
+            f"the text has {len(buffer)} tokens, less than one sequence of {sequence_length}; "
+            "give more text or ask for shorter sequences"
         )
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give text, JSON lines, Parquet or a dataset name.")
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            while piece := lines.readlines(_PIECE):
-                yield "".join(piece)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
-def _read_json_lines(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # too many digits, or levels, as well
-            raise InputError(
-                f"{path}, line {number} is not JSON that can be read: {error}"
-            ) from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number} is not a JSON object with a field {field!r}.")
-        yield _text_of(row, field, f"{path}, line {number}")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    for piece in _read_text(path):
-        yield from piece.removesuffix("\n").split("\n")  # splitlines cuts at U+2028 too
-
-
-def _from_datasets(
-    source: str, builder: str, field: str, split: str, **options: Any
-) -> Iterator[str]:
-    """Streams a dataset; `datasets` raises errors of many unrelated types, all mean the same."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            f"Reading {source} needs datasets: pip install 'grail-kernels[llm]'; "
-            "text and JSON lines work without."
-        ) from error
-    rows: Iterator[dict[str, Any]] | None = None
-    while True:
-        try:
-            rows = rows or iter(
-                datasets.load_dataset(builder, split=split, streaming=True, **options)
-            )
-            row = next(rows, None)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{source} cannot be read as a file or a dataset: {reason}") from error
-        if row is None:
-            return
-        yield _text_of(row, field, source)
-
-
-def _text_of(row: dict[str, Any], field: str, where: str) -> str:
-    text = row.get(field)
-    if isinstance(text, str):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{where} holds half of a surrogate pair in field {field!r}."
-            ) from error
-        return text
-    kind = "has no field" if field not in row else "holds no text in field"
-    found = ", ".join(map(repr, row)) or "none"
-    raise InputError(f"{where} {kind} {field!r}; fields found: {found}.")

@@ -118,7 +118,7 @@ class Collected:
 
     def __init__(self, folder: str | Path):
         self.folder = as_path("folder", folder)
-        self._index = state.read(self.folder / _INDEX, _KIND).content
+        self._index = _read_index(self.folder)
 
     def stream(
         self, model: nn.Module, architecture: Architecture, options: Options, device: torch.device
@@ -214,7 +214,7 @@ def merge(folders: Sequence[str | Path], output: str | Path) -> Path:
         StateError: a damaged file; nothing was written.
     """
     paths = as_paths("folders", folders)
-    indexes = [state.read(path / _INDEX, _KIND).content for path in paths]
+    indexes = [_read_index(path) for path in paths]
     calibrations: dict[str, dict[str, Any]] = {}
     for path, index in zip(paths, indexes, strict=True):
         for part in ("model", "per_tap", "sites"):
@@ -233,3 +233,12 @@ def merge(folders: Sequence[str | Path], output: str | Path) -> Path:
         index = {**indexes[0], "calibrations": list(calibrations.values())}
         state.write(folder / _INDEX, _KIND, index, {})
     return Path(output)
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if not (folder / _INDEX).is_file():
+        raise StateError(
+            f"{folder} holds no statistics: there is no {folder / _INDEX}; give a folder that "
+            "grail stats collect or grail stats merge wrote"
+        )
+    return state.read(folder / _INDEX, _KIND).content

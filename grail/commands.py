@@ -1,15 +1,18 @@
 """The commands: they read arguments, call the library and print. Nothing is computed here.
 
-Every `GrailError` ends as one sentence on stderr and exit code 2, Ctrl-C as exit code 130. What a
-person reads on the way (progress, predictions) goes to stderr, results go to stdout.
+Every `GrailError` and every wrong option ends as one sentence on stderr and exit code 2, any other
+exception as one sentence and exit code 1, Ctrl-C as exit code 130. What a person reads on the way
+(progress, predictions) goes to stderr, results go to stdout.
 """
 
+import errno
 import json
+import re
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,20 +29,21 @@ from typer.core import TyperGroup
 
 from grail import __version__, checkpoint, select
 from grail.arguments import require_usable
-from grail.calibration import load_texts, token_batches
+from grail.calibration import Join, require_text, token_batches
 from grail.collect import Collected
 from grail.collect import collect as collect_statistics
 from grail.collect import merge as merge_statistics
 from grail.compress import compress as compress_model
 from grail.distributed import launched, ranks
-from grail.errors import GrailError, InputError
+from grail.embedding import check_token_ids
+from grail.errors import GrailError, InputError, one_line
 from grail.evaluate import evaluate as evaluate_model
 from grail.export import export
 from grail.fit import Auto, Damping, Toward
 from grail.folder import check_output
 from grail.gram import NonFinite
 from grail.memory import ran_out
-from grail.models import length_of_sequences, load_model
+from grail.models import length_before_loading, length_of_sequences, load_model, positions
 from grail.options import Compensation, Options
 from grail.page import (
     evaluation_table,
@@ -54,6 +58,8 @@ from grail.plan import inspect as inspect_model
 from grail.report import Report, strict_json
 from grail.sensitivity import UNDONE, require_single_channels, sensitivity
 from grail.sites import find
+from grail.texts import HELD_OUT_SPLITS, Split, is_file, is_wikitext2
+from grail.width import check_keep
 
 _DEBUG = "grail.debug"
 
@@ -61,6 +67,14 @@ _DEBUG = "grail.debug"
 _Restoring = partial(typer.Option, rich_help_panel="Restoring")
 _Comparing = partial(typer.Option, rich_help_panel="Comparing on held-out text")
 _Running = partial(typer.Option, rich_help_panel="Running")
+_Reading = partial(typer.Option, rich_help_panel="Reading text")
+# The option class's error; typer does not export it.
+_UsageError: Any = typer.BadParameter.__base__
+
+# Perplexity on WikiText-2 as in the literature: windows of so many tokens, and all of them.
+_WIKITEXT2_WINDOW = 2048
+_EVALUATE_TOKENS = 16384
+_MULTIPLIERS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 # By whether weights and biases are fitted.
 _COMPENSATIONS: dict[tuple[bool, bool], bool | Compensation] = {
@@ -73,13 +87,45 @@ _COMPENSATIONS: dict[tuple[bool, bool], bool | Compensation] = {
 
 def _number_or_auto(text: str) -> float | Auto:
     try:
-        return "auto" if text == "auto" else float(text)
+        return "auto" if text.lower() == "auto" else float(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is neither a number nor auto") from error
 
 
+def _count(text: object) -> int:
+    """A number of tokens: 65536, 65_536, 64k or 1M, where k is 1024 and M 1024²."""
+    found = re.fullmatch(r"(\d[\d_]*) *([km]?)", str(text).strip().lower())
+    if found is None or not (count := int(found[1].replace("_", "")) * _MULTIPLIERS[found[2]]):
+        raise typer.BadParameter(
+            f"{text!r} is no number of tokens; give one of at least 1, such as 65536, 64k or 1M"
+        )
+    return count
+
+
+def _shares(text: object) -> list[float]:
+    try:
+        return [
+            float(part.rstrip("% ")) / (100 if part.endswith("%") else 1)
+            for part in str(text).split(",")
+        ]
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is no share; give a number in (0, 1], such as 0.7 or 70%"
+        ) from error
+
+
+def _share(text: object) -> float:
+    shares = _shares(text)
+    if len(shares) > 1:
+        raise typer.BadParameter(
+            f"{text!r} are {len(shares)} shares, and a run has one, such as 0.7; run once for "
+            "each, or compare them by grail inspect --keep"
+        )
+    return shares[0]
+
+
 class Commands(TyperGroup):
-    """Turns an error that the user can act on into one sentence and an exit code."""
+    """Turns an exception into one sentence and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         """Runs a command."""
@@ -87,20 +133,40 @@ class Commands(TyperGroup):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return super().invoke(ctx)
-        except GrailError as error:
-            if ctx.meta.get(_DEBUG):
-                traceback.print_exc()
-            typer.echo(f"grail: {error}", err=True)
-            raise typer.Exit(2) from error
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-            advice = "lower --batch-size or --sequence-length, or choose --device cpu"
-            typer.echo(f"grail: out of memory; no output was written: {advice}.", err=True)
-            raise typer.Exit(2) from error
+        except (typer.Exit, typer.Abort):
+            raise
         except KeyboardInterrupt as error:
             typer.echo("\ngrail: interrupted; no output was written.", err=True)
             raise typer.Exit(130) from error
+        except Exception as error:
+            if type(error).__name__ == "NoArgsIsHelpError" or _is_closed_pipe(error):
+                raise
+            if ctx.meta.get(_DEBUG):
+                traceback.print_exc()
+            sentence, status = _explain(error)
+            typer.echo(f"grail: {sentence}", err=True)
+            raise typer.Exit(status) from error
+
+
+def _is_closed_pipe(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.EPIPE
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What is said of an exception, and the exit code: 2 where the user can act on it."""
+    if isinstance(error, GrailError):
+        return str(error), 2
+    if isinstance(error, _UsageError):
+        _, *command = error.ctx.command_path.split() if error.ctx else [""]
+        said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
+        return f"{said[:1].lower()}{said[1:]}; see {' '.join(['grail', *command])} --help", 2
+    if ran_out(error):
+        advice = "lower --batch-size or --sequence-length, or choose --device cpu"
+        return f"out of memory; no output was written: {advice}.", 2
+    return (
+        f"unexpected {type(error).__name__}: {one_line(error)}; --debug shows the traceback; "
+        "please report it"
+    ), 1
 
 
 app = typer.Typer(
@@ -139,6 +205,42 @@ Onload = Annotated[
     _Running(
         help="Leave the model on the CPU and bring one block at a time to the device, for models "
         "larger than a GPU.",
+    ),
+]
+Tokens = Annotated[
+    int,
+    typer.Option(
+        parser=_count,
+        metavar="COUNT",
+        help="Calibration tokens, such as 65536, 64k or 1M. More is better up to about 10⁵.",
+    ),
+]
+Sites = Annotated[
+    str,
+    typer.Option(
+        help="What becomes narrower: mlp, heads, or mlp,heads; of mixtures experts, shared_experts."
+    ),
+]
+Field = Annotated[
+    str | None,
+    _Reading(
+        help="Field or column of the text in JSON, CSV, Parquet and datasets: a text, or a chat as "
+        "a list of messages, which the tokenizer's chat template renders.",
+        show_default="text, else messages",
+    ),
+]
+Joined = Annotated[
+    Join | None,
+    _Reading(
+        help="Between documents: eos the end-of-text token, blank a blank line, none nothing.",
+        show_default="eos; blank for WikiText, whose rows are lines",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    _Running(
+        "--trust-remote-code",
+        help="Run the Python code that MODEL brings along, with your rights: read it first.",
     ),
 ]
 Dtype = Annotated[
@@ -191,8 +293,9 @@ def compress(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="Text on which activations are collected: .txt, .jsonl or .parquet (field "
-            "'text'), or a dataset name. Take text like the text the model is for.",
+            help="Text on which activations are collected: .txt, .json, .jsonl, .csv or .parquet, "
+            "or a dataset (NAME, NAME:CONFIG, wikitext2). Take text like the text the model is "
+            "for.",
         ),
     ] = None,
     statistics: Annotated[
@@ -201,15 +304,13 @@ def compress(
     ] = None,
     keep: Annotated[
         float,
-        typer.Option(help="Share of the channels or heads that stays, in (0, 1]."),
-    ] = 0.7,
-    sites: Annotated[
-        str,
         typer.Option(
-            help="What becomes narrower: mlp, heads, or mlp,heads; of mixtures experts, "
-            "shared_experts."
+            parser=_share,
+            metavar="SHARE",
+            help="Share of the channels or heads that stays, in (0, 1].",
         ),
-    ] = "mlp",
+    ] = 0.7,
+    sites: Sites = "mlp",
     uneven: Annotated[
         bool,
         typer.Option(
@@ -223,18 +324,43 @@ def compress(
         str,
         typer.Option(help=f"Who chooses what stays: {', '.join(select.names())}."),
     ] = "greedy",
-    tokens: Annotated[
-        int, typer.Option(help="Calibration tokens. More is better up to about 10⁵.")
-    ] = 65536,
+    tokens: Tokens = 65536,
+    field: Field = None,
+    split: Annotated[
+        str | None,
+        _Reading(help="Split of a dataset for calibration.", show_default="train"),
+    ] = None,
+    join: Joined = None,
     evaluate: Annotated[
         str | None,
         _Comparing(
             metavar="TEXT",
             help="Held-out text: compares the dense, the pruned and the restored model on it; "
-            "with --onload on the CPU.",
+            "with --onload on the CPU. wikitext2 is measured as in the literature: all of the test "
+            "split, joined by blank lines, in sequences of 2048 tokens.",
         ),
     ] = None,
-    evaluate_tokens: Annotated[int, _Comparing(help="Held-out tokens to predict.")] = 16384,
+    evaluate_tokens: Annotated[
+        int | None,
+        _Comparing(
+            parser=_count,
+            metavar="COUNT",
+            help="Held-out tokens to predict.",
+            show_default="16384; all of wikitext2",
+        ),
+    ] = None,
+    evaluate_field: Annotated[
+        str | None,
+        _Comparing(help="As --field, for the held-out text.", show_default="--field"),
+    ] = None,
+    evaluate_split: Annotated[
+        str | None,
+        _Comparing(help="Split of a held-out dataset.", show_default="test, else validation"),
+    ] = None,
+    evaluate_join: Annotated[
+        Join | None,
+        _Comparing(help="As --join, for the held-out text.", show_default="--join"),
+    ] = None,
     baseline: Annotated[
         bool,
         _Comparing(help="With --evaluate: also measure plain pruning, in a run of its own."),
@@ -324,6 +450,7 @@ def compress(
     device: Device = "auto",
     onload: Onload = False,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -334,6 +461,7 @@ def compress(
     Add `--evaluate heldout.txt` to see what it cost: perplexity dense, pruned and restored.
     """
     command = {name: str(value) for name, value in ctx.params.items()}
+    selector = select.canonical(selector)
     options = Options(
         keep=keep,
         sites=sites,
@@ -375,22 +503,32 @@ def compress(
     if statistics and closed_loop:
         raise InputError("--statistics are of the dense network: give --open-loop with them")
     check_output(output)
-    for source in filter(None, (calibration, evaluate)):
-        next(load_texts(source), None)
+    text = held_out = None
+    if calibration is not None:
+        text = _Text(calibration, tokens, sequence_length, batch_size, field, split, join, seed)
+        text.require(model)
+    if evaluate is not None:
+        literature = is_wikitext2(evaluate)  # has its own way, whatever the calibration's is
+        held_out = _held_out(
+            evaluate,
+            evaluate_tokens or (None if literature else _EVALUATE_TOKENS),
+            None if literature else sequence_length,
+            batch_size,
+            evaluate_field or (None if literature else field),
+            evaluate_split,
+            evaluate_join or (None if literature else join),
+        )
+        held_out.require(model)
+    collected = None if statistics is None else Collected(statistics)
     device = _computing(device)
-    load = partial(_load, model, "cpu" if onload else device, dtype)
+    load = partial(_load, model, "cpu" if onload else device, dtype, trust_remote_code)
 
     network, tokenizer = load()
-    length = length_of_sequences(network, sequence_length)
-    cut = partial(token_batches, sequence_length=length, batch_size=batch_size)
     with _warnings_as_notes() as notes:
-        batches: list[Tensor] | Collected = (
-            cut(calibration, tokenizer, tokens=tokens, seed=seed)
-            if calibration
-            else Collected(str(statistics))
-        )
-        heldout = cut(evaluate, tokenizer, tokens=evaluate_tokens) if evaluate else []
-    if evaluate and evaluate == calibration:
+        batches = text.batches(network, tokenizer) if text else collected
+        assert batches is not None
+        heldout = held_out.batches(network, tokenizer) if held_out else []
+    if held_out and held_out.is_same_text(text):
         notes.append("The held-out text is the calibration text: the comparison is too kind.")
     if uneven:
         require_single_channels(find(network, options.sites), options)
@@ -467,14 +605,33 @@ def compress(
 @app.command()
 def evaluate(
     model: Model,
-    text: Annotated[str, typer.Option(metavar="TEXT", help="Held-out text, see compress.")],
+    text: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="Held-out text, see compress; wikitext2 is measured as in the literature.",
+        ),
+    ],
     tokens: Annotated[
-        int | None, typer.Option(help="How many tokens to predict.", show_default="all")
+        int | None,
+        typer.Option(
+            parser=_count,
+            metavar="COUNT",
+            help="How many tokens to predict, such as 65536 or 64k.",
+            show_default="all",
+        ),
     ] = None,
+    field: Field = None,
+    split: Annotated[
+        str | None,
+        _Reading(help="Split of a dataset.", show_default="test, else validation"),
+    ] = None,
+    join: Joined = None,
     sequence_length: SequenceLength = None,
     batch_size: BatchSize = 4,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -482,15 +639,13 @@ def evaluate(
 
     Example: `grail evaluate out/ --text heldout.txt`
     """
-    next(load_texts(text), None)
-    network, tokenizer = _load(model, _computing(device), dtype)
-    batches = token_batches(
-        text,
-        tokenizer,
-        tokens=tokens,
-        sequence_length=length_of_sequences(network, sequence_length),
-        batch_size=batch_size,
-    )
+    held_out = _held_out(text, tokens, sequence_length, batch_size, field, split, join)
+    held_out.require(model)
+    network, tokenizer = _load(model, _computing(device), dtype, trust_remote_code)
+    with _warnings_as_notes() as notes:
+        batches = held_out.batches(network, tokenizer)
+    for note in notes:
+        _say(f"note    {note}")
     row = evaluate_model(network, batches)
     if as_json:
         typer.echo(strict_json(asdict(row)))
@@ -506,18 +661,21 @@ def inspect(
         str | None, typer.Option(help="Kinds of sites, see compress.", show_default="all")
     ] = None,
     keep: Annotated[
-        list[float] | None,
+        list[Any] | None,
         typer.Option(
-            help="Ratio to tell about; give it several times for several.",
+            parser=_shares,
+            metavar="SHARES",
+            help="Share that stays, or several: 0.5,0.7.",
             show_default=", ".join(map(str, KEEPS)),
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Calibration tokens of the predicted run.")] = 65536,
+    tokens: Tokens = 65536,
     sequence_length: SequenceLength = None,
     batch_size: BatchSize = 4,
     device: Device = "auto",
     onload: Onload = False,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -526,13 +684,17 @@ def inspect(
     Nothing is changed or written. Example: `grail inspect MODEL --sites mlp --tokens 24576`
     """
     device = _computing(device)
-    network, _ = _load(model, "cpu" if onload else device, dtype)
-    first = keep[0] if keep else 0.7
+    keeps = [share for shares in keep or () for share in shares]
+    first = keeps[0] if keeps else 0.7
+    for share in keeps:
+        check_keep(share)
+    options = Options(keep=first, sites=sites) if sites is not None else None
+    network, _ = _load(model, "cpu" if onload else device, dtype, trust_remote_code)
     inspection = inspect_model(
         network,
-        options=Options(keep=first, sites=sites) if sites else None,
+        options=options,
         keep=first,
-        keeps=keep or KEEPS,
+        keeps=keeps or KEEPS,
         tokens=tokens,
         sequence_length=length_of_sequences(network, sequence_length),
         batch_size=batch_size,
@@ -559,14 +721,18 @@ def stats_collect(
         str, typer.Option(metavar="TEXT", help="Text on which activations are collected.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for the statistics; new or empty.")],
-    sites: Annotated[str, typer.Option(help="What will become narrower, see compress.")] = "mlp",
-    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 65536,
+    sites: Sites = "mlp",
+    tokens: Tokens = 65536,
+    field: Field = None,
+    split: Annotated[str | None, _Reading(help="Split of a dataset.", show_default="train")] = None,
+    join: Joined = None,
     sequence_length: SequenceLength = None,
     batch_size: BatchSize = 4,
     seed: Annotated[int, _Running(help="Draws calibration sequences.")] = 0,
     device: Device = "auto",
     onload: Onload = False,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Writes the Gram matrices of MODEL's sites on a text, in one pass over the dense model.
@@ -574,18 +740,14 @@ def stats_collect(
     Example: `grail stats collect MODEL --calibration text.txt --output a/`
     """
     check_output(output)
+    kinds = Options(sites=sites).sites
+    text = _Text(calibration, tokens, sequence_length, batch_size, field, split, join, seed)
+    text.require(model)
     device = _computing(device)
-    network, tokenizer = _load(model, "cpu" if onload else device, dtype)
-    batches = token_batches(
-        calibration,
-        tokenizer,
-        tokens=tokens,
-        sequence_length=length_of_sequences(network, sequence_length),
-        batch_size=batch_size,
-        seed=seed,
-    )
+    network, tokenizer = _load(model, "cpu" if onload else device, dtype, trust_remote_code)
+    batches = text.batches(network, tokenizer)
     brought = device if onload else None
-    collect_statistics(network, batches, sites.split(","), output=output, onload=brought)
+    collect_statistics(network, batches, kinds, output=output, onload=brought)
     typer.echo(f"statistics  {output}")
 
 
@@ -603,6 +765,86 @@ def stats_merge(
     """
     merge_statistics(folders, output)
     typer.echo(f"statistics  {output}")
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text as the command line names it, and how it becomes sequences of tokens."""
+
+    source: str
+    tokens: int | None
+    sequence_length: int | None
+    batch_size: int
+    field: str | None
+    split: Split | None
+    join: Join | None
+    seed: int | None = None
+
+    def require(self, model: str) -> None:
+        """Refuses the text before MODEL is loaded, as far as its fault shows by then."""
+        require_text(
+            self.source,
+            tokens=self.tokens,
+            sequence_length=length_before_loading(model, self.sequence_length),
+            field=self.field,
+            split=self.split,
+        )
+
+    def length(self, network: Any) -> int:
+        """Tokens of a sequence."""
+        return length_of_sequences(network, self.sequence_length)
+
+    def batches(self, network: Any, tokenizer: Any) -> list[Tensor]:
+        """The text as batches of tokens that the network's embedding has."""
+        batches = token_batches(
+            self.source,
+            tokenizer,
+            tokens=self.tokens,
+            sequence_length=self.length(network),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            field=self.field,
+            split=self.split,
+            join=self.join,
+        )
+        for batch in batches:
+            check_token_ids(network, batch, tokenizer)
+        return batches
+
+    def is_same_text(self, other: "_Text | None") -> bool:
+        """Whether both read the same file, or the same split of a dataset."""
+        if other is None or self.source != other.source:
+            return False
+        return is_file(self.source) or self.split == (other.split or "train")
+
+
+class _WikiText2(_Text):
+    """The test split of WikiText-2 in windows of 2048 tokens, or of all that a model can read."""
+
+    def length(self, network: Any) -> int:
+        most = positions(network) or _WIKITEXT2_WINDOW
+        if most < _WIKITEXT2_WINDOW:
+            warnings.warn(
+                f"Perplexity on wikitext2 is of windows of {most} tokens, all that the model has "
+                f"positions for; the literature's has {_WIKITEXT2_WINDOW}.",
+                stacklevel=2,
+            )
+        return min(most, _WIKITEXT2_WINDOW)
+
+
+def _held_out(
+    source: str,
+    tokens: int | None,
+    sequence_length: int | None,
+    batch_size: int,
+    field: str | None,
+    split: str | None,
+    join: Join | None,
+) -> _Text:
+    """A text for an evaluation; of a dataset the test split, else the validation split."""
+    kind = _WikiText2 if is_wikitext2(source) and sequence_length is None else _Text
+    chosen = split or HELD_OUT_SPLITS
+    return kind(source, tokens, sequence_length, batch_size, field, chosen, join)
 
 
 def _plan(
@@ -642,17 +884,21 @@ def _name(model: str) -> str:
 
 
 def _computing(device: str) -> str:
-    """The device of that name, or one that is here for "auto"."""
+    """The device of that name in any case, or one that is here for "auto"."""
+    device = device.lower()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     require_usable(device)
     return device
 
 
-def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
+def _load(model: str, device: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
     _say(f"Loading {model} …")
     return load_model(
-        model, dtype=None if dtype == "auto" else getattr(torch, dtype), device=device
+        model,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
 
 

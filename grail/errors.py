@@ -16,6 +16,7 @@ __all__ = [
     "RankError",
     "SolveError",
     "StateError",
+    "one_line",
 ]
 
 
@@ -63,3 +64,8 @@ class NonFiniteError(GrailError):
             f"{what}: {count} value(s) are NaN or Inf, in channel(s) {shown}; "
             "nothing was changed. Check weights and calibration batches, or use a wider dtype."
         )
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error of another library on one line, or its name where it has none."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from grail.arguments import require_batches, require_language_model
+from grail.embedding import check_token_ids
 from grail.errors import EmptyCalibrationError, InputError, ModelError
 from grail.report import Evaluation
 from grail.transaction import steady
@@ -39,6 +40,7 @@ def evaluate(
 
     Raises:
         EmptyCalibrationError: the batches hold no token to predict.
+        InputError: a token id that the model's embedding does not have.
         ModelError: a loss is NaN or Inf.
 
     Numerics: log-probabilities in fp32 whatever the model's dtype, their sum in fp64.
@@ -91,6 +93,7 @@ def _total_loss(
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False):
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
         _require_tokens(given.get("input_ids"))
+        check_token_ids(model, given)
         inputs = {name: value.to(model.device) for name, value in given.items()}
         targets = _targets(inputs)
         loss_of = loss_of or _choose_loss(model, inputs)

@@ -11,7 +11,7 @@ from grail.arguments import require_language_model
 from grail.errors import ExportError, InputError
 from grail.evaluate import measure_size
 from grail.folder import complete
-from grail.models import positions, read_model
+from grail.models import positions, read_model, runs_own_code
 from grail.report import Report
 from grail.saving import write
 from grail.transaction import steady
@@ -80,6 +80,8 @@ def _write(
                 model.generation_config.save_pretrained(folder)
         else:
             model.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):
+            align_file(weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     # Refusals and full disks come as ValueError, RuntimeError, OSError, SafetensorError, …
@@ -93,7 +95,11 @@ def _write(
 
 def _verify(folder: Path, model: Any) -> None:
     try:
-        reloaded, _ = read_model(folder, attn_implementation=model.config._attn_implementation)
+        reloaded, _ = read_model(
+            folder,
+            attn_implementation=model.config._attn_implementation,
+            trust_remote_code=runs_own_code(model),
+        )
     except Exception as error:
         raise ExportError(f"The exported model does not load again: {error}") from error
     expected, found = _logits(model), _logits(reloaded.to(model.device))

@@ -1,20 +1,24 @@
 """Where a model comes from: a transformers folder, a hub name, or a GGUF file."""
 
 import copy
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from grail.alignment import align_weights
 from grail.arguments import require_usable
-from grail.errors import InputError, ModelError
+from grail.errors import GrailError, InputError, ModelError, one_line
 from grail.saving import WIDTHS, load
 from grail_kernels.arguments import check_kind
 
 # Tokens of a calibration sequence, where the model has positions for so many.
 LENGTH = 1024
+
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "*.tiktoken")
 
 
 def load_model(
@@ -23,6 +27,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     gguf_file: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer, ready to be compressed and saved.
 
@@ -32,31 +37,27 @@ def load_model(
         dtype: dtype of the weights; the checkpoint's own if None (fp32 for GGUF).
         device: where the model goes.
         gguf_file: name of the GGUF file inside `source`, where that is a folder or a hub name.
+        trust_remote_code: runs the Python code that the model or its tokenizer brings along, with
+            the rights of the caller. Without it such a model is refused; nothing is asked.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
 
     Raises:
         InputError: `source` is the path of a file that is not there, or not GGUF.
-        ModelError: no model and tokenizer can be read from it, or weights are missing there.
+        ModelError: no model and tokenizer can be read from it, weights are missing there, or it
+            needs code of its own.
     """
     check_kind("source", source, (str, Path), "a path or a hub name")
     device = require_usable(device)
     where, gguf_file = _locate(str(source), gguf_file)
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ModelError(
-            "Loading a model needs transformers: pip install 'grail-kernels[llm]'."
-        ) from error
-    options = {} if gguf_file is None else {"gguf_file": gguf_file}
-    # The readers behind these calls have no common error type (OSError, ValueError, KeyError,
-    # SafetensorError, ImportError …): whatever stops them, the caller's answer is the same.
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if find_spec("transformers") is None:
+        raise ModelError("loading a model needs transformers: pip install 'grail-kernels[llm]'")
+    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    options["trust_remote_code"] = trust_remote_code
+    tokenizer = _read_tokenizer(source, where, options)
+    with _refusing(source, trust_remote_code):
         model, missing = read_model(where, dtype, **options)
-    except Exception as error:
-        raise ModelError(_explain(source, error)) from error
     _refuse_missing(source, missing)
     if gguf_file is not None:
         model = _without_quantiser(model)
@@ -73,12 +74,14 @@ def read_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    options.setdefault("trust_remote_code", False)  # None would ask on standard input
     if not (Path(where) / WIDTHS).is_file():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype or "auto", output_loading_info=True, **options
         )
+        align_weights(loaded[0])
         return loaded[0], loaded[1]["missing_keys"]
-    config = AutoConfig.from_pretrained(where)
+    config = AutoConfig.from_pretrained(where, trust_remote_code=options["trust_remote_code"])
     model: Any = load(where, lambda: AutoModelForCausalLM.from_config(config, **options))
     for parameter in model.parameters():
         # Buffers stay: rotary frequencies are not weights.
@@ -87,6 +90,23 @@ def read_model(
         with suppress(OSError):  # there is none
             model.generation_config = GenerationConfig.from_pretrained(where)
     return model, ()
+
+
+def runs_own_code(model: Any) -> bool:
+    """Whether a model's class is code that it brought along, and that was trusted."""
+    return type(model).__module__.startswith("transformers_modules")
+
+
+def length_before_loading(source: str, wanted: int | None) -> int | None:
+    """Tokens of a calibration sequence as the configuration tells, None where it cannot be read."""
+    if wanted is not None or not (Path(source) / "config.json").is_file():
+        return wanted
+    from transformers import AutoConfig
+
+    with suppress(Exception):  # loading the model says what is wrong
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return min(LENGTH, getattr(config, "max_position_embeddings", LENGTH))
+    return None
 
 
 def positions(model: Any) -> int | None:
@@ -137,11 +157,61 @@ def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
     return source, gguf_file
 
 
-def _explain(source: str | Path, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if Path(source).exists():
-        return f"{source} holds no causal language model that transformers can read: {reason}"
-    return f"{source} is no local folder, and no model of that name could be fetched: {reason}"
+def _read_tokenizer(source: str | Path, where: str, options: dict[str, Any]) -> Any:
+    """The tokenizer; where it cannot be read, an error that says if the model's configuration can.
+
+    Without a file for it transformers makes some tokenizers up: they know special tokens alone.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    failure, reason = None, "it would know special tokens alone"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        if len(tokenizer) > len(tokenizer.all_special_ids):
+            return tokenizer
+    except Exception as error:  # of no common type, see _refusing
+        failure, reason = error, one_line(error)
+    with _refusing(source, options["trust_remote_code"]):
+        config = AutoConfig.from_pretrained(where, **options)
+        if failure is not None and _needs_code(failure):
+            raise failure
+    if Path(where).is_dir() and not any(Path(where).glob(p) for p in _TOKENIZER_FILES):
+        reason = "no file of one is there"
+    raise ModelError(
+        f"{source}: the model's configuration can be read ({config.model_type}), but its tokenizer "
+        f"is missing or damaged: {reason}; put the tokenizer's files there, such as tokenizer.json "
+        "and tokenizer_config.json (tokenizer.save_pretrained)"
+    ) from failure
+
+
+@contextmanager
+def _refusing(source: str | Path, trusted: bool) -> Iterator[None]:
+    """Turns any error of a reader into ModelError.
+
+    The readers have no common error type (OSError, ValueError, KeyError, SafetensorError,
+    ImportError …): whatever stops them, the caller's answer is the same.
+    """
+    try:
+        yield
+    except GrailError:
+        raise
+    except Exception as error:
+        if _needs_code(error) and not trusted:
+            raise ModelError(
+                f"{source} brings Python code of its own, without which it cannot be loaded: read "
+                "that code, then give --trust-remote-code (load_model(trust_remote_code=True)), "
+                "which runs it with your rights"
+            ) from error
+        reason = one_line(error)
+        if Path(source).exists():
+            said = "holds no causal language model that transformers can read"
+        else:
+            said = "is no local folder, and no model of that name could be fetched"
+        raise ModelError(f"{source} {said}: {reason}") from error
+
+
+def _needs_code(error: Exception) -> bool:
+    return "trust_remote_code" in str(error)
 
 
 def _refuse_missing(source: str | Path, missing: Collection[str]) -> None:

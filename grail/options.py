@@ -47,7 +47,8 @@ class Options:
 
     def __post_init__(self) -> None:
         if isinstance(self.sites, str):
-            object.__setattr__(self, "sites", tuple(s.strip() for s in self.sites.split(",")))
+            kinds = self.sites.lower().replace(",", " ").split()
+            object.__setattr__(self, "sites", tuple(dict.fromkeys(kinds)))
         elif isinstance(self.sites, Site):
             object.__setattr__(self, "sites", (self.sites,))
         if self.sites is not None:
@@ -97,7 +98,8 @@ class Options:
         require_whole("seed", self.seed, 0)
         if not (isinstance(self.selector, str) or callable(self.selector)):
             raise InputError(f"selector must be a name or a function; got {kind_of(self.selector)}")
-        select.get(self.selector)
+        if isinstance(self.selector, str):
+            object.__setattr__(self, "selector", select.canonical(self.selector))
 
     @property
     def fits_weights(self) -> bool:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from grail.arguments import require_batches, require_usable
 from grail.distributed import Ranks
+from grail.embedding import check_token_ids
 from grail.errors import EmptyCalibrationError, GrailError, InputError, ModelError
 from grail.memory import ran_out
 from grail.recorded import state_of, without_cache
@@ -450,6 +451,7 @@ def model_inputs(
                 f"got {batch.dtype} {tuple(batch.shape)}"
             )
         args, kwargs = (), {"input_ids": batch}
+    check_token_ids(model, kwargs or args)
     if "use_cache" in known or "use_cache" in kwargs:
         kwargs = {**kwargs, "use_cache": False}
     try:

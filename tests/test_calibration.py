@@ -9,8 +9,9 @@ import datasets
 import pytest
 import torch
 
-from grail.calibration import load_texts, token_batches
+from grail.calibration import require_text, token_batches
 from grail.errors import EmptyCalibrationError, InputError
+from grail.texts import load_texts
 
 END = 2  # </s> of the tiny tokenizer
 
@@ -145,7 +146,7 @@ def test_a_text_file_comes_whole_and_in_pieces(tmp_path, monkeypatch, name):
     text = "".join(f"line {index} – naïve\n" for index in range(100))
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert list(load_texts(tmp_path / name)) == [text]
-    monkeypatch.setattr("grail.calibration._PIECE", 100)
+    monkeypatch.setattr("grail.texts._PIECE", 100)
     pieces = list(load_texts(tmp_path / name))
     assert "".join(pieces) == text
     assert 10 < len(pieces) < 100
@@ -153,9 +154,11 @@ def test_a_text_file_comes_whole_and_in_pieces(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["documents.jsonl", "documents.parquet"])
 def test_a_wrong_field_names_those_found(tmp_path, name):
-    with pytest.raises(InputError, match=r"no field 'text'; fields found: 'id', 'body'"):
+    with pytest.raises(
+        InputError, match=r"no field 'text' or 'messages'; fields found: 'id', 'body'"
+    ):
         list(load_texts(write(tmp_path / name, field="body")))
-    with pytest.raises(InputError, match="holds no text in field 'id'"):
+    with pytest.raises(InputError, match="field 'id' holds no text but int"):
         list(load_texts(write(tmp_path / name), field="id"))
 
 
@@ -163,13 +166,27 @@ def test_a_wrong_field_names_those_found(tmp_path, name):
     ("name", "content", "sentence"),
     [
         ("bad.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
-        ("list.jsonl", b'["text"]\n', "line 1 is not a JSON object"),
-        ("digits.jsonl", b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
-        ("half.jsonl", b'{"text": "a \\ud800"}', "line 1 holds half of a surrogate pair"),
-        ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("lists.jsonl", b'["text"]\n["text"]\n', "is not JSON .* one object a line, or one array"),
+        ("digits.jsonl", b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "is not JSON"),
+        ("half.jsonl", b'{"text": "a \\ud800"}', "line 1, .* holds half of a surrogate pair"),
+        ("half.json", b'["a", "\\ud800"]', "element 2 of the array holds half of a surrogate"),
+        ("deep.jsonl", b"[" * 100_000, "is not JSON"),
         ("latin.txt", "naïve".encode("latin-1"), "cannot be read as UTF-8"),
         ("bad.parquet", b"PAR1 and nothing else", "cannot be read"),
-        ("array.json", b'["a",\n "b"]\n', "line 1 is not JSON"),
+        ("array.json", b'["a",\n "b"', "is not JSON .* line 2 column"),
+        ("numbers.json", b"[1, 2]", "element 1 of the array holds no text but int"),
+        ("object.json", b'{"data": [{"text": "a"}]}', "no field .* found: 'data'"),
+        ("null.json", b"null", "holds no text but null"),
+        ("empty.jsonl", b'{"messages": []}', "field 'messages' holds no text but list"),
+        ("other.jsonl", b'{"messages": [{"from": "a", "value": "b"}]}', "with role and content"),
+        ("more.csv", b"id,text\n1,a,b\n", "line 2 has more cells than the header"),
+        ("fewer.csv", b"id,text\n1\n", "line 2, field 'text' holds no text but null"),
+        ("quote.csv", b'text\n"a', "is no table"),
+        ("other.csv", b"id;text\n1;a\n", "found: 'id;text'"),
+        ("text.txt.gz", b"\x1f\x8b", "is compressed"),
+        ("text.jsonl.ZST", b"", "is compressed"),
+        ("wide.txt", "a".encode("utf-16-le"), "holds NUL bytes"),
+        ("wide.json", "[]".encode("utf-16"), "cannot be read as UTF-8"),
         ("missing.txt", None, "no such file"),
         ("missing.TXT", None, "no such file"),
         ("missing.md", None, "no such file"),
@@ -198,3 +215,142 @@ def test_names_the_extra_when_datasets_is_missing(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"grail-kernels\[llm\]"):
         list(load_texts(source))
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "w90 {{ m.content }} w91 {% endfor %}"
+)
+CHAT = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
+
+
+def test_chats_are_rendered_by_the_template(tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    found = token_batches([CHAT, words(20, 2)], tokenizer, tokens=None, sequence_length=11)
+    assert found[0].tolist() == [[90, 5, 6, 91, 90, 7, 91, END, 20, 21, END]]
+
+
+@pytest.mark.parametrize(
+    ("document", "template", "sentence"),
+    [
+        (CHAT, None, "need a tokenizer with a chat template"),
+        ([{"role": "tool", "content": "w5"}], TEMPLATE, "does not render .*no tools"),
+        (CHAT, "{% for", "does not render"),
+        (5, TEMPLATE, "a document is int"),
+        (None, TEMPLATE, "a document is NoneType"),
+        (b"w5", TEMPLATE, "a document is bytes"),
+        ([], TEMPLATE, "a document is list"),
+        ("w5 \ud800", TEMPLATE, "no text that can be encoded"),
+    ],
+)
+def test_refuses_what_no_text_can_be_made_of(tiny_tokenizer, document, template, sentence):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=sentence):
+        token_batches([words(3, 9), document], tokenizer, tokens=None, sequence_length=8)
+
+
+@pytest.fixture
+def byte_tokenizer():
+    """A byte-level tokenizer that merges across white space, and begins a text with `<s>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+    )
+    core.train_from_iterator(["a line\n\n = Title = \n\n a line\n\n"] * 9, trainer)
+    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+LINES = ["", " = Title = \n", "", " a line with more in it\n", "", " a line\n"] * 7
+
+
+def expected(tokenizer, text, length):
+    ids = tokenizer(text).input_ids
+    whole = len(ids) - len(ids) % length
+    return torch.tensor(ids[:whole]).view(-1, length)
+
+
+@pytest.mark.parametrize(("join", "between"), [("blank", "\n\n"), ("none", "")])
+@pytest.mark.parametrize("length", [7, 11, 16])
+def test_joined_documents_are_tokenised_as_one_text(byte_tokenizer, join, between, length):
+    found = token_batches(
+        LINES, byte_tokenizer, tokens=None, sequence_length=length, join=join, batch_size=3
+    )
+    assert torch.equal(torch.cat(found), expected(byte_tokenizer, between.join(LINES), length))
+
+
+@pytest.mark.parametrize("tokens", [32, 96, 128])
+def test_joining_stops_where_it_has_enough(byte_tokenizer, tokens):
+    def endless():
+        yield from LINES * 40
+        pytest.fail("read on after it had enough")
+
+    found = token_batches(
+        endless(), byte_tokenizer, tokens=tokens, sequence_length=16, join="blank"
+    )
+    whole = expected(byte_tokenizer, "\n\n".join(LINES * 40), 16)
+    assert torch.equal(torch.cat(found), whole[: tokens // 16])
+
+
+def test_stretches_of_joined_documents_keep_their_separator(byte_tokenizer, monkeypatch):
+    monkeypatch.setattr("grail.calibration._CHARACTERS", 1)  # too few: several stretches
+    options = {"tokens": 64, "sequence_length": 16, "join": "blank"}
+    found = token_batches(["ab", "c"] * 50, byte_tokenizer, **options)
+    text = byte_tokenizer.decode(torch.cat(found).flatten(), clean_up_tokenization_spaces=False)
+    assert ("<s>" + "\n\n".join(["ab", "c"] * 50)).startswith(text)
+
+
+def test_rows_of_wikitext_are_joined_by_blank_lines(byte_tokenizer, monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": LINES})
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: rows)
+    whole = expected(byte_tokenizer, "\n\n".join(LINES), 8)
+    for source in ("wikitext2", "wikitext:wikitext-2-raw-v1", "Salesforce/wikitext:any"):
+        found = token_batches(source, byte_tokenizer, tokens=None, sequence_length=8)
+        assert torch.equal(torch.cat(found), whole)
+    found = token_batches("some/other", byte_tokenizer, tokens=None, sequence_length=8)
+    assert (torch.cat(found) == 1).sum() == 20  # an end-of-text for each row that is not blank
+    with pytest.raises(InputError, match="join must be one of eos, blank, none; got 'newline'"):
+        token_batches("wikitext2", byte_tokenizer, tokens=None, join="newline")
+
+
+@pytest.mark.parametrize("join", ["eos", "blank", "none"])
+def test_a_text_file_is_one_document_however_it_is_read(
+    tiny_tokenizer, tmp_path, monkeypatch, join
+):
+    lines = [words(3 + number, 5) + "\n" for number in range(60)]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    options = {"tokens": None, "sequence_length": 43, "join": join, "batch_size": 99}
+    found = token_batches(tmp_path / "a.txt", tiny_tokenizer(), **options)[0]
+    monkeypatch.setattr("grail.texts._PIECE", 50)
+    again = token_batches(tmp_path / "a.txt", tiny_tokenizer(), **options)[0]
+    assert torch.equal(found, again)
+    assert found.shape == ((7 if join == "eos" else 6), 43)  # 300 tokens, with the end 301 = 7 · 43
+    assert (found == END).sum() == (1 if join == "eos" else 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "known"),
+    [
+        ("", None, True),
+        (" \n\t ", None, True),
+        ("w5", None, False),
+        ("w5 w6", 8, True),
+        ("w5 w6", 7, False),  # a byte a token, and two that begin and end the document
+        ("㍿" * 3, 32, False),  # four characters of three bytes each after NFKC
+        ("㍿", 15, True),
+    ],
+)
+def test_too_little_text_is_known_without_a_tokenizer(tmp_path, text, length, known):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    if not known:
+        return require_text(tmp_path / "a.txt", sequence_length=length)
+    with pytest.raises(EmptyCalibrationError, match="one sequence"):
+        require_text(tmp_path / "a.txt", sequence_length=length)

@@ -289,10 +289,25 @@ def test_version_is_printed():
         (["--keep", "1.5"], "keep must be a fraction in (0, 1]"),
         (["--keep", "nan"], "keep must be a fraction in (0, 1]"),
         (["--selector", "best"], "wanda"),
+        (["--selector", "wandaa"], "did you mean 'wanda'?"),
+        (["--keep", "0.5,0.7"], "2 shares, and a run has one"),
+        (["--keep", "half"], "'half' is no share"),
+        (["--tokens", "0.5k"], "'0.5k' is no number of tokens"),
+        (["--tokens", "64q"], "'64q' is no number of tokens"),
+        (["--tokens", "0k"], "'0k' is no number of tokens"),
+        (["--tokens", "-5"], "'-5' is no number of tokens"),
+        (["--alpha", "some"], "'some' is neither a number nor auto"),
+        (["--batch-size", "0"], "invalid value for '--batch-size'"),
+        (["--no-such-option"], "--no-such-option"),
+        (["--join", "newline"], "'eos', 'blank', 'none'"),
+        (["--split", "test"], "is one file and has no split 'test'"),
+        (["--calibration", ""], "the name of the text is empty"),
         (["--alpha", "-1"], "alpha must be"),
         (["--calibration", "missing.txt"], "missing.txt: no such file"),
         (["--evaluate", "missing.txt"], "missing.txt: no such file"),
         (["--device", "abacus"], "'abacus' cannot be used here"),
+        (["--device", "meta"], "'meta' cannot be used here"),
+        (["--tokens", "8"], "less than one sequence"),
     ],
     ids=lambda value: "-".join(value).strip("-") if isinstance(value, list) else "",
 )
@@ -304,11 +319,208 @@ def test_bad_options_are_refused_before_the_model_is_loaded(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "changes", [["--batch-size", "0"], ["--toward", "up"], ["--dtype", "int8"]]
-)
+@pytest.mark.parametrize("changes", [["--toward", "up"], ["--dtype", "int8"]])
 def test_values_out_of_range_are_usage_errors(arguments, changes):
-    assert grail(*arguments, *changes).exit_code == 2
+    assert "; see grail compress --help" in refusal(grail(*arguments, *changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("512", 512),
+        ("65_536", 65536),
+        ("64k", 65536),
+        ("64 K", 65536),
+        ("3M", 3 << 20),
+        ("9" * 20, int("9" * 20)),
+    ],
+)
+def test_counts_of_tokens_have_multiples(folder, text, count):
+    result = grail("inspect", folder / "model", "--tokens", text, "--json")
+    assert json.loads(result.stdout)["tokens"] == count
+
+
+def test_more_tokens_than_any_text_has_are_all_of_it(arguments):
+    result = grail(*arguments, "--json", "--tokens", "9" * 25, "--alpha", "AUTO", "--keep", "70%")
+    report = Report.from_json(result.stdout)
+    assert (report.calibration["tokens"], report.settings["keep"]) == (2000 // 32 * 32, 0.7)
+
+
+def test_a_selector_is_found_in_any_case(arguments):
+    result = grail(*arguments, "--json", "--selector", "Wanda", "--sites", " MLP , heads ")
+    report = Report.from_json(result.stdout)
+    assert report.settings["selector"] == "wanda"
+    assert report.settings["sites"] == ["mlp", "heads"]
+
+
+def test_inspect_takes_shares_as_a_list_and_one_by_one(folder):
+    result = grail("inspect", folder / "model", "--keep", "0.5,0.7", "--keep", 0.6, "--json")
+    assert [row["keep"] for row in json.loads(result.stdout)["savings"]] == [0.5, 0.7, 0.6]
+    assert "in (0, 1]" in refusal(grail("inspect", folder / "model", "--keep", "0.5,7"))
+
+
+def test_tokens_that_the_embedding_does_not_have_are_refused(
+    folder, tiny_tokenizer, arguments, tmp_path
+):
+    model = shutil.copytree(folder / "model", tmp_path / "larger")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.save_pretrained(model)
+    bad = tmp_path / "bad.txt"
+    bad.write_text(words(600, seed=4) + " <turn> w5")
+    said = "tokenizer of 98 tokens, holds token ids that the model's embedding of 97 rows does not"
+    arguments[1] = model
+    for command in (
+        [*arguments, "--calibration", bad, "--tokens", "600"],
+        [*arguments, "--evaluate", bad, "--evaluate-tokens", "602"],
+        ["evaluate", model, "--text", bad, *SHORT[:2], "--tokens", "602"],
+        ["stats", "collect", model, "--calibration", bad, "--output", tmp_path / "s", *SHORT[:2]],
+    ):
+        if command[0] != "stats":
+            bad.write_text(words(575, seed=4) + " <turn> w5")  # in the last whole sequence
+        assert said in refusal(grail(*command, "--tokens", "576"))
+    assert not (tmp_path / "out").exists()
+    assert grail(*arguments).exit_code == 0  # a larger tokenizer whose tokens do not occur
+
+
+@pytest.mark.parametrize("command", ["compress", "evaluate", "inspect", "stats"])
+@pytest.mark.parametrize(
+    "error", [IndexError("index 5 is\nout of range"), KeyError("a"), OSError()]
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_any_other_exception_is_one_sentence_and_status_1(
+    command, error, debug, arguments, folder, monkeypatch, tmp_path
+):
+    def fail(*args, **kwargs):
+        raise error
+
+    for name in ("compress_model", "evaluate_model", "inspect_model", "collect_statistics"):
+        monkeypatch.setattr(commands, name, fail)
+    text, model = folder / "heldout.txt", folder / "model"
+    commandline = {
+        "compress": arguments,
+        "evaluate": ["evaluate", model, "--text", text],
+        "inspect": ["inspect", model],
+        "stats": ["stats", "collect", model, "--calibration", text, "--output", tmp_path / "s"],
+    }
+    result = grail(*commandline[command], *(["--debug"] if debug else []))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    message = " ".join(str(error).split()) or type(error).__name__
+    assert result.stderr.splitlines()[-1] == (
+        f"grail: unexpected {type(error).__name__}: {message}; --debug shows the traceback; please "
+        "report it"
+    )
+    assert ("Traceback" in result.stderr) == debug
+    assert not list(tmp_path.iterdir())
+
+
+def test_statistics_from_a_wrong_folder_are_refused_before_the_model_is_loaded(
+    folder, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
+    for wrong in (folder / "model", tmp_path / "none", folder / "heldout.txt"):
+        result = grail(
+            *("compress", folder / "model", "--statistics", wrong, "--open-loop"),
+            *("--output", tmp_path / "out"),
+        )
+        assert f"{wrong} holds no statistics: there is no {wrong}/index.state" in refusal(result)
+
+
+def test_a_folder_without_tokenizer_is_refused_by_every_command(folder, arguments, tmp_path):
+    model = tmp_path / "bare"
+    shutil.copytree(folder / "model", model, ignore=shutil.ignore_patterns("*token*"))
+    arguments[1] = model
+    text = folder / "heldout.txt"
+    for command in (arguments, ["evaluate", model, "--text", text], ["inspect", model]):
+        assert "its tokenizer is missing" in refusal(grail(*command))
+
+
+ROW = "w5 w6 w7 w8 w9 w10 w11"
+
+
+@pytest.fixture
+def wikitext(monkeypatch, tmp_path):
+    """Stands for the hub: every dataset has these splits; gives the splits that were asked for."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(builder, name=None, split=None, streaming=False):
+        asked.append((builder, name, split))
+        rows = ["", f" {'w90 ' if split == 'test' else 'w91 '}= \n", *[ROW] * 400]
+        return datasets.Dataset.from_dict({"text": rows, "body": rows[::-1]})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    return asked
+
+
+def test_wikitext2_is_evaluated_as_in_the_literature(
+    wikitext, tiny_llama, tiny_tokenizer, monkeypatch, tmp_path
+):
+    seen = []
+    tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    real = commands.evaluate_model
+    monkeypatch.setattr(
+        commands, "evaluate_model", lambda network, b: (seen.append(b), real(network, b))[1]
+    )
+    result = grail("evaluate", tmp_path / "model", "--text", "wikitext2", "--json")
+    assert json.loads(result.stdout)["tokens"] == 2047
+    assert set(wikitext) == {("Salesforce/wikitext", "wikitext-2-raw-v1", "test")}
+    (tokens,) = seen[0]
+    rows = ["", " w90 = \n", *[ROW] * 400]
+    whole = tiny_tokenizer()("\n\n".join(rows)).input_ids  # 2802 tokens
+    assert tokens.tolist() == [whole[:2048]]
+    result = grail(
+        *("evaluate", tmp_path / "model", "--text", "wikitext2", "--json"),
+        *("--sequence-length", "32", "--tokens", "64"),
+    )
+    assert json.loads(result.stdout)["tokens"] == 62
+
+
+def test_compress_compares_on_wikitext2_whatever_the_calibration_is(arguments, wikitext):
+    result = grail(
+        *(*arguments, "--evaluate", "wikitext2", "--no-baseline", "--json"), "--field", "text"
+    )
+    report = Report.from_json(result.stdout)
+    assert report.evaluation["dense"].tokens == 2802 // 128 * 127
+    assert any("windows of 128 tokens" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("given", [[], ["--evaluate-split", "train"]])
+def test_calibration_and_evaluation_read_splits_of_their_own(arguments, wikitext, given):
+    source = ["--calibration", "some/data", "--evaluate", "some/data", "--no-baseline"]
+    result = grail(*arguments, *source, *given, "--evaluate-tokens", "64", "--json")
+    report = Report.from_json(result.stdout)
+    splits = [split for _, _, split in wikitext]
+    assert splits == (["train"] * 4 if given else ["train", "test"] * 2)
+    assert any("is the calibration text" in note for note in report.notes) == bool(given)
+
+
+def test_fields_and_joins_of_the_calibration_are_those_of_the_evaluation(
+    arguments, monkeypatch, tmp_path
+):
+    rows = [{"body": words(40, seed), "other": words(40, 90 + seed)} for seed in range(20)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    calls = []
+    real = commands.token_batches
+    monkeypatch.setattr(
+        commands, "token_batches", lambda *a, **k: (calls.append(k), real(*a, **k))[1]
+    )
+    source = ["--calibration", tmp_path / "a.json", "--evaluate", tmp_path / "a.json"]
+    source += ["--no-baseline", "--field", "body", "--join", "none", "--evaluate-tokens", "64"]
+    assert grail(*arguments, *source).exit_code == 0
+    own = ["--evaluate-field", "other", "--evaluate-join", "blank", "--output", tmp_path / "again"]
+    assert grail(*arguments, *source, *own).exit_code == 0
+    read = [(call["field"], call["join"]) for call in calls]
+    assert read == [("body", "none"), ("body", "none"), ("body", "none"), ("other", "blank")]
+
+
+def test_chats_need_a_template(arguments, tmp_path):
+    chat = [{"role": "user", "content": words(40, 1)}]
+    (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": chat})] * 30))
+    said = refusal(grail(*arguments, "--calibration", tmp_path / "chat.jsonl"))
+    assert "chats need a tokenizer with a chat template" in said
 
 
 def test_sequences_longer_than_a_model_has_positions_for_are_refused(arguments, folder, tmp_path):
@@ -324,12 +536,30 @@ def test_sequences_longer_than_a_model_has_positions_for_are_refused(arguments, 
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("text", ["", " \n ", words(30, seed=3)], ids=["empty", "blank", "short"])
-def test_calibration_without_one_sequence_is_refused(arguments, text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "loads"),
+    [("", False), (" \n ", False), ("w5 w6", False), (words(30, seed=3), True)],
+    ids=["empty", "blank", "few bytes", "few tokens"],
+)
+@pytest.mark.parametrize("option", ["--calibration", "--evaluate"])
+def test_text_without_one_sequence_is_refused(
+    arguments, text, loads, option, monkeypatch, tmp_path
+):
+    if not loads:
+        monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
     (tmp_path / "text.txt").write_text(text)
-    said = refusal(grail(*arguments, "--calibration", tmp_path / "text.txt"))
+    said = refusal(grail(*arguments, option, tmp_path / "text.txt"))
     assert "one sequence" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_too_little_text_for_the_models_own_length_is_refused_before_it_is_loaded(
+    folder, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
+    (tmp_path / "text.txt").write_text(words(30, seed=3))  # 128 positions, fewer bytes
+    result = grail("evaluate", folder / "model", "--text", tmp_path / "text.txt")
+    assert "less than one sequence of 128" in refusal(result)
 
 
 @pytest.mark.parametrize(
@@ -339,9 +569,8 @@ def test_calibration_without_one_sequence_is_refused(arguments, text, tmp_path):
         (["--keep", "0.01", "--sites", "heads"], "is a width of 0"),
         (["--sites", "mlp,experts"], "experts"),
         (["--sites", "heads", "--selector", "folding"], "not attention heads"),
-        (["--tokens", "8"], "less than one sequence"),
     ],
-    ids=["mlp width 0", "heads width 0", "unknown site", "folded heads", "few tokens"],
+    ids=["mlp width 0", "heads width 0", "unknown site", "folded heads"],
 )
 def test_what_the_model_cannot_do_is_refused(arguments, changes, said, tmp_path):
     assert said in refusal(grail(*arguments, *changes))

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grail.errors import InputError, ModelError
+from grail.export import export
 from grail.models import load_model
 
 
@@ -79,11 +80,18 @@ def test_refuses_what_is_no_model(tiny_folder, make, error, sentence):
         load_model(make(tiny_folder))
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_refuses_a_damaged_folder_in_one_line(tiny_folder, name):
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("config.json", "holds no causal language model"),
+        ("model.safetensors", "holds no causal language model"),
+        ("tokenizer.json", r"configuration can be read \(llama\), but its tokenizer .* damaged"),
+    ],
+)
+def test_refuses_a_damaged_folder_in_one_line(tiny_folder, name, sentence):
     damaged = tiny_folder / name
     damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(ModelError, match="holds no causal language model") as caught:
+    with pytest.raises(ModelError, match=sentence) as caught:
         load_model(tiny_folder)
     assert "\n" not in str(caught.value)
 
@@ -116,3 +124,69 @@ def test_refuses_an_unknown_name(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="no local folder, and no model of that name"):
         load_model("nobody/no-such-model")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma", "gpt2", "gpt_neox"])
+def test_a_missing_tokenizer_is_named_and_none_is_made_up(tiny_model, family, tmp_path):
+    # Of half of these families transformers makes a tokenizer of special tokens up.
+    tiny_model(family).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"its tokenizer is missing .*tokenizer\.json") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_configuration_is_not_blamed_on_a_missing_tokenizer(tiny_llama, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="holds no causal language model"):
+        load_model(tmp_path)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def folder_with_code(tiny_folder, monkeypatch, tmp_path):
+    """A model of a class that its folder brings along; asking on standard input fails."""
+    config = json.loads((tiny_folder / "config.json").read_text())
+    maps = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    config |= {"model_type": "own", "architectures": ["Own"], "auto_map": maps}
+    (tiny_folder / "config.json").write_text(json.dumps(config))
+    (tiny_folder / "own.py").write_text(CODE)
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked on standard input"))
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    return tiny_folder
+
+
+def test_code_of_a_model_is_refused_unless_trusted_and_nothing_is_asked(folder_with_code):
+    with pytest.raises(ModelError, match=r"code of its own.*--trust-remote-code.*your rights"):
+        load_model(folder_with_code)
+    model, _ = load_model(folder_with_code, trust_remote_code=True)
+    assert type(model).__name__ == "Own"
+
+
+def test_a_trusted_model_is_exported_with_its_code(folder_with_code, tmp_path):
+    model, tokenizer = load_model(folder_with_code, trust_remote_code=True)
+    export(model, tokenizer, tmp_path / "out")
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        load_model(tmp_path / "out")
+    assert type(load_model(tmp_path / "out", trust_remote_code=True)[0]).__name__ == "Own"
+
+
+def test_code_beside_a_tokenizer_alone_is_refused_too(tiny_folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked on standard input"))
+    path = tiny_folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "Own"}
+    path.write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}))
+    (tiny_folder / "own.py").write_text("from transformers import PreTrainedTokenizerFast as Own")
+    with pytest.raises(ModelError, match=r"code of its own.*--trust-remote-code"):
+        load_model(tiny_folder)

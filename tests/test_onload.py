@@ -11,7 +11,7 @@ import torch
 import grail
 from grail import plan
 from grail.errors import InputError
-from grail.onload import Onloader
+from grail.onload import Onloader, require_usable
 from grail.options import Options
 from grail.sites import find
 
@@ -175,3 +175,27 @@ def test_a_gpu_gives_the_same_weights_block_by_block(tiny_llama, tiny_batches):
     for name, weight in there.named_parameters():
         # Not bit for bit: embeddings and rotary angles are the host's here, the GPU's there.
         torch.testing.assert_close(model.get_parameter(name), weight.cpu(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "built", "count", "said"),
+    [
+        ("cuda", False, 0, "is built for the CPU alone"),
+        ("cuda", True, 0, "torch sees no GPU or no driver for one"),
+        ("cuda:2", True, 2, "there are 2 GPUs, cuda:0 to cuda:1"),
+        ("gpu", True, 2, "torch calls a GPU cuda"),
+        ("meta", True, 2, "it holds no values"),
+        ("abacus", True, 2, "Expected one of cpu, cuda"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_refused_with_the_reason(
+    monkeypatch, device, built, count, said
+):
+    def fail(*args, **kwargs):
+        raise RuntimeError("CUDA error: invalid device ordinal")
+
+    monkeypatch.setattr(torch, "empty", fail)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(InputError, match=f"'{device}' cannot be used here: .*{said}.*; choose cpu"):
+        require_usable(device)

@@ -1,7 +1,10 @@
 """What options ask of an architecture, and what they refuse."""
 
+import re
+
 import pytest
 
+from grail import select
 from grail.errors import InputError
 from grail.options import Options
 from grail.sites import find
@@ -28,3 +31,25 @@ def test_shares_are_for_kinds_blocks_and_single_sites(tiny_llama):
 def test_shares_of_what_is_not_there_are_refused(keep, said, tiny_llama):
     with pytest.raises(InputError, match=said):
         Options(keep, sites=("mlp",)).widths(find(tiny_llama()))
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [("Wanda", "wanda"), ("WANDA++", "wanda++"), (" magnitude_l1 ", "magnitude-l1")],
+)
+def test_selectors_and_kinds_are_found_in_any_case(asked, found):
+    options = Options(selector=asked, sites="MLP, heads mlp")
+    assert (options.selector, options.sites) == (found, ("mlp", "heads"))
+    assert select.get(asked) is select.get(found)
+
+
+@pytest.mark.parametrize("name", select.names())
+@pytest.mark.parametrize("wrong", [lambda n: n[:2] + n[3:], lambda n: n[0] + n[2] + n[1] + n[3:]])
+def test_a_misspelt_selector_is_answered_with_the_nearest(name, wrong):
+    with pytest.raises(InputError, match=re.escape(f"did you mean {name!r}?")):
+        Options(selector=wrong(name))
+
+
+def test_a_name_like_no_selector_gets_the_list_alone():
+    with pytest.raises(InputError, match="unknown selector 'best'; choose one of backward"):
+        select.get("best")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import grail
-from grail.errors import ExportError
+from grail.errors import ExportError, InputError
 from grail.export import export
 from grail.models import read_model
 
@@ -161,6 +161,30 @@ def test_an_exported_folder_loads_to_the_same_bits_at_every_batch_size(
         ids = tiny_batches(1, rows, length)[0]
         with torch.no_grad():
             assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def test_stock_transformers_maps_the_weights_of_an_export_at_aligned_addresses(
+    tiny_llama, tiny_batches, tmp_path
+):
+    model = tiny_llama(hidden_size=64, intermediate_size=128)
+    grail.compress(model, tiny_batches(), 0.5, progress=False)
+    export(model, None, tmp_path / "out")
+    stock = type(model).from_pretrained(tmp_path / "out").eval()
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in stock.parameters())
+    ids = tiny_batches(1, 1, 7)[0]
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("id", [97, 1000, -1])
+@pytest.mark.parametrize("form", ["tensor", "tuple", "mapping"])
+def test_token_ids_without_a_row_in_the_embedding_are_refused(form, id, tiny_llama, tiny_batches):
+    batches = tiny_batches()
+    batches[1][0, 3] = id
+    if form != "tensor":
+        batches = [(ids,) if form == "tuple" else {"input_ids": ids} for ids in batches]
+    with pytest.raises(InputError, match=rf"embedding of 97 rows does not have: {id};"):
+        grail.compress(tiny_llama(), batches, 0.5, progress=False)
 
 
 def test_what_is_made_in_inference_mode_can_be_trained(tiny_llama, tiny_batches, tmp_path):

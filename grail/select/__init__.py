@@ -14,6 +14,7 @@ also return the index [K] or the mask [H] of the channels that stay. A selector 
 `@scores(name, needs_gradient=True)`, or an attribute `needs_gradient` of its own.
 """
 
+import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -26,7 +27,17 @@ from grail.reduction import Reduction
 from grail.select.view import View
 from grail.width import Width
 
-__all__ = ["Selector", "View", "get", "highest", "names", "needs_gradient", "reduces", "scores"]
+__all__ = [
+    "Selector",
+    "View",
+    "canonical",
+    "get",
+    "highest",
+    "names",
+    "needs_gradient",
+    "reduces",
+    "scores",
+]
 
 Selector = Callable[[View], Reduction | Tensor | Sequence[int]]
 
@@ -101,12 +112,22 @@ def get(selector: str | Selector) -> Selector:
     Raises:
         InputError: an unknown name.
     """
-    if callable(selector):
-        return selector
-    _load()
-    if selector not in _registry:
-        raise InputError(f"unknown selector {selector!r}; choose one of {', '.join(names())}")
-    return _registry[selector]
+    return selector if callable(selector) else _registry[canonical(selector)]
+
+
+def canonical(name: str) -> str:
+    """The name under which a selector is registered, given it in any case, "_" for "-".
+
+    Raises:
+        InputError: an unknown name; the message has the nearest known one.
+    """
+    known = {registered.lower(): registered for registered in names()}
+    asked = str(name).strip().lower().replace("_", "-")
+    if asked in known:
+        return known[asked]
+    near = difflib.get_close_matches(asked, known, n=1)
+    meant = f"did you mean {known[near[0]]!r}? " if near else ""
+    raise InputError(f"unknown selector {name!r}; {meant}choose one of {', '.join(names())}")
 
 
 def needs_gradient(selector: str | Selector) -> bool:

@@ -1,0 +1,289 @@
+"""Documents of a source of text, read one by one: files, datasets and iterables."""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grail.errors import InputError, one_line
+
+Document = str | Sequence[Mapping[str, Any]]
+Split = str | Sequence[str]
+
+# Splits that text for an evaluation is read from, the first one that a dataset has.
+HELD_OUT_SPLITS = ("test", "validation")
+
+_PIECE = 1 << 20  # characters of a plain text file that are read at a time
+_LONGEST_CELL = 1 << 30  # characters; the csv module allows 2¹⁷ unless told otherwise
+_FIELDS = ("text", "messages")  # looked for, in this order, where no field is named
+_WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
+_JSON = (".json", ".jsonl", ".ndjson")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
+_ROWS = (*_JSON, ".csv", ".tsv", ".parquet")  # a document each
+
+
+def load_texts(
+    source: str | Path | Iterable[Document],
+    *,
+    field: str | None = None,
+    split: Split | None = None,
+) -> Iterator[Document]:
+    """Documents of a source, one by one: texts, or chats as lists of messages.
+
+    Files are read as far as they are needed, but for a JSON array.
+
+    Args:
+        source: a path, by its ending in any case: `.jsonl` or `.ndjson` (one object or string a
+            line), `.json` (the same, or one array), `.csv`, `.tsv` (with a header) or `.parquet`;
+            any other file is plain UTF-8 text, which comes in pieces of about 2²⁰ characters. Or a
+            dataset: its folder, `NAME`, `NAME:CONFIG`, or `wikitext2` for the raw WikiText-2. Or
+            an iterable of documents.
+        field: field or column of the documents; `text` if None, or else `messages`.
+        split: split of a dataset; of several names the first that it has. `train` if None.
+
+    Raises:
+        InputError: the source cannot be read, or has no such field or split.
+    """
+    if not isinstance(source, str | Path):
+        if isinstance(source, bytes) or not isinstance(source, Iterable):
+            raise InputError(
+                f"a text is a path, a name or an iterable of documents; got {source!r}"
+            )
+        return iter(source)
+    if not str(source).strip():
+        raise InputError("the name of the text is empty; give a file or the name of a dataset")
+    path, suffix = Path(source), Path(source).suffix.lower()
+    if is_file(source):
+        _require_file(path)
+        if isinstance(split, str):
+            raise InputError(
+                f"{source} is one file and has no split {split!r}: leave the split out"
+            )
+        if suffix == ".parquet":
+            return _from_datasets(str(source), "parquet", field, "train", data_files=str(path))
+        if suffix in (".csv", ".tsv"):
+            return _read_table(path, field)
+        return _read_json(path, field) if suffix in _JSON else _read_text(path)
+    name, _, config = _full_name(str(source)).partition(":")
+    options: dict[str, Any] = {"name": config or None}
+    if _holds_texts_alone(path):
+        options["sample_by"] = "document"  # else each line is a row
+    return _from_datasets(str(source), name, field, split or "train", **options)
+
+
+def is_file(source: object) -> bool:
+    """Whether a source is read as one file, whether or not it is there."""
+    if not isinstance(source, str | Path):
+        return False
+    path = Path(source)
+    if path.is_dir():
+        return False
+    known = path.suffix.lower() in (*_ROWS, *_COMPRESSED, ".txt")
+    return known or path.is_file() or (path.is_absolute() and not path.exists())
+
+
+def is_plain_text(source: object) -> bool:
+    """Whether a source is a file of one document, which comes in pieces."""
+    if not (is_file(source) and isinstance(source, str | Path)):
+        return False
+    return Path(source).suffix.lower() not in _ROWS
+
+
+def is_wikitext2(source: object) -> bool:
+    """Whether a source is the short name of the raw WikiText-2, and no file or folder."""
+    named = isinstance(source, str) and re.fullmatch(r"wikitext-?2(-raw-v1)?", source.lower())
+    return bool(named) and not Path(str(source)).exists()
+
+
+def has_lines_for_rows(source: object) -> bool:
+    """Whether the rows of a dataset are lines of documents, as in WikiText and Penn Treebank."""
+    if not isinstance(source, str | Path):
+        return False
+    name = _full_name(str(source)).partition(":")[0]
+    return Path(name).name.lower() in ("wikitext", "ptb_text_only", "penn_treebank", "ptb")
+
+
+def is_chat(document: object) -> bool:
+    """Whether a document is a list of messages, each with a role and content."""
+    return (
+        isinstance(document, Sequence)
+        and not isinstance(document, str)
+        and len(document) > 0
+        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in document)
+    )
+
+
+def _full_name(source: str) -> str:
+    return _WIKITEXT2 if is_wikitext2(source) else source
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; give text, JSON, JSON lines, CSV, Parquet or a dataset name"
+        )
+    if path.suffix.lower() in _COMPRESSED:
+        raise InputError(f"{path} is compressed: unpack it first")
+
+
+def _holds_texts_alone(folder: Path) -> bool:
+    suffixes = {path.suffix.lower() for path in folder.rglob("*")} if folder.is_dir() else set()
+    return ".txt" in suffixes and not suffixes.intersection((*_ROWS, ".arrow"))
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            while piece := lines.readlines(_PIECE):
+                text = "".join(piece)
+                if "\0" in text:
+                    raise InputError(f"{path} cannot be read as UTF-8 text: it holds NUL bytes")
+                yield text
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _read_json(path: Path, field: str | None) -> Iterator[Document]:
+    """Reads one JSON value a line, or one value that fills the file, such as an array."""
+    first = True
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            whole = first and isinstance(row, list) and not is_chat(row)
+        except (ValueError, RecursionError) as error:  # too many digits, or levels, as well
+            if not first:
+                raise InputError(
+                    f"{path}, line {number} is not JSON that can be read: {error}"
+                ) from error
+            whole = True
+        if whole:
+            yield from _read_json_value(path, field)
+            return
+        first = False
+        yield _document(row, field, f"{path}, line {number}")
+
+
+def _read_json_value(path: Path, field: str | None) -> Iterator[Document]:
+    try:
+        value = json.loads("".join(_read_text(path)))
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not JSON that can be read: {error}; give one object a line, or one array "
+            "of objects or strings"
+        ) from error
+    if not isinstance(value, list) or is_chat(value):
+        yield _document(value, field, str(path))
+        return
+    for number, row in enumerate(value, start=1):
+        yield _document(row, field, f"{path}, element {number} of the array")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    for piece in _read_text(path):
+        yield from piece.removesuffix("\n").split("\n")  # splitlines cuts at U+2028 too
+
+
+def _read_table(path: Path, field: str | None) -> Iterator[Document]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        lines = (line + "\n" for line in _lines(path))
+        rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            if None in row:
+                raise InputError(f"{where} has more cells than the header: quote those with commas")
+            yield _document(row, field, where)
+    except csv.Error as error:
+        raise InputError(f"{path} is no table that can be read: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _from_datasets(
+    source: str, builder: str, field: str | None, split: Split, **options: Any
+) -> Iterator[Document]:
+    """Streams a dataset; `datasets` raises errors of many unrelated types, all mean the same."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"reading {source} needs datasets: pip install 'grail-kernels[llm]'; text, JSON and "
+            "CSV work without"
+        ) from error
+    rows: Iterator[dict[str, Any]] | None = None
+    while True:
+        try:
+            rows = rows or iter(_open_split(datasets, source, builder, split, options))
+            row = next(rows, None)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{source} cannot be read as a file or a dataset: {one_line(error)}"
+            ) from error
+        if row is None:
+            return
+        yield _document(row, field, source)
+
+
+def _open_split(
+    datasets: Any, source: str, builder: str, split: Split, options: dict[str, Any]
+) -> Iterable[dict[str, Any]]:
+    """Rows of the first of those splits that a dataset has."""
+    wanted = [split] if isinstance(split, str) else list(split)
+    reason = ""
+    for name in wanted:
+        try:
+            return _open(datasets, builder, name, options)
+        except (ValueError, KeyError) as error:
+            reason = one_line(error)
+            if "split" not in reason.lower():
+                raise
+    raise InputError(f"{source} has no split {' or '.join(wanted)}: {reason}; name one that it has")
+
+
+def _open(datasets: Any, builder: str, split: str, options: dict[str, Any]) -> Any:
+    folder = Path(builder)
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return datasets.load_dataset(builder, split=split, streaming=True, **options)
+    stored = datasets.load_from_disk(builder)  # that save_to_disk wrote
+    if not isinstance(stored, dict):
+        return stored
+    if split not in stored:
+        raise ValueError(f"Bad split: {split}. Available splits: {list(stored)}")
+    return stored[split]
+
+
+def _document(row: Any, field: str | None, where: str) -> Document:
+    """The text or the chat that a row holds."""
+    value = row
+    if isinstance(row, dict):
+        name = field or next((name for name in _FIELDS if name in row), None)
+        found = ", ".join(map(repr, row)) or "none"
+        if name not in row:
+            missing = repr(field) if field else " or ".join(map(repr, _FIELDS))
+            raise InputError(
+                f"{where} has no field {missing}; fields found: {found}; give the name of the "
+                "field that holds the text (--field)"
+            )
+        value, where = row[name], f"{where}, field {name!r}"
+    elif field is not None:
+        raise InputError(f"{where} is no object with a field {field!r}")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where} holds half of a surrogate pair") from error
+        return value
+    if is_chat(value):
+        return list(value)
+    kind = "null" if value is None else type(value).__name__
+    raise InputError(
+        f"{where} holds no text but {kind}; give a text, or a list of messages with role and "
+        "content"
+    )
