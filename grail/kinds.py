@@ -60,7 +60,9 @@ def windows(module: Any, x: Tensor) -> Tensor:
     steps = zip(module.kernel_size, stride, module.dilation, strict=True)
     for axis, (taps, step, gap) in enumerate(steps, start=2):
         x = x.unfold(axis, gap * (taps - 1) + 1, step)[..., ::gap]
-    return x.movedim(1, axes + 1).flatten(axes + 1)
+    # Channel by channel in memory, as `torch.nn.functional.unfold` gives them.
+    taps_first = (0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
+    return x.permute(taps_first).flatten(1, 1 + axes).movedim(1, -1)
 
 
 def _padded(module: Any, x: Tensor) -> Tensor:
