@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grail.alignment import align_file
 from grail.arguments import require_language_model
 from grail.errors import ExportError, InputError
 from grail.evaluate import measure_size

@@ -45,7 +45,7 @@ from grail.layers import Consumer
 from grail.memory import ran_out
 from grail.onload import Onloader
 from grail.options import Options
-from grail.passes import Advance, Calls, Passes, ignore
+from grail.passes import Advance, Passes, ignore
 from grail.progress import Progress
 from grail.reduction import Folding, Reduction, Selection
 from grail.report import InputReport, SiteReport
@@ -339,24 +339,29 @@ class Run:
         self, site: BoundSite, decision: Decision, aim: Shelf | None = None
     ) -> list[SiteReport]:
         channels, reduction = site.channels, decision.reduction
+        if not self.architecture.known and len(self.stream):
+            self._check(site, reduction)
         if isinstance(reduction, Folding) and not decision.fits:
             return self._fold_exactly(site, reduction, aim)
-        checked = not self.architecture.known and len(self.stream) > 0
-        before = self._passes.first_calls(site) if checked else None
         with self.clock("absorb"):
             if not reduction.is_identity:
                 site.narrow(reduction, self.widths[site.name], self.transaction)
-        rows = self._absorbed(site, decision, channels)
-        if before is not None:
-            self._check(site, reduction, before)
-        return rows
+        return self._absorbed(site, decision, channels)
 
-    def _check(self, site: BoundSite, reduction: Reduction, before: Calls) -> None:
-        """Refuses a site with a consumer that does not read R x of the x that it read before."""
-        with self._explained():
-            reads = self._passes.reads_again(site, before)
-        if isinstance(reduction, Folding):  # φ(R W x) is not R φ(W x)
-            return
+    def _check(self, site: BoundSite, reduction: Reduction) -> None:
+        """Refuses a site with a consumer that reads something else than R x once it is narrow.
+
+        Tried with a selection, whatever the reduction: φ(R W x) is not R φ(W x) for a folding.
+        """
+        if not isinstance(reduction, Selection):
+            reduction = Selection(range(reduction.kept), reduction.channels)
+        before = self._passes.first_calls(site)
+        with self._explained(), Transaction() as trial:
+            site.narrow(reduction, self.widths[site.name], trial)
+            try:
+                reads = self._passes.reads_again(site, before)
+            finally:
+                trial.undo()
         for consumer in site.consumers:
             expected = [reduction.restrict(consumer.pixels(x)) for x, _ in before[consumer]]
             read = [consumer.pixels(x) for x in reads[consumer]]
@@ -364,8 +369,8 @@ class Run:
                 raise ModelError(
                     f"{site.name}: once narrow, {consumer.name} does not read the channels that "
                     "were kept. Something between producers and consumers mixes channels (a "
-                    "softmax or a norm over them, a shuffle, heads), or depends on chance; it is "
-                    "no site"
+                    "softmax or a norm over them, a shuffle, heads, a map flattened position by "
+                    "position), or depends on chance; it is no site"
                 )
 
     def _absorbed(self, site: BoundSite, decision: Decision, channels: int) -> list[SiteReport]:

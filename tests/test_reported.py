@@ -156,14 +156,17 @@ def test_every_consumer_of_a_site_has_its_own_error(function):
     assert_errors_are_those_of_the_network(*branched(function))
 
 
-@pytest.mark.parametrize("keep", [0.5, 0.95])
-@pytest.mark.parametrize("closed_loop", [True, False], ids=["closed loop", "open loop"])
+@pytest.mark.parametrize(
+    ("keep", "settings"),
+    [(0.5, {}), (0.95, {}), (0.5, {"closed_loop": False}), (0.5, {"selector": "folding"})],
+    ids=str,
+)
 @pytest.mark.parametrize("function", MIXING.values(), ids=MIXING)
-def test_a_last_consumer_that_reads_mixed_channels_is_refused(function, closed_loop, keep):
+def test_a_last_consumer_that_reads_mixed_channels_is_refused(function, keep, settings):
     model, batches, sites = branched(function)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ModelError, match="third does not read the channels that were kept"):
-        grail.compress(model, batches, keep, sites, closed_loop=closed_loop, progress=False)
+        grail.compress(model, batches, keep, sites, progress=False, **settings)
     assert all(map(torch.equal, model.state_dict().values(), before.values()))
 
 

@@ -166,7 +166,7 @@ def test_an_exported_folder_loads_to_the_same_bits_at_every_batch_size(
 def test_stock_transformers_maps_the_weights_of_an_export_at_aligned_addresses(
     tiny_llama, tiny_batches, tmp_path
 ):
-    model = tiny_llama(hidden_size=64, intermediate_size=128)
+    model = tiny_llama(hidden_size=96, intermediate_size=128)
     grail.compress(model, tiny_batches(), 0.5, progress=False)
     export(model, None, tmp_path / "out")
     stock = type(model).from_pretrained(tmp_path / "out").eval()
