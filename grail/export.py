@@ -81,8 +81,8 @@ def _write(
                 model.generation_config.save_pretrained(folder)
         else:
             model.save_pretrained(folder)
-        for weights in folder.glob("*.safetensors"):
-            align_file(weights)
+            for weights in folder.glob("*.safetensors"):
+                align_file(weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     # Refusals and full disks come as ValueError, RuntimeError, OSError, SafetensorError, …

@@ -174,6 +174,11 @@ class Consumer:
         """The weight as [O, H·taps]: every tap of every channel is a column of its own."""
         return self._weight().flatten(1)
 
+    @property
+    def reads_maps(self) -> bool:
+        """Whether its input is [samples, channels, …], as a convolution's is."""
+        return isinstance(self.module, MAPS)
+
     def as_rows(self, weight: Tensor) -> Tensor:
         """A tensor of the layer's weight's shape, of the form of `by_channel`."""
         return self._by_position(as_matrix(self.module, weight)).movedim(1, -1).flatten(0, -2)

@@ -354,7 +354,8 @@ class Run:
         Tried with a selection, whatever the reduction: φ(R W x) is not R φ(W x) for a folding.
         """
         if not isinstance(reduction, Selection):
-            reduction = Selection(range(reduction.kept), reduction.channels)
+            every, kept = reduction.channels, reduction.kept
+            reduction = Selection([(k + 1) * every // kept - 1 for k in range(kept)], every)
         before = self._passes.first_calls(site)
         with self._explained(), Transaction() as trial:
             site.narrow(reduction, self.widths[site.name], trial)

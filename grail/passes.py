@@ -107,7 +107,8 @@ class Passes:
 
         def hearing(consumer: Consumer) -> Reader:
             def heard(x: Tensor, _: Routed | None) -> None:
-                found.setdefault(consumer, consumer.pixels(x))
+                # Convolutions read samples along the first axis, whatever else they read.
+                found.setdefault(consumer, x.flatten(1) if consumer.reads_maps else x)
 
             return heard
 

@@ -99,12 +99,10 @@ def changed_arguments(
 
 
 def _decided(first: bool, last: bool, changed: bool, *, one_each: bool) -> bool | None:
-    """The order that fits the changes; `one_each`: of one token a sample both are the same."""
-    if not changed or not (first or last):
-        return None
-    if first and last:
-        return True if one_each else None
-    return first
+    """The order that fits the changes; `one_each`: one token a sample is in either order."""
+    if one_each:
+        return True
+    return first if changed and first != last else None
 
 
 def _compare(fit: list[bool], changed: Tensor, samples: int, sample: int) -> None:

@@ -467,10 +467,14 @@ def test_fused_parts_of_another_order_are_refused(interleaved):
 @pytest.mark.parametrize(
     ("site", "error", "message"),
     [
-        (lambda: grail.Fused(3), InputError, "Fused takes the name of a layer; got 3"),
+        (lambda: grail.Fused(3), InputError, "name must be the name of a layer; got int"),
         (lambda: grail.Fused("a", parts=1), InputError, "integer of at least 2; got 1"),
         (lambda: grail.Site(grail.Fused("a"), ["b"]), InputError, "must be a list of names; got F"),
-        (lambda: grail.Site(["a"], [grail.Fused("b")]), InputError, "names of layers; got Fused"),
+        (
+            lambda: grail.Site(["a"], [grail.Fused("b")]),
+            InputError,
+            "an entry of consumers must be the name of a layer; got Fused",
+        ),
         (lambda: grail.Site([grail.Fused("a"), "a"], ["b"]), InputError, "names 'a' twice"),
         (lambda: grail.Site([grail.Fused("a")], ["a"]), ModelError, "a writes the channels that"),
     ],

@@ -380,7 +380,7 @@ def test_equally_many_channels_of_each_group_stay(groups):
     ("batches", "message"),
     [
         (torch.randn(4, 3, 10, 10), "got one Tensor"),
-        (None, "must be an iterable of batches; got None"),
+        (None, "got one NoneType"),
         ([(torch.randn(4, 3, 10, 10), torch.zeros(4))], "leave labels out"),
     ],
     ids=["tensor", "none", "labels"],
