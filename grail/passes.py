@@ -75,7 +75,7 @@ class Passes:
                 observe = functools.partial(self._tokens, consumers, block, batch)
                 with self._clock("forward"):
                     first = find_orders(observe, sizes[batch])
-            if not first.get(None, True):
+            if first.get(None) is False:
                 raise ModelError(
                     "the selector takes gradients sample by sample, and samples are not the first "
                     "axis of what the network returns; choose another selector"

@@ -68,7 +68,7 @@ def find_orders(
         if all(changed and first != last for first, last, changed in fits.values()):
             break
     return {
-        key: _decided(*fit, one_each=len(plain[key].flatten(0, -2)) == samples)
+        key: _decided(*fit, one_each=_is_one_each(plain[key].shape[:-1], samples))
         for key, fit in fits.items()
     }
 
@@ -103,6 +103,10 @@ def _decided(first: bool, last: bool, changed: bool, *, one_each: bool) -> bool 
     if one_each:
         return True
     return first if changed and first != last else None
+
+
+def _is_one_each(shape: torch.Size, samples: int) -> bool:
+    return shape[0] == shape.numel() == samples
 
 
 def _compare(fit: list[bool], changed: Tensor, samples: int, sample: int) -> None:

@@ -473,7 +473,7 @@ def test_fused_parts_of_another_order_are_refused(interleaved):
         (
             lambda: grail.Site(["a"], [grail.Fused("b")]),
             InputError,
-            "an entry of consumers must be the name of a layer; got Fused",
+            "must be the name of a layer; got F",
         ),
         (lambda: grail.Site([grail.Fused("a"), "a"], ["b"]), InputError, "names 'a' twice"),
         (lambda: grail.Site([grail.Fused("a")], ["a"]), ModelError, "a writes the channels that"),
