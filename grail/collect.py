@@ -116,6 +116,11 @@ class Collected:
         self.folder = Path(folder)
         self._index = state.read(self.folder / _INDEX, _KIND).content
 
+    @property
+    def calibrations(self) -> list[dict[str, Any]]:
+        """Of each calibration that was added: tokens, sequences and sha256."""
+        return [dict(calibration) for calibration in self._index["calibrations"]]
+
     def stream(
         self, model: nn.Module, architecture: Architecture, options: Options, device: torch.device
     ) -> Stream:
