@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from grail.clock import Stages
 from grail.commands import page_or_note
 from grail.console import print_table
 from grail.formatting import format_seconds
-from grail.models import load_model
+from grail.models import length_of_sequences, load_model
 from grail.options import Options
 from grail.provenance import provenance
 from grail.report import Report
@@ -33,7 +34,7 @@ from grail.workflow import LOADING, Study, attribute, text_of
 KEEPS = (0.8, 0.5)
 # Each share takes three compressions, of 1.5 to 2.5 forward passes over the calibration, and three
 # evaluations: together within 10 minutes on 2 cores.
-CALIBRATION_TOKENS = 8 * 1024
+CALIBRATION_TOKENS = 6 * 1024
 HELDOUT_TOKENS = 4 * 1024
 BATCH_SIZE = 2
 
@@ -68,12 +69,14 @@ def compressed(model: Path, texts: Sequence[Path], output: Path) -> dict[float, 
     """By share, the report of the model that was written there."""
     _say(f"Loading {model} …")
     dense, tokenizer = load_model(model)
-    calibration, heldout = (
-        token_batches(text, tokenizer, tokens=tokens, batch_size=BATCH_SIZE, seed=seed)
-        for text, tokens, seed in zip(
-            texts, (CALIBRATION_TOKENS, HELDOUT_TOKENS), (0, None), strict=True
-        )
+    cut = partial(
+        token_batches,
+        tokenizer=tokenizer,
+        sequence_length=length_of_sequences(dense),
+        batch_size=BATCH_SIZE,
     )
+    calibration = cut(texts[0], tokens=CALIBRATION_TOKENS, seed=0)
+    heldout = cut(texts[1], tokens=HELDOUT_TOKENS)
     origin = provenance(shlex.join(["python", "-m", "bench.demo", *sys.argv[1:]]), str(model))
     origin["calibration"] = text_of(str(texts[0]), calibration)
     origin["evaluation"] = text_of(str(texts[1]), heldout)

@@ -9,9 +9,10 @@ import shlex
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,7 +48,7 @@ from grail.report import Report, strict_json
 from grail.sensitivity import require_single_channels
 from grail.sites import find
 from grail.summary import evaluation_table, headline, labelled, size_sentence, stage_table, verdict
-from grail.workflow import LOADING, Study, attribute, text_of
+from grail.workflow import IMPORTING, LOADING, Study, attribute, text_of
 
 _DEBUG = "grail.debug"
 
@@ -375,6 +376,8 @@ def compress(
     load = partial(_load, model, "cpu" if onload else device, dtype)
 
     stages = Stages()
+    with stages(IMPORTING), suppress(ImportError):  # once, where the network is loaded repeatedly
+        import_module("transformers.modeling_utils")
     with stages(LOADING):
         network, tokenizer = load()
     length = length_of_sequences(network, sequence_length)

@@ -160,9 +160,9 @@ def _samples_section(report: Report) -> str:
     return _section(
         "Sample completions",
         *parts,
-        caption="Greedy decoding from the first tokens of sequences of the held-out text. Repeated "
-        "4-grams in the table above are the share of four successive tokens that occur earlier in "
-        f"the same completion, over up to {samples.PROMPTS} completions.",
+        caption="Greedy decoding from the first tokens of sequences of the held-out text. Repeats in "
+        "the table above: the share of 4-grams of tokens that occur earlier in the same "
+        f"completion, over up to {samples.PROMPTS} completions.",
     )
 
 
@@ -532,7 +532,7 @@ h2 { font-size: 1.1rem; margin: 0 0 .9rem; }
 h3 { font-size: .95rem; margin: 1.3rem 0 .4rem; }
 .eyebrow, .facts, .caption, .lead { color: var(--muted); margin: 0; }
 .eyebrow { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase; }
-.caption { font-size: .88rem; margin-top: .8rem; }
+.caption { font-size: .88rem; margin-top: .8rem; } .lead + .lead { margin-top: .6rem; }
 .hero { margin: 1.6rem 0 .5rem; font-size: 1.3rem; line-height: 1.15; }
 .hero b { font-size: 3.6rem; color: var(--restored); margin-right: .4rem; letter-spacing: -.02em; }
 section, details { background: var(--card); border: 1px solid var(--grid); border-radius: .6rem;
@@ -561,7 +561,7 @@ dd { margin: 0; white-space: pre-wrap; } dd.muted { color: var(--muted); }
 ul { margin: 0; padding-left: 1.2rem; }
 @media (max-width: 32rem) { main { padding: 1.5rem .75rem 2rem; }
   section, details { padding: 1rem .9rem; } .hero b { font-size: 2.8rem; }
-  th, td { padding: .35rem .4rem; } .numeric th[scope=col] { white-space: normal; }
+  table { font-size: .8rem; } th, td { padding: .35rem .25rem; } .numeric th[scope=col] { white-space: normal; }
   .bars { grid-template-columns: minmax(0, 7.5rem) minmax(0, 1fr); } }
 @media print { body { background: none; } section, details { break-inside: avoid; } }
 """

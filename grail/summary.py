@@ -34,21 +34,23 @@ def explanation(report: Report) -> str:
     rows, same = report.evaluation, report.same_choice
     if report.recovered is None or same is None:
         return _no_share(report)
-    dense, pruned = rows["dense"], rows["pruned"]
-    again, share = rows[same], report.recovered
+    share, names = report.recovered, dict(zip(rows, labelled(rows), strict=True))
+    values = ", ".join(
+        f"{names[role]} {format_number(rows[role].perplexity)}"
+        for role in ("dense", "pruned", same)
+    )
     text = (
-        f"Perplexity on held-out text: dense {format_number(dense.perplexity)}; {pruned.label} "
-        f"{format_number(pruned.perplexity)}; {again.label} {format_number(again.perplexity)}. "
+        f"Perplexity on held-out text: {values}. "
         f"With the same selector, compensation recovers {share:.0%} of the lost log-perplexity, "
         "ln(pruned/compensated) / ln(pruned/dense)."
     )
     if share < 0:
         text += " Compensation made this text worse than plain pruning."
     if same != "restored" and (all_in := report.share("restored")) is not None:
-        chosen = rows["restored"]
         text += (
-            f" The model of this report is {chosen.label}: {format_number(chosen.perplexity)}, "
-            f"{all_in:.0%} by selection and compensation together."
+            f" The model of this report is {names['restored']}: "
+            f"{format_number(rows['restored'].perplexity)}, {all_in:.0%} by selection and "
+            "compensation together."
         )
     return text
 
@@ -85,7 +87,7 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> tuple[list[str], list[li
         if repeats:
             cells.append("–" if row.repetition is None else f"{row.repetition:.0%}")
         table.append(cells)
-    return header + ["repeated 4-grams"] * repeats, table
+    return header + ["repeats"] * repeats, table
 
 
 def size_sentence(report: Report) -> str:
@@ -112,22 +114,18 @@ def verdict(report: Report) -> str:
     if dense is None or narrow is None or dense.repetition is None or narrow.repetition is None:
         return ""
     ratio = narrow.perplexity / dense.perplexity
-    facts = (
-        f"perplexity {ratio:.2f} times the dense model's; {narrow.repetition:.0%} of the 4-grams "
-        f"in its greedy completions repeat earlier ones (dense: {dense.repetition:.0%})"
-    )
     if narrow.repetition > dense.repetition + REPEATS:
         judgement = "it repeats itself, so keep more or fine-tune it before use"
     elif not ratio <= CLOSE:
-        judgement = "it repeats itself no more than the dense model, but predicts clearly worse"
+        judgement = "it predicts clearly worse than the dense model, so keep more or fine-tune it"
     else:
-        judgement = "close to the dense model: usable as it is"
-    return f"{_shares_in_words(report)}{facts}: {judgement}."
-
-
-def _shares_in_words(report: Report) -> str:
+        judgement = "usable as it is"
     keep = keep_in_words(report.settings.get("keep"), report.sites)
-    return f"At keep {keep}: " if keep else ""
+    return (
+        f"{f'Keep {keep}: ' if keep else ''}{ratio:.2f} times the dense model's perplexity, "
+        f"{narrow.repetition:.0%} of the 4-grams in greedy completions repeat earlier ones (dense "
+        f"{dense.repetition:.0%}); {judgement}."
+    )
 
 
 def keep_in_words(keep: object, sites: Sequence[SiteReport]) -> str:

@@ -26,7 +26,8 @@ from grail.report import Evaluation, Report
 from grail.sensitivity import PROBES, UNDONE, sensitivity
 from grail.sites import find
 
-LOADING, PREDICTING, RUNS = "loading", "predicting", "runs to compare with"
+IMPORTING, LOADING, PREDICTING = "importing", "loading", "predicting"
+RUNS = "runs to compare with"
 PERPLEXITY, COMPLETIONS = "perplexity", "completions"
 SENSITIVITY, COMPRESSING, WRITING = "loss by site", "compressing", "writing"
 
@@ -114,7 +115,9 @@ class Study:
         others = list(baselines(options, uneven=uneven).values()) if compare else []
         with self.stages(PREDICTING):
             plan = self._inspect(network, options)
-            seconds = {LOADING: self.stages.seconds.get(LOADING, 0.0) * (1 + len(others))}
+            spent = self.stages.seconds
+            seconds = {IMPORTING: spent[IMPORTING]} if IMPORTING in spent else {}
+            seconds[LOADING] = spent.get(LOADING, 0.0) * (1 + len(others))
             seconds[PREDICTING] = 0.0  # known when all the rest is
             models = ("dense" not in self.rows) + len(others) + 1
             seconds |= self._of_evaluations(network, models)
