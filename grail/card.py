@@ -109,7 +109,8 @@ def _scores(report: Report) -> list[str]:
     table = [header, ["---"] * len(header), *rows]
     text = "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in table)
     size = size_sentence(report)
-    return ["## Scores", text, explanation(report), _plain(verdict(report)), size and size + "."]
+    sentences = [explanation(report), verdict(report), size and f"On disk: {size}."]
+    return ["## Scores", text, *map(_plain, sentences)]
 
 
 def _origin(report: Report) -> list[str]:

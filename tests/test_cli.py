@@ -1,6 +1,7 @@
 """The command line: what it writes, what it prints, and how it refuses."""
 
 import hashlib
+import html
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import torch
 
 from grail.formatting import format_bytes, format_seconds
 from grail.report import Report
+from grail.summary import headline
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -103,7 +105,9 @@ def test_compress_writes_the_report_beside_the_model(finished):
     assert report.model["name"] == "model"
     assert report.calibration["source"].endswith("calibration.txt")
     assert len(report.sites) == 4
-    assert "lost by pruning recovered (wanda)" in (output / "report.html").read_text()
+    page = (output / "report.html").read_text()
+    assert html.escape(headline(report)[1]) in page
+    assert html.escape(report.samples[0]["restored"]) in page
 
 
 def test_compress_prints_table_time_memory_and_where_things_are(finished):
