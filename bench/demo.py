@@ -80,12 +80,13 @@ def compressed(model: Path, texts: Sequence[Path], output: Path) -> dict[float, 
     origin = provenance(shlex.join(["python", "-m", "bench.demo", *sys.argv[1:]]), str(model))
     origin["calibration"] = text_of(str(texts[0]), calibration)
     origin["evaluation"] = text_of(str(texts[1]), heldout)
-    first = Study(lambda: copy.deepcopy(dense), tokenizer, calibration, heldout, Stages(), say=_say)
+    fresh = partial(copy.deepcopy, dense)
+    first = Study(None, fresh, tokenizer, calibration, heldout, Stages(), say=_say)
     reports = {}
     for keep in KEEPS:
         # What the dense model is worth is known after the first share.
         known = {"rows": _dense(first.rows), "completions": _dense(first.completions)}
-        study = replace(first, stages=Stages(), **known)
+        study = replace(first, network=None, stages=Stages(), **known)
         reports[keep] = _one(study, Options(keep, "mlp"), folder(output, keep), origin, model.name)
         first = study
     return reports
@@ -93,16 +94,16 @@ def compressed(model: Path, texts: Sequence[Path], output: Path) -> dict[float, 
 
 def _one(study: Study, options: Options, output: Path, origin: dict[str, Any], name: str) -> Report:
     with study.stages(LOADING):
-        network = study.fresh()
-    prediction = study.predict(network, options, compare=True, uneven=False)
+        study.network = study.fresh()
+    prediction = study.predict(options, compare=True, uneven=False)
     _say(f"keep {options.keep:g}: {format_seconds(prediction.total)} predicted")
     if "dense" not in study.rows:
-        study.measure("dense", network)
-    network = study.compare(network, options)
+        study.measure("dense")
+    study.compare(options)
     _say("Compressing …")
-    report = study.run(network, options)
+    report = study.run(options)
     attribute(report, name, origin)
-    study.write(network, report, prediction, output, page_or_note)
+    study.write(report, prediction, output, page_or_note)
     return report
 
 

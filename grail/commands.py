@@ -398,9 +398,17 @@ def compress(
     if evaluate:
         origin["evaluation"] = text_of(evaluate, heldout)
     study = Study(
-        lambda: load()[0], tokenizer, batches, heldout, stages, device if onload else None, _say
+        network,
+        lambda: load()[0],
+        tokenizer,
+        batches,
+        heldout,
+        stages,
+        onload=device if onload else None,
+        say=_say,
     )
-    prediction = study.predict(network, options, compare=baseline, uneven=uneven)
+    del network
+    prediction = study.predict(options, compare=baseline, uneven=uneven)
     check_output(output, prediction.output)
     used = f"{'' if calibration else 'statistics of '}{origin['calibration']['tokens']:,} tokens"
     _say(_prediction(keep, prediction.peak, prediction.total, used))
@@ -408,18 +416,18 @@ def compress(
 
     if heldout:
         _say("Measuring the dense model …")
-        study.measure("dense", network)
+        study.measure("dense")
     if heldout and baseline:
-        network = study.compare(network, options, uneven=uneven)
+        study.compare(options, uneven=uneven)
     if uneven:
         _say("Measuring what the model loses by each site …")
-        options = study.uneven(network, options, resume_dir)
+        options = study.uneven(options, resume_dir)
         notes.append(
             f"Blocks keep more or less, {keep:g} of all together, by what narrowing each of them "
             'costs. Rows without "uneven" have even widths.'
         )
     _say("Compressing …")
-    report = study.run(network, options, resume_dir)
+    report = study.run(options, resume_dir)
     attribute(report, _name(model), origin)
     report.notes += notes
     _say("Writing, and loading again to compare …")
@@ -428,7 +436,7 @@ def compress(
             return  # the first one writes, and the others wait for it
         if resume_dir is not None:
             checkpoint.announce(resume_dir, command)
-        study.write(network, report, prediction, output, page_or_note)
+        study.write(report, prediction, output, page_or_note)
         if resume_dir is not None:
             checkpoint.clear(resume_dir)
     _print_result(report, output, as_json)

@@ -160,8 +160,8 @@ def _samples_section(report: Report) -> str:
     return _section(
         "Sample completions",
         *parts,
-        caption="Greedy decoding from the first tokens of sequences of the held-out text. Repeats in "
-        "the table above: the share of 4-grams of tokens that occur earlier in the same "
+        caption="Greedy decoding from the first tokens of sequences of the held-out text. Repeats "
+        "in the table above: the share of 4-grams of tokens that occur earlier in the same "
         f"completion, over up to {samples.PROMPTS} completions.",
     )
 
@@ -561,7 +561,8 @@ dd { margin: 0; white-space: pre-wrap; } dd.muted { color: var(--muted); }
 ul { margin: 0; padding-left: 1.2rem; }
 @media (max-width: 32rem) { main { padding: 1.5rem .75rem 2rem; }
   section, details { padding: 1rem .9rem; } .hero b { font-size: 2.8rem; }
-  table { font-size: .8rem; } th, td { padding: .35rem .25rem; } .numeric th[scope=col] { white-space: normal; }
+  table { font-size: .8rem; } th, td { padding: .35rem .25rem; }
+  .numeric th[scope=col] { white-space: normal; }
   .bars { grid-template-columns: minmax(0, 7.5rem) minmax(0, 1fr); } }
 @media print { body { background: none; } section, details { break-inside: avoid; } }
 """

@@ -88,7 +88,8 @@ class Study:
     """Compresses fresh copies of one network and keeps what each of them is worth.
 
     Args:
-        fresh: the dense network; called before each run, so that one copy lives at a time.
+        network: the dense network. The study should be all that holds it: a run uses it up.
+        fresh: returns another; called once the last one is gone, for two would double the peak.
         tokenizer: of the network, for completions; None completes nothing.
         batches: calibration.
         heldout: batches of held-out text; none evaluates nothing.
@@ -98,6 +99,7 @@ class Study:
         progress: show progress bars.
     """
 
+    network: Any
     fresh: Callable[[], Any]
     tokenizer: Any
     batches: list[Tensor] | Collected
@@ -109,36 +111,36 @@ class Study:
     rows: dict[str, Evaluation] = field(default_factory=dict)
     completions: dict[str, Tensor] = field(default_factory=dict)
 
-    def predict(self, network: Any, options: Options, *, compare: bool, uneven: bool) -> Prediction:
+    def predict(self, options: Options, *, compare: bool, uneven: bool) -> Prediction:
         """Wall time of the whole command, from trials on the dense network; it stays as it is."""
         compare = compare and bool(self.heldout)
         others = list(baselines(options, uneven=uneven).values()) if compare else []
         with self.stages(PREDICTING):
-            plan = self._inspect(network, options)
+            plan = self._inspect(options)
             spent = self.stages.seconds
             seconds = {IMPORTING: spent[IMPORTING]} if IMPORTING in spent else {}
             seconds[LOADING] = spent.get(LOADING, 0.0) * (1 + len(others))
             seconds[PREDICTING] = 0.0  # known when all the rest is
             models = ("dense" not in self.rows) + len(others) + 1
-            seconds |= self._of_evaluations(network, models)
+            seconds |= self._of_evaluations(models)
             if others:
-                plans = [self._inspect(network, other) for other in others]
+                plans = [self._inspect(other) for other in others]
                 seconds[RUNS] = sum(each.seconds["total"] for each in plans)
             if uneven:
-                seconds[SENSITIVITY] = self._of_sensitivity(network, options, plan.seconds)
+                seconds[SENSITIVITY] = self._of_sensitivity(options, plan.seconds)
             seconds[COMPRESSING] = plan.seconds["total"]
             output = plan.savings[0].bytes
             seconds[WRITING] = output / _WRITTEN
         seconds[PREDICTING] = self.stages.seconds[PREDICTING]
         return Prediction(seconds, plan.memory["peak"], plan.tokens, output)
 
-    def _inspect(self, network: Any, options: Options) -> Inspection:
+    def _inspect(self, options: Options) -> Inspection:
         assert isinstance(options.keep, float | int)
         rows, length, tokens = 1, 8, 0  # where sums were collected no text runs through the model
         if not isinstance(self.batches, Collected):
             (rows, length), tokens = self.batches[0].shape, _count(self.batches)
         return inspect(
-            network,
+            self.network,
             options=options,
             keeps=(options.keep,),
             tokens=tokens,
@@ -147,59 +149,60 @@ class Study:
             onload=self.onload,
         )
 
-    def _of_evaluations(self, network: Any, models: int) -> dict[str, float]:
+    def _of_evaluations(self, models: int) -> dict[str, float]:
         """Of models of the network's size, from one sequence and a few new tokens."""
         if not self.heldout:
             return {}
-        seconds = {PERPLEXITY: models * _rate(network, self.heldout) * _count(self.heldout)}
-        if self._completes(network):
+        seconds = {PERPLEXITY: models * _rate(self.network, self.heldout) * _count(self.heldout)}
+        if self._completes():
             starts = samples.prompts(self.heldout)
-            few, more = (_timed(partial(samples.complete, network, starts, new)) for new in (1, 4))
+            few, more = (
+                _timed(partial(samples.complete, self.network, starts, new)) for new in (1, 4)
+            )
             each = max(0.0, more - few) / 3
             seconds[COMPLETIONS] = models * (few + each * (samples.NEW_TOKENS - 1))
         return seconds
 
-    def _of_sensitivity(self, network: Any, options: Options, run: Mapping[str, float]) -> float:
+    def _of_sensitivity(self, options: Options, run: Mapping[str, float]) -> float:
         """A pass with the Grams and solves of a run, and a few batches through it for each site."""
         assert not isinstance(self.batches, Collected)
-        sites = options.all_sites(find(network, options.sites))
+        sites = options.all_sites(find(self.network, options.sites))
         probed = self.batches[: max(1, len(self.batches) // PROBES)]
-        return run["total"] + (1 + len(sites)) * _rate(network, probed) * _count(probed)
+        return run["total"] + (1 + len(sites)) * _rate(self.network, probed) * _count(probed)
 
-    def measure(self, role: str, network: Any, options: Options | None = None) -> None:
-        """Adds the row of a network, narrowed by `options`, if there is held-out text."""
+    def measure(self, role: str, options: Options | None = None) -> None:
+        """Adds the row of the network, narrowed by `options`, if there is held-out text."""
         if not self.heldout:
             return
         with self.stages(PERPLEXITY):
-            row = evaluate(network, self.heldout, progress=self.progress)
+            row = evaluate(self.network, self.heldout, progress=self.progress)
         if options is not None:
             row = replace(row, **_made_by(options))
-        if self._completes(network):
+        if self._completes():
             with self.stages(COMPLETIONS):
-                completions = samples.complete(network, samples.prompts(self.heldout))
+                completions = samples.complete(self.network, samples.prompts(self.heldout))
             self.completions[role] = completions
             row.repetition = samples.repetition(completions)
         self.rows[role] = row
 
-    def compare(self, network: Any, options: Options, *, uneven: bool = False) -> Any:
-        """Adds the rows of `baselines`; uses the network up, and returns a fresh one."""
+    def compare(self, options: Options, *, uneven: bool = False) -> None:
+        """Adds the rows of `baselines`; the network is a fresh one afterwards."""
         for role, other in baselines(options, uneven=uneven).items():
             self.say(f"Measuring the comparison: {_label(other)} …")
             with self.stages(RUNS):
-                self._compress(network, other)
-            self.measure(role, network, other)
-            del network  # before the next one is loaded: two at once would double the peak
+                self._compress(other)
+            self.measure(role, other)
+            self.network = None
             with self.stages(LOADING):
-                network = self.fresh()
-        return network
+                self.network = self.fresh()
 
-    def uneven(self, network: Any, options: Options, resume_dir: Path | None = None) -> Options:
+    def uneven(self, options: Options, resume_dir: Path | None = None) -> Options:
         """The same options with a share for each site, by what narrowing it costs the network."""
         assert not isinstance(self.batches, Collected)
         assert isinstance(options.keep, float | int)
         with self.stages(SENSITIVITY):
             measured = sensitivity(
-                network,
+                self.network,
                 self.batches,
                 options.sites,
                 keep=options.keep,
@@ -213,21 +216,20 @@ class Study:
         undone = UNDONE if options.follows_drift else 0.0
         return replace(options, keep=measured.shares(undone=undone))
 
-    def run(self, network: Any, options: Options, resume_dir: Path | None = None) -> Report:
+    def run(self, options: Options, resume_dir: Path | None = None) -> Report:
         """Compresses the network itself and reports it beside all that was measured."""
         with self.stages(COMPRESSING):
-            report = self._compress(network, options, resume_dir)
-        self.measure("restored" if options.compensate else "pruned", network, options)
+            report = self._compress(options, resume_dir)
+        self.measure("restored" if options.compensate else "pruned", options)
         report.evaluation, report.samples = dict(self.rows), self._samples()
         report.model["bytes"] = {
-            "after": measure_size(network)[1],
-            "bfloat16": bfloat16_bytes(network),
+            "after": measure_size(self.network)[1],
+            "bfloat16": bfloat16_bytes(self.network),
         }
         return report
 
     def write(
         self,
-        network: Any,
         report: Report,
         prediction: Prediction,
         output: Path,
@@ -244,11 +246,11 @@ class Study:
         report.memory["predicted_peak"] = prediction.peak
         # One width for each kind, else one for each site.
         uneven = report.model["widths"]["after"].keys() != {site.kind for site in report.sites}
-        export(network, self.tokenizer, output, report=finished, page=page, uneven=uneven)
+        export(self.network, self.tokenizer, output, report=finished, page=page, uneven=uneven)
 
-    def _compress(self, network: Any, options: Options, resume_dir: Path | None = None) -> Report:
+    def _compress(self, options: Options, resume_dir: Path | None = None) -> Report:
         return compress(
-            network,
+            self.network,
             self.batches,
             **vars(options),
             onload=self.onload,
@@ -256,8 +258,8 @@ class Study:
             progress=self.progress,
         )
 
-    def _completes(self, network: Any) -> bool:
-        return self.tokenizer is not None and network.can_generate()
+    def _completes(self) -> bool:
+        return self.tokenizer is not None and self.network.can_generate()
 
     def _samples(self) -> list[dict[str, str]]:
         """The first completions of each model, "compensated" left out, as text."""

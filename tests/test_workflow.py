@@ -1,5 +1,6 @@
 """What a model is compared with, and what is predicted of it."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -57,17 +58,26 @@ def test_every_stage_that_runs_is_predicted(heldout, compare, tiny_llama, tiny_b
     stages = Stages()
     with stages(workflow.LOADING):
         network = tiny_llama()
+    dense, alive = weakref.ref(network), []
+
+    def fresh():
+        alive.append(dense() is not None)
+        return tiny_llama()
+
     study = Study(
-        tiny_llama, Tokenizer(), tiny_batches(), tiny_batches(heldout, seed=1), stages,
+        network,
+        fresh, Tokenizer(), tiny_batches(), tiny_batches(heldout, seed=1), stages,
         say=lambda _: None, progress=False,
     )  # fmt: skip
     options = Options(0.5, "mlp")
-    prediction = study.predict(network, options, compare=compare, uneven=False)
-    study.measure("dense", network)
+    del network
+    prediction = study.predict(options, compare=compare, uneven=False)
+    study.measure("dense")
     if compare and heldout:
-        network = study.compare(network, options)
-    report = study.run(network, options)
-    study.write(network, report, prediction, tmp_path / "out", lambda _: None)
+        study.compare(options)
+    report = study.run(options)
+    study.write(report, prediction, tmp_path / "out", lambda _: None)
+    assert alive == [False] * len(alive)  # never two networks at once
     total = report.stages.pop("total")
     for column in ("predicted", "measured"):
         times = [row[column] for row in report.stages.values()]  # none is missing
