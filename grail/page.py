@@ -485,7 +485,7 @@ def _figure(height: float, rows: int = 1) -> "tuple[Figure, list[Axes]]":
     """A figure outside pyplot, `height` inches, with the axes stripped to what is read."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, height), layout="constrained")
+    figure = Figure(figsize=(4.6, height), layout="constrained")
     panels = list(figure.subplots(rows, 1, squeeze=False)[:, 0])
     for axes in panels:
         axes.set_facecolor("none")
@@ -550,7 +550,7 @@ td { overflow-wrap: anywhere; }
 th:first-child { padding-left: 0; } th:last-child, td:last-child { padding-right: 0; }
 figure { margin: 1.4rem 0 0; } h2 + figure { margin-top: 0; }
 figcaption { font-size: .92rem; font-weight: 600; margin-bottom: .4rem; }
-svg { display: block; width: 100%; max-width: 40rem; height: auto; }
+svg { display: block; width: 100%; max-width: 34rem; height: auto; }
 .bars { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .35rem .8rem;
   align-items: center; font-size: .92rem; }
 .bar { display: flex; align-items: center; gap: .5rem; white-space: nowrap; }
@@ -561,7 +561,7 @@ dd { margin: 0; white-space: pre-wrap; } dd.muted { color: var(--muted); }
 ul { margin: 0; padding-left: 1.2rem; }
 @media (max-width: 32rem) { main { padding: 1.5rem .75rem 2rem; }
   section, details { padding: 1rem .9rem; } .hero b { font-size: 2.8rem; }
-  table { font-size: .8rem; } th, td { padding: .35rem .25rem; }
+  table { font-size: .72rem; } th, td { padding: .35rem .2rem; }
   .numeric th[scope=col] { white-space: normal; }
   .bars { grid-template-columns: minmax(0, 7.5rem) minmax(0, 1fr); } }
 @media print { body { background: none; } section, details { break-inside: avoid; } }
