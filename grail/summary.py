@@ -18,7 +18,7 @@ def headline(report: Report) -> tuple[str, str]:
     share, same = report.recovered, report.same_choice
     if share is not None and same is not None:
         selector = report.evaluation[same].selector or "same selector"
-        return f"{share:.0%}", f"of the log-perplexity lost by pruning recovered ({selector})"
+        return f"{share:.0%}", f"of the log-perplexity lost by pruning ({selector}) is recovered"
     pairs = error_pairs(report.sites)
     if pairs and report.settings.get("compensate", True):
         ratio = statistics.median(after / before if before else 1.0 for before, after in pairs)

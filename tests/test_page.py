@@ -220,7 +220,7 @@ def test_the_share_is_against_pruning_by_the_same_selector(selector):
     assert whole.recovered == pytest.approx(0.5)
     assert headline(whole) == (
         "50%",
-        f"of the log-perplexity lost by pruning recovered ({selector})",
+        f"of the log-perplexity lost by pruning ({selector}) is recovered",
     )
     text = Document(page(whole)).text
     assert f"pruned ({selector}) 40.0, compensated ({selector}) 20.0" in text
@@ -409,7 +409,7 @@ def test_quantities_are_written_with_three_digits_and_a_unit(text, expected):
 
 def test_page_shows_the_share_and_every_row_of_the_table():
     text = Document(page(report())).text
-    assert "64% of the log-perplexity lost by pruning recovered (magnitude)" in text
+    assert "64% of the log-perplexity lost by pruning (magnitude) is recovered" in text
     for cell in ("18.2", "47.4", "25.7", "1.00 M", "4.00 MB", "widths were rounded"):
         assert cell in text
     assert (
