@@ -86,6 +86,7 @@ class Evaluation:
     compensation: str | None = None  # "weights", "bias", "both"; None: plain pruning
     uneven: bool = False  # blocks keep different shares
     repetition: float | None = None  # share of repeated 4-grams in greedy completions
+    repetition_error: float | None = None  # its standard error over completions
 
     @property
     def label(self) -> str:

@@ -5,6 +5,8 @@ sentence for ever can have a low one. The share of repeated 4-grams of greedy co
 beside that of the dense model, since small dense models repeat themselves as well.
 """
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,27 +15,28 @@ from torch import Tensor
 
 from grail.transaction import steady
 
-PROMPTS = 8  # completions that repetition is measured on
+PROMPTS = 24  # completions that repetition is measured on
 SHOWN = 3  # of them are shown
 PROMPT_TOKENS = 32
-NEW_TOKENS = 40
+NEW_TOKENS = 48
 _GRAM = 4  # tokens of a sequence that counts as repeated
 
 
 def prompts(heldout: Sequence[Tensor]) -> Tensor:
-    """The first tokens of sequences that are spread evenly over the held-out text.
+    """Pieces of the held-out text, spread evenly over it.
 
     Args:
         heldout: batches [sequences, length].
 
     Returns:
-        [prompts, tokens]: at most 8 prompts of at most 32 tokens, half a sequence if those are
+        [prompts, tokens]: at most 24 prompts of at most 32 tokens, half a sequence if those are
         shorter.
     """
     rows = torch.cat(list(heldout))
-    count = min(PROMPTS, len(rows))
-    chosen = torch.arange(count) * len(rows) // count
-    return rows[chosen, : min(PROMPT_TOKENS, max(1, rows.shape[1] // 2))]
+    size = min(PROMPT_TOKENS, max(1, rows.shape[1] // 2))
+    pieces = rows[:, : rows.shape[1] // size * size].reshape(-1, size)
+    count = min(PROMPTS, len(pieces))
+    return pieces[torch.arange(count) * len(pieces) // count]
 
 
 def complete(model: Any, starts: Tensor, new: int = NEW_TOKENS) -> Tensor:
@@ -61,18 +64,20 @@ def complete(model: Any, starts: Tensor, new: int = NEW_TOKENS) -> Tensor:
     return whole[:, starts.shape[1] :].cpu()
 
 
-def repetition(completions: Tensor) -> float | None:
+def repetition(completions: Tensor) -> tuple[float, float | None] | None:
     """The share of 4-grams of tokens that occur earlier in the same completion.
 
     Args:
         completions: [completions, tokens].
 
     Returns:
-        In [0, 1); None if completions are shorter than two 4-grams.
+        The mean over completions, in [0, 1), and its standard error, None for one completion; None
+        if completions are shorter than two 4-grams.
     """
     rows = completions.tolist()
     grams = [[tuple(row[i : i + _GRAM]) for i in range(len(row) - _GRAM + 1)] for row in rows]
-    total = sum(map(len, grams))
-    if total < 2 * len(grams) or not total:
+    if not grams or len(grams[0]) < 2:
         return None
-    return 1 - sum(len(set(of_row)) for of_row in grams) / total
+    shares = [1 - len(set(of_row)) / len(of_row) for of_row in grams]
+    mean, count = statistics.mean(shares), len(shares)
+    return mean, statistics.stdev(shares) / math.sqrt(count) if count > 1 else None

@@ -9,7 +9,8 @@ from grail.report import Evaluation, Report, SiteReport
 
 # A model is called close to the dense one up to this ratio of perplexities …
 CLOSE = 1.25
-# … and if this much more of its completions at most is repetition.
+# … and it repeats itself if this much more of its completions is repetition, and the difference is
+# more than twice its standard error.
 REPEATS = 0.1
 
 
@@ -85,7 +86,7 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> tuple[list[str], list[li
         cells = [name, format_number(row.perplexity), format_count(row.parameters)]
         cells.append(format_bytes(row.bytes))
         if repeats:
-            cells.append("–" if row.repetition is None else f"{row.repetition:.0%}")
+            cells.append("–" if row.repetition is None else _percent(row))
         table.append(cells)
     return header + ["repeats"] * repeats, table
 
@@ -114,18 +115,30 @@ def verdict(report: Report) -> str:
     if dense is None or narrow is None or dense.repetition is None or narrow.repetition is None:
         return ""
     ratio = narrow.perplexity / dense.perplexity
-    if narrow.repetition > dense.repetition + REPEATS:
-        judgement = "it repeats itself, so keep more or fine-tune it before use"
-    elif not ratio <= CLOSE:
-        judgement = "it predicts clearly worse than the dense model, so keep more or fine-tune it"
-    else:
-        judgement = "usable as it is"
+    faults = ["predicts clearly worse than the dense model"] * (not ratio <= CLOSE)
+    faults += ["repeats itself"] * _repeats(narrow, dense)
+    advice = ", so keep more or fine-tune it before use"
+    judgement = f"it {' and '.join(faults)}{advice}" if faults else "usable as it is"
     keep = keep_in_words(report.settings.get("keep"), report.sites)
     return (
         f"{f'Keep {keep}: ' if keep else ''}{ratio:.2f} times the dense model's perplexity, "
-        f"{narrow.repetition:.0%} of the 4-grams in greedy completions repeat earlier ones (dense "
-        f"{dense.repetition:.0%}); {judgement}."
+        f"{_percent(narrow)} of the 4-grams in greedy completions repeat earlier ones (dense "
+        f"{_percent(dense)}); {judgement}."
     )
+
+
+def _repeats(narrow: Evaluation, dense: Evaluation) -> bool:
+    assert narrow.repetition is not None
+    assert dense.repetition is not None
+    more = narrow.repetition - dense.repetition
+    error = math.hypot(narrow.repetition_error or 0.0, dense.repetition_error or 0.0)
+    return more > max(REPEATS, 2 * error)
+
+
+def _percent(row: Evaluation) -> str:
+    """Repetition with its standard error, "25 ± 4%"."""
+    error = "" if row.repetition_error is None else f" ± {100 * row.repetition_error:.0f}"
+    return f"{100 * (row.repetition or 0):.0f}{error}%"
 
 
 def keep_in_words(keep: object, sites: Sequence[SiteReport]) -> str:

@@ -182,7 +182,8 @@ class Study:
             with self.stages(COMPLETIONS):
                 completions = samples.complete(self.network, samples.prompts(self.heldout))
             self.completions[role] = completions
-            row.repetition = samples.repetition(completions)
+            if (found := samples.repetition(completions)) is not None:
+                row.repetition, row.repetition_error = found
         self.rows[role] = row
 
     def compare(self, options: Options, *, uneven: bool = False) -> None:

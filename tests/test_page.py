@@ -293,6 +293,17 @@ def test_it_is_said_whether_a_model_is_usable(perplexity, repeats, said):
     assert f"{repeats:.0%}" in Document(page(whole)).table("model")[2]
 
 
+@pytest.mark.parametrize(("error", "said"), [(0.06, True), (0.12, False)])
+def test_repetition_within_its_own_error_is_no_fault(error, said):
+    found = rows(dense=10, pruned=40, restored=11)
+    found["dense"].repetition, found["restored"].repetition = 0.25, 0.45
+    for row in (found["dense"], found["restored"]):
+        row.repetition_error = error  # twice that of the difference: 0.17 and 0.34
+    whole = report(evaluation=found)
+    assert ("repeats itself" in verdict(whole)) == said
+    assert f"45 ± {100 * error:.0f}%" in verdict(whole)
+
+
 def test_nothing_is_said_of_use_without_completions():
     assert verdict(report()) == ""
     assert "repeats" not in Document(page(report())).text

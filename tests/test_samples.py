@@ -58,15 +58,30 @@ def test_completions_end_where_positions_do(tiny_model, tiny_batches):
 )
 def test_repetition_is_the_share_of_4_grams_seen_before(rows, share):
     found = samples.repetition(torch.tensor(rows))
-    assert found == (share if share is None else pytest.approx(share))
+    if share is None:
+        assert found is None
+    else:
+        assert found[0] == pytest.approx(share)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 21])
-def test_prompts_are_spread_over_the_heldout_text(rows):
-    text = torch.arange(rows * 50).view(rows, 50)
+def test_the_standard_error_of_repetition_is_that_of_a_mean_over_completions():
+    rows = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [5] * 7, [1, 2, 1, 2, 1, 2, 1]])
+    shares = torch.tensor([0, 3 / 4, 2 / 4], dtype=torch.float64)
+    mean, error = samples.repetition(rows)
+    assert mean == pytest.approx(shares.mean().item())
+    assert error == pytest.approx(shares.std().item() / 3**0.5)
+    assert samples.repetition(rows[:1])[1] is None
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 50), (3, 50), (8, 64), (21, 1024), (1, 1)])
+def test_prompts_are_pieces_that_are_spread_over_the_heldout_text(rows, length):
+    text = torch.arange(rows * length).view(rows, length)
     found = samples.prompts(text.split(3))
-    assert found.shape == (min(rows, samples.PROMPTS), 25)  # half of 50
-    first = found[:, 0] // 50
-    assert first.unique().numel() == len(found)
-    assert first[-1] >= rows - rows / len(found) - 1
-    assert torch.equal(found, text[first, :25])
+    size = min(32, max(1, length // 2))
+    pieces = rows * (length // size)
+    assert found.shape == (min(pieces, samples.PROMPTS), size)
+    assert torch.equal(found, found[:, :1] + torch.arange(size))  # contiguous, within a row
+    gaps = found[:, 0].diff()
+    assert (gaps > 0).all()
+    # Evenly, within one piece and the rest of a sequence that holds no whole one.
+    assert gaps.numel() == 0 or gaps.max() - gaps.min() < 3 * size
