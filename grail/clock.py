@@ -1,4 +1,4 @@
-"""Where the time of a run goes, by phase."""
+"""Where time goes: of a run by phase, of a command by stage."""
 
 import time
 from collections import deque
@@ -82,3 +82,19 @@ def _between(start: Mark, end: Mark) -> float:
         return end - start
     end.synchronize()
     return float(start.elapsed_time(end)) / 1000
+
+
+class Stages:
+    """Wall seconds of a command by stage: `with stages("loading")`. What runs again is added."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            passed = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + passed

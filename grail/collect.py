@@ -120,6 +120,11 @@ class Collected:
         self.folder = as_path("folder", folder)
         self._index = _read_index(self.folder)
 
+    @property
+    def calibrations(self) -> list[dict[str, Any]]:
+        """Of each calibration that was added: tokens, sequences and sha256."""
+        return [dict(calibration) for calibration in self._index["calibrations"]]
+
     def stream(
         self, model: nn.Module, architecture: Architecture, options: Options, device: torch.device
     ) -> Stream:

@@ -8,58 +8,53 @@ exception as one sentence and exit code 1, Ctrl-C as exit code 130. What a perso
 import errno
 import json
 import re
+import shlex
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 from typer.core import TyperGroup
 
 from grail import __version__, checkpoint, select
 from grail.arguments import require_usable
 from grail.calibration import Join, require_text, token_batches
+from grail.clock import Stages
 from grail.collect import Collected
 from grail.collect import collect as collect_statistics
 from grail.collect import merge as merge_statistics
-from grail.compress import compress as compress_model
+from grail.console import print_table
 from grail.distributed import launched, ranks
 from grail.embedding import check_token_ids
 from grail.errors import GrailError, InputError, one_line
 from grail.evaluate import evaluate as evaluate_model
-from grail.export import export
 from grail.fit import Auto, Damping, Toward
 from grail.folder import check_output
+from grail.formatting import format_bytes, format_count, format_seconds
 from grail.gram import NonFinite
 from grail.memory import ran_out
 from grail.models import length_before_loading, length_of_sequences, load_model, positions
 from grail.options import Compensation, Options
-from grail.page import (
-    evaluation_table,
-    format_bytes,
-    format_count,
-    format_seconds,
-    headline,
-    page,
-)
+from grail.page import page
 from grail.plan import KEEPS, Inspection
 from grail.plan import inspect as inspect_model
+from grail.provenance import provenance
 from grail.report import Report, strict_json
-from grail.sensitivity import UNDONE, require_single_channels, sensitivity
+from grail.sensitivity import require_single_channels
 from grail.sites import find
+from grail.summary import evaluation_table, headline, labelled, size_sentence, stage_table, verdict
 from grail.texts import HELD_OUT_SPLITS, Split, is_file, is_wikitext2
 from grail.width import check_keep
+from grail.workflow import IMPORTING, LOADING, Study, attribute, text_of
 
 _DEBUG = "grail.debug"
 
@@ -523,7 +518,11 @@ def compress(
     device = _computing(device)
     load = partial(_load, model, "cpu" if onload else device, dtype, trust_remote_code)
 
-    network, tokenizer = load()
+    stages = Stages()
+    with stages(IMPORTING), suppress(ImportError):  # once, where the network is loaded repeatedly
+        import_module("transformers.modeling_utils")
+    with stages(LOADING):
+        network, tokenizer = load()
     with _warnings_as_notes() as notes:
         batches = text.batches(network, tokenizer) if text else collected
         assert batches is not None
@@ -532,61 +531,44 @@ def compress(
         notes.append("The held-out text is the calibration text: the comparison is too kind.")
     if uneven:
         require_single_channels(find(network, options.sites), options)
-    brought = device if onload else None
-    plan = _plan(network, options, keep, batches, brought)
-    check_output(output, plan.savings[0].bytes)
-    _say(_prediction(plan))
+    origin = provenance(_command_line(ctx), model)
+    origin["calibration"] = text_of(calibration or str(statistics), batches)
+    if text:
+        origin["calibration"] |= text.reading
+    if evaluate and held_out:
+        origin["evaluation"] = text_of(evaluate, heldout) | held_out.reading
+    study = Study(
+        network,
+        lambda: load()[0],
+        tokenizer,
+        batches,
+        heldout,
+        stages,
+        onload=device if onload else None,
+        say=_say,
+    )
+    del network
+    prediction = study.predict(options, compare=baseline, uneven=uneven)
+    check_output(output, prediction.output)
+    used = f"{'' if calibration else 'statistics of '}{origin['calibration']['tokens']:,} tokens"
+    _say(_prediction(keep, prediction.peak, prediction.total, used))
+    _say(f"Time by stage: {_listed(prediction.seconds)}.")
 
-    evaluation = {}
     if heldout:
         _say("Measuring the dense model …")
-        evaluation["dense"] = evaluate_model(network, heldout)
-    if heldout and baseline and options.compensate:
-        _say("Measuring plain pruning …")
-        plain = replace(options, compensate=False, token_weights=False, correct_attention=False)
-        if selector == "greedy":
-            plain = replace(plain, selector="wanda")
-            notes.append(
-                "Plain pruning was measured with Wanda's choice of channels: what the greedy "
-                "selector keeps is chosen to be compensated."
-            )
-        compress_model(network, batches, **vars(plain), onload=brought)
-        evaluation["pruned"] = evaluate_model(network, heldout)
-        del network  # loaded again, because two models at once would double the peak
-        network, tokenizer = load()
-    if uneven and not isinstance(batches, Collected):
+        study.measure("dense")
+    if heldout and baseline:
+        study.compare(options, uneven=uneven)
+    if uneven:
         _say("Measuring what the model loses by each site …")
-        measured = sensitivity(
-            network,
-            batches,
-            options.sites,
-            keep=keep,
-            selector=selector,
-            multiple=multiple,
-            seed=seed,
-            non_finite=non_finite,
-            resume_dir=resume_dir,
-        )
+        options = study.uneven(options, resume_dir)
         notes.append(
             f"Blocks keep more or less, {keep:g} of all together, by what narrowing each of them "
-            "costs. Plain pruning was measured with even widths; time and memory of the measuring "
-            "are not predicted."
+            'costs. Rows without "uneven" have even widths.'
         )
-        undone = UNDONE if options.follows_drift else 0.0
-        options = replace(options, keep=measured.shares(undone=undone))
-        _say(_prediction(_plan(network, options, keep, batches, brought)))
     _say("Compressing …")
-    report = compress_model(
-        network, batches, **vars(options), onload=brought, resume_dir=resume_dir
-    )
-    if heldout:
-        evaluation["restored" if options.compensate else "pruned"] = evaluate_model(
-            network, heldout
-        )
-
-    report.model["name"] = _name(model)
-    report.calibration["source"] = calibration or str(statistics)
-    report.evaluation = evaluation
+    report = study.run(options, resume_dir)
+    attribute(report, _name(model), origin)
     report.notes += notes
     _say("Writing, and loading again to compare …")
     with processes.together():
@@ -594,9 +576,7 @@ def compress(
             return  # the first one writes, and the others wait for it
         if resume_dir is not None:
             checkpoint.announce(resume_dir, command)
-        # One width for each kind, else one for each site.
-        by_site = report.model["widths"]["after"].keys() != {site.kind for site in report.sites}
-        export(network, tokenizer, output, report=report, page=_page(report), uneven=by_site)
+        study.write(report, prediction, output, page_or_note)
         if resume_dir is not None:
             checkpoint.clear(resume_dir)
     _print_result(report, output, as_json)
@@ -635,7 +615,7 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measures perplexity, size and speed of MODEL on a text.
+    """Measures perplexity and size of MODEL on a text.
 
     Example: `grail evaluate out/ --text heldout.txt`
     """
@@ -650,7 +630,7 @@ def evaluate(
     if as_json:
         typer.echo(strict_json(asdict(row)))
     else:
-        _print_table(*evaluation_table({_name(model): row}))
+        print_table(*evaluation_table({_name(model): row}))
         typer.echo(f"{row.tokens:,} predicted tokens")
 
 
@@ -811,6 +791,12 @@ class _Text:
             check_token_ids(network, batch, tokenizer)
         return batches
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the source was read, as far as that was said."""
+        said = {"field": self.field, "split": self.split, "join": self.join, "seed": self.seed}
+        return {name: value for name, value in said.items() if value is not None}
+
     def is_same_text(self, other: "_Text | None") -> bool:
         """Whether both read the same file, or the same split of a dataset."""
         if other is None or self.source != other.source:
@@ -847,35 +833,30 @@ def _held_out(
     return kind(source, tokens, sequence_length, batch_size, field, chosen, join)
 
 
-def _plan(
-    network: Any,
-    options: Options,
-    keep: float,
-    batches: list[Tensor] | Collected,
-    onload: str | None,
-) -> Inspection:
-    rows, length, tokens = 1, 8, 0  # where sums were collected no text runs through the model
-    if not isinstance(batches, Collected):
-        (rows, length), tokens = batches[0].shape, sum(batch.numel() for batch in batches)
-    return inspect_model(
-        network,
-        options=options,
-        keeps=(keep,),
-        tokens=tokens,
-        sequence_length=length,
-        batch_size=rows,
-        onload=onload,
-    )
-
-
-def _prediction(inspection: Inspection) -> str:
-    memory, seconds = inspection.memory["peak"], inspection.seconds["total"]
-    keep = inspection.keep
-    widths = "these widths" if isinstance(keep, dict) else f"keep={keep:g}"
+def _prediction(keep: object, peak: float, seconds: float, text: str) -> str:
     return (
-        f"Predicted for {widths}, {inspection.tokens:,} tokens: peak memory "
-        f"{format_bytes(memory)}, time {format_seconds(seconds)}."
+        f"Predicted for keep={keep}, {text}: peak memory {format_bytes(peak)}, time "
+        f"{format_seconds(seconds)}."
     )
+
+
+def _command_line(ctx: typer.Context) -> str:
+    """The command with the options that were given, in a form that a shell runs again."""
+    words = ["grail", ctx.command.name or ""]
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        source = ctx.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = ctx.params[name]
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+        else:
+            for each in value if isinstance(value, list | tuple) else [value]:
+                words += [parameter.opts[0], str(each)]
+    return shlex.join(words)
 
 
 def _name(model: str) -> str:
@@ -917,7 +898,7 @@ def _say(text: str) -> None:
         typer.echo(text, err=True)
 
 
-def _page(report: Report) -> str | None:
+def page_or_note(report: Report) -> str | None:
     """The report as HTML, or a note that says why there is none."""
     if find_spec("matplotlib") is None:
         report.notes.append("No report.html: its plots need pip install 'grail-kernels[report]'.")
@@ -934,15 +915,22 @@ def _print_result(report: Report, output: Path, as_json: bool) -> None:
 
 def _print_report(report: Report, output: Path) -> None:
     if report.evaluation:
-        _print_table(*evaluation_table(report.evaluation))
+        print_table(*evaluation_table(labelled(report.evaluation)))
     typer.echo(" ".join(headline(report)))
-    typer.echo(f"time    {_phases(report.seconds)}")
+    if line := verdict(report):
+        typer.echo(line)
+    print_table(*stage_table(report.stages))
+    typer.echo(f"phases  {_phases(report.seconds)}")
     typer.echo(f"memory  {_parts(report.memory)}")
+    if line := size_sentence(report):
+        typer.echo(f"disk    {line}")
     for note in report.notes:
         typer.echo(f"note    {note}")
     typer.echo(f"model   {output}")
     for path in sorted(output.glob("report.*")):
         typer.echo(f"report  {path}")
+    if (output / "README.md").is_file():
+        typer.echo(f"card    {output / 'README.md'}")
 
 
 def _print_inspection(inspection: Inspection) -> None:
@@ -950,13 +938,13 @@ def _print_inspection(inspection: Inspection) -> None:
         f"{inspection.name}: {format_count(inspection.parameters)} parameters, "
         f"{format_bytes(inspection.bytes)}"
     )
-    _print_table(
+    print_table(
         ["sites", "count", "width of each"],
         [[site.kind, str(site.count), site.structure] for site in inspection.sites],
         words=3,
     )
     kinds = [site.kind for site in inspection.sites]
-    _print_table(
+    print_table(
         ["keep", *kinds, "parameters", "bytes", "saved"],
         [
             [
@@ -970,28 +958,22 @@ def _print_inspection(inspection: Inspection) -> None:
         ],
         words=1 + len(kinds),
     )
-    typer.echo(_prediction(inspection))
+    peak, seconds = inspection.memory["peak"], inspection.seconds["total"]
+    typer.echo(_prediction(inspection.keep, peak, seconds, f"{inspection.tokens:,} tokens"))
     typer.echo(f"memory  {_parts(inspection.memory)}")
     typer.echo(f"time    {_phases(inspection.seconds)}")
 
 
 def _phases(seconds: dict[str, float]) -> str:
-    parts = {phase: format_seconds(value) for phase, value in seconds.items() if phase != "total"}
-    listed = ", ".join(f"{phase} {value}" for phase, value in parts.items())
-    return f"{format_seconds(seconds['total'])}: {listed}"
+    parts = {phase: value for phase, value in seconds.items() if phase != "total"}
+    return f"{format_seconds(seconds['total'])}: {_listed(parts)}"
+
+
+def _listed(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {format_seconds(value)}" for name, value in seconds.items())
 
 
 def _parts(memory: dict[str, int]) -> str:
     """Sizes in words; a platform that does not tell its memory use leaves zeros, left out here."""
     known = {name.replace("_", " "): value for name, value in memory.items() if value}
     return ", ".join(f"{name} {format_bytes(value)}" for name, value in known.items())
-
-
-def _print_table(header: list[str], rows: list[list[str]], words: int = 1) -> None:
-    """A table whose first `words` columns are text and the others numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number < words else "right")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console(highlight=False).print(table)

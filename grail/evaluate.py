@@ -1,7 +1,6 @@
-"""Perplexity, size and speed of a causal language model on token batches."""
+"""Perplexity and size of a causal language model on token batches."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -35,8 +34,8 @@ def evaluate(
         progress: shows a progress bar.
 
     Returns:
-        Perplexity exp(mean over predicted tokens of −log p), and what was measured beside it. It
-        is infinite where fp64 cannot hold it.
+        Perplexity exp(mean over predicted tokens of −log p), infinite where fp64 cannot hold it,
+        and the model's size.
 
     Raises:
         EmptyCalibrationError: the batches hold no token to predict.
@@ -48,7 +47,7 @@ def evaluate(
     require_language_model(model)
     require_batches(batches)
     with steady(model):
-        loss, predicted, tokens, seconds = _total_loss(model, batches, progress)
+        loss, predicted = _total_loss(model, batches, progress)
     if predicted == 0:
         raise EmptyCalibrationError(
             "The evaluation batches hold no token to predict; give sequences of 2 or more tokens."
@@ -64,7 +63,6 @@ def evaluate(
         tokens=predicted,
         parameters=parameters,
         bytes=size,
-        tokens_per_second=tokens / seconds,
     )
 
 
@@ -78,17 +76,27 @@ def _exp(mean: float) -> float:
 def measure_size(model: nn.Module) -> tuple[int, int]:
     """Number of parameters, and bytes of the tensors that a checkpoint holds; tied ones once."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    stored = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
-    return parameters, sum(tensor.nbytes for tensor in stored.values())
+    return parameters, sum(tensor.nbytes for tensor in _stored(model))
+
+
+def bfloat16_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that a checkpoint would hold if the floating-point ones were bf16."""
+    return sum(
+        tensor.numel() * torch.bfloat16.itemsize if tensor.is_floating_point() else tensor.nbytes
+        for tensor in _stored(model)
+    )
+
+
+def _stored(model: nn.Module) -> Iterable[Tensor]:
+    return {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values()
 
 
 @torch.inference_mode()
 def _total_loss(
     model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]], progress: bool
-) -> tuple[float, int, int, float]:
-    """Summed loss, predicted tokens, input tokens, and the seconds spent on them."""
-    loss = seconds = 0.0
-    predicted = tokens = 0
+) -> tuple[float, int]:
+    """Summed loss and predicted tokens."""
+    loss, predicted = 0.0, 0
     loss_of: Callable[[Any, dict[str, Tensor], Tensor], Tensor] | None = None
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False):
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
@@ -97,12 +105,9 @@ def _total_loss(
         inputs = {name: value.to(model.device) for name, value in given.items()}
         targets = _targets(inputs)
         loss_of = loss_of or _choose_loss(model, inputs)
-        start = time.perf_counter()
-        loss += loss_of(model, inputs, targets).item()  # waits for the device
-        seconds += time.perf_counter() - start
+        loss += loss_of(model, inputs, targets).item()
         predicted += int((targets >= 0).sum())
-        tokens += inputs["input_ids"].numel()
-    return loss, predicted, tokens, seconds
+    return loss, predicted
 
 
 def _require_tokens(tokens: object) -> None:

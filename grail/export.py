@@ -1,5 +1,6 @@
 """Writes a model as a plain `save_pretrained` folder that is complete, or is not there at all."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from grail.alignment import align_file
 from grail.arguments import require_language_model
+from grail.card import card
 from grail.errors import ExportError, InputError
 from grail.evaluate import measure_size
 from grail.folder import complete
@@ -26,8 +28,8 @@ def export(
     model: Any,
     tokenizer: Any,
     output: str | Path,
-    report: Report | None = None,
-    page: str | None = None,
+    report: Report | Callable[[], Report] | None = None,
+    page: str | Callable[[Report], str | None] | None = None,
     *,
     uneven: bool = False,
 ) -> Path:
@@ -40,8 +42,9 @@ def export(
         model: a transformers causal language model.
         tokenizer: its tokenizer; None writes none.
         output: folder to create; one that exists must be empty.
-        report: written as `report.json`.
-        page: HTML text, written as `report.html`.
+        report: written as `report.json` and, in words, as the model card `README.md`; or what
+            returns it, called once the model is written and compared.
+        page: HTML text, written as `report.html`; or what makes it of the report, None for none.
         uneven: whether widths differ by block. No stock configuration holds that: weights and
             widths are then written as by `grail.save`, and `load_model` reads the folder, not
             transformers alone.
@@ -60,19 +63,13 @@ def export(
     check_kind("report", report, (Report, NoneType), "a grail.Report")
     check_kind("page", page, (str, NoneType), "text")
     with complete(output, ExportError, size=measure_size(model)[1]) as folder:
-        _write(folder, model, tokenizer, report, page, uneven)
+        _write(folder, model, tokenizer, uneven)
         _verify(folder, model)
+        _describe(folder, report, page, uneven)
     return Path(output).resolve()
 
 
-def _write(
-    folder: Path,
-    model: Any,
-    tokenizer: Any,
-    report: Report | None,
-    page: str | None,
-    uneven: bool,
-) -> None:
+def _write(folder: Path, model: Any, tokenizer: Any, uneven: bool) -> None:
     try:
         if uneven:
             write(model, folder)
@@ -88,10 +85,24 @@ def _write(
     # Refusals and full disks come as ValueError, RuntimeError, OSError, SafetensorError, …
     except Exception as error:
         raise ExportError(f"transformers cannot save this model: {error}") from error
-    if report is not None:
-        report.save(folder / "report.json")
+
+
+def _describe(
+    folder: Path,
+    report: Report | Callable[[], Report] | None,
+    page: str | Callable[[Report], str | None] | None,
+    uneven: bool,
+) -> None:
+    """Writes the files for people; those that are there already are not touched."""
+    found = report() if callable(report) else report
+    if callable(page):
+        page = None if found is None else page(found)  # before the report: it may add a note
     if page is not None:
         (folder / "report.html").write_text(page, encoding="utf-8")
+    if found is not None:
+        found.save(folder / "report.json")
+        if not (folder / "README.md").exists():
+            (folder / "README.md").write_text(card(found, uneven=uneven), encoding="utf-8")
 
 
 def _verify(folder: Path, model: Any) -> None:

@@ -34,6 +34,7 @@ def complete(output: str | Path, failure: type[GrailError], *, size: int = 0) ->
     try:
         partial.mkdir(parents=True)
         yield partial
+        _settle_modes(partial)
         flush(partial)
         partial.rename(final)
         flush(final.parent, contents=False)
@@ -41,6 +42,17 @@ def complete(output: str | Path, failure: type[GrailError], *, size: int = 0) ->
         raise failure(f"{final} could not be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already after the rename
+
+
+def _settle_modes(folder: Path) -> None:
+    """Gives every file below the mode that the umask grants: some writers make theirs private."""
+    probe = folder / f".{uuid.uuid4().hex}"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def check_output(output: str | Path, size: int = 0) -> Path:

@@ -1,20 +1,34 @@
 """A `Report` as one HTML file that a person understands: no script, no network, light and dark.
 
-Plots are SVG written into the page. Matplotlib draws them in placeholder colours that are then
-replaced by the page's CSS variables, so one drawing is legible on a light and on a dark screen.
+Bars are HTML, which a phone lays out as well. Plots are SVG written into the page: matplotlib draws
+them in placeholder colours that are then replaced by the page's CSS variables, so one drawing is
+legible on a light and on a dark screen.
 """
 
 import io
-import itertools
 import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from grail import completions
+from grail.formatting import format_bytes, format_count, format_number, format_seconds
 from grail.report import Evaluation, InputReport, Report, SiteReport
+from grail.summary import (
+    before_after,
+    error_pairs,
+    evaluation_table,
+    explanation,
+    headline,
+    keep_in_words,
+    labelled,
+    size_sentence,
+    stage_table,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,25 +36,30 @@ if TYPE_CHECKING:
 
 # Placeholder drawn by matplotlib → CSS variable of the page.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
-_DENSE, _PRUNED, _RESTORED = "#040404", "#050505", "#060606"
+_PRUNED, _RESTORED = "#050505", "#060606"
 _VARIABLES = {
     _INK: "ink",
     _MUTED: "muted",
     _GRID: "grid",
-    _DENSE: "dense",
     _PRUNED: "pruned",
     _RESTORED: "restored",
 }
-_MODELS = {"dense": _DENSE, "pruned": _PRUNED, "restored": _RESTORED}
+# Colour of a row by its role, a CSS variable.
+_COLOURS = {
+    "dense": "dense",
+    "pruned": "pruned",
+    "compensated": "restored",
+    "restored": "restored",
+}
 _PHASES = {
     "forward": "forward passes",
     "gram": "Gram matrices",
     "select": "selection",
     "solve": "ridge solve",
     "absorb": "absorb",
+    "checkpoint": "state for resuming",
     "other": "everything else",
 }
-_FEW = 4  # shares that are listed; as many kinds may be narrowed at once
 _KINDS = {
     "mlp": "MLP channels",
     "heads": "attention heads",
@@ -48,75 +67,6 @@ _KINDS = {
     "shared_experts": "shared experts' channels",
     "conv": "convolution channels",
 }
-
-
-def headline(report: Report) -> tuple[str, str]:
-    """The one figure that sums a run up, and what it says: ("64%", "of the lost … came back")."""
-    share = report.recovered
-    if share is not None:
-        return f"{share:.0%}", "of the lost log-perplexity came back"
-    pairs = _error_pairs(report.sites)
-    if pairs and report.settings.get("compensate", True):
-        ratio = statistics.median(after / before if before else 1.0 for before, after in pairs)
-        return f"{ratio:.2f}×", "the output error of plain pruning, in the median site"
-    before, after = _before_after(report.model.get("parameters"))
-    if before and after:
-        return f"{after / before:.0%}", "of the parameters are left"
-    return str(len(report.sites)), "sites compressed"
-
-
-def evaluation_table(
-    evaluation: dict[str, Evaluation],
-) -> tuple[list[str], list[list[str]]]:
-    """Header and text rows of the table of evaluated models, for a page or a terminal."""
-    header = ["model", "perplexity", "parameters", "bytes on disk", "tokens/s"]
-    rows = [
-        [
-            name,
-            format_number(row.perplexity),
-            format_count(row.parameters),
-            format_bytes(row.bytes),
-            format_number(row.tokens_per_second),
-        ]
-        for name, row in evaluation.items()
-    ]
-    return header, rows
-
-
-def format_bytes(count: float) -> str:
-    """`count` bytes with a decimal unit: 269060552 → "269 MB"."""
-    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
-
-
-def format_count(count: float) -> str:
-    """`count` things, shortened: 134515008 → "135 M"."""
-    return _scaled(count, ("", "k", "M", "G", "T"))
-
-
-def format_number(value: float) -> str:
-    """Three significant digits, and below 10⁹ never fewer than the integer part: 25.7, 1234."""
-    if not math.isfinite(value):
-        return "∞" if value > 0 else str(value)
-    digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{digits}f}" if digits < 6 and abs(value) < 1e9 else f"{value:.2e}"
-
-
-def format_seconds(seconds: float) -> str:
-    """A wall time: 0.42 s, 42.1 s, 3 min 05 s."""
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s"
-
-
-def _scaled(value: float, units: Sequence[str]) -> str:
-    power = 0
-    while value >= 1000 and power < len(units) - 1:
-        value, power = value / 1000, power + 1
-    text = format_number(value) if power else str(round(value))
-    return f"{text} {units[power]}".rstrip()
 
 
 def save_page(report: Report, path: str | Path) -> None:
@@ -137,7 +87,8 @@ def page(report: Report) -> str:
     body = "\n".join(
         [
             _header(report, name),
-            _evaluation_section(report.evaluation),
+            _evaluation_section(report),
+            _samples_section(report),
             _error_section(report.sites, report.inputs),
             _width_section(report.sites),
             _cost_section(report),
@@ -150,9 +101,9 @@ def page(report: Report) -> str:
 
 def _header(report: Report, name: str) -> str:
     settings = report.settings
-    before, after = _before_after(report.model.get("parameters"))
+    before, after = before_after(report.model.get("parameters"))
     facts = [
-        f"keep {_shares(settings['keep'])}" if "keep" in settings else "",
+        f"keep {keep_in_words(settings['keep'], report.sites)}" if "keep" in settings else "",
         f"sites {_text(settings['sites'])}" if "sites" in settings else "",
         f"selector {_text(settings['selector'])}" if "selector" in settings else "",
         f"{format_count(before)} → {format_count(after)} parameters" if before and after else "",
@@ -162,55 +113,61 @@ def _header(report: Report, name: str) -> str:
         f"<header><p class='eyebrow'>GRAIL compression report</p><h1>{escape(name)}</h1>"
         f"<p class='facts'>{escape(' · '.join(fact for fact in facts if fact))}</p>"
         f"<p class='hero'><b>{escape(figure)}</b> <span>{escape(claim)}</span></p>"
-        f"<p class='lead'>{_explanation(report)}</p></header>"
+        f"<p class='lead'>{escape(explanation(report))}</p>"
+        + (f"<p class='lead'>{escape(line)}</p>" if (line := verdict(report)) else "")
+        + "</header>"
     )
 
 
-def _shares(keep: Any) -> str:
-    """One share, those of kinds, or of shares by site the range."""
-    if not isinstance(keep, Mapping) or len(keep) <= _FEW:
-        return str(keep)
-    listed = (share if isinstance(share, Sequence) else (share,) for share in keep.values())
-    shares = list(itertools.chain(*listed))
-    return f"{min(shares):.2f} to {max(shares):.2f}, by site"
-
-
-def _explanation(report: Report) -> str:
-    rows, share = report.evaluation, report.recovered
-    if share is not None:
-        dense, pruned, restored = (format_number(rows[name].perplexity) for name in _MODELS)
-        verdict = "" if share >= 0 else " Restoration made this text worse than plain pruning."
-        return (
-            f"On held-out text the dense model has a perplexity of {dense}. Plain pruning raises "
-            f"it to {pruned}; the same pruning with GRAIL's closed-form compensation gives "
-            f"{restored}. The share is ln(pruned/restored)&thinsp;/&thinsp;ln(pruned/dense)."
-            + verdict
-        )
-    if rows.keys() >= set(_MODELS):
-        return (
-            "There is no share of the lost log-perplexity to report: it needs a dense model that "
-            "is better than the pruned one, and a finite perplexity of all three."
-        )
-    if report.settings.get("compensate") is False:
-        return "This run is plain pruning: nothing was compensated."
-    return "The models were not compared on held-out text: give --evaluate TEXT to do so."
-
-
-def _evaluation_section(evaluation: dict[str, Evaluation]) -> str:
-    if not evaluation:
+def _evaluation_section(report: Report) -> str:
+    rows = report.evaluation
+    if not rows:
         return ""
-    header, rows = evaluation_table(evaluation)
-    tokens = next(iter(evaluation.values())).tokens
+    header, table = evaluation_table(labelled(rows))
+    tokens = next(iter(rows.values())).tokens
+    caption = [
+        f"Perplexity over {tokens:,} predicted tokens of held-out text; lower is better.",
+        "Each narrowed model was calibrated in a run of its own, so one selector may choose other "
+        "channels with compensation than without."
+        if report.same_choice
+        else "",
+    ]
+    if sizes := size_sentence(report):
+        caption.append(f"On disk: {sizes}.")
     return _section(
-        "What it cost and what it saved",
-        _table(header, rows, numeric=True),
-        _perplexity_plot(evaluation),
-        caption=f"Perplexity over {tokens:,} predicted tokens of held-out text; lower is better.",
+        "Cost and savings",
+        _table(header, table, numeric=True),
+        _perplexity_bars(rows),
+        caption=" ".join(filter(None, caption)),
+    )
+
+
+def _samples_section(report: Report) -> str:
+    """Greedy completions of each model, one under the other."""
+    if not report.samples:
+        return ""
+    labels = dict(zip(report.evaluation, labelled(report.evaluation), strict=True))
+    parts = []
+    for sample in report.samples:
+        rest = "".join(
+            f"<dt>{escape(labels.get(role, role))}</dt><dd>{escape(text)}</dd>"
+            for role, text in sample.items()
+            if role != "prompt"
+        )
+        parts.append(
+            f"<dl><dt>prompt</dt><dd class='muted'>{escape(sample['prompt'])}</dd>{rest}</dl>"
+        )
+    return _section(
+        "Sample completions",
+        *parts,
+        caption="Greedy decoding from the first tokens of sequences of the held-out text. Repeats "
+        "in the table above: the share of 4-grams of tokens that occur earlier in the same "
+        f"completion, over up to {completions.PROMPTS} completions.",
     )
 
 
 def _error_section(sites: Sequence[SiteReport], inputs: Sequence[InputReport]) -> str:
-    pairs = _error_pairs(sites)
+    pairs = error_pairs(sites)
     if not pairs:
         return ""
     better = sum(after < before for before, after in pairs)
@@ -265,11 +222,18 @@ def _read_by(inputs: Sequence[InputReport]) -> str:
 
 
 def _cost_section(report: Report) -> str:
-    plots = [_time_plot(report.seconds), _memory_plot(report.memory)]
+    plots = [_stages(report.stages), _time_bars(report.seconds), _memory_bars(report.memory)]
     if not any(plots):
         return ""
     captions = [_time_caption(report.seconds), _memory_caption(report.memory)]
     return _section("Time and memory", *plots, caption=" ".join(filter(None, captions)))
+
+
+def _stages(stages: Mapping[str, Mapping[str, float]]) -> str:
+    if not stages:
+        return ""
+    title = "<figcaption>Wall time of the whole command by stage</figcaption>"
+    return f"<figure>{title}{_table(*stage_table(stages), numeric=True)}</figure>"
 
 
 def _time_caption(seconds: dict[str, float]) -> str:
@@ -294,11 +258,17 @@ def _notes_section(notes: Sequence[str]) -> str:
     return f"<section><h2>Notes</h2><ul>{items}</ul></section>"
 
 
+def _keep(report: Report) -> str:
+    return keep_in_words(report.settings.get("keep"), report.sites)
+
+
 def _details_section(report: Report) -> str:
+    settings = report.settings
     groups = {
-        "Settings": report.settings,
+        "Settings": {**settings, "keep": keep} if (keep := _keep(report)) else settings,
         "Model": report.model,
         "Calibration": report.calibration,
+        "Origin": report.provenance,
         "Versions": report.versions,
     }
     tables = "".join(
@@ -308,7 +278,7 @@ def _details_section(report: Report) -> str:
         if group
     )
     return (
-        f"<details><summary>Settings and versions</summary>{tables}</details>"
+        f"<details><summary>Settings, origin and versions</summary>{tables}</details>"
         f"<details><summary>All {len(report.sites)} sites</summary>{_site_table(report.sites)}"
         "</details>"
         + (
@@ -398,83 +368,62 @@ def _text(value: object) -> str:
     return "–" if value is None else str(value)
 
 
-def _before_after(value: object) -> tuple[float, float]:
-    if isinstance(value, dict):
-        return value.get("before", 0), value.get("after", 0)
-    return 0, 0
-
-
-def _error_pairs(sites: Sequence[SiteReport]) -> list[tuple[float, float]]:
-    """(plain pruning, compensated) of every site that knows both and was touched."""
-    return [
-        (site.baseline_error, site.error)
-        for site in sites
-        if site.baseline_error is not None and site.error is not None
-        if site.kept < site.channels or site.baseline_error > 0
-    ]
-
-
-def _perplexity_plot(evaluation: dict[str, Evaluation]) -> str:
+def _perplexity_bars(evaluation: Mapping[str, Evaluation]) -> str:
     values = [row.perplexity for row in evaluation.values()]
     labels = [format_number(value) for value in values]
-    colours = [_MODELS[name] for name in evaluation]
+    names = list(labelled(evaluation))
+    colours = [_COLOURS.get(role, "muted") for role in evaluation]
     title = "Perplexity"
     finite = [value for value in values if math.isfinite(value)] or [1.0]
     if max(finite) > 20 * min(finite):  # else the small bars would all look alike
         title, values = "Perplexity, on a logarithmic scale", [math.log(value) for value in values]
-    return _bars("perplexity", title, list(evaluation), values, labels, colours)
+    return _bars(title, names, values, labels, colours)
 
 
-def _time_plot(seconds: dict[str, float]) -> str:
-    phases = {label: seconds[phase] for phase, label in _PHASES.items() if phase in seconds}
+def _time_bars(seconds: Mapping[str, float]) -> str:
+    """Every phase of a run, those without a name here by their own."""
+    order = [*_PHASES, *(phase for phase in seconds if phase not in _PHASES)]
+    phases = {p: seconds[p] for p in order if p in seconds and p != "total"}
     total = sum(phases.values())
     if not total:
         return ""
-    labels = [f"{format_seconds(value)}  ({value / total:.0%})" for value in phases.values()]
-    colours = [_DENSE if name == _PHASES["forward"] else _RESTORED for name in phases]
-    title = f"Time by phase, {format_seconds(total)} in all"
-    return _bars("time", title, list(phases), list(phases.values()), labels, colours)
+    names = [_PHASES.get(phase, phase) for phase in phases]
+    labels = [f"{format_seconds(value)} ({value / total:.0%})" for value in phases.values()]
+    colours = ["dense" if phase == "forward" else "restored" for phase in phases]
+    title = f"Time of the compression by phase, {format_seconds(total)} in all"
+    return _bars(title, names, list(phases.values()), labels, colours)
 
 
-def _memory_plot(memory: dict[str, int]) -> str:
+def _memory_bars(memory: Mapping[str, int]) -> str:
     names = {"predicted_peak": "predicted", "measured_peak": "measured"}
     known = {label: memory[key] for key, label in names.items() if memory.get(key)}
     if not known:
         return ""
     labels = [format_bytes(value) for value in known.values()]
-    colours = [_DENSE if name == "predicted" else _RESTORED for name in known]
-    return _bars("memory", "Peak memory", list(known), list(known.values()), labels, colours)
+    colours = ["dense" if name == "predicted" else "restored" for name in known]
+    title = "Peak memory of the compression"
+    return _bars(title, list(known), list(known.values()), labels, colours)
 
 
 def _bars(
-    key: str,
     title: str,
     names: Sequence[str],
     values: Sequence[float],
     labels: Sequence[str],
     colours: Sequence[str],
 ) -> str:
-    """Horizontal bars, one a name, each with its label behind it."""
-    figure, (axes,) = _figure(height=0.2 + 0.36 * len(names))
+    """Horizontal bars in proportion to `values`, one a name, each with its label after it."""
     finite = [value if math.isfinite(value) else 0.0 for value in values]
-    axes.barh(range(len(names)), finite, height=0.62, color=colours)
     longest = max(finite) or 1.0
-    for row, (value, label) in enumerate(zip(finite, labels, strict=True)):
-        axes.text(
-            value + 0.012 * longest,
-            row,
-            label,
-            va="center",
-            color=_INK,
-            parse_math=False,
-        )
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.22 * longest)
-    axes.xaxis.set_visible(False)
-    axes.spines["bottom"].set_visible(False)
-    summary = "; ".join(f"{name} {label}" for name, label in zip(names, labels, strict=True))
-    return _svg(figure, key, title, summary)
+    rows = "".join(
+        f"<div class='name'>{escape(name)}</div><div class='bar'>"
+        f"<i style='width: {65 * max(value, 0) / longest:.4f}%; background: var(--{colour})'></i>"
+        f"<span>{escape(label)}</span></div>"
+        for name, value, label, colour in zip(names, finite, labels, colours, strict=True)
+    )
+    return (
+        f"<figure><figcaption>{escape(title)}</figcaption><div class='bars'>{rows}</div></figure>"
+    )
 
 
 def _width_plot(shares: Mapping[str, Mapping[int, float]]) -> str:
@@ -502,12 +451,12 @@ def _error_plot(sites: Sequence[SiteReport]) -> str:
     """One panel a kind of site: error before and after by block, joined by a stem."""
     from matplotlib.ticker import MaxNLocator
 
-    kinds = list(dict.fromkeys(site.kind for site in sites if _error_pairs([site])))
+    kinds = list(dict.fromkeys(site.kind for site in sites if error_pairs([site])))
     figure, panels = _figure(height=2.5 * len(kinds) + 0.45, rows=len(kinds))
     for axes, kind in zip(panels, kinds, strict=True):
-        known = [site for site in sites if site.kind == kind and _error_pairs([site])]
+        known = [site for site in sites if site.kind == kind and error_pairs([site])]
         blocks = [site.block for site in known]
-        before, after = zip(*_error_pairs(known), strict=True)
+        before, after = zip(*error_pairs(known), strict=True)
         axes.vlines(blocks, before, after, color=_GRID, linewidth=2.5, zorder=1)
         axes.plot(blocks, before, "o", color=_PRUNED, markersize=5, label="plain pruning")
         axes.plot(blocks, after, "o", color=_RESTORED, markersize=5, label="compensated")
@@ -526,7 +475,7 @@ def _error_plot(sites: Sequence[SiteReport]) -> str:
         frameon=False,
         labelcolor=_INK,
     )
-    pairs = _error_pairs(sites)
+    pairs = error_pairs(sites)
     before, after = (statistics.median(column) for column in zip(*pairs, strict=True))
     summary = f"{len(pairs)} sites; median {before:.3f} with plain pruning, {after:.3f} compensated"
     return _svg(figure, "errors", "Relative output error by site", summary)
@@ -536,7 +485,7 @@ def _figure(height: float, rows: int = 1) -> "tuple[Figure, list[Axes]]":
     """A figure outside pyplot, `height` inches, with the axes stripped to what is read."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, height), layout="constrained")
+    figure = Figure(figsize=(4.6, height), layout="constrained")
     panels = list(figure.subplots(rows, 1, squeeze=False)[:, 0])
     for axes in panels:
         axes.set_facecolor("none")
@@ -583,7 +532,7 @@ h2 { font-size: 1.1rem; margin: 0 0 .9rem; }
 h3 { font-size: .95rem; margin: 1.3rem 0 .4rem; }
 .eyebrow, .facts, .caption, .lead { color: var(--muted); margin: 0; }
 .eyebrow { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase; }
-.caption { font-size: .88rem; margin-top: .8rem; }
+.caption { font-size: .88rem; margin-top: .8rem; } .lead + .lead { margin-top: .6rem; }
 .hero { margin: 1.6rem 0 .5rem; font-size: 1.3rem; line-height: 1.15; }
 .hero b { font-size: 3.6rem; color: var(--restored); margin-right: .4rem; letter-spacing: -.02em; }
 section, details { background: var(--card); border: 1px solid var(--grid); border-radius: .6rem;
@@ -599,10 +548,22 @@ td { overflow-wrap: anywhere; }
 .numeric td, .numeric th[scope=col] + th { text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 th:first-child { padding-left: 0; } th:last-child, td:last-child { padding-right: 0; }
-figure { margin: 1.4rem 0 0; overflow-x: auto; } h2 + figure { margin-top: 0; }
+figure { margin: 1.4rem 0 0; } h2 + figure { margin-top: 0; }
 figcaption { font-size: .92rem; font-weight: 600; margin-bottom: .4rem; }
-svg { display: block; width: 100%; min-width: 30rem; height: auto; }
+svg { display: block; width: 100%; max-width: 34rem; height: auto; }
+.bars { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .35rem .8rem;
+  align-items: center; font-size: .92rem; }
+.bar { display: flex; align-items: center; gap: .5rem; white-space: nowrap; }
+.bar i { height: 1.15rem; min-width: 1px; border-radius: .15rem; }
+dl { margin: 0 0 1.2rem; font-size: .92rem; overflow-wrap: anywhere; }
+dt { color: var(--muted); font-size: .85rem; margin-top: .5rem; }
+dd { margin: 0; white-space: pre-wrap; } dd.muted { color: var(--muted); }
 ul { margin: 0; padding-left: 1.2rem; }
+@media (max-width: 32rem) { main { padding: 1.5rem .75rem 2rem; }
+  section, details { padding: 1rem .9rem; } .hero b { font-size: 2.8rem; }
+  table { font-size: .72rem; } th, td { padding: .35rem .2rem; }
+  .numeric th[scope=col] { white-space: normal; }
+  .bars { grid-template-columns: minmax(0, 7.5rem) minmax(0, 1fr); } }
 @media print { body { background: none; } section, details { break-inside: avoid; } }
 """
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grail.arguments import as_path, require_model, require_usable
+from grail.card import card
 from grail.errors import ExportError, InputError
 from grail.folder import complete
 from grail.report import Report
@@ -33,7 +34,7 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
     Args:
         model: any network.
         output: folder to create; one that exists must be empty.
-        report: written as `report.json`.
+        report: written as `report.json` and, in words, as the model card `README.md`.
 
     Returns:
         The path of the folder.
@@ -49,6 +50,7 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
         write(model, folder)
         if report is not None:
             report.save(folder / "report.json")
+            (folder / "README.md").write_text(card(report, transformers=False), encoding="utf-8")
     return Path(output).resolve()
 
 

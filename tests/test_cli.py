@@ -1,8 +1,11 @@
 """The command line: what it writes, what it prints, and how it refuses."""
 
+import hashlib
+import html
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,7 +16,9 @@ from functools import partial
 import pytest
 import torch
 
+from grail.formatting import format_bytes, format_seconds
 from grail.report import Report
+from grail.summary import headline
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -21,7 +26,7 @@ transformers = pytest.importorskip("transformers")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from grail import commands  # noqa: E402
+from grail import commands, workflow  # noqa: E402
 from grail.models import load_model  # noqa: E402
 
 from .counting import refused  # noqa: E402
@@ -95,21 +100,22 @@ def test_compress_writes_a_narrower_model_that_transformers_loads(finished):
 def test_compress_writes_the_report_beside_the_model(finished):
     _, output = finished
     report = Report.from_json((output / "report.json").read_text())
-    assert list(report.evaluation) == ["dense", "pruned", "restored"]
+    assert list(report.evaluation) == ["dense", "pruned", "compensated", "restored"]
     assert report.evaluation["dense"].parameters > report.evaluation["pruned"].parameters
     assert report.model["name"] == "model"
     assert report.calibration["source"].endswith("calibration.txt")
     assert len(report.sites) == 4
-    assert (
-        "came back" in (output / "report.html").read_text()
-        or "error of plain pruning" in (output / "report.html").read_text()
-    )
+    page = (output / "report.html").read_text()
+    assert html.escape(headline(report)[1]) in page
+    assert html.escape(report.samples[0]["restored"]) in page
 
 
 def test_compress_prints_table_time_memory_and_where_things_are(finished):
     done, output = finished
-    for word in ("dense", "pruned", "restored", "perplexity", "forward", "predicted", "measured"):
+    for word in ("dense", "perplexity", "forward", "predicted", "measured", "source", "output"):
         assert word in done.stdout
+    for row in ("pruned (wanda)", "compensated (wanda)", "compensated (greedy)"):
+        assert row in done.stdout
     assert str(output) in done.stdout
     assert "Predicted for keep=0.5, 512 tokens: peak memory" in done.stderr
     assert "Warning" not in done.stderr
@@ -139,7 +145,90 @@ def test_pruned_row_is_the_model_that_plain_pruning_writes(finished, arguments, 
     beside = Report.from_json((output / "report.json").read_text())
     assert list(alone.evaluation) == ["dense", "pruned"]
     assert alone.evaluation["pruned"].perplexity == beside.evaluation["pruned"].perplexity
-    assert any("Wanda's choice" in note for note in beside.notes)
+    assert [row.selector for row in beside.evaluation.values()] == [
+        *(None, "wanda", "wanda", "greedy")
+    ]
+
+
+def test_compensated_row_is_the_model_that_the_selector_of_the_pruned_one_gives(
+    finished, arguments, folder
+):
+    _, output = finished
+    result = grail(
+        *arguments, "--keep", 0.5, "--sites", "mlp,heads", "--json", "--selector", "wanda",
+        *("--evaluate", folder / "heldout.txt", "--evaluate-tokens", 512),
+    )  # fmt: skip
+    alone = Report.from_json(result.stdout)
+    beside = Report.from_json((output / "report.json").read_text())
+    assert list(alone.evaluation) == ["dense", "pruned", "restored"]
+    assert alone.evaluation["restored"].perplexity == beside.evaluation["compensated"].perplexity
+    assert alone.recovered == beside.recovered
+
+
+def test_the_prediction_that_is_printed_is_the_one_in_the_report(finished):
+    done, output = finished
+    report = Report.from_json((output / "report.json").read_text())
+    said = (
+        f"peak memory {format_bytes(report.memory['predicted_peak'])}, "
+        f"time {format_seconds(report.stages['total']['predicted'])}."
+    )
+    assert said in done.stderr
+    for column in ("predicted", "measured"):
+        stages = {name: row[column] for name, row in report.stages.items()}
+        assert stages.pop("total") == pytest.approx(sum(stages.values()))
+        assert stages.keys() == {
+            *("importing", "loading", "predicting", "perplexity", "completions"),
+            *("runs to compare with", "compressing", "writing"),
+        }
+    page = (output / "report.html").read_text()
+    assert page.count(format_seconds(report.stages["total"]["predicted"])) >= 1
+
+
+def test_statistics_are_said_to_be_what_a_run_is_predicted_for(folder, tmp_path):
+    collect = ["stats", "collect", folder / "model", "--calibration", folder / "calibration.txt"]
+    assert grail(*collect, "--output", tmp_path / "a", *SHORT).exit_code == 0
+    command = ["compress", folder / "model", "--statistics", tmp_path / "a", "--open-loop"]
+    result = grail(*command, "--output", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "statistics of 512 tokens" in result.stderr
+    assert " 0 tokens" not in result.stderr
+    report = Report.from_json(result.stdout)
+    assert report.provenance["calibration"]["source"] == str(tmp_path / "a")
+    (collected,) = report.provenance["calibration"]["collected"]
+    assert collected["tokens"] == report.calibration["tokens"] == 512
+
+
+def test_the_origin_of_a_result_is_in_its_report_and_on_its_card(finished, folder):
+    _, output = finished
+    report = Report.from_json((output / "report.json").read_text())
+    origin, card = report.provenance, (output / "README.md").read_text()
+    assert shlex.split(origin["command"])[:3] == ["grail", "compress", str(folder / "model")]
+    assert "--evaluate-tokens 512" in origin["command"]
+    model, calibration, heldout = (
+        hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("model/model.safetensors", "calibration.txt", "heldout.txt")
+    )
+    assert origin["model"]["files"]["model.safetensors"]["sha256"] == model
+    assert origin["calibration"]["sha256"] == calibration
+    assert origin["evaluation"]["sha256"] == heldout
+    for word in (origin["command"], model, origin["date"], "pruned (wanda)", "from_pretrained"):
+        assert word in card
+
+
+def test_the_command_of_a_report_runs_again_and_gives_the_same(arguments, folder, tmp_path):
+    given = ["--no-compensate", "--seed", 3, "--keep", 0.6, "--json", "--no-baseline"]
+    first = Report.from_json(grail(*arguments, *given).stdout)
+    shutil.rmtree(tmp_path / "out")
+    again = Report.from_json(grail(*shlex.split(first.provenance["command"])[1:]).stdout)
+    assert again.settings == first.settings
+    assert again.provenance["command"] == first.provenance["command"]
+    assert again.provenance["calibration"] == first.provenance["calibration"]
+
+
+def test_the_time_of_uneven_widths_is_predicted_too(arguments):
+    result = grail(*arguments, "--uneven", "--keep", 0.5, "--multiple", 2, "--batch-size", 1)
+    assert "loss by site" in result.stderr.split("Predicted")[1]
+    assert result.exit_code == 0
 
 
 def test_token_weights_leave_the_pruned_row_as_it_is(finished, arguments, folder):
@@ -627,17 +716,23 @@ def test_an_output_folder_in_use_is_refused_before_the_model_is_loaded(
 def test_too_little_disk_is_refused_before_the_work(arguments, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")(1 << 40, (1 << 40) - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(commands, "compress_model", lambda *a, **k: pytest.fail("did the work"))
+    monkeypatch.setattr(workflow, "compress", lambda *a, **k: pytest.fail("did the work"))
     assert "MiB free" in refusal(grail(*arguments))
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stage", ["load_model", "evaluate_model", "compress_model", "page"])
-def test_an_interrupted_run_leaves_nothing_behind(arguments, folder, stage, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("module", "stage"),
+    [(commands, "load_model"), (workflow, "evaluate"), (workflow, "compress"), (commands, "page")],
+    ids=["load", "evaluate", "compress", "page"],
+)
+def test_an_interrupted_run_leaves_nothing_behind(
+    arguments, folder, module, stage, monkeypatch, tmp_path
+):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, stage, interrupt)
+    monkeypatch.setattr(module, stage, interrupt)
     result = grail(*arguments, "--evaluate", folder / "heldout.txt")
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
@@ -677,7 +772,7 @@ def test_running_out_of_memory_names_the_knobs(error, arguments, monkeypatch):
     def exhausted(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(commands, "compress_model", exhausted)
+    monkeypatch.setattr(workflow, "compress", exhausted)
     assert "--batch-size" in refusal(grail(*arguments))
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from grail.clock import MARKS, Clock
+from grail.clock import MARKS, Clock, Stages
 
 
 class Event:
@@ -60,3 +60,16 @@ def test_seconds_that_an_earlier_run_took_are_added_to_those_of_this_one(clock):
     with clock("solve"):
         pass
     assert clock.seconds == {"solve": 6.0}
+
+
+def test_a_stage_that_runs_again_or_fails_is_added_up(monkeypatch):
+    times = iter([0.0, 2.0, 10.0, 13.0, 20.0, 24.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    stages = Stages()
+    with stages("a"):
+        pass
+    with stages("b"):
+        pass
+    with pytest.raises(ZeroDivisionError), stages("a"):
+        raise ZeroDivisionError
+    assert stages.seconds == {"a": 6.0, "b": 3.0}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from grail.errors import EmptyCalibrationError, ModelError
-from grail.evaluate import evaluate, measure_size
+from grail.evaluate import bfloat16_bytes, evaluate, measure_size
 
 # The loss is a mean of fp32 log-probabilities of size ~10, each within a few hundred roundings
 # (one per layer, channel and vocabulary sum) of 6e-8 relative: 1e-4 absolute is never reached by
@@ -81,6 +81,15 @@ def test_size_is_what_a_checkpoint_holds(tiny_llama, tmp_path, tied):
     stored = load_file(tmp_path / "model.safetensors").values()
     expected = (sum(t.numel() for t in stored), sum(t.nbytes for t in stored))
     assert measure_size(model) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_size_in_bfloat16_is_that_of_such_a_checkpoint(tiny_llama, dtype, tied):
+    model = tiny_llama(tie_word_embeddings=tied).to(dtype)
+    half = copy.deepcopy(model).bfloat16()
+    model.register_buffer("counts", torch.arange(7))
+    assert bfloat16_bytes(model) == measure_size(half)[1] + 7 * 8
 
 
 def test_leaves_training_mode_and_random_state(tiny_llama, tiny_batches):

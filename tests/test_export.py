@@ -1,6 +1,7 @@
 """An export is complete and reloads to the same logits, or is not there."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import grail
+from grail.card import card
 from grail.errors import ExportError, InputError
 from grail.export import export
-from grail.folder import check_output
+from grail.folder import check_output, complete
 from grail.models import load_model
-from grail.report import Report
+from grail.report import Evaluation, Report
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -50,6 +54,132 @@ def test_writes_tokenizer_report_and_page(tiny_llama, tiny_tokenizer, tmp_path):
     assert AutoTokenizer.from_pretrained(folder)("w7 w9").input_ids == [7, 9]
     assert Report.from_json((folder / "report.json").read_text()) == report
     assert (folder / "report.html").read_text() == "<p>page</p>"
+    assert "keep 0.5" in (folder / "README.md").read_text()
+
+
+def test_report_and_page_are_made_once_the_model_is_there(tiny_llama, tmp_path):
+    report = Report(settings={}, model={}, calibration={})
+    seen = []
+
+    def finished():
+        (partial,) = tmp_path.glob(".out.*.partial")
+        seen.extend(path.name for path in partial.iterdir())
+        return report
+
+    def page(given):
+        given.notes.append("from the page")
+        return "<p>made</p>"
+
+    folder = export(tiny_llama(), None, tmp_path / "out", finished, page)
+    assert "model.safetensors" in seen
+    assert (folder / "report.html").read_text() == "<p>made</p>"
+    assert Report.from_json((folder / "report.json").read_text()).notes == ["from the page"]
+
+
+def test_a_failing_report_leaves_nothing(tiny_llama, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        export(tiny_llama(), None, tmp_path / "out", lambda: 1 / 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def header(card):
+    """The fields between the two lines of dashes, read as YAML."""
+    _, fields, _ = card.split("---\n", 2)
+    return yaml.safe_load(fields)
+
+
+@pytest.mark.parametrize(
+    ("source", "base"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("models/of mine: #1.gguf", "of mine: #1.gguf"),
+    ],
+    ids=["hub", "file"],
+)
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+def test_the_card_says_what_hubs_read(source, base, uneven):
+    report = Report({}, {"name": Path(source).name}, {}, provenance={"model": {"source": source}})
+    assert header(card(report, uneven=uneven)) == {
+        "base_model": base,
+        "library_name": "grail" if uneven else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["grail", "structured-pruning", "compressed"],
+    }
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+def test_the_code_on_the_card_loads_the_model(tiny_llama, tiny_batches, tmp_path, uneven):
+    model = tiny_llama()
+    keep = {"mlp": [0.5, 0.75]} if uneven else 0.5
+    report = grail.compress(model, tiny_batches(), keep, ("mlp",), multiple=2, progress=False)
+    # Words of the tiny tokenizer are not needed: only the model's lines of the code run.
+    folder = export(model, None, tmp_path / "out", report, uneven=uneven)
+    text = (folder / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(folder))
+    if uneven:
+        code = code.replace("model, tokenizer = load_model(", "model, _ = read_model(")
+        code = code.replace("import load_model", "import read_model")
+    names = {}
+    exec("\n".join(line for line in code.splitlines() if "tokenizer =" not in line), names)
+    tokens = tiny_batches()[0]
+    with torch.no_grad():
+        assert torch.equal(names["model"](tokens).logits, model(tokens).logits)
+    kept = sum(site.kept for site in report.sites)
+    assert f"mlp: 2 sites, {kept} of 160 channels kept" in text
+
+
+def test_the_card_has_the_scores_and_takes_hostile_names(tmp_path):
+    hostile = "a | b\n# c <script>"
+    row = Evaluation(12.5, 10, 1_000_000, 4_000_000, hostile, "weights")
+    report = Report({"selector": hostile}, {"name": hostile}, {}, evaluation={"restored": row})
+    text = card(report)
+    (line,) = [line for line in text.splitlines() if "12.5" in line]
+    cells = re.split(r"(?<!\\)\|", line)
+    assert [cell.strip() for cell in cells[2:5]] == ["12.5", "1.00 M", "4.00 MB"]
+    _, _, body = text.split("---\n", 2)
+    assert "script" in body
+    assert "<script>" not in body
+    assert not [line for line in text.splitlines() if line.startswith("# c")]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
+@pytest.mark.parametrize("writer", ["export", "save", "any"])
+def test_files_have_the_mode_that_the_umask_grants(
+    writer, mask, mode, tiny_llama, tiny_tokenizer, tmp_path
+):
+    report = Report({}, {}, {})
+    before = os.umask(mask)
+    try:
+        if writer == "export":
+            export(tiny_llama(), tiny_tokenizer(), tmp_path / "out", report, "<p>page</p>")
+        elif writer == "save":
+            grail.save(torch.nn.Linear(3, 2), tmp_path / "out", report)
+        else:
+            with complete(tmp_path / "out", ExportError) as folder:
+                (folder / "deep").mkdir()
+                for private in (folder / "one", folder / "deep" / "two"):
+                    os.close(os.open(private, os.O_CREAT, 0o600))
+    finally:
+        os.umask(before)
+    paths = list((tmp_path / "out").rglob("*"))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in paths if path.is_file()}
+    assert len(modes) >= 2
+    assert set(modes.values()) == {mode}, modes
+    folders = [tmp_path / "out", *(path for path in paths if path.is_dir())]
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o777 & ~mask}
+
+
+def test_a_card_that_is_there_is_not_overwritten(tiny_llama, tmp_path, monkeypatch):
+    model = tiny_llama()
+    save = type(model).save_pretrained
+
+    def with_card(self, folder):
+        save(self, folder)
+        (folder / "README.md").write_text("mine")
+
+    monkeypatch.setattr(type(model), "save_pretrained", with_card)
+    folder = export(model, None, tmp_path / "out", Report({}, {}, {}))
+    assert (folder / "README.md").read_text() == "mine"
 
 
 def test_creates_missing_parents_and_fills_an_empty_folder(tiny_llama, tmp_path):

@@ -10,25 +10,33 @@ from html.parser import HTMLParser
 
 import pytest
 
-from grail.page import (
-    format_bytes,
-    format_count,
-    format_number,
-    format_seconds,
-    page,
-    save_page,
-)
+from grail.formatting import format_bytes, format_count, format_number, format_seconds
+from grail.page import page, save_page
 from grail.report import Evaluation, InputReport, Report, SiteReport
+from grail.summary import headline, keep_in_words, size_sentence, verdict
 
 pytest.importorskip("matplotlib")
 
 
-def evaluation(perplexity):
-    return Evaluation(perplexity, 4092, 1_000_000, 4_000_000, 512.0)
+def rows(selector="magnitude", **perplexities):
+    """Evaluated models by role; pruned and compensated ones of one selector."""
+    made = {
+        "dense": {},
+        "pruned": {"selector": selector},
+        "compensated": {"selector": selector, "compensation": "weights"},
+        "restored": {"selector": selector, "compensation": "weights"},
+    }
+    return {
+        role: Evaluation(value, 4092, 1_000_000, 4_000_000, **made[role])
+        for role, value in perplexities.items()
+    }
 
 
-def rows(**perplexities):
-    return {name: evaluation(value) for name, value in perplexities.items()}
+def greedy(**perplexities):
+    """As `rows`, but the model of the report has another selector than the others."""
+    found = rows("wanda", **perplexities)
+    found["restored"].selector = "greedy"
+    return found
 
 
 def report(blocks=4, kinds=("mlp", "heads"), **changes):
@@ -91,19 +99,41 @@ def test_uneven_widths_are_shown_and_even_ones_are_not():
     keep = {site.name: site.kept / site.channels for site in sites}
     shown = page(report(sites=sites, settings={**even.settings, "keep": keep}))
     assert "Who keeps how much" in shown
-    assert "keep 0.25 to 0.62, by site" in shown
-    kinds = {"mlp": [0.5, 0.75], "a": 0.5, "b": 0.25, "c": 0.5, "d": 0.5}
-    listed = page(report(sites=sites, settings={**even.settings, "keep": kinds}))
-    assert "keep 0.25 to 0.75, by site" in listed
     assert "MLP channels 25% to 62%; attention heads 25% to 62%" in shown
 
 
+# Blocks of 16, 24, 32 and 40 of 64 channels: 112 of 256.
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (0.5, "0.5"),
+        ({"mlp": 0.5, "heads": 0.75}, "mlp 0.5, heads 0.75"),
+        ({"mlp": [0.25, 0.375, 0.5, 0.625]}, "0.44 on average, 0.25 to 0.62 by site"),
+        (
+            {f"model.layers.{block}.mlp": 0.25 + block / 8 for block in range(4)},
+            "0.44 on average, 0.25 to 0.62 by site",
+        ),
+        ({"model.layers.0.mlp": 0.25}, "0.44 on average, 0.25 to 0.62 by site"),
+    ],
+    ids=["one", "kinds", "blocks", "sites", "one site"],
+)
+def test_shares_are_in_words_in_the_header_and_in_the_settings(keep, words):
+    even = report()
+    sites = [dataclasses.replace(site, kept=8 * (2 + site.block)) for site in even.sites]
+    shown = Document(page(report(sites=sites, settings={**even.settings, "keep": keep}))).text
+    assert f"keep {words} · sites" in shown
+    assert f" keep {words} sites mlp, heads" in shown  # the row of the settings
+    assert not set("{}[]") & set(shown)
+    assert keep_in_words(keep, sites) == words
+
+
 class Document(HTMLParser):
-    """Tags, attributes and visible text of an HTML text; fails on tags that do not nest."""
+    """Tags, attributes, visible text and tables of an HTML text; fails on tags that do not nest."""
 
     def __init__(self, text):
         super().__init__()
         self.tags, self.attributes, self.words, self._open = [], [], [], []
+        self.tables = []  # rows of cells
         self.feed(text)
         self.close()
         assert not self._open
@@ -111,6 +141,12 @@ class Document(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
         if tag != "meta":
             self._open.append(tag)
 
@@ -124,6 +160,12 @@ class Document(HTMLParser):
     def handle_data(self, data):
         if self._open and self._open[-1] != "style":
             self.words.append(data)
+        if self._open and self._open[-1] in ("th", "td"):
+            self.tables[-1][-1][-1] += data
+
+    def table(self, first):
+        """The rows of the table whose first cell is that, without the header."""
+        return next(table[1:] for table in self.tables if table and table[0][0] == first)
 
     @property
     def text(self):
@@ -167,6 +209,176 @@ def test_recovered_is_none_where_the_share_has_no_meaning(perplexities):
     assert Report({}, {}, {}, evaluation=rows(**perplexities)).recovered is None
 
 
+@pytest.mark.parametrize("selector", ["wanda", "magnitude", "folding"])
+def test_the_share_is_against_pruning_by_the_same_selector(selector):
+    # By hand: ln(40/20) / ln(40/10) = 1/2; the report's own model ln(40/16) / ln(40/10) = 0.661.
+    found = greedy(dense=10, pruned=40, compensated=20, restored=16)
+    for row in found.values():
+        row.selector = row.selector and row.selector.replace("wanda", selector)
+    whole = report(evaluation=found)
+    assert whole.same_choice == "compensated"
+    assert whole.recovered == pytest.approx(0.5)
+    assert headline(whole) == (
+        "50%",
+        f"of the log-perplexity lost by pruning ({selector}) is recovered",
+    )
+    text = Document(page(whole)).text
+    assert f"pruned ({selector}) 40.0, compensated ({selector}) 20.0" in text
+    assert "compensated (greedy): 16.0, 66% by selection and compensation together" in text
+
+
+@pytest.mark.parametrize(
+    "change", [{"selector": "greedy"}, {"uneven": True}], ids=["selector", "widths"]
+)
+def test_no_share_is_claimed_for_another_choice(change):
+    found = rows(dense=10, pruned=40, restored=16)
+    found["restored"] = dataclasses.replace(found["restored"], **change)
+    whole = report(evaluation=found)
+    assert whole.recovered is None
+    assert "perplexity lost by" not in (text := Document(page(whole)).text)
+    assert "66%" not in text
+
+
+def test_every_row_says_what_it_is():
+    found = greedy(dense=10, pruned=40, compensated=20, restored=16)
+    found["restored"].uneven = True
+    found["compensated"].compensation = "bias"
+    table = Document(page(report(evaluation=found))).table("model")
+    assert [row[:2] for row in table] == [
+        ["dense", "10.0"],
+        ["pruned (wanda)", "40.0"],
+        ["bias compensated (wanda)", "20.0"],
+        ["compensated (greedy, uneven)", "16.0"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said", "unsaid"),
+    [
+        (
+            {"source": 98e6, "after": 379e6, "bfloat16": 190e6},
+            "source 98.0 MB, output 379 MB (float32); with --dtype bfloat16 it would be 190 MB; "
+            "the source holds fewer bits a weight than the output",
+            "nothing",
+        ),
+        ({"source": 98e6, "after": 61e6, "bfloat16": 61e6}, "output 61.0 MB", "bfloat16"),
+        ({"after": 61e6, "bfloat16": 61e6}, "output 61.0 MB (float32)", "source"),
+        ({}, "", "output"),
+    ],
+    ids=["quantised", "bf16", "source unknown", "unknown"],
+)
+def test_bytes_of_source_output_and_bf16_are_said(sizes, said, unsaid):
+    whole = report(model={"name": "tiny", "dtype": "float32", "bytes": sizes})
+    assert said in (sentence := size_sentence(whole))
+    assert unsaid not in sentence
+    assert sentence in Document(page(whole)).text
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "repeats", "said"),
+    [
+        (11, 0.30, "usable as it is"),
+        (11, 0.45, "repeats itself"),
+        (20, 0.30, "predicts clearly worse"),
+        (math.inf, 0.30, "predicts clearly worse"),
+        (20, 0.45, "repeats itself"),
+    ],
+)
+def test_it_is_said_whether_a_model_is_usable(perplexity, repeats, said):
+    found = rows(dense=10, pruned=40, restored=perplexity)
+    found["dense"].repetition, found["restored"].repetition = 0.25, repeats
+    whole = report(evaluation=found)
+    assert said in verdict(whole)
+    assert verdict(whole) in Document(page(whole)).text
+    assert f"{repeats:.0%}" in Document(page(whole)).table("model")[2]
+
+
+@pytest.mark.parametrize(("error", "said"), [(0.06, True), (0.12, False)])
+def test_repetition_within_its_own_error_is_no_fault(error, said):
+    found = rows(dense=10, pruned=40, restored=11)
+    found["dense"].repetition, found["restored"].repetition = 0.25, 0.45
+    for row in (found["dense"], found["restored"]):
+        row.repetition_error = error  # twice that of the difference: 0.17 and 0.34
+    whole = report(evaluation=found)
+    assert ("repeats itself" in verdict(whole)) == said
+    assert f"45 ± {100 * error:.0f}%" in verdict(whole)
+
+
+def test_nothing_is_said_of_use_without_completions():
+    assert verdict(report()) == ""
+    assert "repeats" not in Document(page(report())).text
+
+
+def test_completions_of_each_model_stand_under_their_prompt():
+    sample = {"prompt": "The sky", "dense": "is blue", "pruned": "is is", "restored": "is <blue>"}
+    text = Document(page(report(samples=[sample]))).text
+    assert (
+        "prompt The sky dense is blue pruned (magnitude) is is compensated (magnitude) is <blue>"
+    ) in text
+
+
+def test_no_phase_of_time_is_lost():
+    seconds = {"forward": 4.0, "checkpoint": 3.0, "other": 1.0, "unheard of": 2.0, "total": 10.0}
+    text = Document(page(report(seconds=seconds))).text
+    for words in ("10.0 s in all", "3.00 s (30%)", "unheard of 2.00 s (20%)", "everything else"):
+        assert words in text
+
+
+def test_predicted_and_measured_time_stand_by_stage():
+    stages = {
+        "loading": {"predicted": 2.0, "measured": 3.0},
+        "loss by site": {"measured": 4.0},
+        "total": {"predicted": 2.0, "measured": 7.0},
+    }
+    assert Document(page(report(stages=stages))).table("stage") == [
+        ["loading", "2.00 s", "3.00 s"],
+        ["loss by site", "–", "4.00 s"],
+        ["total", "2.00 s", "7.00 s"],
+    ]
+
+
+def test_the_origin_is_shown():
+    origin = {
+        "command": "grail compress a --keep 0.5",
+        "date": "2026-01-02T03:04:05+00:00",
+        "grail": "9.8.7",
+        "commit": "cafe" * 10,
+        "model": {"source": "a", "files": {"a.gguf": {"bytes": 5, "sha256": "be" * 32}}},
+        "calibration": {"source": "a.txt", "tokens_sha256": "ef" * 32},
+    }
+    text = Document(page(report(provenance=origin))).text
+    for word in ("--keep 0.5", "2026-01-02T03", "9.8.7", "cafe" * 10, "be" * 32, "ef" * 32):
+        assert word in text
+
+
+@pytest.mark.parametrize("name", ["tiny", "<b>bold</b>", "a & b"])
+def test_a_report_shows_itself_in_a_line_and_in_a_table(name):
+    whole = report(model={"name": name, "parameters": {"before": 1_500_000, "after": 1_000_000}})
+    assert repr(whole) == (
+        f"Report({name}, 1.50 M → 1.00 M parameters, 8 sites, wanda, 64% recovered)"
+    )
+    document = Document(whole._repr_html_())
+    assert "b" not in document.tags
+    assert name in document.text
+    assert ["4 mlp", "128 of 256", "0.400 → 0.200"] in document.tables[0]
+    assert ["compensated (magnitude)", "1.00 M", "25.7"] in document.tables[0]
+    assert repr(Report({}, {}, {})) == "Report(model, 0 sites)"
+    assert Document(Report({}, {}, {})._repr_html_()).tables
+
+
+def test_a_report_of_an_earlier_form_can_be_read():
+    data = json.loads(report().to_json())
+    for row in data["evaluation"].values():
+        for field in ("selector", "compensation", "uneven", "repetition"):
+            del row[field]
+        row["tokens_per_second"] = 512.0
+    for field in ("stages", "samples", "provenance"):
+        del data[field]
+    whole = Report.from_json(json.dumps(data))
+    table = Document(page(whole)).table("model")
+    assert [row[0] for row in table] == ["dense", "pruned", "restored"]
+
+
 def test_a_report_is_strict_json_and_reads_back_infinite_perplexities():
     def refuse(constant):
         pytest.fail(f"{constant} is not JSON")
@@ -208,8 +420,8 @@ def test_quantities_are_written_with_three_digits_and_a_unit(text, expected):
 
 def test_page_shows_the_share_and_every_row_of_the_table():
     text = Document(page(report())).text
-    assert "64% of the lost log-perplexity came back" in text
-    for cell in ("18.2", "47.4", "25.7", "1.00 M", "4.00 MB", "512", "widths were rounded"):
+    assert "64% of the log-perplexity lost by pruning (magnitude) is recovered" in text
+    for cell in ("18.2", "47.4", "25.7", "1.00 M", "4.00 MB", "widths were rounded"):
         assert cell in text
     assert (
         "own work took 50% of the time of the forward passes" in text
@@ -281,7 +493,7 @@ def test_every_colour_follows_the_light_or_dark_scheme():
 
 def test_every_drawing_has_a_title_and_a_description():
     drawings = re.findall(r"<svg.*?</svg>", page(report()), re.DOTALL)
-    assert len(drawings) == 4
+    assert len(drawings) == 1
     for drawing in drawings:
         assert 'role="img"' in drawing
         assert re.search(r"<title>[^<]+</title><desc>[^<]+</desc>", drawing)
@@ -297,11 +509,11 @@ def test_error_plot_has_a_pair_of_points_a_site_and_few_labels_at_many_sites():
     assert sum(label.isdigit() for label in labels) <= 2 * 14
 
 
-def bar_length(html, colour):
-    """Width in points of the bar that is filled with a colour of the page."""
-    bar = rf'd="M ([\d.]+) \S+\s+L ([\d.]+) [^"]*"[^>]*fill: var\(--{colour}\)'
-    left, right = map(float, re.search(bar, html).groups())
-    return right - left
+def bar_lengths(html, title):
+    """Widths in percent of the bars of a figure, from their style."""
+    (figure,) = re.findall(rf"<figcaption>{title}.*?</figure>", html, re.DOTALL)
+    styles = Document(f"<figure>{figure}").values("style")
+    return [float(re.search(r"width: ([\d.]+)%", style)[1]) for style in styles]
 
 
 @pytest.mark.parametrize(
@@ -313,10 +525,9 @@ def test_perplexity_bars_are_in_proportion(perplexities, lengths):
     evaluated = rows(**dict(zip(("dense", "pruned", "restored"), perplexities, strict=True)))
     html = page(report(evaluation=evaluated, sites=[], seconds={}, memory={}))
     assert ("logarithmic" in html) == (perplexities != lengths)
-    dense, pruned, restored = (
-        bar_length(html, colour) for colour in ("dense", "pruned", "restored")
-    )
-    # SVG coordinates have six digits.
+    dense, pruned, restored = bar_lengths(html, "Perplexity")
+    assert max(dense, pruned, restored) < 100  # room for a label
+    # Widths are written with four decimals.
     assert dense / pruned == pytest.approx(lengths[0] / lengths[1], rel=1e-4)
     assert restored / pruned == pytest.approx(lengths[2] / lengths[1], rel=1e-4)
 
@@ -324,12 +535,12 @@ def test_perplexity_bars_are_in_proportion(perplexities, lengths):
 @pytest.mark.parametrize(
     ("changes", "present", "absent"),
     [
-        ({"evaluation": {}}, "0.50× the output error of plain pruning", "tokens/s"),
-        ({"evaluation": rows(dense=10, restored=12)}, "0.50× the output error", "came back"),
+        ({"evaluation": {}}, "0.50× the output error of plain pruning", "perplexity lost"),
+        ({"evaluation": rows(dense=10, restored=12)}, "0.50× the output error", "perplexity lost"),
         (
             {"evaluation": rows(dense=10, pruned=9, restored=9)},
             "no share of the lost log-perplexity",
-            "came back",
+            "perplexity lost by",
         ),
         (
             {"evaluation": rows(dense=10, pruned=20, restored=40)},
@@ -344,11 +555,11 @@ def test_perplexity_bars_are_in_proportion(perplexities, lengths):
         (
             {"evaluation": rows(dense=10, pruned=1e300, restored=math.inf)},
             "on a logarithmic scale",
-            "came back",
+            "perplexity lost by",
         ),
-        ({"evaluation": rows(dense=math.inf)}, "∞", "came back"),
-        ({"seconds": {}, "memory": {}}, "came back", "Time and memory"),
-        ({"notes": []}, "came back", "Notes"),
+        ({"evaluation": rows(dense=math.inf)}, "∞", "perplexity lost by"),
+        ({"seconds": {}, "memory": {}}, "perplexity lost by", "Time and memory"),
+        ({"notes": []}, "perplexity lost by", "Notes"),
     ],
     ids=[
         *("not evaluated", "no pruned row", "nothing lost", "worse"),
@@ -390,12 +601,21 @@ def test_pages_are_reproducible_and_saved_as_utf8(tmp_path):
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page(report())
 
 
+def test_drawings_and_bars_shrink_with_the_screen():
+    html = page(report())
+    rules = dict(re.findall(r"([^{}]+)\{([^{}]*)\}", html[: html.index("</style>")]))
+    rules = {selector.split()[-1]: style for selector, style in rules.items()}
+    assert "width: 100%" in rules["svg"]
+    for selector in ("svg", "figure", ".bars", ".bar"):
+        assert not re.search(r"min-width:|(?<![-\w])width: \d+(rem|px|pt)", rules[selector])
+
+
 def test_drawing_leaves_matplotlib_as_found():
     code = (
         "import sys, grail.page; assert 'matplotlib' not in sys.modules\n"
         "from grail.report import Evaluation, Report\n"
         "import matplotlib; before = matplotlib.rcParams.copy()\n"
-        "rows = {'dense': Evaluation(10.0, 8, 8, 8, 1.0)}\n"
+        "rows = {'dense': Evaluation(10.0, 8, 8, 8)}\n"
         "grail.page.page(Report({}, {}, {}, evaluation=rows))\n"
         "assert matplotlib.rcParams.copy() == before and 'matplotlib.pyplot' not in sys.modules"
     )

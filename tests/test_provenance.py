@@ -1,0 +1,93 @@
+"""Hashes are those that other tools find, and a commit is claimed only where it is known."""
+
+import hashlib
+import struct
+import subprocess
+from datetime import datetime, timezone
+
+import pytest
+import torch
+
+from grail import provenance as module
+from grail.provenance import commit, provenance, text_source, weight_files
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["b.safetensors", "a.safetensors", "x.bin"], ["a.safetensors", "b.safetensors"]),
+        (["pytorch_model.bin", "config.json"], ["pytorch_model.bin"]),
+        (["config.json"], []),
+    ],
+    ids=["safetensors first", "pickles", "no weights"],
+)
+def test_a_models_files_are_hashed(names, expected, tmp_path):
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    files = provenance("grail", str(tmp_path))["model"]["files"]
+    assert files == {
+        name: {"bytes": len(name), "sha256": sha256(name.encode())} for name in expected
+    }
+
+
+def test_a_single_file_is_a_model_of_its_own(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"weights")
+    (tmp_path / "b.gguf").write_bytes(b"others")
+    found = provenance("grail compress …", str(tmp_path / "a.gguf"))
+    assert found["model"]["files"] == {"a.gguf": {"bytes": 7, "sha256": sha256(b"weights")}}
+    assert found["command"] == "grail compress …"
+    passed = datetime.now(timezone.utc) - datetime.fromisoformat(found["date"])
+    assert 0 <= passed.total_seconds() < 60
+
+
+def test_a_name_that_is_nowhere_has_no_files():
+    assert weight_files("nobody/nothing-of-that-name") == []
+
+
+@pytest.mark.parametrize("batches", [1, 2, 5])
+def test_token_ids_are_hashed_row_after_row_however_they_are_batched(batches, tmp_path):
+    tokens = torch.arange(5 * 7).view(5, 7) * 1001
+    (tmp_path / "a.txt").write_text("text")
+    found = text_source(str(tmp_path / "a.txt"), tokens.split(batches))
+    assert found == {
+        "source": str(tmp_path / "a.txt"),
+        "sha256": sha256(b"text"),
+        "tokens": 35,
+        "tokens_sha256": sha256(struct.pack("<35q", *tokens.flatten().tolist())),
+    }
+    assert "sha256" not in text_source("name/of-a-dataset", [tokens])
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A folder in the place of the package, under git; runs git there."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    monkeypatch.setattr(module, "_PACKAGE", tmp_path / "package")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+
+    def git(*arguments):
+        command = ["git", "-C", str(tmp_path), *author, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    return git
+
+
+def test_the_commit_is_that_of_the_packages_own_repository(repository, tmp_path):
+    assert commit() is None  # not tracked: a repository that only surrounds the package
+    repository("add", ".")
+    repository("commit", "-m", "first")
+    head = repository("rev-parse", "HEAD")
+    assert commit() == head
+    (tmp_path / "package" / "__init__.py").write_text("changed")
+    assert commit() == f"{head}+changes"
+
+
+def test_without_git_no_commit_is_claimed(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert commit() is None

@@ -1,0 +1,89 @@
+"""What a model is compared with, and what is predicted of it."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+
+from grail import workflow
+from grail.clock import Stages
+from grail.options import Options
+from grail.workflow import Study, baselines
+
+
+@pytest.mark.parametrize(
+    ("settings", "uneven", "expected"),
+    [
+        ({}, False, {"pruned": ("wanda", False), "compensated": ("wanda", True)}),
+        ({"selector": "wanda"}, False, {"pruned": ("wanda", False)}),
+        ({"selector": "folding"}, False, {"pruned": ("folding", False)}),
+        (
+            {"selector": "magnitude"},
+            True,
+            {"pruned": ("magnitude", False), "compensated": ("magnitude", True)},
+        ),
+        (
+            {"compensate": "bias"},
+            False,
+            {"pruned": ("wanda", False), "compensated": ("wanda", "bias")},
+        ),
+        ({"compensate": False}, False, {}),
+    ],
+    ids=["greedy", "wanda", "folding", "uneven", "bias", "plain"],
+)
+def test_a_model_is_compared_with_its_own_choice_or_wandas(settings, uneven, expected):
+    options = (
+        Options(0.6, "mlp", alpha=1e-2, correct_attention=True, **settings)
+        if (settings.get("compensate", True) is True)
+        else Options(0.6, "mlp", alpha=1e-2, **settings)
+    )
+    found = baselines(options, uneven=uneven)
+    assert {role: (o.selector, o.compensate) for role, o in found.items()} == expected
+    for role, other in found.items():
+        assert (other.keep, other.sites) == (options.keep, options.sites)
+        if role == "compensated":
+            assert other == replace(options, selector=other.selector)
+
+
+@pytest.mark.parametrize("heldout", [0, 3], ids=["no text", "text"])
+@pytest.mark.parametrize("compare", [False, True], ids=["alone", "compared"])
+def test_every_stage_that_runs_is_predicted(heldout, compare, tiny_llama, tiny_batches, tmp_path):
+    class Tokenizer:
+        def decode(self, row, **_):
+            return " ".join(map(str, row.tolist()))
+
+        def save_pretrained(self, folder):
+            pass
+
+    stages = Stages()
+    with stages(workflow.LOADING):
+        network = tiny_llama()
+    dense, alive = weakref.ref(network), []
+
+    def fresh():
+        alive.append(dense() is not None)
+        return tiny_llama()
+
+    study = Study(
+        network,
+        fresh, Tokenizer(), tiny_batches(), tiny_batches(heldout, seed=1), stages,
+        say=lambda _: None, progress=False,
+    )  # fmt: skip
+    options = Options(0.5, "mlp")
+    del network
+    prediction = study.predict(options, compare=compare, uneven=False)
+    study.measure("dense")
+    if compare and heldout:
+        study.compare(options)
+    report = study.run(options)
+    study.write(report, prediction, tmp_path / "out", lambda _: None)
+    assert alive == [False] * len(alive)  # never two networks at once
+    total = report.stages.pop("total")
+    for column in ("predicted", "measured"):
+        times = [row[column] for row in report.stages.values()]  # none is missing
+        assert all(seconds > 0 for seconds in times)
+        assert total[column] == pytest.approx(sum(times))
+    assert total["predicted"] == prediction.total
+    assert report.memory["predicted_peak"] == prediction.peak
+    assert (workflow.RUNS in report.stages) == (compare and heldout > 0)
+    assert bool(report.samples) == bool(heldout)
