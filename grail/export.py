@@ -60,8 +60,10 @@ def export(
     require_language_model(model)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise InputError(f"tokenizer must be one of transformers; got {kind_of(tokenizer)}")
-    check_kind("report", report, (Report, NoneType), "a grail.Report")
-    check_kind("page", page, (str, NoneType), "text")
+    if not callable(report):
+        check_kind("report", report, (Report, NoneType), "a grail.Report, or a function")
+    if not callable(page):
+        check_kind("page", page, (str, NoneType), "text, or a function of the report")
     with complete(output, ExportError, size=measure_size(model)[1]) as folder:
         _write(folder, model, tokenizer, uneven)
         _verify(folder, model)

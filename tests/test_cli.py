@@ -483,7 +483,8 @@ def test_any_other_exception_is_one_sentence_and_status_1(
     def fail(*args, **kwargs):
         raise error
 
-    for name in ("compress_model", "evaluate_model", "inspect_model", "collect_statistics"):
+    monkeypatch.setattr(workflow, "compress", fail)
+    for name in ("evaluate_model", "inspect_model", "collect_statistics"):
         monkeypatch.setattr(commands, name, fail)
     text, model = folder / "heldout.txt", folder / "model"
     commandline = {
