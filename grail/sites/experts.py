@@ -20,6 +20,11 @@ from grail.layers import Consumer, Producer, Reader, Routed
 from grail.sites.site import BoundSite, Landing
 from grail.stream import replaced_forward
 from grail.transaction import Transaction
+from grail.width import ChannelWidth, usual_multiple
+
+# torch's grouped_mm wants rows of whole multiples of 16 bytes: 8 channels of 16 bits. Experts of 32
+# bits could do with 4, but may be loaded in 16.
+MULTIPLE = 8
 
 
 class Experts:
@@ -138,6 +143,23 @@ class ExpertConsumer(Consumer):
 
 class ExpertSite(BoundSite):
     """The intermediate channels of one expert."""
+
+    def width(self, keep: float, multiple: int | None) -> ChannelWidth:
+        """The nearest width that the kernels of grouped products take.
+
+        Raises:
+            InputError: `multiple` asks for another.
+        """
+        if multiple is None:
+            multiple = max(MULTIPLE, usual_multiple(self.channels))
+        width = ChannelWidth.nearest(self.channels, keep, multiple)
+        if width.kept < width.channels and width.kept % MULTIPLE:
+            raise InputError(
+                f"{self.name}: {width}, in multiples of {multiple}, is a width that grouped "
+                f"products of experts do not take: their rows are multiples of 16 bytes; choose a "
+                f"multiple of {MULTIPLE}"
+            )
+        return width
 
     def add_biases(self, transaction: Transaction) -> None:
         """Experts have no biases, and their layer no place for any."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from grail.errors import InputError, ModelError
 from grail.layers import Consumer, Producer
 from grail.reduction import Reduction, Selection
+from grail.sites.configuration import own_configuration
 from grail.sites.experts import Experts
 from grail.sites.site import Architecture, BoundSite, Entry, Landing
 from grail.transaction import Transaction
@@ -131,7 +132,8 @@ class Transformer(Architecture):
     """The blocks of a model of one layout."""
 
     def __init__(self, model: Any, layout: Layout):
-        self.config, self._layout = getattr(model, "config", None), layout
+        self._model, self._layout = model, layout
+        self._writing: Transaction | None = None  # the run that gave the model its configuration
         named = _blocks(model, layout)
         self._names, self.blocks = list(named), list(named.values())
         self.default = ("experts",) if layout.experts else ("mlp",)
@@ -151,6 +153,11 @@ class Transformer(Architecture):
         copies = getattr(self.config, "num_experts_per_tok", 1)
         rows = 2 * len(widest.weights()) * widest.channels
         self.activations_per_token = rows * copies + 3 * self.hidden_size
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration, which is another object once something was written to it."""
+        return getattr(self._model, "config", None)
 
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
         make = {
@@ -186,10 +193,24 @@ class Transformer(Architecture):
     ) -> None:
         for kind, found in _different(sites, widths).items():
             settings = self._settings(kind, found)
-            for name, value in settings.items():
-                transaction.set_attribute(self.config, name, value)
+            self._write(settings, transaction)
             if settings and kind == "heads":
                 self._share_config(transaction)
+
+    def _write(self, settings: Settings, transaction: Transaction) -> None:
+        """Writes what is new into the configuration, first into one that is this model's alone."""
+        changed = {
+            name: value
+            for name, value in settings.items()
+            if getattr(self.config, name, None) != value
+        }
+        if not changed:
+            return
+        if transaction is not self._writing:
+            own_configuration(self._model, transaction)
+            self._writing = transaction
+        for name, value in changed.items():
+            transaction.set_attribute(self.config, name, value)
 
     def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
         notes = []
@@ -226,7 +247,7 @@ class Transformer(Architecture):
             if of_kind and getattr(self.config, setting, None) is False:
                 for site in of_kind:
                     site.add_biases(transaction)
-                transaction.set_attribute(self.config, setting, True)
+                self._write({setting: True}, transaction)
         super().make_room(sites, transaction)
 
     def _experts(self, number: int, block: nn.Module) -> list[BoundSite]:
