@@ -41,8 +41,10 @@ class Experts:
         self._readers: dict[int, Reader] = {}
         self._rewritten: set[int] = set()
 
-    def sites(self, block: int, upstream: Sequence[nn.Module]) -> list[BoundSite]:
-        """One for each expert, all landing at the block's output."""
+    def sites(
+        self, block: int, upstream: Sequence[nn.Module], landing: Landing | None
+    ) -> list[BoundSite]:
+        """One for each expert, all landing at one place."""
         channels = self.downs[0].in_features
         return [
             ExpertSite(
@@ -54,7 +56,7 @@ class Experts:
                 ),
                 consumers=(ExpertConsumer(f"{self.name}.{number}.down", down, None, self, number),),
                 upstream=tuple(upstream),
-                landing=Landing(normalised=True),
+                landing=landing,
                 beside=self,
             )
             for number, (gate, down) in enumerate(zip(self.gates, self.downs, strict=True))
