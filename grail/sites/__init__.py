@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from grail.errors import InputError, ModelError
-from grail.sites import convnets, decoders, encoders
+from grail.sites import convnets, decoders, encoders, structure
 from grail.sites.named import Named, Site
 from grail.sites.site import AnyPlace, Architecture, BoundSite, Entry, Landing, Place, steps
 from grail.sites.traced import trace
@@ -60,7 +60,14 @@ def find(model: nn.Module, sites: Sequence[str | Site] | None = None) -> Archite
             return architecture
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     name = f"model_type {model_type!r}" if model_type else type(model).__name__
+    named = "sites=[grail.Site(producers=[…], consumers=[…])]"
+    try:
+        architecture = structure.architecture(model)
+    except ModelError as error:
+        raise ModelError(f"no sites are known for {name}: {error}; or name them: {named}") from error
+    if architecture is not None:
+        return architecture
     raise ModelError(
         f"no sites are known for {name}; supported are {', '.join(supported())}. For another "
-        "network name them: sites=[grail.Site(producers=[…], consumers=[…])]"
+        f"network name them: {named}"
     )

@@ -146,11 +146,13 @@ class Transformer(Architecture):
         self.kinds = (*(kind for kind, there in others.items() if there), *self.default)
         self.name = getattr(self.config, "_name_or_path", "") or type(model).__name__
         try:
-            widest = next(iter(itertools.chain(*self.sites(self.default))))
+            widest = next(itertools.chain(*self.sites(self.default)), None)
         except AttributeError as error:
             raise ModelError(
                 f"{self.name} is not of its family's form ({error}); name sites by grail.Site"
             ) from error
+        if widest is None:
+            return
         self.hidden_size = widest.outputs
         # The MLP is the widest point: its producers, an activation and their product beside three
         # hidden states. A token goes to several experts.

@@ -1,0 +1,141 @@
+"""Every causal language model of transformers, made tiny and at random: what grail narrows of it.
+
+    python -m bench.families    writes docs/families.md
+
+The sizes of a model's configuration are replaced by small ones, chosen by name: that is all that is
+known of a family here.
+"""
+
+import inspect
+import logging
+import warnings
+from typing import Any
+
+import torch
+
+VOCABULARY = 97
+LARGEST = 3e6  # parameters of a tiny model
+# By the name of a setting. Sizes differ from one another, so that one cannot stand for another.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size": 48,
+    "d_model": 48,
+    "n_embd": 48,
+    "dim": 48,
+    "intermediate_size": 80,
+    "ffn_dim": 80,
+    "d_ff": 80,
+    "decoder_ffn_dim": 80,
+    "encoder_ffn_dim": 80,
+    "ffn_hidden_size": 80,
+    "n_inner": 80,
+    "moe_intermediate_size": 32,
+    "expert_ffn_hidden_size": 32,
+    "shared_expert_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 24,
+    "shared_intermediate_size": 24,
+    "intermediate_size_mlp": 80,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "decoder_layers": 2,
+    "encoder_layers": 2,
+    "num_layers": 2,
+    "num_attention_heads": 6,
+    "n_head": 6,
+    "n_heads": 6,
+    "decoder_attention_heads": 6,
+    "encoder_attention_heads": 6,
+    "num_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "kv_channels": 8,
+    "global_head_dim": 8,
+    "swa_head_dim": 8,
+    "v_head_dim": 12,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 20,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "max_position_embeddings": 128,
+    "n_positions": 128,
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "mamba_d_state": 8,
+    "mamba_n_heads": 6,
+    "mamba_num_heads": 6,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_ssm": 96,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "conv_dim": 48,
+    "embedding_size": 48,
+    "word_embed_proj_dim": 48,
+    "initializer_range": 0.1,
+    "init_std": 0.1,
+    "pad_token_id": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# What the names do not tell.
+OWN: dict[str, dict[str, Any]] = {
+    "granite": {"residual_multiplier": 0.5},
+}
+
+
+def model_types() -> list[str]:
+    """The model types of all causal language models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny(model_type: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model of a type, two blocks deep."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kind = CONFIG_MAPPING[model_type]
+    known = set(inspect.signature(kind).parameters) | set(vars(kind())) | set(kind.attribute_map)
+    settings = {name: value for name, value in SIZES.items() if name in known}
+    settings |= {**OWN.get(model_type, {}), **changes}
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(kind(**settings))
+    if (size := sum(parameter.numel() for parameter in made.parameters())) > LARGEST:
+        raise ValueError(f"a model of {size:.1e} parameters is not tiny")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(kind(**settings))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                elif float(parameter.std()) == 0:
+                    parameter.copy_(torch.randn_like(parameter) / 10)
+    return model.float().eval()
+
+
+def quiet() -> None:
+    """Silences what transformers says of sizes and missing kernels."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
