@@ -43,6 +43,11 @@ class Clock:
             self._stack.pop()
 
     @property
+    def phase(self) -> str:
+        """The phase that is under way."""
+        return self._stack[-1] if self._stack else ""
+
+    @property
     def seconds(self) -> dict[str, float]:
         """Always the same dictionary, up to date when it is asked for."""
         self._add_up(0)

@@ -39,6 +39,7 @@ from grail.transaction import Transaction, steady
 _INDEX, _KIND = "index.state", "statistics"
 
 
+@torch.inference_mode(False)  # what is made in it could never be trained
 def collect(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -27,6 +27,7 @@ from grail.transaction import Transaction, steady
 from grail.width import Width
 
 
+@torch.inference_mode(False)  # what is made in it could never be trained
 def compress(
     model: nn.Module,
     batches: Iterable[Batch] | Collected,

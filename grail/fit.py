@@ -52,6 +52,7 @@ class Fit:
         return self.weights[0]
 
 
+@torch.inference_mode(False)  # what is made in it could never be trained
 def fit(
     gram: Gram,
     reduction: Reduction,

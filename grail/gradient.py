@@ -7,7 +7,7 @@ Source: Yang et al., "Wanda++: pruning large language models via regional gradie
 ACL 2025): √(1/N Σ_n (∂‖f(X_n)‖₂/∂W)²) over N sequences X_n.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import grad
 
 from grail.errors import InputError, ModelError, NonFiniteError
 from grail.layers import CONVOLUTIONS, Consumer
+from grail.samples import first_tensor
 from grail.sites import BoundSite
 from grail.stream import Stream
 
@@ -88,8 +89,15 @@ def _of_sequences(
             if parameter.requires_grad:  # else what runs before the probes is kept for autograd
                 hooks.callback(parameter.requires_grad_, True)
                 parameter.requires_grad_(False)
-        output = _tensor(stream.run(site.block, batch), site).float()
-        mask = stream.mask(batch)
+        returned = stream.run(site.block, batch)
+        output = first_tensor(returned)
+        if output is None:
+            raise ModelError(
+                f"{site.name}: its block returns {type(returned).__name__}, in which there is no "
+                "tensor to take a gradient of; choose another selector"
+            )
+        output = output.float()
+        mask = stream.output_mask(batch)
         counts = torch.ones(len(output), dtype=torch.bool)
         if mask is not None:
             counts = mask.any(1).cpu()
@@ -138,18 +146,6 @@ def _of_weight(consumer: Consumer, x: Tensor, slope: Tensor) -> Tensor:
         return gradient
     product = slope.flatten(0, -2).T @ x.flatten(0, -2)
     return product if isinstance(module, nn.Linear) else product.T  # a Conv1D's
-
-
-def _tensor(output: Any, site: BoundSite) -> Tensor:
-    """The first tensor of what a block returns."""
-    values = output.values() if isinstance(output, Mapping) else (output,)
-    for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    raise ModelError(
-        f"{site.name}: its block returns {type(output).__name__}, in which there is no tensor to "
-        "take a gradient of; choose another selector"
-    )
 
 
 def _non_finite(site: BoundSite, gradients: list[Tensor]) -> NonFiniteError:

@@ -29,8 +29,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from grail import select
 from grail.batchnorm import reset_norm
@@ -45,7 +45,8 @@ from grail.layers import Consumer
 from grail.memory import ran_out
 from grail.onload import Onloader
 from grail.options import Options
-from grail.passes import Advance, Passes, ignore
+from grail.passes import Advance, Calls, Passes, ignore
+from grail.progress import Progress
 from grail.reduction import Folding, Reduction, Selection
 from grail.report import InputReport, SiteReport
 from grail.sites import AnyPlace, Architecture, BoundSite, Entry, Place, steps
@@ -53,7 +54,7 @@ from grail.statistics import Statistics
 from grail.stream import Memo, Shelf, Stream
 from grail.transaction import Transaction
 
-OTHER = 0.05  # of its norm: what a narrow site's activation may be off by rounding, in 16 bits, too
+ROUNDING = 1e-4  # of its norm: what a narrow site's activation may be off in fp32
 Rows = dict[str, list[SiteReport]]  # by name of site, one for each of its consumers
 # Sites that run side by side, and what narrows them.
 Apart = tuple[dict[BoundSite, select.View], Callable[[], Rows]]
@@ -108,27 +109,44 @@ class Run:
         """Compresses every block in order; returns a row for each consumer of each site."""
         if not any(self._active):
             return [row for sites in self.sites for site in sites for row in self._untouched(site)]
+        self._learn_orders()
         position = Position(0, [], self.inputs, self.notes, self.clock.seconds)
         if self._checkpoint is not None:
             with self.clock("checkpoint"):
                 self._checkpoint.resume(position, self._streams())
         self._decider.done = position.rows
-        left = list(enumerate(self._active))[position.done :]
-        passes = (1 + (self._dense is not None)) * len(left)
-        if self.options.closed_loop:
-            passes += sum(len(steps(sites)) + bool(self._entries(n)) for n, sites in left)
-        with tqdm(
-            total=self.stream.own_tokens * passes,
-            unit="tok",
-            unit_scale=True,
-            disable=not progress or self._ranks.number > 0,
-        ) as bar:
-            for number, _ in left:
-                bar.set_description(f"block {number + 1}/{len(self.sites)}")
-                position.rows += self.block(number, bar.update)
+        passes = [self._passes_through(number) for number in range(len(self.sites))]
+        with self._progress(sum(passes[position.done :]), progress) as bar:
+            if position.done:
+                bar.say(f"resumed after block {position.done} of {len(self.sites)}")
+            for number in range(position.done, len(self.sites)):
+                bar.start(number, passes[number])
+                position.rows += self.block(number, bar.advance)
                 position.done = number + 1
                 self._keep(position)
         return position.rows
+
+    def _passes_through(self, block: int) -> int:
+        """How many passes over the calibration set a block takes."""
+        if not self.options.closed_loop:
+            return 1
+        sites = len(steps(self._active[block])) + bool(self._entries(block))
+        return sites + (self._dense is not None) + self._goes_on(block)
+
+    def _progress(self, passes: int, shown: bool, label: str = "block") -> Progress:
+        return Progress(
+            len(self.sites),
+            self.stream.own_tokens,
+            passes,
+            lambda: self.clock.phase,
+            shown and self._ranks.number == 0,
+            label,
+        )
+
+    def _learn_orders(self) -> None:
+        """Finds out how tokens are ordered, in a network of which nothing is known."""
+        if not self.architecture.known and len(self.stream):
+            self._passes.learn_orders(list(itertools.chain(*self.sites)))
 
     def _keep(self, position: Position) -> None:
         if self._checkpoint is not None:
@@ -142,12 +160,13 @@ class Run:
 
     def statistics(self, progress: bool) -> Iterator[tuple[BoundSite, list[Statistics]]]:
         """What the consumers of each site read in the dense network, site by site."""
-        total = self.stream.tokens * len(self.sites)
-        with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
+        self._learn_orders()
+        with self._progress(len(self.sites), progress) as bar:
             for number, sites in enumerate(self.sites):
+                bar.start(number, 1)
                 with self._onload(number):
                     yield from self._passes.collect(
-                        number, sites, {}, bar.update, finish=True
+                        number, sites, {}, bar.advance, finish=True
                     ).items()
 
     def apart(self, progress: bool, done: int = 0) -> Iterator[Iterator[Apart]]:
@@ -156,14 +175,16 @@ class Run:
         Only until the next ones are asked for: each is narrow in a network that is otherwise dense.
         The first `done` blocks are passed by.
         """
-        total = self.stream.tokens * len(self.sites)
-        with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
+        self._learn_orders()
+        with self._progress(len(self.sites), progress, "sensitivity of block") as bar:
+            if done:
+                bar.say(f"resumed after block {done} of {len(self.sites)}")
             for number, sites in enumerate(self.sites):
-                bar.set_description(f"sensitivity of block {number + 1}/{len(self.sites)}")
+                bar.start(number, 1)
                 if number < done:
-                    self._passes.collect(number, [], {}, bar.update, finish=True)
+                    self._passes.collect(number, [], {}, bar.advance, finish=True)
                 else:
-                    yield self._apart(number, sites, bar.update)
+                    yield self._apart(number, sites, bar.advance)
 
     def _apart(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Iterator[Apart]:
         gradients = self._gradients(sites)
@@ -321,32 +342,31 @@ class Run:
         if isinstance(reduction, Folding) and not decision.fits:
             return self._fold_exactly(site, reduction, aim)
         checked = not self.architecture.known and len(self.stream) > 0
-        seen = self._passes.first_read(site) if checked else None
+        before = self._passes.first_calls(site) if checked else None
         with self.clock("absorb"):
             if not reduction.is_identity:
                 site.narrow(reduction, self.widths[site.name], self.transaction)
         rows = self._absorbed(site, decision, channels)
-        if seen is not None:
-            self._check(site, reduction, seen)
+        if before is not None:
+            self._check(site, reduction, before)
         return rows
 
-    def _check(self, site: BoundSite, reduction: Reduction, seen: Tensor) -> None:
-        """Refuses a site whose consumer does not read R x of the x [..., H] that it read before."""
+    def _check(self, site: BoundSite, reduction: Reduction, before: Calls) -> None:
+        """Refuses a site with a consumer that does not read R x of the x that it read before."""
         with self._explained():
-            read = self._passes.first_read(site, whole=True)
+            reads = self._passes.reads_again(site, before)
         if isinstance(reduction, Folding):  # φ(R W x) is not R φ(W x)
             return
-        expected = reduction.restrict(seen)
-        same = expected.shape == read.shape
-        if same:
-            off = (read - expected).nan_to_num(0, 0, 0).norm()
-            same = bool(off <= OTHER * expected.nan_to_num(0, 0, 0).norm())
-        if not same:
-            raise ModelError(
-                f"{site.name}: once narrow, its consumer does not read the channels that were "
-                "kept. Something between producers and consumers mixes channels (a softmax or a "
-                "norm over them, a shuffle, heads), or depends on chance; it is no site"
-            )
+        for consumer in site.consumers:
+            expected = [reduction.restrict(consumer.pixels(x)) for x, _ in before[consumer]]
+            read = [consumer.pixels(x) for x in reads[consumer]]
+            if len(read) != len(expected) or not all(map(_is_alike, expected, read)):
+                raise ModelError(
+                    f"{site.name}: once narrow, {consumer.name} does not read the channels that "
+                    "were kept. Something between producers and consumers mixes channels (a "
+                    "softmax or a norm over them, a shuffle, heads), or depends on chance; it is "
+                    "no site"
+                )
 
     def _absorbed(self, site: BoundSite, decision: Decision, channels: int) -> list[SiteReport]:
         """Rewrites the consumers of a narrowed site; returns their rows."""
@@ -427,6 +447,15 @@ class Run:
         nothing = Fit((), 0.0, 0.0, alpha=0.0, drift_correction=0.0, damping=0.0, retries=0)
         channels, tokens = site.channels, self.stream.tokens
         return [_row(site, c, channels, channels, tokens, nothing) for c in site.consumers]
+
+
+def _is_alike(expected: Tensor, read: Tensor) -> bool:
+    """Whether a layer reads what it should, up to the rounding of narrower layers before it."""
+    if expected.shape != read.shape:
+        return False
+    rounding = max(ROUNDING, 2 * torch.finfo(read.dtype).eps)
+    expected, read = (x.float().nan_to_num(0, 0, 0) for x in (expected, read))
+    return bool((read - expected).norm() <= rounding * expected.norm())
 
 
 def _known(error: float) -> float | None:

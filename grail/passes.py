@@ -4,24 +4,32 @@ One pass serves all sites of a block that is still dense, or one step of it: one
 experts of a layer.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from grail.clock import Clock
 from grail.errors import ModelError
 from grail.gram_ragged import RaggedGrams
 from grail.layers import Consumer, Reader, Routed
 from grail.options import Options
+from grail.samples import Change, Order, decoder_of, find_orders, first_tensor
 from grail.sites import AnyPlace, BoundSite, Place, steps
 from grail.statistics import Statistics
-from grail.stream import Shelf, Stop, Stream
+from grail.stream import Shelf, Stop, Stream, replaced_forward
 
 Advance = Callable[[int], object]  # hears of so many tokens done
 # As a `Reader` of each consumer.
 Read = Callable[[Consumer, Tensor, Routed | None], None]
+
+
+# Of each consumer, in order: what it reads, and what it returns.
+Calls = dict[Consumer, list[tuple[Tensor, Any]]]
 
 
 def ignore(*_: object) -> None:
@@ -46,6 +54,71 @@ class Passes:
         known: Callable[[Any], list[Statistics]] | None = None,
     ):
         self._options, self._stream, self._clock, self._known = options, stream, clock, known
+        self._orders: dict[Consumer, Order] = {}
+
+    def learn_orders(self, sites: Sequence[BoundSite]) -> None:
+        """Finds out the order of the tokens that layers of an unknown network read.
+
+        Raises:
+            ModelError: the order has to be known, and cannot be found out.
+        """
+        if not self._options.holds_out and not self._stream.is_masked:
+            return
+        sizes = [len(hidden) for hidden in self._stream.hidden]
+        batch = next((number for number, size in enumerate(sizes) if size > 1), None)
+        for block, of_block in itertools.groupby(sites, lambda site: site.block):
+            consumers = [consumer for site in of_block for consumer in site.consumers]
+            decoder = decoder_of(self._stream.blocks[block])
+            inside = set() if decoder is None else set(decoder.modules())
+            first: dict[Consumer | None, bool | None] = dict.fromkeys(consumers, True)
+            if batch is not None:  # of one sample the size 1 tells
+                observe = functools.partial(self._tokens, consumers, block, batch)
+                with self._clock("forward"):
+                    first = find_orders(observe, sizes[batch])
+            if not first.get(None, True):
+                raise ModelError(
+                    "the selector takes gradients sample by sample, and samples are not the first "
+                    "axis of what the network returns; choose another selector"
+                )
+            for consumer in consumers:
+                samples_first = first.get(consumer)
+                if samples_first is None:
+                    raise ModelError(
+                        f"{consumer.name}: which sample each of its tokens belongs to could not be "
+                        f"found out by replacing samples in a batch of {sizes[batch or 0]}, along "
+                        "the first axis; give alpha, drift_correction=0 and no attention_mask, or "
+                        "batches of one sample"
+                    )
+                if self._options.needs_gradient and not samples_first:
+                    raise ModelError(
+                        f"the selector takes gradients sample by sample, and samples are not the "
+                        f"first axis of what {consumer.name} reads; choose another selector"
+                    )
+                self._orders[consumer] = Order(samples_first, consumer.module in inside)
+
+    def _tokens(
+        self, consumers: Sequence[Consumer], block: int, batch: int, change: Change
+    ) -> dict[Consumer | None, Tensor]:
+        """What consumers read of one batch with changed arguments, [..., H].
+
+        Where the selector takes gradients of it, what the block returns as well, under None.
+        """
+        found: dict[Consumer | None, Tensor] = {}
+
+        def hearing(consumer: Consumer) -> Reader:
+            def heard(x: Tensor, _: Routed | None) -> None:
+                found.setdefault(consumer, consumer.pixels(x))
+
+            return heard
+
+        with ExitStack() as hooks:
+            for consumer in consumers:
+                hooks.enter_context(consumer.watch(hearing(consumer)))
+            output = self._stream.run_changed(block, batch, change)
+        returned = first_tensor(output) if self._options.needs_gradient else None
+        if returned is not None:
+            found[None] = returned
+        return found
 
     def collect(
         self,
@@ -160,6 +233,7 @@ class Passes:
                     partial=place.beside is not None,
                     non_finite=self._options.non_finite,
                     grams={name: ragged.grams[number] for name, ragged in together.items()},
+                    order=self._orders.get(consumer, Order()),
                 )
                 for consumer in place.consumers
             ]
@@ -198,28 +272,44 @@ class Passes:
                 advance(stream.tokens_of(batch))
         return held
 
-    def first_read(self, site: BoundSite, whole: bool = False) -> Tensor:
-        """What the first consumer to run reads of the first batch, [..., H] fp32.
+    def first_calls(self, site: BoundSite) -> Calls:
+        """What the consumers of a site read of the first batch, and return."""
+        calls: Calls = {consumer: [] for consumer in site.consumers}
 
-        Args:
-            whole: whether the block runs to its end.
-        """
-        seen: list[Tensor] = []
-
-        def hear(consumer: Consumer) -> Reader:
-            def heard(x: Tensor, _: Routed | None) -> None:
-                if not seen:
-                    seen.append(consumer.pixels(x).float())
-                if not whole:
-                    raise Stop
+        def hearing(consumer: Consumer) -> Callable[..., None]:
+            def heard(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+                calls[consumer].append((_first(args, kwargs).clone(), output))
 
             return heard
 
-        with ExitStack() as hooks, self._clock("forward"), suppress(Stop):
+        with ExitStack() as hooks, self._clock("forward"):
             for consumer in site.consumers:
-                hooks.enter_context(consumer.watch(hear(consumer)))
+                heard = hearing(consumer)
+                handle = consumer.module.register_forward_hook(heard, with_kwargs=True)
+                hooks.callback(handle.remove)
             self._stream.run(site.block, 0)
-        return seen[0]
+        return calls
+
+    def reads_again(self, site: BoundSite, calls: Calls) -> dict[Consumer, list[Tensor]]:
+        """What the consumers of a site read of the first batch if each returns what it did before.
+
+        So nothing that they compute reaches what they read: of a residual stream either.
+        """
+        reads: dict[Consumer, list[Tensor]] = {consumer: [] for consumer in site.consumers}
+
+        def replaying(consumer: Consumer) -> Callable[..., Any]:
+            def replay(*args: Any, **kwargs: Any) -> Any:
+                _, output = calls[consumer][len(reads[consumer])]
+                reads[consumer].append(_first(args, kwargs).clone())
+                return tree_map_only(Tensor, Tensor.clone, output)
+
+            return replay
+
+        with ExitStack() as replaced, self._clock("forward"):
+            for consumer in site.consumers:
+                replaced.enter_context(replaced_forward(consumer.module, replaying(consumer)))
+            self._stream.run(site.block, 0)
+        return reads
 
     def in_order(self, modules: Sequence[nn.Module], block: int) -> list[nn.Module]:
         """Those of some modules that a block runs, in the order in which it does."""
@@ -245,6 +335,12 @@ class Passes:
                 with suppress(Stop):
                     self._stream.run(block, batch)
                 yield seen.pop()
+
+
+def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input among a layer's arguments."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
 
 
 @contextmanager

@@ -7,7 +7,7 @@ widths: no code, no pickle.
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,12 +60,14 @@ def write(model: nn.Module, folder: Path) -> None:
         "class": type(model).__name__,
         "sha256": _sha256(folder / WEIGHTS),
         "tied": tied,
+        "strides": _strides(model),
         "buffers": {name: _name(buffer.dtype) for name, buffer in _unsaved(model).items()},
         **_numbers(model),
     }
     (folder / WIDTHS).write_text(json.dumps(widths, indent=1) + "\n", encoding="utf-8")
 
 
+@torch.inference_mode(False)  # what is made in it could never be trained
 def load(
     folder: str | Path, factory: Callable[[], nn.Module], device: torch.device | str = "cpu"
 ) -> nn.Module:
@@ -95,7 +97,10 @@ def load(
         modules, config = widths["modules"], widths["config"]
         if widths["sha256"] != _sha256(folder / WEIGHTS):
             raise ValueError(f"{WEIGHTS} does not match its hash")
-        tensors = load_file(folder / WEIGHTS)
+        tensors = {
+            name: _in_memory_of_its_own(tensor, widths.get("strides", {}).get(name))
+            for name, tensor in load_file(folder / WEIGHTS).items()
+        }
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ExportError(f"{folder} is damaged: {error}") from error
     model = factory()
@@ -114,6 +119,30 @@ def load(
     for name, buffer in _unsaved(model).items():
         buffer.data = buffer.to(getattr(torch, widths["buffers"].get(name, _name(buffer.dtype))))
     return model.to(device).eval()
+
+
+def _strides(model: nn.Module) -> dict[str, list[int]]:
+    """Of the tensors that are dense in memory, but in another order of their axes."""
+    return {
+        name: list(tensor.stride())
+        for name, tensor in model.state_dict().items()
+        if not tensor.is_contiguous() and tensor.permute(_axes(tensor)).is_contiguous()
+    }
+
+
+def _axes(tensor: Tensor) -> list[int]:
+    """Axes by how far apart their entries lie in memory, the furthest first."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+
+
+def _in_memory_of_its_own(tensor: Tensor, strides: Sequence[int] | None) -> Tensor:
+    """A copy, at an address and in an order of axes for which kernels round as they did.
+
+    A file's tensors lie at any address, and CPU kernels sum in another order at an odd one.
+    """
+    if strides is None:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
 def _sha256(file: Path) -> str:

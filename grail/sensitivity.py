@@ -19,8 +19,10 @@ Measured losses of layers in the place of fixed schedules: as in AMC (He et al.,
 ZipLM (Kurtic, Frantar, Alistarh, NeurIPS 2023), which search where this divides in closed form.
 """
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +39,10 @@ from grail.errors import InputError, ModelError
 from grail.gram import NonFinite
 from grail.loop import Apart, Run
 from grail.options import Options
+from grail.samples import Change, Order, changed_arguments, find_orders, first_tensor, masks_of
 from grail.select import greedy
 from grail.sites import Architecture, Site, find
-from grail.stream import Batch, Stream, attention_mask, model_inputs
+from grail.stream import Batch, Stream, model_inputs
 from grail.transaction import Transaction, steady
 from grail.width import ChannelWidth, check_keep
 
@@ -137,6 +140,7 @@ class Sensitivity:
         }
 
 
+@torch.inference_mode(False)  # what is made in it could never be trained
 def sensitivity(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -205,7 +209,7 @@ def sensitivity(
     ):
         by_block = _known(kept)
         if len(by_block) < len(architecture.blocks):
-            probe = _Probe(model, batches[:probes], clock)
+            probe = _Probe(model, batches[:probes], clock, architecture.known)
             with clock("forward"):
                 stream = Stream(model, architecture.blocks, batches[probes:] or batches)
             run = Run(architecture, options, stream, transaction, clock)
@@ -289,11 +293,12 @@ def _part(apart: Apart, run: Run, probe: "_Probe") -> Part:
 class _Probe:
     """What the dense network answers to a few batches, and how far from that it is later."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], clock: Clock):
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], clock: Clock, known: bool):
         self._model, self._clock = model, clock
         device = next(model.parameters()).device
         with clock("probe"):
             self._inputs = [model_inputs(model, batch, device) for batch in batches]
+            self._order = Order() if known else self._order_of_output()
             self._dense = [self._output(*inputs) for inputs in self._inputs]
         if not all(bool(dense.values.isfinite().all()) for dense in self._dense):
             raise ModelError("the dense network's output is not finite")
@@ -317,23 +322,47 @@ class _Probe:
         # A divergence of nothing is negative by rounding.
         return max(0.0, found / size) if size else 0.0
 
+    def _order_of_output(self) -> Order:
+        """The order of the tokens that the network returns, where a mask needs it."""
+        for args, kwargs in self._inputs:
+            mask = masks_of(self._model, args, kwargs).of_output
+            if mask is None or len(mask) < 2:
+                continue
+            observe = functools.partial(self._changed_output, args, kwargs)
+            first = find_orders(observe, len(mask))["output"]
+            if first is None:
+                raise ModelError(
+                    "which sample each token of the network's output belongs to could not be "
+                    "found out by replacing samples along the first axis; give batches without "
+                    "padding, and without a mask"
+                )
+            return Order(first)
+        return Order()
+
+    def _changed_output(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], change: Change
+    ) -> dict[str, Tensor]:
+        names = inspect.signature(self._model.forward).parameters
+        args, kwargs = changed_arguments(names, args, kwargs, change)
+        return {"output": self._compared(self._model(*args, **kwargs))[0]}
+
     def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Output":
-        output = self._model(*args, **kwargs)
+        tensor, classes = self._compared(self._model(*args, **kwargs))
+        mask = masks_of(self._model, args, kwargs).of_output
+        if mask is not None:
+            tensor = self._order.by_sample(tensor, len(mask))
+            if mask.shape == tensor.shape[:-1]:
+                tensor = tensor[mask]
+        return _Output(tensor.reshape(-1, tensor.shape[-1]), classes)
+
+    def _compared(self, output: Any) -> tuple[Tensor, bool]:
+        """The tensor of what the network returns that is compared, and whether it is of classes."""
         logits = getattr(output, "logits", None)
-        values = output if logits is None else logits
-        if isinstance(values, Mapping):
-            values = tuple(values.values())
-        found = values if isinstance(values, (tuple, list)) else (values,)
-        tensors = (v for v in found if isinstance(v, Tensor) and v.is_floating_point())
-        tensor = next((v for v in tensors if v.dim() > 1), None)
+        tensor = first_tensor(output if logits is None else logits)
         if tensor is None:
             raise ModelError(f"{type(self._model).__name__} returns no tensor to compare")
-        mask = attention_mask(self._model, args, kwargs)
         # One class is no prediction, and of maps of classes they are no last axis.
-        classes = logits is not None and tensor.shape[-1] > 1 and tensor.dim() < 4
-        if mask is not None and mask.shape == tensor.shape[:-1]:
-            tensor = tensor[mask]
-        return _Output(tensor.reshape(-1, tensor.shape[-1]), classes)
+        return tensor, logits is not None and tensor.shape[-1] > 1 and tensor.dim() < 4
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from torch import Tensor
 from grail.errors import ModelError
 from grail.gram import Gram, NonFinite
 from grail.layers import Consumer, Routed
+from grail.samples import Order
 from grail.stream import Stream
 
 # Beside each Gram of most samples the one of those that were held out.
+SAMPLES_FIRST = Order()
 HELD_OUT = {"train": "held_out", "channels": "held_out_channels"}
 
 
@@ -28,6 +30,7 @@ class Statistics:
         non_finite: what becomes of tokens with NaN or Inf (see `Gram`).
         grams: by name, where there are some already: what was collected before, or the places
             of this consumer among those of a layer's experts.
+        order: of the tokens in what the consumer reads.
 
     `train`: for the fit. `held_out`: for what is chosen; None if it has no token. `channels`: of
     the channels alone, for selection; the same as `train` unless taps are columns, where those of
@@ -44,7 +47,9 @@ class Statistics:
         partial: bool = False,
         non_finite: NonFinite = "refuse",
         grams: Mapping[str, Gram] | None = None,
+        order: Order = SAMPLES_FIRST,
     ):
+        self._order = order
         self._consumer, self._stream, self._holds_out = consumer, stream, holds_out
         self.name, self.per_tap, self._partial = name, per_tap, partial
         columns = consumer.channels * (consumer.taps if per_tap else 1)
@@ -75,6 +80,7 @@ class Statistics:
             scale: [...], what each of the batch's tokens is multiplied by, its drift as well.
         """
         tokens = self._consumer.patches(x) if self.per_tap else self._consumer.pixels(x)
+        ordered = tokens is x and routed is None  # a convolution reads samples first
         if drift is not None:
             drift = drift if routed is None else routed.drift(drift)
             # Some modules see all tokens of a batch in one row.
@@ -86,6 +92,10 @@ class Statistics:
                 scale = scale.to(torch.promote_types(tokens.dtype, torch.bfloat16))
                 x = tokens = tokens * scale
                 drift = drift * scale
+        if ordered:
+            samples = len(self._stream.hidden[batch])
+            x = tokens = self._order.by_sample(tokens, samples)
+            drift = None if drift is None else self._order.by_sample(drift, samples)
         mask, held = self._flags(batch, tokens, routed)
         if held is None:
             self._add(False, x, tokens, mask, drift)
@@ -118,7 +128,8 @@ class Statistics:
         The second is on the CPU, where looking at it stalls no GPU, but for a layer that gets only
         some of the tokens.
         """
-        mask = self._stream.mask(batch)
+        length = tokens.shape[1] if tokens.dim() == 3 else None
+        mask = self._stream.mask(batch, self._order.decoder, length)
         held = self._stream.held_out(batch) if self._holds_out else None
         if routed is not None:
             length = self._stream.hidden[batch].shape[1]
@@ -131,8 +142,9 @@ class Statistics:
             # Some modules see all tokens of a batch in one row, or one of each sample.
             if shape != (samples,) and shape != (mask.numel(),):
                 raise ModelError(
-                    f"{self.name} reads tokens {list(shape)}, of which an attention_mask "
-                    f"{list(mask.shape)} does not say which count"
+                    f"{self.name} reads tokens {list(shape)}, and an attention_mask "
+                    f"{list(mask.shape)} does not say which of them count: give batches without "
+                    "padding, and without a mask"
                 )
             mask = None if shape == (samples,) else mask.flatten()
         if held is not None and shape[0] != samples:

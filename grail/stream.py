@@ -12,7 +12,7 @@ import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from grail.arguments import state_of, without_cache
 from grail.distributed import Ranks
 from grail.errors import EmptyCalibrationError, GrailError, InputError, ModelError
 from grail.memory import ran_out
+from grail.samples import Change, Masks, changed_arguments, masks_of
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -38,12 +40,21 @@ class Stop(Exception):  # noqa: N818, it is no error
 class Call:
     """The arguments of one block for one batch, without the hidden states.
 
-    `key`: the name under which those are passed; None is the first place.
+    `key`: the name under which those are passed; None is the first place. `state`: of the
+    arguments when they were recorded.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     key: str | None = None
+    state: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "state", self.state_now())
+
+    def state_now(self) -> Any:
+        """The state of the arguments, which no pass may change."""
+        return state_of((self.args, self.kwargs))
 
 
 class Shelf:
@@ -121,7 +132,7 @@ class Stream:
         self._home = next(model.parameters()).device
         self.device = device or self._home
         self.hidden = Shelf(self.storage)
-        self.masks: list[Tensor | None] = []  # on the CPU, where looking at one stalls no GPU
+        self.masks: list[Masks] = []  # on the CPU, where looking at one stalls no GPU
         self._calls: list[list[Call]] = []
         for batch in self.ranks.share(_several(batches)):
             self._enter(model, batch)
@@ -144,13 +155,37 @@ class Stream:
         return len(self.hidden)
 
     def run(self, block: int, batch: int) -> Any:
-        """The block's output for one batch, on the model's device."""
-        call = self._calls[batch][block]
-        hidden = self.hidden[batch].to(self.device, copy=True)  # a block may write on its input
+        """The block's output for one batch, on the model's device.
+
+        Raises:
+            ModelError: the block changes an argument that the next pass needs as it was.
+        """
+        # A block may write on its input.
+        hidden = self.hidden[batch].to(self.device, copy=True)
+        return self._run(hidden, block, self._calls[batch][block])
+
+    def run_changed(self, block: int, batch: int, change: Change) -> Any:
+        """The block's output for one batch, with every tensor among its arguments changed."""
+        call, hidden = self._calls[batch][block], self.hidden[batch].to(self.device, copy=True)
+        names = list(inspect.signature(self.blocks[block].forward).parameters)
+        args = call.args if call.key is not None else (hidden, *call.args)
+        args, kwargs = changed_arguments(names, args, call.kwargs, change)
         if call.key is None:
-            output = self.blocks[block](hidden, *call.args, **call.kwargs)
-        else:
-            output = self.blocks[block](*call.args, **{call.key: hidden}, **call.kwargs)
+            return self._run(args[0], block, Call(args[1:], kwargs))
+        return self._run(change(call.key, hidden), block, Call(args, kwargs, call.key))
+
+    def _run(self, hidden: Tensor, block: int, call: Call) -> Any:
+        try:
+            if call.key is None:
+                output = self.blocks[block](hidden, *call.args, **call.kwargs)
+            else:
+                output = self.blocks[block](*call.args, **{call.key: hidden}, **call.kwargs)
+        finally:  # a pass may end early
+            if call.state_now() != call.state:
+                raise ModelError(
+                    f"block {block} changes an argument of its own while it runs, as a key/value "
+                    "cache is changed, so that no two passes would see the same; switch it off"
+                )
         return output[0] if isinstance(output, tuple) else output
 
     def store(self, batch: int, hidden: Tensor) -> None:
@@ -162,17 +197,34 @@ class Stream:
         if storage != self.storage:
             self.hidden, self.storage = self.hidden.copy(storage), storage
 
-    def mask(self, batch: int) -> Tensor | None:
-        """[B, L] bool on the model's device, or None where every token counts."""
-        mask = self.masks[batch]
+    def mask(self, batch: int, decoder: bool = False, length: int | None = None) -> Tensor | None:
+        """[B, L] bool on the model's device, or None where every token counts.
+
+        Args:
+            batch: its number.
+            decoder: whether the mask is for a layer of an encoder-decoder's decoder.
+            length: L where the layer reads it, which may be shorter than the model's input.
+        """
+        mask = self.masks[batch].of(decoder, length)
+        return None if mask is None else mask.to(self.device)
+
+    def output_mask(self, batch: int) -> Tensor | None:
+        """[B, L] bool on the model's device, of the tokens of the network's output."""
+        mask = self.masks[batch].of_output
         return None if mask is None else mask.to(self.device)
 
     def tokens_of(self, batch: int) -> int:
         """How many tokens of one batch count; samples, where those have no tokens."""
-        mask, hidden = self.masks[batch], self.hidden[batch]
-        if mask is not None:
+        mask, hidden = self.masks[batch].tokens, self.hidden[batch]
+        if mask is not None and self.has_sequences(hidden):
             return int(mask.sum())
         return hidden.shape[: 1 + self.has_sequences(hidden)].numel()
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether there are tokens in any batch that do not count."""
+        masks = itertools.chain(*((m.tokens, m.decoder) for m in self.masks))
+        return any(mask is not None for mask in masks)
 
     @staticmethod
     def has_sequences(hidden: Tensor) -> bool:
@@ -211,7 +263,7 @@ class Stream:
 
     def _counts(self, batch: int) -> Tensor:
         """[B] bool on the CPU, the samples of one batch of which a token counts."""
-        mask, size = self.masks[batch], self.hidden[batch].shape[0]
+        mask, size = self.masks[batch].tokens, self.hidden[batch].shape[0]
         return torch.ones(size, dtype=torch.bool) if mask is None else mask.any(1)
 
     def fork(self) -> "Stream":
@@ -245,6 +297,7 @@ class Stream:
             return record
 
         with ExitStack() as stack:
+            stack.enter_context(without_cache(model))
             for number, block in enumerate(self.blocks):
                 stack.enter_context(replaced_forward(block, recorder(number)))
             try:
@@ -265,8 +318,7 @@ class Stream:
                 "sites=[grail.Site(…)]"
             )
         self._calls.append(calls)
-        mask = attention_mask(model, args, kwargs)
-        self.masks.append(None if mask is None else mask.cpu())
+        self.masks.append(masks_of(model, args, kwargs).cpu())
 
     def _put_first(self, hidden: Tensor) -> None:
         """Keeps the hidden states of one batch more."""
@@ -282,7 +334,8 @@ class Stream:
         if not self._calls:
             return call
         first = self._calls[0][number]
-        return first if _equal(vars(call), vars(first)) else call
+        pairs = ((call.args, first.args), (call.kwargs, first.kwargs), (call.key, first.key))
+        return first if all(_equal(a, b) for a, b in pairs) else call
 
 
 class Memo:
@@ -344,32 +397,6 @@ def _no_chain(block: int) -> ModelError:
     )
 
 
-def attention_mask(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Tensor | None:
-    """The attention mask [B, L] bool among the arguments of the model's forward."""
-    names = inspect.signature(model.forward).parameters
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    mask = given.get("attention_mask")
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(f"an attention_mask must be [B, L], not 0 where a token counts; got {got}")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        # What the decoder reads; some models make it of the encoder's tokens.
-        sources = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids")
-        read = next((given[name] for name in sources if given.get(name) is not None), mask)
-        own = given.get("decoder_attention_mask")
-        own = torch.ones_like(mask) if own is None else own
-        if read.shape[:2] == mask.shape and not torch.equal(own.bool(), mask.bool()):
-            raise InputError(
-                "encoder and decoder read sequences of one length under different masks, so what "
-                "a layer reads does not tell which mask is its own: pad one of them further"
-            )
-    return mask.bool()
-
-
 def _same(tensor: Tensor, other: Tensor, version: int) -> bool:
     """Whether a tensor is another one, unchanged since it had that version."""
     return tensor is other and _version(tensor) == version
@@ -427,8 +454,8 @@ def model_inputs(
                 f"got {batch.dtype} {tuple(batch.shape)}"
             )
         args, kwargs = (), {"input_ids": batch}
-    if "use_cache" in known:
-        kwargs = {"use_cache": False, **kwargs}
+    if "use_cache" in known or "use_cache" in kwargs:
+        kwargs = {**kwargs, "use_cache": False}
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -440,16 +467,23 @@ def model_inputs(
 
 
 def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """A block's hidden states, its first tensor, and the rest of its arguments."""
+    """A block's hidden states, its first tensor that is no mask, and the rest of its arguments."""
     if args:
         return args[0], Call(args[1:], kwargs)
-    key = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+    tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+    key = next((name for name in tensors if "mask" not in name), tensors[0])
     rest = {name: value for name, value in kwargs.items() if name != key}
     return kwargs[key], Call((), rest, key)
 
 
 def _to(tree: Any, device: torch.device) -> Any:
-    return tree_map_only(Tensor, lambda t: t.detach().to(device), tree)
+    """The same with tensors on a device, and none that only inference mode may write to."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().to(device)
+        return tensor.clone() if tensor.is_inference() else tensor
+
+    return tree_map_only(Tensor, moved, tree)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -69,12 +69,19 @@ class Transaction:
 
 @contextmanager
 def steady(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's training flag is put back."""
+    """Evaluation mode without gradients; every module's training flag is put back.
+
+    torch's fused encoder layers are off inside: they call none of their own layers, and turn padded
+    batches into nested tensors.
+    """
     training = [module for module in model.modules() if module.training]
+    fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module in training:
             module.training = True

@@ -9,6 +9,7 @@ from grail.sites import convnets, decoders, encoders, structure
 from grail.sites.named import Named, Site
 from grail.sites.site import AnyPlace, Architecture, BoundSite, Entry, Landing, Place, steps
 from grail.sites.traced import trace
+from grail.sites.wrappers import refuse_wrapped
 
 __all__ = [
     "AnyPlace",
@@ -39,16 +40,11 @@ def find(model: nn.Module, sites: Sequence[str | Site] | None = None) -> Archite
         sites: kinds of sites of a known family, or sites by the names of their layers.
 
     Raises:
-        ModelError: a model of no known family, or one whose modules are not what its family
-            promises.
+        ModelError: a model of no known family, one whose modules are not what its family promises,
+            or one inside a wrapper.
         InputError: sites of both forms.
     """
-    for name, module in model.named_modules():
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ModelError(
-                f"{name or type(model).__name__} was compiled, and compiled layers do not say what "
-                "they read: compress the model first, then compile it"
-            )
+    refuse_wrapped(model)
     named = [site for site in sites or () if isinstance(site, Site)]
     if named:
         if len(named) < len(sites or ()):

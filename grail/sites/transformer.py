@@ -427,7 +427,7 @@ def _blocks(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
         except AttributeError:
             continue
         if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found):
-            return {f"{place}.{name}": block for name, block in enumerate(found)}
+            return {f"{place}.{name}": block for name, block in found.named_children()}
     raise ModelError(f"{type(model).__name__} has no blocks at {' or '.join(places)}")
 
 
