@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 VOCABULARY = 97
-LARGEST = 3e6  # parameters of a tiny model
+LARGEST = 5e6  # parameters of a tiny model
 # By the name of a setting. Sizes differ from one another, so that one cannot stand for another.
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -97,7 +97,15 @@ SIZES: dict[str, Any] = {
 }
 # What the names do not tell.
 OWN: dict[str, dict[str, Any]] = {
+    "diffllama": {"num_key_value_heads": 2},
+    "dots1": {"n_shared_experts": 1, "num_key_value_heads": 3},
+    "dots3_note_text": {"num_key_value_heads": 6},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite": {"residual_multiplier": 0.5},
+    "granitemoehybrid": {"layer_types": ["attention", "attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "reformer": {"is_decoder": True},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -113,9 +121,7 @@ def tiny(model_type: str, seed: int = 0, **changes: Any) -> Any:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     kind = CONFIG_MAPPING[model_type]
-    known = set(inspect.signature(kind).parameters) | set(vars(kind())) | set(kind.attribute_map)
-    settings = {name: value for name, value in SIZES.items() if name in known}
-    settings |= {**OWN.get(model_type, {}), **changes}
+    settings = {**_small(kind), **OWN.get(model_type, {}), **changes}
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(kind(**settings))
     if (size := sum(parameter.numel() for parameter in made.parameters())) > LARGEST:
@@ -130,6 +136,18 @@ def tiny(model_type: str, seed: int = 0, **changes: Any) -> Any:
                 elif float(parameter.std()) == 0:
                     parameter.copy_(torch.randn_like(parameter) / 10)
     return model.float().eval()
+
+
+def _small(kind: Any) -> dict[str, Any]:
+    """Small values of the settings that a class of configurations has."""
+    known = set(inspect.signature(kind).parameters) | set(vars(kind())) | set(kind.attribute_map)
+    settings = {name: value for name, value in SIZES.items() if name in known}
+    if "kv_lora_rank" in known:  # every head has keys and values of its own
+        settings["num_key_value_heads"] = settings.get("num_attention_heads")
+    for name, part in getattr(kind, "sub_configs", {}).items():
+        if part.__name__ != "AutoConfig":
+            settings[name] = _small(part)
+    return settings
 
 
 def quiet() -> None:

@@ -25,7 +25,7 @@ __all__ = [
     "trace",
 ]
 
-_FAMILIES = (decoders, encoders, convnets)
+_FAMILIES = (decoders, encoders, structure, convnets)
 
 
 def supported() -> list[str]:
@@ -50,20 +50,17 @@ def find(model: nn.Module, sites: Sequence[str | Site] | None = None) -> Archite
         if len(named) < len(sites or ()):
             raise InputError("sites are either kinds, such as 'mlp', or all of them grail.Site")
         return Named(model, named)
-    for family in _FAMILIES:
-        architecture = family.architecture(model)
-        if architecture is not None:
-            return architecture
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     name = f"model_type {model_type!r}" if model_type else type(model).__name__
-    named = "sites=[grail.Site(producers=[…], consumers=[…])]"
-    try:
-        architecture = structure.architecture(model)
-    except ModelError as error:
-        raise ModelError(f"no sites are known for {name}: {error}; or name them: {named}") from error
-    if architecture is not None:
-        return architecture
+    way_out = "name the sites: sites=[grail.Site(producers=[…], consumers=[…])]"
+    for family in _FAMILIES:
+        try:
+            architecture = family.architecture(model)
+        except structure.NotRecognised as error:
+            raise ModelError(f"no sites are known for {name}: {error}; {way_out}") from error
+        if architecture is not None:
+            return architecture
     raise ModelError(
         f"no sites are known for {name}; supported are {', '.join(supported())}. For another "
-        f"network name them: {named}"
+        f"network {way_out}"
     )

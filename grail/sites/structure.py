@@ -46,6 +46,9 @@ from grail.stream import Stream, replaced_forward
 from grail.transaction import Transaction, steady
 from grail.width import HeadWidth, Width
 
+# Types of transformers that the tests prove; the form of the blocks decides, not the type.
+LAYOUTS: tuple[str, ...] = ()
+
 TOKENS = 12  # of each of two sequences that run through a block
 # Of the norm of what is compared: fp32 sums in another order, through a softmax; and 16 bits.
 ROUNDING = {4: 1e-4, 8: 1e-6, 2: 3e-2}
@@ -72,13 +75,20 @@ def architecture(model: Any) -> Architecture | None:
     """The blocks and sites of a model of token ids that has a configuration of transformers.
 
     Raises:
-        ModelError: no site is found, with the reason.
+        NotRecognised: no site is found, with the reason.
     """
     if not hasattr(getattr(model, "config", None), "model_type"):
         return None
     if "input_ids" not in inspect.signature(model.forward).parameters:
         return None
-    return Recognised(model)
+    try:
+        return Recognised(model)
+    except ModelError as error:
+        raise NotRecognised(str(error)) from error
+
+
+class NotRecognised(ModelError):
+    """Says why no site was found in a model of token ids."""
 
 
 class Recognised(Transformer):
@@ -130,6 +140,18 @@ def _modules_of(site: BoundSite) -> list[nn.Module]:
     return [site.beside.module] if site.beside is not None else list(site.modules().values())
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _says(config: Any, name: str) -> bool:
+    """Whether a configuration has one number of that name."""
+    try:
+        return isinstance(getattr(config, name), int)
+    except Exception:  # a number that differs by layer raises an error of its own
+        return False
+
+
 def _shapes(model: Any, settings: Settings) -> dict[str, Any]:
     """The shapes of a model of this class whose configuration says so; nothing if there is none."""
     config = copy.deepcopy(model.config)
@@ -155,6 +177,8 @@ def _layouts(model: Any) -> tuple[list[Layout], dict[str, str]]:
     with steady(model):
         try:
             stream = Stream(model, blocks, [_tokens(model)])
+            if (axes := stream.hidden[0].dim()) != 3:
+                raise ModelError(f"blocks pass on hidden states of {axes} axes, not [B, L, _]")
             for number, block in enumerate(blocks):
                 form = _form(block)
                 if form not in found:
@@ -165,7 +189,7 @@ def _layouts(model: Any) -> tuple[list[Layout], dict[str, str]]:
         except Exception as error:  # whatever a model raises for token ids alone
             if ran_out(error):
                 raise
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            first = _first_line(error).partition("; name the sites")[0]
             raise ModelError(f"its blocks cannot be tried one by one: {first}") from error
     if not any(layout.mlp.producers or layout.experts for layout in layouts):
         why = reasons.get("experts") or reasons.get("mlp")
@@ -185,7 +209,7 @@ def _stack(model: nn.Module) -> tuple[str, list[nn.Module]]:
     found: dict[str, list[nn.Module]] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and all(map(_computes, module)):
+        if isinstance(module, nn.ModuleList) and not inside and any(map(_computes, module)):
             found[path] = list(module)
     found = {path: blocks for path, blocks in found.items() if blocks}
     if len(found) > 1:
@@ -275,7 +299,7 @@ class _Probe:
 
     def _with_mlps(self, layout: Layout, layers: Sequence[tuple[str, nn.Module]]) -> Layout:
         """The layout with the widest MLP of the block, and with that beside its experts."""
-        mixture = layout.experts.path.rpartition(".")[0] if layout.experts else ""
+        mixture = next((path.rpartition(".")[0] for path, _ in self._fused()), "")
         for consumer, candidates in self._mlps(layers).items():
             beside = bool(mixture) and consumer.startswith(f"{mixture}.")
             kind = "shared_experts" if beside else "mlp"
@@ -284,7 +308,7 @@ class _Probe:
                 try:
                     site = self._narrows(proposed, "mlp")
                 except _NarrowsNot as reason:
-                    self.reasons.setdefault(kind, str(reason))
+                    self._refused(kind, consumer, str(reason))
                     continue
                 seen = self._landing(consumer, site.consumers[0].outputs)
                 if beside:
@@ -295,6 +319,13 @@ class _Probe:
                     layout = replace(layout, mlp=replace(mlp, landing=seen))
                 break
         return layout
+
+    def _refused(self, kind: str, consumer: str, reason: str) -> None:
+        """Keeps why a site was refused, first of all that of a layer that is no attention's."""
+        owner = consumer.rpartition(".")[0]
+        attends = any(word in owner for word in ("att", "mixer", "conv", "temporal"))
+        if kind not in self.reasons or not attends:
+            self.reasons[kind] = reason
 
     def _width(self, mlp: Mlp) -> int:
         module = self._block.get_submodule(mlp.consumer)
@@ -324,14 +355,20 @@ class _Probe:
         names = (name for name in _MLP_SIZES if getattr(module, name, None) == width)
         return tuple(f"{owner}.{name}".removeprefix(".") for name in names)
 
+    def _fused(self) -> list[tuple[str, nn.Module]]:
+        """The layers that hold experts in one tensor, by path."""
+        return [
+            (path, module)
+            for path, module in self._block.named_modules()
+            if isinstance(down := getattr(module, "down_proj", None), nn.Parameter)
+            and down.dim() == 3
+        ]
+
     def _with_experts(self, layout: Layout) -> Layout:
-        for path, module in self._block.named_modules():
-            down = getattr(module, "down_proj", None)
-            if not isinstance(down, nn.Parameter) or down.dim() != 3:
-                continue
+        for path, module in self._fused():
             proposed = replace(layout, experts=Mixture(path, lambda config, kept: {}))
             try:
-                self._narrow_together(proposed, path)
+                self._narrow_together(proposed, path, module)
             except _NarrowsNot as reason:
                 self.reasons.setdefault("experts", str(reason))
                 continue
@@ -408,7 +445,7 @@ class _Probe:
             config={
                 name: number
                 for name, number in _HEAD_CONFIG.items()
-                if getattr(self._model.config, name, None) is not None
+                if _says(self._model.config, name)
             },
         )
         reading = replace(heads, reads_config=True)
@@ -474,12 +511,10 @@ class _Probe:
         for name, tensor in self._model.get_submodule(owner).named_parameters():
             if tensor.dim() == 1 and len(tensor) == channels and not name.endswith("bias"):
                 return f"{owner}.{name} is of each channel of {site.name}, between its layers"
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"{site.name} does not run once it is narrow: {first}"
+        return f"{site.name} does not run once it is narrow: {_first_line(error)}"
 
-    def _narrow_together(self, layout: Layout, path: str) -> None:
+    def _narrow_together(self, layout: Layout, path: str, module: Any) -> None:
         """Raises _NarrowsNot for experts that cannot be narrowed, or not heard."""
-        module: Any = self._block.get_submodule(path)
         sites = self._bound(layout, "experts")
         if getattr(module, "has_post_expert_norm", False):
             raise _NarrowsNot(f"{path} has a norm behind each expert")
@@ -508,8 +543,9 @@ class _Probe:
                     consumer.rewrite(kept, selection.kept, False, None, transaction)
                 after = self._returned(module)
             except Exception as error:  # whatever a block raises for what it cannot be
-                first = (str(error).splitlines() or [""])[0]
-                raise _NarrowsNot(f"{path} does not run once it is narrow: {first}") from error
+                raise _NarrowsNot(
+                    f"{path} does not run once it is narrow: {_first_line(error)}"
+                ) from error
         if not _alike(after, expected):
             raise _NarrowsNot(f"a channel of an expert of {path} depends on the other channels")
 
