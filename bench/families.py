@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
     "encoder_ffn_dim": 80,
     "ffn_hidden_size": 80,
     "n_inner": 80,
-    "moe_intermediate_size": 32,
+    "moe_intermediate_size": 16,
     "expert_ffn_hidden_size": 32,
     "shared_expert_intermediate_size": 24,
     "moe_shared_expert_intermediate_size": 24,

@@ -110,9 +110,7 @@ def test_torchs_own_encoder(norm_first, batch_first, masked, sizes):
     if masked and not batch_first:
         masks = {f"{name}2": [b["attention_mask"].T for b in batches] for name in names}
     for compensate in (True, False):  # plain pruning has errors that no rounding hides
-        assert_errors_are_those_of_the_network(
-            model, batches, sites, masks, compensate=compensate
-        )
+        assert_errors_are_those_of_the_network(model, batches, sites, masks, compensate=compensate)
 
 
 class Branches(nn.Module):

@@ -158,7 +158,9 @@ class InTurns(Producer):
 
     def _narrowed(self, rows: Tensor, reductions: Mapping[str, Reduction]) -> Tensor:
         apart = rows.unflatten(0, (-1, 2)).unbind(1)
-        return torch.stack([reductions["channels"].narrow(piece) for piece in apart], 1).flatten(0, 1)
+        return torch.stack([reductions["channels"].narrow(piece) for piece in apart], 1).flatten(
+            0, 1
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ Blocks of equal modules, shapes and settings are tried once.
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -100,30 +101,52 @@ class Recognised(Transformer):
         self.kinds = _KINDS
         made = {kind: self.sites((kind,)) for kind in _KINDS}
         self.kinds = tuple(kind for kind in _KINDS if any(made[kind]))
-        self._fitting: dict[tuple[str, Width], Settings] = {}
+        self._fitting: dict[str, Settings] = {}  # of the last run, by kind
+        self._fitted: Any = None  # what that run narrowed
 
     def _settings(
-        self, kind: str, widths: Sequence[Width], sites: Sequence[BoundSite]
+        self, kind: str, widths: Mapping[str, Sequence[Width]], sites: Sequence[BoundSite]
     ) -> Settings:
-        if len(widths) > 1:
-            return {}
-        (width,) = widths
-        if (kind, width) not in self._fitting:
-            found = self._reloading(width, [site for site in sites if site.kind == kind])
-            self._fitting[kind, width] = found
-        return self._fitting[kind, width]
+        if self._fitted != widths:
+            self._fitted, self._fitting = dict(widths), self._reloading(widths, sites)
+        return self._fitting.get(kind, {})
 
-    def _reloading(self, width: Width, sites: Sequence[BoundSite]) -> Settings:
-        """The settings by which the configuration makes a model of the shapes of this one."""
-        own = {id(p) for site in sites for m in _modules_of(site) for p in m.parameters(False)}
+    def _reloading(
+        self, widths: Mapping[str, Sequence[Width]], sites: Sequence[BoundSite]
+    ) -> dict[str, Settings]:
+        """By kind, the settings by which the configuration makes a model of these shapes.
+
+        Each kind for itself, or those together of which one alone would change the others.
+        """
+        found: dict[str, Settings] = {}
         narrow = {name: p.shape for name, p in self._model.named_parameters()}
-        mine = {name for name, p in self._model.named_parameters() if id(p) in own}
         dense = _shapes(self._model, {})
-        wanted = {name: narrow.get(name) if name in mine else dense[name] for name in dense}
-        for settings in self._candidates(width):
-            if dense and _shapes(self._model, settings) == wanted:
-                return settings
-        return {}
+        changed = {name for name in dense if narrow.get(name) != dense[name]}
+        options = {
+            kind: list(self._candidates(of_kind[0]))
+            for kind, of_kind in widths.items()
+            if len(of_kind) == 1
+        }
+        names = {kind: self._names_of([s for s in sites if s.kind == kind]) for kind in options}
+        for kind, candidates in options.items():
+            wanted = dense | {name: narrow[name] for name in changed & names[kind]}
+            for settings in candidates:
+                if dense and kind not in found and _shapes(self._model, settings) == wanted:
+                    found[kind] = settings
+        left = [kind for kind in options if kind not in found]
+        if len(left) > 1:
+            own = set().union(*(names[kind] for kind in left))
+            wanted = dense | {name: narrow[name] for name in changed & own}
+            for several in itertools.product(*([*options[kind], {}] for kind in left)):
+                together = {name: value for settings in several for name, value in settings.items()}
+                if together and _shapes(self._model, together) == wanted:
+                    return found | dict.fromkeys(left, together)
+        return found
+
+    def _names_of(self, sites: Sequence[BoundSite]) -> set[str]:
+        """The parameters of the model that some sites narrow."""
+        own = {id(p) for site in sites for m in _modules_of(site) for p in m.parameters(False)}
+        return {name for name, p in self._model.named_parameters() if id(p) in own}
 
     def _candidates(self, width: Width) -> Iterator[Settings]:
         if isinstance(width, HeadWidth):
@@ -266,7 +289,7 @@ class _Probe:
         layers = self._in_order()
         layout = self._with_experts(Layout(self._path, "", _NO_MLP))
         layout = self._with_mlps(layout, layers)
-        return self._with_attention(layout)
+        return self._with_attention(layout, layers)
 
     def _run(self) -> Tensor:
         output = self._stream.run(self._number, 0)
@@ -301,7 +324,8 @@ class _Probe:
         """The layout with the widest MLP of the block, and with that beside its experts."""
         mixture = next((path.rpartition(".")[0] for path, _ in self._fused()), "")
         for consumer, candidates in self._mlps(layers).items():
-            beside = bool(mixture) and consumer.startswith(f"{mixture}.")
+            inside = bool(mixture) and consumer.startswith(f"{mixture}.")
+            beside = inside or (bool(self._fused()) and "shared" in consumer)
             kind = "shared_experts" if beside else "mlp"
             for mlp in candidates:
                 proposed = replace(layout, mlp=mlp)
@@ -315,6 +339,9 @@ class _Probe:
                     # Scaled token by token on its way, its drift is left to the experts.
                     seen = seen if seen is not None and not seen.output else None
                     layout = replace(layout, shared_experts=replace(mlp, landing=seen))
+                elif site.channels < self._hidden:
+                    reason = f"{consumer} reads fewer channels than the hidden states have"
+                    self._refused(kind, consumer, f"{reason}: an adapter, or a gate")
                 elif self._width(layout.mlp) < site.channels:
                     layout = replace(layout, mlp=replace(mlp, landing=seen))
                 break
@@ -380,7 +407,7 @@ class _Probe:
     def _outputs(self, path: str) -> int:
         return int(self._returned(self._block.get_submodule(path)).shape[-1])
 
-    def _with_attention(self, layout: Layout) -> Layout:
+    def _with_attention(self, layout: Layout, layers: Sequence[tuple[str, nn.Module]]) -> Layout:
         """The layout with the path of the attention, and its heads if they can be narrowed."""
         for path, module in self._block.named_modules():
             if all(has(module, name) for name in _PROJECTIONS):
@@ -391,7 +418,12 @@ class _Probe:
         if not self._replays(attention):
             layout = replace(layout, no_heads="its attention hands more than its output on")
             return layout
-        layout = replace(layout, attention=attention)
+        runs = [name.startswith(f"{attention}.") for name, _ in layers]
+        others = [*layout.mlp.producers]
+        others += layout.shared_experts.producers if layout.shared_experts else ()
+        last = max((number for number, own in enumerate(runs) if own), default=0)
+        first = min((n for n, (name, _) in enumerate(layers) if name in others), default=len(runs))
+        layout = replace(layout, attention=attention, attention_first=last < first)
         try:
             return replace(layout, heads=self._heads(layout, attention))
         except _NarrowsNot as reason:

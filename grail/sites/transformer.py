@@ -114,10 +114,11 @@ class Heads:
 class Layout:
     """One family: the place of its list of blocks, and its sites.
 
-    `blocks`: below the model, or below its `base_model_prefix`. `attention`: the path of the module
-    that runs before the MLP, "" if it cannot be told. `experts`: narrowed in place of an MLP; `shared_experts`: what every
-    token goes to beside them. `no_heads` says why heads cannot be narrowed; attention without
-    modules for its projections has no `heads` at all.
+    `blocks`: below the model, or below its `base_model_prefix`. `attention`: the path of that
+    module, "" if it cannot be told; `attention_first`: whether it runs before all that is narrowed.
+    `experts`: narrowed in place of an MLP; `shared_experts`: what every token goes to beside them.
+    `no_heads` says why heads cannot be narrowed; attention without modules for its projections has
+    no `heads` at all.
     """
 
     blocks: str
@@ -127,6 +128,7 @@ class Layout:
     no_heads: str = ""
     experts: Mixture | None = None
     shared_experts: Mlp | None = None
+    attention_first: bool = True
 
 
 class Transformer(Architecture):
@@ -199,8 +201,9 @@ class Transformer(Architecture):
     def settle(
         self, sites: Sequence[BoundSite], widths: Mapping[str, Width], transaction: Transaction
     ) -> None:
-        for kind, found in _different(sites, widths).items():
-            settings = self._settings(kind, found, sites)
+        different = _different(sites, widths)
+        for kind in different:
+            settings = self._settings(kind, different, sites)
             self._write(settings, transaction)
             if settings and kind == "heads":
                 self._share_config(transaction)
@@ -221,10 +224,10 @@ class Transformer(Architecture):
             transaction.set_attribute(self.config, name, value)
 
     def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
-        notes = []
-        for kind, found in _different(sites, widths).items():
+        notes, different = [], _different(sites, widths)
+        for kind, found in different.items():
             narrowed = any(width.kept < width.channels for width in found)
-            if self.config is not None and narrowed and not self._settings(kind, found, sites):
+            if self.config is not None and narrowed and not self._settings(kind, different, sites):
                 why = f"the configuration cannot hold {found[0]}"
                 if len(found) > 1:
                     why = "widths differ by block, which the configuration cannot hold"
@@ -232,12 +235,17 @@ class Transformer(Architecture):
         return notes
 
     def _settings(
-        self, kind: str, widths: Sequence[Width], sites: Sequence[BoundSite]
+        self, kind: str, widths: Mapping[str, Sequence[Width]], sites: Sequence[BoundSite]
     ) -> Settings:
-        """What the configuration has to say for a kind of these widths; nothing if it cannot."""
-        if self.config is None or len(widths) > 1:
+        """What the configuration has to say for a kind; nothing if it cannot hold its widths.
+
+        Args:
+            widths: the different widths of each kind.
+            sites: those of the run, narrow.
+        """
+        if self.config is None or len(widths[kind]) > 1:
             return {}
-        (width,) = widths
+        (width,) = widths[kind]
         if isinstance(width, HeadWidth):
             return self._head_settings(width)
         place: Mlp | Mixture | None = getattr(self._layouts[0], kind)
