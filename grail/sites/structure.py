@@ -93,7 +93,10 @@ class NotRecognised(ModelError):
 
 
 class Recognised(Transformer):
-    """The blocks of a model whose layouts were found out. `reasons`: why others were not, by kind."""
+    """The blocks of a model whose layouts were found out.
+
+    `reasons`: why sites of a kind were refused.
+    """
 
     def __init__(self, model: Any):
         layouts, self.reasons = _layouts(model)
@@ -339,9 +342,6 @@ class _Probe:
                     # Scaled token by token on its way, its drift is left to the experts.
                     seen = seen if seen is not None and not seen.output else None
                     layout = replace(layout, shared_experts=replace(mlp, landing=seen))
-                elif site.channels < self._hidden:
-                    reason = f"{consumer} reads fewer channels than the hidden states have"
-                    self._refused(kind, consumer, f"{reason}: an adapter, or a gate")
                 elif self._width(layout.mlp) < site.channels:
                     layout = replace(layout, mlp=replace(mlp, landing=seen))
                 break
@@ -363,7 +363,7 @@ class _Probe:
         sizes = [Consumer(name, module) for name, module in layers]
         found: dict[str, list[Mlp]] = {}
         for last, consumer in enumerate(sizes):
-            if consumer.outputs != self._hidden:
+            if consumer.outputs != self._hidden or self._in_a_norm(consumer.name):
                 continue
             before = sizes[max(0, last - 2) : last]
             width, mlps = consumer.channels, []
@@ -375,6 +375,16 @@ class _Probe:
                 mlps.append(Mlp((before[-1].name,), consumer.name))
             found[consumer.name] = [replace(mlp, sizes=self._sizes(mlp, width)) for mlp in mlps]
         return found
+
+    def _in_a_norm(self, path: str) -> bool:
+        """Whether a layer is the gate of a norm, which has a weight [_] of its own."""
+        owner = path.rpartition(".")[0]
+        while owner:
+            weight = getattr(self._block.get_submodule(owner), "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 1:
+                return True
+            owner = owner.rpartition(".")[0]
+        return False
 
     def _sizes(self, mlp: Mlp, width: int) -> tuple[str, ...]:
         owner = mlp.consumer.rpartition(".")[0]
@@ -529,6 +539,8 @@ class _Probe:
                 consumer.rewrite(kept, chosen.kept, False, None, transaction)
                 after = self._read_by(consumer)
             except Exception as error:  # whatever a block raises for what it cannot be
+                if ran_out(error):
+                    raise
                 raise _NarrowsNot(self._between(site, chosen.channels, error)) from error
         if not _alike(after, before[..., chosen.index]):
             raise _NarrowsNot(
@@ -557,7 +569,8 @@ class _Probe:
             assert isinstance(scores, Tensor)
             chosen[site] = site.width(0.5, None).best(scores)
         with _undone() as transaction:
-            silent = torch.stack([c.module.weight for s in sites for c in s.consumers]).clone()
+            weights = [consumer.by_channel for site in sites for consumer in site.consumers]
+            silent = torch.stack(weights)
             for number, selection in enumerate(chosen.values()):
                 lost = torch.ones(selection.channels, dtype=torch.bool)
                 lost[selection.index] = False
@@ -575,6 +588,8 @@ class _Probe:
                     consumer.rewrite(kept, selection.kept, False, None, transaction)
                 after = self._returned(module)
             except Exception as error:  # whatever a block raises for what it cannot be
+                if ran_out(error):
+                    raise
                 raise _NarrowsNot(
                     f"{path} does not run once it is narrow: {_first_line(error)}"
                 ) from error
@@ -700,7 +715,7 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
 
 
 def _factor(changed: Tensor, without: Tensor, change: Tensor) -> float | None:
-    """By how much a change [O] shows in the difference of two tensors [..., O]; None if otherwise."""
+    """By how much a change [O] shows in the difference of two tensors [..., O], if it does."""
     difference = (changed.float() - without.float()).reshape(-1, without.shape[-1])
     change = change.to(difference)
     factor = float((difference @ change).mean() / change.square().sum())
