@@ -6,12 +6,24 @@ The sizes of a model's configuration are replaced by small ones, chosen by name:
 known of a family here.
 """
 
+import argparse
+import copy
 import inspect
 import logging
+import tempfile
 import warnings
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
+
+import grail
+from grail.errors import InputError, ModelError
+from grail.sites import find
 
 VOCABULARY = 97
 LARGEST = 5e6  # parameters of a tiny model
@@ -157,3 +169,118 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+
+
+KINDS = {"mlp": "MLP", "heads": "heads", "experts": "experts", "shared_experts": "shared experts"}
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+HEAD = """# Families of language models
+
+Every causal language model of transformers {version}, tried as a tiny random model; written by
+`python -m bench.families`. Models are recognised by the form of their blocks, and each kind of
+site is narrowed on a few tokens before it is offered ([how](../grail/sites/structure.py)). So a
+model of another type but of the same form is taken, too.
+
+**stock**: the narrow model is reloaded by transformers itself, to the same outputs.
+**grail.save**: its configuration has no place for the widths of that kind alone, and the report
+says so; `grail.save` and `grail.load` keep it.
+
+| model type | MLP | heads | experts | shared experts | left as they are |
+|---|---|---|---|---|---|
+{supported}
+
+Refused, with the reason:
+
+| model type | reason |
+|---|---|
+{refused}
+
+Not tried, since no small model of it can be made by sizes alone: {untried}.
+"""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What becomes of a model type. `kinds`: how each is reloaded, by name."""
+
+    model_type: str
+    kinds: Mapping[str, str]
+    reason: str = ""
+    tried: bool = True
+
+    @property
+    def row(self) -> str:
+        """Its line of a table."""
+        cells = [self.kinds.get(kind, "–") for kind in KINDS] if self.kinds else []
+        return f"| {' | '.join([f'`{self.model_type}`', *cells, self.reason])} |"
+
+
+def family(model_type: str) -> Family:
+    """Tries a model type."""
+    try:
+        model = tiny(model_type)
+    except Exception:  # whatever a configuration raises for sizes that do not suit it
+        return Family(model_type, {}, tried=False)
+    try:
+        kinds = find(model).kinds
+    except ModelError as error:
+        reason = str(error).partition(": ")[2].partition("; name the sites")[0]
+        return Family(model_type, {}, reason or str(error))
+    left = {kind: reason for kind, reason in reasons(model).items() if kind not in kinds}
+    return Family(
+        model_type,
+        {kind: reloaded(model, kind) for kind in kinds},
+        "; ".join(f"{KINDS[kind]}: {reason}" for kind, reason in sorted(left.items())),
+    )
+
+
+def reasons(model: Any) -> dict[str, str]:
+    """Why kinds of sites are refused, where the reason is more than that there are none."""
+    architecture: Any = find(model)
+    found: dict[str, str] = dict(getattr(architecture, "reasons", {}))
+    try:
+        architecture.check_kinds(("heads",))
+    except InputError as error:
+        found.setdefault("heads", str(error).partition("narrowed: ")[2])
+    return found
+
+
+def reloaded(model: Any, kind: str) -> str:
+    """Narrows a copy, and says by what it is read again."""
+    narrow, batch = copy.deepcopy(model), tokens()
+    settings = {"selector": "magnitude", "compensate": False, "progress": False}
+    report = grail.compress(narrow, [batch], keep=0.5, sites=(kind,), **settings)
+    if any("the configuration cannot hold" in note for note in report.notes):
+        return "grail.save"
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        narrow.save_pretrained(folder)
+        again = type(narrow).from_pretrained(folder).eval()
+        if not torch.equal(again(**batch)[0], narrow(**batch)[0]):
+            raise RuntimeError(f"{model.config.model_type}: {kind} reload to other outputs")
+    return "stock"
+
+
+def tokens(seed: int = 0, rows: int = 2, length: int = 16) -> dict[str, Any]:
+    """A batch of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    return {"input_ids": ids, "use_cache": False}
+
+
+def main() -> int:
+    """Writes the page."""
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    with ProcessPoolExecutor(8, initializer=quiet) as pool:
+        found = list(pool.map(family, model_types()))
+    page = HEAD.format(
+        version=metadata.version("transformers"),
+        supported="\n".join(f.row for f in found if f.kinds),
+        refused="\n".join(f.row for f in found if f.tried and not f.kinds),
+        untried=", ".join(f"`{f.model_type}`" for f in found if not f.tried),
+    )
+    PAGE.write_text(page, encoding="utf-8")
+    print(f"{sum(bool(f.kinds) for f in found)} of {len(found)} model types: {PAGE.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

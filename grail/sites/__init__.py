@@ -56,7 +56,7 @@ def find(model: nn.Module, sites: Sequence[str | Site] | None = None) -> Archite
     for family in _FAMILIES:
         try:
             architecture = family.architecture(model)
-        except structure.NotRecognised as error:
+        except structure.NotRecognisedError as error:
             raise ModelError(f"no sites are known for {name}: {error}; {way_out}") from error
         if architecture is not None:
             return architecture

@@ -76,7 +76,7 @@ def architecture(model: Any) -> Architecture | None:
     """The blocks and sites of a model of token ids that has a configuration of transformers.
 
     Raises:
-        NotRecognised: no site is found, with the reason.
+        NotRecognisedError: no site is found, with the reason.
     """
     if not hasattr(getattr(model, "config", None), "model_type"):
         return None
@@ -85,10 +85,10 @@ def architecture(model: Any) -> Architecture | None:
     try:
         return Recognised(model)
     except ModelError as error:
-        raise NotRecognised(str(error)) from error
+        raise NotRecognisedError(str(error)) from error
 
 
-class NotRecognised(ModelError):
+class NotRecognisedError(ModelError):
     """Says why no site was found in a model of token ids."""
 
 
@@ -330,12 +330,13 @@ class _Probe:
             inside = bool(mixture) and consumer.startswith(f"{mixture}.")
             beside = inside or (bool(self._fused()) and "shared" in consumer)
             kind = "shared_experts" if beside else "mlp"
-            for mlp in candidates:
+            for number, mlp in enumerate(candidates):
                 proposed = replace(layout, mlp=mlp)
                 try:
                     site = self._narrows(proposed, "mlp")
                 except _NarrowsNot as reason:
-                    self._refused(kind, consumer, str(reason))
+                    if number == 0:  # of those with most producers, which it most likely is
+                        self._refused(kind, consumer, str(reason))
                     continue
                 seen = self._landing(consumer, site.consumers[0].outputs)
                 if beside:
@@ -363,7 +364,8 @@ class _Probe:
         sizes = [Consumer(name, module) for name, module in layers]
         found: dict[str, list[Mlp]] = {}
         for last, consumer in enumerate(sizes):
-            if consumer.outputs != self._hidden or self._in_a_norm(consumer.name):
+            gate = "norm" in consumer.name.rpartition(".")[0]  # of a norm, that is
+            if consumer.outputs != self._hidden or gate:
                 continue
             before = sizes[max(0, last - 2) : last]
             width, mlps = consumer.channels, []
@@ -375,16 +377,6 @@ class _Probe:
                 mlps.append(Mlp((before[-1].name,), consumer.name))
             found[consumer.name] = [replace(mlp, sizes=self._sizes(mlp, width)) for mlp in mlps]
         return found
-
-    def _in_a_norm(self, path: str) -> bool:
-        """Whether a layer is the gate of a norm, which has a weight [_] of its own."""
-        owner = path.rpartition(".")[0]
-        while owner:
-            weight = getattr(self._block.get_submodule(owner), "weight", None)
-            if isinstance(weight, Tensor) and weight.dim() == 1:
-                return True
-            owner = owner.rpartition(".")[0]
-        return False
 
     def _sizes(self, mlp: Mlp, width: int) -> tuple[str, ...]:
         owner = mlp.consumer.rpartition(".")[0]
