@@ -18,18 +18,16 @@ Blocks of equal modules, shapes and settings are tried once.
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grail.errors import GrailError, ModelError
+from grail.errors import ModelError
 from grail.layers import Consumer
 from grail.memory import ran_out
-from grail.reduction import Selection
 from grail.sites.site import Architecture, BoundSite
 from grail.sites.transformer import (
     BLOCK_OUTPUT,
@@ -43,19 +41,15 @@ from grail.sites.transformer import (
     Transformer,
     has,
 )
-from grail.stream import Stream, replaced_forward
-from grail.transaction import Transaction, steady
+from grail.sites.trial import KINDS, NO_MLP, NarrowsNot, Trial, first_line
+from grail.stream import Stream
+from grail.transaction import steady
 from grail.width import HeadWidth, Width
 
 # Types of transformers that the tests prove; the form of the blocks decides, not the type.
 LAYOUTS: tuple[str, ...] = ()
 
 TOKENS = 12  # of each of two sequences that run through a block
-# Of the norm of what is compared: fp32 sums in another order, through a softmax; and 16 bits.
-ROUNDING = {4: 1e-4, 8: 1e-6, 2: 3e-2}
-
-_KINDS = ("heads", "mlp", "shared_experts", "experts")  # in the order in which they run
-_NO_MLP = Mlp((), "")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _MLP_SIZES = ("intermediate_size", "intermediate_dim", "ffn_dim", "ffn_hidden_size")
 _HEAD_SIZES: dict[str, Number] = {
@@ -101,9 +95,9 @@ class Recognised(Transformer):
     def __init__(self, model: Any):
         layouts, self.reasons = _layouts(model)
         super().__init__(model, layouts)
-        self.kinds = _KINDS
-        made = {kind: self.sites((kind,)) for kind in _KINDS}
-        self.kinds = tuple(kind for kind in _KINDS if any(made[kind]))
+        self.kinds = KINDS
+        made = {kind: self.sites((kind,)) for kind in KINDS}
+        self.kinds = tuple(kind for kind in KINDS if any(made[kind]))
         self._fitting: dict[str, Settings] = {}  # of the last run, by kind
         self._fitted: Any = None  # what that run narrowed
 
@@ -166,10 +160,6 @@ def _modules_of(site: BoundSite) -> list[nn.Module]:
     return [site.beside.module] if site.beside is not None else list(site.modules().values())
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _says(config: Any, name: str) -> bool:
     """Whether a configuration has one number of that name."""
     try:
@@ -208,14 +198,14 @@ def _layouts(model: Any) -> tuple[list[Layout], dict[str, str]]:
             for number, block in enumerate(blocks):
                 form = _form(block)
                 if form not in found:
-                    probe = _Probe(model, path, stream, number)
+                    probe = _Proposals(model, path, stream, number)
                     found[form] = probe.layout()
                     reasons.update(probe.reasons)
                 layouts.append(found[form])
         except Exception as error:  # whatever a model raises for token ids alone
             if ran_out(error):
                 raise
-            first = _first_line(error).partition("; name the sites")[0]
+            first = first_line(error).partition("; name the sites")[0]
             raise ModelError(f"its blocks cannot be tried one by one: {first}") from error
     if not any(layout.mlp.producers or layout.experts for layout in layouts):
         why = reasons.get("experts") or reasons.get("mlp")
@@ -271,57 +261,22 @@ def _plain(attributes: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-class _NarrowsNot(Exception):  # noqa: N818, an answer
-    """Says why a site is none."""
-
-
-class _Probe:
-    """Tries one block.
+class _Proposals(Trial):
+    """What the shapes of a block propose, as far as it holds.
 
     `reasons`: why sites of a kind were refused.
     """
 
     def __init__(self, model: Any, path: str, stream: Stream, number: int):
-        self._model, self._path, self._stream, self._number = model, path, stream, number
-        self._block = stream.blocks[number]
-        self._hidden = stream.hidden[0].shape[-1]
+        super().__init__(model, path, stream, number)
         self.reasons: dict[str, str] = {}
 
     def layout(self) -> Layout:
         """The layout of the block."""
-        layers = self._in_order()
-        layout = self._with_experts(Layout(self._path, "", _NO_MLP))
+        layers = self.in_order()
+        layout = self._with_experts(Layout(self._path, "", NO_MLP))
         layout = self._with_mlps(layout, layers)
         return self._with_attention(layout, layers)
-
-    def _run(self) -> Tensor:
-        output = self._stream.run(self._number, 0)
-        if not isinstance(output, Tensor):
-            raise ModelError(f"a block returns a {type(output).__name__}, not hidden states")
-        return output
-
-    def _in_order(self) -> list[tuple[str, nn.Module]]:
-        """The plain layers of the block in the order in which they run."""
-        names = {module: name for name, module in self._block.named_modules()}
-        ran: dict[nn.Module, None] = {}
-        with ExitStack() as hooks:
-            for module, name in names.items():
-                if self._is_plain(name, module):
-                    note = module.register_forward_pre_hook(lambda m, _: ran.setdefault(m))
-                    hooks.callback(note.remove)
-            self._run()
-        return [(names[module], module) for module in ran]
-
-    @staticmethod
-    def _is_plain(name: str, module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(module, nn.Embedding):
-            return False
-        try:
-            Consumer(name, module)
-        except ModelError:
-            return False
-        return True
 
     def _with_mlps(self, layout: Layout, layers: Sequence[tuple[str, nn.Module]]) -> Layout:
         """The layout with the widest MLP of the block, and with that beside its experts."""
@@ -333,12 +288,12 @@ class _Probe:
             for number, mlp in enumerate(candidates):
                 proposed = replace(layout, mlp=mlp)
                 try:
-                    site = self._narrows(proposed, "mlp")
-                except _NarrowsNot as reason:
+                    site = self.narrows(proposed, "mlp")
+                except NarrowsNot as reason:
                     if number == 0:  # of those with most producers, which it most likely is
                         self._refused(kind, consumer, str(reason))
                     continue
-                seen = self._landing(consumer, site.consumers[0].outputs)
+                seen = self.landing(consumer, site.consumers[0].outputs)
                 if beside:
                     # Scaled token by token on its way, its drift is left to the experts.
                     seen = seen if seen is not None and not seen.output else None
@@ -397,17 +352,17 @@ class _Probe:
         for path, module in self._fused():
             proposed = replace(layout, experts=Mixture(path, lambda config, kept: {}))
             try:
-                self._narrow_together(proposed, path, module)
-            except _NarrowsNot as reason:
+                self.narrow_together(proposed, path, module)
+            except NarrowsNot as reason:
                 self.reasons.setdefault("experts", str(reason))
                 continue
             assert proposed.experts is not None
-            seen = self._landing(path, self._outputs(path))
+            seen = self.landing(path, self._outputs(path))
             return replace(layout, experts=replace(proposed.experts, landing=seen))
         return layout
 
     def _outputs(self, path: str) -> int:
-        return int(self._returned(self._block.get_submodule(path)).shape[-1])
+        return int(self.returned(self._block.get_submodule(path)).shape[-1])
 
     def _with_attention(self, layout: Layout, layers: Sequence[tuple[str, nn.Module]]) -> Layout:
         """The layout with the path of the attention, and its heads if they can be narrowed."""
@@ -417,7 +372,7 @@ class _Probe:
                 break
         else:
             return replace(layout, no_heads="its attention has no q_proj, k_proj and v_proj")
-        if not self._replays(attention):
+        if not self.replays(attention):
             layout = replace(layout, no_heads="its attention hands more than its output on")
             return layout
         runs = [name.startswith(f"{attention}.") for name, _ in layers]
@@ -428,45 +383,27 @@ class _Probe:
         layout = replace(layout, attention=attention, attention_first=last < first)
         try:
             return replace(layout, heads=self._heads(layout, attention))
-        except _NarrowsNot as reason:
+        except NarrowsNot as reason:
             self.reasons.setdefault("heads", str(reason))
             return replace(layout, no_heads=str(reason))
-
-    def _replays(self, path: str) -> bool:
-        """Whether the rest of a block needs nothing of a module but its first output."""
-        module, seen = self._block.get_submodule(path), []
-        with ExitStack() as hooks:
-            note = module.register_forward_hook(lambda _, __, output: seen.append(output))
-            hooks.callback(note.remove)
-            expected = self._run()
-        if len(seen) != 1:
-            return False
-        (output,) = seen
-        if isinstance(output, tuple):
-            output = (output[0], *(None for _ in output[1:]))
-        try:
-            with replaced_forward(module, lambda *_, **__: output):
-                return torch.equal(self._run(), expected)
-        except Exception:  # whatever the block raises for what it misses
-            return False
 
     def _heads(self, layout: Layout, path: str) -> Heads:
         """The heads of an attention module.
 
         Raises:
-            _NarrowsNot: they are not whole, or not each by itself.
+            NarrowsNot: they are not whole, or not each by itself.
         """
         attention: Any = self._block.get_submodule(path)
         outputs = [name for name in ("o_proj", "out_proj", "dense") if has(attention, name)]
         if not outputs or not isinstance(getattr(attention, "head_dim", None), int):
-            raise _NarrowsNot("its attention has no output projection o_proj, or no head_dim")
+            raise NarrowsNot("its attention has no output projection o_proj, or no head_dim")
         layers = (*_PROJECTIONS, outputs[0])
-        if not all(self._is_plain(name, attention.get_submodule(name)) for name in layers):
-            raise _NarrowsNot("its projections are no plain layers")
+        if not all(self.is_plain(name, attention.get_submodule(name)) for name in layers):
+            raise NarrowsNot("its projections are no plain layers")
         for name, tensor in (*attention.named_parameters(), *attention.named_buffers()):
             own = name.rpartition(".")[0] in layers
             if not own and tensor.numel() not in (1, attention.head_dim):
-                raise _NarrowsNot(f"{name} of its attention has values for all heads")
+                raise NarrowsNot(f"{name} of its attention has values for all heads")
         heads = Heads(
             projections=tuple(f"{path}.{name}" for name in _PROJECTIONS),
             consumer=f"{path}.{outputs[0]}",
@@ -486,233 +423,11 @@ class _Probe:
         options = [heads, reading] if hasattr(attention, "config") else [heads]
         for last, proposed in enumerate(options, 1):
             try:
-                site = self._narrows(replace(layout, heads=proposed), "heads")
-            except _NarrowsNot:
+                site = self.narrows(replace(layout, heads=proposed), "heads")
+            except NarrowsNot:
                 if last == len(options):
                     raise
                 continue
-            seen = self._landing(heads.consumer, site.consumers[0].outputs)
+            seen = self.landing(heads.consumer, site.consumers[0].outputs)
             return replace(proposed, landing=seen or Seen(heads.consumer, output=True))
         raise AssertionError
-
-    # What a block does
-
-    def _bound(self, layout: Layout, kind: str) -> list[BoundSite]:
-        """The sites of a kind that a layout makes of the block."""
-        layouts = [Layout(self._path, "", _NO_MLP) for _ in self._stream.blocks]
-        layouts[self._number] = layout
-        try:
-            candidate = Transformer(self._model, layouts)
-            candidate.kinds = _KINDS
-            return candidate.sites((kind,))[self._number]
-        except (ModelError, AttributeError, ZeroDivisionError) as error:
-            raise _NarrowsNot(str(error)) from error
-
-    def _narrows(self, layout: Layout, kind: str) -> BoundSite:
-        """The site of that kind.
-
-        Raises:
-            _NarrowsNot: its consumer does not read its channels, or not each by itself.
-        """
-        (site,) = self._bound(layout, kind)
-        (consumer,) = site.consumers
-        before = self._read_by(consumer)
-        try:
-            width = site.width(0.5, None)
-        except (GrailError, ValueError) as error:
-            raise _NarrowsNot(f"{site.name} can have no other width: {error}") from error
-        chosen = width.best(before.flatten(0, -2).float().square().sum(0))
-        if chosen.kept == site.channels or before.shape[-1] != site.channels:
-            raise _NarrowsNot(f"{site.name} can have no other width than {site.channels} channels")
-        with _undone() as transaction:
-            try:
-                site.narrow(chosen, width, transaction)
-                kept = consumer.by_channel[:, chosen.index]
-                consumer.rewrite(kept, chosen.kept, False, None, transaction)
-                after = self._read_by(consumer)
-            except Exception as error:  # whatever a block raises for what it cannot be
-                if ran_out(error):
-                    raise
-                raise _NarrowsNot(self._between(site, chosen.channels, error)) from error
-        if not _alike(after, before[..., chosen.index]):
-            raise _NarrowsNot(
-                f"what {consumer.name} reads of a channel depends on the other channels: a norm, a "
-                "softmax, a choice or attention lies between"
-            )
-        return site
-
-    def _between(self, site: BoundSite, channels: int, error: Exception) -> str:
-        """What a site of H channels that does not run once it is narrow may fail for."""
-        owner = site.consumers[0].name.rpartition(".")[0]
-        for name, tensor in self._model.get_submodule(owner).named_parameters():
-            if tensor.dim() == 1 and len(tensor) == channels and not name.endswith("bias"):
-                return f"{owner}.{name} is of each channel of {site.name}, between its layers"
-        return f"{site.name} does not run once it is narrow: {_first_line(error)}"
-
-    def _narrow_together(self, layout: Layout, path: str, module: Any) -> None:
-        """Raises _NarrowsNot for experts that cannot be narrowed, or not heard."""
-        sites = self._bound(layout, "experts")
-        if getattr(module, "has_post_expert_norm", False):
-            raise _NarrowsNot(f"{path} has a norm behind each expert")
-        self._are_heard(sites, module)
-        chosen: dict[BoundSite, Selection] = {}
-        for site in sites:
-            scores = sum(rows.float().square().sum(1) for rows in site.weights())
-            assert isinstance(scores, Tensor)
-            chosen[site] = site.width(0.5, None).best(scores)
-        with _undone() as transaction:
-            weights = [consumer.by_channel for site in sites for consumer in site.consumers]
-            silent = torch.stack(weights)
-            for number, selection in enumerate(chosen.values()):
-                lost = torch.ones(selection.channels, dtype=torch.bool)
-                lost[selection.index] = False
-                silent[number][:, lost] = 0
-            transposed = getattr(module, "is_transposed", False)
-            silent = silent.mT if transposed else silent
-            transaction.set_parameter(module, "down_proj", silent)
-            expected = self._returned(module)
-        with _undone() as transaction:
-            try:
-                for site, selection in chosen.items():
-                    (consumer,) = site.consumers
-                    kept = consumer.by_channel[:, selection.index]
-                    site.narrow(selection, site.width(0.5, None), transaction)
-                    consumer.rewrite(kept, selection.kept, False, None, transaction)
-                after = self._returned(module)
-            except Exception as error:  # whatever a block raises for what it cannot be
-                if ran_out(error):
-                    raise
-                raise _NarrowsNot(
-                    f"{path} does not run once it is narrow: {_first_line(error)}"
-                ) from error
-        if not _alike(after, expected):
-            raise _NarrowsNot(f"a channel of an expert of {path} depends on the other channels")
-
-    def _are_heard(self, sites: Sequence[BoundSite], module: Any) -> None:
-        """Raises _NarrowsNot unless experts run one by one, and are added up by given weights."""
-        calls: list[Any] = []
-        with ExitStack() as hooks:
-            note = module.register_forward_pre_hook(lambda _, args: calls.append(args))
-            hooks.callback(note.remove)
-            for site in sites:
-                hooks.enter_context(site.consumers[0].watch(lambda *_: None))
-            try:
-                self._run()
-            except Exception as error:  # of `grail.sites.experts`, or of arguments of other form
-                raise _NarrowsNot(f"its experts cannot be heard one by one: {error}") from error
-        (first, *further) = calls or [()]
-        if further or len(first) != 3 or first[0].dim() != 2 or not isinstance(first[2], Tensor):
-            raise _NarrowsNot("its experts are called otherwise than with tokens, choices, weights")
-        hidden, choices, weights = first
-        once, twice = module(hidden, choices, weights), module(hidden, choices, 2 * weights)
-        if not _alike(twice, 2 * once):
-            raise _NarrowsNot("its experts are not added up by the router's weights")
-
-    def _read_by(self, consumer: Consumer) -> Tensor:
-        seen: list[Tensor] = []
-        with consumer.watch(lambda x, _: seen.append(x.clone())):
-            self._run()
-        if len(seen) != 1:
-            raise _NarrowsNot(f"{consumer.name} runs {len(seen)} times")
-        return seen[0]
-
-    def _returned(self, module: nn.Module) -> Tensor:
-        seen: list[Tensor] = []
-        handle = module.register_forward_hook(lambda _, __, output: seen.append(output))
-        try:
-            self._run()
-        finally:
-            handle.remove()
-        return seen[0]
-
-    def _landing(self, path: str, outputs: int) -> Seen | None:
-        """The last place that shows a change of a layer's output one to one."""
-        change = torch.linspace(-1, 1, outputs)
-        without = self._after(path, None)
-        changed = self._after(path, change)
-        for place in reversed(list(without)):
-            if place not in changed or without[place].shape != changed[place].shape:
-                continue
-            if without[place].shape[-1] != outputs:
-                continue
-            factor = _factor(changed[place], without[place], change)
-            if factor is not None:
-                scale = "" if abs(factor - 1) < 1e-2 else self._number_of(factor)
-                if scale is not None:
-                    return Seen(place, scale=scale)
-        return Seen(path, output=True)
-
-    def _number_of(self, factor: float) -> str | None:
-        """The path of an attribute of the block that is a number of that size."""
-        for owner, module in self._block.named_modules():
-            numbers = {**vars(module), **dict(module.named_buffers(recurse=False))}
-            for name, value in numbers.items():
-                single = isinstance(value, float) or (
-                    isinstance(value, Tensor) and value.numel() == 1
-                )
-                if single and abs(float(value) / factor - 1) < 1e-2:
-                    return f"{owner}.{name}".removeprefix(".")
-        return None
-
-    def _after(self, path: str, change: Tensor | None) -> dict[str, Tensor]:
-        """What modules read after a layer has run, by path; "" is the block's output."""
-        layer = self._block.get_submodule(path)
-        seen: dict[str, Tensor] = {}
-        ran = False
-
-        def add(_: nn.Module, __: Any, output: Any) -> Any:
-            nonlocal ran
-            ran = True
-            return output if change is None else output + change.to(output)
-
-        def reading(name: str) -> Callable[..., None]:
-            def read(_: nn.Module, args: tuple[Any, ...]) -> None:
-                if ran and args and isinstance(args[0], Tensor) and name not in seen:
-                    seen[name] = args[0].clone()
-
-            return read
-
-        with ExitStack() as hooks:
-            hooks.callback(layer.register_forward_hook(add).remove)
-            for name, module in self._block.named_modules():
-                if name and module is not layer:
-                    hooks.callback(module.register_forward_pre_hook(reading(name)).remove)
-            output = self._run()
-        return {**seen, "": output}
-
-
-@dataclass
-class _undone:  # noqa: N801, a context manager
-    """A transaction that is taken back at its end."""
-
-    def __enter__(self) -> Transaction:
-        self._transaction = Transaction()
-        return self._transaction
-
-    def __exit__(self, *_: object) -> None:
-        self._transaction.undo()
-
-
-def _tolerance(tensor: Tensor) -> float:
-    return ROUNDING[tensor.element_size()]
-
-
-def _alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether tensors are the same but for rounding, and not all zero."""
-    if found.shape != expected.shape:
-        return False
-    size = expected.float().norm()
-    off = (found.float() - expected.float()).norm()
-    return bool(size > 0) and bool(off <= _tolerance(expected) * size)
-
-
-def _factor(changed: Tensor, without: Tensor, change: Tensor) -> float | None:
-    """By how much a change [O] shows in the difference of two tensors [..., O], if it does."""
-    difference = (changed.float() - without.float()).reshape(-1, without.shape[-1])
-    change = change.to(difference)
-    factor = float((difference @ change).mean() / change.square().sum())
-    wanted = factor * change.expand_as(difference)
-    # Hidden states of some size, rounded, hide the last digits of a change of one.
-    size = wanted.norm() + 1e-2 * without.float().norm()
-    close = bool((difference - wanted).norm() <= _tolerance(without) * size)
-    return factor if close and abs(factor) > 1e-3 else None
