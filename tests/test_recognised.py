@@ -42,7 +42,7 @@ def in_silence():
     families.quiet()
 
 
-def batches(count=8):
+def batches(count=5):
     return [families.tokens(seed) for seed in range(count)]
 
 
@@ -58,9 +58,9 @@ def test_the_page_names_every_type_once_and_all_that_are_supported():
 
 @pytest.mark.parametrize("model_type", NARROWED)
 def test_the_page_is_in_step(model_type):
-    assert (
-        families.family(model_type).row == f"| `{model_type}` | {' | '.join(CELLS[model_type])} |"
-    )
+    found = find(families.tiny(model_type)).kinds
+    said = zip(families.KINDS, NARROWED[model_type], strict=False)
+    assert {kind for kind, cell in said if cell != "–"} == set(found)
 
 
 @pytest.mark.parametrize(("model_type", "kind"), CASES, ids=[" ".join(case) for case in CASES])
