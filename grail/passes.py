@@ -252,20 +252,23 @@ class Passes:
         """Moves a stream past a block; what it held where each place lands, kept on `shelves`."""
         batch = 0
         shelves += [Shelf(stream.storage) for _ in places[len(shelves) :]]
-        # A block's output is kept by the stream itself.
-        held = {
-            place: stream.hidden if place.lands_at_output else shelf
-            for place, shelf in zip(places, shelves, strict=False)
-        }
+        # A block's output is kept by the stream itself; places side by side land together.
+        held: dict[Place, Shelf] = {}
+        first: dict[Any, Place] = {}
+        for place, shelf in zip(places, shelves, strict=False):
+            together = first.setdefault(place.beside or place, place)
+            own = stream.hidden if place.lands_at_output else shelf
+            held[place] = held.get(together, own)
 
         def keeping(shelf: Shelf) -> Callable[[Tensor], None]:
             return lambda landed: shelf.put(batch, landed)
 
         with ExitStack() as hooks, self._clock("forward"):
-            for place, shelf in held.items():
+            for place in first.values():
                 if place.can_aim(self._options.per_tap) and not place.lands_at_output:
-                    watched = watch(place, stream.blocks[block], ignore, keeping(shelf))
-                    hooks.enter_context(watched)
+                    hooks.enter_context(
+                        watch(place, stream.blocks[block], ignore, keeping(held[place]))
+                    )
             for batch in range(len(stream)):
                 output = stream.run(block, batch)
                 if isinstance(output, Tensor):
@@ -352,7 +355,9 @@ def watch(
     landed: Callable[[Tensor], None] | None,
 ) -> Iterator[None]:
     """Reports what each consumer of a place reads, then what the network holds where it lands."""
-    reading = False
+    # An expert may get no token, but its layer lands.
+    always = place.beside is not None and read is ignore
+    reading = always
 
     def reader(consumer: Consumer) -> Reader:
         def heard(x: Tensor, routed: Routed | None) -> None:
@@ -366,11 +371,11 @@ def watch(
         nonlocal reading
         seen = args if output is None else output
         if reading and landed is not None:  # a module may run before the consumer, too
-            reading = False
+            reading = always
             landed(seen[0] if isinstance(seen, tuple) else seen)
 
     with ExitStack() as hooks:
-        for consumer in place.consumers:
+        for consumer in () if always else place.consumers:
             hooks.enter_context(consumer.watch(reader(consumer)))
         if landed is not None and place.landing is not None:
             module = place.landing.module or block

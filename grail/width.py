@@ -27,6 +27,11 @@ def check_keep(keep: float) -> None:
         )
 
 
+def usual_multiple(channels: int) -> int:
+    """128 from 4096 channels up, 8 from 64, else 1."""
+    return next(multiple for least, multiple in MULTIPLES.items() if channels >= least)
+
+
 @dataclass(frozen=True)
 class ChannelWidth:
     """`kept` of `channels` single channels."""
@@ -48,7 +53,7 @@ class ChannelWidth:
         if keep == 1:
             return cls(channels, channels)
         if multiple is None:
-            multiple = next(m for least, m in MULTIPLES.items() if channels >= least)
+            multiple = usual_multiple(channels)
         if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
             raise InputError(f"multiple must be a positive integer; got {multiple!r}")
         kept = min(int(keep * channels / multiple + 0.5) * multiple, channels)

@@ -213,7 +213,8 @@ class _Linears(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         output = function(*args, **(kwargs or {}))
-        if function is nn.functional.linear and args[1].data_ptr() == self._address:
+        products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+        if function in products and args[1].data_ptr() == self._address:
             self._returned.append(output)
         return output
 

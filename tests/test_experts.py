@@ -325,3 +325,39 @@ def test_tokens_of_all_experts_can_wait_for_one_launch(
     for ours, theirs in zip(later.parameters(), at_once.parameters(), strict=True):
         # Sums in another order, through systems of condition ≤ 1e5.
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("channels", "keep", "kept"), [(40, 0.3, 16), (24, 0.5, 16), (56, 0.4, 24)]
+)
+def test_narrow_experts_run_in_every_dtype(
+    family, dtype, channels, keep, kept, tiny_model, tiny_batches
+):
+    name = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
+    model, batches = tiny_model(family, **{name: channels}).to(dtype), tiny_batches()
+    report = grail.compress(model, batches, keep=keep, selector="magnitude", progress=False)
+    assert {row.kept for row in report.sites} == {kept}
+    for experts in ("grouped_mm", "eager"):
+        model.set_experts_implementation(experts)
+        with torch.no_grad():
+            assert model(batches[0]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("channels", "multiple", "kept"), [(40, 10, 20), (44, 1, 22), (80, 3, 39)])
+def test_a_width_that_grouped_products_do_not_take_is_refused(
+    channels, multiple, kept, tiny_model, tiny_batches
+):
+    model = tiny_model("qwen3_moe", moe_intermediate_size=channels)
+    with pytest.raises(InputError, match=f"{kept} of {channels} channels.*choose a multiple of 8"):
+        grail.compress(model, tiny_batches(), keep=0.5, multiple=multiple, progress=False)
+
+
+def test_an_expert_that_every_token_goes_to_has_any_width(tiny_model, tiny_batches):
+    model, batches = tiny_model("qwen2_moe"), tiny_batches()
+    settings = {"sites": ("shared_experts",), "multiple": 1, "progress": False}
+    report = grail.compress(model, batches, keep=0.6, **settings)
+    assert {row.kept for row in report.sites} == {19}
+    with torch.no_grad():
+        assert model(batches[0]).logits.isfinite().all()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from grail.errors import InputError, ModelError
-from grail.sites import convnets, decoders, encoders
+from grail.sites import convnets, decoders, encoders, structure
 from grail.sites.named import Fused, Named, Site
 from grail.sites.site import AnyPlace, Architecture, BoundSite, Entry, Landing, Place, steps
 from grail.sites.traced import trace
@@ -26,7 +26,7 @@ __all__ = [
     "trace",
 ]
 
-_FAMILIES = (decoders, encoders, convnets)
+_FAMILIES = (decoders, encoders, structure, convnets)
 
 
 def supported() -> list[str]:
@@ -51,14 +51,20 @@ def find(model: nn.Module, sites: Sequence[str | Site] | None = None) -> Archite
         if len(named) < len(sites or ()):
             raise InputError("sites are either kinds, such as 'mlp', or all of them grail.Site")
         return Named(model, named)
-    for family in _FAMILIES:
-        architecture = family.architecture(model)
-        if architecture is not None:
-            return architecture
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     name = f"model_type {model_type!r}" if model_type else type(model).__name__
+    way_out = (
+        "let a trace find the sites, sites=grail.trace(model), or name them: "
+        "sites=[grail.Site(producers=[…], consumers=[…])]"
+    )
+    for family in _FAMILIES:
+        try:
+            architecture = family.architecture(model)
+        except structure.NotRecognisedError as error:
+            raise ModelError(f"no sites are known for {name}: {error}; {way_out}") from error
+        if architecture is not None:
+            return architecture
     raise ModelError(
         f"no sites are known for {name}; supported are {', '.join(supported())}. For another "
-        "network let a trace find them, sites=grail.trace(model), or name them: "
-        "sites=[grail.Site(producers=[…], consumers=[…])]"
+        f"network {way_out}"
     )

@@ -2,11 +2,16 @@
 
     gate_up_proj [experts, 2·H, hidden] ─► act(gate)·up [H] ─► down_proj [experts, hidden, H]
 
+Without a gate the first tensor is up_proj [experts, H, hidden]. Rows of gate and up lie one after
+the other, or in turns; tensors may be transposed, and have biases: the attributes that transformers
+gives such a layer tell (`has_gate`, `is_concatenated`, `is_transposed`, `has_bias`).
+
 Each expert is a site. It is bound to two linear layers that stand for its slices; once all experts
 of a layer are rewritten, the slices are put together again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,39 +22,51 @@ from torch.overrides import TorchFunctionMode
 
 from grail.errors import InputError, ModelError
 from grail.layers import Consumer, Producer, Reader, Routed
+from grail.reduction import Reduction
 from grail.sites.site import BoundSite, Landing
 from grail.stream import replaced_forward
 from grail.transaction import Transaction
+from grail.width import ChannelWidth, usual_multiple
+
+# torch's grouped_mm wants rows of whole multiples of 16 bytes: 8 channels of 16 bits. Experts of 32
+# bits could do with 4, but may be loaded in 16.
+MULTIPLE = 8
 
 
 class Experts:
     """The experts of one layer.
 
     Args:
-        name, module: the layer that holds `gate_up_proj` and `down_proj`.
+        name, module: the layer that holds `gate_up_proj` (or `up_proj`) and `down_proj`.
     """
 
     def __init__(self, name: str, module: Any):
         self.name, self.module = name, module
-        self.gates = [_linear(weight) for weight in module.gate_up_proj.detach()]
-        self.downs = [_linear(weight) for weight in module.down_proj.detach()]
+        self._first = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+        self._transposed = getattr(module, "is_transposed", False)
+        self.gates = self._layers(self._first, bias=True)
+        self.downs = self._layers("down_proj", bias=False)
         self._readers: dict[int, Reader] = {}
         self._rewritten: set[int] = set()
 
-    def sites(self, block: int, upstream: Sequence[nn.Module]) -> list[BoundSite]:
-        """One for each expert, all landing at the block's output."""
+    def sites(
+        self, block: int, upstream: Sequence[nn.Module], landing: Landing | None
+    ) -> list[BoundSite]:
+        """One for each expert, all landing at one place."""
         channels = self.downs[0].in_features
+        together = not hasattr(self.module, "gate_up_proj")
+        concatenated = getattr(self.module, "is_concatenated", True)
+        kind = Producer if together or concatenated else InTurns
+        parts = (("channels", channels),) * (1 if together else 2)
         return [
             ExpertSite(
                 name=f"{self.name}.{number}",
                 kind="experts",
                 block=block,
-                producers=(
-                    Producer(f"{self.name}.{number}.gate_up", gate, (("channels", channels),) * 2),
-                ),
+                producers=(kind(f"{self.name}.{number}.gate_up", gate, parts),),
                 consumers=(ExpertConsumer(f"{self.name}.{number}.down", down, None, self, number),),
                 upstream=tuple(upstream),
-                landing=Landing(normalised=True),
+                landing=landing,
                 beside=self,
             )
             for number, (gate, down) in enumerate(zip(self.gates, self.downs, strict=True))
@@ -111,10 +128,39 @@ class Experts:
         widths = {down.weight.shape[1] for down in self.downs}
         if len(widths) > 1:
             raise InputError(f"{self.name}: its experts share a tensor, so they need one width")
-        for name, layers in (("gate_up_proj", self.gates), ("down_proj", self.downs)):
+        for name, layers in ((self._first, self.gates), ("down_proj", self.downs)):
             together = torch.stack([layer.weight.detach() for layer in layers])
+            together = together.mT if self._transposed else together
             transaction.set_parameter(self.module, name, together)
-        transaction.set_attribute(self.module, "intermediate_dim", widths.pop())
+        biases = [layer.bias.detach() for layer in self.gates if layer.bias is not None]
+        if biases:
+            transaction.set_parameter(self.module, f"{self._first}_bias", torch.stack(biases))
+        (width,) = widths
+        for size in ("intermediate_dim", "intermediate_size"):
+            if hasattr(self.module, size):
+                transaction.set_attribute(self.module, size, width)
+
+    def _layers(self, name: str, bias: bool) -> list[nn.Linear]:
+        """Layers that stand for the slices of a tensor, and of its bias."""
+        weights = getattr(self.module, name).detach()
+        weights = weights.mT if self._transposed else weights
+        biases = getattr(self.module, f"{name}_bias", None) if bias else None
+        found = itertools.repeat(None) if biases is None else iter(biases.detach())
+        return [_linear(*pair) for pair in zip(weights, found, strict=False)]
+
+
+@dataclass(frozen=True, eq=False)
+class InTurns(Producer):
+    """Gate and up rows in turns: those of the first channel, those of the second, and so on."""
+
+    def rows(self, role: str = "channels") -> list[Tensor]:
+        return list(self._rows().unflatten(0, (-1, 2)).unbind(1)) if role == "channels" else []
+
+    def _narrowed(self, rows: Tensor, reductions: Mapping[str, Reduction]) -> Tensor:
+        apart = rows.unflatten(0, (-1, 2)).unbind(1)
+        return torch.stack([reductions["channels"].narrow(piece) for piece in apart], 1).flatten(
+            0, 1
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,12 +185,33 @@ class ExpertConsumer(Consumer):
 class ExpertSite(BoundSite):
     """The intermediate channels of one expert."""
 
+    def width(self, keep: float, multiple: int | None) -> ChannelWidth:
+        """The nearest width that the kernels of grouped products take.
+
+        Raises:
+            InputError: `multiple` asks for another.
+        """
+        if multiple is None:
+            multiple = max(MULTIPLE, usual_multiple(self.channels))
+        width = ChannelWidth.nearest(self.channels, keep, multiple)
+        if width.kept < width.channels and width.kept % MULTIPLE:
+            raise InputError(
+                f"{self.name}: {width}, in multiples of {multiple}, is a width that grouped "
+                f"products of experts do not take: their rows are multiples of 16 bytes; choose a "
+                f"multiple of {MULTIPLE}"
+            )
+        return width
+
     def add_biases(self, transaction: Transaction) -> None:
         """Experts have no biases, and their layer no place for any."""
 
 
+_PRODUCTS = {nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm}
+_PRODUCTS |= {Tensor.__matmul__}
+
+
 class _Heard(TorchFunctionMode):
-    """Hears `linear` with a slice of `weights` [experts, _, _], before it runs."""
+    """Hears products with a slice of `weights` [experts, _, _], before they run."""
 
     def __init__(self, weights: Tensor, hear: Callable[[int, Tensor], None]):
         super().__init__()
@@ -153,7 +220,7 @@ class _Heard(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if function is nn.functional.linear and len(args) > 1:
+        if function in _PRODUCTS and len(args) > 1:
             number = self._number(args[1])
             if number is not None:
                 self._hear(number, args[0])
@@ -162,14 +229,16 @@ class _Heard(TorchFunctionMode):
     def _number(self, weight: Tensor) -> int | None:
         """Which slice `weight` is, by its place in memory."""
         whole = self._weights
-        if weight.shape != whole.shape[1:]:
+        if not isinstance(weight, Tensor) or weight.shape != whole.shape[1:]:
             return None
         number, rest = divmod(weight.data_ptr() - whole.data_ptr(), whole[0].nbytes)
         return number if rest == 0 and 0 <= number < len(whole) else None
 
 
-def _linear(weight: Tensor) -> nn.Linear:
-    """A layer that stands for a slice [O, H], sharing its memory."""
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A layer that stands for a slice [O, H] and its bias, sharing their memory."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from grail.errors import InputError, ModelError
 from grail.layers import Consumer, Producer
 from grail.reduction import Reduction, Selection
+from grail.sites.configuration import own_configuration
 from grail.sites.experts import Experts
 from grail.sites.site import Architecture, BoundSite, Entry, Landing
 from grail.transaction import Transaction
@@ -60,7 +61,7 @@ _INTERMEDIATE_SIZE = setting("intermediate_size")
 
 @dataclass(frozen=True)
 class Mlp:
-    """Intermediate channels: paths in a block.
+    """Intermediate channels: paths in a block; without producers there are none.
 
     `fused`: how many producers lie in one matrix, one after the other. `config`: what a
     configuration has to say for so many channels, nothing if it cannot; `sizes`: paths of
@@ -80,11 +81,12 @@ class Mlp:
 class Mixture:
     """Experts instead of an MLP: the path of the layer that holds them all, and `Mlp.config`.
 
-    Blocks that have a plain MLP there stay as they are.
+    Blocks that have a plain MLP there stay as they are. `landing`: where drift is seen.
     """
 
     path: str
     config: Callable[[Any, int], Settings]
+    landing: Seen | None = BLOCK_OUTPUT
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,11 @@ class Heads:
 class Layout:
     """One family: the place of its list of blocks, and its sites.
 
-    `blocks`: below the model, or below its `base_model_prefix`. `attention`: the path of the module
-    that runs before the MLP. `experts`: narrowed in place of an MLP; `shared_experts`: what every
-    token goes to beside them. `no_heads` says why heads cannot be narrowed; attention without
-    modules for its projections has no `heads` at all.
+    `blocks`: below the model, or below its `base_model_prefix`. `attention`: the path of that
+    module, "" if it cannot be told; `attention_first`: whether it runs before all that is narrowed.
+    `experts`: narrowed in place of an MLP; `shared_experts`: what every token goes to beside them.
+    `no_heads` says why heads cannot be narrowed; attention without modules for its projections has
+    no `heads` at all.
     """
 
     blocks: str
@@ -125,32 +128,44 @@ class Layout:
     no_heads: str = ""
     experts: Mixture | None = None
     shared_experts: Mlp | None = None
+    attention_first: bool = True
 
 
 class Transformer(Architecture):
-    """The blocks of a model of one layout."""
+    """The blocks of a model, of one layout or of one for each."""
 
-    def __init__(self, model: Any, layout: Layout):
-        self.config, self._layout = getattr(model, "config", None), layout
-        named = _blocks(model, layout)
+    def __init__(self, model: Any, layout: Layout | Sequence[Layout]):
+        self._model = model
+        self._writing: Transaction | None = None  # the run that gave the model its configuration
+        named = _blocks(model, layout if isinstance(layout, Layout) else layout[0])
         self._names, self.blocks = list(named), list(named.values())
-        self.default = ("experts",) if layout.experts else ("mlp",)
-        heads = None if layout.no_heads else layout.heads
-        others = {"heads": heads, "shared_experts": layout.shared_experts}
-        self.kinds = (*(kind for kind, place in others.items() if place), *self.default)
+        self._layouts = [layout] * len(named) if isinstance(layout, Layout) else list(layout)
+        self.default = ("experts",) if any(found.experts for found in self._layouts) else ("mlp",)
+        others = {
+            "heads": any(found.heads and not found.no_heads for found in self._layouts),
+            "shared_experts": any(found.shared_experts for found in self._layouts),
+        }
+        self.kinds = (*(kind for kind, there in others.items() if there), *self.default)
         self.name = getattr(self.config, "_name_or_path", "") or type(model).__name__
         try:
-            widest = next(iter(itertools.chain(*self.sites(self.default))))
+            widest = next(itertools.chain(*self.sites(self.default)), None)
         except AttributeError as error:
             raise ModelError(
                 f"{self.name} is not of its family's form ({error}); name sites by grail.Site"
             ) from error
+        if widest is None:
+            return
         self.hidden_size = widest.outputs
         # The MLP is the widest point: its producers, an activation and their product beside three
         # hidden states. A token goes to several experts.
         copies = getattr(self.config, "num_experts_per_tok", 1)
         rows = 2 * len(widest.weights()) * widest.channels
         self.activations_per_token = rows * copies + 3 * self.hidden_size
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration, which is another object once something was written to it."""
+        return getattr(self._model, "config", None)
 
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
         make = {
@@ -165,7 +180,8 @@ class Transformer(Architecture):
         ]
 
     def entries(self, block: int) -> list[Entry]:
-        heads, module, name = self._layout.heads, self.blocks[block], self._names[block]
+        layout, module, name = self._layouts[block], self.blocks[block], self._names[block]
+        heads = layout.heads
         if heads is None or not all(has(module, path) for path in heads.projections):
             return []
         try:
@@ -174,49 +190,72 @@ class Transformer(Architecture):
             )
         except ModelError:  # quantised ones, or adapters, stay as they are
             return []
-        return [Entry.of(f"{name}.{self._layout.attention}", block, layers)]
+        return [Entry.of(f"{name}.{layout.attention}", block, layers)]
 
     def check_kinds(self, kinds: Sequence[str]) -> None:
-        if "heads" in kinds and self._layout.no_heads:
-            raise InputError(f"heads of {self.name} cannot be narrowed: {self._layout.no_heads}")
+        reasons = [layout.no_heads for layout in self._layouts if layout.no_heads]
+        if "heads" in kinds and "heads" not in self.kinds and reasons:
+            raise InputError(f"heads of {self.name} cannot be narrowed: {reasons[0]}")
         super().check_kinds(kinds)
 
     def settle(
         self, sites: Sequence[BoundSite], widths: Mapping[str, Width], transaction: Transaction
     ) -> None:
-        for kind, found in _different(sites, widths).items():
-            settings = self._settings(kind, found)
-            for name, value in settings.items():
-                transaction.set_attribute(self.config, name, value)
+        different = _different(sites, widths)
+        for kind in different:
+            settings = self._settings(kind, different, sites)
+            self._write(settings, transaction)
             if settings and kind == "heads":
                 self._share_config(transaction)
 
+    def _write(self, settings: Settings, transaction: Transaction) -> None:
+        """Writes what is new into the configuration, first into one that is this model's alone."""
+        changed = {
+            name: value
+            for name, value in settings.items()
+            if getattr(self.config, name, None) != value
+        }
+        if not changed:
+            return
+        if transaction is not self._writing:
+            own_configuration(self._model, transaction)
+            self._writing = transaction
+        for name, value in changed.items():
+            transaction.set_attribute(self.config, name, value)
+
     def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
-        notes = []
-        for kind, found in _different(sites, widths).items():
+        notes, different = [], _different(sites, widths)
+        for kind, found in different.items():
             narrowed = any(width.kept < width.channels for width in found)
-            if self.config is not None and narrowed and not self._settings(kind, found):
+            if self.config is not None and narrowed and not self._settings(kind, different, sites):
                 why = f"the configuration cannot hold {found[0]}"
                 if len(found) > 1:
                     why = "widths differ by block, which the configuration cannot hold"
                 notes.append(f"{kind}: {why}: save with grail.save")
         return notes
 
-    def _settings(self, kind: str, widths: Sequence[Width]) -> Settings:
-        """What the configuration has to say for a kind of these widths; nothing if it cannot."""
-        if self.config is None or len(widths) > 1:
+    def _settings(
+        self, kind: str, widths: Mapping[str, Sequence[Width]], sites: Sequence[BoundSite]
+    ) -> Settings:
+        """What the configuration has to say for a kind; nothing if it cannot hold its widths.
+
+        Args:
+            widths: the different widths of each kind.
+            sites: those of the run, narrow.
+        """
+        if self.config is None or len(widths[kind]) > 1:
             return {}
-        (width,) = widths
+        (width,) = widths[kind]
         if isinstance(width, HeadWidth):
             return self._head_settings(width)
-        place: Mlp | Mixture | None = getattr(self._layout, kind)
+        place: Mlp | Mixture | None = getattr(self._layouts[0], kind)
         assert place is not None
         return place.config(self.config, width.kept)
 
     def _share_config(self, transaction: Transaction) -> None:
         """Lets attention modules read the model's configuration again, which now suits them."""
-        for block in self.blocks:
-            attention: Any = block.get_submodule(self._layout.attention)
+        for block, layout in zip(self.blocks, self._layouts, strict=True):
+            attention: Any = block.get_submodule(layout.attention)
             if getattr(attention, "config", self.config) is not self.config:
                 transaction.set_attribute(attention, "config", self.config)
 
@@ -226,27 +265,31 @@ class Transformer(Architecture):
             if of_kind and getattr(self.config, setting, None) is False:
                 for site in of_kind:
                     site.add_biases(transaction)
-                transaction.set_attribute(self.config, setting, True)
+                self._write({setting: True}, transaction)
         super().make_room(sites, transaction)
 
     def _experts(self, number: int, block: nn.Module) -> list[BoundSite]:
-        mixture = self._layout.experts
-        assert mixture is not None
-        if not has(block, mixture.path):
+        mixture = self._layouts[number].experts
+        if mixture is None or not has(block, mixture.path):
             return []
         module = block.get_submodule(mixture.path)
         experts = Experts(f"{self._names[number]}.{mixture.path}", module)
-        return experts.sites(number, [block.get_submodule(self._layout.attention)])
+        landing = None if mixture.landing is None else _landing(block, mixture.landing)
+        return experts.sites(number, self._upstream(number, block), landing)
 
     def _shared_experts(self, number: int, block: nn.Module) -> list[BoundSite]:
-        shared = self._layout.shared_experts
-        assert shared is not None
-        if not has(block, shared.consumer):
+        shared = self._layouts[number].shared_experts
+        if shared is None or not has(block, shared.consumer):
             return []
         return [self._channels("shared_experts", shared, number, block)]
 
     def _mlp(self, number: int, block: nn.Module) -> list[BoundSite]:
-        return [self._channels("mlp", self._layout.mlp, number, block)]
+        mlp = self._layouts[number].mlp
+        return [self._channels("mlp", mlp, number, block)] if mlp.producers else []
+
+    def _upstream(self, number: int, block: nn.Module) -> tuple[nn.Module, ...]:
+        path = self._layouts[number].attention
+        return (block.get_submodule(path),) if path else ()
 
     def _channels(self, kind: str, mlp: Mlp, number: int, block: nn.Module) -> BoundSite:
         name = self._names[number]
@@ -261,21 +304,23 @@ class Transformer(Architecture):
                 for path in mlp.producers
             ),
             consumers=(consumer,),
-            upstream=(block.get_submodule(self._layout.attention),),
+            upstream=self._upstream(number, block),
             landing=None if mlp.landing is None else _landing(block, mlp.landing),
             sizes=tuple(_attributes(block, mlp.sizes)),
         )
 
     def _heads(self, number: int, block: nn.Module) -> list[BoundSite]:
-        heads, name = self._layout.heads, self._names[number]
-        assert heads is not None
-        attention = block.get_submodule(self._layout.attention)
+        layout, name = self._layouts[number], self._names[number]
+        heads = layout.heads
+        if heads is None or layout.no_heads:
+            return []
+        attention = block.get_submodule(layout.attention)
         head_dim: Any = getattr(attention, heads.head_dim)
         consumer = Consumer(f"{name}.{heads.consumer}", block.get_submodule(heads.consumer))
         producers = _projections(name, block, heads, consumer.channels, head_dim)
         grouped = len(producers[-1].rows("groups")[-1])
         site = HeadSite(
-            name=f"{name}.{self._layout.attention}",
+            name=f"{name}.{layout.attention}",
             kind="heads",
             block=number,
             producers=producers,
@@ -301,8 +346,8 @@ class Transformer(Architecture):
         return True
 
     def _head_settings(self, width: HeadWidth) -> Settings:
-        assert self._layout.heads is not None
-        return {name: number(width) for name, number in (self._layout.heads.config or {}).items()}
+        heads = next(layout.heads for layout in self._layouts if layout.heads)
+        return {name: number(width) for name, number in (heads.config or {}).items()}
 
 
 def _different(sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> dict[str, list[Width]]:
