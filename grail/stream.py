@@ -11,7 +11,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -137,8 +137,15 @@ class Stream:
         self.masks: list[Masks] = []  # on the CPU, where looking at one stalls no GPU
         self._calls: list[list[Call]] = []
         require_batches(batches)
+        self._entries: dict[int, int] = {}  # of the tuple that a block returns, by its number
         for batch in self.ranks.share(batches):
-            self._enter(model, batch)
+            try:
+                self._enter(model, batch)
+            except ModelError:
+                if self._calls or not self._learn_entries(model, batch):
+                    raise
+                self.hidden, self._room = Shelf(self.storage), room
+                self._enter(model, batch)
         own = range(len(self))
         self.own_tokens = sum(map(self.tokens_of, own))
         self.tokens = int(self.ranks.total(torch.tensor(self.own_tokens, dtype=torch.int64)))
@@ -283,7 +290,7 @@ class Stream:
         ends = bool(self._calls) or hasattr(model, "get_output_embeddings")
 
         def recorder(number: int) -> Any:
-            def record(*args: Any, **kwargs: Any) -> Tensor:
+            def record(*args: Any, **kwargs: Any) -> Any:
                 nonlocal between
                 hidden, call = _without_hidden(args, kwargs)
                 call = Call(_to(call.args, self.device), _to(call.kwargs, self.device), call.key)
@@ -295,7 +302,8 @@ class Stream:
                 calls.append(self._shared(number, call))
                 if ends and number == len(self.blocks) - 1:
                     raise Stop
-                return hidden
+                entries = self._entries.get(number)
+                return hidden if entries is None else (hidden, *[None] * (entries - 1))
 
             return record
 
@@ -322,6 +330,24 @@ class Stream:
             )
         self._calls.append(calls)
         self.masks.append(masks_of(model, args, kwargs).cpu())
+
+    def _learn_entries(self, model: nn.Module, batch: Batch) -> bool:
+        """Runs a model on one batch to see which of its blocks return tuples; whether any does."""
+        args, kwargs = model_inputs(model, batch, self._home)
+
+        def heard(number: int) -> Any:
+            def hear(module: nn.Module, args: Any, output: Any) -> None:
+                if isinstance(output, tuple):
+                    self._entries[number] = len(output)
+
+            return hear
+
+        with ExitStack() as hooks, suppress(Exception):  # the first error says what is wrong
+            hooks.enter_context(without_cache(model))
+            for number, block in enumerate(self.blocks):
+                hooks.callback(block.register_forward_hook(heard(number)).remove)
+            model(*args, **kwargs)
+        return bool(self._entries)
 
     def _put_first(self, hidden: Tensor) -> None:
         """Keeps the hidden states of one batch more."""

@@ -65,6 +65,6 @@ def find(model: nn.Module, sites: Sequence[str | Site] | None = None) -> Archite
         if architecture is not None:
             return architecture
     raise ModelError(
-        f"no sites are known for {name}; supported are {', '.join(supported())}. For another "
-        f"network {way_out}"
+        f"no sites are known for {name}; grail.sites.supported() lists the families that are "
+        f"known. For another network {way_out}"
     )
