@@ -222,7 +222,7 @@ def family(model_type: str) -> Family:
     try:
         kinds = find(model).kinds
     except ModelError as error:
-        reason = str(error).partition(": ")[2].partition("; let a trace find")[0]
+        reason = str(error).partition(": ")[2].partition("; let a trace find")[0].partition("; find the sites by")[0]
         return Family(model_type, {}, reason or str(error))
     left = {kind: reason for kind, reason in reasons(model).items() if kind not in kinds}
     return Family(

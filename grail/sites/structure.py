@@ -46,7 +46,6 @@ from grail.stream import Stream
 from grail.transaction import steady
 from grail.width import HeadWidth, Width
 
-# Types of transformers that the tests prove; the form of the blocks decides, not the type.
 LAYOUTS = ("language models of transformers whose blocks have the usual form",)
 
 TOKENS = 12  # of each of two sequences that run through a block
@@ -192,12 +191,12 @@ def _layouts(model: Any) -> tuple[list[Layout], dict[str, str]]:
     layouts, reasons = [], {}
     with steady(model):
         try:
-            tokens = _tokens(model)
-            stream = Stream(model, blocks, [tokens])
-            if (shape := stream.hidden[0].shape)[:-1] != tokens.shape:
+            batch = _tokens(model)
+            stream = Stream(model, blocks, [batch])
+            hidden, tokens = (list(t.shape) for t in (stream.hidden[0], batch["input_ids"]))
+            if hidden[:-1] != tokens:
                 raise ModelError(
-                    f"blocks pass on hidden states {list(shape)} of tokens {list(tokens.shape)}, "
-                    "not [B, L, _]"
+                    f"blocks pass on hidden states {hidden} of tokens {tokens}, not [B, L, _]"
                 )
             for number, block in enumerate(blocks):
                 form = _form(block)
