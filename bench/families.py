@@ -10,6 +10,7 @@ import argparse
 import copy
 import inspect
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -222,7 +223,9 @@ def family(model_type: str) -> Family:
     try:
         kinds = find(model).kinds
     except ModelError as error:
-        reason = str(error).partition(": ")[2].partition("; let a trace find")[0].partition("; find the sites by")[0]
+        reason = re.split("; let a trace find|; find the sites by", str(error).partition(": ")[2])[
+            0
+        ]
         return Family(model_type, {}, reason or str(error))
     left = {kind: reason for kind, reason in reasons(model).items() if kind not in kinds}
     return Family(
