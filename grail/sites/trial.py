@@ -92,8 +92,6 @@ class Trial:
         except Exception:  # whatever the block raises for what it misses
             return False
 
-    # What a block does
-
     def _bound(self, layout: Layout, kind: str) -> list[BoundSite]:
         """The sites of a kind that a layout makes of the block."""
         layouts = [Layout(self._path, "", NO_MLP) for _ in self._stream.blocks]
