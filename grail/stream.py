@@ -146,6 +146,7 @@ class Stream:
                     raise
                 self.hidden, self._room = Shelf(self.storage), room
                 self._enter(model, batch)
+                self.require_chain(model, batch)
         own = range(len(self))
         self.own_tokens = sum(map(self.tokens_of, own))
         self.tokens = int(self.ranks.total(torch.tensor(self.own_tokens, dtype=torch.int64)))
@@ -333,21 +334,47 @@ class Stream:
 
     def _learn_entries(self, model: nn.Module, batch: Batch) -> bool:
         """Runs a model on one batch to see which of its blocks return tuples; whether any does."""
-        args, kwargs = model_inputs(model, batch, self._home)
-
-        def heard(number: int) -> Any:
-            def hear(module: nn.Module, args: Any, output: Any) -> None:
-                if isinstance(output, tuple):
-                    self._entries[number] = len(output)
-
-            return hear
-
-        with ExitStack() as hooks, suppress(Exception):  # the first error says what is wrong
-            hooks.enter_context(without_cache(model))
-            for number, block in enumerate(self.blocks):
-                hooks.callback(block.register_forward_hook(heard(number)).remove)
-            model(*args, **kwargs)
+        with suppress(Exception):  # the first error says what is wrong
+            outputs = self._outputs(model, batch)
+            self._entries = {
+                number: len(output)
+                for number, output in enumerate(outputs)
+                if isinstance(output, tuple)
+            }
         return bool(self._entries)
+
+    def _outputs(self, model: nn.Module, batch: Batch) -> list[Any]:
+        """What each block returns where the whole model runs."""
+        args, kwargs = model_inputs(model, batch, self._home)
+        found: list[Any] = []
+        with ExitStack() as hooks:
+            hooks.enter_context(without_cache(model))
+            for block in self.blocks:
+                hear = block.register_forward_hook(lambda _, __, output: found.append(output))
+                hooks.callback(hear.remove)
+            model(*args, **kwargs)
+        return found
+
+    def require_chain(self, model: nn.Module, batch: Batch) -> None:
+        """Runs the blocks one by one on the first batch, and the whole model on it.
+
+        Raises:
+            ModelError: they differ, because blocks hand on more than hidden states.
+        """
+        outputs = self._outputs(model, batch)
+        hidden = self.hidden[0].to(self.device, copy=True)
+        for number, call in enumerate(self._calls[0]):
+            hidden = self._run(hidden, number, call)
+        expected = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
+        tolerance = 4 * torch.finfo(hidden.dtype).eps ** 0.5
+        if len(outputs) != len(self.blocks) or not torch.allclose(
+            hidden, expected.to(hidden), rtol=tolerance, atol=tolerance, equal_nan=True
+        ):
+            raise ModelError(
+                "blocks run one by one give other hidden states than the whole model, so they "
+                "pass on more than hidden states; find the sites by sites=grail.trace(model), or "
+                "name them: sites=[grail.Site(…)]"
+            )
 
     def _put_first(self, hidden: Tensor) -> None:
         """Keeps the hidden states of one batch more."""

@@ -195,7 +195,7 @@ def _listen(model: nn.Module, name: str, returned: list[Tensor], hooks: ExitStac
     number = _is_expert(name)
     if number is None:
         layer = model.get_submodule(name)
-        hooks.callback(layer.register_forward_hook(lambda *a: returned.append(a[2])).remove)
+        hooks.callback(layer.register_forward_hook(lambda *a: returned.append(a[2].clone())).remove)
         return
     experts: Any = model.get_submodule(name.rsplit(".", 2)[0])
     chosen = experts.config._experts_implementation
@@ -215,7 +215,7 @@ class _Linears(TorchFunctionMode):
         output = function(*args, **(kwargs or {}))
         products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
         if function in products and args[1].data_ptr() == self._address:
-            self._returned.append(output)
+            self._returned.append(output.clone())
         return output
 
 

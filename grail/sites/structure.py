@@ -198,6 +198,7 @@ def _layouts(model: Any) -> tuple[list[Layout], dict[str, str]]:
                 raise ModelError(
                     f"blocks pass on hidden states {hidden} of tokens {tokens}, not [B, L, _]"
                 )
+            stream.require_chain(model, batch)
             for number, block in enumerate(blocks):
                 form = _form(block)
                 if form not in found:
