@@ -6,7 +6,6 @@ The sizes of a model's configuration are replaced by small ones, chosen by name:
 known of a family here.
 """
 
-import argparse
 import copy
 import inspect
 import logging
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 import grail
+from bench.measuring import command_line
 from grail.errors import InputError, ModelError
 from grail.sites import find
 
@@ -270,7 +270,7 @@ def tokens(seed: int = 0, rows: int = 2, length: int = 16) -> dict[str, Any]:
 
 def main() -> int:
     """Writes the page."""
-    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    command_line(__doc__, writes="docs/families.md", takes="2 minutes").parse_args()
     quiet()
     torch.set_num_threads(1)  # such small models gain nothing by more
     found = [family(model_type) for model_type in model_types()]

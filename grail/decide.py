@@ -118,7 +118,7 @@ class Decider:
 
     def _folds_exactly(self, site: BoundSite) -> bool:
         alone = site.beside is None  # experts are narrowed together
-        return self._options.folds_exactly and alone and site.can_aim(self._options.per_tap)
+        return self._options.folds_exactly and alone and site.fits_outputs(self._options.per_tap)
 
     def _fit_consumer(
         self,

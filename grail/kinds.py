@@ -148,6 +148,11 @@ def require_plain(name: str, module: Any) -> None:
             f"{name} belongs to torch's MultiheadAttention, which reads its weight without calling "
             "it, so what it reads cannot be seen"
         )
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        raise ModelError(
+            f"{is_a} whose forward was replaced on this very layer, so its weight alone does not "
+            "say what it computes; restore the forward of its class"
+        )
     if kind is not None and not _computes_as(kind, module):
         raise ModelError(
             f"{is_a}, not a plain floating-point Linear or convolution: its forward computes "
@@ -172,6 +177,15 @@ def require_own(name: str, module: nn.Module) -> None:
         )
 
 
+def plain_output(module: Any, x: Tensor) -> Tensor:
+    """What a layer's kind makes of its input with the layer's weight and bias."""
+    if _is_conv1d(module):
+        return nn.functional.linear(x, module.weight.T, module.bias)
+    kind = next(kind for kind in (nn.Linear, *MAPS) if isinstance(module, kind))
+    output: Tensor = kind.forward(module, x)
+    return output
+
+
 def _computes_as(kind: Any, module: Any) -> bool:
     """Whether a layer of a subclass of `kind` computes what its parent would.
 
@@ -190,16 +204,21 @@ def _computes_as(kind: Any, module: Any) -> bool:
         return torch.randn(shape, generator=draw, dtype=torch.float64)
 
     if kind is nn.Linear:
-        weight, x = drawn(5, 3), drawn(2, 3)
+        weight = drawn(5, 3)
+        inputs = [drawn(*(2, 4, 6)[:axes], 3) for axes in range(4)]
     else:
         weight = drawn(2 * module.groups, 2, *module.kernel_size)
-        sizes = (d * (k - 1) + 4 for d, k in zip(module.dilation, module.kernel_size, strict=True))
-        x = drawn(2, 2 * module.groups, *sizes)
+        taps = list(zip(module.dilation, module.kernel_size, strict=True))
+        # Padding may hang on what is left of a size over the stride.
+        inputs = [
+            drawn(2, 2 * module.groups, *(gap * (size - 1) + more for gap, size in taps))
+            for more in range(2, 3 + max(module.stride))
+        ]
     small = {"weight": weight, "bias": None if module.bias is None else drawn(len(weight))}
     twin, plain = copy.copy(module), copy.copy(module)
     twin.__dict__["_parameters"] = plain.__dict__["_parameters"] = small
     plain.__class__ = kind
     try:
-        return torch.allclose(own.forward(twin, x), plain.forward(x))
+        return all(torch.allclose(own.forward(twin, x), plain.forward(x)) for x in inputs)
     except Exception:  # it may want anything but such weights
         return False

@@ -41,15 +41,16 @@ from grail.distributed import Decision
 from grail.errors import GrailError, ModelError
 from grail.fit import Auto, Fit
 from grail.gradient import regional_gradient
+from grail.kinds import plain_output
 from grail.layers import Consumer
 from grail.memory import ran_out
 from grail.onload import Onloader
 from grail.options import Options
-from grail.passes import Advance, Passes, ignore
+from grail.passes import Advance, Calls, Passes, ignore
 from grail.progress import Progress
 from grail.reduction import Folding, Reduction, Selection
 from grail.report import InputReport, SiteReport
-from grail.sites import AnyPlace, Architecture, BoundSite, Entry, Place, steps
+from grail.sites import AnyPlace, Architecture, BoundSite, Entry, Landing, Place, steps
 from grail.statistics import Statistics
 from grail.stream import Memo, Shelf, Stream
 from grail.transaction import Transaction
@@ -98,6 +99,8 @@ class Run:
         self._shelves: list[Shelf] = []
         self.notes: list[str] = []  # what a person should know
         self.inputs: list[InputReport] = []
+        # Consumers of a residual stream that read what others of its consumers write.
+        self._downstream: set[Consumer] = set()
         # Bound, and told apart, while nothing is narrow: a resumed run soon is.
         self.sites = options.sites_of(architecture)
         self._active = [options.active(sites, self.widths) for sites in self.sites]
@@ -354,15 +357,37 @@ class Run:
         Tried with a selection, whatever the reduction: φ(R W x) is not R φ(W x) for a folding.
         """
         if not isinstance(reduction, Selection):
-            every, kept = reduction.channels, reduction.kept
-            reduction = Selection([(k + 1) * every // kept - 1 for k in range(kept)], every)
-        before = self._passes.first_calls(site)
-        with self._explained(), Transaction() as trial:
-            site.narrow(reduction, self.widths[site.name], trial)
-            try:
-                reads = self._passes.reads_again(site, before)
-            finally:
-                trial.undo()
+            every, draw = reduction.channels, torch.Generator().manual_seed(0)
+            drawn = torch.randperm(every, generator=draw, dtype=torch.int64)
+            reduction = Selection(drawn[: reduction.kept].sort().values, every)
+        for batch in sorted({0, len(self.stream) - 1}):
+            before = self._passes.calls(site, batch)
+            _require_plain_outputs(before)
+            with self._explained(), Transaction() as trial:
+                site.narrow(reduction, self.widths[site.name], trial)
+                try:
+                    reads = self._passes.reads_again(site, batch, before)
+                finally:
+                    trial.undo()
+            self._require_reads(site, reduction, before, reads)
+        if len(site.consumers) > 1:
+            changed = self._passes.reads_again(site, batch, before, silent=True)
+            self._downstream |= {
+                consumer
+                for consumer, seen in changed.items()
+                if not all(
+                    torch.equal(x, old) for x, (old, _) in zip(seen, before[consumer], strict=False)
+                )
+            }
+
+    @staticmethod
+    def _require_reads(
+        site: BoundSite,
+        reduction: Reduction,
+        before: Calls,
+        reads: Mapping[Consumer, Sequence[Tensor]],
+    ) -> None:
+        """Raises ModelError unless every consumer reads R x of the x that it read before."""
         for consumer in site.consumers:
             expected = [reduction.restrict(consumer.pixels(x)) for x, _ in before[consumer]]
             read = [consumer.pixels(x) for x in reads[consumer]]
@@ -371,7 +396,8 @@ class Run:
                     f"{site.name}: once narrow, {consumer.name} does not read the channels that "
                     "were kept. Something between producers and consumers mixes channels (a "
                     "softmax or a norm over them, a shuffle, heads, a map flattened position by "
-                    "position), or depends on chance; it is no site"
+                    "position where flatten(1) keeps channels together), or depends on chance; it "
+                    "is no site"
                 )
 
     def _absorbed(self, site: BoundSite, decision: Decision, channels: int) -> list[SiteReport]:
@@ -381,11 +407,23 @@ class Run:
         with self.clock("absorb"):
             self._rewrite(site, decision.fits, kept)
         return [
-            _row(site, consumer, channels, kept, tokens, result)
-            for consumer, tokens, result in zip(
-                site.consumers, decision.tokens, decision.fits, strict=True
+            _row(site, consumer, channels, kept, tokens, self._measured(site, decision, result, c))
+            for c, (consumer, tokens, result) in enumerate(
+                zip(site.consumers, decision.tokens, decision.fits, strict=True)
             )
         ]
+
+    def _measured(self, site: BoundSite, decision: Decision, result: Fit, consumer: int) -> Fit:
+        """A fit without its errors where they are not the network's."""
+        reason = ""
+        if isinstance(decision.reduction, Folding):
+            reason = "a folding that is not fitted to what the folded layers write"
+        elif site.consumers[consumer] in self._downstream:
+            reason = "it reads what other consumers of the site write"
+        if not reason:
+            return result
+        self.notes.append(f"{site.consumers[consumer].name}: its error is not measured: {reason}")
+        return replace(result, error=math.nan, baseline_error=math.nan)
 
     def _fold_exactly(
         self, site: BoundSite, reduction: Folding, aim: Shelf | None
@@ -396,6 +434,8 @@ class Run:
         network's stream as far as drift is to be corrected.
         """
         channels, (consumer,) = site.channels, site.consumers
+        if site.landing is None:  # what folding takes shows at the consumer's own output
+            site = replace(site, landing=Landing(consumer.module, output=True))
         aim, correction, share = self._aim_of_folded(site, aim)
         with self.clock("absorb"):
             plain = reduction.absorb(consumer.by_channel)
@@ -453,6 +493,17 @@ class Run:
         nothing = Fit((), 0.0, 0.0, alpha=0.0, drift_correction=0.0, damping=0.0, retries=0)
         channels, tokens = site.channels, self.stream.tokens
         return [_row(site, c, channels, channels, tokens, nothing) for c in site.consumers]
+
+
+def _require_plain_outputs(calls: Calls) -> None:
+    """Raises ModelError for a consumer that returns something else than its weight says."""
+    for consumer, of_consumer in calls.items():
+        for x, output in of_consumer:
+            if not _is_alike(plain_output(consumer.module, x), output):
+                raise ModelError(
+                    f"{consumer.name} returns something else than its weight and bias make of its "
+                    "input: a hook or a forward of its own changes it; remove that"
+                )
 
 
 def _is_alike(expected: Tensor, read: Tensor) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -18,7 +19,14 @@ from grail.errors import ModelError
 from grail.gram_ragged import RaggedGrams
 from grail.layers import Consumer, Reader, Routed
 from grail.options import Options
-from grail.samples import Change, Order, decoder_of, find_orders, first_tensor
+from grail.samples import (
+    Change,
+    Order,
+    change_decoder_inputs,
+    decoder_of,
+    find_orders,
+    first_tensor,
+)
 from grail.sites import AnyPlace, BoundSite, Place, steps
 from grail.statistics import Statistics
 from grail.stream import Shelf, Stop, Stream, replaced_forward
@@ -68,8 +76,7 @@ class Passes:
         batch = next((number for number, size in enumerate(sizes) if size > 1), None)
         for block, of_block in itertools.groupby(sites, lambda site: site.block):
             consumers = [consumer for site in of_block for consumer in site.consumers]
-            decoder = decoder_of(self._stream.blocks[block])
-            inside = set() if decoder is None else set(decoder.modules())
+            decodes = self._decodes(consumers, block)
             first: dict[Consumer | None, bool | None] = dict.fromkeys(consumers, True)
             if batch is not None:  # of one sample the size 1 tells
                 observe = functools.partial(self._tokens, consumers, block, batch)
@@ -82,7 +89,7 @@ class Passes:
                 )
             for consumer in consumers:
                 samples_first = first.get(consumer)
-                if samples_first is None:
+                if samples_first is None or not (samples_first or not consumer.reads_maps):
                     raise ModelError(
                         f"{consumer.name}: which sample each of its tokens belongs to could not be "
                         f"found out by replacing samples in a batch of {sizes[batch or 0]}, along "
@@ -94,7 +101,25 @@ class Passes:
                         f"the selector takes gradients sample by sample, and samples are not the "
                         f"first axis of what {consumer.name} reads; choose another selector"
                     )
-                self._orders[consumer] = Order(samples_first, consumer.module in inside)
+                self._orders[consumer] = Order(samples_first, consumer in decodes)
+
+    def _decodes(self, consumers: Sequence[Consumer], block: int) -> set[Consumer]:
+        """The consumers that read tokens of a decoder: those that its inputs change.
+
+        Where a model makes its decoder's inputs itself, the layers of its decoder.
+        """
+        decoder = decoder_of(self._stream.blocks[block])
+        if decoder is None:
+            return set()
+        plain = self._tokens(consumers, block, 0, lambda name, tensor: tensor)
+        changed = self._tokens(consumers, block, 0, change_decoder_inputs)
+        found = {
+            consumer
+            for consumer in consumers
+            if consumer in plain and not torch.equal(plain[consumer], changed[consumer])
+        }
+        inside = set(decoder.modules())
+        return found or {consumer for consumer in consumers if consumer.module in inside}
 
     def _tokens(
         self, consumers: Sequence[Consumer], block: int, batch: int, change: Change
@@ -276,8 +301,8 @@ class Passes:
                 advance(stream.tokens_of(batch))
         return held
 
-    def first_calls(self, site: BoundSite) -> Calls:
-        """What the consumers of a site read of the first batch, and return."""
+    def calls(self, site: BoundSite, batch: int) -> Calls:
+        """What the consumers of a site read of a batch, and return."""
         calls: Calls = {consumer: [] for consumer in site.consumers}
 
         def hearing(consumer: Consumer) -> Callable[..., None]:
@@ -291,13 +316,16 @@ class Passes:
                 heard = hearing(consumer)
                 handle = consumer.module.register_forward_hook(heard, with_kwargs=True)
                 hooks.callback(handle.remove)
-            self._stream.run(site.block, 0)
+            self._stream.run(site.block, batch)
         return calls
 
-    def reads_again(self, site: BoundSite, calls: Calls) -> dict[Consumer, list[Tensor]]:
-        """What the consumers of a site read of the first batch if each returns what it did before.
+    def reads_again(
+        self, site: BoundSite, batch: int, calls: Calls, silent: bool = False
+    ) -> dict[Consumer, list[Tensor]]:
+        """What the consumers of a site read of a batch if each returns what it did before.
 
-        So nothing that they compute reaches what they read: of a residual stream either.
+        So nothing that they compute reaches what they read: of a residual stream either. With
+        `silent` they return zeros.
         """
         reads: dict[Consumer, list[Tensor]] = {consumer: [] for consumer in site.consumers}
 
@@ -305,14 +333,14 @@ class Passes:
             def replay(*args: Any, **kwargs: Any) -> Any:
                 _, output = calls[consumer][len(reads[consumer])]
                 reads[consumer].append(_first(args, kwargs).clone())
-                return tree_map_only(Tensor, Tensor.clone, output)
+                return tree_map_only(Tensor, torch.zeros_like if silent else Tensor.clone, output)
 
             return replay
 
         with ExitStack() as replaced, self._clock("forward"):
             for consumer in site.consumers:
                 replaced.enter_context(replaced_forward(consumer.module, replaying(consumer)))
-            self._stream.run(site.block, 0)
+            self._stream.run(site.block, batch)
         return reads
 
     def in_order(self, modules: Sequence[nn.Module], block: int) -> list[nn.Module]:

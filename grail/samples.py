@@ -22,6 +22,7 @@ Change = Callable[[str, Tensor], Tensor]  # of an argument, by its name
 _TRIES = 4  # samples that are replaced before the order is given up
 _RTOL = 1e-3  # of the largest value: a token that changed by less may be rounded otherwise
 _IGNORED = -100  # a label that pads
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
 @dataclass(frozen=True)
@@ -204,11 +205,18 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def change_decoder_inputs(name: str, tensor: Tensor) -> Tensor:
+    """Moves what a decoder reads, or what a model makes of it, by a token; a `Change`."""
+    return (
+        tensor.roll(1, 1) if name in (*_DECODER_INPUTS, "labels") and tensor.dim() > 1 else tensor
+    )
+
+
 def _decoder_mask(given: Mapping[str, Any], tokens: Tensor | None) -> Tensor | None:
     """The mask of the decoder's inputs; if there are none, a model makes them of other tokens."""
     if given.get("decoder_attention_mask") is not None:
         return _mask(given, "decoder_attention_mask")
-    if any(given.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
+    if any(given.get(name) is not None for name in _DECODER_INPUTS):
         return None
     labels = given.get("labels")
     if isinstance(labels, Tensor) and labels.dim() == 2:
@@ -216,7 +224,9 @@ def _decoder_mask(given: Mapping[str, Any], tokens: Tensor | None) -> Tensor | N
         return None if bool(counts.all()) else counts
     if tokens is None or bool(tokens.all()):
         return None
-    return tokens.roll(1, dims=1).index_fill(1, torch.tensor(0, device=tokens.device), True)
+    return tokens.roll(1, dims=1).index_fill(
+        1, torch.tensor(0, dtype=torch.int64, device=tokens.device), True
+    )
 
 
 def _mask(given: Mapping[str, Any], name: str) -> Tensor | None:

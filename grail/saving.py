@@ -22,9 +22,12 @@ from grail.card import card
 from grail.errors import ExportError, InputError
 from grail.folder import complete
 from grail.report import Report
+from grail.sites.configuration import own_configuration
+from grail.transaction import Transaction
 from grail_kernels.arguments import check_kind, kind_of
 
 FORMAT = 2  # of the JSON
+_USUAL: Any = {"device": "meta", "memory_format": torch.contiguous_format}
 WEIGHTS, WIDTHS = "model.safetensors", "grail.json"
 
 
@@ -58,7 +61,8 @@ def write(model: nn.Module, folder: Path) -> None:
     """Writes weights and widths into a folder that is there."""
     tied = {name: source for name, source in _sources(model).items() if source != name}
     try:
-        save_file(_tensors(model), folder / WEIGHTS)
+        buffers = {name: buffer.contiguous() for name, buffer in _unsaved(model).items()}
+        save_file({**_tensors(model), **buffers}, folder / WEIGHTS)
     except SafetensorError as error:
         raise ExportError(f"the weights could not be written: {error}") from error
     widths = {
@@ -114,6 +118,7 @@ def load(
         }
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ExportError(f"{folder} is damaged: {error}") from error
+    buffers = {name: tensors.pop(name) for name in widths["buffers"] if name in tensors}
     model = factory()
     require_model(model)
     # Narrowing may have untied what the factory ties: the files know better.
@@ -129,7 +134,8 @@ def load(
     _set_numbers(model, modules, config)
     _set_configs(model, widths.get("configs", {}))
     for name, buffer in _unsaved(model).items():
-        buffer.data = buffer.to(getattr(torch, widths["buffers"].get(name, _name(buffer.dtype))))
+        dtype = getattr(torch, widths["buffers"].get(name, _name(buffer.dtype)))
+        buffer.data = buffers.get(name, buffer.to(dtype))
     return model.to(device).eval()
 
 
@@ -138,7 +144,8 @@ def _strides(model: nn.Module) -> dict[str, list[int]]:
     return {
         name: list(tensor.stride())
         for name, tensor in model.state_dict().items()
-        if not tensor.is_contiguous() and tensor.permute(_axes(tensor)).is_contiguous()
+        if tensor.stride() != torch.empty_like(tensor, **_USUAL).stride()
+        and tensor.permute(_axes(tensor)).is_contiguous()
     }
 
 
@@ -254,7 +261,18 @@ def _set_numbers(
     for name, numbers in modules.items():
         owners[name].update({k: v for k, v in numbers.items() if k in owners[name]})
     if config:
-        vars(getattr(model, "config", nn.Module())).update(config)
+        _own_config(model)
+        vars(_config(model)).update(config)
+
+
+def _own_config(model: nn.Module) -> None:
+    """Gives a model a configuration that the factory's other models do not share."""
+    own_configuration(model, Transaction())
+    shared = _config(model)
+    own = copy.copy(shared)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own
 
 
 def _set_configs(model: nn.Module, configs: Mapping[str, Mapping[str, int]]) -> None:

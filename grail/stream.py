@@ -505,6 +505,10 @@ def model_inputs(
             )
         args, kwargs = (), {"input_ids": batch}
     check_token_ids(model, kwargs or args)
+    if kwargs.get("past_key_values") is not None:
+        raise InputError(
+            "a batch holds past_key_values, which the model would write to; leave them out"
+        )
     if "use_cache" in known or "use_cache" in kwargs:
         kwargs = {**kwargs, "use_cache": False}
     try:

@@ -8,6 +8,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import grail
 from grail.passes import watch
-from grail.sites import BoundSite, find
+from grail.sites import BoundSite, Place, find
 
 from . import counting
 
@@ -98,14 +99,14 @@ def assert_errors_of_a_run_are_those_of_the_network(
     )
     rows = {row.name: row for row in report.sites}
     found = 0
-    pairs = (find(network, sites) for network in (dense, model))
-    dense_blocks, narrow_blocks = ((a.blocks, a.sites(sites or a.default)) for a in pairs)
-    for number, of_block in enumerate(dense_blocks[1]):
-        for before, after in zip(of_block, narrow_blocks[1][number], strict=True):
+    architecture = find(dense, sites)
+    for block, of_block in zip(
+        architecture.blocks, architecture.sites(sites or architecture.default), strict=True
+    ):
+        for before in of_block:
             if not before.can_aim(per_tap=True):
                 continue
-            aim = _landed(dense, before, dense_blocks[0][number], batches)
-            landed = _landed(model, after, narrow_blocks[0][number], batches)
+            aim, landed = (_landed(dense, m, before, block, batches) for m in (dense, model))
             name = before.consumers[0].name
             returned = consumer_outputs(model, name, batches) - _bias(dense, name)
             lacking = torch.cat(
@@ -227,10 +228,25 @@ def _bias(model: nn.Module, name: str) -> Tensor | float:
 
 
 @torch.no_grad()
-def _landed(model: nn.Module, site: BoundSite, block: nn.Module, batches: Sequence[Any]) -> Any:
-    """For each batch what the network holds where the site's output lands."""
+def _landed(
+    dense: nn.Module,
+    model: nn.Module,
+    site: BoundSite,
+    block: nn.Module,
+    batches: Sequence[Any],
+) -> list[Tensor]:
+    """For each batch what a model holds where the output of a site of the dense one lands."""
+    names = {module: name for name, module in dense.named_modules()}
+
+    def twin(module: Any) -> Any:
+        return None if module is None else model.get_submodule(names[module])
+
+    assert site.landing is not None
+    consumers = tuple(replace(c, module=twin(c.module)) for c in site.consumers)
+    landing = replace(site.landing, module=twin(site.landing.module))
+    place = Place(name=site.name, block=site.block, consumers=consumers, landing=landing)
     seen: list[Tensor] = []
-    with watch(site, block, lambda *_: None, lambda landed: seen.append(landed.clone())):
+    with watch(place, twin(block), lambda *_: None, lambda landed: seen.append(landed.clone())):
         for batch in batches:
             run(model, batch)
     return seen

@@ -104,9 +104,13 @@ class Flow:
         return self._modules[str(node.target)]
 
     def norm(self, node: fx.Node) -> nn.Module | None:
-        """The batch norm right behind a layer."""
+        """The batch norm right behind a layer, if nothing else runs through it."""
         user = _only_user(node)
-        return self.module(user) if user is not None and self._calls(user, *NORMS) else None
+        if user is None or not self._calls(user, *NORMS):
+            return None
+        norm = self.module(user)
+        calls = (n for n in self._nodes if n.op == "call_module" and self.module(n) is norm)
+        return norm if sum(1 for _ in calls) == 1 else None
 
     def sum_behind(self, node: fx.Node) -> tuple[nn.Module | None, Tensor | None] | None:
         """Where the sum shows that a layer's output becomes a part of.
@@ -274,7 +278,7 @@ class Flow:
             shape = list(next((s for s in shapes if len(s) == x.dim()), shapes[0]))
             if channels is self._of[read] and argument not in self._flat:
                 shape[channels.axis] = min(_FEW, x.shape[channels.axis])
-            return torch.zeros(shape)
+            return torch.zeros(shape, dtype=torch.float32)
 
         args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
         if node.op == "call_module":

@@ -67,8 +67,11 @@ class Place:
 
         A map of channels that is the same at every tap of a convolution leaves no such choice.
         """
-        one = len(self.consumers) == 1 and (per_tap or self.consumers[0].taps == 1)
-        return self.landing is not None and one
+        return self.landing is not None and self.fits_outputs(per_tap)
+
+    def fits_outputs(self, per_tap: bool) -> bool:
+        """Whether a consumer can be fitted to any output, whatever it is."""
+        return len(self.consumers) == 1 and (per_tap or self.consumers[0].taps == 1)
 
     def drift(self, aim: Tensor, landed: Tensor) -> Tensor:
         """What the consumer's output lacks, [..., O] fp32, for the network to hold `aim`, fp32."""

@@ -413,7 +413,7 @@ def _blocks(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
         except AttributeError:
             continue
         if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found):
-            return {f"{place}.{name}": block for name, block in found.named_children()}
+            return {f"{place}.{name}": block for name, block in found._modules.items()}
     raise ModelError(f"{type(model).__name__} has no blocks at {' or '.join(places)}")
 
 
