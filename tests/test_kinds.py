@@ -539,3 +539,53 @@ def test_a_trace_finds_the_site_of_every_kind(name):
         site.along,
         site.consumers,
     )
+
+
+class SamePadding(nn.Conv2d):
+    """TensorFlow's: how much is padded depends on what a size leaves over the stride."""
+
+    def forward(self, x):
+        sides = []
+        for size, taps, step in zip(x.shape[2:], self.kernel_size, self.stride, strict=True):
+            missing = max(0, (-(-size // step) - 1) * step + taps - size)
+            sides = [missing // 2, missing - missing // 2, *sides]
+        return self._conv_forward(nn.functional.pad(x, sides), self.weight, self.bias)
+
+
+class ByRank(nn.Linear):
+    """Normalises what it returns for tokens alone."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return nn.functional.normalize(y, dim=-1) if x.dim() > 2 else y
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [*(SamePadding(6, 4, 3, step) for step in (1, 2, 3, 4)), ByRank(6, 4)],
+    ids=lambda layer: repr(layer),
+)
+def test_a_subclass_that_differs_only_for_some_inputs_is_refused(layer):
+    with pytest.raises(ModelError, match="its forward computes something else"):
+        Consumer("layer", layer)
+
+
+@pytest.mark.parametrize("compensate", ["bias", "both"])
+def test_no_bias_goes_into_a_norm_that_others_use(compensate):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c1, self.c2, self.down = (nn.Conv2d(6, 6, 3, padding=1, bias=False) for _ in "123")
+            self.norm = nn.BatchNorm2d(6)
+
+        def forward(self, x):
+            return self.norm(self.c2(self.c1(x).relu())) + self.norm(self.down(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Sequential(Shared(), Shared())).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="has no bias, nor a batch norm behind it"):
+        grail.compress(
+            model, [torch.randn(4, 3, 9, 9)] * 3, 0.5, compensate=compensate, progress=False
+        )
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))

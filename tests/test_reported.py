@@ -1,6 +1,7 @@
 """Reported errors are those of the real network, over every family and kind of site."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from grail.errors import ModelError
 from .convnets import NETWORKS, images
 from .convnets import network as convnet
 from .reported import (
+    assert_alike,
     assert_errors_are_those_of_the_network,
     assert_errors_of_a_run_are_those_of_the_network,
+    consumer_outputs,
 )
 from .test_families import CASES, network  # noqa: F401, a fixture
 
@@ -141,6 +144,7 @@ MIXING = {
     "roll": lambda h: h.roll(1, -1),
     "flip": lambda h: h.flip(-1),
     "cumsum": lambda h: h.cumsum(-1),
+    "halves swapped": lambda h: torch.cat(h.chunk(2, -1)[::-1], -1),
 }
 
 
@@ -154,6 +158,25 @@ def branched(function) -> tuple[nn.Module, list[torch.Tensor], list[grail.Site]]
 @pytest.mark.parametrize("function", BY_CHANNEL.values(), ids=BY_CHANNEL)
 def test_every_consumer_of_a_site_has_its_own_error(function):
     assert_errors_are_those_of_the_network(*branched(function))
+
+
+def test_mixing_that_only_the_last_batch_shows_is_refused():
+    clamped = lambda h: h / (h.norm(dim=-1, keepdim=True) / 9).clamp_min(1)  # noqa: E731
+    model, batches, sites = branched(clamped)
+    batches = [batch * (1e-3 if number < 5 else 9) for number, batch in enumerate(batches)]
+    with pytest.raises(ModelError, match="third does not read the channels that were kept"):
+        grail.compress(model, batches, 0.5, sites, progress=False)
+
+
+@pytest.mark.parametrize("change", ["forward", "hook"])
+def test_a_consumer_that_returns_something_else_is_refused(change):
+    model, batches = chain(7, 22, 5)
+    if change == "forward":
+        model[2].forward = lambda x: F.linear(x.square(), model[2].weight, model[2].bias)
+    else:
+        model[2].register_forward_hook(lambda _, __, output: 3 * output)
+    with pytest.raises(ModelError, match=r"forward was replaced|something else than its weight"):
+        grail.compress(model, batches, 0.5, [grail.Site(["0"], ["2"])], progress=False)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +210,54 @@ class Residual(nn.Module):
         return self.head(F.normalize(x, dim=-1) if self.mixes else x)
 
 
+def chain(*sizes: int) -> tuple[nn.Module, list[torch.Tensor]]:
+    layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+    model = nn.Sequential(*itertools.chain(*((layer, nn.GELU()) for layer in layers)))
+    generator = torch.Generator().manual_seed(0)
+    return randomised(model), [torch.randn(31, sizes[0], generator=generator) for _ in range(6)]
+
+
+@pytest.mark.parametrize("keep", [{"b": 0.5, "c": 1.0}, {"b": 0.5, "c": 0.5}], ids=str)
+def test_a_folding_before_another_site_is_fitted_to_what_it_writes(keep):
+    dense, batches = chain(7, 22, 18, 5)
+    model = copy.deepcopy(dense)
+    sites = [grail.Site(["0"], ["2"], name="b"), grail.Site(["2"], ["4"], name="c")]
+    report = grail.compress(
+        model, batches, keep, sites, "folding", drift_correction=0, progress=False
+    )
+    row = report.sites[0]
+    if keep["c"] < 1:
+        assert row.error is not None  # its consumer has lost rows since
+        return
+    expected, got = (consumer_outputs(m, "2", batches) for m in (dense, model))
+    target = expected - dense[2].bias.detach().double()
+    assert_alike(
+        grail.sites.find(dense, sites).sites(("named",))[0][0],
+        "b",
+        row.error,
+        (expected - got).norm() / target.norm(),
+    )
+
+
+INEXACT = {
+    "several consumers": (branched, {}),
+    "open loop": (lambda _: (*chain(7, 22, 5), [grail.Site(["0"], ["2"])]), {"closed_loop": False}),
+    "plain": (lambda _: (*chain(7, 22, 5), [grail.Site(["0"], ["2"])]), {"compensate": False}),
+    "the paper's": (
+        lambda _: (*chain(7, 22, 5), [grail.Site(["0"], ["2"])]),
+        {"exact_folding": False},
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "settings"), INEXACT.values(), ids=INEXACT)
+def test_a_folding_that_is_not_fitted_to_what_it_writes_reports_no_error(make, settings):
+    model, batches, sites = make(torch.tanh)
+    report = grail.compress(model, batches, 0.5, sites, "folding", progress=False, **settings)
+    assert {(row.error, row.baseline_error) for row in report.sites} == {(None, None)}
+    assert sum("its error is not measured" in note for note in report.notes) == len(report.sites)
+
+
 STREAM = grail.Site(["embed", "downs.0", "downs.1"], ["ups.0", "ups.1", "head"], name="stream")
 
 
@@ -195,5 +266,9 @@ def test_a_residual_stream_is_no_mixing_whatever_its_compensation_changes():
     batches = [torch.randn(13, 6, generator=generator) for _ in range(6)]
     report = grail.compress(randomised(Residual()), batches, 0.5, [STREAM], progress=False)
     assert [row.kept for row in report.sites] == [11] * 3
+    first, *others = report.sites
+    assert first.error is not None  # no other consumer has a say in what it reads
+    assert [row.error for row in others] == [None, None]
+    assert any("ups.1: its error is not measured: it reads what other" in n for n in report.notes)
     with pytest.raises(ModelError, match="head does not read the channels that were kept"):
         grail.compress(randomised(Residual(mixes=True)), batches, 0.5, [STREAM], progress=False)

@@ -215,3 +215,40 @@ def test_a_fit_in_inference_mode_gives_weights_that_can_be_trained():
     layer.weight = nn.Parameter(result.weight)
     layer(x[:, [0, 2, 5]]).sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_loading_leaves_the_factorys_configuration_as_it_was(tiny_llama, tiny_batches, tmp_path):
+    model = tiny_llama()
+    config = copy.deepcopy(model.config)
+
+    def factory():
+        return type(model)(config)
+
+    grail.compress(model, tiny_batches(), 0.5, progress=False)
+    loaded = assert_loads_the_same(model, tiny_batches(1)[0], tmp_path / "out", factory)
+    assert loaded.config.intermediate_size == 40
+    assert config.intermediate_size == 80
+    factory().save_pretrained(tmp_path / "dense")
+    assert type(model).from_pretrained(tmp_path / "dense").config.intermediate_size == 80
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_of_buffers_that_are_no_part_of_the_state_are_kept(
+    dtype, tiny_llama, tiny_batches, tmp_path
+):
+    model = tiny_llama().to(dtype).float()  # rotary frequencies are rounded
+    grail.compress(model, tiny_batches(), 0.5, progress=False)
+    ids = tiny_batches(1, 2, 64)[0]
+    assert_loads_the_same(model, ids, tmp_path / "a", tiny_llama)
+    assert_loads_the_same(model, ids, tmp_path / "b", lambda: tiny_llama().to(dtype))
+
+
+def test_one_tap_in_channels_last_loads_to_the_same_bits(tmp_path):
+    torch.manual_seed(0)
+
+    def factory():
+        return nn.Sequential(nn.Conv2d(13, 7, 1), nn.ReLU(), nn.Conv2d(7, 5, 1)).eval()
+
+    model = factory().to(memory_format=torch.channels_last)
+    loaded = assert_loads_the_same(model, torch.randn(3, 13, 9, 5), tmp_path / "out", factory)
+    assert loaded[0].weight.stride() == model[0].weight.stride()

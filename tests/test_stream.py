@@ -181,6 +181,55 @@ def test_layers_of_encoder_and_decoder_count_their_own_tokens(kind, length):
     assert [row.tokens for row in report.sites] == [3 * 27, 3 * (3 * length + 4)]
 
 
+def test_a_layer_counts_the_tokens_that_it_reads_wherever_it_hangs():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=40, decoder_start_token_id=0, **sizes)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    model.lm_head = nn.Sequential(nn.Linear(16, 20), nn.GELU(), nn.Linear(20, 40))
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(3, 40, (4, 8), generator=generator) for _ in range(2))
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    labels[2, 4:] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    site = grail.Site(["lm_head.0"], ["lm_head.2"])
+    report = grail.compress(model, [batch] * 3, 0.5, [site], progress=False)
+    assert report.sites[0].tokens == 3 * 28  # the decoder's, though it is no part of it
+
+
+class OverTime(nn.Module):
+    """Two convolutions over the frames of [B, T, C, H, W], sample by sample or time by time."""
+
+    def __init__(self, time_first):
+        super().__init__()
+        torch.manual_seed(0)
+        self.time_first = time_first
+        self.up, self.down = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = (x.transpose(0, 1) if self.time_first else x).flatten(0, 1)
+        return self.down(self.up(x).relu())
+
+
+def test_frames_that_do_not_lie_sample_by_sample_are_refused():
+    site = grail.Site(producers=["up"], consumers=["down"])
+    batches = [torch.randn(5, 5, 3, 6, 6) for _ in range(3)]
+    report = grail.compress(OverTime(False), batches, 0.5, [site], progress=False)
+    assert report.sites[0].error is not None
+    with pytest.raises(ModelError, match=r"down: which sample .* give alpha, drift_correction=0"):
+        grail.compress(OverTime(True), batches, 0.5, [site], progress=False)
+
+
+def test_a_callers_cache_is_refused_before_anything_is_written_to_it(tiny_llama, tiny_batches):
+    transformers = pytest.importorskip("transformers")
+    model, cache = tiny_llama(), transformers.DynamicCache()
+    batch = {"input_ids": tiny_batches(1)[0], "past_key_values": cache}
+    with pytest.raises(InputError, match="leave them out"):
+        grail.compress(model, [batch], 0.5, progress=False)
+    assert cache.get_seq_length() == 0
+
+
 def test_frames_of_sound_count_as_its_samples_do():
     transformers = pytest.importorskip("transformers")
     config = transformers.Wav2Vec2Config(
