@@ -110,7 +110,7 @@ def _require_names(source: str | Path, field: str | None, split: Split | None) -
 
 def _builder(source: str) -> tuple[str, dict[str, Any]]:
     """The name of a dataset, and the options with which `datasets` reads it."""
-    name, _, config = _full_name(source).partition(":")
+    name, _, config = full_name(source).partition(":")
     options: dict[str, Any] = {"name": config or None}
     if _holds_texts_alone(Path(source)):
         options["sample_by"] = "document"  # else each line is a row
@@ -145,7 +145,7 @@ def has_lines_for_rows(source: object) -> bool:
     """Whether the rows of a dataset are lines of documents, as in WikiText and Penn Treebank."""
     if not isinstance(source, str | Path):
         return False
-    name = _full_name(str(source)).partition(":")[0]
+    name = full_name(str(source)).partition(":")[0]
     return Path(name).name.lower() in ("wikitext", "ptb_text_only", "penn_treebank", "ptb")
 
 
@@ -159,7 +159,8 @@ def is_chat(document: object) -> bool:
     )
 
 
-def _full_name(source: str) -> str:
+def full_name(source: str) -> str:
+    """The source itself, or the dataset's name for the short one of WikiText-2."""
     return _WIKITEXT2 if is_wikitext2(source) else source
 
 

@@ -56,7 +56,9 @@ def test_chunks_change_nothing_and_bound_the_logits(tiny_llama, tiny_batches, mo
     monkeypatch.setattr(sys.modules[evaluate.__module__], "_LOGITS", 7 * 97)
     del rows[:]
     chunked = evaluate(model, batches, progress=False)
-    assert max(rows[4:]) <= 7 * 97  # the first four calls are probes: two of causality, two of layout
+    assert (
+        max(rows[4:]) <= 7 * 97
+    )  # the first four calls are probes: two of causality, two of layout
     # Rows of one product, cut differently: only the order of the fp64 sum of losses may change.
     assert chunked.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
 
@@ -139,7 +141,7 @@ def test_a_model_that_sees_what_it_should_predict_is_refused(tiny_model, family,
         own.update(settings)
         return transformers.AutoModelForCausalLM.from_config(own).to(dtype).eval()
 
-    with pytest.raises(ModelError, match="sees the tokens that it should predict.*is_decoder"):
+    with pytest.raises(ModelError, match=r"sees the tokens that it should predict.*is_decoder"):
         evaluate(model(is_decoder=False), [tokens], progress=False)
     evaluate(model(is_decoder=True), [tokens], progress=False)
 

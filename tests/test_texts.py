@@ -169,7 +169,7 @@ def test_pipes_and_devices_are_refused_in_words(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     if name.startswith("pipe"):
         os.mkfifo(name)
-    with pytest.raises(InputError, match="pipe or a device.*file first"):
+    with pytest.raises(InputError, match=r"pipe or a device.*file first"):
         load_texts(name)
 
 
