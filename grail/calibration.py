@@ -71,16 +71,19 @@ def token_batches(
         wanted gives what it has, and a warning.
 
     Raises:
-        InputError: a size that is not positive, a source that cannot be read, or chats and a
-            tokenizer without a chat template for them.
+        InputError: a size that is not positive, a source that cannot be read, chats and a tokenizer
+            without a chat template for them, or join "eos" and one without an end-of-text token.
         EmptyCalibrationError: no text, or less than one sequence of it.
     """
     _require_kinds(source, tokenizer, tokens, seed)
     _check_sizes(tokens, sequence_length, batch_size)
-    if join is None:
-        join = "blank" if has_lines_for_rows(source) else "eos"
-    if join not in get_args(Join):
+    if join not in (None, *get_args(Join)):
         raise InputError(f"join must be one of {', '.join(get_args(Join))}; got {join!r}")
+    if join == "eos" and tokenizer.eos_token_id is None:
+        raise InputError(
+            'the tokenizer has no end-of-text token for join "eos"; give "blank" or "none"'
+        )
+    join = join or ("blank" if has_lines_for_rows(source) else "eos")
     wanted = None if tokens is None else math.ceil(tokens / sequence_length)
     limit = wanted if wanted is None or seed is None else _POOL * wanted
     limit = None if limit is None else min(limit, sys.maxsize)  # islice takes no more

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from io import TextIOWrapper
 from typing import NoReturn
 
 
@@ -10,9 +11,15 @@ def main() -> int:
     # Read when those libraries are imported; their warnings are for programmers.
     for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(variable, "error")
+    for stream in (sys.stdout, sys.stderr):  # an ASCII terminal shows "?" for what it lacks
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         from grail.commands import app
         from grail.distributed import launched_together
+    except KeyboardInterrupt:
+        print("\ngrail: interrupted; no output was written.", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

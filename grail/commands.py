@@ -7,18 +7,20 @@ exception as one sentence and exit code 1, Ctrl-C as exit code 130. What a perso
 
 import errno
 import json
+import os
 import re
 import shlex
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import torch
 import typer
@@ -37,22 +39,36 @@ from grail.distributed import launched, ranks
 from grail.embedding import check_token_ids
 from grail.errors import GrailError, InputError, one_line
 from grail.evaluate import evaluate as evaluate_model
+from grail.evaluate import require_causal
 from grail.fit import Auto, Damping, Toward
 from grail.folder import check_output
 from grail.formatting import format_bytes, format_count, format_seconds
 from grail.gram import NonFinite
 from grail.memory import ran_out
-from grail.models import length_before_loading, length_of_sequences, load_model, positions
+from grail.models import (
+    CheckpointWarning,
+    length_before_loading,
+    length_of_sequences,
+    load_model,
+    positions,
+)
 from grail.options import Compensation, Options
 from grail.page import page
 from grail.plan import KEEPS, Inspection
 from grail.plan import inspect as inspect_model
-from grail.provenance import provenance
+from grail.provenance import file_hash, provenance
 from grail.report import Report, strict_json
 from grail.sensitivity import require_single_channels
 from grail.sites import find
 from grail.summary import evaluation_table, headline, labelled, size_sentence, stage_table, verdict
-from grail.texts import HELD_OUT_SPLITS, Split, is_file, is_wikitext2
+from grail.texts import (
+    HELD_OUT_SPLITS,
+    Split,
+    full_name,
+    is_plain_text,
+    is_wikitext2,
+    split_of,
+)
 from grail.width import check_keep
 from grail.workflow import IMPORTING, LOADING, Study, attribute, text_of
 
@@ -69,6 +85,9 @@ _UsageError: Any = typer.BadParameter.__base__
 # Perplexity on WikiText-2 as in the literature: windows of so many tokens, and all of them.
 _WIKITEXT2_WINDOW = 2048
 _EVALUATE_TOKENS = 16384
+_MOST = 1 << 62  # tokens; torch counts in int64
+_MOST_AT_A_TIME = 1 << 31  # sequences of a batch, or tokens of a sequence
+_MOST_SEED = (1 << 63) - 1
 _MULTIPLIERS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 # By whether weights and biases are fitted.
@@ -89,10 +108,13 @@ def _number_or_auto(text: str) -> float | Auto:
 
 def _count(text: object) -> int:
     """A number of tokens: 65536, 65_536, 64k or 1M, where k is 1024 and M 1024²."""
-    found = re.fullmatch(r"(\d[\d_]*) *([km]?)", str(text).strip().lower())
-    if found is None or not (count := int(found[1].replace("_", "")) * _MULTIPLIERS[found[2]]):
+    found = re.fullmatch(r"0*(\d[\d_]{0,30}) *([km]?)", str(text).strip().lower())
+    count = int(found[1].replace("_", "")) * _MULTIPLIERS[found[2]] if found else 0
+    if not 1 <= count <= _MOST:
+        shown = repr(text) if len(str(text)) <= 40 else f"a text of {len(str(text))} characters"
         raise typer.BadParameter(
-            f"{text!r} is no number of tokens; give one of at least 1, such as 65536, 64k or 1M"
+            f"{shown} is no number of tokens; give one of at least 1 and at most 2⁶², such as "
+            "65536, 64k or 1M"
         )
     return count
 
@@ -155,6 +177,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         _, *command = error.ctx.command_path.split() if error.ctx else [""]
         said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
         return f"{said[:1].lower()}{said[1:]}; see {' '.join(['grail', *command])} --help", 2
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be read or written: {error.strerror}", 2
     if ran_out(error):
         advice = "lower --batch-size or --sequence-length, or choose --device cpu"
         return f"out of memory; no output was written: {advice}.", 2
@@ -246,11 +270,15 @@ SequenceLength = Annotated[
     int | None,
     _Running(
         min=2,
+        max=_MOST_AT_A_TIME,
         help="Tokens in a sequence; nothing is padded.",
         show_default="1024, or all that the model has positions for",
     ),
 ]
-BatchSize = Annotated[int, _Running(min=1, help="Sequences that go through the model at a time.")]
+BatchSize = Annotated[
+    int,
+    _Running(min=1, max=_MOST_AT_A_TIME, help="Sequences that go through the model at a time."),
+]
 Json = Annotated[bool, _Running("--json", help="Print JSON instead of a table.")]
 Debug = Annotated[
     bool,
@@ -434,7 +462,9 @@ def compress(
     ] = None,
     sequence_length: SequenceLength = None,
     batch_size: BatchSize = 4,
-    seed: Annotated[int, _Running(help="Draws calibration sequences and random scores.")] = 0,
+    seed: Annotated[
+        int, _Running(max=_MOST_SEED, help="Draws calibration sequences and random scores.")
+    ] = 0,
     resume_dir: Annotated[
         Path | None,
         _Running(
@@ -497,23 +527,24 @@ def compress(
         )
     if statistics and closed_loop:
         raise InputError("--statistics are of the dense network: give --open-loop with them")
-    check_output(output)
+    _refuse_idle_options(ctx, statistics, evaluate)
+    check_output(output, apart=resume_dir)
     text = held_out = None
     if calibration is not None:
         text = _Text(calibration, tokens, sequence_length, batch_size, field, split, join, seed)
-        text.require(model)
+        text = text.checked(model)
     if evaluate is not None:
         literature = is_wikitext2(evaluate)  # has its own way, whatever the calibration's is
         held_out = _held_out(
+            "--evaluate",
             evaluate,
             evaluate_tokens or (None if literature else _EVALUATE_TOKENS),
             None if literature else sequence_length,
             batch_size,
-            evaluate_field or (None if literature else field),
+            field if evaluate_field is None and _has_fields(evaluate) else evaluate_field,
             evaluate_split,
             evaluate_join or (None if literature else join),
-        )
-        held_out.require(model)
+        ).checked(model)
     collected = None if statistics is None else Collected(statistics)
     device = _computing(device)
     load = partial(_load, model, "cpu" if onload else device, dtype, trust_remote_code)
@@ -521,12 +552,14 @@ def compress(
     stages = Stages()
     with stages(IMPORTING), suppress(ImportError):  # once, where the network is loaded repeatedly
         import_module("transformers.modeling_utils")
-    with stages(LOADING):
+    with stages(LOADING), _warnings_as_notes(CheckpointWarning) as unused:
         network, tokenizer = load()
     with _warnings_as_notes() as notes:
         batches = text.batches(network, tokenizer) if text else collected
         assert batches is not None
+    with _warnings_as_notes() as others:
         heldout = held_out.batches(network, tokenizer) if held_out else []
+    notes = unused + notes + [f"Held-out text: {note}" for note in others]
     if held_out and held_out.is_same_text(text):
         notes.append("The held-out text is the calibration text: the comparison is too kind.")
     if uneven:
@@ -619,13 +652,13 @@ def evaluate(
 
     Example: `grail evaluate out/ --text heldout.txt`
     """
-    held_out = _held_out(text, tokens, sequence_length, batch_size, field, split, join)
-    held_out.require(model)
-    network, tokenizer = _load(model, _computing(device), dtype, trust_remote_code)
-    with _warnings_as_notes() as notes:
+    held_out = _held_out(
+        "--text", text, tokens, sequence_length, batch_size, field, split, join
+    ).checked(model)
+    with _notes_said(CheckpointWarning):
+        network, tokenizer = _load(model, _computing(device), dtype, trust_remote_code)
+    with _notes_said():
         batches = held_out.batches(network, tokenizer)
-    for note in notes:
-        _say(f"note    {note}")
     row = evaluate_model(network, batches)
     if as_json:
         typer.echo(strict_json(asdict(row)))
@@ -669,7 +702,8 @@ def inspect(
     for share in keeps:
         check_keep(share)
     options = Options(keep=first, sites=sites) if sites is not None else None
-    network, _ = _load(model, "cpu" if onload else device, dtype, trust_remote_code)
+    with _notes_said(CheckpointWarning):
+        network, _ = _load(model, "cpu" if onload else device, dtype, trust_remote_code)
     inspection = inspect_model(
         network,
         options=options,
@@ -708,7 +742,7 @@ def stats_collect(
     join: Joined = None,
     sequence_length: SequenceLength = None,
     batch_size: BatchSize = 4,
-    seed: Annotated[int, _Running(help="Draws calibration sequences.")] = 0,
+    seed: Annotated[int, _Running(max=_MOST_SEED, help="Draws calibration sequences.")] = 0,
     device: Device = "auto",
     onload: Onload = False,
     dtype: Dtype = "auto",
@@ -722,9 +756,10 @@ def stats_collect(
     check_output(output)
     kinds = Options(sites=sites).sites
     text = _Text(calibration, tokens, sequence_length, batch_size, field, split, join, seed)
-    text.require(model)
+    text = text.checked(model)
     device = _computing(device)
-    network, tokenizer = _load(model, "cpu" if onload else device, dtype, trust_remote_code)
+    with _notes_said(CheckpointWarning):
+        network, tokenizer = _load(model, "cpu" if onload else device, dtype, trust_remote_code)
     batches = text.batches(network, tokenizer)
     brought = device if onload else None
     collect_statistics(network, batches, kinds, output=output, onload=brought)
@@ -759,16 +794,33 @@ class _Text:
     split: Split | None
     join: Join | None
     seed: int | None = None
+    option: str = "--calibration"
 
-    def require(self, model: str) -> None:
-        """Refuses the text before MODEL is loaded, as far as its fault shows by then."""
-        require_text(
-            self.source,
-            tokens=self.tokens,
-            sequence_length=length_before_loading(model, self.sequence_length),
-            field=self.field,
-            split=self.split,
-        )
+    def checked(self, model: str) -> "_Text":
+        """The text with the split that is read; refused if its fault shows before MODEL is loaded.
+
+        Raises:
+            InputError: see `require_text`; the message begins with the option.
+        """
+        length = length_before_loading(model, self.sequence_length)
+        with self._named():
+            found = replace(self, split=split_of(self.source, self.split))
+            if length is not None and self.tokens is not None and self.tokens < length:
+                option = "--evaluate-tokens" if self.option == "--evaluate" else "--tokens"
+                raise InputError(
+                    f"{option} is {self.tokens}, less than one sequence of {length}; ask for more "
+                    "tokens or for shorter sequences (--sequence-length)"
+                )
+            require_text(self.source, sequence_length=length, field=self.field, split=found.split)
+        return found
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Begins the message of an error with the option that names the text."""
+        try:
+            yield
+        except InputError as error:
+            raise type(error)(f"{self.option}: {error}") from error
 
     def length(self, network: Any) -> int:
         """Tokens of a sequence."""
@@ -776,19 +828,22 @@ class _Text:
 
     def batches(self, network: Any, tokenizer: Any) -> list[Tensor]:
         """The text as batches of tokens that the network's embedding has."""
-        batches = token_batches(
-            self.source,
-            tokenizer,
-            tokens=self.tokens,
-            sequence_length=self.length(network),
-            batch_size=self.batch_size,
-            seed=self.seed,
-            field=self.field,
-            split=self.split,
-            join=self.join,
-        )
-        for batch in batches:
-            check_token_ids(network, batch, tokenizer)
+        length = self.length(network)
+        with self._named():
+            batches = token_batches(
+                self.source,
+                tokenizer,
+                tokens=self.tokens,
+                sequence_length=length,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                field=self.field,
+                split=self.split,
+                join=self.join,
+            )
+            for batch in batches:
+                check_token_ids(network, batch, tokenizer)
+        require_causal(network, batches[0])
         return batches
 
     @property
@@ -799,9 +854,15 @@ class _Text:
 
     def is_same_text(self, other: "_Text | None") -> bool:
         """Whether both read the same file, or the same split of a dataset."""
-        if other is None or self.source != other.source:
+        if other is None or self.split != other.split:
             return False
-        return is_file(self.source) or self.split == (other.split or "train")
+        mine, its = Path(self.source), Path(other.source)
+        if not (mine.exists() and its.exists()):
+            return full_name(self.source) == full_name(other.source)
+        if mine.samefile(its):
+            return True
+        both_files = mine.is_file() and its.is_file() and mine.stat().st_size == its.stat().st_size
+        return both_files and file_hash(mine) == file_hash(its)
 
 
 class _WikiText2(_Text):
@@ -819,6 +880,7 @@ class _WikiText2(_Text):
 
 
 def _held_out(
+    option: str,
     source: str,
     tokens: int | None,
     sequence_length: int | None,
@@ -829,8 +891,42 @@ def _held_out(
 ) -> _Text:
     """A text for an evaluation; of a dataset the test split, else the validation split."""
     kind = _WikiText2 if is_wikitext2(source) and sequence_length is None else _Text
-    chosen = split or HELD_OUT_SPLITS
-    return kind(source, tokens, sequence_length, batch_size, field, chosen, join)
+    chosen = HELD_OUT_SPLITS if split is None else split
+    return kind(source, tokens, sequence_length, batch_size, field, chosen, join, option=option)
+
+
+def _has_fields(source: str) -> bool:
+    """Whether --field of the calibration means anything for a held-out text."""
+    return not is_wikitext2(source) and not is_plain_text(source)
+
+
+def _refuse_idle_options(ctx: typer.Context, statistics: Path | None, evaluate: str | None) -> None:
+    """Raises InputError for options that were given and that nothing would read."""
+    if evaluate is None:
+        names = ("evaluate_tokens", "evaluate_field", "evaluate_split", "evaluate_join")
+        if idle := _given(ctx, *names):
+            raise InputError(f"{', '.join(idle)} is of the held-out text: give --evaluate with it")
+    if statistics is not None:
+        shared = () if evaluate else ("sequence_length", "field", "join")
+        if idle := _given(ctx, "tokens", "split", *shared):
+            raise InputError(
+                f"{', '.join(idle)} is of the calibration text, which --statistics take the place "
+                "of: leave it out"
+            )
+
+
+def _given(ctx: typer.Context, *names: str) -> list[str]:
+    """The options of those names that were given on the command line."""
+    return [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if parameter.name in names and _is_given(ctx, parameter.name)
+    ]
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _prediction(keep: object, peak: float, seconds: float, text: str) -> str:
@@ -845,8 +941,7 @@ def _command_line(ctx: typer.Context) -> str:
     words = ["grail", ctx.command.name or ""]
     for parameter in ctx.command.params:
         name = parameter.name or ""
-        source = ctx.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE":
+        if not _is_given(ctx, name):
             continue
         value = ctx.params[name]
         if parameter.param_type_name == "argument":
@@ -884,13 +979,22 @@ def _load(model: str, device: str, dtype: str, trust_remote_code: bool) -> tuple
 
 
 @contextmanager
-def _warnings_as_notes() -> Iterator[list[str]]:
+def _warnings_as_notes(kind: type[UserWarning] = UserWarning) -> Iterator[list[str]]:
     """Collects the library's own warnings, so that they reach the report and not only a screen."""
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("always", kind)
         yield notes
     notes += [str(warning.message) for warning in caught]
+
+
+@contextmanager
+def _notes_said(kind: type[UserWarning] = UserWarning) -> Iterator[None]:
+    """Prints the library's own warnings on stderr."""
+    with _warnings_as_notes(kind) as notes:
+        yield
+    for note in notes:
+        _say(f"note    {note}")
 
 
 def _say(text: str) -> None:
@@ -907,10 +1011,29 @@ def page_or_note(report: Report) -> str | None:
 
 
 def _print_result(report: Report, output: Path, as_json: bool) -> None:
-    if as_json:
-        typer.echo(report.to_json(), nl=False)
-    else:
-        _print_report(report, output)
+    """Prints what is written by now; where that fails, the run has succeeded all the same."""
+    try:
+        if as_json:
+            typer.echo(report.to_json(), nl=False)
+        else:
+            _print_report(report, output)
+    except OSError as error:
+        if _is_closed_pipe(error):
+            raise
+        _discard(sys.stdout)
+        typer.echo(
+            f"grail: the report cannot be printed ({error.strerror}); model and report are "
+            f"complete in {output}",
+            err=True,
+        )
+
+
+def _discard(stream: TextIO) -> None:
+    """Lets what a stream still holds go nowhere: writing it would fail again at the exit."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _print_report(report: Report, output: Path) -> None:

@@ -16,6 +16,7 @@ from grail.report import Evaluation
 from grail.transaction import steady
 from grail_kernels.arguments import check_kind
 
+_PROBED = 8  # tokens on which a model shows that it does not look ahead
 _LOGITS = 1 << 24  # logits held at a time, 64 MiB of fp32: 16 sequences × 1024 × 49152 are 3 GiB
 
 
@@ -40,7 +41,7 @@ def evaluate(
     Raises:
         EmptyCalibrationError: the batches hold no token to predict.
         InputError: a token id that the model's embedding does not have.
-        ModelError: a loss is NaN or Inf.
+        ModelError: a loss is NaN or Inf, or the model sees the tokens that it should predict.
 
     Numerics: log-probabilities in fp32 whatever the model's dtype, their sum in fp64.
     """
@@ -64,6 +65,34 @@ def evaluate(
         parameters=parameters,
         bytes=size,
     )
+
+
+@torch.inference_mode()
+def require_causal(
+    model: Any,
+    tokens: Tensor,  # [sequences, length]
+) -> None:
+    """Raises ModelError where logits change with later tokens, as those of BERT do.
+
+    The second half of a short sequence is replaced. The logits of its first half may change by
+    rounding alone: experts multiply as many tokens at a time as are routed to them.
+    """
+    sequence = tokens[:1, :_PROBED].to(model.device)
+    kept = sequence.shape[1] // 2
+    rows = model.get_input_embeddings().num_embeddings
+    other = sequence.clone()
+    other[:, kept:] = (other[:, kept:] + rows // 2) % rows
+    with steady(model):
+        before, after = (
+            model(input_ids=ids, use_cache=False).logits[0, :kept] for ids in (sequence, other)
+        )
+    allowed = math.sqrt(torch.finfo(before.dtype).eps)
+    if (before - after).abs().max() > allowed * before.abs().max():
+        raise ModelError(
+            f"{type(model).__name__} sees the tokens that it should predict: its logits change "
+            "with later tokens, so it is no causal language model; set is_decoder=True in its "
+            "configuration if it was trained as one, else compress it in Python (grail.compress)"
+        )
 
 
 def _exp(mean: float) -> float:
@@ -104,7 +133,10 @@ def _total_loss(
         check_token_ids(model, given)
         inputs = {name: value.to(model.device) for name, value in given.items()}
         targets = _targets(inputs)
-        loss_of = loss_of or _choose_loss(model, inputs)
+        if loss_of is None:
+            if targets.numel():
+                require_causal(model, inputs["input_ids"])
+            loss_of = _choose_loss(model, inputs)
         loss += loss_of(model, inputs, targets).item()
         predicted += int((targets >= 0).sum())
     return loss, predicted
@@ -138,6 +170,8 @@ def _choose_loss(model: Any, inputs: Mapping[str, Tensor]) -> Callable[..., Tens
         return _loss_of_sequences
     tokens = inputs["input_ids"][:1, :16]
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    if head.weight.shape[1] != hidden.shape[-1]:
+        return _loss_of_sequences  # ELECTRA projects them first
     logits = model(input_ids=tokens, use_cache=False).logits
     return _loss_in_chunks if torch.equal(head(hidden), logits) else _loss_of_sequences
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from grail.arguments import as_path
-from grail.errors import ExportError, GrailError, InputError
+from grail.errors import ExportError, GrailError, InputError, one_line
 
 PARTIAL = ".partial"  # ends the name of what is not whole
 _MARGIN = 32 << 20  # bytes for tokenizer, configuration and report beside the weights
@@ -30,7 +30,7 @@ def complete(output: str | Path, failure: type[GrailError], *, size: int = 0) ->
         InputError, ExportError: see `check_output`; nothing was written.
     """
     final = check_output(output, size)
-    partial = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}{PARTIAL}"
+    partial = _partial(final)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -55,21 +55,38 @@ def _settle_modes(folder: Path) -> None:
             path.chmod(mode)
 
 
-def check_output(output: str | Path, size: int = 0) -> Path:
-    """Refuses an output folder that is in use or too small; call it before any work.
+def check_output(output: str | Path, size: int = 0, apart: Path | None = None) -> Path:
+    """Refuses an output folder that cannot be written; call it before any work.
 
     Args:
         output: the folder to be created.
         size: bytes of the weights that will be written there.
+        apart: a folder that is written during the run, which must not lie inside nor around it.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        InputError: `output` is a file, or a folder that is not empty.
+        InputError: `output` is a file, a folder that is not empty, or one that cannot be made.
         ExportError: the disk has less space than `size` and a margin of 32 MiB.
     """
-    final = as_path("output", output).resolve()  # renaming onto a link would fail at the very end
+    try:
+        return _check_output(as_path("output", output), size, apart)
+    except (OSError, RuntimeError) as error:  # of links that lead to themselves
+        if isinstance(error, GrailError):
+            raise
+        raise InputError(
+            f"The output {output} cannot be written: {one_line(error)}; name a folder elsewhere"
+        ) from error
+
+
+def _check_output(output: Path, size: int, apart: Path | None) -> Path:
+    final = output.resolve()  # renaming onto a link would fail at the very end
+    if apart is not None and _overlap(final, apart.resolve()):
+        raise InputError(
+            f"The output {output} and the folder {apart}, which holds the state of the run, lie "
+            "inside one another; name two that are apart"
+        )
     if final.is_mount():
         raise InputError(f"The output {output} is a mount point; name a folder inside it.")
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
@@ -78,6 +95,7 @@ def check_output(output: str | Path, size: int = 0) -> Path:
     existing = next(folder for folder in (final, *final.parents) if folder.exists())
     if not existing.is_dir():
         raise InputError(f"The output {output} lies under {existing}, which is a file.")
+    _try_to_write(final, existing)
     needed, free = size + _MARGIN, shutil.disk_usage(existing).free
     if size and free < needed:
         raise ExportError(
@@ -85,6 +103,23 @@ def check_output(output: str | Path, size: int = 0) -> Path:
             f"{free / 2**20:,.0f} MiB free; free some space or choose another disk."
         )
     return final
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
+def _partial(final: Path) -> Path:
+    return final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}{PARTIAL}"
+
+
+def _try_to_write(final: Path, existing: Path) -> None:
+    """Makes and removes a folder where the first one will be made, with the longest name."""
+    parent = final.parent if existing == final else existing
+    longest = max((final, *final.parents), key=lambda path: len(os.fsencode(path.name))).name
+    probe = _partial(parent / longest)
+    probe.mkdir()
+    probe.rmdir()
 
 
 def flush(folder: Path, contents: bool = True) -> None:

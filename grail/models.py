@@ -1,7 +1,9 @@
 """Where a model comes from: a transformers folder, a hub name, or a GGUF file."""
 
 import copy
-from collections.abc import Collection, Iterator
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +20,27 @@ from grail_kernels.arguments import check_kind
 # Tokens of a calibration sequence, where the model has positions for so many.
 LENGTH = 1024
 
+# They count positions from behind the padding token's, so the first rows of the table go unused.
+_POSITIONS_AFTER_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+# Tensors that old checkpoints hold and networks compute or share: nothing is lost with them.
+_HARMLESS = re.compile(
+    r"rotary_emb\.|rope_freqs|inv_freq|position_ids$|masked_bias$|attn\.bias$|attention\.bias$"
+    r"|lm_head\.(weight|decoder)|embed_out\.weight|\.pooler\."
+)
+_ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "*.tiktoken")
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint holds weights that the network built from its configuration does not use."""
 
 
 def load_model(
@@ -45,8 +67,11 @@ def load_model(
 
     Raises:
         InputError: `source` is the path of a file that is not there, or not GGUF.
-        ModelError: no model and tokenizer can be read from it, weights are missing there, or it
-            needs code of its own.
+        ModelError: no model and tokenizer can be read from it, weights are missing there or have
+            other shapes, it is no decoder-only language model, or it needs code of its own.
+
+    Warns:
+        CheckpointWarning: weights of the checkpoint are not used.
     """
     check_kind("source", source, (str, Path), "a path or a hub name")
     device = require_usable(device)
@@ -55,10 +80,12 @@ def load_model(
         raise ModelError("loading a model needs transformers: pip install 'grail-kernels[llm]'")
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     options["trust_remote_code"] = trust_remote_code
+    if gguf_file is None:
+        _require_language_model(source, where, trust_remote_code)
     tokenizer = _read_tokenizer(source, where, options)
     with _refusing(source, trust_remote_code):
-        model, missing = read_model(where, dtype, **options)
-    _refuse_missing(source, missing)
+        model, found = read_model(where, dtype, **options)
+    _require_same_weights(source, found)
     if gguf_file is not None:
         model = _without_quantiser(model)
     return model.to(device).eval(), tokenizer
@@ -66,21 +93,25 @@ def load_model(
 
 def read_model(
     where: str | Path, dtype: torch.dtype | None = None, **options: Any
-) -> tuple[Any, Collection[str]]:
-    """A causal language model from a folder or hub name, and the weights that are missing there.
+) -> tuple[Any, Mapping[str, Collection[Any]]]:
+    """A causal language model from a folder or hub name, and transformers' account of its weights.
 
-    Blocks of different widths are read by `grail.load`, which knows of no missing weight: it
-    refuses them.
+    That has `missing_keys`, `unexpected_keys` and `mismatched_keys` (name, shape in the file, shape
+    in the network). It is empty for blocks of different widths: `grail.load` refuses such faults.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     options.setdefault("trust_remote_code", False)  # None would ask on standard input
     if not (Path(where) / WIDTHS).is_file():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype or "auto", output_loading_info=True, **options
+            where,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told by the account instead
+            **options,
         )
         align_weights(loaded[0])
-        return loaded[0], loaded[1]["missing_keys"]
+        return loaded
     config = AutoConfig.from_pretrained(where, trust_remote_code=options["trust_remote_code"])
     model: Any = load(where, lambda: AutoModelForCausalLM.from_config(config, **options))
     for parameter in model.parameters():
@@ -89,7 +120,7 @@ def read_model(
     if model.can_generate():
         with suppress(OSError):  # there is none
             model.generation_config = GenerationConfig.from_pretrained(where)
-    return model, ()
+    return model, {}
 
 
 def runs_own_code(model: Any) -> bool:
@@ -105,13 +136,21 @@ def length_before_loading(source: str, wanted: int | None) -> int | None:
 
     with suppress(Exception):  # loading the model says what is wrong
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        return min(LENGTH, getattr(config, "max_position_embeddings", LENGTH))
+        return min(LENGTH, _positions(config) or LENGTH)
     return None
 
 
 def positions(model: Any) -> int | None:
     """How many tokens of a sequence a model has positions for; None where nothing says so."""
-    found: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return _positions(getattr(model, "config", None))
+
+
+def _positions(config: Any) -> int | None:
+    found = getattr(config, "max_position_embeddings", None)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        return None  # XLNet has −1
+    if config.model_type in _POSITIONS_AFTER_PADDING:
+        found -= (config.pad_token_id or 0) + 1
     return found
 
 
@@ -134,6 +173,10 @@ def length_of_sequences(model: Any, wanted: int | None = None) -> int:
 
 def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
     """Splits the path of a GGUF file into folder and name, and refuses what cannot be a model."""
+    if not source.strip():
+        raise InputError(
+            "the name of the model is empty; give a transformers folder, a hub name or a .gguf file"
+        )
     path = Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -143,6 +186,11 @@ def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
         raise InputError(
             f"{source} is a file that does not end in .gguf; "
             "give a transformers folder, a hub name or a .gguf file."
+        )
+    if (path / _ADAPTER).is_file():
+        raise ModelError(
+            f"{source} holds an adapter of PEFT, no model of its own: load it, call "
+            "merge_and_unload(), and save the merged model with save_pretrained"
         )
     if path.is_dir() and gguf_file is None and not (path / "config.json").is_file():
         raise ModelError(
@@ -155,6 +203,31 @@ def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
             f"{source}: no such folder; give a transformers folder, a hub name or a .gguf file."
         )
     return source, gguf_file
+
+
+def _require_language_model(source: str | Path, where: str, trusted: bool) -> None:
+    """Refuses by its configuration what is no decoder-only language model.
+
+    What cannot be read is left for the loading itself to refuse.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trusted)
+    except Exception:  # of no common type, see _refusing
+        return
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{source} is an encoder-decoder ({config.model_type}), and load_model and the command "
+            "line take decoder-only language models"
+        )
+    own = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" not in own and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{source} is no language model: transformers has no causal language model of the type "
+            f"{config.model_type}; compress other networks in Python (grail.compress)"
+        )
 
 
 def _read_tokenizer(source: str | Path, where: str, options: dict[str, Any]) -> Any:
@@ -214,12 +287,30 @@ def _needs_code(error: Exception) -> bool:
     return "trust_remote_code" in str(error)
 
 
-def _refuse_missing(source: str | Path, missing: Collection[str]) -> None:
-    """Transformers fills absent weights with random numbers and only warns."""
-    if missing:
+def _require_same_weights(source: str | Path, found: Mapping[str, Collection[Any]]) -> None:
+    """Raises ModelError for weights that the network lacks, and warns of those that it drops.
+
+    Transformers fills absent weights with random numbers and only warns.
+    """
+    if missing := found.get("missing_keys"):
         raise ModelError(
             f"{source}: the checkpoint lacks {len(missing)} weight(s) of its architecture, "
             f"such as {min(missing)}; give a complete checkpoint of a causal language model."
+        )
+    if mismatched := found.get("mismatched_keys"):
+        name, stored, built = min(mismatched)
+        raise ModelError(
+            f"{source}: {len(mismatched)} weight(s) have another shape than config.json gives "
+            f"them, such as {name}: {tuple(stored)} in the checkpoint, {tuple(built)} by "
+            "config.json; give the configuration that the weights were saved with"
+        )
+    names = [name for name in found.get("unexpected_keys", ()) if not _HARMLESS.search(name)]
+    if names:
+        warnings.warn(
+            f"{source} holds {len(names)} weight(s) that the network built from config.json does "
+            f"not use, such as {min(names)}: they are left out.",
+            CheckpointWarning,
+            stacklevel=3,
         )
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from grail import __version__
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")  # as transformers prefers them
+# In the order in which transformers looks for them; then what other libraries wrote.
+_WEIGHTS = ("model", ".safetensors"), ("pytorch_model", ".bin"), ("", ".safetensors"), ("", ".gguf")
 _PACKAGE = Path(__file__).parent
 
 
@@ -44,14 +45,32 @@ def provenance(command: str, source: str) -> dict[str, Any]:
 
 
 def weight_files(source: str) -> list[Path]:
-    """The files that hold the weights of a model; empty for a hub name that is not cached."""
+    """The files that transformers reads a model's weights from.
+
+    Of a folder the first that is there: `model.safetensors`, the shards that an index names, the
+    same of `pytorch_model.bin`; where there is neither, all `.safetensors`, or else all `.gguf`.
+    Empty for a hub name that is not cached.
+    """
     path = Path(source)
     if path.is_file():
         return [path]
     if not path.is_dir():
         path = _cached(source) or path
-    by_kind = (sorted(path.glob(pattern)) for pattern in _WEIGHTS)
+    by_kind = (_files_of(path, stem, ending) for stem, ending in _WEIGHTS)
     return next(filter(None, by_kind), [])
+
+
+def _files_of(folder: Path, stem: str, ending: str) -> list[Path]:
+    """The one file of that name, the shards of its index, or every file of that ending."""
+    if not stem:
+        return sorted(folder.glob(f"*{ending}"))
+    if (whole := folder / f"{stem}{ending}").is_file():
+        return [whole]
+    index = folder / f"{stem}{ending}.index.json"
+    with suppress(OSError, ValueError, KeyError, AttributeError):  # there is none, or it is damaged
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(path for name in names if (path := folder / str(name)).is_file())
+    return []
 
 
 def _cached(name: str) -> Path | None:

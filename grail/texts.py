@@ -4,6 +4,8 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,7 @@ def load_texts(
                 f"a text is a path, a name or an iterable of documents; got {source!r}"
             )
         return iter(source)
-    if not str(source).strip():
-        raise InputError("the name of the text is empty; give a file or the name of a dataset")
+    _require_names(source, field, split)
     path, suffix = Path(source), Path(source).suffix.lower()
     if is_file(source):
         _require_file(path)
@@ -65,12 +66,55 @@ def load_texts(
             return _from_datasets(str(source), "parquet", field, "train", data_files=str(path))
         if suffix in (".csv", ".tsv"):
             return _read_table(path, field)
-        return _read_json(path, field) if suffix in _JSON else _read_text(path)
-    name, _, config = _full_name(str(source)).partition(":")
+        if suffix in _JSON:
+            return _read_json(path, field)
+        if field is not None:
+            raise InputError(f"{source} is plain text and has no field {field!r}: leave it out")
+        return _read_text(path)
+    name, options = _builder(str(source))
+    return _from_datasets(str(source), name, field, split, **options)
+
+
+def split_of(source: str | Path, split: Split | None = None) -> str | None:
+    """The split that `load_texts` reads: None of a file, and of a dataset whose split has no name.
+
+    Raises:
+        InputError: see `load_texts`.
+    """
+    _require_names(source, None, split)
+    if is_file(source):
+        return None
+    name, options = _builder(str(source))
+    with _refusing(str(source)):
+        return _open_split(_datasets(str(source)), str(source), name, split, options)[0]
+
+
+def _require_names(source: str | Path, field: str | None, split: Split | None) -> None:
+    """Refuses names that are empty, and paths that are neither a file nor a folder."""
+    if not str(source).strip() or str(source).startswith(":"):
+        raise InputError(
+            f"the name of the text is empty; give a file or the name of a dataset; got {source!r}"
+        )
+    for option, name in (("field", field), ("split", split)):
+        if name is not None and not (name if isinstance(name, str) else list(name)):
+            raise InputError(f"the name of the {option} is empty; leave it out for the default")
+    path = Path(source)
+    if str(source) == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise InputError(
+            f"{source} is a pipe or a device, and a text is read more than once; write it to a "
+            "file first"
+        )
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{source} is a link that leads to no file; give the file itself")
+
+
+def _builder(source: str) -> tuple[str, dict[str, Any]]:
+    """The name of a dataset, and the options with which `datasets` reads it."""
+    name, _, config = full_name(source).partition(":")
     options: dict[str, Any] = {"name": config or None}
-    if _holds_texts_alone(path):
+    if _holds_texts_alone(Path(source)):
         options["sample_by"] = "document"  # else each line is a row
-    return _from_datasets(str(source), name, field, split or "train", **options)
+    return name, options
 
 
 def is_file(source: object) -> bool:
@@ -101,7 +145,7 @@ def has_lines_for_rows(source: object) -> bool:
     """Whether the rows of a dataset are lines of documents, as in WikiText and Penn Treebank."""
     if not isinstance(source, str | Path):
         return False
-    name = _full_name(str(source)).partition(":")[0]
+    name = full_name(str(source)).partition(":")[0]
     return Path(name).name.lower() in ("wikitext", "ptb_text_only", "penn_treebank", "ptb")
 
 
@@ -115,7 +159,8 @@ def is_chat(document: object) -> bool:
     )
 
 
-def _full_name(source: str) -> str:
+def full_name(source: str) -> str:
+    """The source itself, or the dataset's name for the short one of WikiText-2."""
     return _WIKITEXT2 if is_wikitext2(source) else source
 
 
@@ -193,6 +238,11 @@ def _read_table(path: Path, field: str | None) -> Iterator[Document]:
     try:
         lines = (line + "\n" for line in _lines(path))
         rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        columns = list(rows.fieldnames or ())
+        if twice := {name for name in columns if columns.count(name) > 1}:
+            raise InputError(
+                f"{path} has several columns of the name {min(twice)!r}; give each its own"
+            )
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if None in row:
@@ -205,41 +255,55 @@ def _read_table(path: Path, field: str | None) -> Iterator[Document]:
 
 
 def _from_datasets(
-    source: str, builder: str, field: str | None, split: Split, **options: Any
+    source: str, builder: str, field: str | None, split: Split | None, **options: Any
 ) -> Iterator[Document]:
-    """Streams a dataset; `datasets` raises errors of many unrelated types, all mean the same."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            f"reading {source} needs datasets: pip install 'grail-kernels[llm]'; text, JSON and "
-            "CSV work without"
-        ) from error
-    rows: Iterator[dict[str, Any]] | None = None
+    """Streams a dataset."""
+    with _refusing(source):
+        rows = iter(_open_split(_datasets(source), source, builder, split, options)[1])
     while True:
-        try:
-            rows = rows or iter(_open_split(datasets, source, builder, split, options))
+        with _refusing(source):
             row = next(rows, None)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{source} cannot be read as a file or a dataset: {one_line(error)}"
-            ) from error
         if row is None:
             return
         yield _document(row, field, source)
 
 
+def _datasets(source: str) -> Any:
+    try:
+        return import_module("datasets")
+    except ImportError as error:
+        raise InputError(
+            f"reading {source} needs datasets: pip install 'grail-kernels[llm]'; text, JSON and "
+            "CSV work without"
+        ) from error
+
+
+@contextmanager
+def _refusing(source: str) -> Iterator[None]:
+    """`datasets` raises errors of many unrelated types, all mean the same."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{source} cannot be read as a file or a dataset: {one_line(error)}"
+        ) from error
+
+
 def _open_split(
-    datasets: Any, source: str, builder: str, split: Split, options: dict[str, Any]
-) -> Iterable[dict[str, Any]]:
-    """Rows of the first of those splits that a dataset has."""
-    wanted = [split] if isinstance(split, str) else list(split)
+    datasets: Any, source: str, builder: str, split: Split | None, options: dict[str, Any]
+) -> tuple[str | None, Iterable[dict[str, Any]]]:
+    """Name and rows of the first of those splits that a dataset has."""
+    if any((Path(builder) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        stored = datasets.load_from_disk(builder)  # that save_to_disk wrote
+        if not isinstance(stored, dict):
+            return _only_split(stored, source, split)
+    wanted = [split] if isinstance(split, str) else list(split or ("train",))
     reason = ""
     for name in wanted:
         try:
-            return _open(datasets, builder, name, options)
+            return name, _open(datasets, builder, name, options)
         except (ValueError, KeyError) as error:
             reason = one_line(error)
             if "split" not in reason.lower():
@@ -247,13 +311,19 @@ def _open_split(
     raise InputError(f"{source} has no split {' or '.join(wanted)}: {reason}; name one that it has")
 
 
+def _only_split(stored: Any, source: str, split: Split | None) -> tuple[str | None, Any]:
+    """A dataset that was saved without others: its split is read unless another one is named."""
+    name = None if stored.split is None else str(stored.split)
+    if isinstance(split, str) and split != name:
+        called = "one split without a name" if name is None else f"the split {name!r} alone"
+        raise InputError(f"{source} has {called}, and no split {split!r}: leave the split out")
+    return name, stored
+
+
 def _open(datasets: Any, builder: str, split: str, options: dict[str, Any]) -> Any:
-    folder = Path(builder)
-    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if not (Path(builder) / "dataset_dict.json").is_file():
         return datasets.load_dataset(builder, split=split, streaming=True, **options)
-    stored = datasets.load_from_disk(builder)  # that save_to_disk wrote
-    if not isinstance(stored, dict):
-        return stored
+    stored = datasets.load_from_disk(builder)
     if split not in stored:
         raise ValueError(f"Bad split: {split}. Available splits: {list(stored)}")
     return stored[split]

@@ -354,3 +354,13 @@ def test_too_little_text_is_known_without_a_tokenizer(tmp_path, text, length, kn
         return require_text(tmp_path / "a.txt", sequence_length=length)
     with pytest.raises(EmptyCalibrationError, match="one sequence"):
         require_text(tmp_path / "a.txt", sequence_length=length)
+
+
+def test_join_eos_needs_a_tokenizer_with_an_end_of_text_token(tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    sizes = {"tokens": 6, "sequence_length": 3}
+    with pytest.raises(InputError, match=r'no end-of-text token.*"blank" or "none"'):
+        token_batches(["w5 w7", "w11 w13"] * 3, tokenizer, join="eos", **sizes)
+    batches = token_batches(["w5 w7", "w11 w13"] * 3, tokenizer, **sizes)
+    assert batches[0].tolist() == [[5, 7, 11], [13, 5, 7]]

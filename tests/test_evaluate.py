@@ -6,10 +6,13 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from grail.errors import EmptyCalibrationError, ModelError
-from grail.evaluate import bfloat16_bytes, evaluate, measure_size
+from grail.evaluate import bfloat16_bytes, evaluate, measure_size, require_causal
+
+from .conftest import DECODERS, MIXTURES
 
 # The loss is a mean of fp32 log-probabilities of size ~10, each within a few hundred roundings
 # (one per layer, channel and vocabulary sum) of 6e-8 relative: 1e-4 absolute is never reached by
@@ -53,7 +56,9 @@ def test_chunks_change_nothing_and_bound_the_logits(tiny_llama, tiny_batches, mo
     monkeypatch.setattr(sys.modules[evaluate.__module__], "_LOGITS", 7 * 97)
     del rows[:]
     chunked = evaluate(model, batches, progress=False)
-    assert max(rows[2:]) <= 7 * 97  # the first two calls are the probe of the layout
+    assert (
+        max(rows[4:]) <= 7 * 97
+    )  # the first four calls are probes: two of causality, two of layout
     # Rows of one product, cut differently: only the order of the fp64 sum of losses may change.
     assert chunked.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
 
@@ -121,3 +126,29 @@ def test_a_loss_beyond_what_can_be_exponentiated_is_an_infinite_perplexity(
     with torch.no_grad():
         model.lm_head.weight *= 3000
     assert evaluate(model, tiny_batches(), progress=False).perplexity == math.inf
+
+
+@pytest.mark.parametrize("length", [2, 3, 11])
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "camembert"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_sees_what_it_should_predict_is_refused(tiny_model, family, length, dtype):
+    config = tiny_model(family).config
+    tokens = torch.arange(3 * length).view(3, length) + 5
+
+    def model(**settings):
+        torch.manual_seed(0)
+        own = copy.deepcopy(config)
+        own.update(settings)
+        return transformers.AutoModelForCausalLM.from_config(own).to(dtype).eval()
+
+    with pytest.raises(ModelError, match=r"sees the tokens that it should predict.*is_decoder"):
+        evaluate(model(is_decoder=False), [tokens], progress=False)
+    evaluate(model(is_decoder=True), [tokens], progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [*DECODERS, *MIXTURES])
+def test_no_decoder_is_taken_for_one_that_looks_ahead(tiny_model, tiny_batches, family, dtype):
+    model = tiny_model(family).to(dtype)
+    for tokens in tiny_batches(count=5, length=13):
+        require_causal(model, tokens)

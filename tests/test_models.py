@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grail.errors import InputError, ModelError
 from grail.export import export
-from grail.models import load_model
+from grail.models import (
+    _POSITIONS_AFTER_PADDING,
+    CheckpointWarning,
+    length_before_loading,
+    load_model,
+    positions,
+)
 
 
 def test_a_folder_loads_as_it_was_saved(tiny_llama, tiny_batches, tiny_folder):
@@ -190,3 +196,120 @@ def test_code_beside_a_tokenizer_alone_is_refused_too(tiny_folder, monkeypatch):
     (tiny_folder / "own.py").write_text("from transformers import PreTrainedTokenizerFast as Own")
     with pytest.raises(ModelError, match=r"code of its own.*--trust-remote-code"):
         load_model(tiny_folder)
+
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 6,
+    "intermediate_size": 80,
+}
+
+
+@pytest.mark.parametrize("padding", [0, 1, 5])
+@pytest.mark.parametrize("family", ["bert", "electra", "opt", "gpt2", *_POSITIONS_AFTER_PADDING])
+def test_positions_are_those_that_a_sequence_can_use(family, padding, tmp_path):
+    own = {"is_decoder": True, "max_position_embeddings": 37, "pad_token_id": padding}
+    config = AutoConfig.for_model(family, **SMALL, **own)
+    if family == "xmod":
+        config.update({"languages": ["en_XX"], "default_language": "en_XX"})
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    most = positions(model)
+    assert length_before_loading(str(tmp_path), None) == most
+    tokens = torch.arange(6, 97)[None]
+    model(tokens[:, :most])
+    with pytest.raises((IndexError, RuntimeError)):
+        model(tokens[:, : most + 1])
+
+
+@pytest.mark.parametrize("family", ["xlnet", "mamba", "bloom"])
+def test_positions_are_unknown_where_nothing_limits_them(family, tmp_path):
+    config = AutoConfig.for_model(family)
+    config.save_pretrained(tmp_path)
+    assert length_before_loading(str(tmp_path), None) == 1024
+    assert positions(type("Model", (), {"config": config})) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("hidden_size", 96, r"\(\w+, 48\).* \(\w+, 96\)"),
+        ("intermediate_size", 81, r"\(48, 80\) in the checkpoint, \(48, 81\) by config\.json"),
+        ("vocab_size", 98, r"\(97, 48\) in the checkpoint, \(98, 48\)"),
+    ],
+)
+def test_weights_of_another_shape_are_named_with_both_shapes(tiny_folder, field, value, told):
+    change_config(tiny_folder, **{field: value})
+    with pytest.raises(ModelError, match=rf"have another shape .* such as \S+: .*{told}"):
+        load_model(tiny_folder)
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_weights_that_the_network_does_not_use_are_named(tiny_folder):
+    change_config(tiny_folder, num_hidden_layers=1)
+    with pytest.warns(CheckpointWarning, match=r"9 weight\(s\) .* such as model\.layers\.1\."):
+        load_model(tiny_folder)
+
+
+@pytest.mark.parametrize("kind", ["ForSequenceClassification", "ForTokenClassification"])
+def test_the_head_of_another_task_is_named(kind, tiny_llama, tiny_tokenizer, tmp_path):
+    import transformers
+
+    config = tiny_llama(tie_word_embeddings=True).config
+    getattr(transformers, f"Llama{kind}")(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.warns(CheckpointWarning, match=r"does not use, such as score\."):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma", "qwen2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_whole_checkpoints_load_without_a_word(
+    tiny_model, tiny_tokenizer, family, tied, tmp_path, recwarn
+):
+    tiny_model(family, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    load_model(tmp_path)
+    assert [w for w in recwarn if w.category is CheckpointWarning] == []
+
+
+@pytest.mark.parametrize("tokenizer", [False, True], ids=["no tokenizer", "tokenizer"])
+@pytest.mark.parametrize(
+    ("family", "sentence"),
+    [
+        ("t5", r"is an encoder-decoder \(t5\)"),
+        ("bart", r"is an encoder-decoder \(bart\)"),
+        ("marian", r"is an encoder-decoder \(marian\)"),
+        ("vit", r"is no language model: .* of the type vit"),
+        ("wav2vec2", r"is no language model: .* of the type wav2vec2"),
+    ],
+)
+def test_other_networks_are_refused_by_what_they_are(
+    family, sentence, tokenizer, tiny_tokenizer, tmp_path
+):
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=sentence) as caught:
+        load_model(tmp_path)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a model"])
+def test_an_adapter_is_refused_with_the_remedy(tiny_folder, tmp_path, beside):
+    folder = tiny_folder if beside else tmp_path
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"adapter of PEFT.*merge_and_unload\(\)"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_refused(name):
+    with pytest.raises(InputError, match="the name of the model is empty"):
+        load_model(name)

@@ -1,6 +1,7 @@
 """Hashes are those that other tools find, and a commit is claimed only where it is known."""
 
 import hashlib
+import json
 import struct
 import subprocess
 from datetime import datetime, timezone
@@ -22,8 +23,20 @@ def sha256(content):
         (["b.safetensors", "a.safetensors", "x.bin"], ["a.safetensors", "b.safetensors"]),
         (["pytorch_model.bin", "config.json"], ["pytorch_model.bin"]),
         (["config.json"], []),
+        (["consolidated.safetensors", "model.safetensors"], ["model.safetensors"]),
+        (["adapter.bin", "optimizer.bin", "pytorch_model.bin"], ["pytorch_model.bin"]),
+        (["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (["training_args.bin", "a.gguf"], ["a.gguf"]),
     ],
-    ids=["safetensors first", "pickles", "no weights"],
+    ids=[
+        "safetensors first",
+        "pickles",
+        "no weights",
+        "another copy",
+        "state of an optimizer",
+        "both",
+        "GGUF",
+    ],
 )
 def test_a_models_files_are_hashed(names, expected, tmp_path):
     for name in names:
@@ -32,6 +45,17 @@ def test_a_models_files_are_hashed(names, expected, tmp_path):
     assert files == {
         name: {"bytes": len(name), "sha256": sha256(name.encode())} for name in expected
     }
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_shards_are_those_of_the_index(name, tmp_path):
+    stem, ending = name.split(".")
+    shards = [f"{stem}-{number}-of-3.{ending}" for number in (1, 2, 3)]
+    for shard in (*shards, f"{stem}-1-of-2.{ending}", f"consolidated.{ending}"):
+        (tmp_path / shard).write_bytes(b"weights")
+    index = {"weight_map": {f"layer.{n}": shard for n, shard in enumerate([*shards, shards[0]])}}
+    (tmp_path / f"{name}.index.json").write_text(json.dumps(index))
+    assert [path.name for path in weight_files(str(tmp_path))] == shards
 
 
 def test_a_single_file_is_a_model_of_its_own(tmp_path):

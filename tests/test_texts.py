@@ -1,12 +1,13 @@
 """Documents of files and datasets: each form that is plain is read, each split is the one meant."""
 
 import json
+import os
 
 import datasets
 import pytest
 
 from grail.errors import InputError
-from grail.texts import HELD_OUT_SPLITS, has_lines_for_rows, load_texts
+from grail.texts import HELD_OUT_SPLITS, has_lines_for_rows, load_texts, split_of
 
 CHAT = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
 TEXTS = ["one,\n“two”\t3", "four"]
@@ -102,6 +103,7 @@ def folder_of(tmp_path, *splits, saved=False):
 def test_a_split_is_the_first_that_is_there(tmp_path, saved, splits, asked, found):
     source = folder_of(tmp_path, *splits, saved=saved)
     assert list(load_texts(source, split=asked)) == [f"in {found}"]
+    assert split_of(source, asked) == found
 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["files", "save_to_disk"])
@@ -110,6 +112,22 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path, save
     source = folder_of(tmp_path, "train", saved=saved)
     with pytest.raises(InputError, match=r"has no split .*validation: .*'train'"):
         list(load_texts(source, split=asked))
+    with pytest.raises(InputError, match=r"has no split .*validation: .*'train'"):
+        split_of(source, asked)
+
+
+@pytest.mark.parametrize("name", [None, "train", "validation"])
+def test_the_only_split_of_a_saved_dataset_is_read_unless_another_is_named(tmp_path, name):
+    stored = datasets.Dataset.from_dict({"text": ["a", "b"]}, split=name and datasets.Split(name))
+    stored.save_to_disk(tmp_path)
+    for asked in {None, HELD_OUT_SPLITS, name}:
+        assert list(load_texts(str(tmp_path), split=asked)) == ["a", "b"]
+        assert split_of(str(tmp_path), asked) == name
+    for asked in ("test", "train[:1]"):
+        with pytest.raises(InputError, match="leave the split out"):
+            list(load_texts(str(tmp_path), split=asked))
+        with pytest.raises(InputError, match="leave the split out"):
+            split_of(str(tmp_path), asked)
 
 
 def test_a_file_has_no_splits(tmp_path):
@@ -117,6 +135,50 @@ def test_a_file_has_no_splits(tmp_path):
     assert list(load_texts(tmp_path / "a.txt", split=HELD_OUT_SPLITS)) == ["a"]
     with pytest.raises(InputError, match="one file and has no split 'test'"):
         load_texts(tmp_path / "a.txt", split="test")
+    assert split_of(tmp_path / "a.txt", HELD_OUT_SPLITS) is None
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md"])
+def test_plain_text_has_no_fields(tmp_path, name):
+    (tmp_path / name).write_text("a")
+    with pytest.raises(InputError, match="plain text and has no field 'text'"):
+        load_texts(tmp_path / name, field="text")
+
+
+@pytest.mark.parametrize("named", [{"field": ""}, {"split": ""}, {"split": []}], ids=str)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "no/dataset"])
+def test_empty_names_of_fields_and_splits_are_refused(tmp_path, monkeypatch, name, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a", "": "b"}))
+    with pytest.raises(InputError, match=f"the name of the {min(named)} is empty"):
+        load_texts(name, **named)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+@pytest.mark.parametrize("header", [["text", "text"], ["id", "text", "a", "id"]])
+def test_columns_of_one_name_are_refused(tmp_path, ending, header):
+    between = "," if ending == "csv" else "\t"
+    (tmp_path / f"a.{ending}").write_text(between.join(header) + "\n" + between.join("wxyz"))
+    with pytest.raises(InputError, match="several columns of the name"):
+        list(load_texts(tmp_path / f"a.{ending}"))
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.txt", "pipe.jsonl", "-", "/dev/null"])
+def test_pipes_and_devices_are_refused_in_words(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    if name.startswith("pipe"):
+        os.mkfifo(name)
+    with pytest.raises(InputError, match=r"pipe or a device.*file first"):
+        load_texts(name)
+
+
+@pytest.mark.parametrize("name", ["link", "link.txt"])
+@pytest.mark.parametrize("target", ["itself", "nowhere"])
+def test_links_that_lead_to_no_file_are_refused(tmp_path, name, target):
+    (tmp_path / name).symlink_to(tmp_path / (name if target == "itself" else target))
+    with pytest.raises(InputError, match="link that leads to no file"):
+        load_texts(str(tmp_path / name))
 
 
 def test_files_of_a_folder_of_texts_are_documents(tmp_path):
@@ -157,7 +219,7 @@ def test_rows_are_lines_where_the_dataset_is_known_for_it(source, lines):
     assert has_lines_for_rows(source) == lines
 
 
-@pytest.mark.parametrize("source", [None, 5, b"text", "", " "], ids=repr)
+@pytest.mark.parametrize("source", [None, 5, b"text", "", " ", ":config"], ids=repr)
 def test_what_names_no_text_is_refused(source):
     with pytest.raises(InputError, match="text"):
         load_texts(source)
