@@ -7,12 +7,12 @@ by held-out tokens in `grail.heldout`. fp64 throughout, one rounding into the we
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from grail.arguments import require_switches
+from grail.arguments import is_number, plain, require_switches
 from grail.errors import InputError, NonFiniteError
 from grail.gram import Gram
 from grail.heldout import ALPHAS, choose
@@ -120,6 +120,7 @@ def fit(
     weights = tuple(map(consumer_matrix, given))
     reduction = as_reduction(reduction, gram.channels)
     _check(grams, reduction, weights)
+    alpha, drift_correction = plain(alpha), plain(drift_correction)
     check_settings(alpha, toward, drift_correction, damping, affine)
     require_switches(compensate=compensate)
     if held_out is None and "auto" in (alpha, drift_correction):
@@ -277,10 +278,10 @@ def check_settings(
     affine: bool = False,
 ) -> None:
     """Raises InputError for a setting of `fit` that is not allowed."""
-    if alpha != "auto" and not (_is_number(alpha) and 0 <= alpha < math.inf):
+    if alpha != "auto" and not (is_number(alpha) and 0 <= alpha < math.inf):
         raise InputError(f"alpha must be a finite number ≥ 0, or 'auto'; got {alpha!r}")
     if drift_correction != "auto" and not (
-        _is_number(drift_correction) and 0 <= drift_correction <= 1
+        is_number(drift_correction) and 0 <= drift_correction <= 1
     ):
         raise InputError(
             f"drift_correction must be a share in [0, 1], or 'auto'; got {drift_correction!r}"
@@ -292,6 +293,3 @@ def check_settings(
     if not isinstance(affine, bool):
         raise InputError(f"affine must be True or False; got {affine!r}")
 
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
