@@ -42,6 +42,15 @@ def require_batches(batches: object) -> None:
         raise InputError(f"batches must be a list, or any iterable, of batches; got one {kind}")
 
 
+def require_dense(name: str, tensor: torch.Tensor) -> None:
+    """Raises InputError for a tensor that is sparse or nested, or holds no values."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise InputError(f"{name} must be a dense (strided) tensor; got {kind}: make it dense")
+    if tensor.is_meta:
+        raise InputError(f"{name} is on the meta device, where tensors hold no values; load it")
+
+
 def require_switches(**switches: object) -> None:
     """Raises InputError for what is neither True nor False."""
     for name, value in switches.items():

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from grail.arguments import is_number, plain, require_switches
+from grail.arguments import is_number, plain, require_dense, require_switches
 from grail.errors import InputError, NonFiniteError
 from grail.gram import Gram
 from grail.heldout import ALPHAS, choose
@@ -250,9 +250,13 @@ def _check(grams: Sequence[Gram], reduction: Reduction, weights: tuple[Tensor, .
     if not weights:
         raise InputError("at least one consumer weight is needed")
     for w in weights:
-        if w.dim() != 2 or w.shape[1] != gram.channels:
-            raise InputError(f"a consumer must be [O, {gram.channels}]; got {tuple(w.shape)}")
-        if not w.is_floating_point():
+        require_dense("a consumer", w)
+        if w.dim() != 2 or w.shape[1] != gram.channels or not len(w):
+            raise InputError(
+                f"a consumer must be [O, {gram.channels}] with at least 1 output; "
+                f"got {tuple(w.shape)}"
+            )
+        if not w.is_floating_point() or w.element_size() < 2:  # of 8 bits
             raise InputError(f"a consumer must be of floating point; got {w.dtype}: dequantise it")
         _require_finite(w, f"consumer weight of {gram.name or 'a site'}")
     outputs = sum(w.shape[0] for w in weights)
