@@ -1,15 +1,19 @@
 """The kinds of arguments that public calls take; others are refused by the name of their type."""
 
+import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 from grail.errors import InputError, one_line
 from grail_kernels.arguments import check_kind, kind_of
+
+_SEEDS = 2**63  # of torch.Generator
 
 
 def require_model(model: object) -> None:
@@ -38,6 +42,15 @@ def require_batches(batches: object) -> None:
         raise InputError(f"batches must be a list, or any iterable, of batches; got one {kind}")
 
 
+def require_dense(name: str, tensor: torch.Tensor) -> None:
+    """Raises InputError for a tensor that is sparse or nested, or holds no values."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise InputError(f"{name} must be a dense (strided) tensor; got {kind}: make it dense")
+    if tensor.is_meta:
+        raise InputError(f"{name} is on the meta device, where tensors hold no values; load it")
+
+
 def require_switches(**switches: object) -> None:
     """Raises InputError for what is neither True nor False."""
     for name, value in switches.items():
@@ -46,14 +59,36 @@ def require_switches(**switches: object) -> None:
 
 def require_whole(name: str, value: object, least: int) -> None:
     """Raises InputError for what is no whole number, or less than `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_whole(value) or value < least:
         raise InputError(f"{name} must be a whole number ≥ {least}; got {value!r}")
+
+
+def require_seed(value: object) -> None:
+    """Raises InputError for what is no seed of torch's generators."""
+    require_whole("seed", value, 0)
+    if cast("int", value) >= _SEEDS:
+        raise InputError(f"seed must be less than 2**63; got {value!r}")
 
 
 def require_number(name: str, value: object) -> None:
     """Raises InputError for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise InputError(f"{name} must be a number; got {kind_of(value)}")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, of Python or numpy; a truth value is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number, of Python or numpy; a truth value is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """Python's form of a number or array of numpy; anything else as it is."""
+    return value.tolist() if isinstance(value, (np.number, np.ndarray)) else value
 
 
 def as_path(name: str, value: object) -> Path:

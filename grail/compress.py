@@ -338,6 +338,8 @@ def _notes(
         for row in rows
         if row.retries
     ]
+    if options.repair:
+        notes.append("repair: errors are those before the batch norms were reset")
     return notes
 
 

@@ -7,12 +7,12 @@ by held-out tokens in `grail.heldout`. fp64 throughout, one rounding into the we
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from grail.arguments import require_switches
+from grail.arguments import is_number, plain, require_dense, require_switches
 from grail.errors import InputError, NonFiniteError
 from grail.gram import Gram
 from grail.heldout import ALPHAS, choose
@@ -120,6 +120,7 @@ def fit(
     weights = tuple(map(consumer_matrix, given))
     reduction = as_reduction(reduction, gram.channels)
     _check(grams, reduction, weights)
+    alpha, drift_correction = plain(alpha), plain(drift_correction)
     check_settings(alpha, toward, drift_correction, damping, affine)
     require_switches(compensate=compensate)
     if held_out is None and "auto" in (alpha, drift_correction):
@@ -249,9 +250,13 @@ def _check(grams: Sequence[Gram], reduction: Reduction, weights: tuple[Tensor, .
     if not weights:
         raise InputError("at least one consumer weight is needed")
     for w in weights:
-        if w.dim() != 2 or w.shape[1] != gram.channels:
-            raise InputError(f"a consumer must be [O, {gram.channels}]; got {tuple(w.shape)}")
-        if not w.is_floating_point():
+        require_dense("a consumer", w)
+        if w.dim() != 2 or w.shape[1] != gram.channels or not len(w):
+            raise InputError(
+                f"a consumer must be [O, {gram.channels}] with at least 1 output; "
+                f"got {tuple(w.shape)}"
+            )
+        if not w.is_floating_point() or w.element_size() < 2:  # of 8 bits
             raise InputError(f"a consumer must be of floating point; got {w.dtype}: dequantise it")
         _require_finite(w, f"consumer weight of {gram.name or 'a site'}")
     outputs = sum(w.shape[0] for w in weights)
@@ -277,10 +282,10 @@ def check_settings(
     affine: bool = False,
 ) -> None:
     """Raises InputError for a setting of `fit` that is not allowed."""
-    if alpha != "auto" and not (_is_number(alpha) and 0 <= alpha < math.inf):
+    if alpha != "auto" and not (is_number(alpha) and 0 <= alpha < math.inf):
         raise InputError(f"alpha must be a finite number ≥ 0, or 'auto'; got {alpha!r}")
     if drift_correction != "auto" and not (
-        _is_number(drift_correction) and 0 <= drift_correction <= 1
+        is_number(drift_correction) and 0 <= drift_correction <= 1
     ):
         raise InputError(
             f"drift_correction must be a share in [0, 1], or 'auto'; got {drift_correction!r}"
@@ -291,7 +296,3 @@ def check_settings(
         raise InputError(f"damping must be one of {', '.join(get_args(Damping))}; got {damping!r}")
     if not isinstance(affine, bool):
         raise InputError(f"affine must be True or False; got {affine!r}")
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

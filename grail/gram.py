@@ -14,7 +14,7 @@ from torch import Tensor
 
 import grail_kernels as gk
 from grail import state
-from grail.arguments import as_path, require_usable, require_whole
+from grail.arguments import as_path, is_whole, require_dense, require_usable, require_whole
 from grail.drift import Drift, require_finite
 from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, StateError
 from grail_kernels.arguments import as_tensor, check_kind
@@ -55,7 +55,8 @@ class Gram:
         require_whole("channels", channels, 1)
         check_buffer(buffer)
         check_non_finite(non_finite)
-        self.channels, self.name, self._capacity = channels, name, buffer
+        self.channels, self.name = int(channels), name
+        self._capacity = None if buffer is None else int(buffer)
         self._drops = non_finite == "drop"
         self.drift: Drift | None = None
         self._packed: Tensor | None = None
@@ -91,6 +92,9 @@ class Gram:
         x = as_tensor("x", x)
         mask = None if mask is None else as_tensor("mask", mask)
         drift = None if drift is None else as_tensor("drift", drift)
+        for role, tensor in (("x", x), ("mask", mask), ("drift", drift)):
+            if tensor is not None:
+                require_dense(role, tensor)
         if x.dim() == 0 or x.shape[-1] != self.channels:
             raise InputError(f"x must be [..., {self.channels}]; got {tuple(x.shape)}")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
@@ -405,7 +409,7 @@ class Gram:
 
 def check_buffer(buffer: int | None) -> None:
     """Raises InputError for what is no number of tokens that can wait."""
-    if buffer is not None and (type(buffer) is not int or buffer < 0):
+    if buffer is not None and (not is_whole(buffer) or buffer < 0):
         raise InputError(f"buffer must be a number of tokens ≥ 0; got {buffer!r}")
 
 

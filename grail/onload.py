@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from grail.arguments import require_usable
-from grail.errors import InputError
+from grail.errors import InputError, ModelError
+from grail.kinds import QUANTISED
 
 
 @dataclass
@@ -98,6 +99,7 @@ def computing_device(model: nn.Module, onload: torch.device | str | None) -> tor
 
     Raises:
         InputError: a model that is not in one place, or is on a GPU and yet to be brought to one.
+        ModelError: a model without parameters.
     """
     places = {parameter.device for parameter in model.parameters()}
     if len(places) > 1 or torch.device("meta") in places:
@@ -106,12 +108,24 @@ def computing_device(model: nn.Module, onload: torch.device | str | None) -> tor
             f"the model's weights are on {found}: load it on one device, or on the CPU with "
             "onload='cuda', which brings one block at a time to the GPU"
         )
+    if not places:
+        raise _no_parameters(model)
     (home,) = places
     if onload is None:
         return home
     if home.type != "cpu":
         raise InputError(f"onload brings blocks from the CPU; the model is on {home} already")
     return require_usable(onload)
+
+
+def _no_parameters(model: nn.Module) -> ModelError:
+    """The refusal of a model that has nothing to narrow."""
+    kind = type(model).__name__
+    for name, module in model.named_modules():
+        if any(hasattr(module, mark) for mark in QUANTISED):
+            where = f"{kind} has a quantised layer, {name or kind} ({type(module).__name__})"
+            return ModelError(f"{where}, and no parameters: load the model without quantisation")
+    return ModelError(f"{kind} has no parameters; give a network of layers with weights")
 
 
 def _tensors(block: nn.Module) -> Iterator[Tensor]:

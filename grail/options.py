@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from grail import select
-from grail.arguments import require_switches, require_whole
+from grail.arguments import plain, require_seed, require_switches
 from grail.errors import InputError, ModelError
 from grail.fit import Auto, Damping, Toward, check_settings
 from grail.gram import NonFinite, check_non_finite
@@ -46,6 +46,9 @@ class Options:
     non_finite: NonFinite = "refuse"
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "drift_correction", "multiple", "seed"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        object.__setattr__(self, "keep", _plain_shares(self.keep))
         if isinstance(self.sites, str):
             kinds = self.sites.lower().replace(",", " ").split()
             object.__setattr__(self, "sites", tuple(dict.fromkeys(kinds)))
@@ -56,8 +59,8 @@ class Options:
             object.__setattr__(self, "sites", tuple(self.sites))
         if odd := [site for site in self.sites or () if not isinstance(site, (str, Site))]:
             raise InputError(f"sites must be kinds, such as 'mlp', or grail.Site; got {odd[0]!r}")
-        for keep in self.keep.values() if isinstance(self.keep, Mapping) else (self.keep,):
-            for share in keep if isinstance(keep, Sequence) else (keep,):
+        for keep in self.keep.values() if isinstance(self.keep, Mapping) else ([self.keep],):
+            for share in keep if _are_several(keep) else (keep,):
                 check_keep(share)
         if not isinstance(self.compensate, bool) and self.compensate not in get_args(Compensation):
             raise InputError(
@@ -95,7 +98,7 @@ class Options:
             exact_folding=self.exact_folding,
             repair=self.repair,
         )
-        require_whole("seed", self.seed, 0)
+        require_seed(self.seed)
         if not (isinstance(self.selector, str) or callable(self.selector)):
             raise InputError(f"selector must be a name or a function; got {kind_of(self.selector)}")
         if isinstance(self.selector, str):
@@ -236,3 +239,16 @@ class Options:
             keep = {k: list(v) if isinstance(v, Sequence) else v for k, v in keep.items()}
         sites = None if self.sites is None else [str(site) for site in self.sites]
         return {**vars(self), "keep": keep, "sites": sites, "selector": name}
+
+
+def _plain_shares(keep: Any) -> Any:
+    """Shares of channels in Python's numbers."""
+    if isinstance(keep, Mapping):
+        return {name: _plain_shares(shares) for name, shares in keep.items()}
+    keep = plain(keep)
+    return [plain(share) for share in keep] if _are_several(keep) else keep
+
+
+def _are_several(keep: object) -> bool:
+    """Whether shares of channels are one for each block."""
+    return isinstance(keep, Sequence) and not isinstance(keep, (str, bytes))

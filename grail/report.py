@@ -56,6 +56,7 @@ class SiteReport:
     retries: int  # how often λ had to grow before the Cholesky held
     # ‖T − W'RX‖ / ‖T‖ as written into the model; None without a Gram. T is what the dense network's
     # stream asks of the consumer where drift is followed, else the consumer's own output WX.
+    # With `repair` it is the error before the block's batch norms were reset.
     error: float | None
     baseline_error: float | None  # the same for plain pruning or folding
 

@@ -61,6 +61,11 @@ def find_orders(
         another order, or where no token changed.
     """
     plain = observe(lambda name, tensor: tensor)
+    if any(tokens.dim() < 2 for tokens in plain.values()):
+        raise InputError(
+            "a layer that is to be narrowed reads one vector, without an axis of samples; give "
+            "batches of samples along the first axis, x[None] for one"
+        )
     fits = {key: [True, True, False] for key in plain}  # either order, and whether a token changed
     for sample in range(min(samples, _TRIES)):
         found = observe(_replaced(samples, sample, (sample + 1) % samples))

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grail import budget, checkpoint, memory, select
-from grail.arguments import require_batches, require_model, require_number, require_whole
+from grail.arguments import plain, require_batches, require_model, require_number, require_whole
 from grail.clock import Clock
 from grail.distributed import refuse_sharded
 from grail.errors import InputError, ModelError
@@ -192,6 +192,7 @@ def sensitivity(
     require_model(model)
     require_batches(batches)
     check_keep(keep)
+    keep = plain(keep)
     refuse_sharded(model)
     batches = list(batches)
     probes = max(1, len(batches) // PROBES) if probes is None else probes

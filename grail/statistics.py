@@ -84,7 +84,7 @@ class Statistics:
         if drift is not None:
             drift = drift if routed is None else routed.drift(drift)
             # Some modules see all tokens of a batch in one row.
-            drift = drift.reshape(*tokens.shape[:-1], -1)
+            drift = drift.reshape(*tokens.shape[:-1], drift.shape[-1])
             if scale is not None:
                 scale = scale.flatten() if routed is None else scale.flatten()[routed.places]
                 scale = scale.reshape(*tokens.shape[:-1], 1)

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from grail.arguments import require_batches, require_usable
+from grail.arguments import require_batches, require_dense, require_usable
 from grail.distributed import Ranks
 from grail.embedding import check_token_ids
 from grail.errors import EmptyCalibrationError, GrailError, InputError, ModelError
@@ -495,6 +495,7 @@ def model_inputs(
             "a batch must be a tensor (token ids [B, L], images [B, C, H, W]), a tuple of the "
             f"model's arguments, or a mapping of its keyword arguments; got {type(batch).__name__}"
         )
+    _require_samples(batch)
     signature = inspect.signature(model.forward)
     known = signature.parameters
     if isinstance(batch, Tensor) and "input_ids" in known:
@@ -519,6 +520,19 @@ def model_inputs(
             "arguments in order, a mapping its keyword arguments; leave labels out"
         ) from error
     return _to(args, device), _to(kwargs, device)
+
+
+def _require_samples(batch: Batch) -> None:
+    """Refuses a batch of tensors that are not dense, or have no axis of samples."""
+    given = dict(batch) if isinstance(batch, Mapping) else batch
+    tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+    for tensor in tensors:
+        require_dense("a batch", tensor)
+    if tensors and not any(tensor.dim() for tensor in tensors):
+        raise InputError(
+            "a batch must have its samples along the first axis of a tensor; got a tensor without "
+            "axes"
+        )
 
 
 def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:

@@ -11,6 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from grail.arguments import is_number, is_whole
 from grail.errors import InputError
 from grail.reduction import Selection
 
@@ -21,7 +22,7 @@ MULTIPLES = {4096: 128, 64: 8, 0: 1}
 
 def check_keep(keep: float) -> None:
     """Raises InputError unless 0 < keep ≤ 1."""
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
+    if not is_number(keep) or not 0 < keep <= 1:
         raise InputError(
             f"keep must be a fraction in (0, 1], the share of channels that stay; got {keep!r}"
         )
@@ -54,7 +55,7 @@ class ChannelWidth:
             return cls(channels, channels)
         if multiple is None:
             multiple = usual_multiple(channels)
-        if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        if not is_whole(multiple) or multiple < 1:
             raise InputError(f"multiple must be a positive integer; got {multiple!r}")
         kept = min(int(keep * channels / multiple + 0.5) * multiple, channels)
         if kept == 0:

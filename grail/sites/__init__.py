@@ -1,7 +1,9 @@
 """Where a model's sites are. A family of architectures is one file in this folder."""
 
+import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from grail.errors import InputError, ModelError
@@ -42,9 +44,21 @@ def find(model: nn.Module, sites: Sequence[str | Site] | None = None) -> Archite
 
     Raises:
         ModelError: a model of no known family, one whose modules are not what its family promises,
-            or one inside a wrapper.
+            one inside a wrapper, or one in float64.
         InputError: sites of both forms.
     """
+    architecture = _found(model, sites)
+    for site in itertools.chain(*architecture.sites(architecture.default)):
+        for name, module in site.modules().items():
+            if any(p.dtype == torch.float64 for p in module.parameters(recurse=False)):
+                raise ModelError(
+                    f"{name} computes in float64; a model must compute in float32, float16 or "
+                    "bfloat16: call model.float() first"
+                )
+    return architecture
+
+
+def _found(model: nn.Module, sites: Sequence[str | Site] | None) -> Architecture:
     refuse_wrapped(model)
     named = [site for site in sites or () if isinstance(site, Site)]
     if named:

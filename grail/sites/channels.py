@@ -6,6 +6,7 @@ by itself passes them on. Which operations without parameters do so is tried out
 them is needed. A flatten makes of each channel of a map a block of columns for a linear layer.
 """
 
+import itertools
 import math
 import operator
 from collections import Counter
@@ -22,6 +23,7 @@ from grail.transaction import steady
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+_TIES = (*_SUMS, *_PRODUCTS, "expand_as")
 _RESHAPES = (torch.reshape, "reshape", "view")
 
 Shapes = tuple[tuple[int, ...], ...]  # that a tensor may have, of two samples with `_FEW` channels
@@ -152,7 +154,7 @@ class Flow:
             self._of[node] = self._joined([*read, Channels(outside=True)])
         elif len(tensors) == 1 and self._calls(node, *_LAYERS):
             self._layer(node, *read)
-        elif len(tensors) == 2 and _is(node, _SUMS + _PRODUCTS):
+        elif len(tensors) == 2 and _is(node, _TIES):
             self._of[node] = self._joined(read)
             self._shapes[node] = _broadcast(*map(self._may_be, tensors))
             if flat := self._flat.intersection(tensors):
@@ -160,7 +162,7 @@ class Flow:
                 if len(flat) == 1:
                     self._of[node].lose("a sum or a product of a flattened map and another one")
         elif len(tensors) == 1 and self._by_channel(node, tensors[0]):
-            self._of[node] = read[0]
+            self._of[node] = self._of[tensors[0]]
         else:
             what = type(self.module(node)).__name__ if node.op == "call_module" else node.op
             lost = f"{getattr(node.target, '__name__', node.target)} ({what})"
@@ -226,23 +228,53 @@ class Flow:
     def _by_channel(self, node: fx.Node, read: fx.Node) -> bool:
         """Whether an operation without parameters treats every channel by itself; tries it.
 
-        In all shapes that what it reads may have: `softmax(1)` does so for tokens [B, L, C], and
-        does not for vectors [B, C].
+        Of vectors [B, C] the last axis is axis 1, and may become that of a map [B, C, 1, 1]. Where
+        it does so only by the number of other channels, as `z.view(b, c, 1, 1)` of `x.size()`,
+        those are tied to what it reads.
         """
         if node.op == "call_module" and self.module(node).state_dict():
             return False
+        channels = self._of[read]
+        axes = [channels.axis, 1] if self._are_vectors(channels) else [channels.axis]
+        others = [of for of in dict.fromkeys(self._sized_by(node)) if of is not channels]
+        for tied, axis in itertools.product([False, True] if others else [False], axes):
+            before, channels.axis = channels.axis, axis
+            if self._passes_on(node, read, tied):
+                if tied:
+                    self._joined([channels, *others])
+                return True
+            channels.axis = before
+        return False
+
+    def _are_vectors(self, channels: Channels) -> bool:
+        """Whether every tensor of these channels is [B, C]."""
+        nodes = (node for node, of in self._of.items() if of is channels)
+        return channels.axis == -1 and all(len(s) == 2 for n in nodes for s in self._may_be(n))
+
+    def _sized_by(self, node: fx.Node) -> Iterator[Channels]:
+        """The channels of the tensors whose sizes an operation is given."""
+        for size in self._sizes.intersection(node.all_input_nodes):
+            yield from (self._of[n] for n in size.all_input_nodes if n not in self._sizes)
+            yield from self._sized_by(size)
+
+    def _passes_on(self, node: fx.Node, read: fx.Node, tied: bool) -> bool:
+        """Whether an operation treats every channel by itself, along the axis that they have.
+
+        In all shapes that what it reads may have: `softmax(1)` does so for tokens [B, L, C], and
+        does not for vectors [B, C]. `tied`: all sizes that it is given are of the same channels.
+        """
         axis, tried, same, unchanged = self._of[read].axis, [], True, True
         flat = read in self._flat
         for shape in self._may_be(read):
             x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
             try:
-                every = self._tried(node, read, x.clone())
+                every = self._tried(node, read, x.clone(), tied)
                 tried.append(tuple(every.shape))
                 unchanged &= torch.equal(every, x)
                 flattens = axis == 1 and every.dim() == 2 and every.shape[1] > x.shape[1] == _FEW
                 flat |= flattens
                 same &= every.shape[0] == 2 and (flattens or x.shape[axis] == every.shape[axis])
-                apart = self._apart(node, read, x, axis)
+                apart = self._apart(node, read, x, tied)
                 same = same and apart.shape == every.shape
                 same = same and every.allclose(apart, equal_nan=True)
             except Exception:  # it may want anything but such a tensor
@@ -261,23 +293,24 @@ class Flow:
     def _may_be(self, node: fx.Node) -> Shapes:
         return self._shapes.get(node, _ANY)
 
-    def _apart(self, node: fx.Node, read: fx.Node, x: Tensor, axis: int) -> Tensor:
+    def _apart(self, node: fx.Node, read: fx.Node, x: Tensor, tied: bool) -> Tensor:
         """What an operation makes of each channel alone."""
+        axis = self._of[read].axis
         each = x.split(x.shape[axis] // _FEW, axis)
-        return torch.cat([self._tried(node, read, one.clone()) for one in each], axis)
+        return torch.cat([self._tried(node, read, one.clone(), tied) for one in each], axis)
 
-    def _tried(self, node: fx.Node, read: fx.Node, x: Tensor) -> Any:
+    def _tried(self, node: fx.Node, read: fx.Node, x: Tensor, tied: bool = False) -> Any:
         """What a node computes of x, where it reads a tensor, and of the sizes that it knows."""
 
         def value(argument: fx.Node) -> Any:
             if argument is read:
                 return x
             if argument in self._sizes:
-                return self._tried(argument, read, x)
+                return self._tried(argument, read, x, tied)
             shapes, channels = self._may_be(argument), self._of[argument]
             shape = list(next((s for s in shapes if len(s) == x.dim()), shapes[0]))
-            if channels is self._of[read] and argument not in self._flat:
-                shape[channels.axis] = min(_FEW, x.shape[channels.axis])
+            if (tied or channels is self._of[read]) and argument not in self._flat:
+                shape[channels.axis] = min(_FEW, x.shape[self._of[read].axis])
             return torch.zeros(shape, dtype=torch.float32)
 
         args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)

@@ -6,12 +6,13 @@ the configuration of a composite model (a language model beside a vision tower) 
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from grail.transaction import Transaction
+from grail.width import Width
 
 
 def own_configuration(model: nn.Module, transaction: Transaction) -> None:
@@ -27,6 +28,29 @@ def own_configuration(model: nn.Module, transaction: Transaction) -> None:
             own = _with_copies(config, copies)
             if own is not config:
                 transaction.set_attribute(module, name, own)
+
+
+def has_configuration(model: nn.Module) -> bool:
+    """Whether a model, or one inside it, is made from a configuration of transformers."""
+    return any(map(_parts, model.modules()))
+
+
+def not_held(kind: str, widths: Sequence[Width], where: str = "block") -> str | None:
+    """The note on sites of a kind whose widths a configuration cannot hold.
+
+    Args:
+        widths: the different ones of those sites.
+        where: what they differ by, if there are several.
+
+    Returns:
+        None where no site is narrower than before.
+    """
+    if all(width.kept == width.channels for width in widths):
+        return None
+    why = f"the configuration cannot hold {widths[0]}"
+    if len(widths) > 1:
+        why = f"widths differ by {where}, which the configuration cannot hold"
+    return f"{kind}: {why}: save with grail.save"
 
 
 def _with_copies(config: Any, copies: dict[int, Any]) -> Any:

@@ -25,6 +25,7 @@ from grail.errors import ModelError
 from grail.kinds import MAPS
 from grail.layers import Consumer, Producer
 from grail.sites.channels import Channels, Flow
+from grail.sites.configuration import has_configuration, not_held
 from grail.sites.site import Architecture, BoundSite, Landing, bind
 from grail.width import Width
 
@@ -40,9 +41,13 @@ class ConvNet(Architecture):
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
         self.name, self.blocks = name or type(model).__name__, list(search.blocks.values())
         self._names, self._search = list(search.blocks), search
+        self._configured = has_configuration(model)
         if not any(self.sites(self.kinds)):
-            why = "; ".join(self.notes([], {}))
-            raise ModelError(f"{self.name} has no channels to narrow: {why}")
+            why = "; ".join(self._left_out())
+            raise ModelError(
+                f"{self.name} has no channels to narrow: {why}; find sites by grail.trace, or name "
+                "them by grail.Site"
+            )
 
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
         return [
@@ -51,6 +56,12 @@ class ConvNet(Architecture):
         ]
 
     def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
+        found = list(dict.fromkeys(widths[site.name] for site in sites))
+        note = not_held("conv", found) if self._configured else None
+        return [*([note] if note else []), *self._left_out()]
+
+    def _left_out(self) -> list[str]:
+        """The channels that cannot be narrowed, with the reason."""
         tried = itertools.chain(*map(self._tried, range(len(self.blocks))))
         return [f"left out: {error}" for error in tried if isinstance(error, ModelError)]
 

@@ -1,14 +1,17 @@
 """Sites that a person names, in any network."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from grail.arguments import is_whole
 from grail.errors import InputError, ModelError
 from grail.layers import Consumer, Producer
+from grail.sites.configuration import has_configuration, not_held
 from grail.sites.site import Architecture, BoundSite, Landing, bind
+from grail.width import Width
 from grail_kernels.arguments import check_kind
 
 
@@ -29,7 +32,7 @@ class Fused:
     def __post_init__(self) -> None:
         check_kind("name", self.name, str, "the name of a layer")
         check_kind("interleaved", self.interleaved, bool, "True or False")
-        if isinstance(self.parts, bool) or not isinstance(self.parts, int) or self.parts < 2:
+        if not is_whole(self.parts) or self.parts < 2:
             raise InputError(f"parts must be an integer of at least 2; got {self.parts!r}")
 
     def __str__(self) -> str:
@@ -113,6 +116,11 @@ class Named(Architecture):
 
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
         return [[self._bound(site) for site in self._sites]]
+
+    def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
+        found = list(dict.fromkeys(widths[site.name] for site in sites))
+        note = not_held("named", found, "site") if has_configuration(self.blocks[0]) else None
+        return [note] if note else []
 
     def _bound(self, site: Site) -> BoundSite:
         consumers = tuple(Consumer(name, self._module(name)) for name in site.consumers)

@@ -6,6 +6,7 @@ from grail.arguments import require_model
 from grail.errors import ModelError
 from grail.sites.channels import Flow
 from grail.sites.named import Named, Site
+from grail.sites.wrappers import refuse_wrapped
 
 
 def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
@@ -29,6 +30,7 @@ def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
         ModelError: the network cannot be traced, or nothing in it is unambiguous.
     """
     require_model(model)
+    refuse_wrapped(model)
     kind = type(model).__name__
     try:
         flow = Flow(model)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from grail.errors import InputError, ModelError
 from grail.layers import Consumer, Producer
 from grail.reduction import Reduction, Selection
-from grail.sites.configuration import own_configuration
+from grail.sites.configuration import not_held, own_configuration
 from grail.sites.experts import Experts
 from grail.sites.site import Architecture, BoundSite, Entry, Landing
 from grail.transaction import Transaction
@@ -226,12 +226,9 @@ class Transformer(Architecture):
     def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
         notes, different = [], _different(sites, widths)
         for kind, found in different.items():
-            narrowed = any(width.kept < width.channels for width in found)
-            if self.config is not None and narrowed and not self._settings(kind, different, sites):
-                why = f"the configuration cannot hold {found[0]}"
-                if len(found) > 1:
-                    why = "widths differ by block, which the configuration cannot hold"
-                notes.append(f"{kind}: {why}: save with grail.save")
+            note = not_held(kind, found)
+            if self.config is not None and note and not self._settings(kind, different, sites):
+                notes.append(note)
         return notes
 
     def _settings(
