@@ -45,9 +45,9 @@ def export(
         report: written as `report.json` and, in words, as the model card `README.md`; or what
             returns it, called once the model is written and compared.
         page: HTML text, written as `report.html`; or what makes it of the report, None for none.
-        uneven: whether widths differ by block. No stock configuration holds that: weights and
-            widths are then written as by `grail.save`, and `load_model` reads the folder, not
-            transformers alone.
+        uneven: whether the configuration cannot hold the widths, as where they differ by block
+            (`report.model["beyond_configuration"]` of a run says so). Weights and widths are then
+            written as by `grail.save`, and `load_model` reads the folder, not transformers alone.
 
     Returns:
         The path of the folder.

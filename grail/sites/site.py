@@ -300,6 +300,15 @@ class Architecture(ABC):
         """What a person should know about a model of these widths."""
         return []
 
+    def beyond_configuration(
+        self, sites: Sequence[BoundSite], widths: Mapping[str, Width]
+    ) -> list[str]:
+        """For each kind whose new widths the model's configuration cannot hold, the reason.
+
+        Asked once the sites are narrow. Only `grail.save` and `grail.load` keep such a model.
+        """
+        return []
+
     def make_room(self, sites: Sequence[BoundSite], transaction: Transaction) -> None:
         """Sees to it that the consumers' biases can be shifted.
 

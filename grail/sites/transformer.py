@@ -224,15 +224,21 @@ class Transformer(Architecture):
             transaction.set_attribute(self.config, name, value)
 
     def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
-        notes, different = [], _different(sites, widths)
+        reasons = self.beyond_configuration(sites, widths)
+        return [f"{reason}: save with grail.save" for reason in reasons]
+
+    def beyond_configuration(
+        self, sites: Sequence[BoundSite], widths: Mapping[str, Width]
+    ) -> list[str]:
+        reasons, different = [], _different(sites, widths)
         for kind, found in different.items():
             narrowed = any(width.kept < width.channels for width in found)
             if self.config is not None and narrowed and not self._settings(kind, different, sites):
                 why = f"the configuration cannot hold {found[0]}"
                 if len(found) > 1:
                     why = "widths differ by block, which the configuration cannot hold"
-                notes.append(f"{kind}: {why}: save with grail.save")
-        return notes
+                reasons.append(f"{kind}: {why}")
+        return reasons
 
     def _settings(
         self, kind: str, widths: Mapping[str, Sequence[Width]], sites: Sequence[BoundSite]
