@@ -249,7 +249,9 @@ class Study:
         uneven = bool(reasons := report.model["beyond_configuration"])
         # What the notes advise is done here.
         report.notes = [note for note in report.notes if not note.startswith(tuple(reasons))]
-        report.notes += [f"{reason}: grail alone loads it, by grail.load_model" for reason in reasons]
+        report.notes += [
+            f"{reason}: grail alone loads it, by grail.load_model" for reason in reasons
+        ]
         export(self.network, self.tokenizer, output, report=finished, page=page, uneven=uneven)
 
     def _compress(self, options: Options, resume_dir: Path | None = None) -> Report:
