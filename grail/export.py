@@ -115,7 +115,10 @@ def _verify(folder: Path, model: Any) -> None:
             trust_remote_code=runs_own_code(model),
         )
     except Exception as error:
-        raise ExportError(f"The exported model does not load again: {error}") from error
+        raise ExportError(
+            f"The exported model does not load again: {error} Where its configuration cannot hold "
+            "its widths (a run notes that), give uneven=True."
+        ) from error
     expected, found = _logits(model), _logits(reloaded.to(model.device))
     if expected.dtype != found.dtype:
         raise ExportError(
