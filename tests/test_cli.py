@@ -363,7 +363,9 @@ def test_biases_are_fitted_where_the_model_has_none(given, arguments, tmp_path):
 def test_widths_beyond_the_configuration_are_written_for_grail_alone(
     family, settings, given, tiny_model, tiny_tokenizer, arguments, folder, tmp_path
 ):
-    tiny_model(family, **settings).save_pretrained(tmp_path / "dense")
+    config = tiny_model(family, **settings).config
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     arguments[1] = tmp_path / "dense"
     heldout = ["--evaluate", folder / "heldout.txt", "--evaluate-tokens", "512", "--no-baseline"]
