@@ -182,7 +182,8 @@ model of another type but of the same form is taken, too.
 
 **stock**: the narrow model is reloaded by transformers itself, to the same outputs.
 **grail.save**: its configuration has no place for the widths of that kind alone, and the report
-says so; `grail.save` and `grail.load` keep it.
+says so; `grail.save` and `grail.load` keep it. `grail compress` writes its folder so by itself, and
+`grail.load_model` reads it.
 
 | model type | MLP | heads | experts | shared experts | left as they are |
 |---|---|---|---|---|---|

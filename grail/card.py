@@ -34,7 +34,7 @@ def card(report: Report, *, uneven: bool = False, transformers: bool = True) -> 
 
     Args:
         report: of the compression.
-        uneven: whether widths differ by block, which stock configurations cannot hold.
+        uneven: whether the widths are such that stock configurations cannot hold them.
         transformers: whether the folder is a causal language model; else `grail.save` wrote it.
     """
     name = str(report.model.get("name") or report.model.get("class") or "model")
@@ -45,7 +45,9 @@ def card(report: Report, *, uneven: bool = False, transformers: bool = True) -> 
         _removed(report),
         "## Load",
         f"```python\n{load}\n```",
-        "Blocks have different widths, so grail is needed to load it." if uneven else "",
+        "A stock configuration cannot hold its widths, so grail is needed to load it."
+        if uneven
+        else "",
         *_scores(report),
         *_origin(report),
     ]

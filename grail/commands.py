@@ -60,7 +60,15 @@ from grail.provenance import file_hash, provenance
 from grail.report import Report, strict_json
 from grail.sensitivity import require_single_channels
 from grail.sites import find
-from grail.summary import evaluation_table, headline, labelled, size_sentence, stage_table, verdict
+from grail.summary import (
+    evaluation_table,
+    headline,
+    labelled,
+    resumed_sentence,
+    size_sentence,
+    stage_table,
+    verdict,
+)
 from grail.texts import (
     HELD_OUT_SPLITS,
     Split,
@@ -1043,6 +1051,8 @@ def _print_report(report: Report, output: Path) -> None:
     if line := verdict(report):
         typer.echo(line)
     print_table(*stage_table(report.stages))
+    if line := resumed_sentence(report):
+        typer.echo(line)
     typer.echo(f"phases  {_phases(report.seconds)}")
     typer.echo(f"memory  {_parts(report.memory)}")
     if line := size_sentence(report):

@@ -212,6 +212,7 @@ def compress(
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "device": str(device),
             **{key: {"before": before[key], "after": after[key]} for key in before},
+            "beyond_configuration": architecture.beyond_configuration(dense, widths),
         },
         calibration={
             "tokens": stream.tokens,
@@ -228,6 +229,7 @@ def compress(
             "measured_peak": peak.bytes,
             **({"sent": processes.sent} if processes.count > 1 else {}),
         },
+        resumed=run.resumed,
         notes=[
             *_notes(options, asked, stream, rows),
             *run.notes,

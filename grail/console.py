@@ -1,16 +1,43 @@
 """Tables for a terminal."""
 
+from collections.abc import Iterable
+
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+_GAP = 3  # characters between two columns
+_WORDS = 12  # to which a column of text may shrink, for its lines to stay readable
+
 
 def print_table(header: list[str], rows: list[list[str]], words: int = 1) -> None:
-    """A table whose first `words` columns are text and the others numbers."""
+    """A table whose first `words` columns are text and the others numbers.
+
+    Text is wrapped where the terminal is too narrow for the table. Where that is not enough, each
+    row becomes a list of its cells, one a line: no number is ever cut.
+    """
+    console = Console(highlight=False)
+    columns = [[name, *cells] for name, *cells in zip(header, *rows, strict=True)]
+    widths = [_longest(cells) for cells in columns]
+    least = [min(width, _WORDS) for width in widths[:words]] + widths[words:]
+    if sum(least) + _GAP * len(least) > console.width:
+        for first, *rest in rows:
+            console.print(escape(f"{header[0]} {first}".strip()), soft_wrap=True)
+            for name, cell in zip(header[1:], rest, strict=True):
+                console.print(escape(f"  {name}: {cell}"), soft_wrap=True)
+        return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number < words else "right")
+        if number < words:
+            table.add_column(name, overflow="fold", min_width=least[number])
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(highlight=False).print(table)
+    console.print(table)
+
+
+def _longest(cells: Iterable[str]) -> int:
+    return max(map(cell_len, cells))

@@ -45,9 +45,9 @@ def export(
         report: written as `report.json` and, in words, as the model card `README.md`; or what
             returns it, called once the model is written and compared.
         page: HTML text, written as `report.html`; or what makes it of the report, None for none.
-        uneven: whether widths differ by block. No stock configuration holds that: weights and
-            widths are then written as by `grail.save`, and `load_model` reads the folder, not
-            transformers alone.
+        uneven: whether the configuration cannot hold the widths, as where they differ by block
+            (`report.model["beyond_configuration"]` of a run says so). Weights and widths are then
+            written as by `grail.save`, and `load_model` reads the folder, not transformers alone.
 
     Returns:
         The path of the folder.
@@ -115,7 +115,10 @@ def _verify(folder: Path, model: Any) -> None:
             trust_remote_code=runs_own_code(model),
         )
     except Exception as error:
-        raise ExportError(f"The exported model does not load again: {error}") from error
+        raise ExportError(
+            f"The exported model does not load again: {error} Where its configuration cannot hold "
+            "its widths (a run notes that), give uneven=True."
+        ) from error
     expected, found = _logits(model), _logits(reloaded.to(model.device))
     if expected.dtype != found.dtype:
         raise ExportError(

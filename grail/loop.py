@@ -101,6 +101,7 @@ class Run:
         self.inputs: list[InputReport] = []
         # Consumers of a residual stream that read what others of its consumers write.
         self._downstream: set[Consumer] = set()
+        self.resumed: dict[str, float] = {}  # see `Report`; empty: from the first block on
         # Bound, and told apart, while nothing is narrow: a resumed run soon is.
         self.sites = options.sites_of(architecture)
         self._active = [options.active(sites, self.widths) for sites in self.sites]
@@ -116,7 +117,11 @@ class Run:
         position = Position(0, [], self.inputs, self.notes, self.clock.seconds)
         if self._checkpoint is not None:
             with self.clock("checkpoint"):
+                begun = sum(self.clock.seconds.values())
                 self._checkpoint.resume(position, self._streams())
+                spent = sum(self.clock.seconds.values()) - begun
+            if position.done:
+                self.resumed = {"after": position.done, "of": len(self.sites), "seconds": spent}
         self._decider.done = position.rows
         passes = [self._passes_through(number) for number in range(len(self.sites))]
         with self._progress(sum(passes[position.done :]), progress) as bar:

@@ -19,12 +19,14 @@ from grail.formatting import format_bytes, format_count, format_number, format_s
 from grail.report import Evaluation, InputReport, Report, SiteReport
 from grail.summary import (
     before_after,
+    compensates,
     error_pairs,
     evaluation_table,
     explanation,
     headline,
     keep_in_words,
     labelled,
+    resumed_sentence,
     size_sentence,
     stage_table,
     verdict,
@@ -89,7 +91,7 @@ def page(report: Report) -> str:
             _header(report, name),
             _evaluation_section(report),
             _samples_section(report),
-            _error_section(report.sites, report.inputs),
+            _error_section(report),
             _width_section(report.sites),
             _cost_section(report),
             _notes_section(report.notes),
@@ -166,19 +168,28 @@ def _samples_section(report: Report) -> str:
     )
 
 
-def _error_section(sites: Sequence[SiteReport], inputs: Sequence[InputReport]) -> str:
-    pairs = error_pairs(sites)
+def _error_section(report: Report) -> str:
+    pairs = error_pairs(report.sites)
     if not pairs:
         return ""
+    caption = (
+        "Relative error of what each site hands to the next layer, on the calibration text: "
+        "‖T − W′RX‖ / ‖T‖, where T is its own output WX, plus its drift from the dense network "
+        "where that is followed. Lower is better"
+    )
+    if not compensates(report):
+        return _section(
+            "Output error by site",
+            _error_plot(report.sites, compensated=False),
+            caption=f"{caption}. Nothing was compensated.",
+        )
     better = sum(after < before for before, after in pairs)
     return _section(
         "What compensation repairs",
-        _error_plot(sites),
+        _error_plot(report.sites),
         caption=(
-            "Relative error of what each site hands to the next layer, on the calibration text: "
-            "‖T − W′RX‖ / ‖T‖, where T is its own output WX, plus its drift from the dense network "
-            "where that is followed. Lower is better; the distance between the points is what "
-            f"compensation took away. {better} of {len(pairs)} sites improved." + _read_by(inputs)
+            f"{caption}; the distance between the points is what compensation took away. {better} "
+            f"of {len(pairs)} sites improved." + _read_by(report.inputs)
         ),
     )
 
@@ -225,7 +236,11 @@ def _cost_section(report: Report) -> str:
     plots = [_stages(report.stages), _time_bars(report.seconds), _memory_bars(report.memory)]
     if not any(plots):
         return ""
-    captions = [_time_caption(report.seconds), _memory_caption(report.memory)]
+    captions = [
+        resumed_sentence(report),
+        _time_caption(report.seconds),
+        _memory_caption(report.memory),
+    ]
     return _section("Time and memory", *plots, caption=" ".join(filter(None, captions)))
 
 
@@ -447,8 +462,13 @@ def _width_plot(shares: Mapping[str, Mapping[int, float]]) -> str:
     return _svg(figure, "widths", "Share of the channels that stays, by block", summary)
 
 
-def _error_plot(sites: Sequence[SiteReport]) -> str:
-    """One panel a kind of site: error before and after by block, joined by a stem."""
+def _error_plot(sites: Sequence[SiteReport], compensated: bool = True) -> str:
+    """One panel a kind of site: error before and after by block, joined by a stem.
+
+    Args:
+        sites: of a report.
+        compensated: whether there is an error after.
+    """
     from matplotlib.ticker import MaxNLocator
 
     kinds = list(dict.fromkeys(site.kind for site in sites if error_pairs([site])))
@@ -457,9 +477,10 @@ def _error_plot(sites: Sequence[SiteReport]) -> str:
         known = [site for site in sites if site.kind == kind and error_pairs([site])]
         blocks = [site.block for site in known]
         before, after = zip(*error_pairs(known), strict=True)
-        axes.vlines(blocks, before, after, color=_GRID, linewidth=2.5, zorder=1)
         axes.plot(blocks, before, "o", color=_PRUNED, markersize=5, label="plain pruning")
-        axes.plot(blocks, after, "o", color=_RESTORED, markersize=5, label="compensated")
+        if compensated:
+            axes.vlines(blocks, before, after, color=_GRID, linewidth=2.5, zorder=1)
+            axes.plot(blocks, after, "o", color=_RESTORED, markersize=5, label="compensated")
         axes.set_ylim(0, 1.08 * max(*before, *after) or 1.0)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -477,7 +498,9 @@ def _error_plot(sites: Sequence[SiteReport]) -> str:
     )
     pairs = error_pairs(sites)
     before, after = (statistics.median(column) for column in zip(*pairs, strict=True))
-    summary = f"{len(pairs)} sites; median {before:.3f} with plain pruning, {after:.3f} compensated"
+    summary = f"{len(pairs)} sites; median {before:.3f} with plain pruning"
+    if compensated:
+        summary += f", {after:.3f} compensated"
     return _svg(figure, "errors", "Relative output error by site", summary)
 
 

@@ -4,6 +4,7 @@ Memory is arithmetic on shapes (`demand`). Time is measured: one block is compre
 batches, rolled back, and scaled by the number of blocks and batches.
 """
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,7 +42,7 @@ ROOM = 0.8
 
 @dataclass(frozen=True)
 class SiteKind:
-    """All sites of one kind: how many, and how wide each is, in words."""
+    """All sites of one kind: how many, and how wide each is, or their range, in words."""
 
     kind: str
     count: int
@@ -119,52 +120,84 @@ def inspect(
     architecture = find(model, None if options is None else options.sites)
     options = options or Options(keep, sites=architecture.kinds)
     sites = options.all_sites(architecture)
-    parameters = sum(p.numel() for p in model.parameters())
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    savings = []
-    for keep in keeps:
-        widths = [(s, s.width(keep, options.multiple)) for s in sites]
-        saved = _saved(widths)
-        savings.append(
-            Saving(
-                keep,
-                {kind: str(width) for kind, width in by_kind(widths).items()},
-                parameters - saved,
-                size - saved * architecture.element_size,
-            )
+    parameters, size = _size(model)
+    with Transaction() as transaction:
+        if options.shifts_bias:  # as a run does first: the biases are part of what it leaves
+            architecture.make_room(sites, transaction)
+        savings = [_saving(model, architecture, options, sites, keep) for keep in keeps]
+        needed, seconds = _cost(
+            model, architecture, options, tokens, sequence_length, batch_size, onload
         )
-    parts: dict[str, int] = {}
-    seconds: dict[str, float] = {}
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if hasattr(embeddings, "num_embeddings") and architecture.activations_per_token is not None:
-        device = computing_device(model, onload)
-        brought = None if onload is None else device
-        storage, size_of_batch = torch.device("cpu"), batch_size * sequence_length
-        if onload is None:
-            storage = waiting_place(architecture, options, tokens, size_of_batch)
-        parts = {
-            "in use now": memory.in_use(device),
-            **demand(architecture, options, tokens, size_of_batch, storage, brought),
-        }
-        onloader = Onloader(architecture.blocks, brought)
-        trial = _trial(model, batch_size, sequence_length)
-        enter = partial(Stream, model, architecture.blocks, trial, storage, device=device)
-        seconds = _seconds(model, architecture, options, tokens, enter, onloader)
-    structures = by_kind((site, site.width(1.0, None).structure) for site in sites)
+        transaction.undo()
+    dense = _of_kinds((site, site.width(1.0, None)) for site in sites)
     return Inspection(
         name=architecture.name,
         parameters=parameters,
         bytes=size,
         sites=[
-            SiteKind(name, max(1, sum(s.kind == name for s in sites)), structure)
-            for name, structure in structures.items()
+            SiteKind(kind, len(widths), _structure_in_words(widths))
+            for kind, widths in dense.items()
         ],
         savings=savings,
         keep=options.keep,
         tokens=tokens,
-        memory={**parts, "peak": sum(parts.values())} if parts else {},
+        memory=needed,
         seconds=seconds,
     )
+
+
+def _size(model: nn.Module) -> tuple[int, int]:
+    """Number and bytes of the parameters."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+
+
+def _saving(
+    model: nn.Module,
+    architecture: Architecture,
+    options: Options,
+    sites: Sequence[BoundSite],
+    keep: float,
+) -> Saving:
+    """One row of the table of savings, of a model that has room for the biases of the run."""
+    widths = [(site, site.width(keep, options.multiple)) for site in sites]
+    parameters, size = _size(model)
+    saved = _saved(widths)
+    return Saving(
+        keep,
+        {kind: _width_in_words(found) for kind, found in _of_kinds(widths).items()},
+        parameters - saved,
+        size - saved * architecture.element_size,
+    )
+
+
+def _cost(
+    model: Any,
+    architecture: Architecture,
+    options: Options,
+    tokens: int,
+    sequence_length: int,
+    batch_size: int,
+    onload: torch.device | str | None,
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Memory and seconds of an `Inspection`."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if not hasattr(embeddings, "num_embeddings") or architecture.activations_per_token is None:
+        return {}, {}
+    device = computing_device(model, onload)
+    brought = None if onload is None else device
+    storage, size_of_batch = torch.device("cpu"), batch_size * sequence_length
+    if onload is None:
+        storage = waiting_place(architecture, options, tokens, size_of_batch)
+    parts = {
+        "in use now": memory.in_use(device),
+        **demand(architecture, options, tokens, size_of_batch, storage, brought),
+    }
+    onloader = Onloader(architecture.blocks, brought)
+    trial = _trial(model, batch_size, sequence_length)
+    enter = partial(Stream, model, architecture.blocks, trial, storage, device=device)
+    seconds = _seconds(model, architecture, options, tokens, enter, onloader)
+    return {**parts, "peak": sum(parts.values())}, seconds
 
 
 def _saved(widths: Sequence[tuple[BoundSite, Width]]) -> int:
@@ -190,6 +223,34 @@ def by_kind(values: Iterable[tuple[BoundSite, Any]]) -> dict[str, Any]:
         same = len(set(of_sites.values())) == 1
         merged |= {kind: next(iter(of_sites.values()))} if same else of_sites
     return merged
+
+
+def _of_kinds(widths: Iterable[tuple[BoundSite, Width]]) -> dict[str, list[Width]]:
+    found: dict[str, list[Width]] = {}
+    for site, width in widths:
+        found.setdefault(site.kind, []).append(width)
+    return found
+
+
+def _width_in_words(widths: Sequence[Width]) -> str:
+    """The width of a kind of site; its range and mean share where it is not the same for all."""
+    if len(set(widths)) == 1:
+        return str(widths[0])
+    kept, channels = ([getattr(w, name) for w in widths] for name in ("kept", "channels"))
+    return f"{_range(kept)} of {_range(channels)} channels, {sum(kept) / sum(channels):.0%} of all"
+
+
+def _structure_in_words(widths: Sequence[Width]) -> str:
+    """The same of a kind before narrowing."""
+    if len(set(widths)) == 1:
+        return widths[0].structure
+    channels = [width.channels for width in widths]
+    return f"{_range(channels)} channels, {statistics.mean(channels):.0f} on average"
+
+
+def _range(values: Sequence[int]) -> str:
+    least, most = min(values), max(values)
+    return f"{least}" if least == most else f"{least}–{most}"
 
 
 def demand(

@@ -27,6 +27,13 @@ def recovered(dense: float, pruned: float, restored: float) -> float | None:
     return math.log(pruned / restored) / math.log(pruned / dense)
 
 
+def recovered_in_words(share: float) -> str:
+    """A share of `recovered`, "64% recovered"; a negative one is said to be a further loss."""
+    if round(share, 2) < 0:
+        return f"{-share:.0%} worse than pruning"
+    return f"{max(share, 0.0):.0%} recovered"
+
+
 def strict_json(value: Any) -> str:
     """Indented JSON of `value`; a number that is not finite, which JSON cannot hold, is null."""
     return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
@@ -108,7 +115,9 @@ class Report:
     """
 
     settings: dict[str, Any]  # keep, sites, selector, alpha, toward, compensate, closed_loop, ...
-    model: dict[str, Any]  # name, class, dtype, device; parameters, widths, bytes {before, after}
+    # name, class, dtype, device; parameters, widths, bytes {before, after}; beyond_configuration,
+    # the widths that its configuration cannot hold, so that grail alone loads it, in words
+    model: dict[str, Any]
     calibration: dict[str, Any]  # source, tokens, sequences, sequence_length
     sites: list[SiteReport] = field(default_factory=list)
     inputs: list[InputReport] = field(default_factory=list)  # of attention, where it was corrected
@@ -119,6 +128,9 @@ class Report:
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     # Greedy completions of held-out text: {prompt, dense, pruned, restored}.
     samples: list[dict[str, str]] = field(default_factory=list)
+    # Of a resumed run: blocks that were done "after" which it resumed, "of" how many, and "seconds"
+    # of the earlier runs; `seconds` and the stage "compressing" count those as well.
+    resumed: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)  # see `grail.provenance`
     notes: list[str] = field(default_factory=list)  # what a person should know: rounding, fallbacks
     versions: dict[str, str] = field(default_factory=dict)
@@ -178,7 +190,7 @@ class Report:
         if "selector" in self.settings:
             facts.append(str(self.settings["selector"]))
         if self.recovered is not None:
-            facts.append(f"{self.recovered:.0%} recovered")
+            facts.append(recovered_in_words(self.recovered))
         return facts
 
     def to_json(self) -> str:

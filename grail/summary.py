@@ -12,6 +12,10 @@ CLOSE = 1.25
 # … and it repeats itself if this much more of its completions is repetition, and the difference is
 # more than twice its standard error.
 REPEATS = 0.1
+# Fewer predicted tokens do not judge a model, nor does a difference of repetition of a larger
+# standard error.
+LEAST_TOKENS = 1000
+WIDEST_ERROR = 0.1
 
 
 def headline(report: Report) -> tuple[str, str]:
@@ -19,9 +23,14 @@ def headline(report: Report) -> tuple[str, str]:
     share, same = report.recovered, report.same_choice
     if share is not None and same is not None:
         selector = report.evaluation[same].selector or "same selector"
+        if round(share, 2) < 0:
+            return f"{-share:.0%} worse", (
+                f"than plain pruning ({selector}), in shares of the log-perplexity that it lost"
+            )
+        share = max(share, 0.0)  # never -0%
         return f"{share:.0%}", f"of the log-perplexity lost by pruning ({selector}) is recovered"
     pairs = error_pairs(report.sites)
-    if pairs and report.settings.get("compensate", True):
+    if pairs and compensates(report):
         ratio = statistics.median(after / before if before else 1.0 for before, after in pairs)
         return f"{ratio:.2f}×", "the output error of plain pruning, in the median site"
     before, after = before_after(report.model.get("parameters"))
@@ -42,22 +51,31 @@ def explanation(report: Report) -> str:
     )
     text = (
         f"Perplexity on held-out text: {values}. "
-        f"With the same selector, compensation recovers {share:.0%} of the lost log-perplexity, "
+        f"With the same selector, compensation {_change(share)} the lost log-perplexity, "
         "ln(pruned/compensated) / ln(pruned/dense)."
     )
-    if share < 0:
-        text += " Compensation made this text worse than plain pruning."
     if same != "restored" and (all_in := report.share("restored")) is not None:
         text += (
             f" The model of this report is {names['restored']}: "
-            f"{format_number(rows['restored'].perplexity)}, {all_in:.0%} by selection and "
-            "compensation together."
+            f"{format_number(rows['restored'].perplexity)}, {_together(all_in)}."
         )
     return text
 
 
+def _change(share: float) -> str:
+    if round(share, 2) < 0:
+        return f"made this text worse than plain pruning did, by {-share:.0%} of"
+    return f"recovers {max(share, 0.0):.0%} of"
+
+
+def _together(share: float) -> str:
+    if round(share, 2) < 0:
+        return "worse than the pruned one by selection and compensation together"
+    return f"{max(share, 0.0):.0%} by selection and compensation together"
+
+
 def _no_share(report: Report) -> str:
-    if report.settings.get("compensate") is False:
+    if not compensates(report):
         return "This run is plain pruning: nothing was compensated."
     if report.evaluation.keys() >= {"dense", "pruned", "restored"}:
         return (
@@ -115,24 +133,39 @@ def verdict(report: Report) -> str:
     if dense is None or narrow is None or dense.repetition is None or narrow.repetition is None:
         return ""
     ratio = narrow.perplexity / dense.perplexity
-    faults = ["predicts clearly worse than the dense model"] * (not ratio <= CLOSE)
-    faults += ["repeats itself"] * _repeats(narrow, dense)
-    advice = ", so keep more or fine-tune it before use"
-    judgement = f"it {' and '.join(faults)}{advice}" if faults else "usable as it is"
     keep = keep_in_words(report.settings.get("keep"), report.sites)
     return (
         f"{f'Keep {keep}: ' if keep else ''}{ratio:.2f} times the dense model's perplexity, "
         f"{_percent(narrow)} of the 4-grams in greedy completions repeat earlier ones (dense "
-        f"{_percent(dense)}); {judgement}."
+        f"{_percent(dense)}); {_judgement(ratio, narrow, dense)}."
     )
 
 
-def _repeats(narrow: Evaluation, dense: Evaluation) -> bool:
+def _judgement(ratio: float, narrow: Evaluation, dense: Evaluation) -> str:
+    if narrow.tokens < LEAST_TOKENS:
+        return f"too few tokens to judge ({narrow.tokens:,} predicted; give {LEAST_TOKENS:,})"
+    more, error = _repeats_more(narrow, dense)
+    faults = ["predicts clearly worse than the dense model"] * (not ratio <= CLOSE)
+    faults += ["repeats itself"] * (more > max(REPEATS, 2 * error))
+    if faults:
+        return f"it {' and '.join(faults)}, so keep more or fine-tune it before use"
+    if error > WIDEST_ERROR or more > REPEATS:
+        return (
+            "too few tokens to judge its repetition, whose difference from the dense model's has a "
+            f"standard error of {error:.0%}"
+            if math.isfinite(error)
+            else "too few tokens to judge its repetition"
+        )
+    return "usable as it is"
+
+
+def _repeats_more(narrow: Evaluation, dense: Evaluation) -> tuple[float, float]:
+    """How much more of its completions is repetition, and the standard error of that."""
     assert narrow.repetition is not None
     assert dense.repetition is not None
-    more = narrow.repetition - dense.repetition
-    error = math.hypot(narrow.repetition_error or 0.0, dense.repetition_error or 0.0)
-    return more > max(REPEATS, 2 * error)
+    errors = (narrow.repetition_error, dense.repetition_error)
+    error = math.inf if None in errors else math.hypot(*(e or 0.0 for e in errors))
+    return narrow.repetition - dense.repetition, error
 
 
 def _percent(row: Evaluation) -> str:
@@ -164,6 +197,22 @@ def stage_table(stages: Mapping[str, Mapping[str, float]]) -> tuple[list[str], l
         for stage, times in stages.items()
     ]
     return ["stage", "predicted", "measured"], rows
+
+
+def resumed_sentence(report: Report) -> str:
+    """After which block a run was resumed, and which times include the earlier runs."""
+    if not (resumed := report.resumed):
+        return ""
+    return (
+        f"Resumed after block {resumed['after']:.0f} of {resumed['of']:.0f}: the time of "
+        f"compressing includes {format_seconds(resumed['seconds'])} of the runs before; other "
+        "stages are those of the last run alone."
+    )
+
+
+def compensates(report: Report) -> bool:
+    """Whether a run fitted anything, instead of plain pruning."""
+    return report.settings.get("compensate", True) is not False
 
 
 def _seconds(value: float | None) -> str:

@@ -221,6 +221,7 @@ class Study:
         """Compresses the network itself and reports it beside all that was measured."""
         with self.stages(COMPRESSING):
             report = self._compress(options, resume_dir)
+        self.stages.seconds[COMPRESSING] += report.resumed.get("seconds", 0.0)
         self.measure("restored" if options.compensate else "pruned", options)
         report.evaluation, report.samples = dict(self.rows), self._samples()
         report.model["bytes"] = {
@@ -245,8 +246,12 @@ class Study:
             return report
 
         report.memory["predicted_peak"] = prediction.peak
-        # One width for each kind, else one for each site.
-        uneven = report.model["widths"]["after"].keys() != {site.kind for site in report.sites}
+        uneven = bool(reasons := report.model["beyond_configuration"])
+        # What the notes advise is done here.
+        report.notes = [note for note in report.notes if not note.startswith(tuple(reasons))]
+        report.notes += [
+            f"{reason}: grail alone loads it, by grail.load_model" for reason in reasons
+        ]
         export(self.network, self.tokenizer, output, report=finished, page=page, uneven=uneven)
 
     def _compress(self, options: Options, resume_dir: Path | None = None) -> Report:

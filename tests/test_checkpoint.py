@@ -3,6 +3,7 @@
 import copy
 import csv
 import fcntl
+import html
 import os
 import shutil
 import subprocess
@@ -16,7 +17,10 @@ import torch
 import grail
 from grail import checkpoint, state
 from grail.errors import InputError, StateError
+from grail.page import page
+from grail.report import Report
 from grail.select import greedy
+from grail.summary import resumed_sentence
 
 from . import processes
 from .convnets import images, network
@@ -222,6 +226,20 @@ def test_a_resume_on_other_surroundings_is_noted(killed, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     _, report = killed()
     assert any("the number of threads is 77" in note for note in report.notes)
+
+
+def test_a_resumed_run_says_so_with_the_time_of_all_runs(killed):
+    _, whole = killed(resume_dir=None)
+    assert whole.resumed == {}
+    assert resumed_sentence(whole) == ""
+    _, report = killed()
+    assert report.resumed.keys() == {"after", "of", "seconds"}
+    assert 0 < report.resumed["after"] <= report.resumed["of"] == 3
+    assert 0 < report.resumed["seconds"] < report.seconds["total"]
+    said = resumed_sentence(report)
+    assert said.startswith(f"Resumed after block {report.resumed['after']} of 3: ")
+    assert said in html.unescape(page(report))
+    assert Report.from_json(report.to_json()).resumed == report.resumed
 
 
 def test_two_generations_are_kept_and_clear_removes_them_all(killed, tmp_path):

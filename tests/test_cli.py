@@ -338,6 +338,52 @@ def test_uneven_widths_add_up_and_the_folder_is_read_by_every_command(
 
 
 @pytest.mark.parametrize(
+    "given",
+    [[], ["--no-compensate"], ["--open-loop", "--drift-correction", "0"], ["--alpha", "0.01"]],
+    ids=["both", "bias alone", "open loop", "alpha"],
+)
+def test_biases_are_fitted_where_the_model_has_none(given, arguments, tmp_path):
+    result = grail(*arguments, "--bias", *given)
+    assert result.exit_code == 0, result.stderr
+    model, _ = load_model(tmp_path / "out")
+    assert all(layer.mlp.down_proj.bias.any() for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "given"),
+    [
+        ("gpt2", {}, ["--sites", "heads"]),
+        ("gpt_neox", {}, ["--sites", "mlp,heads"]),
+        ("opt", {}, ["--sites", "heads", "--no-compensate"]),
+        ("bloom", {"n_head": 6, "n_layer": 2}, ["--bias"]),
+        ("gptj", {"n_embd": 48, "n_head": 6, "n_layer": 2, "rotary_dim": 4}, []),
+    ],
+    ids=["gpt2", "gpt_neox", "opt", "bloom", "gptj"],
+)
+def test_widths_beyond_the_configuration_are_written_for_grail_alone(
+    family, settings, given, tiny_model, tiny_tokenizer, arguments, folder, tmp_path
+):
+    config = tiny_model(family, **settings).config
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    arguments[1] = tmp_path / "dense"
+    heldout = ["--evaluate", folder / "heldout.txt", "--evaluate-tokens", "512", "--no-baseline"]
+    result = grail(*arguments, *heldout, "--keep", "0.5", *given)
+    assert result.exit_code == 0, result.stderr
+    output = tmp_path / "out"
+    report = Report.from_json((output / "report.json").read_text())
+    assert [note for note in report.notes if "grail alone loads it" in note]
+    assert not [note for note in report.notes if "save with" in note]
+    assert "grail is needed to load it" in (output / "README.md").read_text()
+    again = grail(
+        *("evaluate", output, "--text", folder / "heldout.txt", "--tokens", "512", "--json"), *SHORT
+    )
+    row = report.evaluation["restored" if report.settings["compensate"] else "pruned"]
+    assert json.loads(again.stdout)["perplexity"] == row.perplexity
+
+
+@pytest.mark.parametrize(
     ("given", "said"),
     [
         (["--no-compensate"], "leave --compensate on"),

@@ -287,10 +287,12 @@ def test_bytes_of_source_output_and_bf16_are_said(sizes, said, unsaid):
 def test_it_is_said_whether_a_model_is_usable(perplexity, repeats, said):
     found = rows(dense=10, pruned=40, restored=perplexity)
     found["dense"].repetition, found["restored"].repetition = 0.25, repeats
+    for row in (found["dense"], found["restored"]):
+        row.repetition_error = 0.02
     whole = report(evaluation=found)
     assert said in verdict(whole)
     assert verdict(whole) in Document(page(whole)).text
-    assert f"{repeats:.0%}" in Document(page(whole)).table("model")[2]
+    assert f"{100 * repeats:.0f} ± 2%" in Document(page(whole)).table("model")[2]
 
 
 @pytest.mark.parametrize(("error", "said"), [(0.06, True), (0.12, False)])
@@ -302,6 +304,49 @@ def test_repetition_within_its_own_error_is_no_fault(error, said):
     whole = report(evaluation=found)
     assert ("repeats itself" in verdict(whole)) == said
     assert f"45 ± {100 * error:.0f}%" in verdict(whole)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "repeats", "errors", "said"),
+    [
+        (31, 0.42, (0.06, 0.13), "too few tokens to judge"),
+        (999, 0.25, (0.01, 0.01), "too few tokens to judge"),
+        (4092, 0.42, (0.06, 0.13), "too few tokens to judge its repetition"),
+        (4092, 0.25, (0.08, 0.08), "too few tokens to judge its repetition"),
+        (4092, 0.25, (None, 0.01), "too few tokens to judge its repetition"),
+        (4092, 0.25, (0.03, 0.04), "usable as it is"),
+        (4092, 0.90, (0.08, 0.13), "repeats itself"),
+    ],
+)
+def test_a_model_is_not_judged_by_less_than_tells(tokens, repeats, errors, said):
+    found = rows(dense=10, pruned=40, restored=11)
+    found["dense"].repetition, found["restored"].repetition = 0.15, repeats
+    found["dense"].repetition_error, found["restored"].repetition_error = errors
+    for row in found.values():
+        row.tokens = tokens
+    assert said in verdict(report(evaluation=found))
+    assert ("usable as it is" in verdict(report(evaluation=found))) == (said == "usable as it is")
+
+
+@pytest.mark.parametrize("restored", [41, 55, 900])
+def test_a_model_worse_than_pruning_is_said_to_be_worse(restored):
+    whole = report(evaluation=rows(dense=10, pruned=40, restored=restored))
+    share = math.log(restored / 40) / math.log(4)
+    assert headline(whole)[0] == f"{share:.0%} worse"
+    text = Document(page(whole)).text
+    assert "worse than plain pruning" in text
+    assert "recover" not in text.partition("Notes")[0]
+    assert "-" + f"{share:.0%}" not in text + repr(whole)
+
+
+def test_nothing_is_said_to_be_repaired_where_nothing_was_compensated():
+    sites = [dataclasses.replace(site, error=0.4) for site in report().sites]
+    settings = {**report().settings, "compensate": False}
+    shown = page(report(sites=sites, settings=settings))
+    assert "Nothing was compensated" in shown
+    assert "median 0.400 with plain pruning" in shown
+    for word in ("repairs", "improved", "compensation took away", ">compensated<"):
+        assert word not in shown
 
 
 def test_nothing_is_said_of_use_without_completions():

@@ -33,6 +33,35 @@ def test_predicted_savings_are_what_a_run_leaves(family, kinds, tiny_model, tiny
     assert saving.bytes == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+@pytest.mark.parametrize("compensate", ["weights", "bias", "both", False])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_biases_that_a_run_adds_are_part_of_the_prediction(
+    family, compensate, tiny_model, tiny_batches
+):
+    model = tiny_model(family)
+    options = Options(0.5, ("mlp",), compensate=compensate)
+    before = fingerprint(model)
+    found = inspected(model, options=options, keeps=[0.5])
+    assert_untouched(model, before)
+    settings = {"compensate": compensate, "progress": False}
+    report = grail.compress(model, tiny_batches(), 0.5, ("mlp",), **settings)
+    assert found.savings[0].parameters == report.model["parameters"]["after"]
+
+
+@pytest.mark.parametrize("layers", [2, 12])
+def test_an_uneven_model_is_inspected_by_kind(layers, tiny_llama, tiny_batches):
+    model = tiny_llama(num_hidden_layers=layers)
+    keep = {"mlp": [0.25, 0.75] * (layers // 2)}
+    grail.compress(model, tiny_batches(), keep, multiple=1, compensate=False, progress=False)
+    found = inspected(model, options=Options(0.5, ("mlp", "heads"), multiple=2), keeps=[0.5, 1.0])
+    assert [(s.kind, s.count) for s in found.sites] == [("heads", layers), ("mlp", layers)]
+    assert found.sites[1].structure == "20–60 channels, 40 on average"
+    half, whole = (saving.widths for saving in found.savings)
+    assert half["mlp"] == "10–30 of 20–60 channels, 50% of all"
+    assert whole["mlp"] == "20–60 of 20–60 channels, 100% of all"
+    assert half["heads"].startswith("3 of 6 heads")
+
+
 def test_inspecting_changes_nothing(tiny_llama):
     model = tiny_llama().train()
     before, state = fingerprint(model), torch.random.get_rng_state()

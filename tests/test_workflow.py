@@ -87,3 +87,21 @@ def test_every_stage_that_runs_is_predicted(heldout, compare, tiny_llama, tiny_b
     assert report.memory["predicted_peak"] == prediction.peak
     assert (workflow.RUNS in report.stages) == (compare and heldout > 0)
     assert bool(report.samples) == bool(heldout)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_the_stage_of_a_resumed_run_has_the_time_of_the_runs_before(
+    layers, tiny_llama, tiny_batches, tmp_path
+):
+    def stage():
+        stages = Stages()
+        network = tiny_llama(num_hidden_layers=layers)
+        study = Study(network, tiny_llama, None, tiny_batches(), [], stages, progress=False)
+        report = study.run(Options(0.5, "mlp"), tmp_path / "state")
+        return report, stages.seconds[workflow.COMPRESSING]
+
+    first, _ = stage()
+    again, seconds = stage()  # nothing is left to do
+    assert first.resumed == {}
+    assert (again.resumed["after"], again.resumed["of"]) == (layers, layers)
+    assert seconds > again.resumed["seconds"] > 0.5 * first.seconds["total"]

@@ -36,7 +36,7 @@ def has_configuration(model: nn.Module) -> bool:
 
 
 def not_held(kind: str, widths: Sequence[Width], where: str = "block") -> str | None:
-    """The note on sites of a kind whose widths a configuration cannot hold.
+    """The reason that a configuration cannot hold the widths of sites of a kind.
 
     Args:
         widths: the different ones of those sites.
@@ -50,7 +50,7 @@ def not_held(kind: str, widths: Sequence[Width], where: str = "block") -> str | 
     why = f"the configuration cannot hold {widths[0]}"
     if len(widths) > 1:
         why = f"widths differ by {where}, which the configuration cannot hold"
-    return f"{kind}: {why}: save with grail.save"
+    return f"{kind}: {why}"
 
 
 def _with_copies(config: Any, copies: dict[int, Any]) -> Any:

@@ -56,9 +56,14 @@ class ConvNet(Architecture):
         ]
 
     def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
+        return [*super().notes(sites, widths), *self._left_out()]
+
+    def beyond_configuration(
+        self, sites: Sequence[BoundSite], widths: Mapping[str, Width]
+    ) -> list[str]:
         found = list(dict.fromkeys(widths[site.name] for site in sites))
-        note = not_held("conv", found) if self._configured else None
-        return [*([note] if note else []), *self._left_out()]
+        reason = not_held("conv", found) if self._configured else None
+        return [reason] if reason else []
 
     def _left_out(self) -> list[str]:
         """The channels that cannot be narrowed, with the reason."""

@@ -117,10 +117,12 @@ class Named(Architecture):
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
         return [[self._bound(site) for site in self._sites]]
 
-    def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
+    def beyond_configuration(
+        self, sites: Sequence[BoundSite], widths: Mapping[str, Width]
+    ) -> list[str]:
         found = list(dict.fromkeys(widths[site.name] for site in sites))
-        note = not_held("named", found, "site") if has_configuration(self.blocks[0]) else None
-        return [note] if note else []
+        reason = not_held("named", found, "site") if has_configuration(self.blocks[0]) else None
+        return [reason] if reason else []
 
     def _bound(self, site: Site) -> BoundSite:
         consumers = tuple(Consumer(name, self._module(name)) for name in site.consumers)

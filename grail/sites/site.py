@@ -301,6 +301,16 @@ class Architecture(ABC):
 
     def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
         """What a person should know about a model of these widths."""
+        reasons = self.beyond_configuration(sites, widths)
+        return [f"{reason}: save with grail.save" for reason in reasons]
+
+    def beyond_configuration(
+        self, sites: Sequence[BoundSite], widths: Mapping[str, Width]
+    ) -> list[str]:
+        """For each kind whose new widths the model's configuration cannot hold, the reason.
+
+        Asked once the sites are narrow. Only `grail.save` and `grail.load` keep such a model.
+        """
         return []
 
     def make_room(self, sites: Sequence[BoundSite], transaction: Transaction) -> None:

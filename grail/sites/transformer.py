@@ -223,13 +223,15 @@ class Transformer(Architecture):
         for name, value in changed.items():
             transaction.set_attribute(self.config, name, value)
 
-    def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
-        notes, different = [], _different(sites, widths)
+    def beyond_configuration(
+        self, sites: Sequence[BoundSite], widths: Mapping[str, Width]
+    ) -> list[str]:
+        reasons, different = [], _different(sites, widths)
         for kind, found in different.items():
-            note = not_held(kind, found)
-            if self.config is not None and note and not self._settings(kind, different, sites):
-                notes.append(note)
-        return notes
+            reason = not_held(kind, found)
+            if self.config is not None and reason and not self._settings(kind, different, sites):
+                reasons.append(reason)
+        return reasons
 
     def _settings(
         self, kind: str, widths: Mapping[str, Sequence[Width]], sites: Sequence[BoundSite]
