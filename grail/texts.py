@@ -112,6 +112,8 @@ def _builder(source: str) -> tuple[str, dict[str, Any]]:
     """The name of a dataset, and the options with which `datasets` reads it."""
     name, _, config = full_name(source).partition(":")
     options: dict[str, Any] = {"name": config or None}
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # "." has no name of its own
     if _holds_texts_alone(Path(source)):
         options["sample_by"] = "document"  # else each line is a row
     return name, options
