@@ -84,7 +84,8 @@ def load_model(
         _require_language_model(source, where, trust_remote_code)
     tokenizer = _read_tokenizer(source, where, options)
     with _refusing(source, trust_remote_code):
-        model, found = read_model(where, dtype, **options)
+        # Weights of other shapes are refused below, by name.
+        model, found = read_model(where, dtype, ignore_mismatched_sizes=True, **options)
     _require_same_weights(source, found)
     if gguf_file is not None:
         model = _without_quantiser(model)
@@ -92,7 +93,11 @@ def load_model(
 
 
 def read_model(
-    where: str | Path, dtype: torch.dtype | None = None, **options: Any
+    where: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    ignore_mismatched_sizes: bool = False,
+    **options: Any,
 ) -> tuple[Any, Mapping[str, Collection[Any]]]:
     """A causal language model from a folder or hub name, and transformers' account of its weights.
 
@@ -107,7 +112,7 @@ def read_model(
             where,
             dtype=dtype or "auto",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told by the account instead
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
             **options,
         )
         align_weights(loaded[0])

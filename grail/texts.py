@@ -58,10 +58,6 @@ def load_texts(
     path, suffix = Path(source), Path(source).suffix.lower()
     if is_file(source):
         _require_file(path)
-        if isinstance(split, str):
-            raise InputError(
-                f"{source} is one file and has no split {split!r}: leave the split out"
-            )
         if suffix == ".parquet":
             return _from_datasets(str(source), "parquet", field, "train", data_files=str(path))
         if suffix in (".csv", ".tsv"):
@@ -106,12 +102,16 @@ def _require_names(source: str | Path, field: str | None, split: Split | None) -
         )
     if path.is_symlink() and not path.exists():
         raise InputError(f"{source} is a link that leads to no file; give the file itself")
+    if isinstance(split, str) and is_file(source):
+        raise InputError(f"{source} is one file and has no split {split!r}: leave the split out")
 
 
 def _builder(source: str) -> tuple[str, dict[str, Any]]:
     """The name of a dataset, and the options with which `datasets` reads it."""
     name, _, config = full_name(source).partition(":")
     options: dict[str, Any] = {"name": config or None}
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # "." has no name of its own
     if _holds_texts_alone(Path(source)):
         options["sample_by"] = "document"  # else each line is a row
     return name, options

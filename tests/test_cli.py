@@ -864,3 +864,75 @@ def test_one_of_several_processes_ends_without_tearing_down(argument, status, pr
     assert done.returncode == status, done.stderr
     assert ("torn down" in done.stdout) == (processes == 1)
     assert ("Usage" in done.stdout + done.stderr) or ("usage" in done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        (["--evaluate-split", "test"], "--evaluate-split is of the held-out text"),
+        (["--evaluate-field", "a"], "--evaluate-field is of the held-out text"),
+        (["--evaluate-join", "blank"], "--evaluate-join is of the held-out text"),
+        (["--evaluate-tokens", "5k"], "--evaluate-tokens is of the held-out text"),
+        (["--field", "text"], "plain text and has no field 'text'"),
+        (["--evaluate", "-"], "--evaluate: - is a pipe"),
+        (["--seed", str(2**63)], "invalid value for '--seed'"),
+        (["--batch-size", str(2**63)], "invalid value for '--batch-size'"),
+        (["--tokens", "9" * 5000], "a text of 5000 characters is no number of tokens"),
+        (["--tokens", str(2**62 + 1)], "at most 2⁶²"),
+        (["--output", "x" * 245], "cannot be written: [Errno 36]"),
+    ],
+)
+def test_options_that_nothing_reads_or_holds_are_refused(
+    arguments, extra, sentence, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refusal(grail(*arguments, *extra))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("extra", [["--tokens", "64"], ["--split", "train"], ["--join", "eos"]])
+def test_statistics_take_no_options_of_a_text(folder, tmp_path, extra):
+    command = ["compress", folder / "model", "--statistics", folder, "--open-loop"]
+    told = refusal(grail(*command, "--output", tmp_path / "out", *extra))
+    assert f"{extra[0]} is of the calibration text" in told
+
+
+@pytest.mark.parametrize(
+    ("output", "resume"), [("a", "a"), ("a", "a/b"), ("a/b", "a"), ("a/../c", "c/d")]
+)
+def test_output_and_state_lie_apart(arguments, tmp_path, output, resume):
+    extra = ["--output", tmp_path / output, "--resume-dir", tmp_path / resume]
+    assert "inside one another" in refusal(grail(*arguments, *extra))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["same", "link", "copy", "other"])
+def test_the_same_text_is_known_by_another_path(folder, tmp_path, way):
+    first, second = folder / "calibration.txt", tmp_path / "second.txt"
+    if way == "link":
+        second.symlink_to(first)
+    elif way != "same":
+        second.write_text(first.read_text() + ("" if way == "copy" else "w5"))
+    sources = first, first if way == "same" else second
+    one, other = (commands._Text(str(path), 64, 32, 4, None, None, None) for path in sources)
+    assert one.is_same_text(other) == (way != "other")
+
+
+def test_a_full_disk_behind_the_printing_does_not_hide_the_output(
+    folder, arguments, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(commands, "_print_report", full)
+    result = grail(*arguments)
+    assert result.exit_code == 0
+    assert f"complete in {tmp_path / 'out'}" in result.stderr
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_help_is_shown_on_an_ascii_terminal():
+    command = [*GRAIL, "compress", "--help"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert b"--calibration" in done.stdout
