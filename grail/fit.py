@@ -296,4 +296,3 @@ def check_settings(
         raise InputError(f"damping must be one of {', '.join(get_args(Damping))}; got {damping!r}")
     if not isinstance(affine, bool):
         raise InputError(f"affine must be True or False; got {affine!r}")
-

@@ -10,7 +10,7 @@ from torch import nn
 import grail
 from grail.errors import ModelError
 
-from .convnets import NETWORKS, images
+from .convnets import NETWORKS, SPREADS, images, linearly_gated
 from .convnets import network as convnet
 from .reported import (
     assert_errors_are_those_of_the_network,
@@ -41,6 +41,12 @@ def test_the_errors_of_a_run_are_the_networks(family, kind, network):  # noqa: F
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_errors_of_convolutional_networks_are_the_networks(name):
     assert_errors_are_those_of_the_network(convnet(name), images())
+
+
+@pytest.mark.parametrize("wide", [11, 7])
+@pytest.mark.parametrize("spread", SPREADS.values(), ids=SPREADS)
+def test_the_errors_of_gates_of_linear_layers_are_the_networks(spread, wide):
+    assert_errors_are_those_of_the_network(linearly_gated(spread, wide), images(), multiple=1)
 
 
 @pytest.mark.parametrize(
