@@ -307,7 +307,7 @@ class Flow:
             shape = list(next((s for s in shapes if len(s) == x.dim()), shapes[0]))
             if (tied or channels is self._of[read]) and argument not in self._flat:
                 shape[channels.axis] = min(_FEW, x.shape[self._of[read].axis])
-            return torch.zeros(shape)
+            return torch.zeros(shape, dtype=torch.float32)
 
         args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
         if node.op == "call_module":

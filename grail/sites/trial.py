@@ -222,7 +222,7 @@ class Trial:
 
     def landing(self, path: str, outputs: int) -> Seen | None:
         """The last place that shows a change of a layer's output one to one."""
-        change = torch.linspace(-1, 1, outputs)
+        change = torch.linspace(-1, 1, outputs, dtype=torch.float32)
         without = self._after(path, None)
         changed = self._after(path, change)
         for place in reversed(list(without)):
