@@ -59,7 +59,8 @@ class Options:
             object.__setattr__(self, "sites", tuple(self.sites))
         if odd := [site for site in self.sites or () if not isinstance(site, (str, Site))]:
             raise InputError(f"sites must be kinds, such as 'mlp', or grail.Site; got {odd[0]!r}")
-        for keep in self.keep.values() if isinstance(self.keep, Mapping) else ([self.keep],):
+        keeps: Any = self.keep.values() if isinstance(self.keep, Mapping) else ([self.keep],)
+        for keep in keeps:
             for share in keep if _are_several(keep) else (keep,):
                 check_keep(share)
         if not isinstance(self.compensate, bool) and self.compensate not in get_args(Compensation):

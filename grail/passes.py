@@ -307,6 +307,8 @@ class Passes:
 
         def hearing(consumer: Consumer) -> Callable[..., None]:
             def heard(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+                # Copies: what follows may write over them.
+                output = tree_map_only(Tensor, Tensor.clone, output)
                 calls[consumer].append((_first(args, kwargs).clone(), output))
 
             return heard

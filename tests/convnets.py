@@ -467,3 +467,53 @@ UNLISTED: dict[str, Callable[[], nn.Module]] = {
         12, lambda: nn.Sequential(ConvNeXtStage(8, 12), ConvNeXtStage(12, 12))
     ),
 }
+
+
+# Forms of a gate's vectors [B, C] that multiply a map [B, C, H, W].
+SPREADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "expand_as": lambda x, z: x * z.view(x.size(0), x.size(1), 1, 1).expand_as(x),
+    "view": lambda x, z: x * z.view(x.shape[0], x.size()[1], 1, 1),
+    "rest": lambda x, z: x * z.view(len(x), -1, 1, 1),
+    "reshape": lambda x, z: x * z.reshape(x.shape[0], x.shape[1], 1, 1),
+    "unflatten": lambda x, z: x * z.unflatten(1, (x.size(1), 1, 1)),
+    "unsqueeze": lambda x, z: x * z.unsqueeze(-1).unsqueeze(-1),
+    "index": lambda x, z: z[..., None, None] * x,
+    "slices": lambda x, z: z[:, :, None, None] * x,
+}
+
+
+class LinearGate(nn.Module):
+    """Squeeze-and-excitation of linear layers."""
+
+    def __init__(self, channels: int, spread: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.spread = spread
+        self.fc = nn.Sequential(
+            nn.Linear(channels, 4), nn.ReLU(), nn.Linear(4, channels), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).view(x.size(0), x.size(1)))
+        return self.spread(x, z)
+
+
+class LinearlyGated(nn.Module):
+    """An inverted residual with such a gate between its depthwise and its last convolution."""
+
+    def __init__(self, c: int, wide: int, spread: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.expand, self.bn1 = conv(c, wide, 1), nn.BatchNorm2d(wide)
+        self.depthwise, self.bn2 = conv(wide, wide, 3, 1, wide), nn.BatchNorm2d(wide)
+        self.gate, self.project = LinearGate(wide, spread), conv(wide, c, 1)
+        self.bn3 = nn.BatchNorm2d(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.hardswish(self.bn1(self.expand(x)))
+        y = self.gate(F.hardswish(self.bn2(self.depthwise(y))))
+        return x + self.bn3(self.project(y))
+
+
+def linearly_gated(spread: Callable[[Tensor, Tensor], Tensor], wide: int = 11) -> nn.Module:
+    """A network of two blocks with a gate of linear layers."""
+    blocks = [LinearlyGated(7, wide, spread), LinearlyGated(7, wide + 2, spread)]
+    return randomised(nn.Sequential(conv(3, 7, 3), nn.Sequential(*blocks)))

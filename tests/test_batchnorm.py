@@ -64,6 +64,14 @@ def test_repair_resets_norms_to_what_whole_forward_passes_show(name, selector):
     assert_same_norms(narrowed(model, repair=True, selector=selector), reference)
 
 
+@pytest.mark.parametrize("repair", [True, False])
+def test_the_report_says_that_errors_are_those_before_repair(repair):
+    report = grail.compress(
+        network("cifar"), images(), 0.5, repair=repair, progress=False, multiple=1
+    )
+    assert any("before the batch norms were reset" in note for note in report.notes) is repair
+
+
 def test_repair_comes_behind_compensation():
     model = network("torchvision-basic")
     repaired = narrowed(model, repair=True, compensate=True)

@@ -117,3 +117,44 @@ def test_a_wrapper_of_teacher_and_student_changes_the_student_alone(tiny_model, 
     grail.compress(narrow, tiny_batches(10), keep=0.5, progress=False)
     assert dense.config.intermediate_size == 80
     assert dense.model.config is dense.config
+
+
+def convolutional(name):
+    """A convolutional network of transformers, and a site of it by name."""
+    import transformers as tf
+
+    sizes = {"hidden_sizes": [7, 11], "depths": [2, 2], "num_labels": 3}
+    if name == "resnet":
+        config = tf.ResNetConfig(embedding_size=7, layer_type="basic", **sizes)
+        layers = "resnet.encoder.stages.0.layers.0.layer"
+        site = ([f"{layers}.0.convolution"], [f"{layers}.1.convolution"])
+        return tf.ResNetForImageClassification(config).eval(), [
+            grail.Site(*site, [f"{layers}.0.normalization"])
+        ]
+    sizes["num_stages"] = 2
+    model = tf.ConvNextForImageClassification(tf.ConvNextConfig(**sizes)).eval()
+    layers = "convnext.encoder.stages.0.layers.0"
+    return model, [grail.Site([f"{layers}.pwconv1"], [f"{layers}.pwconv2"])]
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+@pytest.mark.parametrize(
+    ("name", "named"), [("resnet", False), ("resnet", True), ("convnext", True)]
+)
+def test_the_report_says_where_a_configuration_cannot_hold_the_widths(name, named, keep, tmp_path):
+    model, sites = convolutional(name)
+    batches = [torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))]
+    sites = sites if named else None
+    report = grail.compress(model, batches, keep, sites, multiple=1, progress=False)
+    assert any("grail.save" in note for note in report.notes) is (keep < 1)
+    grail.save(model, tmp_path / "narrow")
+    loaded = grail.load(tmp_path / "narrow", lambda: convolutional(name)[0])
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(batches[0]).logits, model(batches[0]).logits)
+
+
+def test_a_network_without_a_configuration_needs_no_such_note():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+    site = grail.Site(["0"], ["2"])
+    report = grail.compress(model, [torch.randn(11, 5)], 0.5, [site], multiple=1, progress=False)
+    assert not any("configuration" in note for note in report.notes)

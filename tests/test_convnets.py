@@ -19,6 +19,7 @@ from grail.sites.channels import Flow
 
 from .convnets import (
     NETWORKS,
+    SPREADS,
     UNLISTED,
     Basic,
     Bottleneck,
@@ -27,6 +28,7 @@ from .convnets import (
     ResNeXt,
     conv,
     images,
+    linearly_gated,
     network,
     randomised,
 )
@@ -751,3 +753,48 @@ def test_synchronised_norms_are_taken_along_as_batch_norms_are(name):
     expected = plain.state_dict()
     for key, value in synchronised.state_dict().items():
         assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("spread", SPREADS.values(), ids=SPREADS)
+def test_a_gate_of_linear_layers_reads_and_writes_the_channels(spread):
+    for site in sites_of(linearly_gated(spread)):
+        layers = [
+            [layer.name.split(".", 2)[2] for layer in side]
+            for side in (site.producers, site.consumers)
+        ]
+        assert layers == [["expand", "gate.fc.2"], ["gate.fc.0", "project"]]
+        assert [name.split(".", 2)[2] for name, _ in site.along] == ["bn1", "depthwise", "bn2"]
+
+
+def test_a_gate_of_channels_that_leave_the_block_leaves_them_alone():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = conv(7, 11, 1), conv(11, 7, 1)
+            self.squeeze, self.excite = nn.Linear(7, 3), nn.Linear(3, 7)
+
+        def forward(self, x):
+            b, c = x.shape[:2]
+            x = self.second(self.first(x)) + x
+            return x * self.excite(self.squeeze(x.mean((2, 3)))).view(b, c, 1, 1)
+
+    model = nn.Sequential(conv(3, 7, 3), nn.Sequential(Outer(), Outer()))
+    assert [site.name for site in sites_of(model)] == ["1.0.first", "1.1.first"]
+
+
+@pytest.mark.parametrize(
+    "mix", [lambda x, z: torch.einsum("bchw,bc->bchw", x, z), lambda x, z: x.sort(1)[0]]
+)
+def test_a_network_without_channels_to_narrow_is_told_the_way_out(mix):
+    with pytest.raises(ModelError, match=r"no channels to narrow.*grail\.trace.*grail\.Site"):
+        find(linearly_gated(mix))
+
+
+@pytest.mark.parametrize("empty", [0, 1, 3])
+@pytest.mark.parametrize("name", ["torchvision-basic", "timm-inverted-se"])
+def test_an_empty_batch_changes_nothing(name, empty):
+    batches, reports = images(3), []
+    for calibration in (batches, [*batches[:empty], batches[0][:0], *batches[empty:]]):
+        report = grail.compress(network(name), calibration, 0.5, progress=False)
+        reports.append([(site.error, site.baseline_error, site.tokens) for site in report.sites])
+    assert reports[0] == reports[1]

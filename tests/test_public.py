@@ -2,6 +2,8 @@
 
 import inspect
 import itertools
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from torch import nn
 
 import grail
 import grail_kernels as gk
+from grail.errors import InputError
 
 H, O = 11, 5
 KEPT = [7, 0, 3]
@@ -481,6 +484,102 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.trace": lambda: {"model": network},
     }
     return lambda name: makers[name]()
+
+
+NUMBERS = {
+    "keep": (0.5, np.float32(0.5)),
+    "alpha": (0.25, np.float16(0.25)),
+    "drift_correction": (1, np.int32(1)),
+    "multiple": (4, np.int64(4)),
+    "seed": (7, np.uint8(7)),
+}
+
+
+def perceptron() -> nn.Module:
+    model = nn.Sequential(nn.Linear(5, H), nn.ReLU(), nn.Linear(H, O))
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, generator=draw)
+    return model
+
+
+def compressed(batches: Any = None, **settings: Any) -> grail.Report:
+    draw = torch.Generator().manual_seed(1)
+    batches = [torch.randn(13, 5, generator=draw)] if batches is None else batches
+    settings = {"keep": 0.5, "selector": "random", "progress": False, **settings}
+    return grail.compress(perceptron(), batches, sites=[grail.Site(["0"], ["2"])], **settings)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_numpy_are_numbers(name):
+    expected, found = (compressed(**{name: number}) for number in NUMBERS[name])
+    assert found.settings == expected.settings
+    assert json.dumps(found.settings) == json.dumps(expected.settings)
+    assert found.sites == expected.sites
+
+
+def test_numbers_of_numpy_are_numbers_of_a_fit_and_a_gram(x, weight):
+    gram = grail.Gram(np.int64(H), buffer=np.int32(16))
+    gram.update(x)
+    assert (type(gram.channels), gram.channels) == (int, H)
+    found = grail.fit(gram, KEPT, weight, alpha=np.float32(0.25))
+    assert torch.equal(found.weight, grail.fit(gram, KEPT, weight, alpha=0.25).weight)
+
+
+@pytest.mark.parametrize(
+    "keep", ["half", [0.5, 0.6], {"named": "half"}, True, np.array([0.5, 0.6])]
+)
+def test_a_keep_of_another_kind_is_refused_whole(keep):
+    found = keep["named"] if isinstance(keep, dict) else keep
+    found = found.tolist() if isinstance(found, np.ndarray) else found
+    with pytest.raises(InputError, match=re.escape(f"got {found!r}")):
+        compressed(keep=keep)
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64 + 1])
+def test_a_seed_that_torch_does_not_take_is_refused(seed):
+    with pytest.raises(InputError, match="seed must be less than"):
+        compressed(seed=seed)
+    compressed(seed=2**63 - 1)
+
+
+BATCHES: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
+    "sparse": (lambda x: x.to_sparse(), "must be a dense"),
+    "compressed rows": (lambda x: x.to_sparse_csr(), "must be a dense"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), "must be a dense"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+        "must be a dense",
+    ),
+    "meta": (lambda x: x.to("meta"), "holds? no values"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype", "ignore:.*beta")
+@pytest.mark.parametrize("form", BATCHES)
+@pytest.mark.parametrize("several", [False, True])
+def test_tensors_that_are_not_dense_are_refused(form, several, x, weight):
+    make, message = BATCHES[form]
+    batch = make(torch.randn(13, 5))
+    with pytest.raises(InputError, match=message):
+        compressed([(batch,) if several else batch] * 2)
+    with pytest.raises(InputError, match=message):
+        grail.Gram(H).update(make(x[0]))
+    with pytest.raises(InputError, match=message):
+        grail.fit(gram_of(x), KEPT, [weight, make(weight)] if several else make(weight))
+
+
+@pytest.mark.parametrize("shape", [(5,), ()])
+def test_batches_without_an_axis_of_samples_are_refused(shape):
+    with pytest.raises(InputError, match="samples along the first axis"):
+        compressed([torch.randn(shape) for _ in range(6)])
+
+
+def test_weights_that_cannot_be_fitted_are_refused(x, weight):
+    with pytest.raises(InputError, match="at least 1 output"):
+        grail.fit(gram_of(x), KEPT, weight[:0])
+    with pytest.raises(InputError, match="dequantise it"):
+        grail.fit(gram_of(x), KEPT, weight.to(torch.float8_e4m3fn))
 
 
 def function(name: str) -> Callable[..., Any]:

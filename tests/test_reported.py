@@ -11,7 +11,7 @@ from torch import nn
 import grail
 from grail.errors import ModelError
 
-from .convnets import NETWORKS, images
+from .convnets import NETWORKS, SPREADS, images, linearly_gated
 from .convnets import network as convnet
 from .reported import (
     assert_alike,
@@ -44,6 +44,12 @@ def test_the_errors_of_a_run_are_the_networks(family, kind, network):  # noqa: F
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_errors_of_convolutional_networks_are_the_networks(name):
     assert_errors_are_those_of_the_network(convnet(name), images())
+
+
+@pytest.mark.parametrize("wide", [11, 7])
+@pytest.mark.parametrize("spread", SPREADS.values(), ids=SPREADS)
+def test_the_errors_of_gates_of_linear_layers_are_the_networks(spread, wide):
+    assert_errors_are_those_of_the_network(linearly_gated(spread, wide), images(), multiple=1)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +172,12 @@ def test_mixing_that_only_the_last_batch_shows_is_refused():
     batches = [batch * (1e-3 if number < 5 else 9) for number, batch in enumerate(batches)]
     with pytest.raises(ModelError, match="third does not read the channels that were kept"):
         grail.compress(model, batches, 0.5, sites, progress=False)
+
+
+def test_what_follows_a_consumer_may_write_over_its_output():
+    dense, batches = chain(7, 22, 9, 5)
+    dense[3] = nn.ReLU(inplace=True)
+    assert_errors_are_those_of_the_network(dense, batches, [grail.Site(["0"], ["2"])])
 
 
 @pytest.mark.parametrize("change", ["forward", "hook"])

@@ -16,6 +16,7 @@ WRAPPERS = {
     "compile": (compiled, r"is compiled.*_orig_mod"),
     "data parallel": (nn.DataParallel, r"is wrapped in DataParallel.*model\.module"),
 }
+WRAPPERS_OF_ANY = {**WRAPPERS, "script": (torch.jit.script, "is a TorchScript module")}
 VERBS = {
     "compress": lambda model, batches: grail.compress(model, batches, 0.5, progress=False),
     "sensitivity": lambda model, batches: grail.sensitivity(model, batches, progress=False),
@@ -53,3 +54,59 @@ def test_adapters_are_to_be_merged_first(inside, tiny_llama, tiny_batches):
         grail.compress(model if inside else wrapped, tiny_batches(), 0.5, progress=False)
     report = grail.compress(wrapped.merge_and_unload(), tiny_batches(), 0.5, progress=False)
     assert all(row.kept < row.channels for row in report.sites)
+
+
+def perceptron(dtype=torch.float32):
+    return nn.Sequential(nn.Linear(5, 11), nn.ReLU(), nn.Linear(11, 3)).to(dtype)
+
+
+@pytest.mark.parametrize(("wrap", "message"), WRAPPERS_OF_ANY.values(), ids=WRAPPERS_OF_ANY)
+def test_a_trace_refuses_wrapped_models_in_the_same_words(wrap, message):
+    with pytest.raises(ModelError, match=message):
+        grail.trace(wrap(perceptron()))
+
+
+def quantised():
+    return torch.ao.quantization.quantize_dynamic(perceptron(), {nn.Linear})
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates its own quantisation
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(quantised, "has a quantised layer, 0"), (nn.ReLU, "ReLU has no parameters")],
+)
+def test_a_model_without_parameters_is_refused(make, message):
+    sites = [grail.Site(["0"], ["2"])]
+    with pytest.raises(ModelError, match=message):
+        grail.compress(make(), [torch.randn(7, 5)], 0.5, sites, progress=False)
+
+
+VERBS_OF_ANY = {
+    **VERBS,
+    "collect": lambda model, batches: grail.collect(model, batches, output="none"),
+}
+
+
+def unread():
+    raise AssertionError("a batch was read")
+    yield
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS_OF_ANY if v != "sensitivity"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "vit"])
+def test_a_model_in_float64_is_refused_before_any_work(family, verb, tiny_model):
+    with pytest.raises(ModelError, match=r"computes in float64.*model\.float\(\)"):
+        VERBS_OF_ANY[verb](tiny_model(family).double(), unread())
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_other_networks_in_float64_are_refused_too(named):
+    from .convnets import images, network
+
+    model, batches, sites = network("cifar").double(), images(), None
+    if named:
+        model, sites = perceptron(torch.float64), [grail.Site(["0"], ["2"])]
+        batches = [torch.randn(7, 5, dtype=torch.float64)]
+    for verb in (grail.compress, grail.sensitivity):
+        with pytest.raises(ModelError, match=r"computes in float64.*model\.float\(\)"):
+            verb(model, batches, sites=sites, progress=False)
