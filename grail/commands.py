@@ -93,7 +93,7 @@ _UsageError: Any = typer.BadParameter.__base__
 # Perplexity on WikiText-2 as in the literature: windows of so many tokens, and all of them.
 _WIKITEXT2_WINDOW = 2048
 _EVALUATE_TOKENS = 16384
-_MOST = 1 << 62  # tokens; torch counts in int64
+_MOST = 10**30  # tokens; a text that has fewer gives all
 _MOST_AT_A_TIME = 1 << 31  # sequences of a batch, or tokens of a sequence
 _MOST_SEED = (1 << 63) - 1
 _MULTIPLIERS = {"": 1, "k": 1 << 10, "m": 1 << 20}
@@ -116,12 +116,12 @@ def _number_or_auto(text: str) -> float | Auto:
 
 def _count(text: object) -> int:
     """A number of tokens: 65536, 65_536, 64k or 1M, where k is 1024 and M 1024²."""
-    found = re.fullmatch(r"0*(\d[\d_]{0,30}) *([km]?)", str(text).strip().lower())
+    found = re.fullmatch(r"0*(\d[\d_]{0,45}) *([km]?)", str(text).strip().lower())
     count = int(found[1].replace("_", "")) * _MULTIPLIERS[found[2]] if found else 0
     if not 1 <= count <= _MOST:
         shown = repr(text) if len(str(text)) <= 40 else f"a text of {len(str(text))} characters"
         raise typer.BadParameter(
-            f"{shown} is no number of tokens; give one of at least 1 and at most 2⁶², such as "
+            f"{shown} is no number of tokens; give one of at least 1 and at most 10³⁰, such as "
             "65536, 64k or 1M"
         )
     return count
