@@ -1,4 +1,4 @@
-"""What `make demo` runs: a real language model with 80% and with 50% of its MLP channels.
+"""The job of `make demo`: a real language model with 80% and with 50% of its MLP channels.
 
 SmolLM2-135M-Instruct (Apache-2.0) is pruned and compensated at two shares, so that one sees what is
 usable and what is not. Calibration and held-out text are disjoint halves of the Python language
@@ -108,7 +108,7 @@ def _one(study: Study, options: Options, output: Path, origin: dict[str, Any], n
 
 
 def folder(output: Path, keep: float) -> Path:
-    """Where the model of a share goes."""
+    """The folder of the model of a share."""
     return output / f"keep-{keep:g}"
 
 

@@ -201,7 +201,7 @@ Not tried, since no small model of it can be made by sizes alone: {untried}.
 
 @dataclass(frozen=True)
 class Family:
-    """What becomes of a model type. `kinds`: how each is reloaded, by name."""
+    """A model type and its sites. `kinds`: how each is reloaded, by name."""
 
     model_type: str
     kinds: Mapping[str, str]

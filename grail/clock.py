@@ -1,4 +1,4 @@
-"""Where time goes: of a run by phase, of a command by stage."""
+"""Clocks: the time of a run by phase, of a command by stage."""
 
 import time
 from collections import deque

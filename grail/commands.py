@@ -41,7 +41,7 @@ from grail.errors import GrailError, InputError, one_line
 from grail.evaluate import evaluate as evaluate_model
 from grail.evaluate import require_causal
 from grail.fit import Auto, Damping, Toward
-from grail.folder import check_output
+from grail.folder import check_output, file_hash
 from grail.formatting import format_bytes, format_count, format_seconds
 from grail.gram import NonFinite
 from grail.memory import ran_out
@@ -56,7 +56,7 @@ from grail.options import Compensation, Options
 from grail.page import page
 from grail.plan import KEEPS, Inspection
 from grail.plan import inspect as inspect_model
-from grail.provenance import file_hash, provenance
+from grail.provenance import provenance
 from grail.report import Report, strict_json
 from grail.sensitivity import require_single_channels
 from grail.sites import find
@@ -178,7 +178,7 @@ def _is_closed_pipe(error: Exception) -> bool:
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    """What is said of an exception, and the exit code: 2 where the user can act on it."""
+    """Returns the sentence for an exception and the exit code: 2 where the user can act on it."""
     if isinstance(error, GrailError):
         return str(error), 2
     if isinstance(error, _UsageError):
@@ -245,7 +245,7 @@ Tokens = Annotated[
 Sites = Annotated[
     str,
     typer.Option(
-        help="What becomes narrower: mlp, heads, or mlp,heads; of mixtures experts, shared_experts."
+        help="Sites to prune: mlp, heads, or mlp,heads; of mixtures experts, shared_experts."
     ),
 ]
 Field = Annotated[

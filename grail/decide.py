@@ -201,7 +201,7 @@ class Decider:
 
 
 def _as_reduction(answer: object, width: Width, what: str) -> Reduction:
-    """What a selector gave, scores [H] by the channels that score highest."""
+    """Returns the reduction that a selector gave; scores [H] select the highest."""
     if isinstance(answer, Reduction):
         return answer
     answer = as_vector(what, answer)

@@ -4,6 +4,7 @@ What is to be in it is written into a hidden sibling folder ending in `.partial`
 name once everything is on the disk. Whatever interrupts this, the output does not exist.
 """
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -130,3 +131,12 @@ def flush(folder: Path, contents: bool = True) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()

@@ -178,7 +178,7 @@ def require_own(name: str, module: nn.Module) -> None:
 
 
 def plain_output(module: Any, x: Tensor) -> Tensor:
-    """What a layer's kind makes of its input with the layer's weight and bias."""
+    """Computes a layer's output by its weight and bias alone, as its kind does."""
     if _is_conv1d(module):
         return nn.functional.linear(x, module.weight.T, module.bias)
     kind = next(kind for kind in (nn.Linear, *MAPS) if isinstance(module, kind))

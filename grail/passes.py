@@ -124,7 +124,7 @@ class Passes:
     def _tokens(
         self, consumers: Sequence[Consumer], block: int, batch: int, change: Change
     ) -> dict[Consumer | None, Tensor]:
-        """What consumers read of one batch with changed arguments, [..., H].
+        """Returns the inputs [..., H] of consumers for one batch with changed arguments.
 
         Where the selector takes gradients of it, what the block returns as well, under None.
         """
@@ -302,7 +302,7 @@ class Passes:
         return held
 
     def calls(self, site: BoundSite, batch: int) -> Calls:
-        """What the consumers of a site read of a batch, and return."""
+        """Returns the inputs and outputs of a site's consumers for a batch."""
         calls: Calls = {consumer: [] for consumer in site.consumers}
 
         def hearing(consumer: Consumer) -> Callable[..., None]:
@@ -324,7 +324,7 @@ class Passes:
     def reads_again(
         self, site: BoundSite, batch: int, calls: Calls, silent: bool = False
     ) -> dict[Consumer, list[Tensor]]:
-        """What the consumers of a site read of a batch if each returns what it did before.
+        """Returns the inputs of a site's consumers if each returns what it did before.
 
         So nothing that they compute reaches what they read: of a residual stream either. With
         `silent` they return zeros.

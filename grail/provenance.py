@@ -1,4 +1,4 @@
-"""Where a result comes from: command, date, version of the code, hashes of model and texts."""
+"""Provenance of a result: command, date, version of the code, hashes of model and texts."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grail import __version__
+from grail.folder import file_hash
 
 # In the order in which transformers looks for them; then what other libraries wrote.
 _WEIGHTS = ("model", ".safetensors"), ("pytorch_model", ".bin"), ("", ".safetensors"), ("", ".gguf")
@@ -21,7 +22,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def provenance(command: str, source: str) -> dict[str, Any]:
-    """What a report says of its origin; texts are added by `text_source`.
+    """Returns the origin of a report; texts are added by `text_source`.
 
     Args:
         command: the command line.
@@ -81,15 +82,6 @@ def _cached(name: str) -> Path | None:
         found = try_to_load_from_cache(name, "config.json")
         return Path(found).parent if isinstance(found, str) else None
     return None
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, as `sha256sum` prints it."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def text_source(source: str, batches: Sequence[Tensor]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ widths: no code, no pickle.
 """
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from grail.arguments import as_path, require_model, require_usable
 from grail.card import card
 from grail.errors import ExportError, InputError
-from grail.folder import complete
+from grail.folder import complete, file_hash
 from grail.report import Report
 from grail.sites.configuration import own_configuration
 from grail.transaction import Transaction
@@ -68,7 +67,7 @@ def write(model: nn.Module, folder: Path) -> None:
     widths = {
         "format": FORMAT,
         "class": type(model).__name__,
-        "sha256": _sha256(folder / WEIGHTS),
+        "sha256": file_hash(folder / WEIGHTS),
         "tied": tied,
         "strides": _strides(model),
         "buffers": {name: _name(buffer.dtype) for name, buffer in _unsaved(model).items()},
@@ -110,7 +109,7 @@ def load(
         if not isinstance(widths, dict) or widths.get("format") != FORMAT:
             raise ValueError(f"{WIDTHS} is not of format {FORMAT}")
         modules, config = widths["modules"], widths["config"]
-        if widths["sha256"] != _sha256(folder / WEIGHTS):
+        if widths["sha256"] != file_hash(folder / WEIGHTS):
             raise ValueError(f"{WEIGHTS} does not match its hash")
         tensors = {
             name: _in_memory_of_its_own(tensor, widths.get("strides", {}).get(name))
@@ -162,14 +161,6 @@ def _in_memory_of_its_own(tensor: Tensor, strides: Sequence[int] | None) -> Tens
     if strides is None:
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
-
-
-def _sha256(file: Path) -> str:
-    found = hashlib.sha256()
-    with file.open("rb") as read:
-        while part := read.read(1 << 24):
-            found.update(part)
-    return found.hexdigest()
 
 
 def _sources(model: nn.Module) -> dict[str, str]:

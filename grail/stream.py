@@ -344,7 +344,7 @@ class Stream:
         return bool(self._entries)
 
     def _outputs(self, model: nn.Module, batch: Batch) -> list[Any]:
-        """What each block returns where the whole model runs."""
+        """Runs the whole model and returns the outputs of its blocks."""
         args, kwargs = model_inputs(model, batch, self._home)
         found: list[Any] = []
         with ExitStack() as hooks:

@@ -37,7 +37,7 @@ _WRITTEN = 100e6
 
 
 def text_of(source: str, batches: Sequence[Tensor] | Collected) -> dict[str, Any]:
-    """What a report's provenance says of a text, or of statistics that were collected from one."""
+    """Returns the provenance of a text, or of statistics that were collected from one."""
     if not isinstance(batches, Collected):
         return text_source(source, batches)
     tokens = sum(calibration["tokens"] for calibration in batches.calibrations)
@@ -93,7 +93,7 @@ class Study:
         tokenizer: of the network, for completions; None completes nothing.
         batches: calibration.
         heldout: batches of held-out text; none evaluates nothing.
-        stages: hears of the time.
+        stages: counts the time.
         onload: see `grail.compress`.
         say: hears what is about to be done.
         progress: show progress bars.
@@ -297,7 +297,7 @@ def _label(options: Options) -> str:
 
 
 def _made_by(options: Options) -> dict[str, Any]:
-    """What the row of a network narrowed by `options` says of it."""
+    """Returns the fields of a row that say how `options` narrowed a network."""
     return {
         "selector": options.as_dict()["selector"],
         "compensation": "weights" if options.compensate is True else options.compensate or None,

@@ -300,7 +300,7 @@ class Flow:
         return torch.cat([self._tried(node, read, one.clone(), tied) for one in each], axis)
 
     def _tried(self, node: fx.Node, read: fx.Node, x: Tensor, tied: bool = False) -> Any:
-        """What a node computes of x, where it reads a tensor, and of the sizes that it knows."""
+        """Computes a node on x, in place of the tensor it reads, and on the sizes that it knows."""
 
         def value(argument: fx.Node) -> Any:
             if argument is read:

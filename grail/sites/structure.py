@@ -248,7 +248,7 @@ def _computes(block: nn.Module) -> bool:
 
 
 def _form(block: nn.Module) -> Any:
-    """What tells blocks apart: modules, shapes and settings."""
+    """Returns what two blocks of one form share: modules, shapes and settings."""
     modules = tuple(
         (name, type(module), tuple(sorted(_plain(vars(module)).items())))
         for name, module in block.named_modules()
@@ -266,7 +266,7 @@ def _plain(attributes: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Proposals(Trial):
-    """What the shapes of a block propose, as far as it holds.
+    """Proposes sites by the shapes of a block, and keeps those that hold.
 
     `reasons`: why sites of a kind were refused.
     """

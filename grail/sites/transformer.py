@@ -236,7 +236,7 @@ class Transformer(Architecture):
     def _settings(
         self, kind: str, widths: Mapping[str, Sequence[Width]], sites: Sequence[BoundSite]
     ) -> Settings:
-        """What the configuration has to say for a kind; nothing if it cannot hold its widths.
+        """Returns the settings of the configuration for a kind; none if it cannot hold its widths.
 
         Args:
             widths: the different widths of each kind.

@@ -137,7 +137,7 @@ class Trial:
         return site
 
     def _between(self, site: BoundSite, channels: int, error: Exception) -> str:
-        """What a site of H channels that does not run once it is narrow may fail for."""
+        """Returns a likely cause for a site of H channels that does not run once it is narrow."""
         owner = site.consumers[0].name.rpartition(".")[0]
         for name, tensor in self._model.get_submodule(owner).named_parameters():
             if tensor.dim() == 1 and len(tensor) == channels and not name.endswith("bias"):
@@ -250,7 +250,7 @@ class Trial:
         return None
 
     def _after(self, path: str, change: Tensor | None) -> dict[str, Tensor]:
-        """What modules read after a layer has run, by path; "" is the block's output."""
+        """Returns what modules read after a layer has run, by path; "" is the block's output."""
         layer = self._block.get_submodule(path)
         seen: dict[str, Tensor] = {}
         ran = False
