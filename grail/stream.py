@@ -398,7 +398,8 @@ class Memo:
     """Outputs of modules that the next pass over the same batches would only compute again.
 
     Of a tuple only the first entry is kept: attention's second, its weights [B, heads, L, L], is
-    dropped by the blocks too.
+    dropped by the blocks of transformers too. A module of another library that returns more runs
+    again.
 
     Args:
         modules: whose outputs are kept.
@@ -411,6 +412,7 @@ class Memo:
         new = [Shelf(stream.storage) for _ in modules[len(shelves) :]]
         self.shelves = [*shelves, *new]
         self._entries: dict[nn.Module, int] = {}  # of a tuple that a module returns
+        self._runs_again: set[nn.Module] = set()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -426,6 +428,8 @@ class Memo:
         """Lets the modules return what was kept, in the same order, each once."""
         with ExitStack() as stack:
             for module, shelf in zip(self._modules, self.shelves, strict=False):
+                if module in self._runs_again:
+                    continue
                 replay = partial(self._next, module, iter(shelf))
                 stack.enter_context(replaced_forward(module, replay))
             yield
@@ -442,6 +446,9 @@ class Memo:
     ) -> None:
         if isinstance(output, tuple):
             self._entries[module] = len(output)
+            others = any(entry is not None for entry in output[1:])
+            if others and not type(module).__module__.startswith("transformers."):
+                self._runs_again.add(module)
             output = output[0]
         shelf.put(next(batches), output)
 

@@ -8,6 +8,10 @@ from grail.sites import find
 from grail.stream import Memo, Shelf, Stream
 
 from .conftest import FAMILIES
+from .reported import (
+    assert_errors_are_those_of_the_network,
+    assert_errors_of_a_run_are_those_of_the_network,
+)
 
 
 def stream_of(model, batches) -> Stream:
@@ -73,6 +77,29 @@ def test_a_memo_replays_what_was_recorded_in_order(tiny_llama, tiny_batches):
     assert all(map(torch.equal, expected, replayed))
     assert not block.self_attn._forward_hooks
     assert "forward" not in block.self_attn.__dict__
+
+
+def test_attention_that_returns_more_than_its_block_drops_runs_again(tiny_llama, tiny_batches):
+    from transformers.models.llama import modeling_llama as llama
+
+    class Attention(llama.LlamaAttention):
+        def forward(self, hidden_states, **kwargs):
+            output, _ = super().forward(hidden_states=hidden_states, **kwargs)
+            return output, hidden_states.roll(1, -1)
+
+    class Layer(llama.LlamaDecoderLayer):
+        def forward(self, hidden_states, **kwargs):
+            x = hidden_states
+            h, extra = self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)
+            h = x + h if extra is None else x + h + 2 * extra
+            return h + self.mlp(self.post_attention_layernorm(h))
+
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.__class__, layer.self_attn.__class__ = Layer, Attention
+    settings = {"selector": "magnitude", "alpha": 1e-3}
+    assert_errors_are_those_of_the_network(model, tiny_batches(8), ("mlp",), **settings)
+    assert_errors_of_a_run_are_those_of_the_network(model, tiny_batches(8), ("mlp",), **settings)
 
 
 def test_what_a_memo_replays_may_be_written_over(tiny_llama, tiny_batches):
