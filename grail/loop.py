@@ -208,8 +208,27 @@ class Run:
         run = self._closed if self.options.closed_loop else self._open
         rows = {site.name: self._untouched(site) for site in self.sites[number]}
         with self._onload(number):
+            self._require_repeatable(number)
             rows |= run(number, self._active[number], advance)
         return [row for of_site in rows.values() for row in of_site]
+
+    def _require_repeatable(self, block: int) -> None:
+        """Runs a block twice, if it is not a library's own: it may keep a state, or draw.
+
+        Raises:
+            ModelError: the passes differ, so no two of a run would see the same.
+        """
+        libraries = {type(m).__module__.split(".")[0] for m in self.stream.blocks[block].modules()}
+        stock = libraries <= {"torch", "transformers"}
+        if stock or not self.architecture.known or not (self._active[block] and len(self.stream)):
+            return
+        with self.clock("forward"):
+            once, again = (self.stream.run(block, 0) for _ in range(2))
+        if isinstance(once, Tensor) and not _is_alike(once, again):
+            raise ModelError(
+                f"block {block} returns something else when it runs again: it keeps a state, or "
+                "depends on chance, so no two passes would see the same; switch that off"
+            )
 
     def _closed(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
         rows = {}

@@ -102,6 +102,32 @@ def test_attention_that_returns_more_than_its_block_drops_runs_again(tiny_llama,
     assert_errors_of_a_run_are_those_of_the_network(model, tiny_batches(8), ("mlp",), **settings)
 
 
+@pytest.mark.parametrize("kept", ["attribute", "buffer", "chance"])
+def test_a_block_that_does_not_repeat_itself_is_refused(kept, tiny_llama, tiny_batches):
+    from transformers.models.llama import modeling_llama as llama
+
+    class Layer(llama.LlamaDecoderLayer):
+        def forward(self, hidden_states, **kwargs):
+            if kept == "chance":
+                hidden_states = nn.functional.dropout(hidden_states, 0.2)
+            elif kept == "attribute":
+                self.past = getattr(self, "past", 0) + hidden_states.mean((0, 1))
+                hidden_states = hidden_states + self.past
+            else:
+                self.state += hidden_states.mean((0, 1))
+                hidden_states = hidden_states + self.state
+            return super().forward(hidden_states, **kwargs)
+
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.__class__ = Layer
+        layer.register_buffer("state", torch.zeros(48))
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    with pytest.raises(ModelError, match="block 0 returns something else when it runs again"):
+        grail.compress(model, tiny_batches(4), 0.5, progress=False)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
 def test_what_a_memo_replays_may_be_written_over(tiny_llama, tiny_batches):
     stream = stream_of(tiny_llama(), tiny_batches(count=1))
     attention = stream.blocks[0].self_attn
