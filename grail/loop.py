@@ -431,22 +431,22 @@ class Run:
         with self.clock("absorb"):
             self._rewrite(site, decision.fits, kept)
         return [
-            _row(site, consumer, channels, kept, tokens, self._measured(site, decision, result, c))
-            for c, (consumer, tokens, result) in enumerate(
-                zip(site.consumers, decision.tokens, decision.fits, strict=True)
+            _row(site, consumer, channels, kept, tokens, self._measured(consumer, decision, result))
+            for consumer, tokens, result in zip(
+                site.consumers, decision.tokens, decision.fits, strict=True
             )
         ]
 
-    def _measured(self, site: BoundSite, decision: Decision, result: Fit, consumer: int) -> Fit:
+    def _measured(self, consumer: Consumer, decision: Decision, result: Fit) -> Fit:
         """A fit without its errors where they are not the network's."""
         reason = ""
         if isinstance(decision.reduction, Folding):
             reason = "a folding that is not fitted to what the folded layers write"
-        elif site.consumers[consumer] in self._downstream:
+        elif consumer in self._downstream:
             reason = "it reads what other consumers of the site write"
         if not reason:
             return result
-        self.notes.append(f"{site.consumers[consumer].name}: its error is not measured: {reason}")
+        self.notes.append(f"{consumer.name}: its error is not measured: {reason}")
         return replace(result, error=math.nan, baseline_error=math.nan)
 
     def _fold_exactly(
@@ -531,7 +531,7 @@ def _require_plain_outputs(calls: Calls) -> None:
 
 
 def _is_alike(expected: Tensor, read: Tensor) -> bool:
-    """Whether a layer reads what it should, up to the rounding of narrower layers before it."""
+    """Compares tensors up to the rounding of narrower layers before them."""
     if expected.shape != read.shape:
         return False
     rounding = max(ROUNDING, 2 * torch.finfo(read.dtype).eps)

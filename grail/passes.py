@@ -89,7 +89,7 @@ class Passes:
                 )
             for consumer in consumers:
                 samples_first = first.get(consumer)
-                if samples_first is None or not (samples_first or not consumer.reads_maps):
+                if samples_first is None or (consumer.reads_maps and not samples_first):
                     raise ModelError(
                         f"{consumer.name}: which sample each of its tokens belongs to could not be "
                         f"found out by replacing samples in a batch of {sizes[batch or 0]}, along "
