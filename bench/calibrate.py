@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without a
 import grail
 from bench import figures
 from bench.measuring import command_line, machine, quantiles, settle, write_rows
-from grail.report import Report
+from grail.report.report import Report
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.endtoend import RESULTS, Row, Table, save_figure
 from bench.measuring import command_line
-from grail.report import recovered
+from grail.report.report import recovered
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 # Network: what it is, the score that is shown, and the keep ratios of its table.

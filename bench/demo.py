@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bench.assets import python_reference, smollm2, split_topics, write_texts
-from grail.calibration import token_batches
-from grail.clock import Stages
-from grail.commands import page_or_note
-from grail.console import print_table
-from grail.formatting import format_seconds
-from grail.models import length_of_sequences, load_model
-from grail.options import Options
-from grail.provenance import provenance
-from grail.report import Report
-from grail.summary import evaluation_table, labelled, verdict
-from grail.workflow import LOADING, Study, attribute, text_of
+from grail.commands.console import print_table
+from grail.commands.root import page_or_note
+from grail.files.calibration import token_batches
+from grail.files.load import length_of_sequences, load_model
+from grail.files.provenance import provenance
+from grail.recipe import Options
+from grail.report.formatting import format_seconds
+from grail.report.report import Report
+from grail.report.summary import evaluation_table, labelled, verdict
+from grail.run.workflow import LOADING, Study, attribute, text_of
+from grail.runtime.clock import Stages
 
 KEEPS = (0.8, 0.5)
 # Each share takes three compressions, of 1.5 to 2.5 forward passes over the calibration, and three

@@ -32,10 +32,10 @@ import torch
 import grail
 from bench import assets
 from bench.measuring import command_line
-from grail.calibration import token_batches
-from grail.evaluate import evaluate
-from grail.models import load_model
-from grail.report import Evaluation, Report, recovered
+from grail.files.calibration import token_batches
+from grail.files.load import load_model
+from grail.report._evaluate import evaluate
+from grail.report.report import Evaluation, Report, recovered
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS = Path(".assets")

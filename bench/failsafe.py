@@ -32,8 +32,8 @@ from torch import Tensor
 
 import grail
 from bench.measuring import Row, command_line, read_rows, write_rows
+from grail.algebra._fit import Toward
 from grail.errors import GrailError
-from grail.fit import Toward
 
 RESULTS = Path(__file__).parent / "results" / "failsafe.csv"
 OUTCOMES = ("refused", "flagged", "solved", "silent")

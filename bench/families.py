@@ -23,7 +23,7 @@ import torch
 import grail
 from bench.measuring import command_line
 from grail.errors import InputError, ModelError
-from grail.sites import find
+from grail.networks import find
 
 VOCABULARY = 97
 LARGEST = 5e6  # parameters of a tiny model

@@ -31,7 +31,7 @@ def fuzz(limits: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["grail.state"]):
-        from grail import state
+        from grail.runtime import state
 
     import torch
 

@@ -44,7 +44,7 @@ import grail
 from bench import figures
 from bench.allocations import peak_bytes
 from bench.measuring import command_line, machine, quantiles, time_in_turns, write_rows
-from grail import ridge
+from grail.algebra import ridge
 
 # (consumer rows O, channels H) of the MLP sites.
 MODELS = {

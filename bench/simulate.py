@@ -40,14 +40,14 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.measuring import Row, command_line, machine, write_rows
-from grail import plan
-from grail.clock import Clock
-from grail.loop import Run
-from grail.onload import largest_block
-from grail.options import Options
-from grail.sites import find
-from grail.stream import Shelf, Stream
-from grail.transaction import Transaction, steady
+from grail.calibrate.stream import HiddenStates, Stream
+from grail.networks import find
+from grail.recipe import Options
+from grail.run import _inspect as plan
+from grail.run.loop import Run
+from grail.runtime.clock import Clock
+from grail.runtime.onload import largest_block
+from grail.runtime.transaction import Transaction, eval_no_grad
 
 RESULTS = Path(__file__).parent / "results" / "simulated.csv"
 TOKENS, LENGTH = 131072, 2048
@@ -198,7 +198,7 @@ def trial(shape: Shape, shrink: int) -> Trial:
 
 def _run_block(model: Any, options: Options, batches: list[torch.Tensor], clock: Clock) -> Run:
     architecture = find(model, options.sites)
-    with steady(model), Transaction() as transaction:
+    with eval_no_grad(model), Transaction() as transaction:
         stream = Stream(model, architecture.blocks, batches)
         run = Run(architecture, options, stream, transaction, clock)
         run.block(0, lambda _: None)
@@ -209,22 +209,22 @@ def _run_block(model: Any, options: Options, batches: list[torch.Tensor], clock:
 def _counted_moves() -> Iterator[Counter[str]]:
     """Counts the bytes that go to shelves and come from there."""
     moved: Counter[str] = Counter()
-    put, get = Shelf.put, Shelf.__getitem__
+    put, get = HiddenStates.put, HiddenStates.__getitem__
 
-    def putting(shelf: Shelf, batch: int, tensor: torch.Tensor) -> None:
+    def putting(shelf: HiddenStates, batch: int, tensor: torch.Tensor) -> None:
         moved["bytes"] += tensor.nbytes
         put(shelf, batch, tensor)
 
-    def getting(shelf: Shelf, batch: int) -> torch.Tensor:
+    def getting(shelf: HiddenStates, batch: int) -> torch.Tensor:
         tensor = get(shelf, batch)
         moved["bytes"] += tensor.nbytes
         return tensor
 
-    Shelf.put, Shelf.__getitem__ = putting, getting  # type: ignore[method-assign]
+    HiddenStates.put, HiddenStates.__getitem__ = putting, getting  # type: ignore[method-assign]
     try:
         yield moved
     finally:
-        Shelf.put, Shelf.__getitem__ = put, get  # type: ignore[method-assign]
+        HiddenStates.put, HiddenStates.__getitem__ = put, get  # type: ignore[method-assign]
 
 
 def _linear_algebra() -> dict[Any, Any]:
@@ -340,7 +340,7 @@ def measured_seconds(tokens: int) -> dict[str, float]:
     """SmolLM2-135M really compressed, by phase, at as many tokens."""
     import grail
     from bench import assets
-    from grail.models import load_model
+    from grail.files.load import load_model
 
     model, _ = load_model(assets.smollm2())
     generator = torch.Generator().manual_seed(0)

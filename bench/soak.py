@@ -21,8 +21,8 @@ from torch import nn
 import grail
 from bench.measuring import Row, command_line, machine, write_rows
 from bench.networks import ResNet
-from grail import memory
-from grail.drift import Drift
+from grail.algebra.drift import Drift
+from grail.runtime import memory
 
 WARM_UP = 3  # rows that count for nothing
 LIMIT = 1.05

@@ -41,7 +41,8 @@ import grail
 from bench import assets, networks, scores
 from bench.endtoend import LENGTH, RESULTS, TEXTS, Table, conditions
 from bench.measuring import command_line
-from grail import budget, select
+from grail import select
+from grail.run import budget
 from grail.select.flap import flap as flap_scores
 
 KEEPS = (0.5, 0.7, 0.3, 0.9, 0.8, 0.6, 0.4)
@@ -192,7 +193,7 @@ def _mixture() -> Subject:
 
 def _language(sites: tuple[str, ...], made: Callable[[Any], Any]) -> Subject:
     from bench.endtoend import Subject as LanguageModel
-    from grail.evaluate import evaluate
+    from grail.report._evaluate import evaluate
 
     subject = LanguageModel()
     heldout = subject.batches("technical", "heldout", 8 * LENGTH)

@@ -1,21 +1,21 @@
 """GRAIL: rebuild what structured compression lost, in closed form, without labels."""
 
-from grail.calibration import token_batches
-from grail.collect import Collected, collect
-from grail.compress import compress
+from grail.algebra._fit import Fit, fit
+from grail.algebra.gram import Gram
+from grail.algebra.reduction import Folding, Reduction, Selection
 from grail.errors import GrailError
-from grail.evaluate import evaluate
-from grail.export import export
-from grail.fit import Fit, fit
-from grail.gram import Gram
-from grail.models import load_model
-from grail.options import Options
-from grail.plan import Inspection, inspect
-from grail.reduction import Folding, Reduction, Selection
-from grail.report import Report
-from grail.saving import load, save
-from grail.sensitivity import Sensitivity, sensitivity
-from grail.sites import Fused, Site, trace
+from grail.files._export import export
+from grail.files.calibration import token_batches
+from grail.files.load import load_model
+from grail.files.saving import load, save
+from grail.networks import Fused, Site, trace
+from grail.recipe import Recipe
+from grail.report._evaluate import evaluate
+from grail.report.report import Report
+from grail.run._collect import Collected, collect
+from grail.run._compress import compress
+from grail.run._inspect import Inspection, inspect
+from grail.run._sensitivity import Sensitivity, sensitivity
 
 __version__ = "0.1.0"
 
@@ -27,7 +27,7 @@ __all__ = [
     "GrailError",
     "Gram",
     "Inspection",
-    "Options",
+    "Recipe",
     "Reduction",
     "Report",
     "Selection",

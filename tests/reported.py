@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import grail
-from grail.passes import watch
-from grail.sites import BoundSite, Place, find
+from grail.networks import BoundSite, CalibrationPoint, find
+from grail.statistics.collector import watch
 
 from . import counting
 
@@ -244,7 +244,7 @@ def _landed(
     assert site.landing is not None
     consumers = tuple(replace(c, module=twin(c.module)) for c in site.consumers)
     landing = replace(site.landing, module=twin(site.landing.module))
-    place = Place(name=site.name, block=site.block, consumers=consumers, landing=landing)
+    place = CalibrationPoint(name=site.name, block=site.block, consumers=consumers, landing=landing)
     seen: list[Tensor] = []
     with watch(place, twin(block), lambda *_: None, lambda landed: seen.append(landed.clone())):
         for batch in batches:

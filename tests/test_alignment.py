@@ -4,7 +4,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from grail.alignment import align_file, align_weights
+from grail.files.alignment import align_file, align_weights
 
 
 @pytest.mark.parametrize("name", ["a", "ab", "abc" * 9, "x" * 61], ids=len)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import grail
-from grail.batchnorm import reset_norm
-from grail.distributed import Ranks
 from grail.errors import InputError
-from grail.sites import find
-from grail.transaction import Transaction
+from grail.networks import find
+from grail.runtime.processes import Processes
+from grail.runtime.transaction import Transaction
+from grail.statistics.batchnorm import reset_norm
 
 from .convnets import Basic, Net, images, network, randomised
 
@@ -110,7 +110,7 @@ def test_a_variance_far_below_the_squared_mean_is_not_lost():
     torch.manual_seed(0)
     norm, x = nn.BatchNorm2d(3), 1e4 + 0.1 * torch.randn(50, 3, 4, 4)
     with Transaction() as transaction:
-        reset_norm(norm, lambda: x.split(20), transaction, Ranks().total)
+        reset_norm(norm, lambda: x.split(20), transaction, Processes().total)
     expected = x.double().movedim(1, 0).flatten(1)
     torch.testing.assert_close(norm.running_mean, expected.mean(1).float())
     # fp64 sums; the last digit is that of the fp32 buffer.

@@ -5,8 +5,8 @@ import statistics
 import pytest
 import torch
 
-from grail import budget
 from grail.errors import InputError
+from grail.run import budget
 
 
 def drawn(*shapes) -> list[torch.Tensor]:

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 import grail
-from grail import checkpoint, state
 from grail.errors import InputError, StateError
-from grail.page import page
-from grail.report import Report
+from grail.report.page import page
+from grail.report.report import Report
+from grail.report.summary import resumed_sentence
+from grail.run import checkpoint
+from grail.runtime import state
 from grail.select import greedy
-from grail.summary import resumed_sentence
 
 from . import processes
 from .convnets import images, network
@@ -132,7 +133,7 @@ def expected(killed):
 
 def test_a_run_that_ended_gives_its_result_again(killed, expected, monkeypatch):
     killed()
-    monkeypatch.setattr("grail.loop.Run.block", None)
+    monkeypatch.setattr("grail.run.loop.Run.block", None)
     assert_same(killed(), expected)
 
 
@@ -217,7 +218,7 @@ def test_two_runs_cannot_use_a_folder_at_once(killed, tmp_path):
 def test_too_little_disk_is_refused_before_the_first_block(killed, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1 << 40, 1 << 40, 1 << 10))
-    monkeypatch.setattr("grail.loop.Run.block", None)
+    monkeypatch.setattr("grail.run.loop.Run.block", None)
     with pytest.raises(StateError, match="free some space"):
         killed()
 
@@ -302,7 +303,7 @@ def command(tiny_folder, tmp_path):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from grail import commands
+    from grail.commands import root as commands
 
     (tmp_path / "text.txt").write_text(" ".join(f"w{3 + n % 90}" for n in range(400)))
     fixed = ["compress", tiny_folder, "--calibration", tmp_path / "text.txt", "--tokens", 64]

@@ -16,9 +16,9 @@ from functools import partial
 import pytest
 import torch
 
-from grail.formatting import format_bytes, format_seconds
-from grail.report import Report
-from grail.summary import headline
+from grail.report.formatting import format_bytes, format_seconds
+from grail.report.report import Report
+from grail.report.summary import headline
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -26,8 +26,9 @@ transformers = pytest.importorskip("transformers")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from grail import commands, workflow  # noqa: E402
-from grail.models import load_model  # noqa: E402
+from grail.commands import root as commands  # noqa: E402
+from grail.files.load import load_model  # noqa: E402
+from grail.run import workflow  # noqa: E402
 
 from .counting import refused  # noqa: E402
 
@@ -841,7 +842,11 @@ def test_missing_matplotlib_costs_the_page_and_not_the_run(arguments, monkeypatc
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
 def test_missing_packages_are_named_with_what_to_install(package):
-    code = f"import sys; sys.modules[{package!r}] = None; from grail.cli import main; exit(main())"
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from grail.__main__ import main\n"
+        "exit(main())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == (
@@ -853,7 +858,7 @@ def test_missing_packages_are_named_with_what_to_install(package):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_of_several_processes_ends_without_tearing_down(argument, status, processes):
     code = (
-        "import atexit, sys; atexit.register(print, 'torn down'); from grail.cli import main; "
+        "import atexit, sys; atexit.register(print, 'torn down'); from grail.__main__ import main; "
         f"sys.argv[1:] = [{argument!r}]; sys.exit(main())"
     )
     done = subprocess.run(

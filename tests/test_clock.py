@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from grail.clock import MARKS, Clock, Stages
+from grail.runtime.clock import MARKS, Clock, Stages
 
 
 class Event:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import grail
-from grail.collect import merge
 from grail.errors import InputError, NonFiniteError, StateError
+from grail.run._collect import merge
 
 from .convnets import images, network
 
@@ -285,7 +285,7 @@ def test_the_command_line_collects_and_merges(tiny_folder, tmp_path):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from grail import commands
+    from grail.commands import root as commands
 
     for name, first in (("a", 3), ("b", 50)):
         words = (f"w{first + n % 40}" for n in range(400))

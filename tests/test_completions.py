@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from grail import completions
+from grail.report import completions
 
 
 def reference(model, starts, new):

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import grail
+from grail.algebra.width import HeadWidth
+from grail.calibrate.stream import Stream
 from grail.errors import EmptyCalibrationError, InputError, ModelError, NonFiniteError
-from grail.sites import find
-from grail.statistics import Statistics
-from grail.stream import Stream
-from grail.width import HeadWidth
+from grail.networks import find
+from grail.statistics.site_statistics import Statistics
 
 from .conftest import FAMILIES
 from .counting import injected

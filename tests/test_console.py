@@ -2,7 +2,7 @@
 
 import pytest
 
-from grail.console import print_table
+from grail.commands.console import print_table
 
 LABELS = ["compensated (folding-agglomerative, uneven)", "dense", "a]b[c"]
 NUMBERS = [["18.4 s", "1.25 M", "539 MB", "25 ± 4%"], ["–", "2", "3", "4"], ["1", "", "x", "y"]]

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import grail
+from grail.algebra.reduction import Folding
 from grail.errors import InputError, ModelError
-from grail.layers import Consumer
-from grail.options import Options
-from grail.reduction import Folding
-from grail.sites import find
-from grail.sites.channels import Flow
+from grail.networks import find
+from grail.networks.channel_graph import Flow
+from grail.networks.layers import Consumer
+from grail.recipe import Recipe
 
 from .convnets import (
     NETWORKS,
@@ -37,7 +37,7 @@ ALPHA = 1e-2
 FIXED: dict[str, Any] = {"alpha": ALPHA, "toward": "zero", "multiple": 1, "progress": False}
 
 
-def sites_of(model: nn.Module) -> list[grail.sites.BoundSite]:
+def sites_of(model: nn.Module) -> list[grail.networks.BoundSite]:
     return list(itertools.chain(*find(model).sites(("conv",))))
 
 
@@ -84,7 +84,7 @@ def test_channels_that_say_nothing_can_go_without_a_trace(name, compensate):
 def test_a_narrowed_network_is_narrow_and_the_report_counts_it(name):
     model, batches = network(name), images()
     dense = sum(p.numel() for p in model.parameters())
-    (saving,) = grail.inspect(model, options=Options(multiple=1), keeps=[0.5]).savings
+    (saving,) = grail.inspect(model, options=Recipe(multiple=1), keeps=[0.5]).savings
     report = grail.compress(model, batches, 0.5, multiple=1, progress=False)
     after = sum(p.numel() for p in model.parameters())
     assert report.model["parameters"] == {"before": dense, "after": after}
@@ -405,9 +405,9 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, m in model.named_modules() if m is module)
 
 
-def landed(model: nn.Module, site: grail.sites.BoundSite, batch: Tensor) -> Tensor:
+def landed(model: nn.Module, site: grail.networks.BoundSite, batch: Tensor) -> Tensor:
     """What the driver would see where a site lands."""
-    from grail.passes import ignore, watch
+    from grail.statistics.collector import ignore, watch
 
     shown: list[Tensor] = []
     block = find(model).blocks[site.block]
@@ -647,7 +647,7 @@ def test_a_block_aims_at_its_own_landing_whatever_the_one_before_it_landed_on(mo
     blocks = nn.Sequential(PreBasic(8, 8, 1), Basic(8, 8, 1))  # its output; before its last ReLU
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     model = randomised(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), blocks, head))
-    batches, aims, drift = images(count=3), [], grail.sites.BoundSite.drift
+    batches, aims, drift = images(count=3), [], grail.networks.BoundSite.drift
     dense = seen(model, "1.1.relu", batches, call=1)
 
     def noting(site, aim, landed):
@@ -655,7 +655,7 @@ def test_a_block_aims_at_its_own_landing_whatever_the_one_before_it_landed_on(mo
             aims.append(aim.double())
         return drift(site, aim, landed)
 
-    monkeypatch.setattr(grail.sites.BoundSite, "drift", noting)
+    monkeypatch.setattr(grail.networks.BoundSite, "drift", noting)
     grail.compress(model, batches, 0.5, drift_correction=1.0, progress=False)
     assert torch.equal(torch.cat(aims), dense)
 

@@ -11,7 +11,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from bench import demo
-from grail.report import Report
+from grail.report.report import Report
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import grail
-from grail.distributed import Group, all_reduce
 from grail.errors import InputError
+from grail.runtime.processes import ProcessGroup, all_reduce
 
 from .counting import injected
 from .processes import compressed, network, run
@@ -75,7 +75,7 @@ def test_sums_of_different_sites_are_refused_by_all():
 
 
 def _sent(number: int) -> int:
-    ranks, gram = Group(), grail.Gram(1000)
+    ranks, gram = ProcessGroup(), grail.Gram(1000)
     gram.update(torch.ones(3, 1000))
     ranks.reduce(gram, owner=0)
     return ranks.sent
@@ -90,10 +90,10 @@ def test_only_the_packed_triangle_is_sent():
 
 
 def _one_fails(number: int) -> None:
-    with Group().together():
+    with ProcessGroup().together():
         if number == 1:
             raise InputError("a broken batch")
-        Group().total(torch.ones(()))
+        ProcessGroup().total(torch.ones(()))
 
 
 def test_what_fails_in_one_process_fails_in_all():
@@ -103,11 +103,11 @@ def test_what_fails_in_one_process_fails_in_all():
 
 
 def _one_dies(number: int) -> None:
-    with Group().together():
+    with ProcessGroup().together():
         if number == 1:
             os._exit(1)
         while True:
-            Group().total(torch.ones(()))
+            ProcessGroup().total(torch.ones(()))
 
 
 def test_a_process_that_is_lost_ends_the_others_with_an_error():

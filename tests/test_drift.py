@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import grail
-from grail.drift import Drift
+from grail.algebra.drift import Drift
 from grail.errors import InputError, NonFiniteError
 
 H, O = 20, 6

@@ -3,10 +3,10 @@ import torch
 
 import grail
 from grail import select
+from grail.algebra.width import ChannelWidth, HeadWidth
 from grail.select.elimination import cheapness, exact_cost
 from grail.select.pivots import pivots
 from grail.select.slimgpt import grouped_cholesky_cost
-from grail.width import ChannelWidth, HeadWidth
 
 H = 12
 DAMPINGS = {"slimgpt": 1e-2, "backward": 3e-5}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-import grail.embedding
-from grail.embedding import check_token_ids
+import grail.calibrate.embedding
+from grail.calibrate.embedding import check_token_ids
 from grail.errors import InputError
-from grail.evaluate import evaluate
+from grail.report._evaluate import evaluate
 
 
 @pytest.mark.parametrize("bad", [97, 98, 5000, -1])
@@ -46,4 +46,4 @@ def test_other_networks_take_any_batch(batch):
 def test_evaluation_refuses_them_too(tiny_llama):
     with pytest.raises(InputError, match="embedding of 97 rows"):
         evaluate(tiny_llama(), [torch.tensor([[5, 6]]), torch.tensor([[5, 97]])], progress=False)
-    assert grail.embedding._token_ids({"labels": torch.ones(1)}) == []
+    assert grail.calibrate.embedding._token_ids({"labels": torch.ones(1)}) == []

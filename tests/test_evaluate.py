@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 from grail.errors import EmptyCalibrationError, ModelError
-from grail.evaluate import bfloat16_bytes, evaluate, measure_size, require_causal
+from grail.report._evaluate import bfloat16_bytes, evaluate, measure_size, require_causal
 
 from .conftest import DECODERS, MIXTURES
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import grail
-from grail import passes
-from grail.decide import _last_share
+from grail.algebra.expert_grams import RaggedGrams
 from grail.errors import InputError
-from grail.gram_ragged import RaggedGrams
-from grail.layers import Routed
-from grail.report import SiteReport
-from grail.sites import find
+from grail.networks import find
+from grail.networks.layers import Routed
+from grail.report.report import SiteReport
+from grail.run.solver import _last_share
+from grail.statistics import collector as passes
 
 from .conftest import MIXTURES
 
@@ -190,8 +190,8 @@ def test_experts_that_undo_nothing_for_want_of_tokens_do_not_speak_for_their_lay
 
 
 def test_held_out_sequences_stay_held_out_in_every_expert(tiny_model, tiny_batches):
-    from grail.statistics import Statistics
-    from grail.stream import Stream
+    from grail.calibrate.stream import Stream
+    from grail.statistics.site_statistics import Statistics
 
     model, batches = tiny_model("mixtral"), tiny_batches(count=5, length=24)
     architecture = find(model)

@@ -14,12 +14,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grail
-from grail.card import card
 from grail.errors import ExportError, InputError
-from grail.export import export
-from grail.folder import check_output, complete
-from grail.models import load_model
-from grail.report import Evaluation, Report
+from grail.files._export import export
+from grail.files.load import load_model
+from grail.report.card import card
+from grail.report.report import Evaluation, Report
+from grail.runtime.folder import check_output, complete
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -11,9 +11,9 @@ from torch import nn
 
 import grail
 from grail.errors import InputError, ModelError
-from grail.passes import watch
-from grail.sites import find, supported
-from grail.sites.transformer import HeadSite
+from grail.networks import find, supported
+from grail.networks.transformer import HeadSite
+from grail.statistics.collector import watch
 
 from .conftest import DECODERS, MIXTURES, TEXT_ENCODERS, VISION_ENCODERS
 
@@ -185,7 +185,7 @@ def answer(model, batch):
 
 def test_every_supported_family_is_tested():
     known = {*DECODERS, *MIXTURES, *TEXT_ENCODERS, *VISION_ENCODERS}
-    mine = {*grail.sites.decoders.LAYOUTS, *grail.sites.encoders.LAYOUTS}
+    mine = {*grail.networks.decoders.LAYOUTS, *grail.networks.encoders.LAYOUTS}
     assert mine <= set(supported())
     assert {name for name in mine if "VisionTransformer" not in name} == known
 

@@ -7,10 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grail
 from bench.allocations import peak_bytes
-from grail import ridge
+from grail.algebra import ridge
+from grail.algebra._fit import peak_bytes as predicted_peak
+from grail.algebra.heldout import ALPHAS
 from grail.errors import InputError, NonFiniteError
-from grail.fit import peak_bytes as predicted_peak
-from grail.heldout import ALPHAS
 
 H, O, TOKENS = 12, 5, 200
 SELECTION = grail.Selection([1, 4, 5, 9, 10], H)

@@ -7,10 +7,10 @@ from scipy.cluster.hierarchy import ward as scipy_ward
 
 import grail
 from grail import select
+from grail.algebra.width import ChannelWidth, HeadWidth
 from grail.errors import InputError
 from grail.select.agglomerative import ward
 from grail.select.folding import kmeans
-from grail.width import ChannelWidth, HeadWidth
 
 H = 30
 BY_ROWS = ("folding", "folding-agglomerative")

@@ -3,9 +3,9 @@ import torch
 
 import grail
 import grail_kernels as gk
-from grail import gram as gram_module
-from grail import state
+from grail.algebra import gram as gram_module
 from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, StateError
+from grail.runtime import state
 
 H = 20
 EPS = torch.finfo(torch.float32).eps

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import grail_kernels as gk
+from grail.algebra.expert_grams import RaggedGrams
+from grail.algebra.gram import Gram
 from grail.errors import InputError, NonFiniteError, StateError
-from grail.gram import Gram
-from grail.gram_ragged import RaggedGrams
 
 H = 24
 NAMES = ["layer.0", "layer.1", "layer.2"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import grail
+from grail.algebra.kinds import as_matrix, as_stored
 from grail.errors import InputError, ModelError
-from grail.kinds import as_matrix, as_stored
-from grail.layers import Consumer
+from grail.networks.layers import Consumer
 
 from .kinds import KINDS, as_rows, axis, batches, by_output, design, network, ridge, seen
 from .test_gradient import assert_close, expected
@@ -235,7 +235,7 @@ def test_a_saved_network_of_every_kind_loads_to_the_same_bits(name, tmp_path):
 def test_parameters_saved_are_those_that_are_gone(name):
     model, data = network(name), batches(name)
     before = sum(p.numel() for p in model.parameters())
-    site = grail.sites.find(model, [KINDS[name].site]).sites(["named"])[0][0]
+    site = grail.networks.find(model, [KINDS[name].site]).sites(["named"])[0][0]
     saved = site.parameters_saved(site.width(0.5, 1))
     report = grail.compress(model, data, 0.5, KINDS[name].site, multiple=1, progress=False)
     after = sum(p.numel() for p in model.parameters())

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import grail
-from grail import memory
-from grail.decide import Decider
+from grail.calibrate.stream import Stream
 from grail.errors import GrailError, OutOfMemoryError, StateError
-from grail.stream import Stream
+from grail.run.solver import SiteSolver
+from grail.runtime import memory
 
 from .counting import injected
 from .test_compress import assert_untouched, fingerprint
@@ -42,7 +42,7 @@ def failing_after(calls, owner, name, error, monkeypatch):
     [
         (Stream, "run", 5, "smaller batches or shorter sequences"),
         (grail.Gram, "update", 5, "one kind of site at a time"),
-        (Decider, "_reduction", 1, "such as wanda"),
+        (SiteSolver, "_reduction", 1, "such as wanda"),
         ("grail.decide", "fit", 1, "fix alpha and drift_correction"),
     ],
     ids=["forward", "gram", "select", "solve"],
@@ -87,7 +87,7 @@ def test_on_a_gpu_the_model_can_stay_on_the_host():
     for movable in (False, True):
         with (
             pytest.raises(OutOfMemoryError) as caught,
-            memory.explained(gpu, lambda: "forward", movable),
+            memory.explain_oom(gpu, lambda: "forward", movable),
         ):
             raise torch.OutOfMemoryError
         assert ("onload='cuda'" in str(caught.value)) is movable
@@ -97,7 +97,7 @@ def test_other_errors_pass_as_they_are():
     error = RuntimeError("something else")
     with (
         pytest.raises(RuntimeError) as caught,
-        memory.explained(torch.device("cpu"), lambda: "forward", False),
+        memory.explain_oom(torch.device("cpu"), lambda: "forward", False),
     ):
         raise error
     assert caught.value is error

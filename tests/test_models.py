@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grail.errors import InputError, ModelError
-from grail.export import export
-from grail.models import (
+from grail.files._export import export
+from grail.files.load import (
     _POSITIONS_AFTER_PADDING,
     CheckpointWarning,
     length_before_loading,

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import grail
-from grail import plan
 from grail.errors import InputError
-from grail.onload import Onloader, require_usable
-from grail.options import Options
-from grail.sites import find
+from grail.networks import find
+from grail.recipe import Recipe
+from grail.run import _inspect as plan
+from grail.runtime.onload import Onloader, require_usable
 
 from .convnets import images, network
 from .test_compress import assert_interrupted_and_untouched
@@ -119,7 +119,7 @@ def test_the_next_block_is_on_its_way_while_one_works(tiny_llama):
 def test_on_another_device_the_peak_does_not_grow_with_the_number_of_blocks(tiny_llama):
     models = [tiny_llama(num_hidden_layers=layers) for layers in (2, 6)]
     few, many = (
-        plan.demand(find(model), Options(keep=0.5), 1000, 16, onload=torch.device("cuda"))
+        plan.demand(find(model), Recipe(keep=0.5), 1000, 16, onload=torch.device("cuda"))
         for model in models
     )
     assert few == many

@@ -6,13 +6,13 @@ import pytest
 
 from grail import select
 from grail.errors import InputError
-from grail.options import Options
-from grail.sites import find
+from grail.networks import find
+from grail.recipe import Recipe
 
 
 def test_shares_are_for_kinds_blocks_and_single_sites(tiny_llama):
     keep = {"mlp": [0.5, 0.75], "model.layers.0.mlp": 0.25, "heads": 0.5}  # heads are not narrowed
-    widths = Options(keep, sites=("mlp",), multiple=1).widths(find(tiny_llama()))
+    widths = Recipe(keep, sites=("mlp",), multiple=1).widths(find(tiny_llama()))
     assert {name: width.kept for name, width in widths.items()} == {
         "model.layers.0.mlp": 20,
         "model.layers.1.mlp": 60,
@@ -30,7 +30,7 @@ def test_shares_are_for_kinds_blocks_and_single_sites(tiny_llama):
 )
 def test_shares_of_what_is_not_there_are_refused(keep, said, tiny_llama):
     with pytest.raises(InputError, match=said):
-        Options(keep, sites=("mlp",)).widths(find(tiny_llama()))
+        Recipe(keep, sites=("mlp",)).widths(find(tiny_llama()))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_shares_of_what_is_not_there_are_refused(keep, said, tiny_llama):
     [("Wanda", "wanda"), ("WANDA++", "wanda++"), (" magnitude_l1 ", "magnitude-l1")],
 )
 def test_selectors_and_kinds_are_found_in_any_case(asked, found):
-    options = Options(selector=asked, sites="MLP, heads mlp")
+    options = Recipe(selector=asked, sites="MLP, heads mlp")
     assert (options.selector, options.sites) == (found, ("mlp", "heads"))
     assert select.get(asked) is select.get(found)
 
@@ -47,7 +47,7 @@ def test_selectors_and_kinds_are_found_in_any_case(asked, found):
 @pytest.mark.parametrize("wrong", [lambda n: n[:2] + n[3:], lambda n: n[0] + n[2] + n[1] + n[3:]])
 def test_a_misspelt_selector_is_answered_with_the_nearest(name, wrong):
     with pytest.raises(InputError, match=re.escape(f"did you mean {name!r}?")):
-        Options(selector=wrong(name))
+        Recipe(selector=wrong(name))
 
 
 def test_a_name_like_no_selector_gets_the_list_alone():

@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from grail.formatting import format_bytes, format_count, format_number, format_seconds
-from grail.page import page, save_page
-from grail.report import Evaluation, InputReport, Report, SiteReport
-from grail.summary import headline, keep_in_words, size_sentence, verdict
+from grail.report.formatting import format_bytes, format_count, format_number, format_seconds
+from grail.report.page import page, save_page
+from grail.report.report import Evaluation, InputReport, Report, SiteReport
+from grail.report.summary import headline, keep_in_words, size_sentence, verdict
 
 pytest.importorskip("matplotlib")
 

@@ -5,12 +5,13 @@ import torch
 
 import grail
 from bench.allocations import peak_bytes
-from grail import memory, plan
-from grail.compress import _sizes
-from grail.options import Options
-from grail.sites import find
-from grail.stream import Stream
-from grail.transaction import Transaction
+from grail.calibrate.stream import Stream
+from grail.networks import find
+from grail.recipe import Recipe
+from grail.run import _inspect as plan
+from grail.run._compress import _sizes
+from grail.runtime import memory
+from grail.runtime.transaction import Transaction
 from grail_kernels.tuning import BUFFER_TOKENS
 
 from .test_compress import assert_untouched, fingerprint
@@ -27,7 +28,7 @@ def inspected(model, **settings) -> grail.Inspection:
 def test_predicted_savings_are_what_a_run_leaves(family, kinds, tiny_model, tiny_batches):
     biased = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     model = tiny_model(family, tie_word_embeddings=True, **biased)
-    saving = inspected(model, options=Options(sites=kinds), keeps=[0.5]).savings[0]
+    saving = inspected(model, options=Recipe(sites=kinds), keeps=[0.5]).savings[0]
     report = grail.compress(model, tiny_batches(), keep=0.5, sites=kinds, progress=False)
     assert saving.parameters == report.model["parameters"]["after"]
     assert saving.bytes == sum(p.numel() * p.element_size() for p in model.parameters())
@@ -39,7 +40,7 @@ def test_biases_that_a_run_adds_are_part_of_the_prediction(
     family, compensate, tiny_model, tiny_batches
 ):
     model = tiny_model(family)
-    options = Options(0.5, ("mlp",), compensate=compensate)
+    options = Recipe(0.5, ("mlp",), compensate=compensate)
     before = fingerprint(model)
     found = inspected(model, options=options, keeps=[0.5])
     assert_untouched(model, before)
@@ -53,7 +54,7 @@ def test_an_uneven_model_is_inspected_by_kind(layers, tiny_llama, tiny_batches):
     model = tiny_llama(num_hidden_layers=layers)
     keep = {"mlp": [0.25, 0.75] * (layers // 2)}
     grail.compress(model, tiny_batches(), keep, multiple=1, compensate=False, progress=False)
-    found = inspected(model, options=Options(0.5, ("mlp", "heads"), multiple=2), keeps=[0.5, 1.0])
+    found = inspected(model, options=Recipe(0.5, ("mlp", "heads"), multiple=2), keeps=[0.5, 1.0])
     assert [(s.kind, s.count) for s in found.sites] == [("heads", layers), ("mlp", layers)]
     assert found.sites[1].structure == "20–60 channels, 40 on average"
     half, whole = (saving.widths for saving in found.savings)
@@ -88,12 +89,12 @@ def test_an_inspection_names_sites_and_predicts_every_phase(tiny_llama):
 
 
 def test_keeping_everything_costs_nothing(tiny_llama):
-    assert inspected(tiny_llama(), options=Options(keep=1.0)).seconds["total"] < 0.1
+    assert inspected(tiny_llama(), options=Recipe(keep=1.0)).seconds["total"] < 0.1
 
 
 def test_demand_follows_the_sizes_it_is_made_of(tiny_llama):
     architecture = find(tiny_llama())
-    options = Options(keep=0.5, sites=("mlp", "heads"), alpha=1e-3, drift_correction=0)
+    options = Recipe(keep=0.5, sites=("mlp", "heads"), alpha=1e-3, drift_correction=0)
     once, twice = (plan.demand(architecture, options, tokens, 16) for tokens in (1000, 2000))
     assert once["hidden states"] == 1000 * 48 * 4 * 2  # the MLP's attention output is kept as well
     assert twice["hidden states"] == 2 * once["hidden states"]
@@ -106,7 +107,7 @@ def test_demand_follows_the_sizes_it_is_made_of(tiny_llama):
 def test_drift_and_held_out_sequences_are_counted(tiny_llama):
     architecture = find(tiny_llama())
     base, full = (
-        plan.demand(architecture, Options(keep=0.5, sites=("mlp", "heads"), **rest), 1000, 16)
+        plan.demand(architecture, Recipe(keep=0.5, sites=("mlp", "heads"), **rest), 1000, 16)
         for rest in ({"alpha": 1e-3, "drift_correction": 0}, {})
     )
     # The dense stream, and what it holds between attention and MLP.
@@ -152,7 +153,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_what_torch_allocates(
     )
     batches = tiny_batches(count=40, rows=4, length=128)
     settings = {"keep": 0.5, "sites": ("mlp", "heads"), **settings}
-    options = Options(**settings)
+    options = Recipe(**settings)
     predicted = sum(plan.demand(find(model), options, 40 * 4 * 128, 4 * 128).values())
     used = peak_bytes(lambda: grail.compress(model, batches, progress=False, **settings))
     assert predicted == pytest.approx(used, rel=0.1)
@@ -218,7 +219,7 @@ def test_a_transaction_that_succeeds_keeps_its_changes():
 def test_hidden_states_wait_on_the_gpu_where_the_run_fits_beside_them(
     device, spare, held, expected, tiny_llama, monkeypatch
 ):
-    architecture, options = find(tiny_llama()), Options(keep=0.5)
+    architecture, options = find(tiny_llama()), Recipe(keep=0.5)
     monkeypatch.setattr(type(architecture), "device", torch.device(device))
     needed = sum(plan.demand(architecture, options, 256, 16, device).values())
     monkeypatch.setattr(plan, "ROOM", 1.0)
@@ -232,7 +233,7 @@ def test_what_fp32_is_taken_apart_into_on_a_gpu_counts(dtype, laid, tiny_llama, 
     architecture = find(tiny_llama().to(dtype))
     batch = 10**6  # so many tokens that activations are the most of all
     here, there = (
-        plan.demand(architecture, Options(keep=0.5), batch, batch, onload=onload)["working set"]
+        plan.demand(architecture, Recipe(keep=0.5), batch, batch, onload=onload)["working set"]
         for onload in (None, torch.device("cuda"))
     )
     assert there - here == laid * BUFFER_TOKENS * 80
@@ -256,7 +257,7 @@ def test_what_a_folded_block_is_to_hold_counts(share, more, tiny_llama):
     exact, plain = (
         plan.demand(
             architecture,
-            Options(keep=0.5, selector="folding", sites=("mlp", "heads"), **rest),
+            Recipe(keep=0.5, selector="folding", sites=("mlp", "heads"), **rest),
             1000,
             16,
         )["hidden states"]

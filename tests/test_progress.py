@@ -8,8 +8,8 @@ import pytest
 from tqdm import tqdm
 
 import grail
-from grail import progress
-from grail.progress import Progress, ticking
+from grail.runtime import progress
+from grail.runtime.progress import Progress, ticking
 
 
 @pytest.fixture

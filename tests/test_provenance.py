@@ -9,8 +9,8 @@ from datetime import datetime, timezone
 import pytest
 import torch
 
-from grail import provenance as module
-from grail.provenance import commit, provenance, text_source, weight_files
+from grail.files import provenance as module
+from grail.files.provenance import commit, provenance, text_source, weight_files
 
 
 def sha256(content):

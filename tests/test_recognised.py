@@ -10,9 +10,9 @@ from torch import nn
 import grail
 from bench import families
 from grail.errors import InputError, ModelError
-from grail.sites import find, structure, supported
-from grail.sites.decoders import LAYOUTS as DECODERS
-from grail.sites.encoders import LAYOUTS as ENCODERS
+from grail.networks import find, structure, supported
+from grail.networks.decoders import LAYOUTS as DECODERS
+from grail.networks.encoders import LAYOUTS as ENCODERS
 
 from .conftest import DECODERS as DECODER_FAMILIES
 from .conftest import MIXTURES
@@ -74,7 +74,7 @@ def test_reported_errors_are_those_of_the_network(model_type, kind):
 
 def without_names(monkeypatch):
     """Lets only the form of a model's blocks decide."""
-    monkeypatch.setattr(grail.sites, "_FAMILIES", (structure,))
+    monkeypatch.setattr(grail.networks, "_FAMILIES", (structure,))
 
 
 def seen_by(model, block, site, batch):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import grail
+from grail.calibrate.recorded import state_of
+from grail.calibrate.stream import Stream
 from grail.errors import ModelError
-from grail.recorded import state_of
-from grail.stream import Stream
 
 from .conftest import VOCABULARY
 

@@ -244,7 +244,7 @@ def test_a_folding_before_another_site_is_fitted_to_what_it_writes(keep):
     expected, got = (consumer_outputs(m, "2", batches) for m in (dense, model))
     target = expected - dense[2].bias.detach().double()
     assert_alike(
-        grail.sites.find(dense, sites).sites(("named",))[0][0],
+        grail.networks.find(dense, sites).sites(("named",))[0][0],
         "b",
         row.error,
         (expected - got).norm() / target.norm(),

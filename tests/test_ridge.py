@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from bench.allocations import peak_bytes
-from grail import ridge
+from grail.algebra import ridge
 from grail.errors import InputError, NonFiniteError, SolveError
 
 EPS = {"fp64": torch.finfo(torch.float64).eps, "refined": torch.finfo(torch.float32).eps}

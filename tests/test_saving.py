@@ -9,8 +9,8 @@ from torch import nn
 
 import grail
 from grail.errors import ExportError, InputError
-from grail.export import export
-from grail.models import read_model
+from grail.files._export import export
+from grail.files.load import read_model
 
 
 def assert_loads_the_same(model, x, folder, factory):

@@ -6,9 +6,9 @@ import torch
 import grail
 from bench import allocations
 from grail import select
+from grail.algebra.width import ChannelWidth, HeadWidth
 from grail.errors import InputError
 from grail.select.greedy import forward, peak_bytes
-from grail.width import ChannelWidth, HeadWidth
 
 H = 10
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import grail
-from grail import budget, checkpoint
 from grail.errors import InputError, ModelError, NonFiniteError, StateError
+from grail.run import budget, checkpoint
 from grail.select import greedy
 
 from . import convnets

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from bench import flipping
-from grail import state
 from grail.errors import InputError, StateError
+from grail.runtime import state
 
 from .counting import injected
 

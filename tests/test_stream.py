@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 import grail
+from grail.calibrate.stream import HiddenStates, OutputCache, Stream
 from grail.errors import EmptyCalibrationError, InputError, ModelError
-from grail.sites import find
-from grail.stream import Memo, Shelf, Stream
+from grail.networks import find
 
 from .conftest import FAMILIES
 from .reported import (
@@ -67,7 +67,7 @@ def test_a_memo_replays_what_was_recorded_in_order(tiny_llama, tiny_batches):
     model = tiny_llama()
     stream = stream_of(model, tiny_batches())
     block = stream.blocks[0]
-    memo = Memo((block.self_attn,), stream)
+    memo = OutputCache((block.self_attn,), stream)
     with torch.no_grad():
         with memo.recording():
             expected = [stream.run(0, batch) for batch in range(len(stream))]
@@ -131,7 +131,7 @@ def test_a_block_that_does_not_repeat_itself_is_refused(kept, tiny_llama, tiny_b
 def test_what_a_memo_replays_may_be_written_over(tiny_llama, tiny_batches):
     stream = stream_of(tiny_llama(), tiny_batches(count=1))
     attention = stream.blocks[0].self_attn
-    memo = Memo((attention,), stream)
+    memo = OutputCache((attention,), stream)
     with torch.no_grad(), memo.recording():
         stream.run(0, 0)
     for _ in range(2):
@@ -510,7 +510,7 @@ def test_a_fork_moves_on_its_own(tiny_llama, tiny_batches):
 
 
 def test_a_shelf_keeps_each_batch_in_the_memory_of_its_first_tensor():
-    shelf = Shelf(torch.device("cpu"))
+    shelf = HiddenStates(torch.device("cpu"))
     source = torch.ones(3)
     shelf.put(0, source)
     place = shelf[0].data_ptr()

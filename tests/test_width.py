@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from grail.algebra.width import ChannelWidth, HeadWidth
 from grail.errors import InputError
-from grail.width import ChannelWidth, HeadWidth
 
 
 @pytest.mark.parametrize(

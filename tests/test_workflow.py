@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from grail import workflow
-from grail.clock import Stages
-from grail.options import Options
-from grail.workflow import Study, baselines
+from grail.recipe import Recipe
+from grail.run import workflow
+from grail.run.workflow import Study, baselines
+from grail.runtime.clock import Stages
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ from grail.workflow import Study, baselines
 )
 def test_a_model_is_compared_with_its_own_choice_or_wandas(settings, uneven, expected):
     options = (
-        Options(0.6, "mlp", alpha=1e-2, correct_attention=True, **settings)
+        Recipe(0.6, "mlp", alpha=1e-2, correct_attention=True, **settings)
         if (settings.get("compensate", True) is True)
-        else Options(0.6, "mlp", alpha=1e-2, **settings)
+        else Recipe(0.6, "mlp", alpha=1e-2, **settings)
     )
     found = baselines(options, uneven=uneven)
     assert {role: (o.selector, o.compensate) for role, o in found.items()} == expected
@@ -69,7 +69,7 @@ def test_every_stage_that_runs_is_predicted(heldout, compare, tiny_llama, tiny_b
         fresh, Tokenizer(), tiny_batches(), tiny_batches(heldout, seed=1), stages,
         say=lambda _: None, progress=False,
     )  # fmt: skip
-    options = Options(0.5, "mlp")
+    options = Recipe(0.5, "mlp")
     del network
     prediction = study.predict(options, compare=compare, uneven=False)
     study.measure("dense")
@@ -97,7 +97,7 @@ def test_the_stage_of_a_resumed_run_has_the_time_of_the_runs_before(
         stages = Stages()
         network = tiny_llama(num_hidden_layers=layers)
         study = Study(network, tiny_llama, None, tiny_batches(), [], stages, progress=False)
-        report = study.run(Options(0.5, "mlp"), tmp_path / "state")
+        report = study.run(Recipe(0.5, "mlp"), tmp_path / "state")
         return report, stages.seconds[workflow.COMPRESSING]
 
     first, _ = stage()

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from grail.algebra.reduction import Reduction
+from grail.algebra.width import Width
 from grail.errors import InputError, NonFiniteError
-from grail.reduction import Reduction
 from grail.select.view import View
-from grail.width import Width
 
 __all__ = [
     "Selector",

@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from grail.reduction import Folding, Reduction
+from grail.algebra.reduction import Folding, Reduction
 from grail.select import View, reduces
 from grail.select.folding import by_first_member, foldable
 

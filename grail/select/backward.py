@@ -7,7 +7,7 @@ Source: Hassibi, Stork, "Second order derivatives for network pruning: optimal b
 (NeurIPS 1992), with whole columns, or heads, of the consumer.
 """
 
-from grail.reduction import Reduction
+from grail.algebra.reduction import Reduction
 from grail.select import View, reduces
 from grail.select.elimination import DAMPING, eliminate, exact_cost
 

@@ -24,11 +24,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from grail import ridge
-from grail.reduction import Selection
+from grail.algebra import ridge
+from grail.algebra.reduction import Selection
+from grail.algebra.width import HeadWidth
 from grail.select import pivots
 from grail.select.view import View
-from grail.width import HeadWidth
 
 # Of the mean diagonal: with fewer tokens than channels an fp32 Gram has eigenvalues of some -1e-5
 # of it.

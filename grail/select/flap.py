@@ -13,7 +13,7 @@ paper does not, nor do we.
 
 from torch import Tensor
 
-from grail.problem import ROUNDING
+from grail.algebra.problem import ROUNDING
 from grail.select import View, scores
 
 

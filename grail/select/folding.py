@@ -8,10 +8,10 @@ only when everything that writes them is alike.
 import torch
 from torch import Tensor
 
+from grail.algebra.reduction import Folding, Reduction
+from grail.algebra.width import ChannelWidth
 from grail.errors import InputError
-from grail.reduction import Folding, Reduction
 from grail.select import View, reduces
-from grail.width import ChannelWidth
 
 ITERATIONS = 25
 

@@ -27,9 +27,9 @@ import math
 import torch
 from torch import Tensor
 
-from grail.reduction import Reduction, Selection
+from grail.algebra.reduction import Reduction, Selection
+from grail.algebra.width import HeadWidth
 from grail.select import View, elimination, pivots, reduces
-from grail.width import HeadWidth
 
 # What the kept channels leave of a channel's energy below this share is an fp32 Gram's rounding.
 NOISE = 1e-6

@@ -16,7 +16,7 @@ Source: Ling, Wang, Yan, Liu, "SlimGPT: layer-wise structured pruning for large 
 import torch
 from torch import Tensor
 
-from grail.reduction import Reduction
+from grail.algebra.reduction import Reduction
 from grail.select import View, reduces
 from grail.select.elimination import eliminate
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grail.gram import Gram
-from grail.width import Width
+from grail.algebra.gram import Gram
+from grail.algebra.width import Width
 
 
 @dataclass(frozen=True)

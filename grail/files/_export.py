@@ -1,0 +1,147 @@
+"""Writes a model as a plain `save_pretrained` folder that is complete, or is not there at all."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grail.arguments import require_language_model
+from grail.errors import ExportError, InputError
+from grail.files.alignment import align_file
+from grail.files.load import positions, read_model, runs_own_code
+from grail.files.saving import write
+from grail.report._evaluate import measure_size
+from grail.report.card import card
+from grail.report.report import Report
+from grail.runtime.folder import complete
+from grail.runtime.transaction import eval_no_grad
+from grail_kernels.arguments import check_kind, kind_of
+
+# Sequences and tokens, if it has room for those, on which the reloaded model must agree.
+_PROBE = (2, 32)
+
+
+def export(
+    model: Any,
+    tokenizer: Any,
+    output: str | Path,
+    report: Report | Callable[[], Report] | None = None,
+    page: str | Callable[[Report], str | None] | None = None,
+    *,
+    uneven: bool = False,
+) -> Path:
+    """Saves model and tokenizer, and proves that the folder reloads to the same logits.
+
+    The folder gets its name only once it was reloaded and compared: see `grail.folder`. The
+    comparison holds a second copy of the model on the same device.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer; None writes none.
+        output: folder to create; one that exists must be empty.
+        report: written as `report.json` and, in words, as the model card `README.md`; or what
+            returns it, called once the model is written and compared.
+        page: HTML text, written as `report.html`; or what makes it of the report, None for none.
+        uneven: whether the configuration cannot hold the widths, as where they differ by block
+            (`report.model["beyond_configuration"]` of a run says so). Weights and widths are then
+            written as by `grail.save`, and `load_model` reads the folder, not transformers alone.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        InputError: `output` is in use; nothing was written.
+        ExportError: too little disk, the folder could not be written, or it does not reload to
+            bitwise the same logits.
+    """
+    require_language_model(model)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise InputError(f"tokenizer must be one of transformers; got {kind_of(tokenizer)}")
+    if not callable(report):
+        check_kind("report", report, (Report, NoneType), "a grail.Report, or a function")
+    if not callable(page):
+        check_kind("page", page, (str, NoneType), "text, or a function of the report")
+    with complete(output, ExportError, size=measure_size(model)[1]) as folder:
+        _write(folder, model, tokenizer, uneven)
+        _verify(folder, model)
+        _describe(folder, report, page, uneven)
+    return Path(output).resolve()
+
+
+def _write(folder: Path, model: Any, tokenizer: Any, uneven: bool) -> None:
+    try:
+        if uneven:
+            write(model, folder)
+            model.config.save_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+        else:
+            model.save_pretrained(folder)
+            for weights in folder.glob("*.safetensors"):
+                align_file(weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    # Refusals and full disks come as ValueError, RuntimeError, OSError, SafetensorError, …
+    except Exception as error:
+        raise ExportError(f"transformers cannot save this model: {error}") from error
+
+
+def _describe(
+    folder: Path,
+    report: Report | Callable[[], Report] | None,
+    page: str | Callable[[Report], str | None] | None,
+    uneven: bool,
+) -> None:
+    """Writes the files for people; those that are there already are not touched."""
+    found = report() if callable(report) else report
+    if callable(page):
+        page = None if found is None else page(found)  # before the report: it may add a note
+    if page is not None:
+        (folder / "report.html").write_text(page, encoding="utf-8")
+    if found is not None:
+        found.save(folder / "report.json")
+        if not (folder / "README.md").exists():
+            (folder / "README.md").write_text(card(found, uneven=uneven), encoding="utf-8")
+
+
+def _verify(folder: Path, model: Any) -> None:
+    try:
+        reloaded, _ = read_model(
+            folder,
+            attn_implementation=model.config._attn_implementation,
+            trust_remote_code=runs_own_code(model),
+        )
+    except Exception as error:
+        raise ExportError(
+            f"The exported model does not load again: {error} Where its configuration cannot hold "
+            "its widths (a run notes that), give uneven=True."
+        ) from error
+    expected, found = _logits(model), _logits(reloaded.to(model.device))
+    if expected.dtype != found.dtype:
+        raise ExportError(
+            f"The exported model reloads as {found.dtype}, and was {expected.dtype}; "
+            "convert the whole model to one dtype before the export."
+        )
+    if not torch.equal(expected, found):
+        difference = (expected.double() - found.double()).abs().max().item()
+        raise ExportError(
+            "The exported model does not reload to the same logits, so nothing was exported: the "
+            f"largest difference is {difference:.3g} (NaN: logits are not finite). Usual causes: a "
+            "parameter that this architecture does not store, or a cast with model.to(dtype), "
+            "which rounds rotary frequencies too; load the model in that dtype instead."
+        )
+
+
+@torch.inference_mode()
+def _logits(model: Any) -> Tensor:
+    """Logits [sequences, tokens, vocabulary] on random tokens, the same for each call."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    rows, length = _PROBE
+    length = min(length, positions(model) or length)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (rows, length), generator=generator)
+    with eval_no_grad(model):
+        return model(tokens.to(model.device), use_cache=False).logits

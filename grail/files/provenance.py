@@ -1,0 +1,124 @@
+"""Provenance of a result: command, date, version of the code, hashes of model and texts."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grail import __version__
+from grail.runtime.folder import file_hash
+
+# In the order in which transformers looks for them; then what other libraries wrote.
+_WEIGHTS = ("model", ".safetensors"), ("pytorch_model", ".bin"), ("", ".safetensors"), ("", ".gguf")
+_PACKAGE = Path(__file__).parent
+
+
+def provenance(command: str, source: str) -> dict[str, Any]:
+    """Returns the origin of a report; texts are added by `text_source`.
+
+    Args:
+        command: the command line.
+        source: the model as the user named it: a folder, a `.gguf` file or a hub name.
+
+    Returns:
+        command, date (UTC, ISO 8601), grail (version), commit (None if unknown), and model:
+        {source, files: by name {bytes, sha256}}; no files if they cannot be found.
+    """
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        for path in weight_files(source)
+    }
+    return {
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "grail": __version__,
+        "commit": commit(),
+        "model": {"source": source, "files": files},
+    }
+
+
+def weight_files(source: str) -> list[Path]:
+    """The files that transformers reads a model's weights from.
+
+    Of a folder the first that is there: `model.safetensors`, the shards that an index names, the
+    same of `pytorch_model.bin`; where there is neither, all `.safetensors`, or else all `.gguf`.
+    Empty for a hub name that is not cached.
+    """
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        path = _cached(source) or path
+    by_kind = (_files_of(path, stem, ending) for stem, ending in _WEIGHTS)
+    return next(filter(None, by_kind), [])
+
+
+def _files_of(folder: Path, stem: str, ending: str) -> list[Path]:
+    """The one file of that name, the shards of its index, or every file of that ending."""
+    if not stem:
+        return sorted(folder.glob(f"*{ending}"))
+    if (whole := folder / f"{stem}{ending}").is_file():
+        return [whole]
+    index = folder / f"{stem}{ending}.index.json"
+    with suppress(OSError, ValueError, KeyError, AttributeError):  # there is none, or it is damaged
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(path for name in names if (path := folder / str(name)).is_file())
+    return []
+
+
+def _cached(name: str) -> Path | None:
+    """The folder where a model of the hub lies on this machine."""
+    with suppress(Exception):  # of many types, for names that cannot be one as well
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, "config.json")
+        return Path(found).parent if isinstance(found, str) else None
+    return None
+
+
+def text_source(source: str, batches: Sequence[Tensor]) -> dict[str, Any]:
+    """A text: its name, the SHA-256 of the file if it is one, and that of the tokens used.
+
+    The latter is of the token ids as little-endian int64, row after row.
+    """
+    tokens = hashlib.sha256()
+    for batch in batches:
+        tokens.update(batch.cpu().to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
+    path = Path(source)
+    return {
+        "source": source,
+        **({"sha256": file_hash(path)} if path.is_file() else {}),
+        "tokens": sum(batch.numel() for batch in batches),
+        "tokens_sha256": tokens.hexdigest(),
+    }
+
+
+def commit() -> str | None:
+    """The git commit of this code, with "+changes" if files differ from it; None if unknown."""
+    with suppress(metadata.PackageNotFoundError, ValueError):
+        installed = metadata.distribution("grail-kernels").read_text("direct_url.json")
+        found = json.loads(installed or "{}").get("vcs_info", {}).get("commit_id")
+        if found:
+            return str(found)
+    # Not of a repository that only surrounds an installed package: it must track this package.
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    head = _git("rev-parse", "HEAD")
+    return head and head + ("+changes" if changed else "")
+
+
+def _git(*arguments: str) -> str | None:
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(_PACKAGE), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else None
+    return None

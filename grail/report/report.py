@@ -1,0 +1,228 @@
+"""What a compression did, as data: the `Report` that `grail.compress` returns, and its JSON."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from grail.report.formatting import format_count, format_number
+
+SCHEMA = 4
+
+
+def recovered(dense: float, pruned: float, restored: float) -> float | None:
+    """The share of the lost log-perplexity that came back, ln(pruned/restored)/ln(pruned/dense).
+
+    Returns:
+        1 when the restored model is as good as the dense one, 0 when as bad as the pruned one,
+        negative when worse; None when plain pruning lost nothing, or a perplexity is not finite.
+    """
+    if not dense < pruned or not all(map(math.isfinite, (dense, pruned, restored))):
+        return None
+    return math.log(pruned / restored) / math.log(pruned / dense)
+
+
+def recovered_in_words(share: float) -> str:
+    """A share of `recovered`, "64% recovered"; a negative one is said to be a further loss."""
+    if round(share, 2) < 0:
+        return f"{-share:.0%} worse than pruning"
+    return f"{max(share, 0.0):.0%} recovered"
+
+
+def strict_json(value: Any) -> str:
+    """Indented JSON of `value`; a number that is not finite, which JSON cannot hold, is null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass
+class SiteReport:
+    """One site: how wide it was and is, and how well its consumer's output is rebuilt."""
+
+    name: str  # "model.layers.3.mlp"
+    kind: str  # "mlp", "heads", "experts", …
+    block: int
+    channels: int  # before
+    kept: int  # after
+    tokens: int  # calibration tokens behind the Gram
+    alpha: float | None  # ridge strength, given or chosen by held-out tokens; None: plain pruning
+    drift_correction: float  # share of the drift from the dense stream that the fit undoes
+    damping: float  # λ of the factorisation, in the Gram's units; 0 if not compensated
+    retries: int  # how often λ had to grow before the Cholesky held
+    # ‖T − W'RX‖ / ‖T‖ as written into the model; None without a Gram. T is what the dense network's
+    # stream asks of the consumer where drift is followed, else the consumer's own output WX.
+    # With `repair` it is the error before the block's batch norms were reset.
+    error: float | None
+    baseline_error: float | None  # the same for plain pruning or folding
+
+
+@dataclass
+class InputReport:
+    """The attention of a block, and how near what it reads is to what the dense network's does."""
+
+    name: str  # "model.layers.3.self_attn"
+    block: int
+    layers: list[str]  # its projections to queries, keys and values
+    tokens: int
+    alpha: float | None  # None: they were left as they are, because nothing helped
+    drift_correction: float  # share of the drift that a linear map undoes
+    error: float  # ‖x − M x̃‖ / ‖x‖: x the dense network's, x̃ the compressed one's
+    baseline_error: float  # ‖x − x̃‖ / ‖x‖
+
+
+@dataclass
+class Evaluation:
+    """One model on the held-out text: dense, or narrowed as `selector` and `compensation` say."""
+
+    perplexity: float
+    tokens: int  # predicted tokens behind the perplexity
+    parameters: int
+    bytes: int  # of the weights in the model's dtype, as safetensors stores them
+    selector: str | None = None  # None: nothing was removed
+    compensation: str | None = None  # "weights", "bias", "both"; None: plain pruning
+    uneven: bool = False  # blocks keep different shares
+    repetition: float | None = None  # share of repeated 4-grams in greedy completions
+    repetition_error: float | None = None  # its standard error over completions
+
+    @property
+    def label(self) -> str:
+        """The name of a row: "dense", "pruned (wanda)", "compensated (greedy, uneven)"."""
+        if self.selector is None:
+            return "dense"
+        done = {None: "pruned", "bias": "bias compensated"}.get(self.compensation, "compensated")
+        return f"{done} ({self.selector}{', uneven' if self.uneven else ''})"
+
+
+@dataclass(repr=False)
+class Report:
+    """Everything a run decided and measured. Seconds are wall time, sizes are bytes.
+
+    `evaluation` has up to four rows: "dense"; "pruned", without compensation; "compensated", the
+    same selector as "pruned" with compensation, where the model of this report has another one; and
+    "restored", the model of this report. Each row says how its model was made.
+    """
+
+    settings: dict[str, Any]  # keep, sites, selector, alpha, toward, compensate, closed_loop, ...
+    # name, class, dtype, device; parameters, widths, bytes {before, after}; beyond_configuration,
+    # the widths that its configuration cannot hold, so that grail alone loads it, in words
+    model: dict[str, Any]
+    calibration: dict[str, Any]  # source, tokens, sequences, sequence_length
+    sites: list[SiteReport] = field(default_factory=list)
+    inputs: list[InputReport] = field(default_factory=list)  # of attention, where it was corrected
+    seconds: dict[str, float] = field(default_factory=dict)  # forward, gram, select, solve, total
+    memory: dict[str, int] = field(default_factory=dict)  # predicted_peak, measured_peak
+    evaluation: dict[str, Evaluation] = field(default_factory=dict)
+    # By stage of the command and in "total", {predicted, measured} seconds.
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    # Greedy completions of held-out text: {prompt, dense, pruned, restored}.
+    samples: list[dict[str, str]] = field(default_factory=list)
+    # Of a resumed run: blocks that were done "after" which it resumed, "of" how many, and "seconds"
+    # of the earlier runs; `seconds` and the stage "compressing" count those as well.
+    resumed: dict[str, float] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)  # see `grail.provenance`
+    notes: list[str] = field(default_factory=list)  # what a person should know: rounding, fallbacks
+    versions: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def share(self, role: str) -> float | None:
+        """The share of the log-perplexity lost by the "pruned" row that row `role` has back."""
+        if not self.evaluation.keys() >= {"dense", "pruned", role}:
+            return None
+        return recovered(*(self.evaluation[row].perplexity for row in ("dense", "pruned", role)))
+
+    @property
+    def same_choice(self) -> str | None:
+        """The compensated row whose selector is that of the "pruned" row, if there is one."""
+        pruned = self.evaluation.get("pruned")
+        rows = {role: self.evaluation.get(role) for role in ("compensated", "restored")}
+        found = (role for role, row in rows.items() if row and pruned)
+        return next((role for role in found if _same_selector(rows[role], pruned)), None)
+
+    @property
+    def recovered(self) -> float | None:
+        """The share of the lost log-perplexity that compensation recovers, selector unchanged.
+
+        None without rows of a dense, a pruned and a compensated model of one selector.
+        """
+        return None if self.same_choice is None else self.share(self.same_choice)
+
+    def __repr__(self) -> str:
+        return f"Report({', '.join(self._facts())})"
+
+    def _repr_html_(self) -> str:
+        """A compact table for notebooks: sites by kind, and the evaluated models."""
+        kinds = dict.fromkeys(site.kind for site in self.sites)
+        rows = [("sites", "kept", "median error: pruned → compensated")]
+        for kind in kinds:
+            sites = [site for site in self.sites if site.kind == kind]
+            kept, channels = (sum(getattr(s, n) for s in sites) for n in ("kept", "channels"))
+            rows.append((f"{len(sites)} {kind}", f"{kept:,} of {channels:,}", _errors(sites)))
+        if self.evaluation:
+            rows.append(("model", "parameters", "perplexity"))
+        for row in self.evaluation.values():
+            counted = format_count(row.parameters)
+            rows.append((row.label, counted, format_number(row.perplexity)))
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+            for cells in rows
+        )
+        title = escape(" · ".join(self._facts()))
+        return f"<table><caption>GRAIL: {title}</caption><tbody>{body}</tbody></table>"
+
+    def _facts(self) -> list[str]:
+        facts = [str(self.model.get("name") or self.model.get("class") or "model")]
+        parameters = self.model.get("parameters") or {}
+        if parameters:
+            facts.append(" → ".join(map(format_count, parameters.values())) + " parameters")
+        facts.append(f"{len(self.sites)} sites")
+        if "selector" in self.settings:
+            facts.append(str(self.settings["selector"]))
+        if self.recovered is not None:
+            facts.append(recovered_in_words(self.recovered))
+        return facts
+
+    def to_json(self) -> str:
+        """The report as text, see `strict_json`."""
+        return strict_json(dataclasses.asdict(self)) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Writes the JSON to `path`."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The inverse of `to_json`; a perplexity of null was infinite."""
+        data = json.loads(text)
+        for row in data["evaluation"].values():
+            row.pop("tokens_per_second", None)  # of schema 3
+            if row["perplexity"] is None:
+                row["perplexity"] = math.inf
+        data["sites"] = [SiteReport(**site) for site in data["sites"]]
+        data["inputs"] = [InputReport(**place) for place in data.get("inputs", [])]
+        data["evaluation"] = {k: Evaluation(**v) for k, v in data["evaluation"].items()}
+        return cls(**data)
+
+
+def _same_selector(one: Evaluation | None, other: Evaluation | None) -> bool:
+    if one is None or other is None:
+        return False
+    return (one.selector, one.uneven) == (other.selector, other.uneven)
+
+
+def _errors(sites: Sequence[SiteReport]) -> str:
+    """Median errors of sites without and with compensation, as far as they are known."""
+    pairs = [(s.baseline_error, s.error) for s in sites if s.error is not None]
+    known = [tuple(e for e in column if e is not None) for column in zip(*pairs, strict=True)]
+    return " → ".join(f"{statistics.median(column):.3f}" for column in known if column) or "–"

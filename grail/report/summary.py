@@ -1,0 +1,236 @@
+"""Tables and sentences about a `Report`, which page, terminal and model card share."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from grail.report.formatting import format_bytes, format_count, format_number, format_seconds
+from grail.report.report import Evaluation, Report, SiteReport
+
+# A model is called close to the dense one up to this ratio of perplexities …
+CLOSE = 1.25
+# … and it repeats itself if this much more of its completions is repetition, and the difference is
+# more than twice its standard error.
+REPEATS = 0.1
+# Fewer predicted tokens do not judge a model, nor does a difference of repetition of a larger
+# standard error.
+LEAST_TOKENS = 1000
+WIDEST_ERROR = 0.1
+
+
+def headline(report: Report) -> tuple[str, str]:
+    """The one figure that sums a run up, and its meaning: ("64%", "of the lost …")."""
+    share, same = report.recovered, report.same_choice
+    if share is not None and same is not None:
+        selector = report.evaluation[same].selector or "same selector"
+        if round(share, 2) < 0:
+            return f"{-share:.0%} worse", (
+                f"than plain pruning ({selector}), in shares of the log-perplexity that it lost"
+            )
+        share = max(share, 0.0)  # never -0%
+        return f"{share:.0%}", f"of the log-perplexity lost by pruning ({selector}) is recovered"
+    pairs = error_pairs(report.sites)
+    if pairs and compensates(report):
+        ratio = statistics.median(after / before if before else 1.0 for before, after in pairs)
+        return f"{ratio:.2f}×", "the output error of plain pruning, in the median site"
+    before, after = before_after(report.model.get("parameters"))
+    if before and after:
+        return f"{after / before:.0%}", "of the parameters are left"
+    return str(len(report.sites)), "sites compressed"
+
+
+def explanation(report: Report) -> str:
+    """The comparison in words: each row, the share recovered, and against which row."""
+    rows, same = report.evaluation, report.same_choice
+    if report.recovered is None or same is None:
+        return _no_share(report)
+    share, names = report.recovered, dict(zip(rows, labelled(rows), strict=True))
+    values = ", ".join(
+        f"{names[role]} {format_number(rows[role].perplexity)}"
+        for role in ("dense", "pruned", same)
+    )
+    text = (
+        f"Perplexity on held-out text: {values}. "
+        f"With the same selector, compensation {_change(share)} the lost log-perplexity, "
+        "ln(pruned/compensated) / ln(pruned/dense)."
+    )
+    if same != "restored" and (all_in := report.share("restored")) is not None:
+        text += (
+            f" The model of this report is {names['restored']}: "
+            f"{format_number(rows['restored'].perplexity)}, {_together(all_in)}."
+        )
+    return text
+
+
+def _change(share: float) -> str:
+    if round(share, 2) < 0:
+        return f"made this text worse than plain pruning did, by {-share:.0%} of"
+    return f"recovers {max(share, 0.0):.0%} of"
+
+
+def _together(share: float) -> str:
+    if round(share, 2) < 0:
+        return "worse than the pruned one by selection and compensation together"
+    return f"{max(share, 0.0):.0%} by selection and compensation together"
+
+
+def _no_share(report: Report) -> str:
+    if not compensates(report):
+        return "This run is plain pruning: nothing was compensated."
+    if report.evaluation.keys() >= {"dense", "pruned", "restored"}:
+        return (
+            "There is no share of the lost log-perplexity to report: it needs a dense model that "
+            "is better than the pruned one, and finite perplexities of models of one selector."
+        )
+    if report.evaluation:
+        return "The model was not compared with plain pruning."
+    return "The models were not compared on held-out text: give --evaluate TEXT to do so."
+
+
+def labelled(evaluation: Mapping[str, Evaluation], prefix: str = "") -> dict[str, Evaluation]:
+    """Rows by what they are instead of by their role, where they say it."""
+    return {
+        prefix + (role if row.selector is None else row.label): row
+        for role, row in evaluation.items()
+    }
+
+
+def evaluation_table(rows: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
+    """Header and text rows of the table of evaluated models, for a page or a terminal."""
+    header = ["model", "perplexity", "parameters", "weights"]
+    repeats = any(row.repetition is not None for row in rows.values())
+    table = []
+    for name, row in rows.items():
+        cells = [name, format_number(row.perplexity), format_count(row.parameters)]
+        cells.append(format_bytes(row.bytes))
+        if repeats:
+            cells.append("–" if row.repetition is None else _percent(row))
+        table.append(cells)
+    return header + ["repeats"] * repeats, table
+
+
+def size_sentence(report: Report) -> str:
+    """Bytes of the source, of the output, and of the output in bfloat16, as far as known."""
+    sizes = report.model.get("bytes") or {}
+    output, dtype = sizes.get("after"), report.model.get("dtype", "")
+    if not output:
+        return ""
+    parts = [f"source {format_bytes(sizes['source'])}"] if sizes.get("source") else []
+    parts.append(f"output {format_bytes(output)} ({dtype})")
+    text = ", ".join(parts)
+    half = sizes.get("bfloat16", output)
+    if half < output:
+        text += f"; with --dtype bfloat16 it would be {format_bytes(half)}"
+    if sizes.get("source", math.inf) < output:
+        text += "; the source holds fewer bits a weight than the output"
+    return text
+
+
+def verdict(report: Report) -> str:
+    """How near the model of a report is to the dense one, by perplexity and repetition."""
+    dense = report.evaluation.get("dense")
+    narrow = report.evaluation.get("restored") or report.evaluation.get("pruned")
+    if dense is None or narrow is None or dense.repetition is None or narrow.repetition is None:
+        return ""
+    ratio = narrow.perplexity / dense.perplexity
+    keep = keep_in_words(report.settings.get("keep"), report.sites)
+    return (
+        f"{f'Keep {keep}: ' if keep else ''}{ratio:.2f} times the dense model's perplexity, "
+        f"{_percent(narrow)} of the 4-grams in greedy completions repeat earlier ones (dense "
+        f"{_percent(dense)}); {_judgement(ratio, narrow, dense)}."
+    )
+
+
+def _judgement(ratio: float, narrow: Evaluation, dense: Evaluation) -> str:
+    if narrow.tokens < LEAST_TOKENS:
+        return f"too few tokens to judge ({narrow.tokens:,} predicted; give {LEAST_TOKENS:,})"
+    more, error = _repeats_more(narrow, dense)
+    faults = ["predicts clearly worse than the dense model"] * (not ratio <= CLOSE)
+    faults += ["repeats itself"] * (more > max(REPEATS, 2 * error))
+    if faults:
+        return f"it {' and '.join(faults)}, so keep more or fine-tune it before use"
+    if error > WIDEST_ERROR or more > REPEATS:
+        return (
+            "too few tokens to judge its repetition, whose difference from the dense model's has a "
+            f"standard error of {error:.0%}"
+            if math.isfinite(error)
+            else "too few tokens to judge its repetition"
+        )
+    return "usable as it is"
+
+
+def _repeats_more(narrow: Evaluation, dense: Evaluation) -> tuple[float, float]:
+    """How much more of its completions is repetition, and the standard error of that."""
+    assert narrow.repetition is not None
+    assert dense.repetition is not None
+    errors = (narrow.repetition_error, dense.repetition_error)
+    error = math.inf if None in errors else math.hypot(*(e or 0.0 for e in errors))
+    return narrow.repetition - dense.repetition, error
+
+
+def _percent(row: Evaluation) -> str:
+    """Repetition with its standard error, "25 ± 4%"."""
+    error = "" if row.repetition_error is None else f" ± {100 * row.repetition_error:.0f}"
+    return f"{100 * (row.repetition or 0):.0f}{error}%"
+
+
+def keep_in_words(keep: object, sites: Sequence[SiteReport]) -> str:
+    """One share, a few shares by kind, or of many their mean and range."""
+    if keep is None:
+        return ""
+    if not isinstance(keep, Mapping):
+        return str(keep)
+    kinds = {site.kind for site in sites}
+    if keep.keys() <= kinds and all(isinstance(share, float | int) for share in keep.values()):
+        return ", ".join(f"{kind} {share:g}" for kind, share in keep.items())
+    shares = [site.kept / site.channels for site in sites]
+    if not shares:
+        return "by site"
+    mean = sum(site.kept for site in sites) / sum(site.channels for site in sites)
+    return f"{mean:.2f} on average, {min(shares):.2f} to {max(shares):.2f} by site"
+
+
+def stage_table(stages: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of predicted and measured wall times by stage of the command."""
+    rows = [
+        [stage, *(_seconds(times.get(column)) for column in ("predicted", "measured"))]
+        for stage, times in stages.items()
+    ]
+    return ["stage", "predicted", "measured"], rows
+
+
+def resumed_sentence(report: Report) -> str:
+    """After which block a run was resumed, and which times include the earlier runs."""
+    if not (resumed := report.resumed):
+        return ""
+    return (
+        f"Resumed after block {resumed['after']:.0f} of {resumed['of']:.0f}: the time of "
+        f"compressing includes {format_seconds(resumed['seconds'])} of the runs before; other "
+        "stages are those of the last run alone."
+    )
+
+
+def compensates(report: Report) -> bool:
+    """Whether a run fitted anything, instead of plain pruning."""
+    return report.settings.get("compensate", True) is not False
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else format_seconds(value)
+
+
+def before_after(value: object) -> tuple[float, float]:
+    """The numbers of {"before": …, "after": …}; zeros of anything else."""
+    if isinstance(value, Mapping):
+        return value.get("before", 0), value.get("after", 0)
+    return 0, 0
+
+
+def error_pairs(sites: Iterable[SiteReport]) -> list[tuple[float, float]]:
+    """(plain pruning, compensated) of every site that knows both and was touched."""
+    return [
+        (site.baseline_error, site.error)
+        for site in sites
+        if site.baseline_error is not None and site.error is not None
+        if site.kept < site.channels or site.baseline_error > 0
+    ]

@@ -1,0 +1,146 @@
+"""Regional gradients: how strongly a block's output hangs on each weight of a site's consumers.
+
+One backward pass from the block's output to the consumer's, sequence by sequence, at the inputs
+that calibration gives the block; nothing is trained.
+
+Source: Yang et al., "Wanda++: pruning large language models via regional gradients" (Findings of
+ACL 2025): √(1/N Σ_n (∂‖f(X_n)‖₂/∂W)²) over N sequences X_n.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from grail.algebra.kinds import MAPS
+from grail.calibrate.samples import first_tensor
+from grail.calibrate.stream import Stream
+from grail.errors import InputError, ModelError, NonFiniteError
+from grail.networks import BoundSite
+from grail.networks.layers import Consumer
+
+
+def regional_gradient(
+    stream: Stream, site: BoundSite, drops: bool = False, holds_out: bool = False
+) -> Tensor:
+    """The root mean square, over sequences, of ∂‖f(X)‖₂/∂W of a site's consumers: [O, H] fp32.
+
+    Args:
+        stream: at the entry of the site's block. Tokens that its masks leave out do not count.
+        site: its consumers are stacked along O.
+        drops: whether a sequence whose gradient holds NaN or Inf is left out, not refused.
+
+    Raises:
+        InputError: a site of experts.
+        ModelError: a block that returns no tensor.
+        NonFiniteError: a gradient with NaN or Inf.
+    """
+    if site.beside is not None:
+        raise InputError(
+            f"{site.name}: this selector needs the gradient of its weight, which lies in a "
+            "tensor of all experts; choose another selector"
+        )
+    weights: list[Any] = [consumer.module.weight for consumer in site.consumers]
+    squares = [torch.zeros_like(weight.detach(), dtype=torch.float32) for weight in weights]
+    count = 0
+    for batch in range(len(stream)):
+        for gradients in _of_sequences(stream, batch, site, holds_out):
+            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+                if not drops:
+                    raise _non_finite(site, gradients)
+                continue
+            count += 1
+            for square, gradient in zip(squares, gradients, strict=True):
+                square += gradient.square()
+    total = max(1, int(stream.ranks.total(torch.tensor(count, dtype=torch.int64))))
+    return torch.cat(
+        [
+            consumer.as_rows((stream.ranks.total(square) / total).sqrt())
+            for consumer, square in zip(site.consumers, squares, strict=True)
+        ]
+    )
+
+
+def _of_sequences(
+    stream: Stream, batch: int, site: BoundSite, holds_out: bool
+) -> Iterator[list[Tensor]]:
+    """For each sequence of a batch with a token that counts, the gradient of each weight, fp32."""
+    inputs: dict[nn.Module, Tensor] = {}
+    probes: dict[nn.Module, Tensor] = {}
+
+    def probe(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs[module] = args[0].detach()
+        probes[module] = torch.zeros_like(output, requires_grad=True)
+        return output + probes[module]
+
+    modules = [consumer.module for consumer in site.consumers]
+    with ExitStack() as hooks, torch.enable_grad():
+        for module in modules:
+            hooks.callback(module.register_forward_hook(probe).remove)
+        for parameter in stream.blocks[site.block].parameters():
+            if parameter.requires_grad:  # else what runs before the probes is kept for autograd
+                hooks.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
+        returned = stream.run(site.block, batch)
+        output = first_tensor(returned)
+        if output is None:
+            raise ModelError(
+                f"{site.name}: its block returns {type(returned).__name__}, in which there is no "
+                "tensor to take a gradient of; choose another selector"
+            )
+        output = output.float()
+        mask = stream.output_mask(batch)
+        counts = torch.ones(len(output), dtype=torch.bool)
+        if mask is not None:
+            counts = mask.any(1).cpu()
+            if mask.shape == output.shape[:-1]:
+                output = output.where(mask.unsqueeze(-1), 0)
+        held = stream.held_out(batch) if holds_out else None
+        if held is not None:
+            counts &= ~held
+        # No sequence hears of another, so that the gradient of the sum holds those of all.
+        norms = output.flatten(1).norm(dim=1).sum()
+        gradients = torch.autograd.grad(norms, [probes[module] for module in modules])
+    for sequence in counts.nonzero().flatten().tolist():
+        yield [
+            _of_weight(
+                consumer,
+                _rows(inputs[consumer.module], len(counts), sequence).float(),
+                _rows(gradient, len(counts), sequence).float(),
+            )
+            for consumer, gradient in zip(site.consumers, gradients, strict=True)
+        ]
+
+
+def _rows(tensor: Tensor, sequences: int, sequence: int) -> Tensor:
+    """What a tensor holds of one sequence; some layers see all tokens of a batch in one row."""
+    return tensor.reshape(sequences, -1, *tensor.shape[1:])[sequence]
+
+
+def _of_weight(consumer: Consumer, x: Tensor, slope: Tensor) -> Tensor:
+    """Gradient of a layer's weight from its input and that of its output, in the weight's shape."""
+    module: Any = consumer.module
+    if isinstance(module, MAPS):
+        return _of_map(module, x, slope)
+    product = slope.flatten(0, -2).T @ x.flatten(0, -2)
+    return product if isinstance(module, nn.Linear) else product.T  # a Conv1D's
+
+
+def _of_map(module: Any, x: Tensor, slope: Tensor) -> Tensor:
+    """Gradient of a convolution's weight, whatever its padding."""
+    own = {key: value.detach().float() for key, value in module.named_parameters(recurse=False)}
+    with torch.enable_grad():
+        weight = own["weight"].requires_grad_()
+        (gradient,) = torch.autograd.grad(functional_call(module, own, (x,)), [weight], slope)
+    return gradient
+
+
+def _non_finite(site: BoundSite, gradients: list[Tensor]) -> NonFiniteError:
+    rows = torch.cat(
+        [c.as_rows(~g.isfinite()) for c, g in zip(site.consumers, gradients, strict=True)]
+    )
+    channels = rows.any(0).nonzero().flatten().tolist()
+    return NonFiniteError(f"gradient of {site.name}", channels, int(rows.sum()))
