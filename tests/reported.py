@@ -123,7 +123,7 @@ def assert_errors_of_a_run_are_those_of_the_network(
 
 def _alone(sites: Sequence[BoundSite]) -> Iterator[list[BoundSite]]:
     """Sites that can be narrowed without each other: one, or the experts of a layer."""
-    groups = itertools.groupby(sites, lambda site: site.beside or site)
+    groups = itertools.groupby(sites, lambda site: site.group or site)
     yield from (list(group) for _, group in groups)
 
 
@@ -241,10 +241,10 @@ def _landed(
     def twin(module: Any) -> Any:
         return None if module is None else model.get_submodule(names[module])
 
-    assert site.landing is not None
+    assert site.probe is not None
     consumers = tuple(replace(c, module=twin(c.module)) for c in site.consumers)
-    landing = replace(site.landing, module=twin(site.landing.module))
-    place = CalibrationPoint(name=site.name, block=site.block, consumers=consumers, landing=landing)
+    landing = replace(site.probe, module=twin(site.probe.module))
+    place = CalibrationPoint(name=site.name, block=site.block, consumers=consumers, probe=landing)
     seen: list[Tensor] = []
     with watch(place, twin(block), lambda *_: None, lambda landed: seen.append(landed.clone())):
         for batch in batches:

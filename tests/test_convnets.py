@@ -84,7 +84,7 @@ def test_channels_that_say_nothing_can_go_without_a_trace(name, compensate):
 def test_a_narrowed_network_is_narrow_and_the_report_counts_it(name):
     model, batches = network(name), images()
     dense = sum(p.numel() for p in model.parameters())
-    (saving,) = grail.inspect(model, options=Recipe(multiple=1), keeps=[0.5]).savings
+    (saving,) = grail.inspect(model, recipe=Recipe(multiple=1), keeps=[0.5]).savings
     report = grail.compress(model, batches, 0.5, multiple=1, progress=False)
     after = sum(p.numel() for p in model.parameters())
     assert report.model["parameters"] == {"before": dense, "after": after}

@@ -28,7 +28,7 @@ def inspected(model, **settings) -> grail.Inspection:
 def test_predicted_savings_are_what_a_run_leaves(family, kinds, tiny_model, tiny_batches):
     biased = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     model = tiny_model(family, tie_word_embeddings=True, **biased)
-    saving = inspected(model, options=Recipe(sites=kinds), keeps=[0.5]).savings[0]
+    saving = inspected(model, recipe=Recipe(sites=kinds), keeps=[0.5]).savings[0]
     report = grail.compress(model, tiny_batches(), keep=0.5, sites=kinds, progress=False)
     assert saving.parameters == report.model["parameters"]["after"]
     assert saving.bytes == sum(p.numel() * p.element_size() for p in model.parameters())
@@ -42,7 +42,7 @@ def test_biases_that_a_run_adds_are_part_of_the_prediction(
     model = tiny_model(family)
     options = Recipe(0.5, ("mlp",), compensate=compensate)
     before = fingerprint(model)
-    found = inspected(model, options=options, keeps=[0.5])
+    found = inspected(model, recipe=options, keeps=[0.5])
     assert_untouched(model, before)
     settings = {"compensate": compensate, "progress": False}
     report = grail.compress(model, tiny_batches(), 0.5, ("mlp",), **settings)
@@ -54,7 +54,7 @@ def test_an_uneven_model_is_inspected_by_kind(layers, tiny_llama, tiny_batches):
     model = tiny_llama(num_hidden_layers=layers)
     keep = {"mlp": [0.25, 0.75] * (layers // 2)}
     grail.compress(model, tiny_batches(), keep, multiple=1, compensate=False, progress=False)
-    found = inspected(model, options=Recipe(0.5, ("mlp", "heads"), multiple=2), keeps=[0.5, 1.0])
+    found = inspected(model, recipe=Recipe(0.5, ("mlp", "heads"), multiple=2), keeps=[0.5, 1.0])
     assert [(s.kind, s.count) for s in found.sites] == [("heads", layers), ("mlp", layers)]
     assert found.sites[1].structure == "20–60 channels, 40 on average"
     half, whole = (saving.widths for saving in found.savings)
@@ -89,7 +89,7 @@ def test_an_inspection_names_sites_and_predicts_every_phase(tiny_llama):
 
 
 def test_keeping_everything_costs_nothing(tiny_llama):
-    assert inspected(tiny_llama(), options=Recipe(keep=1.0)).seconds["total"] < 0.1
+    assert inspected(tiny_llama(), recipe=Recipe(keep=1.0)).seconds["total"] < 0.1
 
 
 def test_demand_follows_the_sizes_it_is_made_of(tiny_llama):

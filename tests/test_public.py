@@ -336,7 +336,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "grail.Gram.merge": {"other": [*ANY, torch.ones(3)]},
     "grail.Gram.save": {"path": NOT_PATHS},
     "grail.Gram.load": {"path": [*NOT_PATHS, "nowhere"], "device": NOT_DEVICES},
-    "grail.Options": {
+    "grail.Recipe": {
         "keep": [None, "half", True, 0, OBJECT, {"mlp": "x"}, torch.ones(3)],
         "sites": [5, OBJECT, [None], [5]], "selector": [None, 5, "nothing", [], OBJECT],
         "compensate": [None, "yes", OBJECT, []], "alpha": [None, "much", OBJECT, [], True],
@@ -381,7 +381,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "held_out": ["text", 5, torch.eye(H), OBJECT],
     },
     "grail.inspect": {
-        "model": NOT_MODELS, "options": ["text", 5, OBJECT], "keep": [None, "half", True, OBJECT],
+        "model": NOT_MODELS, "recipe": ["text", 5, OBJECT], "keep": [None, "half", True, OBJECT],
         "keeps": [5, [None], ["half"], OBJECT], "tokens": NOT_COUNTS, "batch_size": NOT_COUNTS,
         "sequence_length": NOT_COUNTS, "onload": NOT_DEVICES,
     },
@@ -456,7 +456,7 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.Gram.merge": lambda: {"self": grail.Gram(H), "other": gram},
         "grail.Gram.save": lambda: {"self": gram, "path": folder / "gram.state"},
         "grail.Gram.load": lambda: {"path": folder / "gram.state"},
-        "grail.Options": dict,
+        "grail.Recipe": dict,
         "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
         "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
         "grail.Fused": lambda: {"name": "0"},

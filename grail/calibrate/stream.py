@@ -125,14 +125,14 @@ class Stream:
         blocks: Sequence[nn.Module],
         batches: Iterable[Batch],
         storage: torch.device | str = "cpu",
-        ranks: Processes | None = None,
+        processes: Processes | None = None,
         device: torch.device | None = None,
         room: int | None = None,
     ):
-        self.blocks, self.storage, self.ranks = (
+        self.blocks, self.storage, self.processes = (
             blocks,
             require_usable(storage),
-            ranks or Processes(),
+            processes or Processes(),
         )
         self._room = room
         self._home = next(model.parameters()).device
@@ -142,7 +142,7 @@ class Stream:
         self._calls: list[list[Call]] = []
         require_batches(batches)
         self._entries: dict[int, int] = {}  # of the tuple that a block returns, by its number
-        for batch in self.ranks.share(batches):
+        for batch in self.processes.share(batches):
             try:
                 self._enter(model, batch)
             except ModelError:
@@ -153,17 +153,17 @@ class Stream:
                 self.require_chain(model, batch)
         own = range(len(self))
         self.own_tokens = sum(map(self.tokens_of, own))
-        self.tokens = int(self.ranks.total(torch.tensor(self.own_tokens, dtype=torch.int64)))
+        self.tokens = int(self.processes.total(torch.tensor(self.own_tokens, dtype=torch.int64)))
         # Of all batches: which samples have a token that counts.
-        self._counting = self.ranks.interleaved([self._counts(batch) for batch in own])
+        self._counting = self.processes.interleaved([self._counts(batch) for batch in own])
         if self.tokens == 0:
             raise EmptyCalibrationError(
                 "calibration holds no token; pass at least one batch of token ids"
             )
-        if len(self._counting) < self.ranks.count:
+        if len(self._counting) < self.processes.count:
             raise InputError(
-                f"{self.ranks.count} processes share {len(self._counting)} batches: pass at least "
-                "one for each, smaller ones if need be"
+                f"{self.processes.count} processes share {len(self._counting)} batches: pass at "
+                "least one for each, smaller ones if need be"
             )
 
     def __len__(self) -> int:
@@ -266,7 +266,7 @@ class Stream:
 
     @functools.cached_property
     def _own_held_out(self) -> tuple[Tensor, ...]:
-        return tuple(self.ranks.share(self._held_out))
+        return tuple(self.processes.share(self._held_out))
 
     @functools.cached_property
     def _held_out(self) -> tuple[Tensor, ...]:

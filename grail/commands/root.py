@@ -79,7 +79,7 @@ from grail.run.workflow import IMPORTING, LOADING, Study, attribute, text_of
 from grail.runtime.clock import Stages
 from grail.runtime.folder import check_output, file_hash
 from grail.runtime.memory import ran_out
-from grail.runtime.processes import launched, ranks
+from grail.runtime.processes import current_processes, launched
 
 _DEBUG = "grail.debug"
 
@@ -513,7 +513,7 @@ def compress(
         non_finite=non_finite,
     )
     device = ctx.with_resource(launched(device))
-    processes = ranks()
+    processes = current_processes()
     written = output / "report.json"
     done = resume_dir is not None and checkpoint.announced(resume_dir, command)
     done = done and written.exists()  # by a run that was killed right after it had done all
@@ -710,12 +710,12 @@ def inspect(
     first = keeps[0] if keeps else 0.7
     for share in keeps:
         check_keep(share)
-    options = Recipe(keep=first, sites=sites) if sites is not None else None
+    recipe = Recipe(keep=first, sites=sites) if sites is not None else None
     with _notes_said(CheckpointWarning):
         network, _ = _load(model, "cpu" if onload else device, dtype, trust_remote_code)
     inspection = inspect_model(
         network,
-        options=options,
+        recipe=recipe,
         keep=first,
         keeps=keeps or KEEPS,
         tokens=tokens,
@@ -1007,7 +1007,7 @@ def _notes_said(kind: type[UserWarning] = UserWarning) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    if ranks().number == 0:
+    if current_processes().number == 0:
         typer.echo(text, err=True)
 
 

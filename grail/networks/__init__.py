@@ -16,7 +16,7 @@ from grail.networks.site import (
     BoundSite,
     CalibrationPoint,
     ResidualProbe,
-    steps,
+    grouped,
 )
 from grail.networks.traced import trace
 from grail.networks.wrappers import refuse_wrapped
@@ -31,7 +31,7 @@ __all__ = [
     "ResidualProbe",
     "Site",
     "find",
-    "steps",
+    "grouped",
     "supported",
     "trace",
 ]

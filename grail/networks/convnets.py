@@ -105,7 +105,7 @@ class ConvNet(Architecture):
                 )
             ),
             along=tuple(named(channels.along)),
-            landing=_landing(flow, channels.consumers[-1]),
+            probe=_with_probes(flow, channels.consumers[-1]),
         )
 
 
@@ -195,7 +195,7 @@ def architecture(model: nn.Module) -> Architecture | None:
 LAYOUTS = {"convolutional networks of blocks (ResNet, MobileNet, EfficientNet)": architecture}
 
 
-def _landing(flow: Flow, consumer: fx.Node) -> ResidualProbe:
+def _with_probes(flow: Flow, consumer: fx.Node) -> ResidualProbe:
     """The sum that the consumer's output becomes a part of, or else that output itself."""
     found = flow.sum_behind(consumer)
     if found is None:

@@ -33,7 +33,7 @@ _LLAMA = Layout(
     heads=Heads(
         projections=_PROJECTIONS,
         consumer="self_attn.o_proj",
-        landing=ProbeSpec("post_attention_layernorm"),
+        probe=ProbeSpec("post_attention_layernorm"),
         sizes=_QUERIES,
         config=_GROUPED_CONFIG,
     ),
@@ -45,8 +45,8 @@ def _with_heads(layout: Layout, **changes: Any) -> Layout:
     return replace(layout, heads=replace(layout.heads, **changes))
 
 
-def _landing(layout: Layout, heads: ProbeSpec, mlp: ProbeSpec) -> Layout:
-    return _with_heads(replace(layout, mlp=replace(layout.mlp, landing=mlp)), landing=heads)
+def _with_probes(layout: Layout, heads: ProbeSpec, mlp: ProbeSpec) -> Layout:
+    return _with_heads(replace(layout, mlp=replace(layout.mlp, probe=mlp)), probe=heads)
 
 
 def _without_heads(layout: Layout, why: str) -> Layout:
@@ -54,20 +54,20 @@ def _without_heads(layout: Layout, why: str) -> Layout:
 
 
 # A norm lies between a consumer and the stream, so drift is seen in front of it.
-_SANDWICH = _landing(
+_SANDWICH = _with_probes(
     _LLAMA, ProbeSpec("self_attn.o_proj", output=True), ProbeSpec("mlp.down_proj", output=True)
 )
 _OLMO2 = _without_heads(_SANDWICH, "its queries and keys are normalised over all heads at once")
-_GRANITE = _landing(
+_GRANITE = _with_probes(
     _LLAMA,
     ProbeSpec("post_attention_layernorm", scale="residual_multiplier"),
     replace(BLOCK_OUTPUT, scale="residual_multiplier"),
 )
 _STABLELM = _with_heads(_LLAMA, sizes={**_HEADS, **_GROUPS, **_QUERIES}, config=None)
-_COHERE = _with_heads(_LLAMA, landing=BLOCK_OUTPUT)
+_COHERE = _with_heads(_LLAMA, probe=BLOCK_OUTPUT)
 _STARCODER2 = replace(_LLAMA, mlp=Mlp(("mlp.c_fc",), "mlp.c_proj"))
 _PHI = replace(
-    _with_heads(_LLAMA, consumer="self_attn.dense", landing=BLOCK_OUTPUT),
+    _with_heads(_LLAMA, consumer="self_attn.dense", probe=BLOCK_OUTPUT),
     mlp=Mlp(("mlp.fc1",), "mlp.fc2"),
 )
 _PHI3 = replace(
@@ -89,7 +89,7 @@ _QWEN2_MOE = replace(
         "mlp.shared_expert.down_proj",
         config=setting("shared_expert_intermediate_size"),
         sizes=("mlp.shared_expert.intermediate_size",),
-        landing=None,
+        probe=None,
     ),
 )
 _GPT2 = Layout(
@@ -99,7 +99,7 @@ _GPT2 = Layout(
     heads=Heads(
         projections=("attn.c_attn",),
         consumer="attn.c_proj",
-        landing=ProbeSpec("ln_2"),
+        probe=ProbeSpec("ln_2"),
         sizes={**_HEADS, "split_size": lambda width: width.kept},
     ),
 )
@@ -110,11 +110,13 @@ _OPT = Layout(
     heads=Heads(
         projections=_PROJECTIONS,
         consumer="self_attn.out_proj",
-        landing=ProbeSpec("final_layer_norm"),
+        probe=ProbeSpec("final_layer_norm"),
         sizes=_HEADS,
     ),
 )
-_OPT_POST_NORM = _landing(_OPT, ProbeSpec("self_attn_layer_norm"), ProbeSpec("final_layer_norm"))
+_OPT_POST_NORM = _with_probes(
+    _OPT, ProbeSpec("self_attn_layer_norm"), ProbeSpec("final_layer_norm")
+)
 _GPT_NEOX = Layout(
     blocks="layers",
     attention="attention",
@@ -122,7 +124,7 @@ _GPT_NEOX = Layout(
     heads=Heads(
         projections=("attention.query_key_value",),
         consumer="attention.dense",
-        landing=ProbeSpec("post_attention_layernorm"),
+        probe=ProbeSpec("post_attention_layernorm"),
         interleaved=True,
         head_dim="head_size",
     ),
@@ -166,7 +168,7 @@ def _variant(layout: Layout, config: Any) -> Layout:
     if layout is _OPT and not config.do_layer_norm_before:
         return _OPT_POST_NORM
     if getattr(config, "use_parallel_residual", False):
-        layout = _with_heads(layout, landing=BLOCK_OUTPUT)
+        layout = _with_heads(layout, probe=BLOCK_OUTPUT)
     if getattr(config, "qk_layernorm", False) and layout is _PHI:
         return _with_heads(layout, config=None)  # the norms' width is hidden_size / heads
     if getattr(config, "qk_layernorm", False) or getattr(config, "use_qk_norm", False):

@@ -36,11 +36,11 @@ def _all_channels(width: HeadWidth) -> int:
 _BERT = Layout(
     blocks="encoder.layer",
     attention="attention.self",
-    mlp=Mlp(("intermediate.dense",), "output.dense", landing=ProbeSpec("output.LayerNorm")),
+    mlp=Mlp(("intermediate.dense",), "output.dense", probe=ProbeSpec("output.LayerNorm")),
     heads=Heads(
         projections=("attention.self.query", "attention.self.key", "attention.self.value"),
         consumer="attention.output.dense",
-        landing=ProbeSpec("attention.output.LayerNorm"),
+        probe=ProbeSpec("attention.output.LayerNorm"),
         head_dim="attention_head_size",
         sizes={"num_attention_heads": _all_heads, "all_head_size": _all_channels},
     ),
@@ -52,12 +52,12 @@ _DISTILBERT = Layout(
         ("ffn.lin1",),
         "ffn.lin2",
         config=setting("hidden_dim"),
-        landing=ProbeSpec("output_layer_norm"),
+        probe=ProbeSpec("output_layer_norm"),
     ),
     heads=Heads(
         projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         consumer="attention.out_lin",
-        landing=ProbeSpec("sa_layer_norm"),
+        probe=ProbeSpec("sa_layer_norm"),
         head_dim="attention_head_size",
         sizes={"n_heads": _all_heads},
     ),
@@ -69,7 +69,7 @@ _VIT = Layout(
     heads=Heads(
         projections=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
         consumer="attention.o_proj",
-        landing=ProbeSpec("layernorm_after"),
+        probe=ProbeSpec("layernorm_after"),
         sizes={"num_attention_heads": _all_heads},
         config={"num_attention_heads": _all_heads, "head_dim": lambda width: width.head_dim},
     ),
@@ -81,7 +81,7 @@ _CLIP = Layout(
     heads=Heads(
         projections=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         consumer="self_attn.out_proj",
-        landing=ProbeSpec("layer_norm2"),
+        probe=ProbeSpec("layer_norm2"),
         sizes={"num_heads": _all_heads},
     ),
 )
@@ -107,9 +107,9 @@ _DINOV2 = replace(
         ("mlp.fc1",),
         "mlp.fc2",
         config=_mlp_ratio,
-        landing=ProbeSpec("", scale="layer_scale2.lambda1"),
+        probe=ProbeSpec("", scale="layer_scale2.lambda1"),
     ),
-    heads=replace(_VIT.heads, landing=ProbeSpec("norm2", scale="layer_scale1.lambda1")),
+    heads=replace(_VIT.heads, probe=ProbeSpec("norm2", scale="layer_scale1.lambda1")),
 )
 _DINOV2_GATED = replace(
     _DINOV2,
@@ -128,7 +128,7 @@ _TIMM = Layout(
     heads=Heads(
         projections=("attn.qkv",),
         consumer="attn.proj",
-        landing=ProbeSpec("norm2"),
+        probe=ProbeSpec("norm2"),
         sizes={"num_heads": _all_heads, "attn_dim": _all_channels},
     ),
 )
@@ -214,9 +214,9 @@ def _first_block(model: nn.Module, layout: Layout) -> Any:
 def _scaled(layout: Layout, heads: str, mlp: str) -> Layout:
     """The same with layer scales, at these paths."""
     assert layout.heads is not None
-    assert layout.mlp.landing is not None
+    assert layout.mlp.probe is not None
     return replace(
         layout,
-        mlp=replace(layout.mlp, landing=replace(layout.mlp.landing, scale=mlp)),
-        heads=replace(layout.heads, landing=replace(layout.heads.landing, scale=heads)),
+        mlp=replace(layout.mlp, probe=replace(layout.mlp.probe, scale=mlp)),
+        heads=replace(layout.heads, probe=replace(layout.heads.probe, scale=heads)),
     )

@@ -50,7 +50,7 @@ class Experts:
         self._rewritten: set[int] = set()
 
     def sites(
-        self, block: int, upstream: Sequence[nn.Module], landing: ResidualProbe | None
+        self, block: int, upstream: Sequence[nn.Module], probe: ResidualProbe | None
     ) -> list[BoundSite]:
         """One for each expert, all landing at one place."""
         channels = self.downs[0].in_features
@@ -66,8 +66,8 @@ class Experts:
                 producers=(kind(f"{self.name}.{number}.gate_up", gate, parts),),
                 consumers=(ExpertConsumer(f"{self.name}.{number}.down", down, None, self, number),),
                 upstream=tuple(upstream),
-                landing=landing,
-                beside=self,
+                probe=probe,
+                group=self,
             )
             for number, (gate, down) in enumerate(zip(self.gates, self.downs, strict=True))
         ]

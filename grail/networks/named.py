@@ -97,7 +97,7 @@ class Named(Architecture):
     """
 
     kinds = default = ("named",)
-    known = False
+    trusted = False
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]):
         self.name, self.blocks = type(model).__name__, [model]
@@ -136,7 +136,7 @@ class Named(Architecture):
             producers=tuple(map(self._producer, site.producers)),
             consumers=consumers,
             along=tuple((name, self._module(name)) for name in site.along),
-            landing=ResidualProbe(consumers[0].module, output=True) if clear else None,
+            probe=ResidualProbe(consumers[0].module, output=True) if clear else None,
         )
 
     def _producer(self, producer: str | Fused) -> Producer:

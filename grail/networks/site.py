@@ -49,8 +49,8 @@ class CalibrationPoint:
     block: int
     consumers: tuple[Consumer, ...]
     upstream: tuple[nn.Module, ...] = ()
-    landing: ResidualProbe | None = None
-    beside: Any = None
+    probe: ResidualProbe | None = None
+    group: Any = None
 
     @property
     def channels(self) -> int:
@@ -60,47 +60,47 @@ class CalibrationPoint:
     @property
     def lands_at_output(self) -> bool:
         """Whether the block's output is where its landing is."""
-        return self.landing is not None and self.landing.module is None
+        return self.probe is not None and self.probe.module is None
 
     def can_aim(self, per_tap: bool) -> bool:
         """Whether what the network is to hold where it lands can be asked of the consumer.
 
         A map of channels that is the same at every tap of a convolution leaves no such choice.
         """
-        return self.landing is not None and self.fits_outputs(per_tap)
+        return self.probe is not None and self.fits_outputs(per_tap)
 
     def fits_outputs(self, per_tap: bool) -> bool:
         """Whether a consumer can be fitted to any output, whatever it is."""
         return len(self.consumers) == 1 and (per_tap or self.consumers[0].taps == 1)
 
-    def drift(self, aim: Tensor, landed: Tensor) -> Tensor:
+    def drift(self, target: Tensor, observed: Tensor) -> Tensor:
         """What the consumer's output lacks, [..., O] fp32, for the network to hold `aim`, fp32."""
-        assert self.landing is not None
-        missing = self.consumers[0].outputs_as_tokens(aim - landed)
-        if self.landing.scale is None:
+        assert self.probe is not None
+        missing = self.consumers[0].outputs_as_tokens(target - observed)
+        if self.probe.scale is None:
             return missing
-        scale = self.landing.scale.to(missing)
+        scale = self.probe.scale.to(missing)
         # Through a slope of next to nothing no output could reach what is missing.
         seen = scale.abs() > LEAST_SLOPE * scale.abs().amax()
         return (missing / scale).where(seen, 0)
 
-    def token_scale(self, aim: Tensor) -> Tensor | None:
+    def token_scale(self, target: Tensor) -> Tensor | None:
         """What each token's error counts by, [...], if the network is to hold `aim` [..., O], fp32.
 
         Where norms read it that is 1/rms, as they see it; None is alike for all.
         """
-        assert self.landing is not None
-        if not self.landing.normalised:
+        assert self.probe is not None
+        if not self.probe.normalised:
             return None
-        return (aim.square().mean(-1) + NORM_EPS).rsqrt()
+        return (target.square().mean(-1) + NORM_EPS).rsqrt()
 
 
 AnyPoint = TypeVar("AnyPoint", bound=CalibrationPoint)
 
 
-def steps(places: Sequence[AnyPoint]) -> list[list[AnyPoint]]:
+def grouped(points: Sequence[AnyPoint]) -> list[list[AnyPoint]]:
     """Places in order, those that run side by side in one step."""
-    apart = itertools.groupby(places, lambda place: place.beside or place)
+    apart = itertools.groupby(points, lambda point: point.group or point)
     return [list(step) for _, step in apart]
 
 
@@ -119,10 +119,8 @@ class AttentionInput(CalibrationPoint):
         cls, name: str, block: int, layers: tuple[Consumer, ...], **others: Any
     ) -> "AttentionInput":
         """An entry that listens at the first of its layers."""
-        first, landing = layers[:1], ResidualProbe(layers[0].module)
-        return cls(
-            name=name, block=block, consumers=first, landing=landing, layers=layers, **others
-        )
+        first, probe = layers[:1], ResidualProbe(layers[0].module)
+        return cls(name=name, block=block, consumers=first, probe=probe, layers=layers, **others)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -269,7 +267,7 @@ class Architecture(ABC):
     kinds: tuple[str, ...]
     default: tuple[str, ...]
     blocks: Sequence[nn.Module]
-    known = True  # or its sites are what somebody says of them, which a run then checks
+    trusted = True  # or its sites are what somebody says of them, which a run then checks
     hidden_size: int | None = None
     activations_per_token: int | None = None
 
@@ -288,7 +286,7 @@ class Architecture(ABC):
         norms = (m for m in self.blocks[block].modules() if isinstance(m, NORMS))
         return [norm for norm in norms if norm.running_mean is not None]
 
-    def entries(self, block: int) -> list[AttentionInput]:
+    def attention_inputs(self, block: int) -> list[AttentionInput]:
         """Where the attention of a block reads the stream, if that is known."""
         return []
 

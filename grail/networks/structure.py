@@ -156,7 +156,7 @@ class Recognised(Transformer):
 
 def _modules_of(site: BoundSite) -> list[nn.Module]:
     """The modules of the model that a site narrows."""
-    return [site.beside.module] if site.beside is not None else list(site.modules().values())
+    return [site.group.module] if site.group is not None else list(site.modules().values())
 
 
 def _says(config: Any, name: str) -> bool:
@@ -297,13 +297,13 @@ class _Proposals(Trial):
                     if number == 0:  # of those with most producers, which it most likely is
                         self._refused(kind, consumer, str(reason))
                     continue
-                seen = self.landing(consumer, site.consumers[0].outputs)
+                seen = self.probe(consumer, site.consumers[0].outputs)
                 if beside:
                     # Scaled token by token on its way, its drift is left to the experts.
                     seen = seen if seen is not None and not seen.output else None
-                    layout = replace(layout, shared_experts=replace(mlp, landing=seen))
+                    layout = replace(layout, shared_experts=replace(mlp, probe=seen))
                 elif self._width(layout.mlp) < site.channels:
-                    layout = replace(layout, mlp=replace(mlp, landing=seen))
+                    layout = replace(layout, mlp=replace(mlp, probe=seen))
                 break
         return layout
 
@@ -361,8 +361,8 @@ class _Proposals(Trial):
                 self.reasons.setdefault("experts", str(reason))
                 continue
             assert proposed.experts is not None
-            seen = self.landing(path, self._outputs(path))
-            return replace(layout, experts=replace(proposed.experts, landing=seen))
+            seen = self.probe(path, self._outputs(path))
+            return replace(layout, experts=replace(proposed.experts, probe=seen))
         return layout
 
     def _outputs(self, path: str) -> int:
@@ -411,7 +411,7 @@ class _Proposals(Trial):
         heads = Heads(
             projections=tuple(f"{path}.{name}" for name in _PROJECTIONS),
             consumer=f"{path}.{outputs[0]}",
-            landing=BLOCK_OUTPUT,
+            probe=BLOCK_OUTPUT,
             sizes={
                 name: number
                 for name, number in _HEAD_SIZES.items()
@@ -432,6 +432,6 @@ class _Proposals(Trial):
                 if last == len(options):
                     raise
                 continue
-            seen = self.landing(heads.consumer, site.consumers[0].outputs)
-            return replace(proposed, landing=seen or ProbeSpec(heads.consumer, output=True))
+            seen = self.probe(heads.consumer, site.consumers[0].outputs)
+            return replace(proposed, probe=seen or ProbeSpec(heads.consumer, output=True))
         raise AssertionError

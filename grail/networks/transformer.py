@@ -74,7 +74,7 @@ class Mlp:
     fused: int = 1
     config: Callable[[Any, int], Settings] = _INTERMEDIATE_SIZE
     sizes: tuple[str, ...] = ()
-    landing: ProbeSpec | None = BLOCK_OUTPUT
+    probe: ProbeSpec | None = BLOCK_OUTPUT
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Mixture:
 
     path: str
     config: Callable[[Any, int], Settings]
-    landing: ProbeSpec | None = BLOCK_OUTPUT
+    probe: ProbeSpec | None = BLOCK_OUTPUT
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Heads:
 
     projections: tuple[str, ...]
     consumer: str
-    landing: ProbeSpec
+    probe: ProbeSpec
     interleaved: bool = False
     head_dim: str = "head_dim"
     sizes: Mapping[str, Number] | None = None
@@ -179,7 +179,7 @@ class Transformer(Architecture):
             for number, block in enumerate(self.blocks)
         ]
 
-    def entries(self, block: int) -> list[AttentionInput]:
+    def attention_inputs(self, block: int) -> list[AttentionInput]:
         layout, module, name = self._layouts[block], self.blocks[block], self._names[block]
         heads = layout.heads
         if heads is None or not all(has(module, path) for path in heads.projections):
@@ -273,8 +273,8 @@ class Transformer(Architecture):
             return []
         module = block.get_submodule(mixture.path)
         experts = Experts(f"{self._names[number]}.{mixture.path}", module)
-        landing = None if mixture.landing is None else _landing(block, mixture.landing)
-        return experts.sites(number, self._upstream(number, block), landing)
+        probe = None if mixture.probe is None else _with_probes(block, mixture.probe)
+        return experts.sites(number, self._upstream(number, block), probe)
 
     def _shared_experts(self, number: int, block: nn.Module) -> list[BoundSite]:
         shared = self._layouts[number].shared_experts
@@ -304,7 +304,7 @@ class Transformer(Architecture):
             ),
             consumers=(consumer,),
             upstream=self._upstream(number, block),
-            landing=None if mlp.landing is None else _landing(block, mlp.landing),
+            probe=None if mlp.probe is None else _with_probes(block, mlp.probe),
             sizes=tuple(_attributes(block, mlp.sizes)),
         )
 
@@ -324,7 +324,7 @@ class Transformer(Architecture):
             block=number,
             producers=producers,
             consumers=(consumer,),
-            landing=_landing(block, heads.landing),
+            probe=_with_probes(block, heads.probe),
             attention=attention,
             shape=(grouped // head_dim, consumer.channels // grouped, head_dim),
             numbers=heads.sizes or {},
@@ -440,7 +440,7 @@ def has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def _landing(block: nn.Module, seen: ProbeSpec) -> ResidualProbe:
+def _with_probes(block: nn.Module, seen: ProbeSpec) -> ResidualProbe:
     scale = None
     if seen.scale:
         owner, _, name = seen.scale.rpartition(".")

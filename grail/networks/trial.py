@@ -220,7 +220,7 @@ class Trial:
             handle.remove()
         return seen[0]
 
-    def landing(self, path: str, outputs: int) -> ProbeSpec | None:
+    def probe(self, path: str, outputs: int) -> ProbeSpec | None:
         """The last place that shows a change of a layer's output one to one."""
         change = torch.linspace(-1, 1, outputs, dtype=torch.float32)
         without = self._after(path, None)

@@ -68,7 +68,7 @@ def collect(
     """
     require_model(model)
     require_batches(batches)
-    options = Recipe(
+    recipe = Recipe(
         1.0,
         sites,
         closed_loop=False,
@@ -76,7 +76,7 @@ def collect(
         per_tap=per_tap,
         non_finite=non_finite,
     )
-    architecture = find(model, options.sites)
+    architecture = find(model, recipe.sites)
     device = computing_device(model, onload)
     onloader = Onloader(architecture.blocks, None if onload is None else device)
     calibration: dict[str, Any] = {}
@@ -90,7 +90,7 @@ def collect(
         read = hashed(batches, lambda found: calibration.update(sha256=found))
         stream = Stream(model, architecture.blocks, read, storage, device=device)
         calibration |= {"tokens": stream.tokens, "sequences": stream.samples}
-        run = Run(architecture, options, stream, nothing, Clock(device), onload=onloader)
+        run = Run(architecture, recipe, stream, nothing, Clock(device), onload=onloader)
         for number, (site, parts) in enumerate(run.statistics(progress)):
             grams = {
                 f"{number:04}.{consumer}.{name}.state": gram
@@ -126,7 +126,7 @@ class Collected:
         return [dict(calibration) for calibration in self._index["calibrations"]]
 
     def stream(
-        self, model: nn.Module, architecture: Architecture, options: Recipe, device: torch.device
+        self, model: nn.Module, architecture: Architecture, recipe: Recipe, device: torch.device
     ) -> Stream:
         """Stands for the calibration, of which no batch is left.
 
@@ -134,9 +134,9 @@ class Collected:
             InputError: statistics of another model or other sites, or options that need batches.
         """
         needs = {
-            "closed_loop=False": options.closed_loop,
-            f"per_tap={self._index['per_tap']}": options.per_tap != self._index["per_tap"],
-            "a selector without gradients": options.needs_gradient,
+            "closed_loop=False": recipe.closed_loop,
+            f"per_tap={self._index['per_tap']}": recipe.per_tap != self._index["per_tap"],
+            "a selector without gradients": recipe.needs_gradient,
         }
         for setting, missing in needs.items():
             if missing:
@@ -145,12 +145,12 @@ class Collected:
                 )
         if self._index["model"] != fingerprint(model):
             raise InputError(f"{self.folder} holds statistics of another model")
-        names = [site.name for site in options.all_sites(architecture)]
+        names = [site.name for site in recipe.all_sites(architecture)]
         if unknown := [name for name in names if name not in self._index["sites"]]:
             raise InputError(f"{self.folder} holds no statistics of {', '.join(unknown)}")
         return _Past(architecture.blocks, self._index["calibrations"], device)
 
-    def statistics(self, site: BoundSite, options: Recipe, stream: Stream) -> list[Statistics]:
+    def statistics(self, site: BoundSite, recipe: Recipe, stream: Stream) -> list[Statistics]:
         """Those of each consumer of a site; where nothing is to be held out, of all sequences."""
         assert isinstance(stream, _Past)
         by_consumer: list[dict[str, Gram]] = [{} for _ in site.consumers]
@@ -158,7 +158,7 @@ class Collected:
             _, consumer, name, _ = file.split(".")
             by_consumer[int(consumer)][name] = Gram.load(self.folder / file, stream.device)
         stream.held_out_tokens += sum(grams["held_out"].tokens for grams in by_consumer)
-        if not options.holds_out:
+        if not recipe.holds_out:
             for grams in by_consumer:
                 for name, held_out in HELD_OUT.items():
                     if name in grams:
@@ -169,9 +169,9 @@ class Collected:
                 site.name,
                 consumer,
                 stream,
-                options.holds_out,
+                recipe.holds_out,
                 per_tap=self._index["per_tap"],
-                partial=site.beside is not None,
+                partial=site.group is not None,
                 grams=grams,
             )
             for consumer, grams in zip(site.consumers, by_consumer, strict=True)
@@ -188,7 +188,7 @@ class _Past(Stream):
         device: torch.device,
     ):
         self.blocks, self.storage, self.device = blocks, torch.device("cpu"), device
-        self.ranks, self.hidden, self.own_tokens = Processes(), HiddenStates(self.storage), 0
+        self.processes, self.hidden, self.own_tokens = Processes(), HiddenStates(self.storage), 0
         self.held_out_tokens = 0  # of the sites so far
         self.tokens, self._sequences = (
             sum(calibration[count] for calibration in calibrations)

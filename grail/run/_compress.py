@@ -27,7 +27,13 @@ from grail.run.loop import Run
 from grail.runtime import memory
 from grail.runtime.clock import Clock
 from grail.runtime.onload import Onloader, computing_device
-from grail.runtime.processes import Processes, checksum, ranks, refuse_sharded, watched
+from grail.runtime.processes import (
+    Processes,
+    checksum,
+    current_processes,
+    refuse_sharded,
+    watched,
+)
 from grail.runtime.transaction import Transaction, eval_no_grad
 
 
@@ -134,7 +140,7 @@ def compress(
     require_model(model)
     if not isinstance(batches, Collected):
         require_batches(batches)
-    options = Recipe(
+    recipe = Recipe(
         keep=keep,
         sites=sites,
         selector=selector,
@@ -155,21 +161,21 @@ def compress(
     )
     refuse_sharded(model)
     device = computing_device(model, onload)
-    processes = ranks()
-    architecture = find(model, options.sites)
-    widths = options.widths(architecture)
-    dense = options.all_sites(architecture)
-    asked = plan.by_kind((site, (options.keep_of(site), widths[site.name])) for site in dense)
+    processes = current_processes()
+    architecture = find(model, recipe.sites)
+    widths = recipe.widths(architecture)
+    dense = recipe.all_sites(architecture)
+    asked = plan.by_kind((site, (recipe.keep_of(site), widths[site.name])) for site in dense)
     _require_finite_weights(dense)
-    if options.repair and not any(map(architecture.norms, range(len(architecture.blocks)))):
+    if recipe.repair and not any(map(architecture.norms, range(len(architecture.blocks)))):
         raise InputError(f"repair resets batch norms; {architecture.name} has none")
-    if options.token_weights is True and not any(s.landing and s.landing.normalised for s in dense):
+    if recipe.token_weights is True and not any(s.probe and s.probe.normalised for s in dense):
         raise InputError(
             f"token_weights is for sites behind which norms read the stream, token by token; "
             f"{architecture.name} has none"
         )
-    if options.correct_attention and not any(
-        map(architecture.entries, range(len(architecture.blocks)))
+    if recipe.correct_attention and not any(
+        map(architecture.attention_inputs, range(len(architecture.blocks)))
     ):
         raise InputError(
             f"correct_attention is for transformers whose projections to queries, keys and values "
@@ -186,7 +192,7 @@ def compress(
         Transaction() as transaction,
         eval_no_grad(model),
         processes.together(),
-        checkpoint.opened(resume_dir, model, options, transaction, processes) as resumed,
+        checkpoint.opened(resume_dir, model, recipe, transaction, processes) as resumed,
         clock("other"),
     ):
         known = None
@@ -194,21 +200,21 @@ def compress(
             if isinstance(batches, Collected):
                 if resumed is not None or processes.count > 1:
                     raise InputError("collected statistics are for one process, without resume_dir")
-                stream = batches.stream(model, architecture, options, device)
-                known = partial(batches.statistics, options=options, stream=stream)
+                stream = batches.stream(model, architecture, recipe, device)
+                known = partial(batches.statistics, recipe=recipe, stream=stream)
             else:
                 read = batches if resumed is None else resumed.reading(batches)
-                stream = _stream(model, architecture, read, storage, device, processes, options)
-        if options.shifts_bias:
+                stream = _stream(model, architecture, read, storage, device, processes, recipe)
+        if recipe.shifts_bias:
             architecture.ensure_biases(dense, transaction)
-        predicted = _predicted_peak(architecture, options, stream, onload is not None)
-        run = Run(architecture, options, stream, transaction, clock, resumed, onloader, known)
+        predicted = _predicted_peak(architecture, recipe, stream, onload is not None)
+        run = Run(architecture, recipe, stream, transaction, clock, resumed, onloader, known)
         rows = run.all_blocks(progress)
         architecture.write_config(dense, widths, transaction)
 
-    after = _size(model, options.all_sites(architecture))
+    after = _size(model, recipe.all_sites(architecture))
     return Report(
-        settings=options.as_dict(),
+        settings=recipe.as_dict(),
         model={
             "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
             "class": type(model).__name__,
@@ -234,7 +240,7 @@ def compress(
         },
         resumed=run.resumed,
         notes=[
-            *_notes(options, asked, stream, rows),
+            *_notes(recipe, asked, stream, rows),
             *run.notes,
             *architecture.notes(dense, widths),
         ],
@@ -249,7 +255,7 @@ def _stream(
     storage: torch.device | str,
     device: torch.device,
     processes: Processes,
-    options: Recipe,
+    recipe: Recipe,
 ) -> Stream:
     """The calibration set at the model's entry, once all processes are known to do the same."""
     room = None
@@ -262,16 +268,16 @@ def _stream(
     if processes.count == 1:
         stream = enter(batches)
     else:
-        said = {key: value for key, value in options.as_dict().items() if key != "selector"}
+        said = {key: value for key, value in recipe.as_dict().items() if key != "selector"}
         processes.require_equal("the settings", said)
         processes.require_equal("the model", checksum(model.parameters()))
         read: list[int] = []
-        stream = enter(watched(batches, read), ranks=processes)
+        stream = enter(watched(batches, read), processes=processes)
         processes.require_equal("the calibration", read)
     if automatic and stream.storage.type != "cpu":
         held = sum(hidden.nbytes for hidden in stream.hidden)
         size = _sizes(stream)
-        stream.rest_on(plan.waiting_place(architecture, options, *size, held))
+        stream.rest_on(plan.waiting_place(architecture, recipe, *size, held))
     return stream
 
 
@@ -282,14 +288,14 @@ def _sizes(stream: Stream) -> tuple[int, int]:
 
 
 def _predicted_peak(
-    architecture: Architecture, options: Recipe, stream: Stream, onloads: bool
+    architecture: Architecture, recipe: Recipe, stream: Stream, onloads: bool
 ) -> int:
     """Bytes that the run adds; 0 where they depend on more than shapes of weights."""
     if architecture.activations_per_token is None:
         return 0
     parts = plan.demand(
         architecture,
-        options,
+        recipe,
         *_sizes(stream),
         stream.storage,
         stream.device if onloads else None,
@@ -317,15 +323,15 @@ def _size(model: nn.Module, sites: Sequence[BoundSite]) -> dict[str, Any]:
 
 
 def _notes(
-    options: Recipe,
+    recipe: Recipe,
     asked: dict[str, tuple[float, Width]],
     stream: Stream,
     rows: list[SiteReport],
 ) -> list[str]:
     notes = []
-    if options.holds_out and not stream.holds_out:
-        instead = [f"alpha={ALPHA:g}"] if options.alpha == "auto" else []
-        if options.follows_drift and options.drift_correction == "auto":
+    if recipe.holds_out and not stream.holds_out:
+        instead = [f"alpha={ALPHA:g}"] if recipe.alpha == "auto" else []
+        if recipe.follows_drift and recipe.drift_correction == "auto":
             instead.append("drift_correction=0")
         notes.append(
             "nothing could be held out, for want of a second sequence: what is auto was "
@@ -343,7 +349,7 @@ def _notes(
         for row in rows
         if row.retries
     ]
-    if options.repair:
+    if recipe.repair:
         notes.append("repair: errors are those before the batch norms were reset")
     return notes
 

@@ -21,7 +21,7 @@ from grail.algebra.width import Width
 from grail.arguments import require_model, require_whole
 from grail.calibrate.stream import Stream
 from grail.files.load import positions
-from grail.networks import Architecture, BoundSite, CalibrationPoint, find, steps
+from grail.networks import Architecture, BoundSite, CalibrationPoint, find, grouped
 from grail.recipe import Recipe
 from grail.run.loop import Run
 from grail.runtime import memory
@@ -88,7 +88,7 @@ class Inspection:
 def inspect(
     model: nn.Module,
     *,
-    options: Recipe | None = None,
+    recipe: Recipe | None = None,
     keep: float = 0.7,
     keeps: Sequence[float] = KEEPS,
     tokens: int = 65536,
@@ -111,22 +111,22 @@ def inspect(
         InputError: a keep that is not allowed.
     """
     require_model(model)
-    check_kind("options", options, (Recipe, NoneType), "a grail.Options")
+    check_kind("recipe", recipe, (Recipe, NoneType), "a grail.Recipe")
     check_kind("keeps", keeps, Iterable, "a list of shares")
     require_whole("tokens", tokens, 0)
     require_whole("sequence_length", sequence_length, 1)
     require_whole("batch_size", batch_size, 1)
     sequence_length = min(sequence_length, positions(model) or sequence_length)
-    architecture = find(model, None if options is None else options.sites)
-    options = options or Recipe(keep, sites=architecture.kinds)
-    sites = options.all_sites(architecture)
+    architecture = find(model, None if recipe is None else recipe.sites)
+    recipe = recipe or Recipe(keep, sites=architecture.kinds)
+    sites = recipe.all_sites(architecture)
     parameters, size = _size(model)
     with Transaction() as transaction:
-        if options.shifts_bias:  # as a run does first: the biases are part of what it leaves
+        if recipe.shifts_bias:  # as a run does first: the biases are part of what it leaves
             architecture.ensure_biases(sites, transaction)
-        savings = [_saving(model, architecture, options, sites, keep) for keep in keeps]
+        savings = [_saving(model, architecture, recipe, sites, keep) for keep in keeps]
         needed, seconds = _cost(
-            model, architecture, options, tokens, sequence_length, batch_size, onload
+            model, architecture, recipe, tokens, sequence_length, batch_size, onload
         )
         transaction.undo()
     dense = _of_kinds((site, site.width(1.0, None)) for site in sites)
@@ -139,7 +139,7 @@ def inspect(
             for kind, widths in dense.items()
         ],
         savings=savings,
-        keep=options.keep,
+        keep=recipe.keep,
         tokens=tokens,
         memory=needed,
         seconds=seconds,
@@ -155,12 +155,12 @@ def _size(model: nn.Module) -> tuple[int, int]:
 def _saving(
     model: nn.Module,
     architecture: Architecture,
-    options: Recipe,
+    recipe: Recipe,
     sites: Sequence[BoundSite],
     keep: float,
 ) -> Saving:
     """One row of the table of savings, of a model that has room for the biases of the run."""
-    widths = [(site, site.width(keep, options.multiple)) for site in sites]
+    widths = [(site, site.width(keep, recipe.multiple)) for site in sites]
     parameters, size = _size(model)
     saved = _saved(widths)
     return Saving(
@@ -174,7 +174,7 @@ def _saving(
 def _cost(
     model: Any,
     architecture: Architecture,
-    options: Recipe,
+    recipe: Recipe,
     tokens: int,
     sequence_length: int,
     batch_size: int,
@@ -188,15 +188,15 @@ def _cost(
     brought = None if onload is None else device
     storage, size_of_batch = torch.device("cpu"), batch_size * sequence_length
     if onload is None:
-        storage = waiting_place(architecture, options, tokens, size_of_batch)
+        storage = waiting_place(architecture, recipe, tokens, size_of_batch)
     parts = {
         "in use now": memory.in_use(device),
-        **demand(architecture, options, tokens, size_of_batch, storage, brought),
+        **demand(architecture, recipe, tokens, size_of_batch, storage, brought),
     }
     onloader = Onloader(architecture.blocks, brought)
     trial = _trial(model, batch_size, sequence_length)
     enter = partial(Stream, model, architecture.blocks, trial, storage, device=device)
-    seconds = _seconds(model, architecture, options, tokens, enter, onloader)
+    seconds = _seconds(model, architecture, recipe, tokens, enter, onloader)
     return {**parts, "peak": sum(parts.values())}, seconds
 
 
@@ -255,7 +255,7 @@ def _range(values: Sequence[int]) -> str:
 
 def demand(
     architecture: Architecture,
-    options: Recipe,
+    recipe: Recipe,
     tokens: int,
     batch_tokens: int,
     storage: torch.device | str = "cpu",
@@ -280,32 +280,32 @@ def demand(
     bytes a value of 8192 tokens of a site), and what k-means holds. An exact folding takes
     up to two fifths less: what is counted is the fit of an inexact one.
     """
-    widths = options.widths(architecture)
-    blocks = [options.active(sites, widths) for sites in options.sites_of(architecture)]
+    widths = recipe.widths(architecture)
+    blocks = [recipe.active(sites, widths) for sites in recipe.sites_of(architecture)]
     first, element = blocks[0], architecture.element_size
-    entries = architecture.entries(0) if options.correct_attention else []
+    entries = architecture.attention_inputs(0) if recipe.correct_attention else []
     assert architecture.hidden_size is not None
     assert architecture.activations_per_token is not None
     hidden = tokens * architecture.hidden_size * element
-    kept_outputs = options.closed_loop and any(s.upstream for s in first[-1:])
+    kept_outputs = recipe.closed_loop and any(s.upstream for s in first[-1:])
     streams = 1 + kept_outputs
-    if options.follows_drift:
+    if recipe.follows_drift:
         streams += 1 + sum(not s.lands_at_output for s in first) + len(entries)
-    folds = str(options.selector).startswith("folding")
-    if folds and options.folds_exactly and options.drift_correction not in ("auto", 1):
+    folds = str(recipe.selector).startswith("folding")
+    if folds and recipe.folds_exactly and recipe.drift_correction not in ("auto", 1):
         # What a folded block is to hold: its own outputs, and those where its site lands.
         streams += 1 + any(not s.lands_at_output for s in first)
     device = onload or architecture.device
     elsewhere = device.type != architecture.device.type  # where blocks wait, not where they run
     on_gpu = device.type == "cuda"
 
-    def collected(place: CalibrationPoint, outputs: int) -> int:
-        waiting = on_gpu * (2 * WAITING_TOKENS if place.beside else BUFFER_TOKENS) * element
-        drift = 4 * options.follows_drift * outputs
-        of_one = 4 * gk.packed_numel(place.channels) + (waiting + drift) * place.channels
-        return (1 + options.holds_out) * of_one
+    def collected(point: CalibrationPoint, outputs: int) -> int:
+        waiting = on_gpu * (2 * WAITING_TOKENS if point.group else BUFFER_TOKENS) * element
+        drift = 4 * recipe.follows_drift * outputs
+        of_one = 4 * gk.packed_numel(point.channels) + (waiting + drift) * point.channels
+        return (1 + recipe.holds_out) * of_one
 
-    grams = [sum(collected(s, s.outputs) for s in step) for step in steps(first)]
+    grams = [sum(collected(s, s.outputs) for s in step) for step in grouped(first)]
     grams += [collected(entry, entry.channels) for entry in entries]
     stored_here = torch.device(storage).type == device.type
     solves = [
@@ -314,14 +314,14 @@ def demand(
             widths[s.name].kept,
             s.outputs,
             folding=folds,
-            drift=options.follows_drift,
-            held_out=options.holds_out,
-            affine=options.shifts_bias,
+            drift=recipe.follows_drift,
+            held_out=recipe.holds_out,
+            affine=recipe.shifts_bias,
         )
         for s in first
     ]
     solves += [
-        peak_bytes(e.channels, e.channels, e.channels, drift=True, held_out=options.holds_out)
+        peak_bytes(e.channels, e.channels, e.channels, drift=True, held_out=recipe.holds_out)
         for e in entries
     ]
     solves += [16 * layer.outputs * layer.channels for e in entries for layer in e.layers]  # W M
@@ -332,9 +332,9 @@ def demand(
         "cholesky": cholesky,
     }
     selections = [
-        searches[options.selector].peak_bytes(s.channels, widths[s.name].kept, s.outputs)
+        searches[recipe.selector].peak_bytes(s.channels, widths[s.name].kept, s.outputs)
         for s in first
-        if options.selector in searches
+        if recipe.selector in searches
     ]
 
     def rewritten(site: BoundSite) -> int:
@@ -357,13 +357,13 @@ def demand(
         "hidden states": hidden * streams if stored_here else 0,
         "blocks": 0 if onload is None else 2 * largest_block(architecture.blocks),
         "weights": max(narrowed) if elsewhere else sum(narrowed),
-        "statistics": max(grams, default=0) if options.closed_loop else sum(grams),
+        "statistics": max(grams, default=0) if recipe.closed_loop else sum(grams),
         "working set": max([largest_batch, *solves, *selections]),
     }
 
 
 def waiting_place(
-    architecture: Architecture, options: Recipe, tokens: int, batch_tokens: int, held: int = 0
+    architecture: Architecture, recipe: Recipe, tokens: int, batch_tokens: int, held: int = 0
 ) -> torch.device:
     """Where hidden states wait between blocks: on the model's GPU if a run fits beside them.
 
@@ -377,7 +377,7 @@ def waiting_place(
     host, device = torch.device("cpu"), architecture.device
     if device.type != "cuda" or architecture.activations_per_token is None:
         return host
-    needed = sum(demand(architecture, options, tokens, batch_tokens, device).values()) - held
+    needed = sum(demand(architecture, recipe, tokens, batch_tokens, device).values()) - held
     return device if needed <= ROOM * memory.free(device) else host
 
 
@@ -392,7 +392,7 @@ def _trial(model: Any, batch_size: int, sequence_length: int) -> list[torch.Tens
 def _seconds(
     model: Any,
     architecture: Architecture,
-    options: Recipe,
+    recipe: Recipe,
     tokens: int,
     enter: Callable[[], Stream],
     onloader: Onloader,
@@ -403,7 +403,7 @@ def _seconds(
         with eval_no_grad(model), Transaction() as transaction:
             stream = enter()
             clock = Clock(stream.device)
-            run = Run(architecture, options, stream, transaction, clock, onload=onloader)
+            run = Run(architecture, recipe, stream, transaction, clock, onload=onloader)
             if any(width.kept < width.channels for width in run.widths.values()):
                 # Not the first: what runs before all sites never drifts, and is never corrected.
                 number = min(1, blocks - 1)

@@ -208,7 +208,7 @@ def sensitivity(
     require_whole("probes", probes, 0)
     if not 0 < probes < max(len(batches), 2):
         raise InputError(f"probes must be some of {len(batches)} batches, not all; got {probes}")
-    options = Recipe(
+    recipe = Recipe(
         keep,
         sites,
         selector,
@@ -220,21 +220,21 @@ def sensitivity(
     )
     if keep == 1:
         raise InputError("keep=1 narrows nothing whose loss could be measured")
-    architecture = find(model, options.sites)
-    require_single_channels(architecture, options)
+    architecture = find(model, recipe.sites)
+    require_single_channels(architecture, recipe)
     clock = Clock(architecture.device)
     with (
         memory.explain_oom(architecture.device, lambda: clock.failed, False, REMEDIES),
         Transaction() as transaction,
         eval_no_grad(model),
-        checkpoint.measuring(resume_dir, model, options, batches, probes) as kept,
+        checkpoint.measuring(resume_dir, model, recipe, batches, probes) as kept,
     ):
         by_block = _known(kept)
         if len(by_block) < len(architecture.blocks):
-            probe = _Probe(model, batches[:probes], clock, architecture.known)
+            probe = _Probe(model, batches[:probes], clock, architecture.trusted)
             with clock("forward"):
                 stream = Stream(model, architecture.blocks, batches[probes:] or batches)
-            run = Run(architecture, options, stream, transaction, clock)
+            run = Run(architecture, recipe, stream, transaction, clock)
             for block in run.narrow_each(progress, len(by_block)):
                 by_block.append([_part(apart, run, probe) for apart in block])
                 if kept is not None:
@@ -245,10 +245,10 @@ def sensitivity(
     return Sensitivity(keep, tuple(parts))
 
 
-def require_single_channels(architecture: Architecture, options: Recipe) -> None:
+def require_single_channels(architecture: Architecture, recipe: Recipe) -> None:
     """Raises InputError for sites whose loss is not measured."""
-    for site in options.all_sites(architecture):
-        if not isinstance(site.width(1.0, options.multiple), ChannelWidth):
+    for site in recipe.all_sites(architecture):
+        if not isinstance(site.width(1.0, recipe.multiple), ChannelWidth):
             raise InputError(
                 f"{site.name} becomes narrower by whole groups of channels, whose loss is not "
                 f"measured; narrow {site.kind} in a run with one share for all of them"
@@ -297,7 +297,7 @@ def _part(apart: Apart, run: Run, probe: "_Probe") -> Part:
     if width.kept < width.channels:  # else its loss is not known
         for step in range(1, STEPS):
             with suppress(InputError):  # a width of 0
-                widths.add(site.width(step / STEPS, run.options.multiple).kept)
+                widths.add(site.width(step / STEPS, run.recipe.multiple).kept)
     one_less = ChannelWidth(width.channels, width.channels - 1)
     parameters = sum(site.parameters_saved(one_less) for site in views)
     narrow()

@@ -73,13 +73,13 @@ class Checkpoint:
         self,
         folder: Path,
         model: nn.Module,
-        options: Recipe,
+        recipe: Recipe,
         transaction: Transaction,
-        ranks: Processes,
+        processes: Processes,
     ):
         self.folder, self._model, self._transaction = folder, model, transaction
-        self._ranks = ranks
-        self._run = _fingerprints(model, options)
+        self._processes = processes
+        self._run = _fingerprints(model, recipe)
         self._seen = 0  # changes of the transaction that are on the disk, or come by themselves
 
     def reading(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -129,7 +129,7 @@ class Checkpoint:
     def _continue(self, position: Position, streams: Sequence[Stream]) -> None:
         """Goes on from the last position that every process can read, if there is one."""
         done, faults = self._readable()
-        common = set.intersection(*map(set, self._ranks.interleaved([done])))
+        common = set.intersection(*map(set, self._processes.interleaved([done])))
         if not common:
             raise StateError(
                 f"{'; '.join(faults) or 'another process has no state left'}. Nothing older can "
@@ -276,9 +276,9 @@ class Measurement:
 def opened(
     folder: str | Path | None,
     model: nn.Module,
-    options: Recipe,
+    recipe: Recipe,
     transaction: Transaction,
-    ranks: Processes,
+    processes: Processes,
 ) -> Iterator[Checkpoint | None]:
     """The checkpoint of a run in a folder, which no other run uses meanwhile; None without one.
 
@@ -293,17 +293,17 @@ def opened(
         yield None
         return
     folder = as_path("resume_dir", folder)
-    if ranks.count > 1:
-        folder /= f"{_PROCESS}-{ranks.number}-of-{ranks.count}"
-    with _held(folder, options):
-        yield Checkpoint(folder, model, options, transaction, ranks)
+    if processes.count > 1:
+        folder /= f"{_PROCESS}-{processes.number}-of-{processes.count}"
+    with _held(folder, recipe):
+        yield Checkpoint(folder, model, recipe, transaction, processes)
 
 
 @contextmanager
 def measuring(
     folder: str | Path | None,
     model: nn.Module,
-    options: Recipe,
+    recipe: Recipe,
     batches: Iterable[Batch],
     probes: int,
 ) -> Iterator[Measurement | None]:
@@ -312,17 +312,17 @@ def measuring(
         yield None
         return
     folder = as_path("resume_dir", folder)
-    with _held(folder, options):
-        run = {**_fingerprints(model, options), "probes": str(probes)}
+    with _held(folder, recipe):
+        run = {**_fingerprints(model, recipe), "probes": str(probes)}
         for _ in hashed(batches, lambda found: run.update(calibration=_HASH + found)):
             pass
         yield Measurement(folder, run)
 
 
 @contextmanager
-def _held(folder: Path, options: Recipe) -> Iterator[None]:
+def _held(folder: Path, recipe: Recipe) -> Iterator[None]:
     """Makes a folder this run's alone, without what an earlier one was about to write."""
-    if not isinstance(options.selector, str):
+    if not isinstance(recipe.selector, str):
         raise InputError("a run can be resumed only with a selector that is given by its name")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder for the state of the run")
@@ -419,11 +419,11 @@ def _require_same(folder: Path, before: Mapping[str, str], here: Mapping[str, st
         )
 
 
-def _fingerprints(model: Any, options: Recipe) -> dict[str, str]:
+def _fingerprints(model: Any, recipe: Recipe) -> dict[str, str]:
     """What must be the same for a run to go on; long values are hashed."""
     return {
         **{f"the model's {part}": _HASH + found for part, found in fingerprint(model).items()},
-        **{name: repr(value) for name, value in vars(options).items()},
+        **{name: repr(value) for name, value in vars(recipe).items()},
     }
 
 

@@ -45,7 +45,7 @@ from grail.networks import (
     BoundSite,
     CalibrationPoint,
     ResidualProbe,
-    steps,
+    grouped,
 )
 from grail.networks.layers import Consumer
 from grail.recipe import Recipe
@@ -86,7 +86,7 @@ class Run:
     def __init__(
         self,
         architecture: Architecture,
-        options: Recipe,
+        recipe: Recipe,
         stream: Stream,
         transaction: Transaction,
         clock: Clock,
@@ -94,14 +94,14 @@ class Run:
         onload: Onloader | None = None,
         known: Callable[[Any], list[Statistics]] | None = None,
     ):
-        self.architecture, self.options, self.stream = architecture, options, stream
+        self.architecture, self.recipe, self.stream = architecture, recipe, stream
         self.transaction, self.clock, self._checkpoint = transaction, clock, checkpoint
-        self.widths = options.widths(architecture)
+        self.widths = recipe.widths(architecture)
         self._onload = onload or Onloader(stream.blocks, None)
-        self._dense = stream.fork() if options.follows_drift else None
-        self._passes = Collector(options, stream, clock, known)
+        self._dense = stream.fork() if recipe.follows_drift else None
+        self._passes = Collector(recipe, stream, clock, known)
         self._memo = OutputCache((), stream)
-        self._ranks = stream.ranks
+        self._processes = stream.processes
         # What the dense network holds where sites land within a block; every block uses the memory
         # again.
         self._shelves: list[HiddenStates] = []
@@ -111,9 +111,9 @@ class Run:
         self._downstream: set[Consumer] = set()
         self.resumed: dict[str, float] = {}  # see `Report`; empty: from the first block on
         # Bound, and told apart, while nothing is narrow: a resumed run soon is.
-        self.sites = options.sites_of(architecture)
-        self._active = [options.active(sites, self.widths) for sites in self.sites]
-        self._decider = SiteSolver(options, list(itertools.chain(*self.sites)), self.widths, clock)
+        self.sites = recipe.sites_of(architecture)
+        self._active = [recipe.active(sites, self.widths) for sites in self.sites]
+        self._decider = SiteSolver(recipe, list(itertools.chain(*self.sites)), self.widths, clock)
         # The first block in which anything becomes narrower: before it nothing drifts.
         self._first = next((number for number, sites in enumerate(self._active) if sites), 0)
 
@@ -144,9 +144,9 @@ class Run:
 
     def _passes_through(self, block: int) -> int:
         """How many passes over the calibration set a block takes."""
-        if not self.options.closed_loop:
+        if not self.recipe.closed_loop:
             return 1
-        sites = len(steps(self._active[block])) + bool(self._entries(block))
+        sites = len(grouped(self._active[block])) + bool(self._attention_inputs(block))
         return sites + (self._dense is not None) + self._goes_on(block)
 
     def _progress(self, passes: int, shown: bool, label: str = "block") -> Progress:
@@ -155,13 +155,13 @@ class Run:
             self.stream.own_tokens,
             passes,
             lambda: self.clock.phase,
-            shown and self._ranks.number == 0,
+            shown and self._processes.number == 0,
             label,
         )
 
     def _learn_orders(self) -> None:
         """Finds out how tokens are ordered, in a network of which nothing is known."""
-        if not self.architecture.known and len(self.stream):
+        if not self.architecture.trusted and len(self.stream):
             self._passes.learn_orders(list(itertools.chain(*self.sites)))
 
     def _keep(self, position: Position) -> None:
@@ -205,7 +205,7 @@ class Run:
     def _apart(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Iterator[Apart]:
         gradients = self._gradients(sites)
         collected = self._passes.collect(block, sites, {}, advance, self._goes_on(block))
-        for step in steps(sites):
+        for step in grouped(sites):
             of_step = {site: collected[site] for site in step}
             views = {site: self._decider.view(site, parts, None) for site, parts in of_step.items()}
             yield views, functools.partial(self._narrowed, of_step, gradients)
@@ -213,7 +213,7 @@ class Run:
 
     def block(self, number: int, advance: Advance) -> list[SiteReport]:
         """Compresses one block and moves the stream past it; `advance` hears of tokens done."""
-        run = self._closed if self.options.closed_loop else self._open
+        run = self._closed if self.recipe.closed_loop else self._open
         rows = {site.name: self._untouched(site) for site in self.sites[number]}
         with self._onload(number):
             self._require_repeatable(number)
@@ -228,7 +228,7 @@ class Run:
         """
         libraries = {type(m).__module__.split(".")[0] for m in self.stream.blocks[block].modules()}
         stock = libraries <= {"torch", "transformers"}
-        if stock or not self.architecture.known or not (self._active[block] and len(self.stream)):
+        if stock or not self.architecture.trusted or not (self._active[block] and len(self.stream)):
             return
         with self.clock("forward"):
             once, again = (self.stream.run(block, 0) for _ in range(2))
@@ -240,34 +240,34 @@ class Run:
 
     def _closed(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
         rows = {}
-        gradient = self._gradient if self.options.needs_gradient else ignore
-        entries = self._entries(block)
+        gradient = self._gradient if self.recipe.needs_gradient else ignore
+        entries = self._attention_inputs(block)
         if self._corrects(block) and not entries:
             self.notes.append(
                 f"the attention of block {block + 1} was not corrected: its projections to "
                 "queries, keys and values are no plain layers"
             )
-        aims: dict[CalibrationPoint, HiddenStates] = {}
+        targets: dict[CalibrationPoint, HiddenStates] = {}
         if self._dense is not None:
             held = self._passes.follow(
                 self._dense, block, [*entries, *sites], self._shelves, advance
             )
-            aims = {p: aim for p, aim in held.items() if p.can_aim(self.options.per_tap)}
+            targets = {p: target for p, target in held.items() if p.can_aim(self.recipe.per_tap)}
         for entry in entries:
-            self._correct(entry, aims, advance)
-        for step in steps(sites):
+            self._correct(entry, targets, advance)
+        for step in grouped(sites):
             # The block is finished from the last site on: what ran before it need not run again.
             upstream = step[0].upstream if step[-1] is sites[-1] else ()
             self._memo = OutputCache(upstream, self.stream, self._memo.shelves)
-            undone = {site: aims[site] for site in step if site in aims}
+            undone = {site: targets[site] for site in step if site in targets}
             with self._memo.recording():
                 collected = self._passes.collect(block, step, undone, advance, finish=False)
             for site, decision in self._decided(collected, self._decider.decide, gradient):
                 rows[site.name] = self._compress(site, decision, undone.get(site))
-        if self.options.repair and sites:
+        if self.recipe.repair and sites:
             for norm in self._passes.in_order(self.architecture.norms(block), block):
                 inputs = functools.partial(self._passes.inputs_of, norm, block)
-                reset_norm(norm, inputs, self.transaction, self._ranks.total)
+                reset_norm(norm, inputs, self.transaction, self._processes.total)
         with self._memo.replaying():
             if self._goes_on(block):
                 self._passes.collect(block, [], {}, advance, finish=True)
@@ -275,20 +275,23 @@ class Run:
                 self._try(block)
         return rows
 
-    def _entries(self, block: int) -> list[AttentionInput]:
+    def _attention_inputs(self, block: int) -> list[AttentionInput]:
         """Where the attention of a block reads a stream that has drifted."""
-        return self.architecture.entries(block) if self._corrects(block) else []
+        return self.architecture.attention_inputs(block) if self._corrects(block) else []
 
     def _corrects(self, block: int) -> bool:
-        return self.options.correct_attention and block > self._first
+        return self.recipe.correct_attention and block > self._first
 
     def _correct(
-        self, entry: AttentionInput, aims: Mapping[CalibrationPoint, HiddenStates], advance: Advance
+        self,
+        entry: AttentionInput,
+        targets: Mapping[CalibrationPoint, HiddenStates],
+        advance: Advance,
     ) -> None:
         """Rewrites layers that read the stream; W becomes W M."""
-        aim = {entry: aims[entry]}
+        target = {entry: targets[entry]}
         try:
-            collected = self._passes.collect(entry.block, [entry], aim, advance, finish=False)
+            collected = self._passes.collect(entry.block, [entry], target, advance, finish=False)
         except ModelError as error:  # it runs more than once, or on what a mask says nothing of
             self.notes.append(f"{entry.name} was not corrected: {error}")
             return
@@ -345,7 +348,7 @@ class Run:
 
     def _gradients(self, sites: Sequence[BoundSite]) -> dict[BoundSite, Tensor]:
         """While the stream is at the block's entry, and nothing of the block is narrow."""
-        if not self.options.needs_gradient:
+        if not self.recipe.needs_gradient:
             return {}
         return {site: self._gradient(site) for site in sites}
 
@@ -364,22 +367,22 @@ class Run:
         gradient: Callable[[AnyPoint], Tensor | None],
     ) -> Iterator[tuple[AnyPoint, Decision]]:
         """What becomes of each place, by the tokens of all processes; made when it is asked for."""
-        return self._ranks.decided(
+        return self._processes.decided(
             list(collected),
-            grams=lambda place: [gram for part in collected[place] for gram in part.grams],
-            decide=lambda place, gradient: decide(place, collected[place], gradient),
+            grams=lambda point: [gram for part in collected[point] for gram in part.grams],
+            decide=lambda point, gradient: decide(point, collected[point], gradient),
             prepare=gradient,
-            cost=lambda place: place.channels**3,
+            cost=lambda point: point.channels**3,
         )
 
     def _compress(
-        self, site: BoundSite, decision: Decision, aim: HiddenStates | None = None
+        self, site: BoundSite, decision: Decision, target: HiddenStates | None = None
     ) -> list[SiteReport]:
         channels, reduction = site.channels, decision.reduction
-        if not self.architecture.known and len(self.stream):
+        if not self.architecture.trusted and len(self.stream):
             self._check(site, reduction)
         if isinstance(reduction, Folding) and not decision.fits:
-            return self._fold_exactly(site, reduction, aim)
+            return self._fold_exactly(site, reduction, target)
         with self.clock("absorb"):
             if not reduction.is_identity:
                 site.narrow(reduction, self.widths[site.name], self.transaction)
@@ -460,7 +463,7 @@ class Run:
         return replace(result, error=math.nan, baseline_error=math.nan)
 
     def _fold_exactly(
-        self, site: BoundSite, reduction: Folding, aim: HiddenStates | None
+        self, site: BoundSite, reduction: Folding, target: HiddenStates | None
     ) -> list[SiteReport]:
         """Folds, runs the folded block, and fits the plainly folded consumer to what is amiss.
 
@@ -468,15 +471,17 @@ class Run:
         network's stream as far as drift is to be corrected.
         """
         channels, (consumer,) = site.channels, site.consumers
-        if site.landing is None:  # what folding takes shows at the consumer's own output
-            site = replace(site, landing=ResidualProbe(consumer.module, output=True))
-        aim, correction, share = self._aim_of_folded(site, aim)
+        if site.probe is None:  # what folding takes shows at the consumer's own output
+            site = replace(site, probe=ResidualProbe(consumer.module, output=True))
+        target, correction, share = self._aim_of_folded(site, target)
         with self.clock("absorb"):
             plain = reduction.absorb(consumer.by_channel)
             site.narrow(reduction, self.widths[site.name], self.transaction)
             consumer.rewrite(plain, reduction.kept, False, None, self.transaction)
         with self._explained(), self._memo.replaying():
-            collected = self._passes.collect(site.block, [site], {site: aim}, ignore, finish=False)
+            collected = self._passes.collect(
+                site.block, [site], {site: target}, ignore, finish=False
+            )
         everything = Selection(range(reduction.kept), reduction.kept)
         ((_, decision),) = self._decided(
             collected,
@@ -489,23 +494,23 @@ class Run:
         return self._absorbed(site, decision, channels)
 
     def _aim_of_folded(
-        self, site: BoundSite, aim: HiddenStates | None
+        self, site: BoundSite, target: HiddenStates | None
     ) -> tuple[HiddenStates, float | Auto, float | None]:
         """What a folded block is to hold, how much of what it lacks is fitted, the share of drift.
 
         Held-out tokens choose one share of both, of drift and of what folding took: None.
         """
-        share = self.options.drift_correction
+        share = self.recipe.drift_correction
         if share == "auto":
-            if aim is not None and self.stream.holds_out:
-                return aim, share, None
+            if target is not None and self.stream.holds_out:
+                return target, share, None
             share = 0.0
-        if aim is not None and share == 1:
-            return aim, 1.0, share
+        if target is not None and share == 1:
+            return target, 1.0, share
         with self._memo.replaying():
             own = self._passes.follow(self.stream.fork(), site.block, [site], [], ignore)[site]
-        if aim is not None and share > 0:
-            for batch, dense in enumerate(aim):
+        if target is not None and share > 0:
+            for batch, dense in enumerate(target):
                 # Where it runs, so that the bits do not hang on where hidden states wait.
                 mixed = own[batch].to(self.stream.device).lerp(dense.to(self.stream.device), share)
                 own.put(batch, mixed)
@@ -513,7 +518,7 @@ class Run:
 
     def _gradient(self, site: BoundSite) -> Tensor:
         with self.clock("forward"):
-            drops, holds_out = self.options.non_finite == "drop", self.options.holds_out
+            drops, holds_out = self.recipe.non_finite == "drop", self.recipe.holds_out
             return regional_gradient(self.stream, site, drops, holds_out)
 
     def _rewrite(self, site: BoundSite, fits: Sequence[Fit], kept: int) -> None:
@@ -521,7 +526,7 @@ class Run:
             shift = None
             if result.shifts is not None:
                 shift = result.shifts[0].view(consumer.outputs, -1).sum(1)  # over the taps
-            consumer.rewrite(result.weight, kept, self.options.per_tap, shift, self.transaction)
+            consumer.rewrite(result.weight, kept, self.recipe.per_tap, shift, self.transaction)
 
     def _untouched(self, site: BoundSite) -> list[SiteReport]:
         nothing = Fit((), 0.0, 0.0, alpha=0.0, drift_correction=0.0, damping=0.0, retries=0)

@@ -38,15 +38,15 @@ class SiteSolver:
 
     def __init__(
         self,
-        options: Recipe,
+        recipe: Recipe,
         sites: Sequence[BoundSite],
         widths: Mapping[str, Width],
         clock: Clock,
     ):
-        self._options, self._widths, self._clock = options, widths, clock
+        self._recipe, self._widths, self._clock = recipe, widths, clock
         narrowed = (site.kind for site in sites if widths[site.name].kept < site.channels)
         self._several_kinds = len(set(narrowed)) > 1
-        self._select = select.get(options.selector)
+        self._select = select.get(recipe.selector)
         self.done: Sequence[SiteReport] = ()
 
     def decide(
@@ -79,7 +79,7 @@ class SiteSolver:
                 f"{part.name}: {part.train.tokens} tokens are too few to fit {reduction.kept} "
                 "channels, so it was only pruned"
                 for part in collected
-                if self._options.fits_weights and part.underdetermined(reduction.kept)
+                if self._recipe.fits_weights and part.underdetermined(reduction.kept)
             )
             + tuple(
                 f"{part.name}: {part.dropped} tokens with NaN or Inf were dropped, "
@@ -103,7 +103,7 @@ class SiteSolver:
         """What a selector is shown of a site."""
         # Seeded by the site as well, so that a block's draw depends on no other block.
         generator = torch.Generator().manual_seed(
-            self._options.seed ^ zlib.crc32(site.name.encode())
+            self._recipe.seed ^ zlib.crc32(site.name.encode())
         )
         gram = collected[0].channels
         if len(collected) > 1:
@@ -117,8 +117,8 @@ class SiteSolver:
         )
 
     def _folds_exactly(self, site: BoundSite) -> bool:
-        alone = site.beside is None  # experts are narrowed together
-        return self._options.folds_exactly and alone and site.fits_outputs(self._options.per_tap)
+        alone = site.group is None  # experts are narrowed together
+        return self._recipe.folds_exactly and alone and site.fits_outputs(self._recipe.per_tap)
 
     def _fit_consumer(
         self,
@@ -128,9 +128,9 @@ class SiteSolver:
         correction: float | Auto | None,
     ) -> Fit:
         weight = consumer.by_channel
-        if self._options.per_tap:
+        if self._recipe.per_tap:
             weight, reduction = consumer.by_tap, reduction.repeat(consumer.taps)
-        toward, affine = self._options.toward, self._options.shifts_bias
+        toward, affine = self._recipe.toward, self._recipe.shifts_bias
         return self._fit(statistics, weight, reduction, toward, affine, correction)
 
     def _fit(
@@ -142,9 +142,9 @@ class SiteSolver:
         affine: bool,
         correction: float | Auto | None = None,
     ) -> Fit:
-        options = self._options
-        alpha, compensate = options.alpha, options.fits_weights
-        correction = options.drift_correction if correction is None else correction
+        recipe = self._recipe
+        alpha, compensate = recipe.alpha, recipe.fits_weights
+        correction = recipe.drift_correction if correction is None else correction
         if statistics.held_out is None:  # nothing to choose by
             alpha = ALPHA if alpha == "auto" else alpha
             correction = 0.0 if correction == "auto" else correction
@@ -160,7 +160,7 @@ class SiteSolver:
                 weight,
                 alpha=alpha,
                 toward=toward,
-                damping=options.damping,
+                damping=recipe.damping,
                 affine=affine,
                 compensate=compensate,
                 drift_correction=correction,
@@ -175,7 +175,7 @@ class SiteSolver:
             return Selection(range(site.channels), site.channels)
         view = self.view(site, collected, gradient)
         # Of an expert that was never asked only its weights are known.
-        unseen = site.beside is not None and not view.gram.tokens
+        unseen = site.group is not None and not view.gram.tokens
         answer = (select.get("magnitude") if unseen else self._select)(view)
         reduction = _as_reduction(answer, width, f"the selector's answer at {site.name}")
         if (reduction.channels, reduction.kept) != (width.channels, width.kept):
@@ -193,10 +193,12 @@ class SiteSolver:
         own, and where sites of several kinds are narrowed: with SmolLM2's heads and MLPs, both at
         half, perplexity rose from 125 to 134 (Brown, 32k tokens), with its MLPs alone it fell.
         """
-        alone = len(collected) == 1 and not collected[0].underdetermined(self._widths[site.name].kept)
+        alone = len(collected) == 1 and not collected[0].underdetermined(
+            self._widths[site.name].kept
+        )
         if self._several_kinds or not alone:
             return 0.0
-        share = self._options.drift_correction
+        share = self._recipe.drift_correction
         return _last_share(self.done, site.kind) if share == "auto" else share
 
 

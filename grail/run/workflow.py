@@ -68,18 +68,18 @@ class Prediction:
         return sum(self.seconds.values())
 
 
-def baselines(options: Recipe, *, uneven: bool = False) -> dict[str, Recipe]:
+def baselines(recipe: Recipe, *, uneven: bool = False) -> dict[str, Recipe]:
     """The runs that a model is compared with, by role of their row in a report.
 
     "pruned" is plain pruning with the selector of `options`, or Wanda's where that is greedy, which
     selects channels to be compensated. "compensated" is the same selector and widths as "pruned"
     with compensation, where the model itself has another selector or uneven widths.
     """
-    if not options.compensate:
+    if not recipe.compensate:
         return {}
-    same = replace(options, selector="wanda") if options.selector == "greedy" else options
+    same = replace(recipe, selector="wanda") if recipe.selector == "greedy" else recipe
     plain = replace(same, compensate=False, token_weights=False, correct_attention=False)
-    others = same is not options or uneven
+    others = same is not recipe or uneven
     return {"pruned": plain, **({"compensated": same} if others else {})}
 
 
@@ -111,12 +111,12 @@ class Study:
     rows: dict[str, Evaluation] = field(default_factory=dict)
     completions: dict[str, Tensor] = field(default_factory=dict)
 
-    def predict(self, options: Recipe, *, compare: bool, uneven: bool) -> Prediction:
+    def predict(self, recipe: Recipe, *, compare: bool, uneven: bool) -> Prediction:
         """Wall time of the whole command, from trials on the dense network; it stays as it is."""
         compare = compare and bool(self.heldout)
-        others = list(baselines(options, uneven=uneven).values()) if compare else []
+        others = list(baselines(recipe, uneven=uneven).values()) if compare else []
         with self.stages(PREDICTING):
-            plan = self._inspect(options)
+            plan = self._inspect(recipe)
             spent = self.stages.seconds
             seconds = {IMPORTING: spent[IMPORTING]} if IMPORTING in spent else {}
             seconds[LOADING] = spent.get(LOADING, 0.0) * (1 + len(others))
@@ -127,22 +127,22 @@ class Study:
                 plans = [self._inspect(other) for other in others]
                 seconds[RUNS] = sum(each.seconds["total"] for each in plans)
             if uneven:
-                seconds[SENSITIVITY] = self._of_sensitivity(options, plan.seconds)
+                seconds[SENSITIVITY] = self._of_sensitivity(recipe, plan.seconds)
             seconds[COMPRESSING] = plan.seconds["total"]
             output = plan.savings[0].bytes
             seconds[WRITING] = output / _WRITTEN
         seconds[PREDICTING] = self.stages.seconds[PREDICTING]
         return Prediction(seconds, plan.memory["peak"], plan.tokens, output)
 
-    def _inspect(self, options: Recipe) -> Inspection:
-        assert isinstance(options.keep, float | int)
+    def _inspect(self, recipe: Recipe) -> Inspection:
+        assert isinstance(recipe.keep, float | int)
         rows, length, tokens = 1, 8, 0  # where sums were collected no text runs through the model
         if not isinstance(self.batches, Collected):
             (rows, length), tokens = self.batches[0].shape, _count(self.batches)
         return inspect(
             self.network,
-            options=options,
-            keeps=(options.keep,),
+            recipe=recipe,
+            keeps=(recipe.keep,),
             tokens=tokens,
             sequence_length=length,
             batch_size=rows,
@@ -163,21 +163,21 @@ class Study:
             seconds[COMPLETIONS] = models * (few + each * (completions.NEW_TOKENS - 1))
         return seconds
 
-    def _of_sensitivity(self, options: Recipe, run: Mapping[str, float]) -> float:
+    def _of_sensitivity(self, recipe: Recipe, run: Mapping[str, float]) -> float:
         """A pass with the Grams and solves of a run, and a few batches through it for each site."""
         assert not isinstance(self.batches, Collected)
-        sites = options.all_sites(find(self.network, options.sites))
+        sites = recipe.all_sites(find(self.network, recipe.sites))
         probed = self.batches[: max(1, len(self.batches) // PROBES)]
         return run["total"] + (1 + len(sites)) * _rate(self.network, probed) * _count(probed)
 
-    def measure(self, role: str, options: Recipe | None = None) -> None:
+    def measure(self, role: str, recipe: Recipe | None = None) -> None:
         """Adds the row of the network, narrowed by `options`, if there is held-out text."""
         if not self.heldout:
             return
         with self.stages(PERPLEXITY):
             row = evaluate(self.network, self.heldout, progress=self.progress)
-        if options is not None:
-            row = replace(row, **_made_by(options))
+        if recipe is not None:
+            row = replace(row, **_made_by(recipe))
         if self._completes():
             with self.stages(COMPLETIONS):
                 written = completions.complete(self.network, completions.prompts(self.heldout))
@@ -186,9 +186,9 @@ class Study:
                 row.repetition, row.repetition_error = found
         self.rows[role] = row
 
-    def compare(self, options: Recipe, *, uneven: bool = False) -> None:
+    def compare(self, recipe: Recipe, *, uneven: bool = False) -> None:
         """Adds the rows of `baselines`; the network is a fresh one afterwards."""
-        for role, other in baselines(options, uneven=uneven).items():
+        for role, other in baselines(recipe, uneven=uneven).items():
             self.say(f"Measuring the comparison: {_label(other)} …")
             with self.stages(RUNS):
                 self._compress(other)
@@ -197,32 +197,32 @@ class Study:
             with self.stages(LOADING):
                 self.network = self.fresh()
 
-    def uneven(self, options: Recipe, resume_dir: Path | None = None) -> Recipe:
+    def uneven(self, recipe: Recipe, resume_dir: Path | None = None) -> Recipe:
         """The same options with a share for each site, by what narrowing it costs the network."""
         assert not isinstance(self.batches, Collected)
-        assert isinstance(options.keep, float | int)
+        assert isinstance(recipe.keep, float | int)
         with self.stages(SENSITIVITY):
             measured = sensitivity(
                 self.network,
                 self.batches,
-                options.sites,
-                keep=options.keep,
-                selector=options.selector,
-                multiple=options.multiple,
-                seed=options.seed,
-                non_finite=options.non_finite,
+                recipe.sites,
+                keep=recipe.keep,
+                selector=recipe.selector,
+                multiple=recipe.multiple,
+                seed=recipe.seed,
+                non_finite=recipe.non_finite,
                 resume_dir=resume_dir,
                 progress=self.progress,
             )
-        undone = UNDONE if options.follows_drift else 0.0
-        return replace(options, keep=measured.shares(undone=undone))
+        undone = UNDONE if recipe.follows_drift else 0.0
+        return replace(recipe, keep=measured.shares(undone=undone))
 
-    def run(self, options: Recipe, resume_dir: Path | None = None) -> Report:
+    def run(self, recipe: Recipe, resume_dir: Path | None = None) -> Report:
         """Compresses the network itself and reports it beside all that was measured."""
         with self.stages(COMPRESSING):
-            report = self._compress(options, resume_dir)
+            report = self._compress(recipe, resume_dir)
         self.stages.seconds[COMPRESSING] += report.resumed.get("seconds", 0.0)
-        self.measure("restored" if options.compensate else "pruned", options)
+        self.measure("restored" if recipe.compensate else "pruned", recipe)
         report.evaluation, report.samples = dict(self.rows), self._samples()
         report.model["bytes"] = {
             "after": measure_size(self.network)[1],
@@ -254,11 +254,11 @@ class Study:
         ]
         export(self.network, self.tokenizer, output, report=finished, page=page, uneven=uneven)
 
-    def _compress(self, options: Recipe, resume_dir: Path | None = None) -> Report:
+    def _compress(self, recipe: Recipe, resume_dir: Path | None = None) -> Report:
         return compress(
             self.network,
             self.batches,
-            **vars(options),
+            **vars(recipe),
             onload=self.onload,
             resume_dir=resume_dir,
             progress=self.progress,
@@ -292,16 +292,16 @@ def _stages(
     return {**rows, "total": {column: sum(of.values()) for column, of in columns.items()}}
 
 
-def _label(options: Recipe) -> str:
-    return Evaluation(0.0, 0, 0, 0, **_made_by(options)).label
+def _label(recipe: Recipe) -> str:
+    return Evaluation(0.0, 0, 0, 0, **_made_by(recipe)).label
 
 
-def _made_by(options: Recipe) -> dict[str, Any]:
+def _made_by(recipe: Recipe) -> dict[str, Any]:
     """Returns the fields of a row that say how `options` narrowed a network."""
     return {
-        "selector": options.as_dict()["selector"],
-        "compensation": "weights" if options.compensate is True else options.compensate or None,
-        "uneven": isinstance(options.keep, Mapping),
+        "selector": recipe.as_dict()["selector"],
+        "compensation": "weights" if recipe.compensate is True else recipe.compensate or None,
+        "uneven": isinstance(recipe.keep, Mapping),
     }
 
 

@@ -271,12 +271,12 @@ def all_reduce(gram: Gram, group: dist.ProcessGroup | None = None) -> None:
         InputError: Grams of different sites.
         RankError: another process failed or was lost.
     """
-    ranks = ProcessGroup(group)
-    with ranks.together():
-        ranks.reduce(gram)
+    processes = ProcessGroup(group)
+    with processes.together():
+        processes.reduce(gram)
 
 
-def ranks() -> Processes:
+def current_processes() -> Processes:
     """The processes of the default group, or this one alone where there is none."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return ProcessGroup() if several else Processes()

@@ -25,7 +25,7 @@ from grail.calibrate.samples import (
 )
 from grail.calibrate.stream import HiddenStates, Stop, Stream, replaced_forward
 from grail.errors import ModelError
-from grail.networks import AnyPoint, BoundSite, CalibrationPoint, steps
+from grail.networks import AnyPoint, BoundSite, CalibrationPoint, grouped
 from grail.networks.layers import Consumer, Reader, Routed
 from grail.recipe import Recipe
 from grail.runtime.clock import Clock
@@ -56,12 +56,12 @@ class Collector:
 
     def __init__(
         self,
-        options: Recipe,
+        recipe: Recipe,
         stream: Stream,
         clock: Clock,
         known: Callable[[Any], list[Statistics]] | None = None,
     ):
-        self._options, self._stream, self._clock, self._known = options, stream, clock, known
+        self._recipe, self._stream, self._clock, self._known = recipe, stream, clock, known
         self._orders: dict[Consumer, Order] = {}
 
     def learn_orders(self, sites: Sequence[BoundSite]) -> None:
@@ -70,7 +70,7 @@ class Collector:
         Raises:
             ModelError: the order has to be known, and cannot be found out.
         """
-        if not self._options.holds_out and not self._stream.is_masked:
+        if not self._recipe.holds_out and not self._stream.is_masked:
             return
         sizes = [len(hidden) for hidden in self._stream.hidden]
         batch = next((number for number, size in enumerate(sizes) if size > 1), None)
@@ -96,7 +96,7 @@ class Collector:
                         "the first axis; give alpha, drift_correction=0 and no attention_mask, or "
                         "batches of one sample"
                     )
-                if self._options.needs_gradient and not samples_first:
+                if self._recipe.needs_gradient and not samples_first:
                     raise ModelError(
                         f"the selector takes gradients sample by sample, and samples are not the "
                         f"first axis of what {consumer.name} reads; choose another selector"
@@ -141,7 +141,7 @@ class Collector:
             for consumer in consumers:
                 hooks.enter_context(consumer.watch(hearing(consumer)))
             output = self._stream.run_changed(block, batch, change)
-        returned = first_tensor(output) if self._options.needs_gradient else None
+        returned = first_tensor(output) if self._recipe.needs_gradient else None
         if returned is not None:
             found[None] = returned
         return found
@@ -149,8 +149,8 @@ class Collector:
     def collect(
         self,
         block: int,
-        places: Sequence[AnyPoint],
-        aims: Mapping[Any, HiddenStates],
+        points: Sequence[AnyPoint],
+        targets: Mapping[Any, HiddenStates],
         advance: Advance,
         finish: bool,
     ) -> dict[AnyPoint, list[Statistics]]:
@@ -162,11 +162,11 @@ class Collector:
                 all has been seen.
         """
         collected: dict[AnyPoint, list[Statistics]] = {}
-        for step in steps(places):
+        for step in grouped(points):
             if self._known is None:
                 collected |= self._statistics(step)
             else:
-                collected |= {place: self._known(place) for place in step}
+                collected |= {point: self._known(point) for point in step}
         batch = 0
         inputs: dict[Consumer, tuple[Tensor, Routed | None]] = {}
         # A batch's drift, and what its tokens count by, by what lands together.
@@ -175,13 +175,13 @@ class Collector:
         heard: set[Consumer] = set()
 
         def add(
-            place: AnyPoint,
+            point: AnyPoint,
             consumer: Consumer,
             drift: Tensor | None = None,
             scale: Tensor | None = None,
         ) -> None:
             with self._clock("gram"):
-                statistics = collected[place][place.consumers.index(consumer)]
+                statistics = collected[point][point.consumers.index(consumer)]
                 x, routed = inputs.pop(consumer)
                 statistics.update(batch, x, drift, routed, scale)
             waiting.discard(consumer)
@@ -189,7 +189,7 @@ class Collector:
             if not waiting and not finish and batch > 0:
                 raise Stop
 
-        def reading(place: AnyPoint) -> Read:
+        def reading(point: AnyPoint) -> Read:
             def read(consumer: Consumer, x: Tensor, routed: Routed | None) -> None:
                 if consumer in heard:
                     raise ModelError(
@@ -198,27 +198,27 @@ class Collector:
                     )
                 heard.add(consumer)
                 inputs[consumer] = x, routed
-                if place not in aims:
-                    add(place, consumer)
+                if point not in targets:
+                    add(point, consumer)
 
             return read
 
-        def landing(place: AnyPoint) -> Callable[[Tensor], None]:
-            def land(landed: Tensor) -> None:
-                together = place.beside or place
+        def probe(point: AnyPoint) -> Callable[[Tensor], None]:
+            def land(observed: Tensor) -> None:
+                together = point.group or point
                 if together not in missing:
                     with self._clock("gram"):
-                        missing[together] = self._missing(place, aims[place][batch], landed)
-                add(place, place.consumers[0], *missing[together])
+                        missing[together] = self._missing(point, targets[point][batch], observed)
+                add(point, point.consumers[0], *missing[together])
 
             return land
 
         with ExitStack() as hooks, self._clock("forward"):
-            for place in places:
-                land = landing(place) if place in aims else None
-                hooks.enter_context(watch(place, self._stream.blocks[block], reading(place), land))
+            for point in points:
+                land = probe(point) if point in targets else None
+                hooks.enter_context(watch(point, self._stream.blocks[block], reading(point), land))
             for batch in range(len(self._stream)):
-                waiting.update(c for place in places for c in place.consumers)
+                waiting.update(c for point in points for c in point.consumers)
                 heard.clear()
                 missing.clear()
                 with suppress(Stop):
@@ -229,72 +229,72 @@ class Collector:
         return collected
 
     def _missing(
-        self, place: CalibrationPoint, aim: Tensor, landed: Tensor
+        self, point: CalibrationPoint, target: Tensor, observed: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """What the network lacks of `aim` where a place lands, and what each token counts by."""
         # Widened where it runs: on its way from a host it would be widened there, and sent as fp32.
-        aim = aim.to(landed.device).float()
-        scale = place.token_scale(aim) if self._options.weighs_tokens else None
-        return place.drift(aim, landed), scale
+        target = target.to(observed.device).float()
+        scale = point.token_scale(target) if self._recipe.weighs_tokens else None
+        return point.drift(target, observed), scale
 
     def _statistics(self, step: Sequence[AnyPoint]) -> dict[AnyPoint, list[Statistics]]:
         """Empty ones for places that run side by side; experts' Grams share their launches."""
         together: dict[str, RaggedGrams] = {}
-        if step[0].beside is not None:
+        if step[0].group is not None:
             together = {
                 name: RaggedGrams(
-                    [place.name for place in step],
+                    [point.name for point in step],
                     step[0].channels,
                     self._stream.device,
-                    non_finite=self._options.non_finite,
+                    non_finite=self._recipe.non_finite,
                 )
                 for name in ("train", "held_out")
             }
         return {
-            place: [
+            point: [
                 Statistics(
-                    place.name,
+                    point.name,
                     consumer,
                     self._stream,
-                    self._options.holds_out,
-                    self._options.per_tap,
-                    partial=place.beside is not None,
-                    non_finite=self._options.non_finite,
+                    self._recipe.holds_out,
+                    self._recipe.per_tap,
+                    partial=point.group is not None,
+                    non_finite=self._recipe.non_finite,
                     grams={name: ragged.grams[number] for name, ragged in together.items()},
                     order=self._orders.get(consumer, Order()),
                 )
-                for consumer in place.consumers
+                for consumer in point.consumers
             ]
-            for number, place in enumerate(step)
+            for number, point in enumerate(step)
         }
 
     def follow(
         self,
         stream: Stream,
         block: int,
-        places: Sequence[CalibrationPoint],
+        points: Sequence[CalibrationPoint],
         shelves: list[HiddenStates],
         advance: Advance,
     ) -> dict[CalibrationPoint, HiddenStates]:
         """Moves a stream past a block; what it held where each place lands, kept on `shelves`."""
         batch = 0
-        shelves += [HiddenStates(stream.storage) for _ in places[len(shelves) :]]
+        shelves += [HiddenStates(stream.storage) for _ in points[len(shelves) :]]
         # A block's output is kept by the stream itself; places side by side land together.
         held: dict[CalibrationPoint, HiddenStates] = {}
         first: dict[Any, CalibrationPoint] = {}
-        for place, shelf in zip(places, shelves, strict=False):
-            together = first.setdefault(place.beside or place, place)
-            own = stream.hidden if place.lands_at_output else shelf
-            held[place] = held.get(together, own)
+        for point, shelf in zip(points, shelves, strict=False):
+            together = first.setdefault(point.group or point, point)
+            own = stream.hidden if point.lands_at_output else shelf
+            held[point] = held.get(together, own)
 
         def keeping(shelf: HiddenStates) -> Callable[[Tensor], None]:
-            return lambda landed: shelf.put(batch, landed)
+            return lambda observed: shelf.put(batch, observed)
 
         with ExitStack() as hooks, self._clock("forward"):
-            for place in first.values():
-                if place.can_aim(self._options.per_tap) and not place.lands_at_output:
+            for point in first.values():
+                if point.can_aim(self._recipe.per_tap) and not point.lands_at_output:
                     hooks.enter_context(
-                        watch(place, stream.blocks[block], ignore, keeping(held[place]))
+                        watch(point, stream.blocks[block], ignore, keeping(held[point]))
                     )
             for batch in range(len(stream)):
                 output = stream.run(block, batch)
@@ -381,14 +381,14 @@ def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def watch(
-    place: CalibrationPoint,
+    point: CalibrationPoint,
     block: nn.Module,
     read: Read,
-    landed: Callable[[Tensor], None] | None,
+    observed: Callable[[Tensor], None] | None,
 ) -> Iterator[None]:
     """Reports what each consumer of a place reads, then what the network holds where it lands."""
     # An expert may get no token, but its layer lands.
-    always = place.beside is not None and read is ignore
+    always = point.group is not None and read is ignore
     reading = always
 
     def reader(consumer: Consumer) -> Reader:
@@ -402,16 +402,16 @@ def watch(
     def land(module: nn.Module, args: Any, output: Any = None) -> None:
         nonlocal reading
         seen = args if output is None else output
-        if reading and landed is not None:  # a module may run before the consumer, too
+        if reading and observed is not None:  # a module may run before the consumer, too
             reading = always
-            landed(seen[0] if isinstance(seen, tuple) else seen)
+            observed(seen[0] if isinstance(seen, tuple) else seen)
 
     with ExitStack() as hooks:
-        for consumer in () if always else place.consumers:
+        for consumer in () if always else point.consumers:
             hooks.enter_context(consumer.watch(reader(consumer)))
-        if landed is not None and place.landing is not None:
-            module = place.landing.module or block
-            if place.lands_at_output or place.landing.output:
+        if observed is not None and point.probe is not None:
+            module = point.probe.module or block
+            if point.lands_at_output or point.probe.output:
                 hooks.callback(module.register_forward_hook(land).remove)
             else:
                 hooks.callback(module.register_forward_pre_hook(land).remove)

@@ -38,7 +38,7 @@ def regional_gradient(
         ModelError: a block that returns no tensor.
         NonFiniteError: a gradient with NaN or Inf.
     """
-    if site.beside is not None:
+    if site.group is not None:
         raise InputError(
             f"{site.name}: this selector needs the gradient of its weight, which lies in a "
             "tensor of all experts; choose another selector"
@@ -55,10 +55,10 @@ def regional_gradient(
             count += 1
             for square, gradient in zip(squares, gradients, strict=True):
                 square += gradient.square()
-    total = max(1, int(stream.ranks.total(torch.tensor(count, dtype=torch.int64))))
+    total = max(1, int(stream.processes.total(torch.tensor(count, dtype=torch.int64))))
     return torch.cat(
         [
-            consumer.as_rows((stream.ranks.total(square) / total).sqrt())
+            consumer.as_rows((stream.processes.total(square) / total).sqrt())
             for consumer, square in zip(site.consumers, squares, strict=True)
         ]
     )
