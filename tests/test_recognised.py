@@ -104,13 +104,13 @@ def test_what_a_list_says_of_a_family_is_found_without_it(
                 assert mine.channels == other.channels
                 assert list(mine.modules()) == list(other.modules())
                 assert [c.shape for c in mine.weights()] == [c.shape for c in other.weights()]
-                if mine.landing is None:
-                    assert other.landing is None
+                if mine.probe is None:
+                    assert other.probe is None
                     continue
                 first, second = (seen_by(model, block, site, batch) for site in (mine, other))
                 for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
                     assert torch.equal(a, b)
-                assert (mine.landing.scale is None) == (other.landing.scale is None)
+                assert (mine.probe.scale is None) == (other.probe.scale is None)
 
 
 class NormInside(nn.Module):
