@@ -24,7 +24,7 @@ from grail.commands.root import page_or_note
 from grail.files.calibration import token_batches
 from grail.files.load import length_of_sequences, load_model
 from grail.files.provenance import provenance
-from grail.recipe import Options
+from grail.recipe import Recipe
 from grail.report.formatting import format_seconds
 from grail.report.report import Report
 from grail.report.summary import evaluation_table, labelled, verdict
@@ -87,12 +87,12 @@ def compressed(model: Path, texts: Sequence[Path], output: Path) -> dict[float, 
         # What the dense model is worth is known after the first share.
         known = {"rows": _dense(first.rows), "completions": _dense(first.completions)}
         study = replace(first, network=None, stages=Stages(), **known)
-        reports[keep] = _one(study, Options(keep, "mlp"), folder(output, keep), origin, model.name)
+        reports[keep] = _one(study, Recipe(keep, "mlp"), folder(output, keep), origin, model.name)
         first = study
     return reports
 
 
-def _one(study: Study, options: Options, output: Path, origin: dict[str, Any], name: str) -> Report:
+def _one(study: Study, options: Recipe, output: Path, origin: dict[str, Any], name: str) -> Report:
     with study.stages(LOADING):
         study.network = study.fresh()
     prediction = study.predict(options, compare=True, uneven=False)

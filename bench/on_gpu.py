@@ -56,7 +56,12 @@ ROOT = Path(__file__).resolve().parent.parent
 GRACE = 15.0
 # Nothing is timed in these, so that they run at once.
 UNTIMED = ("tests", "checks", "accuracy")
-GPU_TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "gram", "gram_ragged", "onload"))
+GPU_TESTS = (
+    "tests/test_gpu.py",
+    "tests/algebra/test_gram.py",
+    "tests/algebra/test_expert_grams.py",
+    "tests/runtime/test_onload.py",
+)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.measuring import Row, command_line, machine, write_rows
 from grail.calibrate.stream import HiddenStates, Stream
 from grail.networks import find
-from grail.recipe import Options
+from grail.recipe import Recipe
 from grail.run import _inspect as plan
 from grail.run.loop import Run
 from grail.runtime.clock import Clock
@@ -173,7 +173,7 @@ def model_of(shape: Shape, shrink: int, layers: int, device: str) -> Any:
 
 def trial(shape: Shape, shrink: int) -> Trial:
     """Compresses one shrunk block: seconds of a plain run, FLOPs of another one that counts."""
-    model, options = model_of(shape, shrink, 2, "cpu"), Options(keep=0.5, sites=shape.sites)
+    model, options = model_of(shape, shrink, 2, "cpu"), Recipe(keep=0.5, sites=shape.sites)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(256, (1, TRIAL), generator=generator) for _ in range(2)]
     seconds: dict[str, float] = {}
@@ -196,7 +196,7 @@ def trial(shape: Shape, shrink: int) -> Trial:
     return Trial(seconds, flops, moved["bytes"] / hidden)
 
 
-def _run_block(model: Any, options: Options, batches: list[torch.Tensor], clock: Clock) -> Run:
+def _run_block(model: Any, options: Recipe, batches: list[torch.Tensor], clock: Clock) -> Run:
     architecture = find(model, options.sites)
     with eval_no_grad(model), Transaction() as transaction:
         stream = Stream(model, architecture.blocks, batches)
@@ -268,7 +268,7 @@ def rows(name: str, tokens: int = TOKENS) -> list[Row]:
         for phase, power in POWERS.items()
     }
     model = model_of(shape, 1, blocks, "meta")
-    architecture, options = find(model, shape.sites), Options(keep=0.5, sites=shape.sites)
+    architecture, options = find(model, shape.sites), Recipe(keep=0.5, sites=shape.sites)
     # Blocks on the host, as seen from a GPU.
     parts = plan.demand(architecture, options, tokens, LENGTH, onload=torch.device("cuda"))
     element = next(model.parameters()).element_size()

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 import grail_kernels as gk
-
-from . import counting
-from .counting import (  # noqa: F401, hooks of pytest
+from tests import counting
+from tests.counting import (  # noqa: F401, hooks of pytest
     pytest_addoption,
     pytest_sessionfinish,
     pytest_terminal_summary,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from .counting import injected
+from tests.counting import injected
 
 
 class Killed(BaseException):

@@ -4,8 +4,7 @@ import torch
 from bench import failsafe
 from bench.failsafe import CASES, METHODS, RESULTS, Answer, measure, outcome, problem, table, trials
 from bench.measuring import read_rows
-
-from .counting import injected
+from tests.counting import injected
 
 NUMBER = 2  # problems of each case
 TRIALS = [(f"{name} {i % NUMBER}", trial) for i, (name, trial) in enumerate(trials(NUMBER))]

@@ -13,8 +13,7 @@ from torch import nn
 
 import grail
 from bench import comparison, networks
-
-from . import counting
+from tests import counting
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

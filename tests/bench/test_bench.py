@@ -1,0 +1,157 @@
+"""bench/ridge.py and bench/calibrate.py: what they write, and what they refuse to."""
+
+import csv
+import hashlib
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import grail
+from bench import calibrate, ridge
+from bench.allocations import peak_bytes
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_ridge_writes_every_number_with_its_conditions(tmp_path):
+    out, drawn = tmp_path / "ridge.csv", tmp_path / "ridge.svg"
+    arguments = ["--shape", "8,24", "--device", "cpu", "--repeats", "2", "--csv", str(out)]
+    assert ridge.main([*arguments, "--plot", str(drawn)]) == 0
+    assert drawn.stat().st_size > 5000
+    rows = rows_of(out)
+    assert [row["provider"] for row in rows] == ["grail", "grail solve", "reference"]
+    for row in rows:
+        assert (row["outputs"], row["channels"], row["kept"]) == ("8", "24", "12")
+        assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+        assert row["torch"] == torch.__version__
+        assert row["threads"] == str(torch.get_num_threads())
+
+
+def test_ridge_reports_no_time_for_a_wrong_result(tmp_path, monkeypatch):
+    solve = grail.ridge.solve
+
+    def inexact(*args, **settings):
+        solution = solve(*args, **settings)
+        solution.x.mul_(1.01)
+        return solution
+
+    monkeypatch.setattr(grail.ridge, "solve", inexact)
+    out = tmp_path / "ridge.csv"
+    arguments = ["--shape", "8,24", "--device", "cpu", "--repeats", "2", "--csv", str(out)]
+    assert ridge.main(arguments) == 1
+    assert not out.exists()
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch):
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 50,
+    }
+    monkeypatch.setitem(calibrate.MODELS, "smollm2-135m", shape)
+    return ["--device", "cpu", "--tokens", "64", "--sequence-length", "32", "--repeats", "2"]
+
+
+def test_calibrate_writes_every_phase_and_the_peaks(tiny_shape, tmp_path):
+    out, drawn = tmp_path / "calibrate.csv", tmp_path / "calibrate.svg"
+    assert calibrate.main([*tiny_shape, "--csv", str(out), "--plot", str(drawn)]) == 0
+    assert drawn.stat().st_size > 5000
+    rows = {row["metric"]: row for row in rows_of(out)}
+    assert rows.keys() == {*calibrate.PHASES, "predicted_peak", "measured_peak"}
+    parts = sum(float(rows[p]["p50"]) for p in calibrate.PHASES[1:-1])
+    assert parts == pytest.approx(float(rows["total"]["p50"]), rel=0.2)  # medians of two rounds
+    assert rows["total"]["tokens"] == "64"
+
+
+def test_calibrate_reports_nothing_when_compensation_hurts(tiny_shape, tmp_path, monkeypatch):
+    compress = grail.compress
+
+    def harmful(*args, **settings):
+        report = compress(*args, **settings)
+        report.sites[1].error = 2.0
+        return report
+
+    monkeypatch.setattr(grail, "compress", harmful)
+    out = tmp_path / "calibrate.csv"
+    assert calibrate.main([*tiny_shape, "--csv", str(out)]) == 1
+    assert not out.exists()
+
+
+def test_peak_bytes_sees_memory_that_is_gone_by_the_end():
+    def call():
+        torch.empty(1000, dtype=torch.uint8)
+        torch.empty(3000, dtype=torch.uint8)
+
+    assert peak_bytes(call) == 3000
+
+
+SCRIPTS = sorted(
+    path.stem
+    for path in (ROOT / "bench").glob("*.py")
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+)
+
+
+def committed() -> dict[str, tuple[int, int, str]]:
+    """When each file of the benches' results and of the pages was written, and what it holds."""
+    files = [ROOT / "README.md", ROOT / "grail_kernels" / "launches.json"]
+    files += [p for f in ("bench/results", "docs") for p in (ROOT / f).rglob("*") if p.is_file()]
+    return {
+        str(p): (p.stat().st_mtime_ns, p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest())
+        for p in files
+    }
+
+
+def test_every_script_is_found():
+    assert len(SCRIPTS) > 20
+    assert {"comparison", "fuzzing", "ranks"} <= set(SCRIPTS)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # imported before
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_says_what_is_written_and_touches_nothing(name, flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", flag])
+    before = committed()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
+    printed = capsys.readouterr().out
+    assert ended.value.code in (0, None)
+    assert printed.startswith("usage: ")
+    if name != "demo":
+        assert "\nwrites: " in printed
+        assert "\ntakes: " in printed
+    assert committed() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_option_runs_nothing_either(tmp_path):
+    before = committed()
+    command = [sys.executable, "-m", "bench.comparison", "--halp"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --halp" in done.stderr
+    assert committed() == before
+
+
+@pytest.mark.parametrize("name", ["ridge", "calibrate"])
+def test_help_explains_the_table_from_any_folder(name, tmp_path):
+    script = str(ROOT / "bench" / f"{name}.py")
+    done = subprocess.run(
+        [sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "How to read the table" in done.stdout

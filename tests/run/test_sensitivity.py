@@ -1,0 +1,424 @@
+import copy
+import functools
+import itertools
+from dataclasses import replace
+from operator import sub
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import grail
+from grail.errors import InputError, ModelError, NonFiniteError, StateError
+from grail.run import budget, checkpoint
+from grail.select import greedy
+from tests import convnets
+from tests.counting import injected
+from tests.kills import Killed, killing
+
+
+def bits(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(before, after):
+    return before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def narrowed_alone(model, names, batches, keep):
+    """A copy with some sites narrow, everything else being dense, by `grail.compress` itself."""
+    other = copy.deepcopy(model)
+    everything = [row.name for row in grail.compress(copy.deepcopy(model), batches, 1.0).sites]
+    shares = {name: keep if name in names else 1.0 for name in everything}
+    grail.compress(other, batches, shares, closed_loop=False, drift_correction=0, progress=False)
+    return other
+
+
+def divergence(model, other, batches):
+    """KL of the predictions of two models, a token at a time, in fp64."""
+    found = []
+    with torch.no_grad():
+        for batch in batches:
+            batch = batch if isinstance(batch, dict) else {"input_ids": batch}
+            p, q = (m(**batch).logits.double().softmax(-1) for m in (model, other))
+            each = (p * (p.log() - q.log())).sum(-1)
+            mask = batch.get("attention_mask")
+            found += each[mask.bool()].tolist() if mask is not None else each.flatten().tolist()
+    return sum(found) / len(found)
+
+
+def test_a_sites_loss_is_the_divergence_of_the_network_in_which_it_alone_is_narrow(
+    tiny_llama, tiny_batches
+):
+    model, batches = tiny_llama(), tiny_batches(count=5)
+    before = bits(model)
+    found = grail.sensitivity(model, batches, keep=0.5, progress=False)
+    assert same(before, bits(model))
+    assert list(found.losses) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    for name, loss in found.losses.items():
+        other = narrowed_alone(model, [name], batches[1:], 0.5)
+        assert loss == pytest.approx(divergence(model, other, batches[:1]), rel=1e-4)
+        assert loss > 0
+
+
+def test_tokens_that_a_mask_hides_do_not_count(tiny_llama, tiny_batches):
+    model, batches = tiny_llama(), tiny_batches(count=3)
+    mask = torch.ones_like(batches[0])
+    mask[0, -5:] = 0
+    padded = [{"input_ids": batch, "attention_mask": mask} for batch in batches]
+    found = grail.sensitivity(model, padded, keep=0.5, progress=False)
+    other = narrowed_alone(model, ["model.layers.0.mlp"], padded[1:], 0.5)
+    loss = found.losses["model.layers.0.mlp"]
+    assert loss == pytest.approx(divergence(model, other, padded[:1]), rel=1e-4)
+
+
+def test_without_logits_it_is_the_relative_error_of_the_output(tiny_model):
+    model = tiny_model("bert")
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(97, (2, 12), generator=generator) for _ in range(4)]
+    found = grail.sensitivity(model, batches, keep=0.5, progress=False)
+    for name, loss in found.losses.items():
+        other = narrowed_alone(model, [name], batches[1:], 0.5)
+        with torch.no_grad():
+            dense, now = (m(batches[0]).last_hidden_state.double() for m in (model, other))
+        expected = (now - dense).square().sum() / dense.square().sum()
+        assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_experts_of_a_layer_share_one_width(tiny_model, tiny_batches):
+    model, batches = tiny_model("mixtral"), tiny_batches(count=4)
+    found = grail.sensitivity(model, batches, keep=0.5, progress=False)
+    assert [len(part.names) for part in found.parts] == [4, 4]
+    other = narrowed_alone(model, found.parts[0].names, batches[1:], 0.5)
+    expected = divergence(model, other, batches[:1])
+    assert found.parts[0].loss == pytest.approx(expected, rel=1e-4)
+    report = grail.compress(model, batches, found.shares(), progress=False)
+    assert len({row.kept for row in report.sites if row.block == 0}) == 1
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.7, 0.8])
+def test_no_feasible_widths_of_as_many_parameters_promise_less_loss(keep, tiny_llama, tiny_batches):
+    model, batches = tiny_llama(), tiny_batches(count=5)
+    found = grail.sensitivity(model, batches, keep=0.5, multiple=4, progress=False)
+    shares = found.shares(keep, undone=0.25)
+    first, second = found.parts
+
+    def promised(a, b):
+        return 0.75 * first.loss_at(a) + second.loss_at(b)
+
+    chosen = [round(share * 80) for share in shares.values()]
+    assert sum(chosen) <= keep * 160
+    assert all(width % 4 == 0 and width >= 0.5 * keep * 80 for width in chosen)
+    every = itertools.product(range(4, 81, 4), repeat=2)
+    allowed = [w for w in every if sum(w) <= keep * 160 and min(w) >= 0.5 * keep * 80]
+    # Where a curve is not convex the last step may be left out.
+    assert promised(*chosen) <= 1.05 * min(promised(*w) for w in allowed)
+    report = grail.compress(model, batches, shares, multiple=4, progress=False)
+    assert [row.kept for row in report.sites] == chosen
+
+
+def test_the_more_later_sites_undo_the_less_stays_of_the_first(tiny_llama, tiny_batches):
+    model, batches = tiny_llama(num_hidden_layers=3), tiny_batches(count=5)
+    found = grail.sensitivity(model, batches, keep=0.5, multiple=1, progress=False)
+    first = [next(iter(found.shares(undone=undone).values())) for undone in (0.0, 0.5, 0.99)]
+    assert first == sorted(first, reverse=True)
+    assert first[0] > first[-1]
+    with pytest.raises(InputError, match="undone"):
+        found.shares(undone=1.0)
+
+
+def test_convolutions_have_shares_too():
+    model, batches = convnets.network("torchvision-basic"), convnets.images(count=6)
+    found = grail.sensitivity(model, batches, keep=0.5, progress=False)
+    assert set(found.losses) == {
+        row.name for row in grail.compress(copy.deepcopy(model), batches, 1.0).sites
+    }
+    report = grail.compress(model, batches, found.shares(), progress=False)
+    saved = sum(
+        part.parameters * (row.channels - row.kept)
+        for part, row in zip(found.parts, report.sites, strict=True)
+    )
+    half = 0.5 * sum(part.parameters * part.channels for part in found.parts)
+    steps = (part.parameters * max(map(sub, part.widths[1:], part.widths)) for part in found.parts)
+    assert half <= saved < half + max(steps)
+
+
+def test_errors_are_those_of_least_squares_on_each_prefix_of_the_search():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(12, 200, generator=generator).double() * torch.logspace(0, -1, 12)[:, None]
+    x[5] = x[2] - 0.5 * x[7]
+    weight = torch.randn(7, 12, generator=generator).double()
+    order = greedy.forward(x @ x.T, x @ x.T @ weight.T, 12)
+    found = greedy.errors(x @ x.T, weight)
+    wanted = weight @ x
+    for kept in range(13):
+        rows = x[order[:kept]]
+        fitted = torch.linalg.lstsq(rows.T, wanted.T, driver="gelsd").solution.T @ rows
+        # Damped by 3e-5 of the mean energy: that much of what W weighs is left.
+        assert found[kept] == pytest.approx(float((wanted - fitted).square().sum()), abs=0.3)
+    assert found[12] == 0
+    assert bool((found.diff() <= 0).all())
+
+
+def test_silence_loses_nothing():
+    found = greedy.errors(torch.zeros(4, 4).double(), torch.ones(2, 4).double())
+    assert found.tolist() == pytest.approx([0] * 5, abs=1e-300)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sites": ("mlp", "heads")}, "whole groups of channels"),
+        ({"keep": 1.0}, "narrows nothing"),
+        ({"keep": 0.0}, "keep must be"),
+        ({"probes": 3}, "not all"),
+        ({"probes": 0}, "not all"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(settings, message, tiny_llama, tiny_batches):
+    model = tiny_llama()
+    before = bits(model)
+    with pytest.raises(InputError, match=message):
+        grail.sensitivity(model, tiny_batches(count=3), progress=False, **settings)
+    assert same(before, bits(model))
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """`kill(after)`: the next measurement ends once it has kept so many blocks; None: never."""
+    return killing(checkpoint.Measurement, "write", monkeypatch)
+
+
+CASES = {
+    "llama": ("llama", {}),
+    "experts": ("qwen3_moe", {"sites": "experts"}),
+    "encoder": ("bert", {"selector": "wanda"}),
+}
+
+
+@pytest.mark.parametrize(("family", "settings"), CASES.values(), ids=CASES)
+def test_a_measurement_that_was_killed_goes_on_and_finds_the_same(
+    family, settings, kill, tiny_model, tiny_batches, monkeypatch, tmp_path
+):
+    model = tiny_model(family, num_hidden_layers=3)
+    batches = [batch[:, :12] for batch in tiny_batches(count=4)]
+    measure = functools.partial(grail.sensitivity, model, batches, progress=False, **settings)
+    calls = []
+    errors = greedy.errors
+    monkeypatch.setattr(greedy, "errors", lambda *given: calls.append(1) or errors(*given))
+    expected = measure()
+    of_all = len(calls)
+    kill(2)
+    with pytest.raises(Killed):
+        measure(resume_dir=tmp_path)
+    kill(None)
+    calls.clear()
+    before = bits(model)
+    found = measure(resume_dir=tmp_path)
+    assert same(before, bits(model))
+    assert 0 < len(calls) < of_all / 2  # what was kept was not measured again
+    for one, other in zip(found.parts, expected.parts, strict=True):
+        assert torch.equal(one.errors, other.errors)
+        assert replace(one, errors=other.errors) == other
+    assert found.shares() == expected.shares()
+
+
+def test_a_measurement_that_ended_runs_nothing(tiny_llama, tiny_batches, tmp_path):
+    model, batches = tiny_llama(), tiny_batches(count=3)
+    expected = grail.sensitivity(model, batches, resume_dir=tmp_path, progress=False)
+    model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    again = grail.sensitivity(model, batches, resume_dir=tmp_path, progress=False)
+    assert again.losses == expected.losses
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": 0.75}, "keep was 0.5 and is 0.75"),
+        ({"probes": 2}, "probes was 1 and is 2"),
+        ({"batches": slice(2)}, "calibration differs"),
+        ({"selector": lambda view: view.width.best(view.gram.diagonal())}, "given by its name"),
+    ],
+)
+def test_another_measurement_in_the_folder_is_refused(
+    changes, message, tiny_llama, tiny_batches, tmp_path
+):
+    model, batches = tiny_llama(), tiny_batches(count=3)
+    settings = {"resume_dir": tmp_path, "progress": False}
+    grail.sensitivity(model, batches, **settings)
+    batches = batches[changes.pop("batches", slice(3))]
+    with pytest.raises(InputError, match=message):
+        grail.sensitivity(model, batches, **settings, **changes)
+
+
+def test_a_damaged_measurement_is_named(tiny_llama, tiny_batches, tmp_path):
+    model, batches = tiny_llama(), tiny_batches(count=3)
+    settings = {"resume_dir": tmp_path, "progress": False}
+    expected = grail.sensitivity(model, batches, **settings)
+    path = tmp_path / "sensitivity.state"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    injected("damaged state files")
+    with pytest.raises(StateError, match=r"sensitivity\.state.*Delete it to measure anew"):
+        grail.sensitivity(model, batches, **settings)
+    path.unlink()
+    assert grail.sensitivity(model, batches, **settings).losses == expected.losses
+
+
+def test_outputs_that_are_not_finite_are_refused_and_nothing_stays_narrow(
+    tiny_llama, tiny_batches, monkeypatch
+):
+    model, batches = tiny_llama(), tiny_batches(count=3)
+    before = bits(model)
+    kl = F.kl_div
+    monkeypatch.setattr(F, "kl_div", lambda *a, **k: kl(*a, **k) * float("nan"))
+    with pytest.raises(ModelError, match="not finite"):
+        grail.sensitivity(model, batches, progress=False)
+    assert same(before, bits(model))
+
+
+class Wordy(torch.nn.Module):
+    """A network that answers in words."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 20), torch.nn.Linear(20, 6)
+
+    def forward(self, x):
+        self.second(self.first(x).relu())
+        return "words"
+
+
+def test_a_network_that_returns_no_tensor_is_refused():
+    site = grail.Site(producers=["first"], consumers=["second"])
+    batches = [torch.randn(30, 6) for _ in range(3)]
+    with pytest.raises(ModelError, match="no tensor to compare"):
+        grail.sensitivity(Wordy(), batches, sites=[site], progress=False)
+
+
+def test_where_no_width_is_narrow_enough_the_nearest_is_taken(tiny_llama, tiny_batches):
+    model, batches = tiny_llama(), tiny_batches(count=3)
+    found = grail.sensitivity(model, batches, keep=0.97, progress=False)
+    assert set(found.shares().values()) == {1.0}  # multiples of 8 of 80
+    found = grail.sensitivity(model, batches, keep=0.3, multiple=32, progress=False)
+    assert set(found.shares().values()) == {0.4}
+
+
+class Scored(torch.nn.Module):
+    """A network that returns logits of some shape, and before them a number."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 20), torch.nn.Linear(20, 30)
+        self.shape = shape
+
+    def forward(self, x):
+        logits = self.second(self.first(x).relu()).unflatten(1, self.shape)
+        return SimpleNamespace(logits=logits) if len(self.shape) != 2 else (logits.sum(), logits)
+
+
+@pytest.mark.parametrize("shape", [(30, 1), (2, 5, 3)])
+def test_what_is_no_prediction_is_compared_as_any_output(shape):
+    site = grail.Site(producers=["first"], consumers=["second"])
+    model, batches = Scored(shape), [torch.randn(40, 6) for _ in range(3)]
+    loss = grail.sensitivity(model, batches, sites=[site], progress=False).parts[0].loss
+    other = copy.deepcopy(model)
+    grail.compress(other, batches[1:], 0.5, [site], drift_correction=0, progress=False)
+    with torch.no_grad():
+        dense, now = (m.second(m.first(batches[0]).relu()) for m in (model, other))
+    assert loss == pytest.approx(
+        float((now - dense).square().sum() / dense.square().sum()), rel=1e-4
+    )
+
+
+def test_tokens_that_are_not_finite_are_dropped_where_a_run_drops_them():
+    site = grail.Site(producers=["first"], consumers=["second"])
+    batches = [torch.randn(40, 6) for _ in range(3)]
+    batches[2][7, 3] = torch.nan
+    model = torch.nn.Sequential()
+    model.first, model.second = torch.nn.Linear(6, 20), torch.nn.Linear(20, 6)
+    with pytest.raises(NonFiniteError):
+        grail.sensitivity(model, batches, sites=[site], progress=False)
+    found = grail.sensitivity(model, batches, sites=[site], non_finite="drop", progress=False)
+    assert found.parts[0].loss > 0
+
+
+def test_probes_of_which_no_token_counts_are_refused(tiny_llama, tiny_batches):
+    batches = [{"input_ids": b, "attention_mask": torch.ones_like(b)} for b in tiny_batches()]
+    batches[0]["attention_mask"] = torch.zeros_like(batches[0]["input_ids"])
+    with pytest.raises(InputError, match="no token that counts"):
+        grail.sensitivity(tiny_llama(), batches, progress=False)
+
+
+def test_a_dense_network_that_is_not_finite_is_blamed_itself(tiny_llama, tiny_batches):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.inf
+    with pytest.raises(ModelError, match="dense network's output is not finite"):
+        grail.sensitivity(model, tiny_batches(), progress=False)
+
+
+def test_loud_channels_that_say_the_same_are_damped_until_they_factor():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 30, generator=generator).double()
+    gram = x @ x.T
+    gram.diagonal().sub_(1e-4 * gram.diagonal().mean())  # as fp32 rounds loud channels
+    found = greedy.errors(gram, torch.randn(8, 64, generator=generator).double())
+    assert bool(found.isfinite().all())
+    assert bool((found.diff() <= 0).all())
+
+
+@pytest.mark.parametrize("keep", [0.35, 0.5, 0.9])
+def test_least_loss_is_the_least_of_all_allowed_widths_where_losses_are_convex(keep):
+    losses = [{k: a * (6 - k) ** 2 for k in range(1, 7)} for a in (1.0, 3.0, 0.2)]
+    widths = budget.least_loss(losses, keep, [1.0, 1.0, 1.0])
+
+    def total(widths):
+        return sum(site[width] for site, width in zip(losses, widths, strict=True))
+
+    every = itertools.product(range(1, 7), repeat=3)
+    assert sum(widths) <= keep * 18
+    assert total(widths) == min(total(w) for w in every if sum(w) <= keep * 18)
+
+
+def test_a_site_whose_loss_falls_in_a_straight_line_gets_its_widest():
+    # By rounding, the second step of these seems to gain more than the first.
+    losses = {k: 0.7142791936429349 - 0.3 * k for k in (8, 23, 29)}
+    assert budget.least_loss([losses], 1.0, [0.7]) == [29]
+
+
+def test_least_loss_counts_parameters_not_channels():
+    losses = [{1: 1.0, 2: 0.0}, {1: 1.0, 2: 0.0}]
+    assert budget.least_loss(losses, 0.8, [10.0, 1.0]) == [1, 2]
+    assert budget.least_loss(losses, 0.75, [1.0, 10.0]) == [2, 1]
+
+
+def test_least_loss_steps_over_a_width_that_is_no_better_than_its_neighbours_line():
+    # Alone the step from 1 to 2 gains nothing, that from 1 to 3 does.
+    losses = [{1: 3.0, 2: 3.0, 3: 0.0}, {1: 1.0, 2: 0.5, 3: 0.0}]
+    assert budget.least_loss(losses, 4 / 6) == [3, 1]
+
+
+def test_least_loss_spends_what_fits_to_the_last_parameter():
+    losses = [{k: float(80 - k) for k in range(8, 81, 8)}] * 2
+    assert sum(budget.least_loss(losses, 0.7, [144.0, 144.0])) == 112  # 0.7 is no binary fraction
+    concave = [{k: (10 - k) ** 0.5 for k in range(1, 11)}] * 2
+    assert sum(budget.least_loss(concave, 0.5)) == 10
+
+
+@pytest.mark.parametrize(
+    ("losses", "keep", "parameters", "message"),
+    [
+        ([], 0.5, None, "losses of every site"),
+        ([{}], 0.5, None, "losses of every site"),
+        ([{1: 0.0}], 0.5, [1.0, 2.0], "losses of every site"),
+        ([{1: float("nan")}], 0.5, None, "finite"),
+        ([{4: 1.0, 8: 0.0}], 0.4, None, "least widths"),
+        ([{4: 1.0, 8: 0.0}], 1.5, None, "keep must be"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(losses, keep, parameters, message):
+    with pytest.raises(InputError, match=message):
+        budget.least_loss(losses, keep, parameters)
