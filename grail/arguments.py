@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from grail.errors import InputError, one_line
-from grail_kernels.arguments import check_kind, kind_of
+from grail_kernels import check_kind, kind_of
 
 _SEEDS = 2**63  # of torch.Generator
 

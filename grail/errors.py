@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from grail_kernels.errors import BackendError, GrailError, InputError
+from grail_kernels import BackendError, GrailError, InputError
 
 __all__ = [
     "BackendError",

@@ -12,7 +12,7 @@ from grail.algebra.width import Width, check_keep
 from grail.arguments import plain, require_seed, require_switches
 from grail.errors import InputError, ModelError
 from grail.networks import Architecture, BoundSite, Site
-from grail_kernels.arguments import check_kind, kind_of
+from grail_kernels import check_kind, kind_of
 
 # From bench/results/smollm2_calibration.csv: the best or within 2% of it at 8k, 32k and 128k
 # tokens, on the calibration's text and on another.

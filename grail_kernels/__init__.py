@@ -1,24 +1,39 @@
 """Triton kernels and their torch twins for Gram matrices. Knows tensors, no models."""
 
-from grail_kernels.absorb import absorb
+from grail_kernels._absorb import absorb
+from grail_kernels.arguments import as_tensor, as_vector, check_count, check_kind, kind_of
 from grail_kernels.backend import resolve_backend
+from grail_kernels.checks import check_activations
 from grail_kernels.errors import BackendError, GrailError, InputError
 from grail_kernels.gram import gram_
 from grail_kernels.gram_batched import gram_batched_
 from grail_kernels.gram_ragged import gram_ragged_
 from grail_kernels.gram_swiglu import gram_swiglu_
-from grail_kernels.tiles import diagonal, pack, packed_numel, unpack
+from grail_kernels.precision import full_fp32
+from grail_kernels.products import add_products
+from grail_kernels.tiles import STRIP_ROWS, diagonal, pack, packed_numel, unpack
+from grail_kernels.tuning import BUFFER_TOKENS
 
 __all__ = [
+    "BUFFER_TOKENS",
+    "STRIP_ROWS",
     "BackendError",
     "GrailError",
     "InputError",
     "absorb",
+    "add_products",
+    "as_tensor",
+    "as_vector",
+    "check_activations",
+    "check_count",
+    "check_kind",
     "diagonal",
+    "full_fp32",
     "gram_",
     "gram_batched_",
     "gram_ragged_",
     "gram_swiglu_",
+    "kind_of",
     "pack",
     "packed_numel",
     "resolve_backend",

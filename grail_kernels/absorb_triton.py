@@ -183,10 +183,10 @@ def _places(gram: Tensor, selected: Tensor, channels: int) -> tuple[Tensor, Tens
     """
     if gram.dim() == 2:
         return selected * gram.stride(0), selected * gram.stride(1)
-    strip = selected // tiles.BLOCK
-    low = strip * tiles.BLOCK
-    width = (low + tiles.BLOCK).clamp(max=channels)
-    rows = tiles.BLOCK**2 * strip * (strip + 1) // 2 + (selected - low) * width
+    strip = selected // tiles.STRIP_ROWS
+    low = strip * tiles.STRIP_ROWS
+    width = (low + tiles.STRIP_ROWS).clamp(max=channels)
+    rows = tiles.STRIP_ROWS**2 * strip * (strip + 1) // 2 + (selected - low) * width
     return rows * gram.stride(0), selected * gram.stride(0)
 
 

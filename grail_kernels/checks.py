@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grail_kernels.arguments import check_tensors
 from grail_kernels.errors import InputError
 from grail_kernels.tiles import check_packed
 
@@ -13,6 +14,7 @@ ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def check_activations(name: str, x: Tensor) -> None:
     """Refuse activations that are not a strided [..., H] tensor of a supported dtype."""
+    check_tensors(**{name: x})
     if x.dtype not in ACTIVATION_DTYPES:
         raise InputError(
             f"{name} must be bfloat16, float16 or float32, got {x.dtype}; convert it first"

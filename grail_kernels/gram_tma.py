@@ -290,7 +290,7 @@ def constants(config: tuning.GramConfig, parts: int, dtype: torch.dtype) -> dict
     """The compile-time arguments of the kernel; `bench/aot.py` compiles with the same."""
     operand = tl.float16 if dtype == torch.float16 else tl.bfloat16
     return {
-        "STRIP": tiles.BLOCK,
+        "STRIP": tiles.STRIP_ROWS,
         "BLOCK_T": config.block_tokens,
         "BLOCK_H": config.block_channels,
         "GROUP": config.group,

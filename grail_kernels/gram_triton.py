@@ -379,7 +379,7 @@ def constants(
     native = tuning.multiplies_natively(dtype, weighted)
     operand = tl.float16 if native and dtype == torch.float16 else tl.bfloat16
     return {
-        "STRIP": tiles.BLOCK,
+        "STRIP": tiles.STRIP_ROWS,
         "BLOCK_T": config.block_tokens,
         "BLOCK_H": config.block_channels,
         "GROUP": config.group,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grail_kernels.arguments import check_tensors
 from grail_kernels.precision import full_fp32
 
 # Of an fp32 value; see above.
@@ -32,6 +33,7 @@ def add_products(
     right: Tensor,  # [T, H]
 ) -> None:
     """Add leftᵀ right to `total`: to 2^-17 of each product on tensor cores, else in fp32."""
+    check_tensors(total=total, left=left, right=right)
     if right.dtype == torch.float32 or not _has_tensor_cores(total.device):
         with full_fp32(total.device):
             total.addmm_(left.float().mT, right.float())

@@ -1,10 +1,11 @@
-"""The packed accumulator: a symmetric matrix kept as the strips of its lower triangle.
+"""The packed accumulator: a symmetric matrix stored as the strips of its lower triangle.
 
-Strip i holds rows [i*BLOCK, hi) and columns [0, hi), hi = min((i + 1)*BLOCK, H), row-major; the
-strips follow one another in one flat tensor. So a strip is one contiguous target of a library GEMM,
-a tile of a strip is a plain strided block for a GPU kernel, and the whole takes
-(H + BLOCK) / 2H of the dense matrix. What lies above the diagonal inside the diagonal block of a
-strip is scratch: written by GEMMs, never read. All functions also take leading batch dimensions.
+With S = STRIP_ROWS, strip i contains rows [i·S, high) and columns [0, high), high =
+min((i + 1)·S, H), row-major. The strips follow one another in one flat tensor. A strip is one
+contiguous target of a library GEMM, and a tile of a strip is a plain strided block for a GPU
+kernel. The whole takes (H + S) / 2H of the dense matrix. Elements above the diagonal inside the
+diagonal block of a strip are scratch: GEMMs write them, nothing reads them. All functions also take
+leading batch dimensions.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 from grail_kernels.arguments import check_count, check_tensors
 from grail_kernels.errors import InputError
 
-# Wide enough that a strip fills a CPU's GEMM, narrow enough for 0.55x of dense at H = 2560.
-BLOCK = 256
+# Rows of a strip: enough to fill a CPU's GEMM, few enough for 0.55× of dense at H = 2560.
+STRIP_ROWS = 256
 
 
 class Strip(NamedTuple):
@@ -39,8 +40,8 @@ class Strip(NamedTuple):
 def strips(channels: int) -> Iterator[Strip]:
     """The strips of a `channels` wide accumulator, in the order they are stored."""
     offset = 0
-    for low in range(0, channels, BLOCK):
-        high = min(low + BLOCK, channels)
+    for low in range(0, channels, STRIP_ROWS):
+        high = min(low + STRIP_ROWS, channels)
         yield Strip(low, high, offset)
         offset += (high - low) * high
 
@@ -54,8 +55,8 @@ def packed_numel(channels: int) -> int:
     check_count("channels", channels)
     if channels < 1:
         raise InputError(f"a Gram matrix needs at least 1 channel, got {channels}")
-    full, rest = channels // BLOCK, channels % BLOCK  # divmod does not take traced sizes
-    return BLOCK * BLOCK * full * (full + 1) // 2 + rest * channels
+    full, rest = channels // STRIP_ROWS, channels % STRIP_ROWS  # divmod does not take traced sizes
+    return STRIP_ROWS * STRIP_ROWS * full * (full + 1) // 2 + rest * channels
 
 
 def check_packed(packed: Tensor, channels: int) -> None:

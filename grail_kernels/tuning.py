@@ -63,7 +63,7 @@ class GramConfig:
 
     Attributes:
         block_tokens: tokens that one step of a program multiplies.
-        block_channels: edge of the square tile that a program owns; divides `tiles.BLOCK`.
+        block_channels: edge of the square tile that a program owns; divides `tiles.STRIP_ROWS`.
         group: tile rows that neighbouring programs share, so that their tokens meet in the cache.
         warps, stages: as Triton takes them.
     """
@@ -269,8 +269,8 @@ def _config(kind: type[Config], values: Any, name: str) -> Config:
         elif field.startswith("block_"):
             # Triton's ranges are powers of two, its products of 16 at least.
             fits, allowed = (
-                16 <= value <= tiles.BLOCK and tiles.BLOCK % value == 0,
-                (f"16 or more and a divisor of {tiles.BLOCK}"),
+                16 <= value <= tiles.STRIP_ROWS and tiles.STRIP_ROWS % value == 0,
+                (f"16 or more and a divisor of {tiles.STRIP_ROWS}"),
             )
         elif field == "warps":
             fits, allowed = value in (1, 2, 4, 8, 16), "1, 2, 4, 8 or 16"

@@ -19,7 +19,7 @@ from grail.algebra.reduction import Reduction, as_reduction
 from grail.algebra.weights import as_given, consumer_matrix
 from grail.arguments import is_number, plain, require_dense, require_switches
 from grail.errors import InputError, NonFiniteError
-from grail_kernels.arguments import check_kind
+from grail_kernels import check_kind
 
 Toward = Literal["zero", "baseline"]
 Damping = Literal["site", "channel"]

@@ -8,7 +8,7 @@ network's stream h. Their difference is the drift
 
 and a consumer that aims at W x + β δ, not at W x, undoes a share β of it. What a fit needs of it
 is the cross moment with the consumer's input, a product of 2·T·O·H FLOPs, which tensor cores take
-over for inputs of 16 bits (`grail_kernels.products`); of an affine fit also the sum d = Σ δ. δ
+over for inputs of 16 bits (`grail_kernels.add_products`); of an affine fit also the sum d = Σ δ. δ
 itself is formed in fp32: with h xᵀ and (r + W x) xᵀ summed up apart their difference would drown.
 
 What the experts of a token write is added up by the router's weights w. Each is asked for its share
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from grail.errors import NonFiniteError
-from grail_kernels.products import add_products
+from grail_kernels import add_products
 
 
 class Drift:

@@ -1,7 +1,7 @@
 """The streaming Gram accumulator: Σ x xᵀ, Σ x and the token count of one site.
 
 Sums, never running means, so that merging, sharding and resuming are exact; G is mirrored to a full
-matrix only when it is read. The kernels are in `grail_kernels.gram`.
+matrix only when it is read. The kernels are in `grail_kernels`.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,6 @@ from grail.algebra.drift import Drift, require_finite
 from grail.arguments import as_path, is_whole, require_dense, require_usable, require_whole
 from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, StateError
 from grail.runtime import state
-from grail_kernels.arguments import as_tensor, check_kind
-from grail_kernels.checks import check_activations
-from grail_kernels.tiles import BLOCK
-from grail_kernels.tuning import BUFFER_TOKENS
 
 NonFinite = Literal["refuse", "drop"]
 
@@ -89,9 +85,9 @@ class Gram:
                 would stall the stream, it is raised when a result is read.
             StateError: an update before this one ended half-way, as where memory ran out.
         """
-        x = as_tensor("x", x)
-        mask = None if mask is None else as_tensor("mask", mask)
-        drift = None if drift is None else as_tensor("drift", drift)
+        x = gk.as_tensor("x", x)
+        mask = None if mask is None else gk.as_tensor("mask", mask)
+        drift = None if drift is None else gk.as_tensor("drift", drift)
         for role, tensor in (("x", x), ("mask", mask), ("drift", drift)):
             if tensor is not None:
                 require_dense(role, tensor)
@@ -101,14 +97,14 @@ class Gram:
             raise InputError(
                 f"mask must be bool {tuple(x.shape[:-1])}; got {mask.dtype} {tuple(mask.shape)}"
             )
-        check_activations("x", x)
+        gk.check_activations("x", x)
         if drift is not None:
             outputs = "O" if self.drift is None else self.drift.outputs
             if drift.shape[:-1] != x.shape[:-1] or outputs not in ("O", drift.shape[-1]):
                 raise InputError(
                     f"drift must be {[*x.shape[:-1], outputs]}; got {list(drift.shape)}"
                 )
-            check_activations("drift", drift)
+            gk.check_activations("drift", drift)
         x = x.detach()
         if self._packed is None:
             self._allocate(x.device)
@@ -208,7 +204,7 @@ class Gram:
         Raises:
             InputError: another channel count, or a drift of another number of outputs.
         """
-        check_kind("other", other, Gram, "a grail.Gram")
+        gk.check_kind("other", other, Gram, "a grail.Gram")
         if other.channels != self.channels:
             raise InputError(f"cannot merge {other.channels} channels into {self.channels}")
         if self.drift and other.drift and self.drift.outputs != other.drift.outputs:
@@ -245,7 +241,7 @@ class Gram:
         content = {
             "name": self.name,
             "channels": self.channels,
-            "block": BLOCK,  # the packed layout follows from it
+            "block": gk.STRIP_ROWS,  # the packed layout follows from it
             "outputs": None if self.drift is None else self.drift.outputs,
         }
         state.write(path, _KIND, content, self.parts())
@@ -260,8 +256,10 @@ class Gram:
         path = as_path("path", path)
         found = state.read(path, _KIND)
         content = found.content
-        if content["block"] != BLOCK:
-            raise StateError(f"{path} is packed in strips of {content['block']}, not of {BLOCK}")
+        if content["block"] != gk.STRIP_ROWS:
+            raise StateError(
+                f"{path} is packed in strips of {content['block']}, not of {gk.STRIP_ROWS}"
+            )
         gram = cls(content["channels"], device, content["name"])
         own = gram.parts(content["outputs"] or 0)
         if _forms(own) != _forms(found.tensors):
@@ -333,7 +331,7 @@ class Gram:
     @torch.inference_mode(False)  # so that it can be updated outside as well
     def _allocate(self, device: torch.device) -> None:
         if self._capacity is None:
-            self._capacity = 0 if device.type == "cpu" else BUFFER_TOKENS
+            self._capacity = 0 if device.type == "cpu" else gk.BUFFER_TOKENS
         self._packed, self._sum, self._nonfinite = self._zeros(device)
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._dropped = torch.zeros((), dtype=torch.int64, device=device)

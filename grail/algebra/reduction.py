@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grail.errors import InputError
-from grail_kernels.arguments import as_vector, check_count
+from grail_kernels import as_vector, check_count
 
 
 class Reduction(ABC):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grail.errors import InputError, NonFiniteError, SolveError
-from grail_kernels.precision import full_fp32
+from grail_kernels import full_fp32
 
 Precision = Literal["auto", "fp64", "refined"]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from grail.algebra.kinds import MAPS, as_matrix, as_stored, require_plain
 from grail.errors import InputError, ModelError
-from grail_kernels.arguments import as_tensor
+from grail_kernels import as_tensor
 
 
 def consumer_matrix(weight: object) -> Tensor:

@@ -18,7 +18,7 @@ from grail.report.card import card
 from grail.report.report import Report
 from grail.runtime.folder import complete
 from grail.runtime.transaction import eval_no_grad
-from grail_kernels.arguments import check_kind, kind_of
+from grail_kernels import check_kind, kind_of
 
 # Sequences and tokens, if it has room for those, on which the reloaded model must agree.
 _PROBE = (2, 32)

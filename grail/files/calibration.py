@@ -23,7 +23,7 @@ from grail.files.texts import (
     is_plain_text,
     load_texts,
 )
-from grail_kernels.arguments import check_kind, kind_of
+from grail_kernels import check_kind, kind_of
 
 Join = Literal["eos", "blank", "none"]
 

@@ -15,7 +15,7 @@ from grail.arguments import require_usable
 from grail.errors import GrailError, InputError, ModelError, one_line
 from grail.files.alignment import align_weights
 from grail.files.saving import WIDTHS, load
-from grail_kernels.arguments import check_kind
+from grail_kernels import check_kind
 
 # Tokens of a calibration sequence, where the model has positions for so many.
 LENGTH = 1024

@@ -23,7 +23,7 @@ from grail.report.card import card
 from grail.report.report import Report
 from grail.runtime.folder import complete, file_hash
 from grail.runtime.transaction import Transaction
-from grail_kernels.arguments import check_kind, kind_of
+from grail_kernels import check_kind, kind_of
 
 FORMAT = 2  # of the JSON
 _USUAL: Any = {"device": "meta", "memory_format": torch.contiguous_format}

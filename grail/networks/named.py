@@ -12,7 +12,7 @@ from grail.errors import InputError, ModelError
 from grail.networks.configuration import has_configuration, not_held
 from grail.networks.layers import Consumer, Producer
 from grail.networks.site import Architecture, BoundSite, ResidualProbe, bind
-from grail_kernels.arguments import check_kind
+from grail_kernels import check_kind
 
 
 @dataclass(frozen=True)

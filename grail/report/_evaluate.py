@@ -14,7 +14,7 @@ from grail.calibrate.embedding import check_token_ids
 from grail.errors import EmptyCalibrationError, InputError, ModelError
 from grail.report.report import Evaluation
 from grail.runtime.transaction import eval_no_grad
-from grail_kernels.arguments import check_kind
+from grail_kernels import check_kind
 
 _PROBED = 8  # tokens on which a model shows that it does not look ahead
 _LOGITS = 1 << 24  # logits held at a time, 64 MiB of fp32: 16 sequences × 1024 × 49152 are 3 GiB

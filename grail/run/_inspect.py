@@ -29,8 +29,7 @@ from grail.runtime.clock import Clock
 from grail.runtime.onload import Onloader, computing_device, largest_block
 from grail.runtime.transaction import Transaction, eval_no_grad
 from grail.select import cholesky, elimination, greedy
-from grail_kernels.arguments import check_kind
-from grail_kernels.tuning import BUFFER_TOKENS
+from grail_kernels import BUFFER_TOKENS, check_kind
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 

@@ -21,7 +21,7 @@ from grail.report.report import SiteReport
 from grail.runtime.clock import Clock
 from grail.runtime.processes import Decision
 from grail.statistics.site_statistics import Statistics
-from grail_kernels.arguments import as_vector
+from grail_kernels import as_vector
 
 
 class SiteSolver:

@@ -134,7 +134,7 @@ def test_a_correction_takes_the_method_of_its_row(
 ) -> None:
     edit(own_table, lambda table: table["default"]["absorb"]["bf16"]["wide"].update(method=method))
     # As on a GPU, where "auto" means Triton.
-    absorb = importlib.import_module("grail_kernels.absorb")
+    absorb = importlib.import_module("grail_kernels._absorb")
     monkeypatch.setattr(absorb, "resolve_backend", lambda x, backend: "triton")
     weight, gram = torch.zeros(3, 4096, dtype=torch.bfloat16), torch.zeros(1)
     assert absorb._resolve(weight, gram, "auto") == backend
