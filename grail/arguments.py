@@ -14,6 +14,8 @@ from grail.errors import InputError, one_line
 from grail_kernels import check_kind, kind_of
 
 _SEEDS = 2**63  # of torch.Generator
+# Attributes of the layers of libraries for quantisation.
+_QUANTISED = ("qweight", "W_q", "_packed_params", "weight_fake_quant", "weight_scale_inv")
 
 
 def require_model(model: object) -> None:
@@ -95,6 +97,11 @@ def as_path(name: str, value: object) -> Path:
     """A path that was given as a string or a path."""
     check_kind(name, value, (str, os.PathLike), "a path")
     return Path(str(value))
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Returns whether a layer stores its weight in a quantised form."""
+    return any(hasattr(module, mark) for mark in _QUANTISED)
 
 
 def require_usable(device: torch.device | str) -> torch.device:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from grail.arguments import is_quantised
 from grail.errors import ModelError
 from grail.runtime.transaction import Transaction
 
@@ -26,9 +27,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Attributes of layers that hold no weight, or not the one that they compute with.
+# Attributes of layers with an adapter, which do not compute with their weight alone.
 _ADAPTED = ("base_layer", "lora_A")
-QUANTISED = ("qweight", "W_q", "_packed_params", "weight_fake_quant", "weight_scale_inv")
 
 
 def as_matrix(module: Any, weight: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def require_plain(name: str, module: Any) -> None:
     is_a = f"{name} is a {type(module).__name__}"
     if any(hasattr(module, mark) for mark in _ADAPTED):
         raise ModelError(f"{is_a}, a layer with an adapter: call model.merge_and_unload() first")
-    if any(hasattr(module, mark) for mark in QUANTISED):
+    if is_quantised(module):
         raise ModelError(f"{is_a}, a quantised layer: load the model without quantisation")
     kind = next((kind for kind in (nn.Linear, *MAPS) if isinstance(module, kind)), None)
     if kind is None and not _is_conv1d(module):

@@ -39,7 +39,6 @@ from grail.algebra.reduction import Folding, Reduction, Selection
 from grail.calibrate.stream import HiddenStates, OutputCache, Stream
 from grail.errors import GrailError, ModelError
 from grail.networks import (
-    AnyPoint,
     Architecture,
     AttentionInput,
     BoundSite,
@@ -51,11 +50,11 @@ from grail.networks.layers import Consumer
 from grail.recipe import Recipe
 from grail.report.report import InputReport, SiteReport
 from grail.run.checkpoint import Checkpoint, Position
+from grail.run.exchange import Decision, Exchange
 from grail.run.solver import SiteSolver
 from grail.runtime.clock import Clock
 from grail.runtime.memory import ran_out
 from grail.runtime.onload import Onloader
-from grail.runtime.processes import Decision
 from grail.runtime.progress import Progress
 from grail.runtime.transaction import Transaction
 from grail.statistics.batchnorm import reset_norm
@@ -102,6 +101,7 @@ class Run:
         self._passes = Collector(recipe, stream, clock, known)
         self._memo = OutputCache((), stream)
         self._processes = stream.processes
+        self._exchange = Exchange(stream.processes)
         # What the dense network holds where sites land within a block; every block uses the memory
         # again.
         self._shelves: list[HiddenStates] = []
@@ -240,7 +240,6 @@ class Run:
 
     def _closed(self, block: int, sites: Sequence[BoundSite], advance: Advance) -> Rows:
         rows = {}
-        gradient = self._gradient if self.recipe.needs_gradient else ignore
         entries = self._attention_inputs(block)
         if self._corrects(block) and not entries:
             self.notes.append(
@@ -262,7 +261,7 @@ class Run:
             undone = {site: targets[site] for site in step if site in targets}
             with self._memo.recording():
                 collected = self._passes.collect(block, step, undone, advance, finish=False)
-            for site, decision in self._decided(collected, self._decider.decide, gradient):
+            for site, decision in self._decided(collected, self._gradients(step)):
                 rows[site.name] = self._compress(site, decision, undone.get(site))
         if self.recipe.repair and sites:
             for norm in self._passes.in_order(self.architecture.norms(block), block):
@@ -295,8 +294,8 @@ class Run:
         except ModelError as error:  # it runs more than once, or on what a mask says nothing of
             self.notes.append(f"{entry.name} was not corrected: {error}")
             return
-        ((_, decision),) = self._decided(
-            collected, lambda _, parts, __: self._decider.corrected(*parts), ignore
+        ((_, decision),) = self._exchange.decided(
+            collected, lambda _, parts: self._decider.corrected(*parts)
         )
         ((fitted,), (tokens,)) = decision.fits, decision.tokens
         self.inputs.append(
@@ -357,22 +356,16 @@ class Run:
         collected: Mapping[BoundSite, Sequence[Statistics]],
         gradients: Mapping[BoundSite, Tensor],
     ) -> Rows:
-        decided = self._decided(collected, self._decider.decide, gradients.get)
+        decided = self._decided(collected, gradients)
         return {site.name: self._compress(site, decision) for site, decision in decided}
 
     def _decided(
         self,
-        collected: Mapping[AnyPoint, Sequence[Statistics]],
-        decide: Callable[[AnyPoint, Sequence[Statistics], Tensor | None], Decision],
-        gradient: Callable[[AnyPoint], Tensor | None],
-    ) -> Iterator[tuple[AnyPoint, Decision]]:
-        """What becomes of each place, by the tokens of all processes; made when it is asked for."""
-        return self._processes.decided(
-            list(collected),
-            grams=lambda point: [gram for part in collected[point] for gram in part.grams],
-            decide=lambda point, gradient: decide(point, collected[point], gradient),
-            prepare=gradient,
-            cost=lambda point: point.channels**3,
+        collected: Mapping[BoundSite, Sequence[Statistics]],
+        gradients: Mapping[BoundSite, Tensor],
+    ) -> Iterator[tuple[BoundSite, Decision]]:
+        return self._exchange.decided(
+            collected, lambda site, parts: self._decider.decide(site, parts, gradients.get(site))
         )
 
     def _compress(
@@ -483,10 +476,9 @@ class Run:
                 site.block, [site], {site: target}, ignore, finish=False
             )
         everything = Selection(range(reduction.kept), reduction.kept)
-        ((_, decision),) = self._decided(
+        ((_, decision),) = self._exchange.decided(
             collected,
-            lambda site, parts, _: self._decider.fitted(site, parts, everything, correction),
-            ignore,
+            lambda site, parts: self._decider.fitted(site, parts, everything, correction),
         )
         if share is not None:
             fits = tuple(replace(result, drift_correction=share) for result in decision.fits)

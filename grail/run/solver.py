@@ -18,8 +18,8 @@ from grail.networks import BoundSite
 from grail.networks.layers import Consumer, stacked
 from grail.recipe import ALPHA, Recipe
 from grail.report.report import SiteReport
+from grail.run.exchange import Decision
 from grail.runtime.clock import Clock
-from grail.runtime.processes import Decision
 from grail.statistics.site_statistics import Statistics
 from grail_kernels import as_vector
 

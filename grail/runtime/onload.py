@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grail.algebra.kinds import QUANTISED
-from grail.arguments import require_usable
+from grail.arguments import is_quantised, require_usable
 from grail.errors import InputError, ModelError
 
 
@@ -122,7 +121,7 @@ def _no_parameters(model: nn.Module) -> ModelError:
     """The refusal of a model that has nothing to narrow."""
     kind = type(model).__name__
     for name, module in model.named_modules():
-        if any(hasattr(module, mark) for mark in QUANTISED):
+        if is_quantised(module):
             where = f"{kind} has a quantised layer, {name or kind} ({type(module).__name__})"
             return ModelError(f"{where}, and no parameters: load the model without quantisation")
     return ModelError(f"{kind} has no parameters; give a network of layers with weights")
