@@ -62,7 +62,7 @@ class NonFiniteError(GrailError):
         shown = ", ".join(map(str, self.channels[:8])) + (", …" if len(self.channels) > 8 else "")
         super().__init__(
             f"{what}: {count} value(s) are NaN or Inf, in channel(s) {shown}; "
-            "nothing was changed. Check weights and calibration batches, or use a wider dtype."
+            "nothing was changed; check weights and calibration batches, or use a wider dtype"
         )
 
 

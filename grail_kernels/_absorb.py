@@ -105,7 +105,7 @@ def _resolve(weight: Tensor, gram: Tensor, backend: str) -> str:
         return chosen
     if backend == "triton":
         raise BackendError(
-            "backend='triton' takes a float32 gram and a bfloat16, float16 or float32 weight, got "
+            "backend='triton' takes a float32 gram and a bfloat16, float16 or float32 weight; got "
             f"{gram.dtype} and {weight.dtype}; use backend='auto'"
         )
     return "torch"
@@ -177,22 +177,22 @@ def _check(weight: Tensor, gram: Tensor, keep: Tensor) -> None:
     """Refuse arguments by what their shapes, dtypes and devices tell."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise InputError(
-            f"weight must be a floating point [outputs, channels], got {weight.dtype} "
+            f"weight must be a floating point [outputs, channels]; got {weight.dtype} "
             f"{tuple(weight.shape)}; flatten the kernel of a convolution first"
         )
     channels = weight.shape[1]
     if gram.dtype not in (torch.float32, torch.float64):
-        raise InputError(f"gram must be float32 or float64, got {gram.dtype}")
+        raise InputError(f"gram must be float32 or float64; got {gram.dtype}")
     if gram.dim() != 2:
         check_packed(gram, channels)
     if gram.dim() > 2 or (gram.dim() == 2 and tuple(gram.shape) != (channels, channels)):
         raise InputError(
             f"gram must be packed or [{channels}, {channels}] for a weight of {channels} "
-            f"channels, got {tuple(gram.shape)}"
+            f"channels; got {tuple(gram.shape)}"
         )
     if keep.dim() != 1 or keep.dtype != torch.int64 or not keep.numel():
         raise InputError(
-            f"keep must be a 1-D int64 tensor of channels, got {keep.dtype} {tuple(keep.shape)}"
+            f"keep must be a 1-D int64 tensor of channels; got {keep.dtype} {tuple(keep.shape)}"
         )
     checks.check_devices(weight=weight, gram=gram, keep=keep)
 
@@ -201,6 +201,6 @@ def _check_distinct(keep: Tensor, channels: int) -> None:
     """Refuse a selection by the channels that it names."""
     low, high = int(keep.min()), int(keep.max())
     if low < 0 or high >= channels:
-        raise InputError(f"keep must lie in [0, {channels}), got {low} to {high}")
+        raise InputError(f"keep must lie in [0, {channels}); got {low} to {high}")
     if keep.unique().numel() != keep.numel():
         raise InputError("keep names a channel more than once")

@@ -47,7 +47,7 @@ def resolve_backend(x: Tensor, backend: str = "auto") -> str:
 def check_backend(backend: str) -> None:
     """Refuse what names no backend."""
     if not isinstance(backend, str) or backend not in BACKENDS:
-        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
 
 
 @functools.cache

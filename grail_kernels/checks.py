@@ -17,13 +17,13 @@ def check_activations(name: str, x: Tensor) -> None:
     check_tensors(**{name: x})
     if x.dtype not in ACTIVATION_DTYPES:
         raise InputError(
-            f"{name} must be bfloat16, float16 or float32, got {x.dtype}; convert it first"
+            f"{name} must be bfloat16, float16 or float32; got {x.dtype}; convert it first"
         )
     if x.layout != torch.strided:
-        raise InputError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
+        raise InputError(f"{name} must be a dense (strided) tensor; got layout {x.layout}")
     if x.dim() < 1 or x.shape[-1] < 1:
         raise InputError(
-            f"{name} must be [..., channels] with at least 1 channel, got {tuple(x.shape)}"
+            f"{name} must be [..., channels] with at least 1 channel; got {tuple(x.shape)}"
         )
 
 
@@ -36,9 +36,9 @@ def check_accumulator(out: Tensor, channels: int, leading: tuple[int, ...] = ())
 def check_vector(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Refuse an in-place target that is not contiguous, of this dtype and of this shape."""
     if tensor.dtype != dtype:
-        raise InputError(f"{name} must be {dtype}, got {tensor.dtype}")
+        raise InputError(f"{name} must be {dtype}; got {tensor.dtype}")
     if tuple(tensor.shape) != shape:
-        raise InputError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        raise InputError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
     if not tensor.is_contiguous():
         raise InputError(f"{name} is updated in place and must be contiguous")
 
@@ -46,9 +46,9 @@ def check_vector(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch
 def check_per_token(tokens: tuple[int, ...], mask: Tensor | None, weights: Tensor | None) -> None:
     """Refuse a mask or weights that are not of the shape of the tokens, one entry for each."""
     if mask is not None and mask.dtype != torch.bool:
-        raise InputError(f"mask must be torch.bool (True = the token counts), got {mask.dtype}")
+        raise InputError(f"mask must be torch.bool (True = the token counts); got {mask.dtype}")
     if weights is not None and not weights.is_floating_point():
-        raise InputError(f"weights must be floating point, got {weights.dtype}")
+        raise InputError(f"weights must be floating point; got {weights.dtype}")
     for name, tensor in (("mask", mask), ("weights", weights)):
         if tensor is not None and tensor.shape != tokens:
             raise InputError(
@@ -62,7 +62,7 @@ def check_devices(**tensors: Tensor | None) -> None:
     found = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(found.values())) > 1:
         listing = ", ".join(f"{name} on {device}" for name, device in found.items())
-        raise InputError(f"all tensors must be on one device, got {listing}")
+        raise InputError(f"all tensors must be on one device; got {listing}")
 
 
 def check_no_overlap(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:

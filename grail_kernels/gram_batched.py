@@ -112,5 +112,5 @@ def _check(
     nonfinite: Tensor | None,
 ) -> None:
     if x.dim() < 2:
-        raise InputError(f"x must be [matrices, ..., channels], got {tuple(x.shape)}")
+        raise InputError(f"x must be [matrices, ..., channels]; got {tuple(x.shape)}")
     check_gram(out, x, mask, weights, sums, nonfinite, x.shape[:1])

@@ -107,9 +107,9 @@ def _check(
     out: Tensor, x: Tensor, offsets: Tensor, sums: Tensor | None, nonfinite: Tensor | None
 ) -> None:
     if x.dim() != 2:
-        raise InputError(f"x must be [tokens, channels] sorted by expert, got {tuple(x.shape)}")
+        raise InputError(f"x must be [tokens, channels] sorted by expert; got {tuple(x.shape)}")
     if out.dim() != 2:
-        raise InputError(f"out must be [experts, packed_numel(channels)], got {tuple(out.shape)}")
+        raise InputError(f"out must be [experts, packed_numel(channels)]; got {tuple(out.shape)}")
     experts = out.shape[0]
     check_gram(out, x, None, None, sums, nonfinite, (experts,))
     checks.check_vector("offsets", offsets, (experts + 1,), torch.int64)
@@ -119,10 +119,10 @@ def _check_bounds(bounds: list[int], tokens: int) -> None:
     for expert, (begin, end) in enumerate(pairwise(bounds)):
         if end < begin:
             raise InputError(
-                f"offsets must never decrease, got {begin} then {end} for expert {expert}"
+                f"offsets must never decrease; got {begin} then {end} for expert {expert}"
             )
     if bounds[0] != 0 or bounds[-1] > tokens:
         raise InputError(
-            f"offsets must go from 0 to at most the {tokens} tokens of x, "
+            f"offsets must go from 0 to at most the {tokens} tokens of x; "
             f"got {bounds[0]} to {bounds[-1]}"
         )

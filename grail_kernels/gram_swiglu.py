@@ -119,7 +119,7 @@ def _check(
     checks.check_activations("gate", gate)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise InputError(
-            "gate and up must have one shape and dtype, "
+            "gate and up must have one shape and dtype; "
             f"got {tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"
         )
     check_gram(out, up, mask, weights, sums, nonfinite)

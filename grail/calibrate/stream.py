@@ -529,7 +529,7 @@ def model_inputs(
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(
-            f"{type(model).__name__} does not take this batch: {error}. A tuple holds the model's "
+            f"{type(model).__name__} does not take this batch: {error}; a tuple holds the model's "
             "arguments in order, a mapping its keyword arguments; leave labels out"
         ) from error
     return _to(args, device), _to(kwargs, device)

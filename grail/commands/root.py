@@ -881,8 +881,8 @@ class _WikiText2(_Text):
         most = positions(network) or _WIKITEXT2_WINDOW
         if most < _WIKITEXT2_WINDOW:
             warnings.warn(
-                f"Perplexity on wikitext2 is of windows of {most} tokens, all that the model has "
-                f"positions for; the literature's has {_WIKITEXT2_WINDOW}.",
+                f"perplexity on wikitext2 is of windows of {most} tokens, all that the model has "
+                f"positions for; the literature's has {_WIKITEXT2_WINDOW}",
                 stacklevel=2,
             )
         return min(most, _WIKITEXT2_WINDOW)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grail.arguments import require_language_model
-from grail.errors import ExportError, InputError
+from grail.errors import ExportError, InputError, one_line
 from grail.files.alignment import align_file
 from grail.files.load import positions, read_model, runs_own_code
 from grail.files.saving import write
@@ -116,22 +116,22 @@ def _verify(folder: Path, model: Any) -> None:
         )
     except Exception as error:
         raise ExportError(
-            f"The exported model does not load again: {error} Where its configuration cannot hold "
-            "its widths (a run notes that), give uneven=True."
+            f"the exported model does not load again: {one_line(error)}; where its configuration "
+            "cannot hold its widths (a run notes that), give uneven=True"
         ) from error
     expected, found = _logits(model), _logits(reloaded.to(model.device))
     if expected.dtype != found.dtype:
         raise ExportError(
-            f"The exported model reloads as {found.dtype}, and was {expected.dtype}; "
-            "convert the whole model to one dtype before the export."
+            f"the exported model reloads as {found.dtype}, and was {expected.dtype}; "
+            "convert the whole model to one dtype before the export"
         )
     if not torch.equal(expected, found):
         difference = (expected.double() - found.double()).abs().max().item()
         raise ExportError(
-            "The exported model does not reload to the same logits, so nothing was exported: the "
-            f"largest difference is {difference:.3g} (NaN: logits are not finite). Usual causes: a "
+            "the exported model does not reload to the same logits, so nothing was exported: the "
+            f"largest difference is {difference:.3g} (NaN: logits are not finite); usual causes: a "
             "parameter that this architecture does not store, or a cast with model.to(dtype), "
-            "which rounds rotary frequencies too; load the model in that dtype instead."
+            "which rounds rotary frequencies too; load the model in that dtype instead"
         )
 
 

@@ -101,8 +101,8 @@ def token_batches(
         sequences = random.Random(seed).sample(sequences, count)
     if wanted is not None and len(sequences) < wanted:
         warnings.warn(
-            f"The text holds {len(sequences) * sequence_length} tokens in whole sequences, "
-            f"fewer than the {tokens} asked for; all of them are used.",
+            f"the text holds {len(sequences) * sequence_length} tokens in whole sequences, "
+            f"fewer than the {tokens} asked for; all of them are used",
             stacklevel=2,
         )
     rows = torch.tensor(sequences, dtype=torch.int64)

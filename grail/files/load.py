@@ -185,12 +185,12 @@ def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
     path = Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise InputError(f"{source}: no such GGUF file.")
+            raise InputError(f"{source}: no such GGUF file")
         return str(path.parent), path.name
     if path.is_file():
         raise InputError(
             f"{source} is a file that does not end in .gguf; "
-            "give a transformers folder, a hub name or a .gguf file."
+            "give a transformers folder, a hub name or a .gguf file"
         )
     if (path / _ADAPTER).is_file():
         raise ModelError(
@@ -200,12 +200,12 @@ def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
     if path.is_dir() and gguf_file is None and not (path / "config.json").is_file():
         raise ModelError(
             f"{source} is not a model: the folder has no config.json; give a folder that "
-            "save_pretrained wrote, or the path of a .gguf file."
+            "save_pretrained wrote, or the path of a .gguf file"
         )
     # The hub client takes most of a minute to give up on a mistyped path; names have one slash.
     if not path.is_dir() and (path.is_absolute() or source.startswith(".") or len(path.parts) > 2):
         raise ModelError(
-            f"{source}: no such folder; give a transformers folder, a hub name or a .gguf file."
+            f"{source}: no such folder; give a transformers folder, a hub name or a .gguf file"
         )
     return source, gguf_file
 
@@ -300,7 +300,7 @@ def _require_same_weights(source: str | Path, found: Mapping[str, Collection[Any
     if missing := found.get("missing_keys"):
         raise ModelError(
             f"{source}: the checkpoint lacks {len(missing)} weight(s) of its architecture, "
-            f"such as {min(missing)}; give a complete checkpoint of a causal language model."
+            f"such as {min(missing)}; give a complete checkpoint of a causal language model"
         )
     if mismatched := found.get("mismatched_keys"):
         name, stored, built = min(mismatched)
@@ -313,7 +313,7 @@ def _require_same_weights(source: str | Path, found: Mapping[str, Collection[Any
     if names:
         warnings.warn(
             f"{source} holds {len(names)} weight(s) that the network built from config.json does "
-            f"not use, such as {min(names)}: they are left out.",
+            f"not use, such as {min(names)}: they are left out",
             CheckpointWarning,
             stacklevel=3,
         )

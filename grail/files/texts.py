@@ -325,7 +325,7 @@ def _open(datasets: Any, builder: str, split: str, options: dict[str, Any]) -> A
         return datasets.load_dataset(builder, split=split, streaming=True, **options)
     stored = datasets.load_from_disk(builder)
     if split not in stored:
-        raise ValueError(f"Bad split: {split}. Available splits: {list(stored)}")
+        raise ValueError(f"its splits are {list(stored)}")
     return stored[split]
 
 

@@ -88,5 +88,5 @@ def _found(model: nn.Module, sites: Sequence[str | Site] | None) -> Architecture
             return architecture
     raise ModelError(
         f"no sites are known for {name}; grail.networks.supported() lists the families that are "
-        f"known. For another network {way_out}"
+        f"known; for another network {way_out}"
     )

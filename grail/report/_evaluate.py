@@ -51,12 +51,12 @@ def evaluate(
         loss, predicted = _total_loss(model, batches, progress)
     if predicted == 0:
         raise EmptyCalibrationError(
-            "The evaluation batches hold no token to predict; give sequences of 2 or more tokens."
+            "the evaluation batches hold no token to predict; give sequences of 2 or more tokens"
         )
     if not math.isfinite(loss):
         raise ModelError(
-            "The model's loss on the evaluation text is NaN or Inf: its weights or activations "
-            "are not finite. Check the checkpoint, or use a wider dtype."
+            "the model's loss on the evaluation text is NaN or Inf: its weights or activations "
+            "are not finite; check the checkpoint, or use a wider dtype"
         )
     parameters, size = measure_size(model)
     return Evaluation(

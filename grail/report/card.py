@@ -21,7 +21,7 @@ _STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
-_UNEVEN = """from grail.models import load_model
+_UNEVEN = """from grail import load_model
 
 model, tokenizer = load_model("FOLDER")"""
 _SAVED = """import grail

@@ -132,7 +132,7 @@ class Checkpoint:
         common = set.intersection(*map(set, self._processes.interleaved([done])))
         if not common:
             raise StateError(
-                f"{'; '.join(faults) or 'another process has no state left'}. Nothing older can "
+                f"{'; '.join(faults) or 'another process has no state left'}; nothing older can "
                 f"be read: delete {self.folder} to start anew"
             )
         latest = max(common)
@@ -259,7 +259,7 @@ class Measurement:
         try:
             found = state.read(self._path, _SENSITIVITY)
         except StateError as error:
-            raise StateError(f"{error}. Delete it to measure anew") from error
+            raise StateError(f"{error}; delete it to measure anew") from error
         _require_same(self._path.parent, found.content["run"], self._run)
         return found
 
@@ -414,7 +414,7 @@ def _require_same(folder: Path, before: Mapping[str, str], here: Mapping[str, st
     ]
     if different:
         raise InputError(
-            f"{folder} holds the state of another run: {', '.join(different)}. Give another "
+            f"{folder} holds the state of another run: {', '.join(different)}; give another "
             "folder, or delete it"
         )
 

@@ -77,7 +77,7 @@ def check_output(output: str | Path, size: int = 0, apart: Path | None = None) -
         if isinstance(error, GrailError):
             raise
         raise InputError(
-            f"The output {output} cannot be written: {one_line(error)}; name a folder elsewhere"
+            f"the output {output} cannot be written: {one_line(error)}; name a folder elsewhere"
         ) from error
 
 
@@ -85,23 +85,23 @@ def _check_output(output: Path, size: int, apart: Path | None) -> Path:
     final = output.resolve()  # renaming onto a link would fail at the very end
     if apart is not None and _overlap(final, apart.resolve()):
         raise InputError(
-            f"The output {output} and the folder {apart}, which holds the state of the run, lie "
+            f"the output {output} and the folder {apart}, which holds the state of the run, lie "
             "inside one another; name two that are apart"
         )
     if final.is_mount():
-        raise InputError(f"The output {output} is a mount point; name a folder inside it.")
+        raise InputError(f"the output {output} is a mount point; name a folder inside it")
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         kind = "is not empty" if final.is_dir() else "is a file"
-        raise InputError(f"The output {output} {kind}; name a new or an empty folder.")
+        raise InputError(f"the output {output} {kind}; name a new or an empty folder")
     existing = next(folder for folder in (final, *final.parents) if folder.exists())
     if not existing.is_dir():
-        raise InputError(f"The output {output} lies under {existing}, which is a file.")
+        raise InputError(f"the output {output} lies under {existing}, which is a file")
     _try_to_write(final, existing)
     needed, free = size + _MARGIN, shutil.disk_usage(existing).free
     if size and free < needed:
         raise ExportError(
-            f"The output {output} needs {needed / 2**20:,.0f} MiB and the disk has "
-            f"{free / 2**20:,.0f} MiB free; free some space or choose another disk."
+            f"the output {output} needs {needed / 2**20:,.0f} MiB and the disk has "
+            f"{free / 2**20:,.0f} MiB free; free some space or choose another disk"
         )
     return final
 

@@ -118,7 +118,9 @@ def test_the_code_on_the_card_loads_the_model(tiny_llama, tiny_batches, tmp_path
     code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(folder))
     if uneven:
         code = code.replace("model, tokenizer = load_model(", "model, _ = read_model(")
-        code = code.replace("import load_model", "import read_model")
+        code = code.replace(
+            "from grail import load_model", "from grail.files.load import read_model"
+        )
     names = {}
     exec("\n".join(line for line in code.splitlines() if "tokenizer =" not in line), names)
     tokens = tiny_batches()[0]
