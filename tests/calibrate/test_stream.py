@@ -6,12 +6,11 @@ import grail
 from grail.calibrate.stream import HiddenStates, OutputCache, Stream
 from grail.errors import EmptyCalibrationError, InputError, ModelError
 from grail.networks import find
+from tests.conftest import FAMILIES
 from tests.reported import (
     assert_errors_are_those_of_the_network,
     assert_errors_of_a_run_are_those_of_the_network,
 )
-
-from tests.conftest import FAMILIES
 
 
 def stream_of(model, batches) -> Stream:

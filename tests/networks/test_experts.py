@@ -17,7 +17,6 @@ from grail.networks.layers import Routed
 from grail.report.report import SiteReport
 from grail.run.solver import _last_share
 from grail.statistics import collector as passes
-
 from tests.conftest import MIXTURES
 
 ALPHA = 1e-2

@@ -14,7 +14,6 @@ from grail.errors import InputError, ModelError
 from grail.networks import find, supported
 from grail.networks.transformer import HeadSite
 from grail.statistics.collector import watch
-
 from tests.conftest import DECODERS, MIXTURES, TEXT_ENCODERS, VISION_ENCODERS
 
 VARIANTS = {

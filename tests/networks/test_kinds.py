@@ -13,7 +13,6 @@ from grail.algebra.kinds import as_matrix, as_stored
 from grail.errors import InputError, ModelError
 from grail.networks.layers import Consumer
 from tests.kinds import KINDS, as_rows, axis, batches, by_output, design, network, ridge, seen
-
 from tests.statistics.test_gradient import assert_close, expected
 from tests.statistics.test_gradient import seen as gradients
 

@@ -13,13 +13,12 @@ from grail.errors import InputError, ModelError
 from grail.networks import find, structure, supported
 from grail.networks.decoders import LAYOUTS as DECODERS
 from grail.networks.encoders import LAYOUTS as ENCODERS
+from tests.conftest import DECODERS as DECODER_FAMILIES
+from tests.conftest import MIXTURES
 from tests.reported import (
     assert_errors_are_those_of_the_network,
     assert_errors_of_a_run_are_those_of_the_network,
 )
-
-from tests.conftest import DECODERS as DECODER_FAMILIES
-from tests.conftest import MIXTURES
 
 ROWS = re.findall(
     r"^\| `([^`]+)` \|(.*)\|$", families.PAGE.read_text(encoding="utf-8"), re.MULTILINE

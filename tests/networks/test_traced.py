@@ -9,7 +9,6 @@ from torch import nn
 import grail
 from bench.networks import ResNet
 from grail.errors import ModelError
-
 from tests.networks.test_named import CONV, HIDDEN, Network, network
 
 

@@ -13,9 +13,8 @@ from grail.calibrate.stream import Stream
 from grail.errors import EmptyCalibrationError, InputError, ModelError, NonFiniteError
 from grail.networks import find
 from grail.statistics.site_statistics import Statistics
-from tests.counting import injected
-
 from tests.conftest import FAMILIES
+from tests.counting import injected
 
 ALPHA = 1e-2
 

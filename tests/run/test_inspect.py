@@ -13,7 +13,6 @@ from grail.run._compress import _sizes
 from grail.runtime import memory
 from grail.runtime.transaction import Transaction
 from grail_kernels.tuning import BUFFER_TOKENS
-
 from tests.run.test_compress import assert_untouched, fingerprint
 
 PHASES = {"forward", "gram", "select", "solve", "absorb"}

@@ -12,14 +12,13 @@ import grail
 from grail.errors import ModelError
 from tests.convnets import NETWORKS, SPREADS, images, linearly_gated
 from tests.convnets import network as convnet
+from tests.networks.test_families import CASES, network  # noqa: F401, a fixture
 from tests.reported import (
     assert_alike,
     assert_errors_are_those_of_the_network,
     assert_errors_of_a_run_are_those_of_the_network,
     consumer_outputs,
 )
-
-from tests.networks.test_families import CASES, network  # noqa: F401, a fixture
 
 every_case = pytest.mark.parametrize(("family", "kind"), CASES, ids=[f"{f} {k}" for f, k in CASES])
 PAPER = {"alpha": 1e-3, "toward": "zero", "selector": "wanda"}

@@ -12,7 +12,6 @@ from grail.errors import GrailError, OutOfMemoryError, StateError
 from grail.run.solver import SiteSolver
 from grail.runtime import memory
 from tests.counting import injected
-
 from tests.run.test_compress import assert_untouched, fingerprint
 
 EXHAUSTED = RuntimeError(
