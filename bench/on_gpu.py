@@ -9,14 +9,14 @@ Steps, in this order, the first three at once, with the seconds that each may ta
   checks     100  each kernel gives the same bits twice and in a new process; more than 2^31
                   elements of activations and of the accumulator; compute-sanitizer, if installed
   accuracy    60  error and bias of the diagonal against the number of tokens, by length of chain
-  tuning     150  bench/tune.py: the launch table's rows for this architecture, written to
+  tuning     150  bench/tools/tune.py: the launch table's rows for this architecture, written to
                   grail_kernels/launches.json and beside the results
-  bench      130  bench/gram.py, absorb.py and ridge.py on the real models, with the tuned table
-  calibrate  100  bench/calibrate.py, a whole compression
+  bench      130  bench/kernels/gram.py, absorb.py and ridge.py on the real models, with the tuned table
+  calibrate  100  bench/quality/calibrate.py, a whole compression
 
 Every step runs in a process of its own, so that one that hangs or takes the GPU down costs only its
 own time. A step that fails is reported with its reason and the others go on; the exit code is 1.
-Each writes its CSV as soon as it ends. Draw the figures with `python -m bench.figures`.
+Each writes its CSV as soon as it ends. Draw the figures with `python -m bench.report.figures`.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
 
 import grail_kernels as gk
-from bench import absorb as absorb_bench
-from bench import accuracy, calibrate, tune
-from bench import gram as gram_bench
-from bench import ridge as ridge_bench
-from bench.measuring import Row, command_line, machine, write_rows
+from bench.kernels import absorb as absorb_bench
+from bench.kernels import accuracy
+from bench.kernels import gram as gram_bench
+from bench.kernels import ridge as ridge_bench
+from bench.quality import calibrate
+from bench.tools import tune
+from bench.tools.measuring import Row, command_line, machine, write_rows
 from grail_kernels import reference, tuning
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""The cases of bench/gram.py under pytest-benchmark: pytest bench --benchmark-only."""
+"""The cases of bench/kernels/gram.py under pytest-benchmark: pytest bench --benchmark-only."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gram
-from bench.measuring import settle
+from bench.kernels import gram
+from bench.tools.measuring import settle
 
 pytest.importorskip("pytest_benchmark")
 

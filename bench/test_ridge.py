@@ -1,4 +1,4 @@
-"""The cases of bench/ridge.py under pytest-benchmark: pytest bench --benchmark-only."""
+"""The cases of bench/kernels/ridge.py under pytest-benchmark: pytest bench --benchmark-only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ridge
+from bench.kernels import ridge
 
 pytest.importorskip("pytest_benchmark")
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import grail
-from bench import comparison, networks
+from bench.report import comparison
+from bench.quality import networks
 from tests import counting
 
 ROOT = Path(__file__).parent.parent
@@ -210,7 +211,7 @@ def test_its_commands_run(tiny_folder, tmp_path, monkeypatch):
 
 
 def test_its_table_is_the_committed_csv():
-    from bench import endtoend
+    from bench.quality import endtoend
 
     rows = endtoend.Table(endtoend.RESULTS / "smollm2_table.csv", ()).rows
     assert endtoend.markdown(rows) in README

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import grail
-from bench.allocations import peak_bytes
+from bench.tools.allocations import peak_bytes
 from grail.algebra import ridge
 from grail.algebra._fit import peak_bytes as predicted_peak
 from grail.algebra.heldout import ALPHAS

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.allocations import peak_bytes
+from bench.tools.allocations import peak_bytes
 from grail.algebra import ridge
 from grail.errors import InputError, NonFiniteError, SolveError
 

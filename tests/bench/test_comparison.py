@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import comparison, soak
+from bench.reliability import soak
+from bench.report import comparison
 
 
 def row(selector, keep, variant, value, score="accuracy"):

@@ -1,4 +1,4 @@
-"""bench/absorb.py: what it measures is checked first, and what it writes can be read."""
+"""bench/kernels/absorb.py: what it measures is checked first, and what it writes can be read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 import grail_kernels as gk
-from bench import absorb
+from bench.kernels import absorb
 from grail_kernels.backend import interpreting
 
 ARGUMENTS = ["--device", "cpu", "--repeats", "2", "--shape", "20,300"]

@@ -1,4 +1,4 @@
-"""bench/figures.py, accuracy.py and memory.py: what they measure, and that CSV alone draws it."""
+"""bench/report/figures.py, accuracy.py and memory.py: what they measure, and that CSV alone draws it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import grail_kernels as gk
-from bench import accuracy, figures, memory
+from bench.kernels import accuracy, memory
+from bench.report import figures
 from grail_kernels import reference, tuning
 
 COMMITTED = figures.drawable(figures.RESULTS)

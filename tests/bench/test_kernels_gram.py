@@ -1,4 +1,4 @@
-"""bench/gram.py: what it measures is checked first, and what it writes can be read."""
+"""bench/kernels/gram.py: what it measures is checked first, and what it writes can be read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import grail_kernels as gk
-from bench import gram, model
+from bench.kernels import gram
+from bench.tools import model
 
 
 def run(*arguments: str) -> int:

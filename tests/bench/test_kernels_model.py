@@ -1,4 +1,4 @@
-"""bench/model.py: its FLOPs, bytes and waves against counts by hand and the kernel's own walk."""
+"""bench/tools/model.py: its FLOPs, bytes and waves against counts by hand and the kernel's own walk."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import grail_kernels as gk
-from bench import gram, model
-from bench.measuring import read_rows
+from bench.kernels import gram
+from bench.tools import model
+from bench.tools.measuring import read_rows
 from grail_kernels import tuning
 from grail_kernels.backend import interpreting
 
 H100 = model.GPUS["h100"]
-PREDICTED = Path(gram.__file__).parent / "results" / "gram_predicted.csv"
+PREDICTED = Path(gram.__file__).parents[1] / "results" / "gram_predicted.csv"
 
 
 def test_4096_channels_are_four_full_waves_of_an_h100() -> None:

@@ -1,4 +1,4 @@
-"""bench/tune.py: only what is right, repeats and is faster gets into the table, and is launched."""
+"""bench/tools/tune.py: only what is right, repeats and is faster gets into the table, and is launched."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import grail_kernels as gk
-from bench import tune
+from bench.tools import tune
 from grail_kernels import tuning
 from grail_kernels.backend import interpreting
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import grail
-from bench import families
+from bench.quality import families
 from grail.errors import InputError, ModelError
 from grail.networks import find, structure, supported
 from grail.networks.decoders import LAYOUTS as DECODERS

@@ -286,7 +286,7 @@ def folders(tmp_path):
 def test_the_command_line_survives_kills_at_random_moments(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("typer")
-    command = [sys.executable, "-m", "bench.killing", "--trials", "4"]
+    command = [sys.executable, "-m", "bench.reliability.killing", "--trials", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # more threads do not survive a fork
     subprocess.run([*command, "--output", tmp_path / "killing.csv"], check=True, env=environment)
     rows = list(csv.DictReader((tmp_path / "killing.csv").open()))

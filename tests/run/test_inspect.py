@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import grail
-from bench.allocations import peak_bytes
+from bench.tools.allocations import peak_bytes
 from grail.calibrate.stream import Stream
 from grail.networks import find
 from grail.recipe import Recipe

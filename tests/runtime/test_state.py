@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from bench import flipping
+from bench.reliability import flipping
 from grail.errors import InputError, StateError
 from grail.runtime import state
 from tests.counting import injected

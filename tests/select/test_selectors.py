@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import grail
-from bench import allocations
+from bench.tools import allocations
 from grail import select
 from grail.algebra.width import ChannelWidth, HeadWidth
 from grail.errors import InputError

@@ -1,6 +1,6 @@
-"""docs/results.md and its figures, from the CSV files of bench/sweep.py alone.
+"""docs/results.md and its figures, from the CSV files of bench/quality/sweep.py alone.
 
-python -m bench.comparison
+python -m bench.report.comparison
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.endtoend import RESULTS, Row, Table, save_figure
-from bench.measuring import command_line
+from bench.quality.endtoend import RESULTS, Row, Table, save_figure
+from bench.tools.measuring import command_line
 from grail.report.report import recovered
 
-PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 # Network: what it is, the score that is shown, and the keep ratios of its table.
 NETWORKS = {
     "smollm2": ("SmolLM2-135M, MLP, technical text", "perplexity", (0.8, 0.65, 0.5)),
@@ -121,8 +121,8 @@ def page() -> str:
 
 _HEAD = """# Selectors, with and without compensation
 
-Made by `python -m bench.comparison` from bench/results/selectors_\\*.csv and studies_\\*.csv, which
-`python -m bench.sweep` measures. A cell is: the selector alone, one share kept at every site
+Made by `python -m bench.report.comparison` from bench/results/selectors_\\*.csv and studies_\\*.csv, which
+`python -m bench.quality.sweep` measures. A cell is: the selector alone, one share kept at every site
 (FLAP with its biases, SlimGPT with its weight update, all others plainly pruned or folded, OBS and
 Wanda++ without their own updates, too) → with GRAIL in the paper's way (α = 1e-3 toward zero) →
 with grail's defaults; in brackets the share of what was lost that came

@@ -1,7 +1,7 @@
 """What a fit does with broken or barely solvable data: ours beside the usual calibration loop.
 
-    python -m bench.failsafe          # run every case, write bench/results/failsafe.csv, print it
-    python -m bench.failsafe --show   # print the committed table
+    python -m bench.reliability.failsafe          # run every case, write bench/results/failsafe.csv, print it
+    python -m bench.reliability.failsafe --show   # print the committed table
 
 Every problem is small, random and corrupted in one way. A method may refuse it with an error,
 answer and say that it had to change the problem ("flagged": a larger damping, a fallback that
@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 import grail
-from bench.measuring import Row, command_line, read_rows, write_rows
+from bench.tools.measuring import Row, command_line, read_rows, write_rows
 from grail.algebra._fit import Toward
 from grail.errors import GrailError
 
-RESULTS = Path(__file__).parent / "results" / "failsafe.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "failsafe.csv"
 OUTCOMES = ("refused", "flagged", "solved", "silent")
 REPEATS = 30  # problems of each case
 CHUNK = 24  # tokens of a batch

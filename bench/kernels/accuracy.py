@@ -1,6 +1,6 @@
 """Error and bias of a Gram matrix against the number of tokens, on activations with a mean.
 
-    python -m bench.accuracy --csv bench/results/accuracy_cpu.csv
+    python -m bench.kernels.accuracy --csv bench/results/accuracy_cpu.csv
 
 Every provider gets all tokens in one call. Sums of a positive mean only grow, so that an adder that
 truncates, or a short accumulator, shows as a bias of the diagonal that grows with the tokens.
@@ -23,10 +23,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
-
 import grail_kernels as gk
-from bench.measuring import Row, command_line, machine, write_rows
+from bench.tools.measuring import Row, command_line, machine, write_rows
 from grail_kernels import reference, tuning
 
 CHANNELS = 128

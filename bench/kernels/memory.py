@@ -1,6 +1,6 @@
 """Memory of one site's statistics against its channels: grail's accumulator beside a dense fp32 G.
 
-    python -m bench.memory --csv bench/results/memory_cpu.csv
+    python -m bench.kernels.memory --csv bench/results/memory_cpu.csv
 
 Bytes that torch allocates, so they are exact and the same on every machine of a kind.
 
@@ -23,11 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
-
 import grail
-from bench.allocations import peak_bytes
-from bench.measuring import Row, command_line, machine, write_rows
+from bench.tools.allocations import peak_bytes
+from bench.tools.measuring import Row, command_line, machine, write_rows
 from grail_kernels.tuning import BUFFER_TOKENS
 
 CHANNELS = (576, 1536, 2560, 4096, 8192, 11_008)

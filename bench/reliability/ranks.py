@@ -1,6 +1,6 @@
 """One model compressed by 1, 2 and 4 processes of one machine: weights, wall time, bytes sent.
 
-    python -m bench.ranks     # writes bench/results/ranks.csv
+    python -m bench.reliability.ranks     # writes bench/results/ranks.csv
 
 Each process has one thread. `bytes` is what all processes together give to the collectives: packed
 sums on the way to an owner, rewritten weights on the way back; not what a collective relays. On a
@@ -19,9 +19,9 @@ from torch.multiprocessing.spawn import start_processes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grail
-from bench.measuring import Row, command_line, machine, write_rows
+from bench.tools.measuring import Row, command_line, machine, write_rows
 
-RESULTS = Path(__file__).parent / "results" / "ranks.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "ranks.csv"
 COUNTS = (1, 2, 4)
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     command_line(
         __doc__, writes="bench/results/ranks.csv", takes="a minute on 2 cores"
     ).parse_args()
-    multiprocessing.set_forkserver_preload(["bench.ranks"])
+    multiprocessing.set_forkserver_preload(["bench.reliability.ranks"])
     write_rows(RESULTS, measure())
     print(RESULTS.read_text())
 

@@ -1,8 +1,8 @@
 """The correction product of a selection, W_D G_DP: grail_kernels against what libraries offer.
 
-    python bench/absorb.py                       MLP sites of real models at half of the channels
-    python bench/absorb.py --model llama-3-8b --keep 0.7
-    python bench/absorb.py --shape 4096,11008    O consumer rows, H channels; may be repeated
+    python -m bench.kernels.absorb                       MLP sites of real models at half of the channels
+    python -m bench.kernels.absorb --model llama-3-8b --keep 0.7
+    python -m bench.kernels.absorb --shape 4096,11008    O consumer rows, H channels; may be repeated
 
 Every provider starts from the packed accumulator, as calibration leaves it.
 
@@ -34,10 +34,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
-
 import grail_kernels as gk
-from bench.measuring import Call, Row, command_line, machine, quantiles, time_in_turns, write_rows
+from bench.tools.measuring import (
+    Call,
+    Row,
+    command_line,
+    machine,
+    quantiles,
+    time_in_turns,
+    write_rows,
+)
 from grail_kernels import reference, tuning
 from grail_kernels.backend import interpreting
 

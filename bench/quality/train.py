@@ -1,4 +1,4 @@
-"""Trains the Fashion-MNIST networks of the benchmarks: `python -m bench.train resnet18`.
+"""Trains the Fashion-MNIST networks of the benchmarks: `python -m bench.quality.train resnet18`.
 
 Every epoch draws its order, crops and flips from a generator seeded by (seed, epoch), so a run
 that was stopped goes on from its last epoch to the same weights. The last epoch is the one that is
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench import assets, networks
-from bench.measuring import command_line
-from bench.scores import accuracy
+from bench.quality import networks
+from bench.quality.scores import accuracy
+from bench.tools import assets
+from bench.tools.measuring import command_line
 from grail.errors import InputError
 
 BATCH = 128

@@ -1,7 +1,7 @@
 """Kills a compression with SIGKILL, starts it again, and compares the bits of what it writes.
 
-    python -m bench.killing --trials 100
-    python -m bench.killing --uneven --trials 30 --output bench/results/killing_uneven.csv
+    python -m bench.reliability.killing --trials 100
+    python -m bench.reliability.killing --uneven --trials 30 --output bench/results/killing_uneven.csv
 
 Every run is the real command line, in a process of its own that is forked from this one, so that
 torch and transformers are imported once. Runs die at a random moment, or at a random step of saving
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from bench.measuring import Row, command_line, machine, write_rows
+from bench.tools.measuring import Row, command_line, machine, write_rows
 from grail.commands import app as grail
 
 LAYERS = 4

@@ -1,9 +1,9 @@
 """Search the launch table on a GPU, and write the rows of its architecture where launches find it.
 
-    python bench/tune.py                     every row, written to grail_kernels/launches.json
-    python bench/tune.py --row gram/16-bit/wide --row absorb/bf16/wide
-    python bench/tune.py --seconds 120       the rows that fit into that, most important first
-    python bench/tune.py --dry-run           on the CPU, at toy sizes; TRITON_INTERPRET=1 runs the
+    python -m bench.tools.tune                     every row, written to grail_kernels/launches.json
+    python -m bench.tools.tune --row gram/16-bit/wide --row absorb/bf16/wide
+    python -m bench.tools.tune --seconds 120       the rows that fit into that, most important first
+    python -m bench.tools.tune --dry-run           on the CPU, at toy sizes; TRITON_INTERPRET=1 runs the
                                              kernels. Writes only where --table says
 
 For every row, all candidates and the row that launches now do the same work, on one or two shapes
@@ -12,7 +12,7 @@ differ when it runs again, is out. The fastest takes the row if it beats the pre
 summed over the shapes. For absorb the library's product on gathered operands competes too. All
 candidates are compiled first, on every core of the machine.
 
-`git diff` shows what was written. Run `python bench/aot.py` afterwards: the gate compiles every row
+`git diff` shows what was written. Run `python -m bench.tools.aot` afterwards: the gate compiles every row
 that ships; `--write` records it.
 """
 
@@ -35,10 +35,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
-
 import grail_kernels as gk
-from bench.measuring import Row, command_line, machine, quantiles, time_in_turns, write_rows
+from bench.tools.measuring import Row, command_line, machine, quantiles, time_in_turns, write_rows
 from grail_kernels import reference, tuning
 from grail_kernels.backend import interpreting
 from grail_kernels.tuning import AbsorbConfig, Config, GramConfig, Key

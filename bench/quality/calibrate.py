@@ -1,8 +1,8 @@
 """A whole compression of a model's shape, by phase, against bare forward passes of the same tokens.
 
-    python bench/calibrate.py                       SmolLM2-135M on a CPU, Llama-2-7B on a GPU
-    python bench/calibrate.py --model smollm2-135m --tokens 32768 --sites mlp,heads --keep 0.7
-    python bench/calibrate.py --blocks 2 --tokens 1024      a trial of seconds
+    python -m bench.quality.calibrate                       SmolLM2-135M on a CPU, Llama-2-7B on a GPU
+    python -m bench.quality.calibrate --model smollm2-135m --tokens 32768 --sites mlp,heads --keep 0.7
+    python -m bench.quality.calibrate --blocks 2 --tokens 1024      a trial of seconds
 
 Weights and tokens are random: nothing is downloaded, and time and memory do not depend on them.
 Every round builds the model anew, runs its decoder over all tokens, and then compresses it.
@@ -33,11 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
-
 import grail
-from bench import figures
-from bench.measuring import command_line, machine, quantiles, settle, write_rows
+from bench.report import figures
+from bench.tools.measuring import command_line, machine, quantiles, settle, write_rows
 from grail.report.report import Report
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """Damages files of state at random, and counts what the reader finds.
 
-    python -m bench.flipping --trials 1000
+    python -m bench.reliability.flipping --trials 1000
 
 Beside it stands safetensors' own reader, which checks sizes and no content.
 """
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load
 
 import grail
-from bench.measuring import Row, command_line, machine, write_rows
+from bench.tools.measuring import Row, command_line, machine, write_rows
 from grail.errors import StateError
 
 PAGE = 4096

@@ -1,7 +1,7 @@
 """What compressing models that do not fit here would take: a simulation, not a measurement.
 
-    python bench/simulate.py                 all models; results in bench/results/simulated.csv
-    python bench/simulate.py --models llama-2-7b
+    python -m bench.quality.simulate                 all models; results in bench/results/simulated.csv
+    python -m bench.quality.simulate --models llama-2-7b
 
 One block of a model's shape, shrunk by a whole number, is really compressed, by the driver, with
 the settings of a user who sets nothing. Of each phase its FLOPs and seconds are counted: their
@@ -25,7 +25,6 @@ the device is `grail.plan.demand`. `smollm2-135m` is simulated, too, and measure
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -37,9 +36,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.measuring import Row, command_line, machine, write_rows
+from bench.tools.measuring import Row, command_line, machine, write_rows
 from grail.calibrate.stream import HiddenStates, Stream
 from grail.networks import find
 from grail.recipe import Recipe
@@ -49,7 +46,7 @@ from grail.runtime.clock import Clock
 from grail.runtime.onload import largest_block
 from grail.runtime.transaction import Transaction, eval_no_grad
 
-RESULTS = Path(__file__).parent / "results" / "simulated.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "simulated.csv"
 TOKENS, LENGTH = 131072, 2048
 TRIAL = 1024  # tokens of one of the two sequences of the shrunk block
 # How FLOPs grow with the widths, by phase; and with tokens.
@@ -339,7 +336,7 @@ def markdown(found: list[Row]) -> str:
 def measured_seconds(tokens: int) -> dict[str, float]:
     """SmolLM2-135M really compressed, by phase, at as many tokens."""
     import grail
-    from bench import assets
+    from bench.tools import assets
     from grail.files.load import load_model
 
     model, _ = load_model(assets.smollm2())

@@ -1,8 +1,8 @@
 """Every selector, pruned and compensated, on real networks.
 
-    python -m bench.sweep resnet18            # selector × {pruned, + GRAIL, …} × sparsity
-    python -m bench.sweep vit --studies       # calibration size, α, the loop, folding
-    python -m bench.sweep smollm2 --only wanda,greedy --keep 0.5
+    python -m bench.quality.sweep resnet18            # selector × {pruned, + GRAIL, …} × sparsity
+    python -m bench.quality.sweep vit --studies       # calibration size, α, the loop, folding
+    python -m bench.quality.sweep smollm2 --only wanda,greedy --keep 0.5
 
 Networks, and what is reported of each, on data that calibration has not seen
   resnet18      Fashion-MNIST, convolutions inside its blocks: accuracy on 2000 test images
@@ -38,9 +38,10 @@ import torch
 from torch import Tensor
 
 import grail
-from bench import assets, networks, scores
-from bench.endtoend import LENGTH, RESULTS, TEXTS, Table, conditions
-from bench.measuring import command_line
+from bench.quality import networks, scores
+from bench.quality.endtoend import LENGTH, RESULTS, TEXTS, Table, conditions
+from bench.tools import assets
+from bench.tools.measuring import command_line
 from grail import select
 from grail.run import budget
 from grail.select.flap import flap as flap_scores
@@ -192,7 +193,7 @@ def _mixture() -> Subject:
 
 
 def _language(sites: tuple[str, ...], made: Callable[[Any], Any]) -> Subject:
-    from bench.endtoend import Subject as LanguageModel
+    from bench.quality.endtoend import Subject as LanguageModel
     from grail.report._evaluate import evaluate
 
     subject = LanguageModel()

@@ -1,7 +1,7 @@
 """What every shipped Triton kernel compiles to, without a GPU.
 
-    python bench/aot.py            compile everything, compare with the record, say what differs
-    python bench/aot.py --write    compile everything and write the record
+    python -m bench.tools.aot            compile everything, compare with the record, say what differs
+    python -m bench.tools.aot --write    compile everything and write the record
 
 A kernel is compiled for each architecture, dtype, alignment, launch configuration and set of fused
 features that `grail_kernels` launches. The record, bench/results/aot.json, holds what decides its
@@ -30,12 +30,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
-
-from bench.measuring import command_line
+from bench.tools.measuring import command_line
 from grail_kernels import absorb_triton, gram_tma, gram_triton, tuning
 
-RECORD = Path(__file__).parent / "results" / "aot.json"
+RECORD = Path(__file__).parents[1] / "results" / "aot.json"
 Resources = dict[str, int]
 
 TARGETS = {

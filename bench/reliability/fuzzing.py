@@ -1,7 +1,7 @@
 """A fuzz target for the reader of state files, by atheris (libFuzzer with coverage of Python).
 
     pip install atheris
-    python -m bench.fuzzing -runs=100000 -max_total_time=60
+    python -m bench.reliability.fuzzing -runs=100000 -max_total_time=60
 
 Whatever bytes it is given, the reader answers with a state or with a StateError. Each input is read
 twice: as a file, and as what follows the hash in a header that is signed, so that what lies behind
@@ -13,7 +13,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from bench.measuring import command_line
+from bench.tools.measuring import command_line
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """SmolLM2-135M, compressed and restored: perplexity, by keep ratio, text length and ridge.
 
-    python -m bench.endtoend table          # keep × sites: dense, pruned, the paper's way, ours
-    python -m bench.endtoend calibration    # calibration length × alpha, on two domains
-    python -m bench.endtoend cost           # time against bare forward passes; memory
-    python -m bench.endtoend plot           # the figures, from the CSV files alone
+    python -m bench.quality.endtoend table          # keep × sites: dense, pruned, the paper's way, ours
+    python -m bench.quality.endtoend calibration    # calibration length × alpha, on two domains
+    python -m bench.quality.endtoend cost           # time against bare forward passes; memory
+    python -m bench.quality.endtoend plot           # the figures, from the CSV files alone
 
 Results are bench/results/smollm2_{table,calibration,cost}.csv.
 
@@ -11,7 +11,7 @@ Calibration and held-out text of the table are disjoint halves of the Brown corp
 tokens); three quarters and a quarter of the topics of the Python language reference (64k and 12k),
 called technical, or five and one of six passages of its every topic (64k and 12k), called passages;
 or seven eighths and an eighth of the pages of the Python documentation, sequences drawn at random
-from each (256k and 16k), called documentation; see bench/assets.py. A row is written as soon as it
+from each (256k and 16k), called documentation; see bench/tools/assets.py. A row is written as soon as it
 is measured and never measured again: kill it and run it again to go on. Hours on two cores; never
 part of the tests.
 """
@@ -30,14 +30,14 @@ from typing import Any
 import torch
 
 import grail
-from bench import assets
-from bench.measuring import command_line
+from bench.tools import assets
+from bench.tools.measuring import command_line
 from grail.files.calibration import token_batches
 from grail.files.load import load_model
 from grail.report._evaluate import evaluate
 from grail.report.report import Evaluation, Report, recovered
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 TEXTS = Path(".assets")
 LENGTH = 1024
 # In the order of measuring.

@@ -1,6 +1,6 @@
 """Every causal language model of transformers, made tiny and at random: what grail narrows of it.
 
-    python -m bench.families    writes docs/families.md
+    python -m bench.quality.families    writes docs/families.md
 
 The sizes of a model's configuration are replaced by small ones, chosen by name: that is all that is
 known of a family here.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import grail
-from bench.measuring import command_line
+from bench.tools.measuring import command_line
 from grail.errors import InputError, ModelError
 from grail.networks import find
 
@@ -172,11 +172,11 @@ def quiet() -> None:
 
 
 KINDS = {"mlp": "MLP", "heads": "heads", "experts": "experts", "shared_experts": "shared experts"}
-PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 HEAD = """# Families of language models
 
 Every causal language model of transformers {version}, tried as a tiny random model; written by
-`python -m bench.families`. Models are recognised by the form of their blocks, and each kind of
+`python -m bench.quality.families`. Models are recognised by the form of their blocks, and each kind of
 site is narrowed on a few tokens before it is offered ([how](../grail/sites/structure.py)). So a
 model of another type but of the same form is taken, too.
 

@@ -1,8 +1,8 @@
 """One site's ridge and absorb: grail against the way of today's libraries.
 
-    python bench/ridge.py                        MLP sites of real models at half of the channels
-    python bench/ridge.py --model llama-3-8b --keep 0.7
-    python bench/ridge.py --shape 4096,11008     O consumer rows, H channels; may be repeated
+    python -m bench.kernels.ridge                        MLP sites of real models at half of the channels
+    python -m bench.kernels.ridge --model llama-3-8b --keep 0.7
+    python -m bench.kernels.ridge --shape 4096,11008     O consumer rows, H channels; may be repeated
 
 From a Gram matrix and a consumer W [O, H] to the narrow weight [O, K], toward zero, so that all
 providers answer the same question: W' = W G_:P (G_PP + λI)⁻¹.
@@ -38,12 +38,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
-
 import grail
-from bench import figures
-from bench.allocations import peak_bytes
-from bench.measuring import command_line, machine, quantiles, time_in_turns, write_rows
+from bench.report import figures
+from bench.tools.allocations import peak_bytes
+from bench.tools.measuring import command_line, machine, quantiles, time_in_turns, write_rows
 from grail.algebra import ridge
 
 # (consumer rows O, channels H) of the MLP sites.

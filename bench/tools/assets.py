@@ -11,7 +11,7 @@
 | Fashion-MNIST, 70 000 grey images of 10 classes | `dataset-fashion-mnist` (Debian) | MIT |
 | 238 photographs: animals, buildings, tools … | `gcompris-qt-data` (Debian) | CC BY-SA and freer |
 
-Nothing of it is stored in this repository. `python bench/assets.py --output .assets/` writes each
+Nothing of it is stored in this repository. `python -m bench.tools.assets --output .assets/` writes each
 text as a calibration and a held-out half: disjoint documents, and every genre in both.
 """
 
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.measuring import command_line
+from bench.tools.measuring import command_line
 from grail.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Continuous work through every path of the library, with the memory that it holds.
 
-    python -m bench.soak --minutes 30 --csv bench/results/soak.csv
+    python -m bench.reliability.soak --minutes 30 --csv bench/results/soak.csv
 
 One process updates, merges, saves and loads Grams, fits and compresses small networks, over and
 over. Once a minute a row says how many rounds were done, the resident set, and how many tensors
@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import grail
-from bench.measuring import Row, command_line, machine, write_rows
-from bench.networks import ResNet
+from bench.quality.networks import ResNet
+from bench.tools.measuring import Row, command_line, machine, write_rows
 from grail.algebra.drift import Drift
 from grail.runtime import memory
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench.assets import python_reference, smollm2, split_topics, write_texts
+from bench.tools.assets import python_reference, smollm2, split_topics, write_texts
 from grail.commands.console import print_table
 from grail.commands.root import page_or_note
 from grail.files.calibration import token_batches
@@ -77,7 +77,9 @@ def compressed(model: Path, texts: Sequence[Path], output: Path) -> dict[float, 
     )
     calibration = cut(texts[0], tokens=CALIBRATION_TOKENS, seed=0)
     heldout = cut(texts[1], tokens=HELDOUT_TOKENS)
-    origin = provenance(shlex.join(["python", "-m", "bench.demo", *sys.argv[1:]]), str(model))
+    origin = provenance(
+        shlex.join(["python", "-m", "bench.report.demo", *sys.argv[1:]]), str(model)
+    )
     origin["calibration"] = text_of(str(texts[0]), calibration)
     origin["evaluation"] = text_of(str(texts[1]), heldout)
     fresh = partial(copy.deepcopy, dense)

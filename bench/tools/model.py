@@ -33,7 +33,7 @@ import grail_kernels as gk
 from grail_kernels import tuning
 
 # What the shipped launches compile to; its registers and shared memory decide how many fit.
-COMPILED = Path(__file__).parent / "results" / "aot.json"
+COMPILED = Path(__file__).parents[1] / "results" / "aot.json"
 # Of a multiprocessor: its 32-bit registers, its bytes of shared memory, and those that CUDA itself
 # takes for a program (CUDA programming guide, compute capabilities 8.0, 9.0 and 10.0).
 _REGISTERS, _RESERVED_SHARED = 65_536, 1024

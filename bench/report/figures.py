@@ -1,14 +1,14 @@
 """Every figure of the benches, drawn from the committed CSV alone.
 
-    python -m bench.figures              draw all of bench/results again
-    python -m bench.figures FILE.csv     draw one
+    python -m bench.report.figures              draw all of bench/results again
+    python -m bench.report.figures FILE.csv     draw one
 
 What makes the CSV; a GPU's come from `python bench/on_gpu.py`, under bench/results/gpu
   gram_cpu       python bench/gram.py --csv bench/results/gram_cpu.csv
-  ridge_cpu      python bench/ridge.py --csv bench/results/ridge_cpu.csv
-  calibrate_cpu  python bench/calibrate.py --csv bench/results/calibrate_cpu.csv
-  accuracy_cpu   python -m bench.accuracy --csv bench/results/accuracy_cpu.csv
-  memory_cpu     python -m bench.memory --csv bench/results/memory_cpu.csv
+  ridge_cpu      python -m bench.kernels.ridge --csv bench/results/ridge_cpu.csv
+  calibrate_cpu  python -m bench.quality.calibrate --csv bench/results/calibrate_cpu.csv
+  accuracy_cpu   python -m bench.kernels.accuracy --csv bench/results/accuracy_cpu.csv
+  memory_cpu     python -m bench.kernels.memory --csv bench/results/memory_cpu.csv
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
-
-from bench.accuracy import BIAS_LIMIT
-from bench.measuring import Row, command_line, read_rows
+from bench.kernels.accuracy import BIAS_LIMIT
+from bench.tools.measuring import Row, command_line, read_rows
 from grail_kernels.reference import ERROR_LIMIT
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 MEMORY_TARGET = 0.55
 
 
 def accuracy(rows: list[Row]) -> Any:
-    """Error, and bias of the diagonal, against tokens: `bench/accuracy.py`."""
+    """Error, and bias of the diagonal, against tokens: `bench/kernels/accuracy.py`."""
     figure, (error, bias) = _panels(1, 2)
     for key in _distinct(rows, "provider", "dtype", "chain"):
         provider, dtype, chain = key
@@ -53,7 +51,7 @@ def accuracy(rows: list[Row]) -> Any:
 
 
 def roof(rows: list[Row]) -> Any:
-    """Share of the limit that each provider reaches, by shape and dtype: `bench/gram.py`.
+    """Share of the limit that each provider reaches, by shape and dtype: `bench/kernels/gram.py`.
 
     100 is what the machine's best product and copy allow a symmetric accumulation.
     """
@@ -93,7 +91,7 @@ def _case_label(kernel: str, tokens: str, channels: str, matrices: str) -> str:
 
 
 def ridge(rows: list[Row]) -> Any:
-    """Times of every provider by channels: `bench/ridge.py`."""
+    """Times of every provider by channels: `bench/kernels/ridge.py`."""
     figure, (panel,) = _panels(1, 1)
     for name in dict.fromkeys(row["provider"] for row in rows):
         ours = [row for row in rows if row["provider"] == name]
