@@ -5,10 +5,7 @@ from grail_kernels.arguments import as_tensor, as_vector, check_count, check_kin
 from grail_kernels.backend import resolve_backend
 from grail_kernels.checks import check_activations
 from grail_kernels.errors import BackendError, GrailError, InputError
-from grail_kernels.gram import gram_
-from grail_kernels.gram_batched import gram_batched_
-from grail_kernels.gram_ragged import gram_ragged_
-from grail_kernels.gram_swiglu import gram_swiglu_
+from grail_kernels.gram import gram_, gram_batched_, gram_ragged_, gram_swiglu_
 from grail_kernels.precision import full_fp32
 from grail_kernels.products import add_products
 from grail_kernels.tiles import STRIP_ROWS, diagonal, pack, packed_numel, unpack

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from grail_kernels import tuning
+from grail_kernels import tiles, tuning
 from grail_kernels.backend import interpreting
+from grail_kernels.gram_call import GramCall
 
 # What the interpreter, which has no GPU to fill, takes as the number of its multiprocessors.
 _INTERPRETER_PROCESSORS = 4
-
-# Adds to targets [splits, E, P], [splits, E, H] and [splits, E, H].
-Launch = Callable[[Tensor, Tensor | None, Tensor | None], None]
 
 
 @triton.jit
@@ -124,28 +122,6 @@ def products_of_parts(rows, cols, OPERAND: tl.constexpr):
     return tl.dot(row_high, col_high, product, input_precision="ieee")
 
 
-def in_splits(
-    splits: int,
-    out: Tensor,  # [E, P]
-    sums: Tensor | None,  # [E, H]
-    nonfinite: Tensor | None,  # [E, H]
-    launch: Launch,
-) -> None:
-    """Let `launch` add to the targets, or where tokens are split to parts that add up in order."""
-    if splits == 1:
-        launch(out, sums, nonfinite)
-        return
-    parts = out.new_zeros(splits, *out.shape)
-    part_sums, part_counts = (
-        None if target is None else target.new_zeros(splits, *target.shape)
-        for target in (sums, nonfinite)
-    )
-    launch(parts, part_sums, part_counts)
-    for target, part in ((out, parts), (sums, part_sums), (nonfinite, part_counts)):
-        if target is not None and part is not None:
-            target += part.sum(0)
-
-
 def tiles_of(channels: int, edge: int) -> int:
     """How many square tiles of that edge the lower triangle has."""
     tile_rows = math.ceil(channels / edge)
@@ -176,3 +152,83 @@ def gpu_of(device: torch.device) -> Gpu:
         return Gpu(architecture, _INTERPRETER_PROCESSORS, has_tma=interpreting())
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return Gpu(architecture, processors, has_tma=architecture == "sm_90")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel adds a call's Gram matrices: chosen once, whatever parts its tokens come in.
+
+    Attributes:
+        kernel: the jitted function.
+        config: tiles, warps and stages.
+        constants: the compile-time arguments.
+        batch: the checked call, with a dimension for its matrices.
+        splits_tokens: whether programs share the tokens of a tile where tiles are too few for the
+            GPU. Each writes a workspace of its own; those are added up in a fixed order.
+    """
+
+    kernel: Any
+    config: tuning.GramConfig
+    constants: Mapping[str, Any]
+    batch: GramCall
+    splits_tokens: bool = True
+
+    def add(self, count: int, steps: int, **read: Any) -> None:
+        """Launch a program for each tile of each matrix, and for each block of channels to collect.
+
+        Args:
+            count: the tokens of each matrix.
+            steps: the steps that they take.
+            read: the arguments of the kernel that describe the activations.
+        """
+        matrices, channels = self.batch.out.shape[0], self.batch.x.shape[-1]
+        targets = self.batch.targets
+        programs = tiles_of(channels, self.config.block_channels)
+        splits = 1
+        if self.splits_tokens:
+            processors = gpu_of(self.batch.x.device).processors
+            splits = tuning.token_splits(matrices * programs, count, processors)
+        if self.batch.sums is not None or self.batch.nonfinite is not None:
+            programs += math.ceil(channels / self.config.block_channels)
+        parts = targets
+        if splits > 1:
+            parts = {
+                name: None if target is None else target.new_zeros(splits, *target.shape)
+                for name, target in targets.items()
+            }
+        self.kernel[(programs * matrices, splits)](
+            **{f"{name}_ptr": part for name, part in parts.items()},
+            **read,
+            H=channels,
+            matrices=matrices,
+            span=math.ceil(steps / splits),
+            out_stride=self.batch.out.shape[-1],
+            **self.constants,
+            num_warps=self.config.warps,
+            num_stages=self.config.stages,
+        )
+        for name, target in targets.items():
+            part = parts[name]
+            if splits > 1 and target is not None and part is not None:
+                target += part.sum(0)
+
+
+def constants(config: tuning.GramConfig, parts: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of both kernels; `bench/aot.py` compiles with the same.
+
+    Args:
+        config: the launch.
+        parts: 3 where products are those of bf16 parts, else 1.
+        dtype: of the activations.
+    """
+    operand = tl.float16 if parts == 1 and dtype == torch.float16 else tl.bfloat16
+    return {
+        "STRIP": tiles.STRIP_ROWS,
+        "BLOCK_T": config.block_tokens,
+        "BLOCK_H": config.block_channels,
+        "GROUP": config.group,
+        "CHAIN": max(1, tuning.CHAIN_TOKENS // config.block_tokens),
+        "PARTS": parts,
+        # The interpreter gets products of bf16 wrong.
+        "OPERAND": tl.float32 if interpreting() else operand,
+    }

@@ -16,7 +16,6 @@ tensor cores do; the matrix moves 4*H^2 a launch. Laying out reads and writes th
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -24,17 +23,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from grail_kernels import tiles, tuning
-from grail_kernels.backend import interpreting
+from grail_kernels import tuning
 from grail_kernels.gram_blocks import (
+    Launch,
     add_collected,
     add_tile,
+    constants,
     gpu_of,
-    in_splits,
     program_of,
     tile_of,
-    tiles_of,
 )
+from grail_kernels.gram_call import GramCall
 
 # What a descriptor asks of addresses and strides, in bytes, and how far it reaches.
 _ALIGNMENT = 16
@@ -192,21 +191,33 @@ def runs_on(device: torch.device) -> bool:
     return gpu_of(device).has_tma
 
 
-def launch_gram_tma(
-    out: Tensor,  # [E, P]
+def takes(call: GramCall) -> bool:
+    """Whether this kernel is for the call: on its GPU, and without weights, gate and offsets."""
+    plain = call.weights is None and call.gate is None and call.offsets is None
+    return plain and runs_on(call.x.device)
+
+
+def launch_of(batch: GramCall) -> Launch:
+    """The launch for a call with a dimension for its matrices."""
+    channels, device = batch.x.shape[-1], batch.x.device
+    parts, dtype = _laid_form(batch.x.dtype)
+    config = tuning.tma_config(parts, channels, architecture=gpu_of(device).architecture)
+    return Launch(_gram_tma_kernel, config, constants(config, parts, dtype), batch)
+
+
+def add_tokens(
+    launch: Launch,
     x: Tensor,  # [E, outer, inner, H]
     mask: Tensor | None,  # [outer * inner] uint8
-    sums: Tensor | None,  # [E, H]
-    nonfinite: Tensor | None,  # [E, H]
 ) -> None:
-    """Add the Gram matrix of each x of a batch; the checked arguments of `launch_gram`."""
-    _, outer, inner, channels = x.shape
+    """Add tokens of the launch's call, those that the engine cannot read laid out in blocks."""
+    _, outer, inner, _ = x.shape
     if mask is None and outer == 1 and _is_laid(x):
-        _launch(out, x[:, 0], channels, sums, nonfinite)
+        _add_laid(launch, x[:, 0])
         return
     for first in range(0, outer * inner, _LAID_TOKENS):
         tokens = min(_LAID_TOKENS, outer * inner - first)
-        _launch(out, _lay(x, mask, first, tokens), channels, sums, nonfinite)
+        _add_laid(launch, _lay(x, mask, first, tokens))
 
 
 def _is_laid(x: Tensor) -> bool:
@@ -223,7 +234,7 @@ def _is_laid(x: Tensor) -> bool:
 def _lay(x: Tensor, mask: Tensor | None, first: int, tokens: int) -> Tensor:
     """Those tokens of `x` [E, outer, inner, H] as [E * parts, tokens, H or a little more]."""
     matrices, _, inner, channels = x.shape
-    parts, dtype = (3, torch.bfloat16) if x.dtype == torch.float32 else (1, x.dtype)
+    parts, dtype = _laid_form(x.dtype)
     width = math.ceil(channels * dtype.itemsize / _ALIGNMENT) * _ALIGNMENT // dtype.itemsize
     laid = x.new_empty(matrices * parts, tokens, width, dtype=dtype)
     block_tokens, block_channels = _LAID_BLOCK
@@ -245,57 +256,16 @@ def _lay(x: Tensor, mask: Tensor | None, first: int, tokens: int) -> Tensor:
     return laid
 
 
-def _launch(
-    out: Tensor,  # [E, P]
-    laid: Tensor,  # [E * parts, T, H or more]
-    channels: int,
-    sums: Tensor | None,  # [E, H]
-    nonfinite: Tensor | None,  # [E, H]
-) -> None:
-    """Launch a program for each tile of each matrix, and for each block of channels to collect."""
-    matrices, tokens = out.shape[0] if out.dim() > 1 else 1, laid.shape[1]
-    parts = laid.shape[0] // matrices
-    gpu = gpu_of(laid.device)
-    config = tuning.tma_config(parts, channels, architecture=gpu.architecture)
-    steps = math.ceil(tokens / config.block_tokens)
-    programs = tiles_of(channels, config.block_channels)
-    splits = tuning.token_splits(matrices * programs, tokens, gpu.processors)
-    span = math.ceil(steps / splits)
-    if sums is not None or nonfinite is not None:
-        programs += math.ceil(channels / config.block_channels)
-    block = [1, config.block_tokens, config.block_channels]
-    shape = [matrices * parts, tokens, channels]
+def _add_laid(launch: Launch, laid: Tensor) -> None:
+    """Add tokens that are laid out, [E * parts, T, H or more]."""
+    block = [1, launch.config.block_tokens, launch.config.block_channels]
+    shape = [*laid.shape[:2], launch.batch.x.shape[-1]]
     descriptor = TensorDescriptor(laid, shape, list(laid.stride()), block)
-
-    def launch(out: Tensor, sums: Tensor | None, nonfinite: Tensor | None) -> None:
-        _gram_tma_kernel[(programs * matrices, splits)](
-            out,
-            descriptor,
-            sums,
-            nonfinite,
-            channels,
-            tokens,
-            matrices,
-            span,
-            out.shape[-1],
-            **constants(config, parts, laid.dtype),
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
-
-    in_splits(splits, out, sums, nonfinite, launch)
+    tokens = laid.shape[1]
+    steps = math.ceil(tokens / launch.config.block_tokens)
+    launch.add(tokens, steps, x_desc=descriptor, tokens=tokens)
 
 
-def constants(config: tuning.GramConfig, parts: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time arguments of the kernel; `bench/aot.py` compiles with the same."""
-    operand = tl.float16 if dtype == torch.float16 else tl.bfloat16
-    return {
-        "STRIP": tiles.STRIP_ROWS,
-        "BLOCK_T": config.block_tokens,
-        "BLOCK_H": config.block_channels,
-        "GROUP": config.group,
-        "CHAIN": max(1, tuning.CHAIN_TOKENS // config.block_tokens),
-        "PARTS": parts,
-        # The interpreter gets products of bf16 wrong.
-        "OPERAND": tl.float32 if interpreting() else operand,
-    }
+def _laid_form(dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    """In how many parts of which dtype activations are laid out."""
+    return (3, torch.bfloat16) if dtype == torch.float32 else (1, dtype)

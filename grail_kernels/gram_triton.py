@@ -24,25 +24,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from grail_kernels import gram_tma, tiles, tuning
-from grail_kernels.backend import interpreting
+from grail_kernels import gram_blocks, gram_tma, tuning
 from grail_kernels.gram_blocks import (
+    Launch,
     add_collected,
     add_tile,
     gpu_of,
-    in_splits,
     products_of_parts,
     program_of,
     tile_of,
-    tiles_of,
 )
+from grail_kernels.gram_call import GramCall
+from grail_kernels.gram_torch import ungated_blocks
 
 
 @triton.jit
@@ -216,41 +216,102 @@ def _gram_kernel(
         add_tile(out_ptr + target * out_stride, total, tile_row, tile_column, H, STRIP, BLOCK_H)
 
 
-def launch_gram(
-    out: Tensor,  # [E, P]
+class _Part(NamedTuple):
+    """Tokens of one launch, as the kernel walks them."""
+
+    x: Tensor  # [E, outer, inner, H]
+    gate: Tensor | None  # as x
+    mask: Tensor | None  # [outer * inner] uint8
+    weights: Tensor | None  # [outer * inner] fp32
+
+
+def launch_gram(call: GramCall) -> None:
+    """Add the Gram matrices of a checked call."""
+    if not call.x.numel() or not call.out.numel():
+        return
+    if call.gate is not None and call.gate.stride() != call.x.stride():
+        for single in call.single_matrices():
+            for ungated in ungated_blocks(single):
+                launch_gram(ungated)
+        return
+    batch = call.as_batch()
+    with torch.cuda.device_of(batch.x):
+        if gram_tma.takes(batch):
+            launch = gram_tma.launch_of(batch)
+            for part in _parts(batch.x, None, batch.mask, None):
+                gram_tma.add_tokens(launch, part.x, part.mask)
+        elif batch.offsets is not None:
+            batch = batch._replace(offsets=batch.offsets.to(batch.x.device))
+            _add_parts(batch, [_ragged_part(batch)])
+        else:
+            _add_parts(batch, list(_parts(batch.x, batch.gate, batch.mask, batch.weights)))
+
+
+def _add_parts(batch: GramCall, parts: list[_Part]) -> None:
+    """Launch the pointer kernel for each part of a call, all in the way that suits the first."""
+    dtype, is_weighted = batch.x.dtype, batch.weights is not None
+    first = parts[0].x
+    config = tuning.gram_config(
+        dtype,
+        first.shape[-1],
+        weighted=is_weighted,
+        gated=batch.gate is not None,
+        aligned=_is_aligned(first),
+        architecture=gpu_of(first.device).architecture,
+    )
+    fixed = constants(config, dtype, is_weighted, repeats=first.shape[1] > 1)
+    launch = Launch(_gram_kernel, config, fixed, batch, splits_tokens=batch.offsets is None)
+    strides = ("stride_xm", "stride_xo", "stride_xt", "stride_xc")
+    for part in parts:
+        _, outer, inner, _ = part.x.shape
+        read = {f"{name}_ptr": tensor for name, tensor in part._asdict().items()}
+        read |= dict(zip(strides, part.x.stride(), strict=True))
+        launch.add(
+            outer * inner,
+            outer * math.ceil(inner / config.block_tokens),
+            offsets_ptr=batch.offsets,
+            outer=outer,
+            inner=inner,
+            **read,
+        )
+
+
+def _parts(
     x: Tensor,  # [E, ..., H]
+    gate: Tensor | None,  # as x
     mask: Tensor | None,  # [...]
     weights: Tensor | None,  # [...]
-    sums: Tensor | None,  # [E, H]
-    nonfinite: Tensor | None,  # [E, H]
-    gate: Tensor | None = None,  # as x, with the same strides
-) -> None:
-    """Add the Gram matrix of each x of a batch, with a gate that of silu(gate) * x.
-
-    Everything was checked. The targets of a batch of one need not have its dimension.
-    """
-    if not x.numel():
-        return
+) -> Iterator[_Part]:
+    """The tokens of a call, in views that the kernel can walk and in numbers that suit a launch."""
     shape = _mergeable_shape(x)
     if shape is None:
         for index in range(x.shape[1]):
-            part_mask, part_weights = (None if t is None else t[index] for t in (mask, weights))
-            part_gate = None if gate is None else gate[:, index]
-            launch_gram(out, x[:, index], part_mask, part_weights, sums, nonfinite, part_gate)
+            own_mask, own_weights = (None if t is None else t[index] for t in (mask, weights))
+            own_gate = None if gate is None else gate[:, index]
+            yield from _parts(x[:, index], own_gate, own_mask, own_weights)
         return
     x = x.view(shape)
     gate = None if gate is None else gate.view(shape)
-    mask = None if mask is None else mask.reshape(-1).view(torch.uint8)
-    weights = None if weights is None else weights.reshape(-1).float()
-    reads_by_tma = weights is None and gate is None and gram_tma.runs_on(x.device)
-    with torch.cuda.device_of(x):
-        for part, tokens in _launches(x):
-            part_mask, part_weights = (None if t is None else t[tokens] for t in (mask, weights))
-            if reads_by_tma:
-                gram_tma.launch_gram_tma(out, x[part], part_mask, sums, nonfinite)
-                continue
-            part_gate = None if gate is None else gate[part]
-            _launch_split(out, x[part], part_mask, part_weights, sums, nonfinite, part_gate)
+    per_token = _flat(mask, weights)
+    for part, tokens in _launches(x):
+        own_mask, own_weights = (None if t is None else t[tokens] for t in per_token)
+        yield _Part(x[part], None if gate is None else gate[part], own_mask, own_weights)
+
+
+def _ragged_part(batch: GramCall) -> _Part:
+    """All tokens of a call with offsets: each matrix sees them all, and takes its own."""
+    experts = batch.out.shape[0]
+    x, gate = (None if t is None else t.expand(experts, 1, -1, -1) for t in (batch.x, batch.gate))
+    assert x is not None
+    return _Part(x, gate, *_flat(batch.mask, batch.weights))
+
+
+def _flat(mask: Tensor | None, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Mask and weights [T] in the dtypes that the kernel reads."""
+    return (
+        None if mask is None else mask.reshape(-1).view(torch.uint8),
+        None if weights is None else weights.reshape(-1).float(),
+    )
 
 
 def _launches(x: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
@@ -264,27 +325,6 @@ def _launches(x: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
             of_inner = slice(start, min(start + most, inner))
             end = (of_outer.stop - 1) * inner + of_inner.stop
             yield (slice(None), of_outer, of_inner), slice(first * inner + start, end)
-
-
-def launch_gram_ragged(
-    out: Tensor,  # [E, P]
-    x: Tensor,  # [T, H]
-    offsets: Tensor,  # [E + 1]
-    sums: Tensor | None,  # [E, H]
-    nonfinite: Tensor | None,  # [E, H]
-) -> None:
-    """Add the Gram matrix of each expert; the checked arguments of `gram_ragged_`."""
-    if not x.numel() or not out.numel():
-        return
-    x = x.expand(out.shape[0], 1, -1, -1)
-    config = tuning.gram_config(
-        x.dtype,
-        x.shape[-1],
-        aligned=_is_aligned(x),
-        architecture=gpu_of(x.device).architecture,
-    )
-    with torch.cuda.device_of(x):
-        _launch(config, out, x, None, None, sums, nonfinite, offsets=offsets)
 
 
 def _mergeable_shape(x: Tensor) -> tuple[int, int, int, int] | None:
@@ -301,94 +341,12 @@ def _mergeable_shape(x: Tensor) -> tuple[int, int, int, int] | None:
     return None
 
 
-def _launch_split(
-    out: Tensor,  # [E, P]
-    x: Tensor,  # [E, outer, inner, H]
-    mask: Tensor | None,
-    weights: Tensor | None,
-    sums: Tensor | None,
-    nonfinite: Tensor | None,
-    gate: Tensor | None,
-) -> None:
-    """Split the tokens into as many partial batches as fill the GPU, and add those up in order."""
-    matrices, outer, inner, channels = x.shape
-    config = tuning.gram_config(
-        x.dtype,
-        channels,
-        weighted=weights is not None,
-        gated=gate is not None,
-        aligned=_is_aligned(x),
-        architecture=gpu_of(x.device).architecture,
-    )
-    steps = outer * math.ceil(inner / config.block_tokens)
-    tiles_of_all = matrices * tiles_of(channels, config.block_channels)
-    splits = tuning.token_splits(tiles_of_all, outer * inner, gpu_of(x.device).processors)
-    span = math.ceil(steps / splits)
-
-    def launch(out: Tensor, sums: Tensor | None, nonfinite: Tensor | None) -> None:
-        _launch(config, out, x, mask, weights, sums, nonfinite, gate=gate, span=span, splits=splits)
-
-    in_splits(splits, out, sums, nonfinite, launch)
-
-
-def _launch(
-    config: tuning.GramConfig,
-    out: Tensor,  # [splits, E, P]
-    x: Tensor,  # [E, outer, inner, H]
-    mask: Tensor | None,  # [outer * inner]
-    weights: Tensor | None,  # [outer * inner]
-    sums: Tensor | None,  # [splits, E, H]
-    nonfinite: Tensor | None,  # [splits, E, H]
-    *,
-    offsets: Tensor | None = None,  # [E + 1]
-    gate: Tensor | None = None,  # as x
-    span: int = 0,
-    splits: int = 1,
-) -> None:
-    """Launch a program for each tile of each matrix, and for each block of channels to collect."""
-    matrices, outer, inner, channels = x.shape
-    collects = sums is not None or nonfinite is not None
-    programs = tiles_of(channels, config.block_channels)
-    programs += math.ceil(channels / config.block_channels) if collects else 0
-    _gram_kernel[(programs * matrices, splits)](
-        out,
-        x,
-        gate,
-        mask,
-        weights,
-        sums,
-        nonfinite,
-        offsets,
-        channels,
-        inner,
-        outer,
-        matrices,
-        span,
-        out.shape[-1],
-        *x.stride(),
-        **constants(config, x.dtype, weights is not None, outer > 1),
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-
-
 def constants(
     config: tuning.GramConfig, dtype: torch.dtype, weighted: bool, repeats: bool
 ) -> dict[str, Any]:
     """The compile-time arguments of the kernel; `bench/aot.py` compiles with the same."""
-    native = tuning.multiplies_natively(dtype, weighted)
-    operand = tl.float16 if native and dtype == torch.float16 else tl.bfloat16
-    return {
-        "STRIP": tiles.STRIP_ROWS,
-        "BLOCK_T": config.block_tokens,
-        "BLOCK_H": config.block_channels,
-        "GROUP": config.group,
-        "CHAIN": max(1, tuning.CHAIN_TOKENS // config.block_tokens),
-        "PARTS": 1 if native else 3,
-        # The interpreter gets products of bf16 wrong.
-        "OPERAND": tl.float32 if interpreting() else operand,
-        "REPEATS": repeats,
-    }
+    parts = 1 if tuning.multiplies_natively(dtype, weighted) else 3
+    return gram_blocks.constants(config, parts, dtype) | {"REPEATS": repeats}
 
 
 def _is_aligned(x: Tensor) -> bool:

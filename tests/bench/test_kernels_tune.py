@@ -200,15 +200,15 @@ def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(not interpreting(), reason="compares what Triton launched")
 def test_triton_is_launched_with_each_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    from grail_kernels import gram_triton
+    from grail_kernels.gram_blocks import Launch
 
-    launch, launched = gram_triton._launch, []
+    add, launched = Launch.add, []
 
-    def spy(config: tuning.GramConfig, *arguments: object, **options: object) -> None:
-        launched.append(config)
-        launch(config, *arguments, **options)
+    def spy(launch: Launch, *arguments: int, **read: object) -> None:
+        launched.append(launch.config)
+        add(launch, *arguments, **read)
 
-    monkeypatch.setattr(gram_triton, "_launch", spy)
+    monkeypatch.setattr(Launch, "add", spy)
     key = ("gram", "16-bit", "scattered")
     tune.search(key, default(key), "cpu", True, math.inf)
     assert set(launched) == {default(key), *tune.candidates(key)[:2]}

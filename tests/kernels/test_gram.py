@@ -148,7 +148,7 @@ def test_short_chains_match_fp64(
 def test_blocks_of_few_tokens_match_fp64(
     layout: str, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grail_kernels.gram.block_tokens", lambda channels: 100)
+    monkeypatch.setattr("grail_kernels.gram_torch.block_tokens", lambda channels: 100)
     x = in_dtype(LAYOUTS[layout](180, 67), torch.float16)
     mask = torch.rand(x.shape[:-1]) < 0.7
     assert_matches_fp64(matrix(x, runner, mask=mask), x, mask)

@@ -66,6 +66,13 @@ def test_the_torch_twin_is_the_gram_of_the_hidden_activation_bit_for_bit() -> No
     assert torch.equal(gk.unpack(out, CHANNELS), gk.unpack(expected, CHANNELS))
 
 
+def test_one_token_is_a_vector(runner: Runner) -> None:
+    gate, up = positive(CHANNELS), positive(CHANNELS)
+    out = torch.zeros(gk.packed_numel(CHANNELS), device=runner.device)
+    gk.gram_swiglu_(out, gate.to(runner.device), up.to(runner.device), backend=runner.backend)
+    assert_matches(gk.unpack(out.cpu(), CHANNELS), gate, up)
+
+
 @pytest.mark.parametrize(
     ("message", "gate", "up"),
     [

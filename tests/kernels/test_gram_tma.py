@@ -58,13 +58,13 @@ def test_a_launch_takes_some_of_the_tokens(
     channels: int, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[int] = []
-    launch = gram_tma._launch
+    add = gram_tma.Launch.add
 
-    def spy(out: Tensor, laid: Tensor, *rest: object) -> None:
-        launched.append(laid.shape[1])
-        launch(out, laid, *rest)
+    def spy(launch: object, tokens: int, *rest: int, **read: object) -> None:
+        launched.append(tokens)
+        add(launch, tokens, *rest, **read)
 
-    monkeypatch.setattr(gram_tma, "_launch", spy)
+    monkeypatch.setattr(gram_tma.Launch, "add", spy)
     monkeypatch.setattr("grail_kernels.tuning.LAUNCHED_TOKENS", 50)
     monkeypatch.setattr(gram_tma, "_LAID_TOKENS", 50)
     x = positive(130, channels).half()

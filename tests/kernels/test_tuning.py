@@ -146,16 +146,19 @@ def test_triton_launches_with_the_row_of_its_own_architecture(
     own_table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[tuning.GramConfig] = []
-    gram_triton = pytest.importorskip("grail_kernels.gram_triton")
+    gram_blocks = pytest.importorskip("grail_kernels.gram_blocks")
     monkeypatch.setattr("grail_kernels.gram_tma.runs_on", lambda device: False)
-    monkeypatch.setattr(gram_triton, "_launch", lambda config, *_, **__: launched.append(config))
+    monkeypatch.setattr(
+        gram_blocks.Launch, "add", lambda launch, *_, **__: launched.append(launch.config)
+    )
     row = {"block_tokens": 16, "block_channels": 32, "group": 3, "warps": 4, "stages": 2}
     rows = {"16-bit": {"narrow": row, "scattered": row}}
     edit(own_table, lambda table: table.update(interpreter={"gram": rows}))
     x = torch.zeros(5, 40, dtype=torch.float16)
     out = torch.zeros(1, gk.packed_numel(40))
-    gram_triton.launch_gram(out, x[None], None, None, None, None)
-    gram_triton.launch_gram_ragged(out, x, torch.tensor([0, 5]), None, None)
+    monkeypatch.setattr("grail_kernels.gram.resolve_backend", lambda x, backend: "triton")
+    gk.gram_batched_(out, x[None])
+    gk.gram_ragged_(out, x, torch.tensor([0, 5]))
     assert launched == 2 * [tuning.GramConfig(**row)]
 
 
