@@ -4,8 +4,8 @@
     python -m bench.reliability.fuzzing -runs=100000 -max_total_time=60
 
 Whatever bytes it is given, the reader answers with a state or with a StateError. Each input is read
-twice: as a file, and as what follows the hash in a header that is signed, so that what lies behind
-the hash is reached.
+twice: as a file, and as the description in a sound file, signed so that what lies behind the hash is
+reached.
 """
 
 import sys
@@ -30,27 +30,27 @@ def fuzz(limits: list[str]) -> None:
     """Fuzzes the reader, with options of libFuzzer."""
     import atheris
 
-    with atheris.instrument_imports(include=["grail.state"]):
+    with atheris.instrument_imports(include=["grail.runtime.state"]):
         from grail.runtime import state
 
     import torch
+    from safetensors import safe_open
+    from safetensors.torch import save
 
     from grail.errors import StateError
 
-    data_bytes = torch.arange(3.0).numpy().tobytes()
-    start = state._START + state._NO_HASH.encode()
+    tensors = {"x": torch.arange(3.0)}
     with tempfile.TemporaryDirectory() as folder:
         path, corpus = Path(folder) / "fuzz.state", Path(folder) / "corpus"
         corpus.mkdir()
-        state.write(path, "test", {"name": "x"}, {"x": torch.arange(3.0)})
-        whole = path.read_bytes()
-        (corpus / "file").write_bytes(whole)
-        (corpus / "header").write_bytes(whole[8 + len(start) : -len(data_bytes)])
+        state.write(path, "test", {"name": "x"}, tensors)
+        (corpus / "file").write_bytes(path.read_bytes())
+        with safe_open(path, "pt") as file:
+            (corpus / "description").write_text(file.metadata()["state"].partition(" ")[2])
 
         def read(data: bytes) -> None:
-            header = start + data
-            signed = state._signed(len(header).to_bytes(8, "little") + header) + data_bytes
-            for content in (data, signed):
+            description = data.decode("utf-8", "replace")
+            for content in (data, save(tensors, state.signed(description))):
                 path.write_bytes(content)
                 with suppress(StateError):
                     state.read(path, "test")

@@ -37,7 +37,6 @@ from grail.errors import InputError, StateError
 from grail.recipe import Recipe
 from grail.report.report import InputReport, SiteReport
 from grail.runtime import state
-from grail.runtime.folder import PARTIAL
 from grail.runtime.processes import Processes
 from grail.runtime.transaction import Transaction
 
@@ -336,8 +335,7 @@ def _held(folder: Path, recipe: Recipe) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends
         except BlockingIOError as error:
             raise InputError(f"{folder} is in use by another run") from error
-        for path in folder.glob(f".*.state.*{PARTIAL}"):
-            path.unlink()
+        state.discard_unfinished(folder)
         yield
 
 
@@ -357,6 +355,7 @@ def clear(folder: str | Path) -> None:
     folder = as_path("resume_dir", folder)
     for of_process in folder.glob(f"{_PROCESS}-*-of-*"):
         clear(of_process)
+    state.discard_unfinished(folder)
     for path in (*_files(folder), folder / _LOCK):
         path.unlink(missing_ok=True)
     with suppress(OSError):

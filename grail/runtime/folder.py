@@ -35,7 +35,7 @@ def complete(output: str | Path, failure: type[GrailError], *, size: int = 0) ->
     try:
         partial.mkdir(parents=True)
         yield partial
-        _settle_modes(partial)
+        usual_modes(partial)
         flush(partial)
         partial.rename(final)
         flush(final.parent, contents=False)
@@ -45,7 +45,7 @@ def complete(output: str | Path, failure: type[GrailError], *, size: int = 0) ->
         shutil.rmtree(partial, ignore_errors=True)  # gone already after the rename
 
 
-def _settle_modes(folder: Path) -> None:
+def usual_modes(folder: Path) -> None:
     """Gives every file below the mode that the umask grants: some writers make theirs private."""
     probe = folder / f".{uuid.uuid4().hex}"
     probe.touch()
