@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import grail
-from bench.report import comparison
 from bench.quality import networks
+from bench.report import comparison
 from tests import counting
 
 ROOT = Path(__file__).parent.parent

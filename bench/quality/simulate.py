@@ -41,7 +41,8 @@ from grail.calibrate.stream import HiddenStates, Stream
 from grail.networks import find
 from grail.recipe import Recipe
 from grail.run import _inspect as plan
-from grail.run.loop import Run
+from grail.run.block import BlockCompressor
+from grail.run.blocks import Blocks
 from grail.runtime.clock import Clock
 from grail.runtime.onload import largest_block
 from grail.runtime.transaction import Transaction, eval_no_grad
@@ -181,11 +182,11 @@ def trial(shape: Shape, shrink: int) -> Trial:
     with FlopCounterMode(display=False, custom_mapping=_linear_algebra()) as counter:
         counting = Counting(counter)
         with _counted_moves() as moved:
-            run = _run_block(model, options, batches, counting)
-    hidden = sum(tensor.nbytes for tensor in run.stream.hidden)
+            blocks = _run_block(model, options, batches, counting)
+    hidden = sum(tensor.nbytes for tensor in blocks.stream.hidden)
     flops = {phase: float(count) for phase, count in counting.flops.items()}
     # The CPU's Gram calls BLAS itself, which no dispatcher sees: T·H² for the triangle.
-    sites = run.sites[1]
+    sites = blocks.sites[1]
     per_token = sum(site.channels**2 for site in sites)
     if shape.kind == "mixtral":
         per_token *= shape.config["num_experts_per_tok"] / shape.config["num_local_experts"]
@@ -193,13 +194,13 @@ def trial(shape: Shape, shrink: int) -> Trial:
     return Trial(seconds, flops, moved["bytes"] / hidden)
 
 
-def _run_block(model: Any, options: Recipe, batches: list[torch.Tensor], clock: Clock) -> Run:
+def _run_block(model: Any, options: Recipe, batches: list[torch.Tensor], clock: Clock) -> Blocks:
     architecture = find(model, options.sites)
     with eval_no_grad(model), Transaction() as transaction:
         stream = Stream(model, architecture.blocks, batches)
-        run = Run(architecture, options, stream, transaction, clock)
-        run.block(0, lambda _: None)
-    return run
+        blocks = Blocks(architecture, options, stream, clock)
+        BlockCompressor(blocks, transaction).compress(0, lambda _: None)
+    return blocks
 
 
 @contextmanager

@@ -68,7 +68,7 @@ from grail.report.summary import (
     stage_table,
     verdict,
 )
-from grail.run import checkpoint
+from grail.run import resume_folder
 from grail.run._collect import Collected
 from grail.run._collect import collect as collect_statistics
 from grail.run._collect import merge as merge_statistics
@@ -515,12 +515,12 @@ def compress(
     device = ctx.with_resource(launched(device))
     processes = current_processes()
     written = output / "report.json"
-    done = resume_dir is not None and checkpoint.announced(resume_dir, command)
+    done = resume_dir is not None and resume_folder.announced(resume_dir, command)
     done = done and written.exists()  # by a run that was killed right after it had done all
     processes.require_equal("whether the run is done", done)
     if resume_dir is not None and done:
         if processes.number == 0:
-            checkpoint.clear(resume_dir)
+            resume_folder.clear(resume_dir)
             _print_result(Report.from_json(written.read_text(encoding="utf-8")), output, as_json)
         return
     if (calibration is None) == (statistics is None):
@@ -617,10 +617,10 @@ def compress(
         if processes.number > 0:
             return  # the first one writes, and the others wait for it
         if resume_dir is not None:
-            checkpoint.announce(resume_dir, command)
+            resume_folder.announce(resume_dir, command)
         study.write(report, prediction, output, page_or_note)
         if resume_dir is not None:
-            checkpoint.clear(resume_dir)
+            resume_folder.clear(resume_dir)
     _print_result(report, output, as_json)
 
 

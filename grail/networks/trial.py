@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grail.algebra.reduction import Selection
+from grail.algebra.rounding import is_close
 from grail.calibrate.stream import Stream, replaced_forward
 from grail.errors import GrailError, ModelError
 from grail.networks.layers import Consumer
@@ -293,12 +294,9 @@ def _tolerance(tensor: Tensor) -> float:
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether tensors are the same but for rounding, and not all zero."""
-    if found.shape != expected.shape:
-        return False
-    size = expected.float().norm()
-    off = (found.float() - expected.float()).norm()
-    return bool(size > 0) and bool(off <= _tolerance(expected) * size)
+    """Returns whether tensors are equal up to rounding, finite, and not all zero."""
+    finite = all(bool(tensor.isfinite().all()) for tensor in (found, expected))
+    return finite and bool(expected.any()) and is_close(found, expected, _tolerance(expected))
 
 
 def _factor(changed: Tensor, without: Tensor, change: Tensor) -> float | None:

@@ -14,7 +14,7 @@ rounding of fp32 sums; counts of tokens exactly.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ from grail.calibrate.stream import Batch, HiddenStates, Stream
 from grail.errors import InputError, StateError
 from grail.networks import Architecture, BoundSite, Site, find
 from grail.recipe import Recipe
-from grail.run.checkpoint import fingerprint, hashed
-from grail.run.loop import Run
+from grail.run.blocks import Blocks
+from grail.run.fingerprint import HashedBatches, model_fingerprint
 from grail.runtime import state
 from grail.runtime.clock import Clock
 from grail.runtime.folder import complete
 from grail.runtime.onload import Onloader, computing_device
 from grail.runtime.processes import Processes
-from grail.runtime.transaction import Transaction, eval_no_grad
+from grail.runtime.transaction import eval_no_grad
 from grail.statistics.site_statistics import HELD_OUT, Statistics
 
 _INDEX, _KIND = "index.state", "statistics"
@@ -79,31 +79,48 @@ def collect(
     architecture = find(model, recipe.sites)
     device = computing_device(model, onload)
     onloader = Onloader(architecture.blocks, None if onload is None else device)
-    calibration: dict[str, Any] = {}
     index: dict[str, Any] = {
-        "model": fingerprint(model),
+        "model": model_fingerprint(model),
         "per_tap": per_tap,
         "sites": {},
-        "calibrations": [calibration],
     }
-    with complete(output, StateError) as folder, Transaction() as nothing, eval_no_grad(model):
-        read = hashed(batches, lambda found: calibration.update(sha256=found))
+    with complete(output, StateError) as folder, eval_no_grad(model):
+        read = HashedBatches(batches)
         stream = Stream(model, architecture.blocks, read, storage, device=device)
-        calibration |= {"tokens": stream.tokens, "sequences": stream.samples}
-        run = Run(architecture, recipe, stream, nothing, Clock(device), onload=onloader)
-        for number, (site, parts) in enumerate(run.statistics(progress)):
-            grams = {
-                f"{number:04}.{consumer}.{name}.state": gram
-                for consumer, of_consumer in enumerate(parts)
-                for name, gram in of_consumer.named_grams().items()
-            }
-            for name, gram in grams.items():
-                if gram.tokens:
-                    _ = gram.energy  # refuses sums that overflowed
-                gram.save(folder / name)
-            index["sites"][site.name] = list(grams)
+        blocks = Blocks(architecture, recipe, stream, Clock(device), onloader)
+        for number, (site, parts) in enumerate(_site_statistics(blocks, progress)):
+            index["sites"][site.name] = _save_grams(folder, number, parts)
+        counts = {"tokens": stream.tokens, "sequences": stream.samples}
+        index["calibrations"] = [{"sha256": read.sha256, **counts}]
         state.write(folder / _INDEX, _KIND, index, {})
     return Path(output)
+
+
+def _site_statistics(
+    blocks: Blocks, progress: bool
+) -> Iterator[tuple[BoundSite, list[Statistics]]]:
+    """Yields each site with the statistics of its consumers in the dense network."""
+    blocks.learn_orders()
+    with blocks.progress(len(blocks), progress) as bar:
+        for block, sites in enumerate(blocks.sites):
+            bar.start(block, 1)
+            with blocks.onload(block):
+                collected = blocks.collector.collect(block, sites, {}, bar.advance, finish=True)
+                yield from collected.items()
+
+
+def _save_grams(folder: Path, number: int, parts: Sequence[Statistics]) -> list[str]:
+    """Writes the Grams of a site's consumers; returns the names of the files."""
+    grams = {
+        f"{number:04}.{consumer}.{name}.state": gram
+        for consumer, of_consumer in enumerate(parts)
+        for name, gram in of_consumer.named_grams().items()
+    }
+    for name, gram in grams.items():
+        if gram.tokens:
+            _ = gram.energy  # refuses sums that overflowed
+        gram.save(folder / name)
+    return list(grams)
 
 
 class Collected:
@@ -143,7 +160,7 @@ class Collected:
                 raise InputError(
                     f"{self.folder} holds sums of the dense network, no batches: give {setting}"
                 )
-        if self._index["model"] != fingerprint(model):
+        if self._index["model"] != model_fingerprint(model):
             raise InputError(f"{self.folder} holds statistics of another model")
         names = [site.name for site in recipe.all_sites(architecture)]
         if unknown := [name for name in names if name not in self._index["sites"]]:

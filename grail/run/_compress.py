@@ -20,9 +20,13 @@ from grail.errors import InputError, NonFiniteError
 from grail.networks import Architecture, BoundSite, Site, find
 from grail.recipe import ALPHA, Compensation, Keep, Recipe, TokenWeights
 from grail.report.report import Report, SiteReport
-from grail.run import _inspect as plan
-from grail.run import checkpoint
+from grail.run import resume_folder
 from grail.run._collect import Collected
+from grail.run._inspect import by_kind, demand, waiting_place
+from grail.run.block import BlockCompressor
+from grail.run.blocks import Blocks
+from grail.run.checkpoint import Checkpoint
+from grail.run.fingerprint import HashedBatches, run_fingerprint, with_calibration
 from grail.run.loop import Run
 from grail.runtime import memory
 from grail.runtime.clock import Clock
@@ -32,7 +36,6 @@ from grail.runtime.processes import (
     checksum,
     current_processes,
     refuse_sharded,
-    watched,
 )
 from grail.runtime.transaction import Transaction, eval_no_grad
 
@@ -163,27 +166,11 @@ def compress(
     device = computing_device(model, onload)
     processes = current_processes()
     architecture = find(model, recipe.sites)
-    widths = recipe.widths(architecture)
-    dense = recipe.all_sites(architecture)
-    asked = plan.by_kind((site, (recipe.keep_of(site), widths[site.name])) for site in dense)
-    _require_finite_weights(dense)
-    if recipe.repair and not any(map(architecture.norms, range(len(architecture.blocks)))):
-        raise InputError(f"repair resets batch norms; {architecture.name} has none")
-    if recipe.token_weights is True and not any(s.probe and s.probe.normalised for s in dense):
-        raise InputError(
-            f"token_weights is for sites behind which norms read the stream, token by token; "
-            f"{architecture.name} has none"
-        )
-    if recipe.correct_attention and not any(
-        map(architecture.attention_inputs, range(len(architecture.blocks)))
-    ):
-        raise InputError(
-            f"correct_attention is for transformers whose projections to queries, keys and values "
-            f"are plain layers; {architecture.name} has none"
-        )
+    dense = _Dense(model, architecture, recipe)
+    _require_finite_weights(dense.sites)
+    _require_places(recipe, architecture, dense.sites)
     onloader = Onloader(architecture.blocks, None if onload is None else device)
     in_use = memory.in_use(device)
-    before = _size(model, dense)
     clock = Clock(device)
 
     with (
@@ -192,45 +179,36 @@ def compress(
         Transaction() as transaction,
         eval_no_grad(model),
         processes.together(),
-        checkpoint.opened(resume_dir, model, recipe, transaction, processes) as resumed,
+        resume_folder.opened(resume_dir, recipe, processes) as folder,
         clock("other"),
     ):
-        known = None
-        with clock("forward"):
-            if isinstance(batches, Collected):
-                if resumed is not None or processes.count > 1:
-                    raise InputError("collected statistics are for one process, without resume_dir")
-                stream = batches.stream(model, architecture, recipe, device)
-                known = partial(batches.statistics, recipe=recipe, stream=stream)
-            else:
-                read = batches if resumed is None else resumed.reading(batches)
+        checkpoint = known = None
+        if isinstance(batches, Collected):
+            if folder is not None or processes.count > 1:
+                raise InputError("collected statistics are for one process, without resume_dir")
+            stream = batches.stream(model, architecture, recipe, device)
+            known = partial(batches.statistics, recipe=recipe, stream=stream)
+        else:
+            fingerprint = {} if folder is None else run_fingerprint(model, recipe)
+            read = HashedBatches(batches)
+            with clock("forward"):
                 stream = _stream(model, architecture, read, storage, device, processes, recipe)
+            if folder is not None:
+                fingerprint = with_calibration(fingerprint, read)
+                checkpoint = Checkpoint(folder, fingerprint, model, transaction, processes)
         if recipe.shifts_bias:
-            architecture.ensure_biases(dense, transaction)
+            architecture.ensure_biases(dense.sites, transaction)
         predicted = _predicted_peak(architecture, recipe, stream, onload is not None)
-        run = Run(architecture, recipe, stream, transaction, clock, resumed, onloader, known)
-        rows = run.all_blocks(progress)
-        architecture.write_config(dense, widths, transaction)
+        blocks = Blocks(architecture, recipe, stream, clock, onloader, known)
+        run = Run(BlockCompressor(blocks, transaction), checkpoint)
+        run.compress(progress)
+        architecture.write_config(dense.sites, dense.widths, transaction)
 
-    after = _size(model, recipe.all_sites(architecture))
     return Report(
         settings=recipe.as_dict(),
-        model={
-            "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
-            "class": type(model).__name__,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "device": str(device),
-            **{key: {"before": before[key], "after": after[key]} for key in before},
-            "beyond_configuration": architecture.beyond_configuration(dense, widths),
-        },
-        calibration={
-            "tokens": stream.tokens,
-            "sequences": stream.samples,
-            "sequence_length": max(
-                (h.shape[1] if stream.has_sequences(h) else 1 for h in stream.hidden), default=None
-            ),
-        },
-        sites=rows,
+        model=dense.compared(model, device),
+        calibration=_counts(stream),
+        sites=run.rows,
         inputs=run.inputs,
         seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         memory={
@@ -240,49 +218,93 @@ def compress(
         },
         resumed=run.resumed,
         notes=[
-            *_notes(recipe, asked, stream, rows),
+            *_notes(recipe, dense.asked, stream, run.rows),
             *run.notes,
-            *architecture.notes(dense, widths),
+            *architecture.notes(dense.sites, dense.widths),
         ],
         versions=_versions(),
     )
 
 
+class _Dense:
+    """A model before the run, for its report.
+
+    `sites` and `widths`: see `Recipe`. `asked`: by kind, the share that was asked for, and the
+    width that the structure allows.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture, recipe: Recipe):
+        self._architecture, self._recipe = architecture, recipe
+        self.widths = recipe.widths(architecture)
+        self.sites = recipe.all_sites(architecture)
+        self.asked = by_kind(
+            (site, (recipe.keep_of(site), self.widths[site.name])) for site in self.sites
+        )
+        self._size = _size(model, self.sites)
+
+    def compared(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
+        """Returns a description of the model with its sizes before the run and now."""
+        now = _size(model, self._recipe.all_sites(self._architecture))
+        return {
+            "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
+            "class": type(model).__name__,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "device": str(device),
+            **{key: {"before": self._size[key], "after": now[key]} for key in now},
+            "beyond_configuration": self._architecture.beyond_configuration(
+                self.sites, self.widths
+            ),
+        }
+
+
+def _counts(stream: Stream) -> dict[str, Any]:
+    """Returns the numbers of the calibration's tokens and sequences, and their greatest length."""
+    lengths = (h.shape[1] if stream.has_sequences(h) else 1 for h in stream.hidden)
+    return {
+        "tokens": stream.tokens,
+        "sequences": stream.samples,
+        "sequence_length": max(lengths, default=None),
+    }
+
+
 def _stream(
     model: nn.Module,
     architecture: Architecture,
-    batches: Iterable[Batch],
+    batches: HashedBatches,
     storage: torch.device | str,
     device: torch.device,
     processes: Processes,
     recipe: Recipe,
 ) -> Stream:
-    """The calibration set at the model's entry, once all processes are known to do the same."""
+    """Returns the calibration set at the model's entry; all processes must have the same.
+
+    Raises:
+        InputError: the model, settings or batches differ between processes.
+    """
     room = None
     automatic = storage == "auto"
     if automatic:
-        storage = architecture.device  # the host, where a model is brought from there
-        # Of one stream, where a run has up to four.
+        storage = architecture.device  # the host, if blocks are brought from there
+        # For one set of hidden states; a run has up to four.
         room = memory.free(device) // 4 if storage.type == "cuda" else None
     enter = partial(Stream, model, architecture.blocks, storage=storage, device=device, room=room)
     if processes.count == 1:
         stream = enter(batches)
     else:
-        said = {key: value for key, value in recipe.as_dict().items() if key != "selector"}
-        processes.require_equal("the settings", said)
+        settings = {key: value for key, value in recipe.as_dict().items() if key != "selector"}
+        processes.require_equal("the settings", settings)
         processes.require_equal("the model", checksum(model.parameters()))
-        read: list[int] = []
-        stream = enter(watched(batches, read), processes=processes)
-        processes.require_equal("the calibration", read)
+        stream = enter(batches, processes=processes)
+        processes.require_equal("the calibration", batches.sha256)
     if automatic and stream.storage.type != "cpu":
         held = sum(hidden.nbytes for hidden in stream.hidden)
         size = _sizes(stream)
-        stream.rest_on(plan.waiting_place(architecture, recipe, *size, held))
+        stream.rest_on(waiting_place(architecture, recipe, *size, held))
     return stream
 
 
 def _sizes(stream: Stream) -> tuple[int, int]:
-    """Tokens of all batches here and of the largest; those that do not count take room, too."""
+    """Returns the tokens of all batches and of the largest, with those that do not count."""
     sizes = [hidden.shape[:2].numel() for hidden in stream.hidden]
     return sum(sizes), max(sizes, default=0)
 
@@ -290,10 +312,10 @@ def _sizes(stream: Stream) -> tuple[int, int]:
 def _predicted_peak(
     architecture: Architecture, recipe: Recipe, stream: Stream, onloads: bool
 ) -> int:
-    """Bytes that the run adds; 0 where they depend on more than shapes of weights."""
+    """Returns the bytes that the run adds; 0 if they depend on more than shapes of weights."""
     if architecture.activations_per_token is None:
         return 0
-    parts = plan.demand(
+    parts = demand(
         architecture,
         recipe,
         *_sizes(stream),
@@ -301,6 +323,23 @@ def _predicted_peak(
         stream.device if onloads else None,
     )
     return sum(parts.values())
+
+
+def _require_places(recipe: Recipe, architecture: Architecture, sites: Sequence[BoundSite]) -> None:
+    """Raises InputError for a setting of layers that the network does not have."""
+    blocks = range(len(architecture.blocks))
+    if recipe.repair and not any(map(architecture.norms, blocks)):
+        raise InputError(f"repair resets batch norms; {architecture.name} has none")
+    if recipe.token_weights is True and not any(s.probe and s.probe.normalised for s in sites):
+        raise InputError(
+            f"token_weights is for sites behind which norms read the stream, token by token; "
+            f"{architecture.name} has none"
+        )
+    if recipe.correct_attention and not any(map(architecture.attention_inputs, blocks)):
+        raise InputError(
+            f"correct_attention is for transformers whose projections to queries, keys and values "
+            f"are plain layers; {architecture.name} has none"
+        )
 
 
 def _require_finite_weights(sites: Sequence[BoundSite]) -> None:
@@ -318,7 +357,7 @@ def _require_finite_weights(sites: Sequence[BoundSite]) -> None:
 def _size(model: nn.Module, sites: Sequence[BoundSite]) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "widths": plan.by_kind((site, site.channels) for site in sites),
+        "widths": by_kind((site, site.channels) for site in sites),
     }
 
 

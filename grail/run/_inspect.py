@@ -23,12 +23,14 @@ from grail.calibrate.stream import Stream
 from grail.files.load import positions
 from grail.networks import Architecture, BoundSite, CalibrationPoint, find, grouped
 from grail.recipe import Recipe
-from grail.run.loop import Run
+from grail.run.block import BlockCompressor
+from grail.run.blocks import Blocks
 from grail.runtime import memory
 from grail.runtime.clock import Clock
 from grail.runtime.onload import Onloader, computing_device, largest_block
 from grail.runtime.transaction import Transaction, eval_no_grad
 from grail.select import cholesky, elimination, greedy
+from grail.statistics.collector import ignore
 from grail_kernels import BUFFER_TOKENS, check_kind
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -402,11 +404,12 @@ def _seconds(
         with eval_no_grad(model), Transaction() as transaction:
             stream = enter()
             clock = Clock(stream.device)
-            run = Run(architecture, recipe, stream, transaction, clock, onload=onloader)
-            if any(width.kept < width.channels for width in run.widths.values()):
+            compressor = BlockCompressor(
+                Blocks(architecture, recipe, stream, clock, onloader), transaction
+            )
+            if any(compressor.blocks.active):
                 # Not the first: what runs before all sites never drifts, and is never corrected.
-                number = min(1, blocks - 1)
-                run.block(number, lambda n: None)
+                compressor.compress(min(1, blocks - 1), ignore)
             transaction.undo()
         repeats = -(-tokens // stream.tokens)
         each = {"forward": repeats, "gram": repeats}

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -49,9 +49,14 @@ class Clock:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Always the same dictionary, up to date when it is asked for."""
+        """The seconds of each phase so far."""
         self._add_up(0)
-        return self._seconds
+        return dict(self._seconds)
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Adds the seconds of an earlier run."""
+        for phase, passed in seconds.items():
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + passed
 
     def _settle(self) -> None:
         now = self._mark()
@@ -72,7 +77,7 @@ class Clock:
         """Adds up the oldest stretches, all but `left` of them."""
         while len(self._passed) > left:
             phase, start, end = self._passed.popleft()
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + _between(start, end)
+            self.add({phase: _between(start, end)})
 
 
 def _between(start: Mark, end: Mark) -> float:

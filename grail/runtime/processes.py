@@ -17,7 +17,7 @@ are exchanged by `grail.run.exchange`.
 import itertools
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from grail.errors import InputError, RankError
 
@@ -224,14 +223,6 @@ def refuse_sharded(model: nn.Module) -> None:
                 f"{name} is a DTensor: each process must hold the whole model; gather it first "
                 "(full_tensor), or load it without tensor parallelism"
             )
-
-
-def watched(batches: Iterable[Item], seen: list[int]) -> Iterator[Item]:
-    """Yields the batches; appends a checksum of each to `seen`."""
-    for batch in batches:
-        leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-        seen.append(checksum(leaf for leaf in leaves if isinstance(leaf, Tensor)))
-        yield batch
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:

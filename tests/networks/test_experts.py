@@ -15,7 +15,7 @@ from grail.errors import InputError
 from grail.networks import find
 from grail.networks.layers import Routed
 from grail.report.report import SiteReport
-from grail.run.solver import _last_share
+from grail.run.solver import last_share
 from grail.statistics import collector as passes
 from tests.conftest import MIXTURES
 
@@ -184,8 +184,8 @@ def test_experts_that_undo_nothing_for_want_of_tokens_do_not_speak_for_their_lay
         )  # fmt: skip
 
     rows = [row("a", 0, 90, 0.1), row("b", 1, 90, 0.6), row("c", 1, 10, 0.5), row("d", 1, 0, 0.0)]
-    assert _last_share(rows, "experts") == pytest.approx(0.59)
-    assert _last_share(rows, "mlp") == 0.0
+    assert last_share(rows, "experts") == pytest.approx(0.59)
+    assert last_share(rows, "mlp") == 0.0
 
 
 def test_held_out_sequences_stay_held_out_in_every_expert(tiny_model, tiny_batches):

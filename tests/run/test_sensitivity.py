@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import grail
 from grail.errors import InputError, ModelError, NonFiniteError, StateError
-from grail.run import budget, checkpoint
+from grail.run import budget, measurement
 from grail.select import greedy
 from tests import convnets
 from tests.counting import injected
@@ -187,7 +187,7 @@ def test_what_cannot_be_measured_is_refused(settings, message, tiny_llama, tiny_
 @pytest.fixture
 def kill(monkeypatch):
     """`kill(after)`: the next measurement ends once it has kept so many blocks; None: never."""
-    return killing(checkpoint.Measurement, "write", monkeypatch)
+    return killing(measurement.Measurement, "write", monkeypatch)
 
 
 CASES = {

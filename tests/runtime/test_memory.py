@@ -145,7 +145,7 @@ def test_memory_that_runs_out_before_anything_is_added_leaves_the_sums(monkeypat
 LIMITED = """
 import resource, torch, grail
 from transformers import LlamaConfig, LlamaForCausalLM
-from grail.checkpoint import fingerprint
+from grail.run.fingerprint import model_fingerprint
 torch.set_num_threads(1)
 config = LlamaConfig(
     vocab_size=97, hidden_size=256, intermediate_size=4096, num_hidden_layers=2,
@@ -154,7 +154,7 @@ config = LlamaConfig(
 model = LlamaForCausalLM(config).eval()
 small = [torch.randint(97, (1, 64)) for _ in range(2)]
 grail.compress(LlamaForCausalLM(config).eval(), small, keep=0.5, selector="wanda", progress=False)
-before = fingerprint(model)
+before = model_fingerprint(model)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 _, most = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20), most))
@@ -163,7 +163,7 @@ try:
 except grail.errors.OutOfMemoryError as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
-assert fingerprint(model) == before
+assert model_fingerprint(model) == before
 """
 
 
