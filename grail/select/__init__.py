@@ -14,7 +14,8 @@ committed figure can be measured again, and are listed last.
 
 Any function of either form can be passed to `grail.compress(selector=...)`; it may also return the
 index [K] or the mask [H] of the channels that stay. A selector that reads `view.gradient`, for
-which a run has to go backwards through every block, has the attribute `needs_gradient`.
+which a run has to go backwards through every block, has the attribute `needs_gradient`. One whose
+search takes memory registers `peak_bytes`; without it the selector must be cheap.
 """
 
 import difflib
@@ -32,6 +33,7 @@ from grail.errors import InputError, NonFiniteError
 from grail.select.view import View
 
 __all__ = [
+    "PeakBytes",
     "Registered",
     "Selector",
     "View",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 Selector = Callable[[View], Reduction | Tensor | Sequence[int]]
+PeakBytes = Callable[[View], int]
 _Choice = TypeVar("_Choice", bound=Callable[[View], Reduction | Tensor])
 
 _EXTRA = f"{__name__}.extra"
@@ -52,11 +55,13 @@ _registry: dict[str, "Registered"] = {}
 
 @dataclass(frozen=True)
 class Registered:
-    """A selector by name; of scores [H] the highest stay."""
+    """A selector by name; of scores [H] the highest stay. Its fields: see `register`."""
 
     name: str
     choose: Callable[[View], Reduction | Tensor]
     needs_gradient: bool = False
+    peak_bytes: PeakBytes | None = None
+    folds: bool = False
 
     def __call__(self, view: View) -> Reduction:
         if self.needs_gradient and view.gradient is None:
@@ -75,11 +80,23 @@ class Registered:
         return self.choose.__module__.startswith(_EXTRA)
 
 
-def register(name: str, *, needs_gradient: bool = False) -> Callable[[_Choice], _Choice]:
-    """Registers a function from `View` to scores [H], or to a `Reduction`, as selector `name`."""
+def register(
+    name: str,
+    *,
+    needs_gradient: bool = False,
+    peak_bytes: PeakBytes | None = None,
+    folds: bool = False,
+) -> Callable[[_Choice], _Choice]:
+    """Registers a function from `View` to scores [H], or to a `Reduction`, as selector `name`.
+
+    Args:
+        needs_gradient: whether it reads `View.gradient`.
+        peak_bytes: the peak memory of its search beside the view.
+        folds: whether it returns a `Folding`.
+    """
 
     def decorate(choose: _Choice) -> _Choice:
-        _registry[name] = Registered(name, choose, needs_gradient)
+        _registry[name] = Registered(name, choose, needs_gradient, peak_bytes, folds)
         return choose
 
     return decorate

@@ -30,7 +30,7 @@ from grail.errors import InputError
 from grail.select import View, register
 
 
-@register("folding")
+@register("folding", folds=True)
 def folding(view: View) -> Reduction:
     """Folds Ward's clusters of the activations."""
     return Folding(ward(view.gram.matrix().double(), foldable(view).kept))

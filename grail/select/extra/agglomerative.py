@@ -9,7 +9,7 @@ from grail.select import View, register
 from grail.select.folding import foldable, ward
 
 
-@register("folding-agglomerative")
+@register("folding-agglomerative", folds=True)
 def folding_agglomerative(view: View) -> Reduction:
     """Folds Ward's clusters of the producer rows."""
     rows = view.rows.double()

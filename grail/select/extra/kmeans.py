@@ -17,7 +17,7 @@ from grail.select.folding import by_first_member, foldable
 ITERATIONS = 25
 
 
-@register("folding-kmeans")
+@register("folding-kmeans", folds=True)
 def folding_kmeans(view: View) -> Reduction:
     """Folds k-means clusters of the producer rows."""
     return Folding(kmeans(view.rows, foldable(view).kept, view.generator))
