@@ -89,7 +89,6 @@ def test_the_networks_page_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch)
 def test_the_networks_page_names_every_selector():
     page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"`([a-z0-9+-]+)`", page.split("## Selectors")[1].split("##")[0]))
-    listed |= {f"magnitude{suffix}" for suffix in listed if suffix.startswith("-")}
     assert listed >= set(grail.select.names())
 
 

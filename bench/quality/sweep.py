@@ -49,8 +49,18 @@ from grail.select.flap import flap as flap_scores
 KEEPS = (0.5, 0.7, 0.3, 0.9, 0.8, 0.6, 0.4)
 # In the order of measuring; what grail.select knows beside them comes last.
 FIRST = (
-    *("magnitude", "wanda", "greedy", "folding", "flap", "slimgpt", "random", "gram", "cholesky"),
-    *("wanda++", "backward", "folding-agglomerative", "folding-activations"),
+    *(
+        "magnitude",
+        "wanda",
+        "greedy",
+        "folding-kmeans",
+        "flap",
+        "slimgpt",
+        "random",
+        "gram",
+        "cholesky",
+    ),
+    *("wanda++", "backward", "folding-agglomerative", "folding"),
 )
 PAPER: dict[str, Any] = {
     "alpha": 1e-3,
@@ -392,7 +402,7 @@ def _studies(name: str, keep: float) -> Iterator[StudyRow]:
             yield selector, keep, "ours, attention corrected, tokens weighted", corrected, default
     for variant, settings in FOLDINGS.items():
         if name == "resnet18" or "REPAIR" not in variant:
-            yield "folding", keep, variant, settings, default
+            yield "folding-kmeans", keep, variant, settings, default
 
 
 def main() -> None:

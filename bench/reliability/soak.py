@@ -58,7 +58,7 @@ def one_round(generator: torch.Generator, folder: Path) -> None:
             )
     network = ResNet(channels=1, width=4)
     images = [torch.randn(8, 1, 28, 28, generator=generator) for _ in range(2)]
-    for selector in ("greedy", "folding"):
+    for selector in ("greedy", "folding-kmeans"):
         grail.compress(network, images, 0.7, selector=selector, progress=False)
     mlp = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 8))
     rows = [torch.randn(64, 24, generator=generator) for _ in range(2)]

@@ -245,7 +245,7 @@ def test_taps_fitted_alone_never_have_the_larger_error(seed, keep):
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("selector", ["folding", "folding-agglomerative", "folding-activations"])
+@pytest.mark.parametrize("selector", ["folding", "folding-kmeans", "folding-agglomerative"])
 @pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
 @pytest.mark.parametrize("name", ["torchvision-basic", "torchvision-bottleneck", "timm-inverted"])
 def test_folding_of_doubled_channels_loses_nothing(name, compensate, selector):
