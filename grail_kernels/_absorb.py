@@ -6,8 +6,6 @@ all rows. The packed Gram is read where it lies, so neither a dense G (4*H^2 byt
 is ever formed: beside W_D and the result torch holds one strip, Triton nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -29,8 +29,6 @@ row, about D*K*O*(itemsize / BLOCK_K + 4*H / (K*BLOCK_O)). At O = 4096, H = 1100
 that is 745 GFLOP against 10 GB: bound by tensor cores and L2 alike.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

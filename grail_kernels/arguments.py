@@ -1,7 +1,5 @@
 """The kinds of arguments that public calls take; others are refused by the name of their type."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

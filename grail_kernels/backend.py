@@ -1,7 +1,5 @@
 """Which implementation runs: Triton where it can, its torch twin everywhere."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os

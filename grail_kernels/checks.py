@@ -1,7 +1,5 @@
 """What the kernels refuse, and how they say it: every check runs before anything is written."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

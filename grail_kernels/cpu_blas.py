@@ -12,8 +12,6 @@ of the accumulator (the wider, the nearer to OpenBLAS's full rate), so that it i
 of its own. A NumPy built on another library, or on one without these calls, is left alone.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import itertools

@@ -8,8 +8,6 @@ One operator, `torch.ops.grail.gram_`, serves four public functions: a matrix, a
 a batch of uneven experts, and the hidden activation of a gated MLP.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """What the Triton kernels of Gram matrices share: the walk over tiles, adding one, split tokens."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping
@@ -128,30 +126,12 @@ def tiles_of(channels: int, edge: int) -> int:
     return tile_rows * (tile_rows + 1) // 2
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What a launch has to know of a GPU.
-
-    Attributes:
-        architecture: as `tuning.architecture_of` names it.
-        processors: its multiprocessors.
-        has_tma: whether it has a tensor memory accelerator that Triton drives well: sm_90. (Triton
-            3.6 fails to compile for sm_100 what reads through it here.)
-    """
-
-    architecture: str
-    processors: int
-    has_tma: bool
-
-
 @functools.cache
-def gpu_of(device: torch.device) -> Gpu:
-    """The GPU `device`, asked once: the driver takes its time to answer."""
-    architecture = tuning.architecture_of(device)
+def _processors(device: torch.device) -> int:
+    """The multiprocessors of a GPU, asked once: the driver takes its time to answer."""
     if device.type != "cuda":
-        return Gpu(architecture, _INTERPRETER_PROCESSORS, has_tma=interpreting())
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Gpu(architecture, processors, has_tma=architecture == "sm_90")
+        return _INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass(frozen=True)
@@ -182,22 +162,19 @@ class Launch:
             read: the arguments of the kernel that describe the activations.
         """
         matrices, channels = self.batch.out.shape[0], self.batch.x.shape[-1]
-        targets = self.batch.targets
+        targets = {name: t for name, t in self.batch.targets.items() if t is not None}
         programs = tiles_of(channels, self.config.block_channels)
         splits = 1
         if self.splits_tokens:
-            processors = gpu_of(self.batch.x.device).processors
+            processors = _processors(self.batch.x.device)
             splits = tuning.token_splits(matrices * programs, count, processors)
-        if self.batch.sums is not None or self.batch.nonfinite is not None:
+        if len(targets) > 1:  # something to collect
             programs += math.ceil(channels / self.config.block_channels)
         parts = targets
         if splits > 1:
-            parts = {
-                name: None if target is None else target.new_zeros(splits, *target.shape)
-                for name, target in targets.items()
-            }
+            parts = {name: t.new_zeros(splits, *t.shape) for name, t in targets.items()}
         self.kernel[(programs * matrices, splits)](
-            **{f"{name}_ptr": part for name, part in parts.items()},
+            **{f"{name}_ptr": parts.get(name) for name in self.batch.targets},
             **read,
             H=channels,
             matrices=matrices,
@@ -207,10 +184,9 @@ class Launch:
             num_warps=self.config.warps,
             num_stages=self.config.stages,
         )
-        for name, target in targets.items():
-            part = parts[name]
-            if splits > 1 and target is not None and part is not None:
-                target += part.sum(0)
+        if splits > 1:
+            for name, part in parts.items():
+                targets[name] += part.sum(0)
 
 
 def constants(config: tuning.GramConfig, parts: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """A call of the Gram operator: its tensors, their names to a caller, what of them is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -41,13 +39,13 @@ class GramCall(NamedTuple):
         """What has an entry for each token."""
         return {"mask": self.mask, "weights": self.weights}
 
-    def as_batch(self) -> GramCall:
+    def as_batch(self) -> "GramCall":
         """The same call with a dimension for its matrices."""
         if self.out.dim() == 2:
             return self
         return self._replace(**self._at(None, "out", "x", "sums", "nonfinite", "gate"))
 
-    def single_matrices(self) -> Iterator[GramCall]:
+    def single_matrices(self) -> Iterator["GramCall"]:
         """A call for each matrix of a batch."""
         if self.out.dim() == 1:
             yield self

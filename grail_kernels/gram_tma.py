@@ -13,8 +13,6 @@ Bytes: each tile reads 2*T*BLOCK_H*itemsize from L2, which at 128 x 128 bounds i
 tensor cores do; the matrix moves 4*H^2 a launch. Laying out reads and writes the activations once.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -24,12 +22,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grail_kernels import tuning
+from grail_kernels.backend import interpreting
 from grail_kernels.gram_blocks import (
     Launch,
     add_collected,
     add_tile,
     constants,
-    gpu_of,
     program_of,
     tile_of,
 )
@@ -187,8 +185,11 @@ def _lay_kernel(
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether this kernel is for the GPU `device`."""
-    return gpu_of(device).has_tma
+    """Whether this kernel is for the GPU `device`: sm_90.
+
+    Triton 3.6 fails to compile for sm_100 what reads through the engine here.
+    """
+    return interpreting() if device.type != "cuda" else tuning.architecture_of(device) == "sm_90"
 
 
 def takes(call: GramCall) -> bool:
@@ -201,7 +202,7 @@ def launch_of(batch: GramCall) -> Launch:
     """The launch for a call with a dimension for its matrices."""
     channels, device = batch.x.shape[-1], batch.x.device
     parts, dtype = _laid_form(batch.x.dtype)
-    config = tuning.tma_config(parts, channels, architecture=gpu_of(device).architecture)
+    config = tuning.tma_config(parts, channels, architecture=tuning.architecture_of(device))
     return Launch(_gram_tma_kernel, config, constants(config, parts, dtype), batch)
 
 

@@ -1,7 +1,5 @@
 """The torch twin of the Gram kernels: a library's GEMMs, strip by strip or tile by tile."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

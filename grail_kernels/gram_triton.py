@@ -20,8 +20,6 @@ Bytes: each tile row reads T*H*itemsize once per tile in it, from L2; the matrix
 launch. Bound by the tensor cores from about 500 channels on.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -36,7 +34,6 @@ from grail_kernels.gram_blocks import (
     Launch,
     add_collected,
     add_tile,
-    gpu_of,
     products_of_parts,
     program_of,
     tile_of,
@@ -257,7 +254,7 @@ def _add_parts(batch: GramCall, parts: list[_Part]) -> None:
         weighted=is_weighted,
         gated=batch.gate is not None,
         aligned=_is_aligned(first),
-        architecture=gpu_of(first.device).architecture,
+        architecture=tuning.architecture_of(first.device),
     )
     fixed = constants(config, dtype, is_weighted, repeats=first.shape[1] > 1)
     launch = Launch(_gram_kernel, config, fixed, batch, splits_tokens=batch.offsets is None)

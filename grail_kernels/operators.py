@@ -1,7 +1,5 @@
 """Operators of `torch.ops.grail` whose first call does not wait for the import of torch._dynamo."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable

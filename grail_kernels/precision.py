@@ -1,7 +1,5 @@
 """Products of fp32 in fp32, whatever the caller has allowed for its own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -14,8 +14,6 @@ must stay positive semi-definite and whose two operands are exact anyway.
 An fp16 is exactly two parts.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 They share nothing with the kernels: dense matrices, no packing, no blocks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -8,8 +8,6 @@ diagonal block of a strip are scratch: GEMMs write them, nothing reads them. All
 leading batch dimensions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -8,8 +8,6 @@ sm_90 were timed on an H100 (bench/results/gpu/tuning.csv, and trials.csv for th
 `gram_tma`); those of "default", which nobody has timed, spill two dozen registers at most.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Iterator, Mapping
@@ -178,6 +176,7 @@ def absorb_config(
     return config
 
 
+@functools.cache
 def architecture_of(device: torch.device) -> str:
     """What the table calls the GPU `device`, such as "sm_90" or "gfx942"; else "interpreter"."""
     if device.type != "cuda":

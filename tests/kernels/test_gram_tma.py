@@ -60,7 +60,7 @@ def test_a_launch_takes_some_of_the_tokens(
     launched: list[int] = []
     add = gram_tma.Launch.add
 
-    def spy(launch: object, tokens: int, *rest: int, **read: object) -> None:
+    def spy(launch: object, tokens: int, /, *rest: int, **read: object) -> None:
         launched.append(tokens)
         add(launch, tokens, *rest, **read)
 
