@@ -40,7 +40,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.measuring import Row, command_line, machine, write_rows
-from grail.calibrate.stream import HiddenStates, Stream
+from grail.calibrate.hidden_states import HiddenStates
+from grail.calibrate.stream import Stream
 from grail.networks import find
 from grail.recipe import Recipe
 from grail.run import _inspect as plan

@@ -36,6 +36,7 @@ from grail import select
 from grail.algebra.gram import NonFinite
 from grail.algebra.width import ChannelWidth, check_keep
 from grail.arguments import plain, require_batches, require_model, require_number, require_whole
+from grail.calibrate.batches import Batch, model_inputs
 from grail.calibrate.samples import (
     Change,
     Order,
@@ -44,7 +45,7 @@ from grail.calibrate.samples import (
     first_tensor,
     masks_of,
 )
-from grail.calibrate.stream import Batch, Stream, model_inputs
+from grail.calibrate.stream import Stream
 from grail.errors import InputError, ModelError
 from grail.networks import Architecture, Site, find
 from grail.recipe import Recipe

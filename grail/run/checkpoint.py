@@ -32,7 +32,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from grail.arguments import as_path
-from grail.calibrate.stream import Batch, HiddenStates, Stream
+from grail.calibrate.batches import Batch
+from grail.calibrate.hidden_states import HiddenStates
+from grail.calibrate.stream import Stream
 from grail.errors import InputError, StateError
 from grail.recipe import Recipe
 from grail.report.report import InputReport, SiteReport

@@ -36,7 +36,8 @@ from grail import select
 from grail.algebra._fit import Auto, Fit
 from grail.algebra.kinds import plain_output
 from grail.algebra.reduction import Folding, Reduction, Selection
-from grail.calibrate.stream import HiddenStates, OutputCache, Stream
+from grail.calibrate.hidden_states import HiddenStates, OutputCache
+from grail.calibrate.stream import Stream
 from grail.errors import GrailError, ModelError
 from grail.networks import (
     AnyPoint,
@@ -100,7 +101,7 @@ class Run:
         self._onload = onload or Onloader(stream.blocks, None)
         self._dense = stream.fork() if recipe.follows_drift else None
         self._passes = Collector(recipe, stream, clock, known)
-        self._memo = OutputCache((), stream)
+        self._memo = OutputCache(stream.device, stream.storage)
         self._processes = stream.processes
         # What the dense network holds where sites land within a block; every block uses the memory
         # again.
@@ -258,9 +259,8 @@ class Run:
         for step in grouped(sites):
             # The block is finished from the last site on: what ran before it need not run again.
             upstream = step[0].upstream if step[-1] is sites[-1] else ()
-            self._memo = OutputCache(upstream, self.stream, self._memo.shelves)
             undone = {site: targets[site] for site in step if site in targets}
-            with self._memo.recording():
+            with self._memo.recording(upstream):
                 collected = self._passes.collect(block, step, undone, advance, finish=False)
             for site, decision in self._decided(collected, self._decider.decide, gradient):
                 rows[site.name] = self._compress(site, decision, undone.get(site))
