@@ -37,7 +37,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.tools.measuring import Row, command_line, machine, write_rows
-from grail.calibrate.stream import HiddenStates, Stream
+from grail.calibrate.hidden_states import HiddenStates
+from grail.calibrate.stream import Stream
 from grail.networks import find
 from grail.recipe import Recipe
 from grail.run import _inspect as plan

@@ -22,10 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 from grail.algebra.reduction import Reduction
 from grail.algebra.width import ChannelWidth, usual_multiple
-from grail.calibrate.stream import replaced_forward
 from grail.errors import InputError, ModelError
 from grail.networks.layers import Consumer, Producer, Reader, Routed
 from grail.networks.site import BoundSite, ResidualProbe
+from grail.runtime.hooks import replaced_forward
 from grail.runtime.transaction import Transaction
 
 # torch's grouped_mm wants rows of whole multiples of 16 bytes: 8 channels of 16 bits. Experts of 32

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from grail.algebra.reduction import Selection
 from grail.algebra.rounding import is_close
-from grail.calibrate.stream import Stream, replaced_forward
+from grail.calibrate.stream import Stream
 from grail.errors import GrailError, ModelError
 from grail.networks.layers import Consumer
 from grail.networks.site import BoundSite
 from grail.networks.transformer import Layout, Mlp, ProbeSpec, Transformer
+from grail.runtime.hooks import replaced_forward
 from grail.runtime.memory import ran_out
 from grail.runtime.transaction import Transaction
 

@@ -23,7 +23,8 @@ from torch import nn
 
 from grail.algebra.gram import Gram, NonFinite
 from grail.arguments import as_path, as_paths, require_batches, require_model
-from grail.calibrate.stream import Batch, HiddenStates, Stream
+from grail.calibrate.batches import Batch
+from grail.calibrate.stream import Stream
 from grail.errors import InputError, StateError
 from grail.networks import Architecture, BoundSite, Site, find
 from grail.recipe import Recipe
@@ -33,7 +34,6 @@ from grail.runtime import state
 from grail.runtime.clock import Clock
 from grail.runtime.folder import complete
 from grail.runtime.onload import Onloader, computing_device
-from grail.runtime.processes import Processes
 from grail.runtime.transaction import eval_no_grad
 from grail.statistics.site_statistics import HELD_OUT, Statistics
 
@@ -165,7 +165,7 @@ class Collected:
         names = [site.name for site in recipe.all_sites(architecture)]
         if unknown := [name for name in names if name not in self._index["sites"]]:
             raise InputError(f"{self.folder} holds no statistics of {', '.join(unknown)}")
-        return _Past(architecture.blocks, self._index["calibrations"], device)
+        return _Past(model, architecture.blocks, self._index["calibrations"], device)
 
     def statistics(self, site: BoundSite, recipe: Recipe, stream: Stream) -> list[Statistics]:
         """Those of each consumer of a site; where nothing is to be held out, of all sequences."""
@@ -200,21 +200,21 @@ class _Past(Stream):
 
     def __init__(
         self,
+        model: nn.Module,
         blocks: Sequence[nn.Module],
         calibrations: Sequence[Mapping[str, int]],
         device: torch.device,
     ):
-        self.blocks, self.storage, self.device = blocks, torch.device("cpu"), device
-        self.processes, self.hidden, self.own_tokens = Processes(), HiddenStates(self.storage), 0
+        self._calibrations = calibrations
         self.held_out_tokens = 0  # of the sites so far
-        self.tokens, self._sequences = (
-            sum(calibration[count] for calibration in calibrations)
-            for count in ("tokens", "sequences")
-        )
+        super().__init__(model, blocks, (), device=device)
+
+    def _count(self) -> None:
+        self.own_tokens, self.tokens = 0, sum(past["tokens"] for past in self._calibrations)
 
     @property
     def samples(self) -> int:
-        return self._sequences
+        return sum(past["sequences"] for past in self._calibrations)
 
     @property
     def holds_out(self) -> bool:

@@ -15,7 +15,8 @@ from grail.algebra._fit import Auto, Damping, Toward
 from grail.algebra.gram import NonFinite
 from grail.algebra.width import Width
 from grail.arguments import require_batches, require_model
-from grail.calibrate.stream import Batch, Stream
+from grail.calibrate.batches import Batch
+from grail.calibrate.stream import Stream
 from grail.errors import InputError, NonFiniteError
 from grail.networks import Architecture, BoundSite, Site, find
 from grail.recipe import ALPHA, Compensation, Keep, Recipe, TokenWeights

@@ -30,7 +30,8 @@ from grail import select
 from grail.algebra.gram import NonFinite
 from grail.algebra.width import ChannelWidth, check_keep
 from grail.arguments import plain, require_batches, require_model, require_number, require_whole
-from grail.calibrate.stream import Batch, Stream
+from grail.calibrate.batches import Batch
+from grail.calibrate.stream import Stream
 from grail.errors import InputError, ModelError
 from grail.networks import Architecture, BoundSite, Site, find, grouped
 from grail.recipe import Recipe

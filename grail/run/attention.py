@@ -17,7 +17,7 @@ channels show.
 import math
 
 from grail.algebra._fit import Fit
-from grail.calibrate.stream import HiddenStates
+from grail.calibrate.hidden_states import HiddenStates
 from grail.errors import ModelError
 from grail.networks import AttentionInput
 from grail.report.report import InputReport

@@ -15,7 +15,8 @@ from functools import partial
 from torch import Tensor
 
 from grail.algebra.reduction import Folding
-from grail.calibrate.stream import HiddenStates, OutputCache, Stream
+from grail.calibrate.hidden_states import HiddenStates, OutputCache
+from grail.calibrate.stream import Stream
 from grail.errors import ModelError
 from grail.networks import AttentionInput, BoundSite, CalibrationPoint, grouped
 from grail.run.attention import AttentionCorrection
@@ -52,7 +53,7 @@ class BlockCompressor:
         self._folding = ExactFolding(blocks, self._narrower, self.solver, exchange)
         self._attention = AttentionCorrection(blocks, self.solver, exchange, transaction)
         # Memory that every block uses again.
-        self._cache = OutputCache((), blocks.stream)
+        self._cache = OutputCache(blocks.stream.device, blocks.stream.storage)
         self._observed: list[HiddenStates] = []
 
     @property
@@ -138,9 +139,8 @@ class BlockCompressor:
         for step in grouped(sites):
             # The block is finished from the last site on: what ran before it need not run again.
             upstream = step[0].upstream if step[-1] is sites[-1] else ()
-            self._cache = OutputCache(upstream, self._stream, self._cache.shelves)
             of_step = {site: targets[site] for site in step if site in targets}
-            with self._cache.recording():
+            with self._cache.recording(upstream):
                 collected = self._collector.collect(block, step, of_step, advance, finish=False)
             self.narrow(collected, self.blocks.gradients(step), of_step, report)
         if self._recipe.repair and sites:

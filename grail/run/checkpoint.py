@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grail.calibrate.stream import HiddenStates, Stream
+from grail.calibrate.hidden_states import HiddenStates
+from grail.calibrate.stream import Stream
 from grail.errors import StateError
 from grail.report.report import InputReport, SiteReport
 from grail.run.fingerprint import require_same_run

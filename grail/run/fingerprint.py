@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from grail.calibrate.stream import Batch
+from grail.calibrate.batches import Batch
 from grail.errors import InputError
 from grail.recipe import Recipe
 from grail.runtime import state

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from grail.algebra._fit import Auto
 from grail.algebra.reduction import Folding, Selection
-from grail.calibrate.stream import HiddenStates, OutputCache
+from grail.calibrate.hidden_states import HiddenStates, OutputCache
 from grail.networks import BoundSite, ResidualProbe
 from grail.run.blocks import Blocks
 from grail.run.exchange import Decision, Exchange

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grail.calibrate.batches import Batch, model_inputs
 from grail.calibrate.samples import (
     Change,
     Order,
@@ -24,7 +25,6 @@ from grail.calibrate.samples import (
     first_tensor,
     masks_of,
 )
-from grail.calibrate.stream import Batch, model_inputs
 from grail.errors import InputError, ModelError
 from grail.runtime.clock import Clock
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from grail.algebra.expert_grams import RaggedGrams
+from grail.calibrate.hidden_states import HiddenStates
 from grail.calibrate.samples import (
     Change,
     Order,
@@ -23,12 +24,13 @@ from grail.calibrate.samples import (
     find_orders,
     first_tensor,
 )
-from grail.calibrate.stream import HiddenStates, Stop, Stream, replaced_forward
+from grail.calibrate.stream import Stream
 from grail.errors import ModelError
 from grail.networks import AnyPoint, BoundSite, CalibrationPoint, grouped
 from grail.networks.layers import Consumer, Reader, Routed
 from grail.recipe import Recipe
 from grail.runtime.clock import Clock
+from grail.runtime.hooks import Stop, replaced_forward
 from grail.statistics.site_statistics import Statistics
 
 Advance = Callable[[int], object]  # hears of so many tokens done

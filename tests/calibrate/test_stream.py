@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import grail
-from grail.calibrate.stream import HiddenStates, OutputCache, Stream
+from grail.calibrate.hidden_states import HiddenStates, OutputCache
+from grail.calibrate.stream import Stream
 from grail.errors import EmptyCalibrationError, InputError, ModelError
 from grail.networks import find
 from tests.conftest import FAMILIES
@@ -62,16 +63,16 @@ def test_equal_tables_are_held_once(tiny_llama, tiny_batches):
     assert len(tables) == 1
 
 
-def test_a_memo_replays_what_was_recorded_in_order(tiny_llama, tiny_batches):
+def test_an_output_cache_replays_what_was_recorded_in_order(tiny_llama, tiny_batches):
     model = tiny_llama()
     stream = stream_of(model, tiny_batches())
     block = stream.blocks[0]
-    memo = OutputCache((block.self_attn,), stream)
+    cache = OutputCache(stream.device, stream.storage)
     with torch.no_grad():
-        with memo.recording():
+        with cache.recording([block.self_attn]):
             expected = [stream.run(0, batch) for batch in range(len(stream))]
         block.self_attn.o_proj.weight.zero_()  # would show if attention ran again
-        with memo.replaying():
+        with cache.replaying():
             replayed = [stream.run(0, batch) for batch in range(len(stream))]
     assert all(map(torch.equal, expected, replayed))
     assert not block.self_attn._forward_hooks
@@ -127,14 +128,14 @@ def test_a_block_that_does_not_repeat_itself_is_refused(kept, tiny_llama, tiny_b
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
 
 
-def test_what_a_memo_replays_may_be_written_over(tiny_llama, tiny_batches):
+def test_a_replayed_output_may_be_written_over(tiny_llama, tiny_batches):
     stream = stream_of(tiny_llama(), tiny_batches(count=1))
     attention = stream.blocks[0].self_attn
-    memo = OutputCache((attention,), stream)
-    with torch.no_grad(), memo.recording():
+    cache = OutputCache(stream.device, stream.storage)
+    with torch.no_grad(), cache.recording([attention]):
         stream.run(0, 0)
     for _ in range(2):
-        with memo.replaying():
+        with cache.replaying():
             output, _ = attention()
         assert output.any()
         output.zero_()
