@@ -22,10 +22,9 @@ ZipLM (Kurtic, Frantar, Alistarh, NeurIPS 2023), which search where this divides
 import functools
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,9 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grail import select
-from grail.algebra.gram import NonFinite
 from grail.algebra.width import ChannelWidth, check_keep
-from grail.arguments import plain, require_batches, require_model, require_number, require_whole
+from grail.arguments import require_batches, require_model, require_number, require_whole
 from grail.calibrate.samples import (
     Change,
     Order,
@@ -46,13 +44,14 @@ from grail.calibrate.samples import (
 )
 from grail.calibrate.stream import Batch, Stream, model_inputs
 from grail.errors import InputError, ModelError
-from grail.networks import Architecture, Site, find
-from grail.recipe import Recipe
+from grail.networks import Architecture, find
+from grail.recipe import AnyRecipe, Recipe, Sites, merged
 from grail.run import budget, checkpoint
 from grail.run.loop import Apart, Run
 from grail.runtime import memory
 from grail.runtime.clock import Clock
 from grail.runtime.processes import refuse_sharded
+from grail.runtime.settings import Runtime
 from grail.runtime.transaction import Transaction, eval_no_grad
 from grail.select import greedy
 
@@ -66,6 +65,9 @@ LEAST = 0.5
 # What a site that corrects drift undoes of the loss of each site before it. On SmolLM2 (30 sites)
 # half of the first one's loss is the better estimate; with six or eight sites it hardly matters.
 UNDONE = 0.025
+
+# Settings of a recipe that a measurement reads.
+READ = ("keep", "sites", "selector", "multiple", "seed", "non_finite")
 
 # Widths between nothing and all that a site may come to.
 STEPS = 128
@@ -162,16 +164,14 @@ class Sensitivity:
 def sensitivity(
     model: nn.Module,
     batches: Iterable[Batch],
-    sites: Sequence[str | Site] | None = None,
+    keep: float | None = None,
+    sites: Sites = None,
+    selector: str | select.Selector | None = None,
     *,
-    keep: float = 0.5,
-    selector: str | select.Selector = "greedy",
-    multiple: int | None = None,
-    seed: int = 0,
-    non_finite: NonFinite = "refuse",
     probes: int | None = None,
-    resume_dir: str | Path | None = None,
-    progress: bool = True,
+    recipe: AnyRecipe = "default",
+    runtime: Runtime | None = None,
+    **overrides: Any,
 ) -> Sensitivity:
     """Narrows each site alone, compensated, and measures what that does to the network's output.
 
@@ -180,16 +180,14 @@ def sensitivity(
     model ends as it was.
 
     Args:
-        model, sites, selector, multiple, seed, non_finite: see `grail.compress`. Sites of single
-            channels only: whole heads and groups lose in steps that no curve of channels knows.
+        model, sites, selector, recipe, runtime, overrides: see `grail.compress`. Of the recipe
+            `keep`, `sites`, `selector`, `multiple`, `seed` and `non_finite` are read. Sites of
+            single channels only: whole heads and groups lose in steps that no curve of channels
+            knows. A `grail.compress` may use the same `resume_dir` afterwards.
         batches: as for `grail.compress`; all of them are held at once.
-        keep: the share at which each site is tried, in (0, 1).
+        keep: the share at which each site is tried, in (0, 1), one for all.
         probes: how many of the batches, the first ones, the network's loss is measured on; sites
             are fitted to the others. Default one in sixteen. Of a single batch both are done.
-        resume_dir: a folder for what each block's sites cost, once that is measured. The same call
-            after one that was killed goes on from there and finds the same. A `grail.compress`
-            may use the same folder afterwards.
-        progress: show a progress bar.
 
     Raises:
         InputError: sites of heads or groups, keep outside (0, 1), probes that leave no batch or
@@ -200,8 +198,11 @@ def sensitivity(
     """
     require_model(model)
     require_batches(batches)
-    check_keep(keep)
-    keep = plain(keep)
+    asked, runtime = merged(
+        recipe, runtime, overrides, reads=READ, keep=keep, sites=sites, selector=selector
+    )
+    if isinstance(asked.keep, Mapping):
+        raise InputError(f"keep must be one share for all sites; got {asked.keep!r}")
     refuse_sharded(model)
     batches = list(batches)
     probes = max(1, len(batches) // PROBES) if probes is None else probes
@@ -209,16 +210,9 @@ def sensitivity(
     if not 0 < probes < max(len(batches), 2):
         raise InputError(f"probes must be some of {len(batches)} batches, not all; got {probes}")
     recipe = Recipe(
-        keep,
-        sites,
-        selector,
-        drift_correction=0,
-        closed_loop=False,
-        multiple=multiple,
-        seed=seed,
-        non_finite=non_finite,
+        drift_correction=0, closed_loop=False, **{name: getattr(asked, name) for name in READ}
     )
-    if keep == 1:
+    if asked.keep == 1:
         raise InputError("keep=1 narrows nothing whose loss could be measured")
     architecture = find(model, recipe.sites)
     require_single_channels(architecture, recipe)
@@ -227,7 +221,7 @@ def sensitivity(
         memory.explain_oom(architecture.device, lambda: clock.failed, False, REMEDIES),
         Transaction() as transaction,
         eval_no_grad(model),
-        checkpoint.measuring(resume_dir, model, recipe, batches, probes) as kept,
+        checkpoint.measuring(runtime.resume_dir, model, recipe, batches, probes) as kept,
     ):
         by_block = _known(kept)
         if len(by_block) < len(architecture.blocks):
@@ -235,14 +229,14 @@ def sensitivity(
             with clock("forward"):
                 stream = Stream(model, architecture.blocks, batches[probes:] or batches)
             run = Run(architecture, recipe, stream, transaction, clock)
-            for block in run.narrow_each(progress, len(by_block)):
+            for block in run.narrow_each(runtime.progress, len(by_block)):
                 by_block.append([_part(apart, run, probe) for apart in block])
                 if kept is not None:
                     _keep(by_block, kept)
     parts = [part for block in by_block for part in block]
     if not any(part.loss for part in parts) and any(part.kept < part.channels for part in parts):
         raise ModelError("the network's output does not change, whichever site is narrow")
-    return Sensitivity(keep, tuple(parts))
+    return Sensitivity(asked.keep, tuple(parts))
 
 
 def require_single_channels(architecture: Architecture, recipe: Recipe) -> None:

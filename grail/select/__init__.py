@@ -14,7 +14,6 @@ also return the index [K] or the mask [H] of the channels that stay. A selector 
 `@scores(name, needs_gradient=True)`, or an attribute `needs_gradient` of its own.
 """
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from grail.algebra.reduction import Reduction
 from grail.algebra.width import Width
+from grail.arguments import did_you_mean
 from grail.errors import InputError, NonFiniteError
 from grail.select.view import View
 
@@ -125,8 +125,7 @@ def canonical(name: str) -> str:
     asked = str(name).strip().lower().replace("_", "-")
     if asked in known:
         return known[asked]
-    near = difflib.get_close_matches(asked, known, n=1)
-    meant = f"did you mean {known[near[0]]!r}? " if near else ""
+    meant = did_you_mean(asked, known)
     raise InputError(f"unknown selector {name!r}; {meant}choose one of {', '.join(names())}")
 
 
