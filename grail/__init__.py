@@ -1,4 +1,4 @@
-"""GRAIL: rebuild what structured compression lost, in closed form, without labels."""
+"""GRAIL removes channels from trained networks and recovers accuracy in closed form."""
 
 from grail.algebra._fit import Fit, fit
 from grail.algebra.gram import Gram
@@ -16,6 +16,7 @@ from grail.run._collect import Collected, collect
 from grail.run._compress import compress
 from grail.run._inspect import Inspection, inspect
 from grail.run._sensitivity import Sensitivity, sensitivity
+from grail.runtime.settings import Runtime
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "Recipe",
     "Reduction",
     "Report",
+    "Runtime",
     "Selection",
     "Sensitivity",
     "Site",
@@ -46,3 +48,8 @@ __all__ = [
     "token_batches",
     "trace",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names; rooms and private modules are found by import."""
+    return [*__all__, "__version__"]

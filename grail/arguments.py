@@ -1,5 +1,6 @@
 """The kinds of arguments that public calls take; others are refused by the name of their type."""
 
+import difflib
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -134,6 +135,12 @@ def _why_not(device: str, error: Exception) -> str:
     if index.isdecimal() and int(index) >= count:
         return f"there are {count} GPUs, cuda:0 to cuda:{count - 1}"
     return one_line(error)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question with the known name that is nearest to another one; nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def as_paths(name: str, paths: object) -> list[Path]:

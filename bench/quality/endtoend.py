@@ -174,7 +174,7 @@ def table() -> None:
             kinds = tuple(sites.split(","))
             chosen = {"keep": keep, "sites": kinds, **models[name]}
             if name == UNEVEN:
-                of = grail.sensitivity(subject.model, calibration, kinds, keep=keep, progress=False)
+                of = grail.sensitivity(subject.model, calibration, keep, kinds, progress=False)
                 chosen["keep"] = of.shares()
             model, report = subject.compressed(calibration, **chosen)
             result = evaluate(model, heldout, progress=False)

@@ -72,11 +72,11 @@ PAPER: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "own": {"compensate": False},
     "grail": PAPER,
-    "both": {**PAPER, "compensate": "both"},
+    "both": {**PAPER, "fit_bias": True},
     "ours": {},
 }
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
-    "flap": {"compensate": "bias", "drift_correction": 0.0, "alpha": 1e-3},
+    "flap": {"compensate": False, "fit_bias": True, "drift_correction": 0.0, "alpha": 1e-3},
     "slimgpt": {"alpha": 0.01, "toward": "baseline", "drift_correction": 0.0},
 }
 SAMPLES = (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -252,9 +252,9 @@ class Bench:
         return grail.sensitivity(
             self.subject.network,
             self._batches(self.subject.samples),
+            keep,
             self.subject.sites,
-            keep=keep,
-            selector=selector,
+            selector,
             progress=False,
             **self.subject.settings,
         ).shares()
@@ -389,7 +389,7 @@ def _studies(name: str, keep: float) -> Iterator[StudyRow]:
     if convolutional:
         yield "wanda", keep, "per tap", {**PAPER, "per_tap": True}, default
     yield "wanda", keep, "drift", {**PAPER, "per_tap": True, "drift_correction": 1.0}, default
-    yield "wanda", keep, "ours, both", {"compensate": "both"}, default
+    yield "wanda", keep, "ours, both", {"fit_bias": True}, default
     if not convolutional:
         refitted = {"sites": ("mlp", "heads"), "keep": {"mlp": keep, "heads": 1.0}}
         yield "wanda", keep, "ours, attention's outputs refitted, too", refitted, default

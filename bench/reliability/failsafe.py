@@ -118,7 +118,7 @@ def ours(trial: Trial) -> Answer:
         trial.weight,
         alpha=trial.alpha,
         toward=trial.toward,
-        affine=trial.affine,
+        fit_bias=trial.affine,
         drift_correction=0.0 if trial.drift is None else 1.0,
     )
     shift = 0.0 if result.shifts is None else result.shifts[0]

@@ -53,7 +53,7 @@ def one_round(generator: torch.Generator, folder: Path) -> None:
                 alpha="auto",
                 drift_correction="auto",
                 toward="baseline",
-                affine=affine,
+                fit_bias=affine,
                 held_out=grams[1],
             )
     network = ResNet(channels=1, width=4)
@@ -62,7 +62,7 @@ def one_round(generator: torch.Generator, folder: Path) -> None:
         grail.compress(network, images, 0.7, selector=selector, progress=False)
     mlp = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 8))
     rows = [torch.randn(64, 24, generator=generator) for _ in range(2)]
-    grail.compress(mlp, rows, 0.5, grail.trace(mlp), compensate="both", progress=False)
+    grail.compress(mlp, rows, 0.5, grail.trace(mlp), fit_bias=True, progress=False)
 
 
 def tensors() -> int:

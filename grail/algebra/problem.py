@@ -4,12 +4,11 @@ With A = R G Rᵀ, λ = α·mean(diag A), W₀ the consumer of plain pruning or 
 what that leaves out (for a selection: the dropped columns of W, nothing else),
 
     Q  = V G Rᵀ + β C Rᵀ                     what the kept channels can still say
-    W' = W₀ + Q (A + λD)⁻¹                   toward the baseline: λ→∞ is W₀
-    W' = W₀ + (Q − λ W₀D)(A + λD)⁻¹           toward zero; the paper's W G Rᵀ (A + λI)⁻¹ at β = 0
+    W' = W₀ + Q (A + λI)⁻¹                   toward the baseline: λ→∞ is W₀
+    W' = W₀ + (Q − λ W₀)(A + λI)⁻¹            toward zero; the paper's W G Rᵀ (A + λI)⁻¹ at β = 0
 
-D = I damps all channels alike, D = diag(A)/mean(diag A) each relative to its own energy, which
-spares the quiet ones. C = Σ δ xᵀ is the drift's share (`grail.drift`): the consumer then aims at
-W x + β δ, at β = 1 at what the dense network's stream holds after it. W' is linear in β.
+C = Σ δ xᵀ is the drift's share (`grail.drift`): the consumer then aims at W x + β δ, at β = 1 at
+what the dense network's stream holds after it. W' is linear in β.
 
 The errors come from the same products, before a weight is touched. Their target is T = W x + δ,
 or W x where no drift was recorded; Q₁ is Q at β = 1:
@@ -25,7 +24,7 @@ holds of K+1 channels as it stands, sums over different tokens included:
     A → [A  r; rᵀ N],   Q → [Q, V s + β d],   W₀ → [W₀, 0],   Δ → [Δ, b]
 
 with r = R s, s = Σ x, d = Σ δ. Only the solve eliminates the constant beforehand, which is to
-centre (D and λ are then those of the centred A), and what it adds to the bias follows:
+centre (λ is then that of the centred A), and what it adds to the bias follows:
 
     A − r rᵀ/N,   Q − (V s + βd) rᵀ/N,   b = (V s + β d − Δ r)/N = ((W − W'R) s + β d)/N
 
@@ -81,15 +80,14 @@ class Problem:
     Args:
         consumer: W₀ and V.
         gram: G; s and N; and C, d and Σ|δ|² if the consumer is to undo some of a drift.
-        damping: "site", D = I, or "channel", D = diag(A)/mean(diag A).
 
     K+ in shapes: K, of an affine consumer K+1.
     """
 
-    def __init__(self, consumer: Consumer, gram: Gram, damping: str = "site"):
+    def __init__(self, consumer: Consumer, gram: Gram):
         self._reduction, self.baseline = consumer.reduction, consumer.baseline
         self._lost, self._left_out = consumer.lost, consumer.left_out
-        self.name, self.affine, self._per_channel = gram.name, consumer.affine, damping == "channel"
+        self.name, self.affine = gram.name, consumer.affine
         self._matrix, self._sum, self._tokens = gram.matrix(), gram.sum.double(), gram.tokens
         self._own, self._squared = self._of_own_output()
         if self.affine:
@@ -199,17 +197,14 @@ class Problem:
         return _relative(after, total), _relative(before, total)
 
     def _right(self, alpha: float, toward: str, correction: float) -> Tensor:
-        """Q or Q − λ W₀D [O, K], centred."""
+        """Q or Q − λ W₀ [O, K], centred."""
         right = self._own
         if correction and self._drifted is not None:
             right = right + correction * self._drifted
         right = self._centred(right)
         if toward == "baseline":
             return right
-        pull, profile = self.damping(alpha), self._profile()
-        if profile is not None:
-            pull = pull * profile
-        return right - pull * self.plain
+        return right - self.damping(alpha) * self.plain
 
     def _coupling(self) -> Tensor:
         """G Rᵀ of the lost channels [D, K], centred."""
@@ -219,19 +214,13 @@ class Problem:
         return self._centred(_beside(coupling.double(), self._sum[self._lost]))
 
     def _ridge(self, right: Tensor, alpha: float) -> ridge.Solution:
-        """X [.., K] of X (A + λD) = `right`, centred."""
+        """X [.., K] of X (A + λI) = `right`, centred."""
         if math.isinf(alpha):
             zero = right.new_zeros(())
             return ridge.Solution(right.new_zeros(right.shape, dtype=torch.float64), zero, zero)
         # Centring cancels, so what rounding left on a centred diagonal is of the whole energy.
         rounding = EPS * self._energies * (self._fluctuations() > 0)
-        return ridge.solve(
-            self._centred_normal,
-            right,
-            self.damping(alpha),
-            profile=self._profile(),
-            rounding=rounding,
-        )
+        return ridge.solve(self._centred_normal, right, self.damping(alpha), rounding=rounding)
 
     def _centred(self, right: Tensor) -> Tensor:
         """[.., K] of a right-hand side [.., K+], the constant eliminated."""
@@ -255,13 +244,6 @@ class Problem:
         if not self.affine:
             return change
         return _beside(change, (aim - change @ self._kept_sum()) / self._tokens)
-
-    def _profile(self) -> Tensor | None:
-        """The diagonal of D [K], 1 for channels without energy; None if all are damped alike."""
-        if not self._per_channel:
-            return None
-        energies = self._fluctuations()
-        return torch.where(energies > 0, energies / energies.mean(), 1)
 
     def _fluctuations(self) -> Tensor:
         """The diagonal of A [K], centred; 0 where only rounding is left of that."""

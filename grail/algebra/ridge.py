@@ -44,7 +44,6 @@ def solve(
     right: Tensor,
     damping: Tensor | float,
     *,
-    profile: Tensor | None = None,
     rounding: Tensor | None = None,
     precision: Precision = "auto",
 ) -> Solution:
@@ -59,7 +58,6 @@ def solve(
             function returns is overwritten, so that a large problem needs no second K·K matrix.
         right: C [.., O, K].
         damping: λ ≥ 0, a number or [..].
-        profile: [.., K] > 0, so that λ·diag(profile) stands for λI; ones by default.
         rounding: [.., K], what rounding may have left on the diagonal of A; zeros by default. What
             a pivot below it stands for, a channel that the ones before it explain but for
             rounding, would be fitted to noise.
@@ -70,8 +68,7 @@ def solve(
         A `Solution` in fp64.
 
     Raises:
-        InputError: shapes that do not fit, a negative λ, a profile that is not positive or an
-            unknown precision.
+        InputError: shapes that do not fit, a negative λ or an unknown precision.
         NonFiniteError: NaN or Inf in A or C.
         SolveError: still indefinite after the last retry.
 
@@ -88,11 +85,6 @@ def solve(
     lam = lam.expand(batch).reshape(-1).clone()
     if bool((lam < 0).any()):
         raise InputError(f"damping must not be negative; got {lam.min().item():g}")
-    shape = torch.ones_like(diagonal) if profile is None else profile.expand(*batch, -1).double()
-    shape = shape.reshape(diagonal.shape)
-    if not bool((shape > 0).all()):
-        raise InputError(f"a profile of damping must be positive; got {shape.min().item():g}")
-
     least = torch.zeros_like(diagonal) if rounding is None else rounding.expand(*batch, -1).double()
     least = least.reshape(diagonal.shape)
 
@@ -100,7 +92,7 @@ def solve(
         a = _made(normal)
         a = _picked(a.reshape(-1, *a.shape[-2:]), todo)
         a = a.to(torch.float64, copy=isinstance(normal, Tensor))
-        added = lam[:, None] * shape + empty[:, None]  # the identity where A is 0
+        added = lam[:, None] + empty[:, None]  # the identity where A is 0
         a.diagonal(dim1=-2, dim2=-1).add_(added[todo])
         return method(a, _picked(c, todo), least[todo])
 

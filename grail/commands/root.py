@@ -28,7 +28,7 @@ from torch import Tensor
 from typer.core import TyperGroup
 
 from grail import __version__, select
-from grail.algebra._fit import Auto, Damping, Toward
+from grail.algebra._fit import Auto, Toward
 from grail.algebra.gram import NonFinite
 from grail.algebra.width import check_keep
 from grail.arguments import require_usable
@@ -53,7 +53,7 @@ from grail.files.texts import (
     split_of,
 )
 from grail.networks import find
-from grail.recipe import Compensation, Recipe
+from grail.recipe import Recipe
 from grail.report._evaluate import evaluate as evaluate_model
 from grail.report._evaluate import require_causal
 from grail.report.formatting import format_bytes, format_count, format_seconds
@@ -80,6 +80,7 @@ from grail.runtime.clock import Stages
 from grail.runtime.folder import check_output, file_hash
 from grail.runtime.memory import ran_out
 from grail.runtime.processes import current_processes, launched
+from grail.runtime.settings import Runtime
 
 _DEBUG = "grail.debug"
 
@@ -98,14 +99,6 @@ _MOST = 10**30  # tokens; a text that has fewer gives all
 _MOST_AT_A_TIME = 1 << 31  # sequences of a batch, or tokens of a sequence
 _MOST_SEED = (1 << 63) - 1
 _MULTIPLIERS = {"": 1, "k": 1 << 10, "m": 1 << 20}
-
-# By whether weights and biases are fitted.
-_COMPENSATIONS: dict[tuple[bool, bool], bool | Compensation] = {
-    (True, False): "weights",
-    (True, True): "both",
-    (False, True): "bias",
-    (False, False): False,
-}
 
 
 def _number_or_auto(text: str) -> float | Auto:
@@ -401,7 +394,7 @@ def compress(
         bool,
         _Restoring(help="Rebuild lost channels from kept ones; without, plain pruning."),
     ] = True,
-    bias: Annotated[
+    fit_bias: Annotated[
         bool,
         _Restoring(
             help="Let biases take up the means of what is lost as well; Llama is given them. With "
@@ -421,10 +414,6 @@ def compress(
         Toward,
         _Restoring(help="What a strong ridge shrinks to; baseline is plain pruning."),
     ] = "baseline",
-    damping: Annotated[
-        Damping,
-        _Restoring(help="The ridge damps all channels of a site alike, or each by its energy."),
-    ] = "site",
     drift_correction: Annotated[
         Any,
         _Restoring(
@@ -500,10 +489,10 @@ def compress(
         keep=keep,
         sites=sites,
         selector=selector,
-        compensate=_COMPENSATIONS[compensate, bias],
+        compensate=compensate,
+        fit_bias=fit_bias,
         alpha=alpha,
         toward=toward,
-        damping=damping,
         drift_correction=drift_correction,
         correct_attention=correct_attention,
         token_weights="auto" if token_weights is None else token_weights,
@@ -530,7 +519,7 @@ def compress(
             "--uneven runs the whole model on calibration text, in one process: give it no "
             "--statistics, and no --onload"
         )
-    if uneven and not options.fits_weights:
+    if uneven and not options.compensate:
         raise InputError(
             "--uneven measures what sites cost once compensated: leave --compensate on"
         )
@@ -586,8 +575,8 @@ def compress(
         batches,
         heldout,
         stages,
-        onload=device if onload else None,
-        say=_say,
+        Runtime(onload=device if onload else None, resume_dir=resume_dir),
+        _say,
     )
     del network
     prediction = study.predict(options, compare=baseline, uneven=uneven)
@@ -603,13 +592,13 @@ def compress(
         study.compare(options, uneven=uneven)
     if uneven:
         _say("Measuring what the model loses by each site …")
-        options = study.uneven(options, resume_dir)
+        options = study.uneven(options)
         notes.append(
             f"Blocks keep more or less, {keep:g} of all together, by what narrowing each of them "
             'costs. Rows without "uneven" have even widths.'
         )
     _say("Compressing …")
-    report = study.run(options, resume_dir)
+    report = study.run(options)
     attribute(report, _name(model), origin)
     report.notes += notes
     _say("Writing, and loading again to compare …")
@@ -710,7 +699,7 @@ def inspect(
     first = keeps[0] if keeps else 0.7
     for share in keeps:
         check_keep(share)
-    recipe = Recipe(keep=first, sites=sites) if sites is not None else None
+    recipe = None if sites is None else Recipe(sites=sites)
     with _notes_said(CheckpointWarning):
         network, _ = _load(model, "cpu" if onload else device, dtype, trust_remote_code)
     inspection = inspect_model(

@@ -12,7 +12,7 @@ from grail.arguments import require_language_model
 from grail.errors import ExportError, InputError, one_line
 from grail.files.alignment import align_file
 from grail.files.load import positions, read_model, runs_own_code
-from grail.files.saving import write
+from grail.files.saving import describe, write
 from grail.report._evaluate import measure_size
 from grail.report.card import card
 from grail.report.report import Report
@@ -42,8 +42,8 @@ def export(
         model: a transformers causal language model.
         tokenizer: its tokenizer; None writes none.
         output: folder to create; one that exists must be empty.
-        report: written as `report.json` and, in words, as the model card `README.md`; or what
-            returns it, called once the model is written and compared.
+        report: written as `report.json`, its settings as `recipe.json`, and in words as the model
+            card `README.md`; or what returns it, called once the model is written and compared.
         page: HTML text, written as `report.html`; or what makes it of the report, None for none.
         uneven: whether the configuration cannot hold the widths, as where they differ by block
             (`report.model["beyond_configuration"]` of a run says so). Weights and widths are then
@@ -102,9 +102,7 @@ def _describe(
     if page is not None:
         (folder / "report.html").write_text(page, encoding="utf-8")
     if found is not None:
-        found.save(folder / "report.json")
-        if not (folder / "README.md").exists():
-            (folder / "README.md").write_text(card(found, uneven=uneven), encoding="utf-8")
+        describe(found, folder, card(found, uneven=uneven))
 
 
 def _verify(folder: Path, model: Any) -> None:

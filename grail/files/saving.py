@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from grail.arguments import as_path, require_model, require_usable
 from grail.errors import ExportError, InputError
 from grail.networks.configuration import own_configuration
+from grail.recipe import save_beside
 from grail.report.card import card
 from grail.report.report import Report
 from grail.runtime.folder import complete, file_hash
@@ -36,7 +37,8 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
     Args:
         model: any network.
         output: folder to create; one that exists must be empty.
-        report: written as `report.json` and, in words, as the model card `README.md`.
+        report: written as `report.json`, its settings as `recipe.json`, and in words as the model
+            card `README.md`.
 
     Returns:
         The path of the folder.
@@ -51,9 +53,16 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
     with complete(output, ExportError, size=size) as folder:
         write(model, folder)
         if report is not None:
-            report.save(folder / "report.json")
-            (folder / "README.md").write_text(card(report, transformers=False), encoding="utf-8")
+            describe(report, folder, card(report, transformers=False))
     return Path(output).resolve()
+
+
+def describe(report: Report, folder: Path, words: str) -> None:
+    """Writes the report of a run, its recipe, and the model card into a folder that is there."""
+    report.save(folder / "report.json")
+    save_beside(report.settings, folder)
+    if not (folder / "README.md").exists():  # of a tokenizer
+        (folder / "README.md").write_text(words, encoding="utf-8")
 
 
 def write(model: nn.Module, folder: Path) -> None:

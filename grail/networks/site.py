@@ -175,7 +175,7 @@ class BoundSite(CalibrationPoint):
             if not consumer.holds_bias:
                 raise InputError(
                     f"{consumer.name} has no bias, nor a batch norm behind it, that could take up "
-                    "the mean of what is lost; choose compensate=True"
+                    "the mean of what is lost; choose fit_bias=False"
                 )
 
     def weights(self) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grail.report.formatting import format_count
-from grail.report.report import Report
+from grail.report.report import Report, fitted_parts
 from grail.report.summary import (
     before_after,
     evaluation_table,
@@ -21,9 +21,9 @@ _STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
-_UNEVEN = """from grail import load_model
+_UNEVEN = """import grail
 
-model, tokenizer = load_model("FOLDER")"""
+model, tokenizer = grail.load_model("FOLDER")"""
 _SAVED = """import grail
 
 model = grail.load("FOLDER", make_dense_network)  # a function that returns the dense network"""
@@ -81,17 +81,16 @@ def _removed(report: Report) -> str:
     chosen = {
         "keep": keep_in_words(settings.get("keep"), report.sites),
         "selector": settings.get("selector"),
-        "compensation": _fitted(settings["compensate"]) if "compensate" in settings else None,
+        "compensation": _fitted(settings) if "compensate" in settings else None,
     }
     given = ", ".join(f"{name} {value}" for name, value in chosen.items() if value)
     lines.append(f"Settings: {_plain(given)}." if given else "")
     return "\n".join(_spaced(lines))
 
 
-def _fitted(value: object) -> str:
-    if value is False:
-        return "none"
-    return "of weights" if value is True else f"of {value}"
+def _fitted(settings: Mapping[str, Any]) -> str:
+    fitted = fitted_parts(settings["compensate"], settings.get("fit_bias", False))
+    return f"of {fitted}" if fitted else "none"
 
 
 def _spaced(lines: list[str]) -> list[str]:

@@ -102,11 +102,11 @@ def page(report: Report) -> str:
 
 
 def _header(report: Report, name: str) -> str:
-    settings = report.settings
+    settings, kinds = report.settings, dict.fromkeys(site.kind for site in report.sites)
     before, after = before_after(report.model.get("parameters"))
     facts = [
         f"keep {keep_in_words(settings['keep'], report.sites)}" if "keep" in settings else "",
-        f"sites {_text(settings['sites'])}" if "sites" in settings else "",
+        f"sites {', '.join(kinds)}" if kinds else "",
         f"selector {_text(settings['selector'])}" if "selector" in settings else "",
         f"{format_count(before)} → {format_count(after)} parameters" if before and after else "",
     ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from grail.report.formatting import format_count, format_number
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 def recovered(dense: float, pruned: float, restored: float) -> float | None:
@@ -32,6 +32,13 @@ def recovered_in_words(share: float) -> str:
     if round(share, 2) < 0:
         return f"{-share:.0%} worse than pruning"
     return f"{max(share, 0.0):.0%} recovered"
+
+
+def fitted_parts(compensate: bool, fit_bias: bool) -> str | None:
+    """What of the consumers a run fitted: "weights", "bias" or "both"; None is nothing."""
+    if compensate:
+        return "both" if fit_bias else "weights"
+    return "bias" if fit_bias else None
 
 
 def strict_json(value: Any) -> str:
@@ -114,7 +121,7 @@ class Report:
     "restored", the model of this report. Each row says how its model was made.
     """
 
-    settings: dict[str, Any]  # keep, sites, selector, alpha, toward, compensate, closed_loop, ...
+    settings: dict[str, Any]  # the recipe, `grail.Recipe.as_dict`
     # name, class, dtype, device; parameters, widths, bytes {before, after}; beyond_configuration,
     # the widths that its configuration cannot hold, so that grail alone loads it, in words
     model: dict[str, Any]

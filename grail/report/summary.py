@@ -212,7 +212,8 @@ def resumed_sentence(report: Report) -> str:
 
 def compensates(report: Report) -> bool:
     """Whether a run fitted anything, instead of plain pruning."""
-    return report.settings.get("compensate", True) is not False
+    settings = report.settings
+    return bool(settings.get("compensate", True) or settings.get("fit_bias", False))
 
 
 def _seconds(value: float | None) -> str:

@@ -21,42 +21,46 @@ from typing import Any
 import torch
 from torch import nn
 
-from grail.algebra.gram import Gram, NonFinite
+from grail.algebra.gram import Gram
 from grail.arguments import as_path, as_paths, require_batches, require_model
 from grail.calibrate.batches import Batch
 from grail.calibrate.stream import Stream
 from grail.errors import InputError, StateError
-from grail.networks import Architecture, BoundSite, Site, find
-from grail.recipe import Recipe
+from grail.networks import Architecture, BoundSite, find
+from grail.recipe import AnyRecipe, Recipe, Sites, merged
 from grail.run.blocks import Blocks
 from grail.run.fingerprint import HashedBatches, model_fingerprint
 from grail.runtime import state
 from grail.runtime.clock import Clock
 from grail.runtime.folder import complete
 from grail.runtime.onload import Onloader, computing_device
+from grail.runtime.settings import Runtime
 from grail.runtime.transaction import eval_no_grad
 from grail.statistics.site_statistics import HELD_OUT, Statistics
 
 _INDEX, _KIND = "index.state", "statistics"
+
+# Settings of a recipe on which statistics depend.
+READ = ("sites", "per_tap", "non_finite")
 
 
 @torch.inference_mode(False)  # what is made in it could never be trained
 def collect(
     model: nn.Module,
     batches: Iterable[Batch],
-    sites: Sequence[str | Site] | None = None,
+    sites: Sites = None,
     *,
     output: str | Path,
-    per_tap: bool = True,
-    non_finite: NonFinite = "refuse",
-    storage: torch.device | str = "cpu",
-    onload: torch.device | str | None = None,
-    progress: bool = True,
+    recipe: AnyRecipe = "default",
+    runtime: Runtime | None = None,
+    **overrides: Any,
 ) -> Path:
     """Writes what the consumers of every site read in the dense network, in one pass over it.
 
     Args:
-        model, batches, sites, per_tap, non_finite, storage, onload, progress: see `grail.compress`.
+        model, batches, sites, recipe, runtime, overrides: see `grail.compress`. Of the recipe
+            `sites`, `per_tap` and `non_finite` are read. Hidden states wait on the host where
+            `storage` is "auto"; nothing is resumed.
         output: folder to create; one that exists must be empty.
 
     Returns:
@@ -68,27 +72,27 @@ def collect(
     """
     require_model(model)
     require_batches(batches)
+    asked, runtime = merged(recipe, runtime, overrides, reads=READ, sites=sites)
     recipe = Recipe(
-        1.0,
-        sites,
+        keep=1.0,
         closed_loop=False,
         drift_correction=0,
-        per_tap=per_tap,
-        non_finite=non_finite,
+        **{name: getattr(asked, name) for name in READ},
     )
     architecture = find(model, recipe.sites)
-    device = computing_device(model, onload)
-    onloader = Onloader(architecture.blocks, None if onload is None else device)
+    device = computing_device(model, runtime.onload)
+    onloader = Onloader(architecture.blocks, None if runtime.onload is None else device)
     index: dict[str, Any] = {
         "model": model_fingerprint(model),
-        "per_tap": per_tap,
+        "per_tap": recipe.per_tap,
         "sites": {},
     }
     with complete(output, StateError) as folder, eval_no_grad(model):
         read = HashedBatches(batches)
+        storage = "cpu" if runtime.storage == "auto" else runtime.storage
         stream = Stream(model, architecture.blocks, read, storage, device=device)
         blocks = Blocks(architecture, recipe, stream, Clock(device), onloader)
-        for number, (site, parts) in enumerate(_site_statistics(blocks, progress)):
+        for number, (site, parts) in enumerate(_site_statistics(blocks, runtime.progress)):
             index["sites"][site.name] = _save_grams(folder, number, parts)
         counts = {"tokens": stream.tokens, "sequences": stream.samples}
         index["calibrations"] = [{"sha256": read.sha256, **counts}]

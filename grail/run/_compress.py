@@ -4,22 +4,20 @@ import platform
 from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from grail import select
-from grail.algebra._fit import Auto, Damping, Toward
-from grail.algebra.gram import NonFinite
+from grail.algebra._fit import ALPHA
 from grail.algebra.width import Width
 from grail.arguments import require_batches, require_model
 from grail.calibrate.batches import Batch
 from grail.calibrate.stream import Stream
 from grail.errors import InputError, NonFiniteError
-from grail.networks import Architecture, BoundSite, Site, find
-from grail.recipe import ALPHA, Compensation, Keep, Recipe, TokenWeights
+from grail.networks import Architecture, BoundSite, find
+from grail.recipe import AnyRecipe, Keep, Recipe, Sites, merged
 from grail.report.report import Report, SiteReport
 from grail.run import resume_folder
 from grail.run._collect import Collected
@@ -38,6 +36,7 @@ from grail.runtime.processes import (
     current_processes,
     refuse_sharded,
 )
+from grail.runtime.settings import Runtime
 from grail.runtime.transaction import Transaction, eval_no_grad
 
 
@@ -45,30 +44,15 @@ from grail.runtime.transaction import Transaction, eval_no_grad
 def compress(
     model: nn.Module,
     batches: Iterable[Batch] | Collected,
-    keep: Keep = 0.7,
-    sites: Sequence[str | Site] | None = None,
-    selector: str | select.Selector = "greedy",
+    keep: Keep | None = None,
+    sites: Sites = None,
+    selector: str | select.Selector | None = None,
     *,
-    compensate: bool | Compensation = True,
-    alpha: float | Auto = "auto",
-    toward: Toward = "baseline",
-    damping: Damping = "site",
-    drift_correction: float | Auto = "auto",
-    correct_attention: bool = False,
-    token_weights: TokenWeights = "auto",
-    closed_loop: bool = True,
-    multiple: int | None = None,
-    seed: int = 0,
-    per_tap: bool = True,
-    exact_folding: bool = True,
-    repair: bool = False,
-    non_finite: NonFinite = "refuse",
-    storage: torch.device | str = "auto",
-    onload: torch.device | str | None = None,
-    progress: bool = True,
-    resume_dir: str | Path | None = None,
+    recipe: AnyRecipe = "default",
+    runtime: Runtime | None = None,
+    **overrides: Any,
 ) -> Report:
-    """Narrows `model` in place and rebuilds what the lost channels said from the kept ones.
+    """Narrows `model` in place and rebuilds the removed channels' signal from the kept ones.
 
     Args:
         model: a network of a supported family (`grail.networks.supported()`), or any other whose
@@ -77,57 +61,12 @@ def compress(
             tuples of the model's arguments, or mappings of its keyword arguments, where an
             `attention_mask` marks the tokens that count. Or `grail.Collected(folder)`, statistics
             that `grail.collect` wrote, for the open loop.
-        keep: the share of each site's channels that stays, in (0, 1]; or one for each kind or
-            site, {"mlp": 0.5, "heads": 0.7}, or for each block of a kind, {"mlp": [0.9, 0.8, …]}.
-            The nearest width that the structure allows is used and reported.
-        sites: kinds of sites ("mlp", "heads", "experts", "shared_experts", "conv"; default what
-            there is of "mlp", "experts" and "conv"), or `grail.Site`s, which name the layers of a
-            network.
-        selector: a name of `grail.select.names()`, or a function from `grail.select.View` to a
-            `Reduction`.
-        compensate: "weights" (or True) fits the consumers; "bias" leaves their weights and lets
-            their biases take up the means of what is lost, as FLAP does; "both" fits both at once;
-            False is plain pruning (or folding).
-        alpha: ridge strength relative to the Gram's mean diagonal; "auto" chooses it at each site
-            by held-out sequences (every fifth).
-        toward: what a strong ridge shrinks to: "baseline" (plain pruning) or "zero" (the paper).
-        damping: alike for all channels of a "site" (the paper), or by each "channel"'s own energy.
-        drift_correction: how much of the compressed network's drift from the dense one each
-            consumer is also to undo, in [0, 1]; 0 is the paper, "auto" chooses by held-out
-            sequences. Costs a forward pass of the dense blocks. "greedy" adds channels for that as
-            well (see `grail.select.greedy`), where sites of one kind are narrowed.
-        correct_attention: also rewrite a transformer's projections to queries, keys and values, so
-            that from the compressed stream they compute what they did from the dense one, as far as
-            a linear map can tell (see `grail.loop`); their widths stay as they are. Needs drift to
-            be followed. Worth it for text encoders (docs/results.md); for decoders, measure.
-        token_weights: count a token's error relative to the size of the dense network's stream
-            where it lands, which is how the norms of a transformer see it; False, all alike, is the
-            paper. "auto" does so where nothing but attention heads is narrowed: beside the drift of
-            a few tokens of enormous size that of all others would not count. True needs drift to be
-            followed and no bias to be fitted. Worth it for text encoders, not for decoders' MLPs
-            (docs/results.md).
-        closed_loop: calibrate each block behind the already compressed ones; False: on the dense
-            model.
-        multiple: round widths in channels to multiples of this; default 128 from 4096 channels up,
-            8 from 64, else 1.
-        seed: for selectors that draw.
-        per_tap: fit every tap of a convolution for itself, for the least error of its output; False
-            is the paper's map of channels, the same at every tap, which needs less data.
-        exact_folding: fit a folding to what the folded producers write, at the cost of one more
-            pass; False is the paper's.
-        repair: set the batch norms of each block to the statistics of their inputs once its sites
-            are done (see `grail.batchnorm`).
-        non_finite: "refuse" a calibration in which a site reads NaN or Inf, or "drop" the tokens
-            that hold them, with a note of how many.
-        storage: where the hidden states of the calibration set wait between blocks; "auto": on a
-            GPU that holds the model, if the run fits beside them (`grail.plan.waiting_place`), else
-            on the host.
-        onload: where the blocks of a model on the CPU run, one at a time, the next one on its way
-            ("cuda"): so a model need not fit on the GPU. See `grail.onload`.
-        progress: show a progress bar.
-        resume_dir: a folder for the state of the run after each block. The same call after a run
-            that was killed goes on where that one was, and ends with the same bits; after one that
-            ended it gives the result again, until the folder is deleted.
+        keep, sites, selector: see `grail.Recipe`; where given, instead of the recipe's.
+        recipe: a `grail.Recipe`, the name of a preset ("default", "paper", "prune", "flap",
+            "slimgpt"), or the path of a recipe file.
+        runtime: how the run is computed; default `grail.Runtime()`.
+        overrides: single settings of recipe and runtime by name, such as `alpha=1e-3` or
+            `progress=False`.
 
     Returns:
         A `Report`; the model is changed in place.
@@ -137,50 +76,32 @@ def compress(
         OutOfMemoryError, RankError: the model is as it was.
 
     In an initialised `torch.distributed` group all processes call this alike, with the same model
-    and the same batches, and end with the same bits: see `grail.distributed`.
+    and the same batches, and end with the same bits: see `grail.runtime.processes`.
 
     Source: GRAIL (arXiv 2602.23795), algorithm 1.
     """
     require_model(model)
     if not isinstance(batches, Collected):
         require_batches(batches)
-    recipe = Recipe(
-        keep=keep,
-        sites=sites,
-        selector=selector,
-        compensate=compensate,
-        alpha=alpha,
-        toward=toward,
-        damping=damping,
-        drift_correction=drift_correction,
-        correct_attention=correct_attention,
-        token_weights=token_weights,
-        closed_loop=closed_loop,
-        multiple=multiple,
-        seed=seed,
-        per_tap=per_tap,
-        exact_folding=exact_folding,
-        repair=repair,
-        non_finite=non_finite,
-    )
+    recipe, runtime = merged(recipe, runtime, overrides, keep=keep, sites=sites, selector=selector)
     refuse_sharded(model)
-    device = computing_device(model, onload)
+    device = computing_device(model, runtime.onload)
     processes = current_processes()
     architecture = find(model, recipe.sites)
     dense = _Dense(model, architecture, recipe)
     _require_finite_weights(dense.sites)
     _require_places(recipe, architecture, dense.sites)
-    onloader = Onloader(architecture.blocks, None if onload is None else device)
+    onloader = Onloader(architecture.blocks, None if runtime.onload is None else device)
     in_use = memory.in_use(device)
     clock = Clock(device)
 
     with (
-        memory.explain_oom(device, lambda: clock.failed, onload is None),
+        memory.explain_oom(device, lambda: clock.failed, runtime.onload is None),
         memory.Peak(device) as peak,
         Transaction() as transaction,
         eval_no_grad(model),
         processes.together(),
-        resume_folder.opened(resume_dir, recipe, processes) as folder,
+        resume_folder.opened(runtime.resume_dir, recipe, processes) as folder,
         clock("other"),
     ):
         checkpoint = known = None
@@ -193,16 +114,18 @@ def compress(
             fingerprint = {} if folder is None else run_fingerprint(model, recipe)
             read = HashedBatches(batches)
             with clock("forward"):
-                stream = _stream(model, architecture, read, storage, device, processes, recipe)
+                stream = _stream(
+                    model, architecture, read, runtime.storage, device, processes, recipe
+                )
             if folder is not None:
                 fingerprint = with_calibration(fingerprint, read)
                 checkpoint = Checkpoint(folder, fingerprint, model, transaction, processes)
-        if recipe.shifts_bias:
+        if recipe.fit_bias:
             architecture.ensure_biases(dense.sites, transaction)
-        predicted = _predicted_peak(architecture, recipe, stream, onload is not None)
+        predicted = _predicted_peak(architecture, recipe, stream, runtime.onload is not None)
         blocks = Blocks(architecture, recipe, stream, clock, onloader, known)
         run = Run(BlockCompressor(blocks, transaction), checkpoint)
-        run.compress(progress)
+        run.compress(runtime.progress)
         architecture.write_config(dense.sites, dense.widths, transaction)
 
     return Report(

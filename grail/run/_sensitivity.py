@@ -20,21 +20,19 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grail import select
-from grail.algebra.gram import NonFinite
 from grail.algebra.width import ChannelWidth, check_keep
-from grail.arguments import plain, require_batches, require_model, require_number, require_whole
+from grail.arguments import require_batches, require_model, require_number, require_whole
 from grail.calibrate.batches import Batch
 from grail.calibrate.stream import Stream
 from grail.errors import InputError, ModelError
-from grail.networks import Architecture, BoundSite, Site, find, grouped
-from grail.recipe import Recipe
+from grail.networks import Architecture, BoundSite, find, grouped
+from grail.recipe import AnyRecipe, Recipe, Sites, merged
 from grail.run import resume_folder
 from grail.run.block import BlockCompressor
 from grail.run.blocks import Blocks
@@ -46,6 +44,7 @@ from grail.run.network_loss import NetworkLoss
 from grail.runtime import memory
 from grail.runtime.clock import Clock
 from grail.runtime.processes import Processes, refuse_sharded
+from grail.runtime.settings import Runtime
 from grail.runtime.transaction import Transaction, eval_no_grad
 from grail.select import greedy
 from grail.statistics.collector import Advance
@@ -62,6 +61,9 @@ SMALLEST_SHARE = 0.5
 # (30 sites) half of the first site's loss is the better estimate; with six or eight sites it hardly
 # matters.
 UNDONE = 0.025
+
+# Settings of a recipe that a measurement reads.
+READ = ("keep", "sites", "selector", "multiple", "seed", "non_finite")
 
 # Widths between 0 and all channels that a site may get.
 STEPS = 128
@@ -154,16 +156,14 @@ class Sensitivity:
 def sensitivity(
     model: nn.Module,
     batches: Iterable[Batch],
-    sites: Sequence[str | Site] | None = None,
+    keep: float | None = None,
+    sites: Sites = None,
+    selector: str | select.Selector | None = None,
     *,
-    keep: float = 0.5,
-    selector: str | select.Selector = "greedy",
-    multiple: int | None = None,
-    seed: int = 0,
-    non_finite: NonFinite = "refuse",
     probes: int | None = None,
-    resume_dir: str | Path | None = None,
-    progress: bool = True,
+    recipe: AnyRecipe = "default",
+    runtime: Runtime | None = None,
+    **overrides: Any,
 ) -> Sensitivity:
     """Narrows each site alone, compensated, and measures what that does to the network's output.
 
@@ -172,16 +172,14 @@ def sensitivity(
     model ends as it was.
 
     Args:
-        model, sites, selector, multiple, seed, non_finite: see `grail.compress`. Sites of single
-            channels only: whole heads and groups lose in steps that no curve of channels knows.
+        model, sites, selector, recipe, runtime, overrides: see `grail.compress`. Of the recipe
+            `keep`, `sites`, `selector`, `multiple`, `seed` and `non_finite` are read. Sites of
+            single channels only: whole heads and groups lose in steps that no curve of channels
+            knows. A `grail.compress` may use the same `resume_dir` afterwards.
         batches: as for `grail.compress`; all of them are held at once.
-        keep: the share at which each site is tried, in (0, 1).
+        keep: the share at which each site is tried, in (0, 1), one for all.
         probes: how many of the batches, the first ones, the network's loss is measured on; sites
             are fitted to the others. Default one in sixteen. Of a single batch both are done.
-        resume_dir: a folder for what each block's sites cost, once that is measured. The same call
-            after one that was killed goes on from there and finds the same. A `grail.compress`
-            may use the same folder afterwards.
-        progress: show a progress bar.
 
     Raises:
         InputError: sites of heads or groups, keep outside (0, 1), probes that leave no batch or
@@ -192,8 +190,11 @@ def sensitivity(
     """
     require_model(model)
     require_batches(batches)
-    check_keep(keep)
-    keep = plain(keep)
+    asked, runtime = merged(
+        recipe, runtime, overrides, reads=READ, keep=keep, sites=sites, selector=selector
+    )
+    if isinstance(asked.keep, Mapping):
+        raise InputError(f"keep must be one share for all sites; got {asked.keep!r}")
     refuse_sharded(model)
     batches = list(batches)
     probes = max(1, len(batches) // PROBES) if probes is None else probes
@@ -201,16 +202,9 @@ def sensitivity(
     if not 0 < probes < max(len(batches), 2):
         raise InputError(f"probes must be some of {len(batches)} batches, not all; got {probes}")
     recipe = Recipe(
-        keep,
-        sites,
-        selector,
-        drift_correction=0,
-        closed_loop=False,
-        multiple=multiple,
-        seed=seed,
-        non_finite=non_finite,
+        drift_correction=0, closed_loop=False, **{name: getattr(asked, name) for name in READ}
     )
-    if keep == 1:
+    if asked.keep == 1:
         raise InputError("keep=1 narrows nothing whose loss could be measured")
     architecture = find(model, recipe.sites)
     require_single_channels(architecture, recipe)
@@ -219,7 +213,7 @@ def sensitivity(
         memory.explain_oom(architecture.device, lambda: clock.failed, False, REMEDIES),
         Transaction() as transaction,
         eval_no_grad(model),
-        resume_folder.opened(resume_dir, recipe, Processes()) as folder,
+        resume_folder.opened(runtime.resume_dir, recipe, Processes()) as folder,
     ):
         measurement = None
         if folder is not None:
@@ -231,14 +225,14 @@ def sensitivity(
                 stream = Stream(model, architecture.blocks, batches[probes:] or batches)
             compressor = BlockCompressor(Blocks(architecture, recipe, stream, clock), transaction)
             measure = _Measure(compressor, transaction, loss)
-            for parts_of_block in measure.blocks(len(by_block), progress):
+            for parts_of_block in measure.blocks(len(by_block), runtime.progress):
                 by_block.append(parts_of_block)
                 if measurement is not None:
                     _write(by_block, measurement)
     parts = [part for block in by_block for part in block]
     if not any(part.loss for part in parts) and any(part.kept < part.channels for part in parts):
         raise ModelError("the network's output does not change, whichever site is narrow")
-    return Sensitivity(keep, tuple(parts))
+    return Sensitivity(asked.keep, tuple(parts))
 
 
 def require_single_channels(architecture: Architecture, recipe: Recipe) -> None:

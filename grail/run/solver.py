@@ -16,7 +16,7 @@ from grail.algebra.width import Width
 from grail.errors import InputError
 from grail.networks import BoundSite
 from grail.networks.layers import Consumer, stacked
-from grail.recipe import ALPHA, Recipe
+from grail.recipe import Recipe
 from grail.report.report import SiteReport
 from grail.run.exchange import Decision
 from grail.runtime.clock import Clock
@@ -86,7 +86,7 @@ class SiteSolver:
             f"{part.name}: {part.train.tokens} tokens are too few to fit {reduction.kept} "
             "channels, so it was only pruned"
             for part in collected
-            if self._recipe.fits_weights and part.underdetermined(reduction.kept)
+            if self._recipe.compensate and part.underdetermined(reduction.kept)
         )
         dropped = tuple(
             f"{part.name}: {part.dropped} tokens with NaN or Inf were dropped, "
@@ -101,7 +101,7 @@ class SiteSolver:
         channels = collected.train.channels
         everything = Selection(range(channels), channels)
         identity = torch.eye(channels, dtype=torch.float64, device=collected.train.device)
-        fitted = self._fit(collected, identity, everything, toward="baseline", affine=False)
+        fitted = self._fit(collected, identity, everything, toward="baseline", fit_bias=False)
         return Decision(everything, (fitted,), (collected.tokens,))
 
     def view(
@@ -137,8 +137,8 @@ class SiteSolver:
         weight = consumer.by_channel
         if self._recipe.per_tap:
             weight, reduction = consumer.by_tap, reduction.repeat(consumer.taps)
-        toward, affine = self._recipe.toward, self._recipe.shifts_bias
-        return self._fit(statistics, weight, reduction, toward, affine, correction)
+        toward, fit_bias = self._recipe.toward, self._recipe.fit_bias
+        return self._fit(statistics, weight, reduction, toward, fit_bias, correction)
 
     def _fit(
         self,
@@ -146,17 +146,10 @@ class SiteSolver:
         weight: Tensor,
         reduction: Reduction,
         toward: Toward,
-        affine: bool,
+        fit_bias: bool,
         correction: float | Auto | None = None,
     ) -> Fit:
         recipe = self._recipe
-        alpha, compensate = recipe.alpha, recipe.fits_weights
-        correction = recipe.drift_correction if correction is None else correction
-        if statistics.held_out is None:  # nothing to choose by
-            alpha = ALPHA if alpha == "auto" else alpha
-            correction = 0.0 if correction == "auto" else correction
-        if compensate and statistics.underdetermined(reduction.kept):
-            compensate = False
         if statistics.underdetermined(1):  # an expert without a token
             plain = reduction.absorb(weight)
             return Fit((plain,), math.nan, math.nan, math.inf, 0.0, 0.0, retries=0)
@@ -165,12 +158,11 @@ class SiteSolver:
                 statistics.train,
                 reduction,
                 weight,
-                alpha=alpha,
+                compensate=recipe.compensate and not statistics.underdetermined(reduction.kept),
+                fit_bias=fit_bias,
+                alpha=recipe.alpha,
                 toward=toward,
-                damping=recipe.damping,
-                affine=affine,
-                compensate=compensate,
-                drift_correction=correction,
+                drift_correction=recipe.drift_correction if correction is None else correction,
                 held_out=statistics.held_out,
             )
 

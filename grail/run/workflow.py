@@ -19,12 +19,13 @@ from grail.networks import find
 from grail.recipe import Recipe
 from grail.report import completions
 from grail.report._evaluate import bfloat16_bytes, evaluate, measure_size
-from grail.report.report import Evaluation, Report
+from grail.report.report import Evaluation, Report, fitted_parts
 from grail.run._collect import Collected
 from grail.run._compress import compress
 from grail.run._inspect import Inspection, inspect
 from grail.run._sensitivity import PROBES, UNDONE, sensitivity
 from grail.runtime.clock import Stages
+from grail.runtime.settings import Runtime
 
 IMPORTING, LOADING, PREDICTING = "importing", "loading", "predicting"
 RUNS = "runs to compare with"
@@ -75,10 +76,12 @@ def baselines(recipe: Recipe, *, uneven: bool = False) -> dict[str, Recipe]:
     selects channels to be compensated. "compensated" is the same selector and widths as "pruned"
     with compensation, where the model itself has another selector or uneven widths.
     """
-    if not recipe.compensate:
+    if not (recipe.compensate or recipe.fit_bias):
         return {}
     same = replace(recipe, selector="wanda") if recipe.selector == "greedy" else recipe
-    plain = replace(same, compensate=False, token_weights=False, correct_attention=False)
+    plain = replace(
+        same, compensate=False, fit_bias=False, token_weights=False, correct_attention=False
+    )
     others = same is not recipe or uneven
     return {"pruned": plain, **({"compensated": same} if others else {})}
 
@@ -94,9 +97,8 @@ class Study:
         batches: calibration.
         heldout: batches of held-out text; none evaluates nothing.
         stages: counts the time.
-        onload: see `grail.compress`.
-        say: hears what is about to be done.
-        progress: show progress bars.
+        runtime: how all runs are computed; the network's own run alone is resumed.
+        say: called with what is about to be done.
     """
 
     network: Any
@@ -105,9 +107,8 @@ class Study:
     batches: list[Tensor] | Collected
     heldout: Sequence[Tensor]
     stages: Stages
-    onload: str | None = None
+    runtime: Runtime = Runtime()
     say: Callable[[str], None] = print
-    progress: bool = True
     rows: dict[str, Evaluation] = field(default_factory=dict)
     completions: dict[str, Tensor] = field(default_factory=dict)
 
@@ -141,12 +142,12 @@ class Study:
             (rows, length), tokens = self.batches[0].shape, _count(self.batches)
         return inspect(
             self.network,
-            recipe=recipe,
             keeps=(recipe.keep,),
             tokens=tokens,
             sequence_length=length,
             batch_size=rows,
-            onload=self.onload,
+            recipe=recipe,
+            runtime=self.runtime,
         )
 
     def _of_evaluations(self, models: int) -> dict[str, float]:
@@ -175,7 +176,7 @@ class Study:
         if not self.heldout:
             return
         with self.stages(PERPLEXITY):
-            row = evaluate(self.network, self.heldout, progress=self.progress)
+            row = evaluate(self.network, self.heldout, progress=self.runtime.progress)
         if recipe is not None:
             row = replace(row, **_made_by(recipe))
         if self._completes():
@@ -191,38 +192,27 @@ class Study:
         for role, other in baselines(recipe, uneven=uneven).items():
             self.say(f"Measuring the comparison: {_label(other)} …")
             with self.stages(RUNS):
-                self._compress(other)
+                runtime = replace(self.runtime, resume_dir=None)
+                compress(self.network, self.batches, recipe=other, runtime=runtime)
             self.measure(role, other)
             self.network = None
             with self.stages(LOADING):
                 self.network = self.fresh()
 
-    def uneven(self, recipe: Recipe, resume_dir: Path | None = None) -> Recipe:
-        """The same options with a share for each site, by what narrowing it costs the network."""
+    def uneven(self, recipe: Recipe) -> Recipe:
+        """Returns the recipe with a share for each site, by what narrowing it costs the network."""
         assert not isinstance(self.batches, Collected)
-        assert isinstance(recipe.keep, float | int)
         with self.stages(SENSITIVITY):
-            measured = sensitivity(
-                self.network,
-                self.batches,
-                recipe.sites,
-                keep=recipe.keep,
-                selector=recipe.selector,
-                multiple=recipe.multiple,
-                seed=recipe.seed,
-                non_finite=recipe.non_finite,
-                resume_dir=resume_dir,
-                progress=self.progress,
-            )
+            measured = sensitivity(self.network, self.batches, recipe=recipe, runtime=self.runtime)
         undone = UNDONE if recipe.follows_drift else 0.0
         return replace(recipe, keep=measured.shares(undone=undone))
 
-    def run(self, recipe: Recipe, resume_dir: Path | None = None) -> Report:
+    def run(self, recipe: Recipe) -> Report:
         """Compresses the network itself and reports it beside all that was measured."""
         with self.stages(COMPRESSING):
-            report = self._compress(recipe, resume_dir)
+            report = compress(self.network, self.batches, recipe=recipe, runtime=self.runtime)
         self.stages.seconds[COMPRESSING] += report.resumed.get("seconds", 0.0)
-        self.measure("restored" if recipe.compensate else "pruned", recipe)
+        self.measure("restored" if recipe.compensate or recipe.fit_bias else "pruned", recipe)
         report.evaluation, report.samples = dict(self.rows), self._samples()
         report.model["bytes"] = {
             "after": measure_size(self.network)[1],
@@ -253,16 +243,6 @@ class Study:
             f"{reason}: grail alone loads it, by grail.load_model" for reason in reasons
         ]
         export(self.network, self.tokenizer, output, report=finished, page=page, uneven=uneven)
-
-    def _compress(self, recipe: Recipe, resume_dir: Path | None = None) -> Report:
-        return compress(
-            self.network,
-            self.batches,
-            **vars(recipe),
-            onload=self.onload,
-            resume_dir=resume_dir,
-            progress=self.progress,
-        )
 
     def _completes(self) -> bool:
         return self.tokenizer is not None and self.network.can_generate()
@@ -300,7 +280,7 @@ def _made_by(recipe: Recipe) -> dict[str, Any]:
     """Returns the fields of a row that say how `options` narrowed a network."""
     return {
         "selector": recipe.as_dict()["selector"],
-        "compensation": "weights" if recipe.compensate is True else recipe.compensate or None,
+        "compensation": fitted_parts(recipe.compensate, recipe.fit_bias),
         "uneven": isinstance(recipe.keep, Mapping),
     }
 

@@ -18,7 +18,6 @@ which a run has to go backwards through every block, has the attribute `needs_gr
 search takes memory registers `peak_bytes`; without it the selector must be cheap.
 """
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from grail.algebra.reduction import Reduction
 from grail.algebra.width import Width
+from grail.arguments import did_you_mean
 from grail.errors import InputError, NonFiniteError
 from grail.select.view import View
 
@@ -147,8 +147,7 @@ def canonical(name: str) -> str:
     asked = str(name).strip().lower().replace("_", "-")
     if asked in known:
         return known[asked]
-    near = difflib.get_close_matches(asked, known, n=1)
-    meant = f"did you mean {known[near[0]]!r}? " if near else ""
+    meant = did_you_mean(asked, known)
     raise InputError(f"unknown selector {name!r}; {meant}choose one of {', '.join(names())}")
 
 

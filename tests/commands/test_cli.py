@@ -267,7 +267,8 @@ def test_options_reach_the_library(arguments):
         "toward": "zero",
         "closed_loop": False,
         "multiple": 16,
-        "compensate": "weights",
+        "compensate": True,
+        "fit_bias": False,
     }
     assert {name: report.settings[name] for name in expected} == expected
     assert (report.calibration["tokens"], report.calibration["sequence_length"]) == (512, 32)
@@ -343,7 +344,7 @@ def test_uneven_widths_add_up_and_the_folder_is_read_by_every_command(
     ids=["both", "bias alone", "open loop", "alpha"],
 )
 def test_biases_are_fitted_where_the_model_has_none(given, arguments, tmp_path):
-    result = grail(*arguments, "--bias", *given)
+    result = grail(*arguments, "--fit-bias", *given)
     assert result.exit_code == 0, result.stderr
     model, _ = load_model(tmp_path / "out")
     assert all(layer.mlp.down_proj.bias.any() for layer in model.model.layers)
@@ -355,7 +356,7 @@ def test_biases_are_fitted_where_the_model_has_none(given, arguments, tmp_path):
         ("gpt2", {}, ["--sites", "heads"]),
         ("gpt_neox", {}, ["--sites", "mlp,heads"]),
         ("opt", {}, ["--sites", "heads", "--no-compensate"]),
-        ("bloom", {"n_head": 6, "n_layer": 2}, ["--bias"]),
+        ("bloom", {"n_head": 6, "n_layer": 2}, ["--fit-bias"]),
         ("gptj", {"n_embd": 48, "n_head": 6, "n_layer": 2, "rotary_dim": 4}, []),
     ],
     ids=["gpt2", "gpt_neox", "opt", "bloom", "gptj"],

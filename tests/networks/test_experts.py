@@ -280,7 +280,7 @@ def test_a_failed_run_leaves_all_experts_as_they_were(tiny_model, tiny_batches):
             "share a tensor, so they need one width",
         ),
         ({"selector": "wanda++"}, "needs the gradient of its weight"),
-        ({"compensate": "bias"}, "has no bias"),
+        ({"compensate": False, "fit_bias": True}, "has no bias"),
     ],
 )
 def test_what_a_shared_tensor_cannot_hold_is_refused(settings, message, tiny_model, tiny_batches):

@@ -74,7 +74,7 @@ def assert_same(one, other):
 CASES = {
     "llama": ("llama", {"sites": "mlp,heads"}),
     "open loop": ("llama", {"closed_loop": False, "drift_correction": 0}),
-    "biases": ("llama", {"compensate": "both"}),
+    "biases": ("llama", {"fit_bias": True}),
     "folding": ("llama", {"selector": "folding"}),
     "attention": ("llama", {"correct_attention": True}),
     "conv1d": ("gpt2", {"sites": "mlp,heads"}),

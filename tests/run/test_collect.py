@@ -148,7 +148,7 @@ def assert_same_weights(model, other):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"keep": 0.5}, {"keep": 0.7, "selector": "wanda", "compensate": "both", "alpha": 1e-3}],
+    [{"keep": 0.5}, {"keep": 0.7, "selector": "wanda", "fit_bias": True, "alpha": 1e-3}],
 )
 def test_what_was_collected_compresses_like_the_batches_themselves(
     settings, collected, tiny_llama, tiny_batches

@@ -200,7 +200,7 @@ def test_attention_that_is_not_plain_is_left_alone(change, tiny_llama, tiny_batc
     [
         {"drift_correction": 0},
         {"closed_loop": False},
-        {"compensate": "both"},
+        {"fit_bias": True},
         {"compensate": False},
     ],
     ids=str,
@@ -689,8 +689,8 @@ def test_a_layer_that_was_forgotten_between_a_site_s_layers_is_found():
     assert network(images[0]).shape == (2, 4, 5, 5)
 
 
-def test_an_unknown_compensation_is_refused(tiny_llama, tiny_batches):
-    with pytest.raises(InputError, match="weights, bias, both; got 'all'"):
+def test_compensation_is_on_or_off(tiny_llama, tiny_batches):
+    with pytest.raises(InputError, match="compensate must be True or False; got str"):
         grail.compress(tiny_llama(), tiny_batches(), compensate="all")
 
 
@@ -753,7 +753,7 @@ def test_llama_is_given_the_biases_that_compensation_wants(
     from transformers import AutoModelForCausalLM
 
     model, batches = tiny_llama(), tiny_batches(count=10)
-    report = grail.compress(model, batches, 0.5, kinds, compensate="both", progress=False)
+    report = grail.compress(model, batches, 0.5, kinds, fit_bias=True, progress=False)
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -770,5 +770,5 @@ def test_biases_that_were_added_go_with_a_run_that_fails(tiny_llama, tiny_batche
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        grail.compress(model, tiny_batches(), compensate="both", selector=fails, progress=False)
+        grail.compress(model, tiny_batches(), fit_bias=True, selector=fails, progress=False)
     assert_untouched(model, before)

@@ -52,7 +52,7 @@ def test_the_errors_of_gates_of_linear_layers_are_the_networks(spread, wide):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"selector": "folding"}, {"compensate": "both"}, {"compensate": False}], ids=str
+    "settings", [{"selector": "folding"}, {"fit_bias": True}, {"compensate": False}], ids=str
 )
 @pytest.mark.parametrize("family", ["llama", "opt", "bert", "vit"])
 def test_errors_hold_for_every_way_of_compensating(family, settings, network):  # noqa: F811

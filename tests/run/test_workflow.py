@@ -9,6 +9,7 @@ from grail.recipe import Recipe
 from grail.run import workflow
 from grail.run.workflow import Study, baselines
 from grail.runtime.clock import Stages
+from grail.runtime.settings import Runtime
 
 
 @pytest.mark.parametrize(
@@ -23,9 +24,9 @@ from grail.runtime.clock import Stages
             {"pruned": ("magnitude", False), "compensated": ("magnitude", True)},
         ),
         (
-            {"compensate": "bias"},
+            {"compensate": False, "fit_bias": True},
             False,
-            {"pruned": ("wanda", False), "compensated": ("wanda", "bias")},
+            {"pruned": ("wanda", False), "compensated": ("wanda", False)},
         ),
         ({"compensate": False}, False, {}),
     ],
@@ -41,6 +42,7 @@ def test_a_model_is_compared_with_its_own_choice_or_wandas(settings, uneven, exp
     assert {role: (o.selector, o.compensate) for role, o in found.items()} == expected
     for role, other in found.items():
         assert (other.keep, other.sites) == (options.keep, options.sites)
+        assert other.fit_bias == (role == "compensated" and options.fit_bias)
         if role == "compensated":
             assert other == replace(options, selector=other.selector)
 
@@ -67,7 +69,7 @@ def test_every_stage_that_runs_is_predicted(heldout, compare, tiny_llama, tiny_b
     study = Study(
         network,
         fresh, Tokenizer(), tiny_batches(), tiny_batches(heldout, seed=1), stages,
-        say=lambda _: None, progress=False,
+        runtime=Runtime(progress=False), say=lambda _: None,
     )  # fmt: skip
     options = Recipe(0.5, "mlp")
     del network
@@ -96,8 +98,9 @@ def test_the_stage_of_a_resumed_run_has_the_time_of_the_runs_before(
     def stage():
         stages = Stages()
         network = tiny_llama(num_hidden_layers=layers)
-        study = Study(network, tiny_llama, None, tiny_batches(), [], stages, progress=False)
-        report = study.run(Recipe(0.5, "mlp"), tmp_path / "state")
+        runtime = Runtime(progress=False, resume_dir=tmp_path / "state")
+        study = Study(network, tiny_llama, None, tiny_batches(), [], stages, runtime)
+        report = study.run(Recipe(0.5, "mlp"))
         return report, stages.seconds[workflow.COMPRESSING]
 
     first, _ = stage()

@@ -61,7 +61,7 @@ def assert_same_bits(model, batches, **settings):
         {},
         {"closed_loop": False},
         {"selector": "wanda++"},
-        {"compensate": "both"},
+        {"fit_bias": True},
         {"selector": "folding", "sites": ("mlp",)},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "default",
