@@ -74,7 +74,7 @@ def explain_failure() -> Iterator[None]:
         if ran_out(error) or isinstance(error, GrailError):
             raise
         raise ModelError(
-            f"the network does not run once it is narrow: {error}. If its sites were named, "
+            f"the network does not run once it is narrow: {error}; if its sites were named, "
             "name every layer with weights between producers and consumers: "
             "grail.Site(…, along=[…])"
         ) from error
@@ -115,7 +115,7 @@ def _require_reads(
         if len(read) != len(expected) or not all(map(is_same_activation, read, expected)):
             raise ModelError(
                 f"{site.name}: once narrow, {consumer.name} does not read the channels that "
-                "were kept. Something between producers and consumers mixes channels (a "
+                "were kept; something between producers and consumers mixes channels (a "
                 "softmax or a norm over them, a shuffle, heads, a map flattened position by "
                 "position where flatten(1) keeps channels together), or depends on chance; it "
                 "is no site"

@@ -261,7 +261,7 @@ def test_a_damaged_measurement_is_named(tiny_llama, tiny_batches, tmp_path):
     content[-9] ^= 1
     path.write_bytes(content)
     injected("damaged state files")
-    with pytest.raises(StateError, match=r"sensitivity\.state.*Delete it to measure anew"):
+    with pytest.raises(StateError, match=r"sensitivity\.state.*delete it to measure anew"):
         grail.sensitivity(model, batches, **settings)
     path.unlink()
     assert grail.sensitivity(model, batches, **settings).losses == expected.losses
