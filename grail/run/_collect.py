@@ -1,16 +1,16 @@
-"""Statistics of a dense network, collected here and now, to be added to those of other machines.
+"""Statistics of a dense network in a folder, which add up over machines.
 
-    a/index.state            sites, of which model, from which calibrations
-    a/0003.0.train.state     the `grail.Gram` of what the first consumer of site 3 reads
-    a/0003.0.held_out.state  the same of every fifth sequence, by which what is "auto" is chosen
-    a/0003.0.channels.state  of channels alone, where taps of a convolution are columns of `train`,
-                             and a/0003.0.held_out_channels.state beside `held_out`
+    a/index.state            the sites, the model's fingerprint, the calibrations
+    a/0003.0.train.state     the `grail.Gram` of the input of site 3's first consumer
+    a/0003.0.held_out.state  the same of every fifth sequence, which choose what is "auto"
+    a/0003.0.channels.state  of channels alone, if taps of a convolution are columns of `train`;
+                             with a/0003.0.held_out_channels.state for `held_out`
 
-`Collected` gives such a folder to `grail.compress`, which then needs no text, any number of times;
-being sums of the dense network, they are for the open loop.
+`Collected` gives such a folder to `grail.compress` in place of batches, any number of times. The
+statistics are of the dense network, so they are for the open loop.
 
-Sums add up, so statistics of two halves of a calibration are those of the whole, within the
-rounding of fp32 sums; counts of tokens exactly.
+Statistics of two halves of a calibration add up to those of the whole, within the rounding of fp32
+sums; counts of tokens exactly.
 """
 
 import itertools
@@ -128,10 +128,10 @@ def _save_grams(folder: Path, number: int, parts: Sequence[Statistics]) -> list[
 
 
 class Collected:
-    """Statistics that `collect` or `merge` wrote, in the place of batches of `grail.compress`.
+    """Statistics that `collect` or `merge` wrote, for `grail.compress` in place of batches.
 
     Args:
-        folder: that they wrote.
+        folder: their output.
 
     Raises:
         StateError: no such folder, or a damaged one.
@@ -143,16 +143,16 @@ class Collected:
 
     @property
     def calibrations(self) -> list[dict[str, Any]]:
-        """Of each calibration that was added: tokens, sequences and sha256."""
+        """The tokens, sequences and sha256 of each calibration in the sums."""
         return [dict(calibration) for calibration in self._index["calibrations"]]
 
     def stream(
         self, model: nn.Module, architecture: Architecture, recipe: Recipe, device: torch.device
     ) -> Stream:
-        """Stands for the calibration, of which no batch is left.
+        """Returns the calibration set without its batches: only its counts.
 
         Raises:
-            InputError: statistics of another model or other sites, or options that need batches.
+            InputError: statistics of another model or other sites, or settings that need batches.
         """
         needs = {
             "closed_loop=False": recipe.closed_loop,
@@ -172,7 +172,10 @@ class Collected:
         return _Past(model, architecture.blocks, self._index["calibrations"], device)
 
     def statistics(self, site: BoundSite, recipe: Recipe, stream: Stream) -> list[Statistics]:
-        """Those of each consumer of a site; where nothing is to be held out, of all sequences."""
+        """Returns the statistics of each consumer of a site.
+
+        If the recipe holds nothing out, `train` has all sequences.
+        """
         assert isinstance(stream, _Past)
         by_consumer: list[dict[str, Gram]] = [{} for _ in site.consumers]
         for file in self._index["sites"][site.name]:
@@ -181,10 +184,7 @@ class Collected:
         stream.held_out_tokens += sum(grams["held_out"].tokens for grams in by_consumer)
         if not recipe.holds_out:
             for grams in by_consumer:
-                for name, held_out in HELD_OUT.items():
-                    if name in grams:
-                        grams[name].merge(grams[held_out])
-                        grams[held_out] = Gram(grams[name].channels, stream.device, site.name)
+                _merge_held_out(grams, stream.device, site.name)
         return [
             Statistics(
                 site.name,
@@ -197,6 +197,14 @@ class Collected:
             )
             for consumer, grams in zip(site.consumers, by_consumer, strict=True)
         ]
+
+
+def _merge_held_out(grams: dict[str, Gram], device: torch.device, name: str) -> None:
+    """Adds the Grams of held-out sequences to those of the others."""
+    for train, held_out in HELD_OUT.items():
+        if train in grams:
+            grams[train].merge(grams[held_out])
+            grams[held_out] = Gram(grams[train].channels, device, name)
 
 
 class _Past(Stream):
@@ -240,6 +248,18 @@ def merge(folders: Sequence[str | Path], output: str | Path) -> Path:
         StateError: a damaged file; nothing was written.
     """
     paths = as_paths("folders", folders)
+    index = _merged_index(paths)
+    with complete(output, StateError) as folder:
+        for name in itertools.chain(*index["sites"].values()):
+            total = Gram.load(paths[0] / name)
+            for path in paths[1:]:
+                total.merge(Gram.load(path / name))
+            total.save(folder / name)
+        state.write(folder / _INDEX, _KIND, index, {})
+    return Path(output)
+
+
+def _merged_index(paths: Sequence[Path]) -> dict[str, Any]:
     indexes = [_read_index(path) for path in paths]
     calibrations: dict[str, dict[str, Any]] = {}
     for path, index in zip(paths, indexes, strict=True):
@@ -250,15 +270,7 @@ def merge(folders: Sequence[str | Path], output: str | Path) -> Path:
             if calibration["sha256"] in calibrations:
                 raise InputError(f"{path} holds a calibration that would then count twice")
             calibrations[calibration["sha256"]] = calibration
-    with complete(output, StateError) as folder:
-        for name in itertools.chain(*indexes[0]["sites"].values()):
-            total = Gram.load(paths[0] / name)
-            for path in paths[1:]:
-                total.merge(Gram.load(path / name))
-            total.save(folder / name)
-        index = {**indexes[0], "calibrations": list(calibrations.values())}
-        state.write(folder / _INDEX, _KIND, index, {})
-    return Path(output)
+    return {**indexes[0], "calibrations": list(calibrations.values())}
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

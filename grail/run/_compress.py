@@ -112,13 +112,15 @@ def compress(
             known = partial(batches.statistics, recipe=recipe, stream=stream)
         else:
             fingerprint = {} if folder is None else run_fingerprint(model, recipe)
-            read = HashedBatches(batches)
+            hashed = HashedBatches(batches)
+            read = batches if folder is None and processes.count == 1 else hashed
             with clock("forward"):
                 stream = _stream(
                     model, architecture, read, runtime.storage, device, processes, recipe
                 )
+            processes.require_equal("the calibration", hashed.sha256)
             if folder is not None:
-                fingerprint = with_calibration(fingerprint, read)
+                fingerprint = with_calibration(fingerprint, hashed)
                 checkpoint = Checkpoint(folder, fingerprint, model, transaction, processes)
         if recipe.fit_bias:
             architecture.ensure_biases(dense.sites, transaction)
@@ -194,16 +196,16 @@ def _counts(stream: Stream) -> dict[str, Any]:
 def _stream(
     model: nn.Module,
     architecture: Architecture,
-    batches: HashedBatches,
+    batches: Iterable[Batch],
     storage: torch.device | str,
     device: torch.device,
     processes: Processes,
     recipe: Recipe,
 ) -> Stream:
-    """Returns the calibration set at the model's entry; all processes must have the same.
+    """Returns the calibration set at the model's entry.
 
     Raises:
-        InputError: the model, settings or batches differ between processes.
+        InputError: the model or settings differ between processes.
     """
     room = None
     automatic = storage == "auto"
@@ -211,15 +213,11 @@ def _stream(
         storage = architecture.device  # the host, if blocks are brought from there
         # For one set of hidden states; a run has up to four.
         room = memory.free(device) // 4 if storage.type == "cuda" else None
-    enter = partial(Stream, model, architecture.blocks, storage=storage, device=device, room=room)
-    if processes.count == 1:
-        stream = enter(batches)
-    else:
-        settings = {key: value for key, value in recipe.as_dict().items() if key != "selector"}
-        processes.require_equal("the settings", settings)
+    settings = {key: value for key, value in recipe.as_dict().items() if key != "selector"}
+    processes.require_equal("the settings", settings)
+    if processes.count > 1:
         processes.require_equal("the model", checksum(model.parameters()))
-        stream = enter(batches, processes=processes)
-        processes.require_equal("the calibration", batches.sha256)
+    stream = Stream(model, architecture.blocks, batches, storage, processes, device, room)
     if automatic and stream.storage.type != "cpu":
         held = sum(hidden.nbytes for hidden in stream.hidden)
         size = _sizes(stream)

@@ -61,7 +61,7 @@ class NetworkLoss:
             for inputs, dense in zip(self._inputs, self._dense, strict=True):
                 for expected, got in zip(dense.rows(), self._output(*inputs).rows(), strict=True):
                     if dense.logits:
-                        found += _divergence(expected, got)
+                        found += divergence(expected, got)
                         size += len(expected)
                     else:
                         found += _squares(got.float() - expected.float())
@@ -126,7 +126,7 @@ class _Output:
         return self.values.split(max(1, FP32_VALUES // self.values.shape[-1]))
 
 
-def _divergence(dense: Tensor, narrow: Tensor) -> float:
+def divergence(dense: Tensor, narrow: Tensor) -> float:
     """Returns Σ KL(dense ‖ narrow) over rows of logits [N, D], in nats."""
     p, q = (logits.float().log_softmax(-1) for logits in (dense, narrow))
     return F.kl_div(q, p, reduction="sum", log_target=True).item()

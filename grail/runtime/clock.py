@@ -1,4 +1,4 @@
-"""Clocks: the time of a run by phase, of a command by stage."""
+"""Clocks of a run, by phase, and of a command, by stage."""
 
 import time
 from collections import deque
@@ -10,15 +10,15 @@ import torch
 # Of a CPU's clock in seconds, or in a GPU's stream.
 Mark = float | torch.cuda.Event
 
-# Stretches that wait to be added up: as many as keep a GPU busy, of some thirty launches each.
+# Intervals that wait to be added up: enough to keep a GPU busy, at some thirty launches each.
 MARKS = 256
 
 
 class Clock:
-    """Wall seconds by phase: `with clock("gram")`. An inner phase stops the one around it.
+    """Wall seconds by phase: `with clock("gram")`. An inner phase interrupts the outer one.
 
-    On a GPU they are those between marks in its stream, for which nothing waits: a phase begins
-    where the GPU comes to its work, not where the host queues it.
+    On a GPU they are measured between events in its stream, without waiting: a phase begins when
+    the GPU starts its work, not when the host queues it.
     """
 
     def __init__(self, device: torch.device):
@@ -44,7 +44,7 @@ class Clock:
 
     @property
     def phase(self) -> str:
-        """The phase that is under way."""
+        """The current phase; "" outside of any."""
         return self._stack[-1] if self._stack else ""
 
     @property
@@ -74,7 +74,7 @@ class Clock:
         return event
 
     def _add_up(self, left: int) -> None:
-        """Adds up the oldest stretches, all but `left` of them."""
+        """Adds up the oldest intervals, all but `left` of them."""
         while len(self._passed) > left:
             phase, start, end = self._passed.popleft()
             self.add({phase: _between(start, end)})
@@ -90,7 +90,7 @@ def _between(start: Mark, end: Mark) -> float:
 
 
 class Stages:
-    """Wall seconds of a command by stage: `with stages("loading")`. What runs again is added."""
+    """Wall seconds of a command by stage: `with stages("loading")`. Repeated stages add up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

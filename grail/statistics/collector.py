@@ -78,7 +78,8 @@ class Collector:
         batch = next((number for number, size in enumerate(sizes) if size > 1), None)
         for block, of_block in itertools.groupby(sites, lambda site: site.block):
             consumers = [consumer for site in of_block for consumer in site.consumers]
-            decodes = self._decodes(consumers, block)
+            with self._clock("forward"):
+                decodes = self._decodes(consumers, block)
             first: dict[Consumer | None, bool | None] = dict.fromkeys(consumers, True)
             if batch is not None:  # of one sample the size 1 tells
                 observe = functools.partial(self._tokens, consumers, block, batch)

@@ -9,7 +9,6 @@ import torch
 import grail
 from grail.calibrate.stream import Stream
 from grail.errors import GrailError, OutOfMemoryError, StateError
-from grail.run.solver import SiteSolver
 from grail.runtime import memory
 from tests.counting import injected
 from tests.run.test_compress import assert_untouched, fingerprint
@@ -41,8 +40,8 @@ def failing_after(calls, owner, name, error, monkeypatch):
     [
         (Stream, "run", 5, "smaller batches or shorter sequences"),
         (grail.Gram, "update", 5, "one kind of site at a time"),
-        (SiteSolver, "_reduction", 1, "such as wanda"),
-        ("grail.decide", "fit", 1, "fix alpha and drift_correction"),
+        ("grail.run.solver", "stacked", 1, "such as wanda"),
+        ("grail.run.solver", "fit", 1, "fix alpha and drift_correction"),
     ],
     ids=["forward", "gram", "select", "solve"],
 )
@@ -66,7 +65,7 @@ def test_too_little_memory_names_what_needs_less_and_leaves_the_model_alone(
     [
         (Stream, "run", 1, "smaller batches or shorter sequences"),
         ("grail.select.greedy", "errors", 1, "use a machine with more memory"),
-        ("grail.sensitivity", "_divergence", 1, "fewer of them as probes"),
+        ("grail.run.network_loss", "divergence", 1, "fewer of them as probes"),
     ],
     ids=["forward", "search", "probe"],
 )
