@@ -125,7 +125,7 @@ def _picked(batch: Tensor, todo: Tensor) -> Tensor:
 
 
 def _checked_diagonal(normal: Tensor, right: Tensor) -> Tensor:
-    """The diagonal [.., K] of A in fp64, once A and C are known to be finite and to fit."""
+    """Returns the diagonal [.., K] of A in fp64, after checks that A and C are finite and fit."""
     if normal.shape[-1] != normal.shape[-2] or right.shape[-1] != normal.shape[-1]:
         raise InputError(
             f"normal must be [.., K, K] and right [.., O, K]; got {tuple(normal.shape)} "
@@ -157,7 +157,7 @@ def _fp64_is_fast(device: torch.device) -> bool:
 
 
 def _direct(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """X [n, O, K] of X·system = right in fp64, and where [n] that went well.
+    """Solves X·system = right, [n, O, K] in fp64; also returns the mask [n] of success.
 
     Args:
         system: [n, K, K] fp64, symmetric; becomes the factor.
@@ -170,7 +170,7 @@ def _direct(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tenso
 
 
 def _refined(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_direct`, by an fp32 factor and refinement; `system` is scaled in place.
+    """Solves as `_direct`, by an fp32 factor and refinement; scales `system` in place.
 
     A step's correction d measures the error e before it, and with the rate r = ‖d‖/‖d before‖ what
     is left is r·‖d‖: a row is done when that is below eps·‖row‖. (As LAPACK's dsposv, which goes on
@@ -197,7 +197,7 @@ def _refined(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tens
 
 
 def _factor(system: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factors, lower, of matrices [n, K, K] in their place; where [n] they are good.
+    """Factorises matrices [n, K, K] in place (lower Cholesky); returns the mask [n] of success.
 
     That is where they exist and their pivots reach `least` [n, K].
     """
@@ -209,13 +209,13 @@ def _factor(system: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _substitute(factor: Tensor, right: Tensor) -> Tensor:
-    """X of X·factor·factorᵀ = right, in the place of `right` [n, O, K]."""
+    """Solves X·factor·factorᵀ = right in place of `right` [n, O, K]."""
     torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False, out=right)
     return torch.linalg.solve_triangular(factor, right, upper=False, left=False, out=right)
 
 
 def _substitute_normalised(factor: Tensor, right: Tensor) -> Tensor:
-    """`_substitute` in fp32, with rows brought into its range; fp64 in and out."""
+    """Runs `_substitute` in fp32, with rows scaled into its range; fp64 in and out."""
     size = right.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     with full_fp32(right.device):
         return _substitute(factor, (right / size).float()).double() * size

@@ -15,7 +15,7 @@ from grail.networks.transformer import (
     setting,
 )
 
-# head_dim would else be derived from hidden_size / heads.
+# Without head_dim it would be derived from hidden_size / heads.
 _GROUPED_CONFIG = {
     "num_attention_heads": lambda width: width.kept_groups * width.kept_queries,
     "num_key_value_heads": lambda width: width.kept_groups,
@@ -53,7 +53,7 @@ def _without_heads(layout: Layout, why: str) -> Layout:
     return replace(layout, no_heads=why)
 
 
-# A norm lies between a consumer and the stream, so drift is seen in front of it.
+# A norm lies between a consumer and the stream, so drift is measured before it.
 _SANDWICH = _with_probes(
     _LLAMA, ProbeSpec("self_attn.o_proj", output=True), ProbeSpec("mlp.down_proj", output=True)
 )
@@ -83,7 +83,7 @@ _MIXTRAL = replace(_LLAMA, experts=Mixture("mlp.experts", setting("intermediate_
 _QWEN3_MOE = replace(_LLAMA, experts=Mixture("mlp.experts", setting("moe_intermediate_size")))
 _QWEN2_MOE = replace(
     _QWEN3_MOE,
-    # A gate of its own scales it, so that the experts beside it undo its drift.
+    # A gate scales its output, so the routed experts correct its drift.
     shared_experts=Mlp(
         ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
         "mlp.shared_expert.down_proj",
@@ -157,14 +157,14 @@ LAYOUTS = {
 
 
 def architecture(model: Any) -> Architecture | None:
-    """Its blocks and sites, if it is one of `LAYOUTS`."""
+    """Returns its blocks and sites, if it is one of `LAYOUTS`."""
     config = getattr(model, "config", None)
     layout = LAYOUTS.get(getattr(config, "model_type", ""))
     return None if layout is None else Transformer(model, _variant(layout, config))
 
 
 def _variant(layout: Layout, config: Any) -> Layout:
-    """What a family's configuration makes of its layout."""
+    """Returns a family's layout as its configuration modifies it."""
     if layout is _OPT and not config.do_layer_norm_before:
         return _OPT_POST_NORM
     if getattr(config, "use_parallel_residual", False):

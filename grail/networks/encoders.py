@@ -1,7 +1,7 @@
 """Encoders: BERT's family, vision transformers, and the towers of CLIP.
 
-Of timm and torchvision, whose models carry no configuration, the vision transformer is recognised
-by its form.
+The vision transformers of timm and torchvision, which have no configuration, are recognised by
+their form.
 """
 
 from dataclasses import replace
@@ -32,7 +32,7 @@ def _all_channels(width: HeadWidth) -> int:
     return width.kept
 
 
-# Post-norm: the residual sum is what the norm behind a layer reads.
+# Post-norm: the norm after a layer reads the residual sum.
 _BERT = Layout(
     blocks="encoder.layer",
     attention="attention.self",
@@ -88,12 +88,12 @@ _CLIP = Layout(
 
 
 def _unless_shared(config: Any, kept: int) -> Settings:
-    """SigLIP's pooling head has an MLP of its own, of the same number in the configuration."""
+    """Returns no setting where SigLIP's pooling head has an MLP by the same setting."""
     return {} if config.vision_use_head else {"intermediate_size": kept}
 
 
 def _mlp_ratio(config: Any, kept: int) -> Settings:
-    """DINOv2's configuration takes whole multiples of hidden_size alone."""
+    """Returns DINOv2's setting, which holds whole multiples of hidden_size alone."""
     ratio, rest = divmod(kept, config.hidden_size)
     return {} if rest else {"mlp_ratio": ratio}
 
@@ -161,7 +161,7 @@ _TOWERS = ("vision_model", "text_model")
 
 
 def architecture(model: Any) -> Architecture | None:
-    """Its blocks and sites, if it is one of `LAYOUTS`.
+    """Returns its blocks and sites, if it is one of `LAYOUTS`.
 
     Raises:
         ModelError: a model with a tower for images and another for text.
@@ -184,7 +184,7 @@ def architecture(model: Any) -> Architecture | None:
 
 
 def _by_form(model: Any) -> Layout | None:
-    """The layout of a vision transformer of timm or torchvision."""
+    """Returns the layout of a vision transformer of timm or torchvision."""
     if _first_block(model, _TORCHVISION) is not None:
         return _TORCHVISION
     block = _first_block(model, _TIMM)
@@ -202,7 +202,7 @@ def _by_form(model: Any) -> Layout | None:
 
 
 def _first_block(model: nn.Module, layout: Layout) -> Any:
-    """The first block of a model, if it holds what the layout says."""
+    """Returns the first block of a model, if it has the modules of the layout."""
     if not has(model, layout.blocks):
         return None
     paths = (layout.attention, *layout.mlp.producers, layout.mlp.consumer)
@@ -212,7 +212,7 @@ def _first_block(model: nn.Module, layout: Layout) -> Any:
 
 
 def _scaled(layout: Layout, heads: str, mlp: str) -> Layout:
-    """The same with layer scales, at these paths."""
+    """Returns the layout with layer scales at these paths."""
     assert layout.heads is not None
     assert layout.mlp.probe is not None
     return replace(

@@ -580,7 +580,7 @@ def test_no_bias_goes_into_a_norm_that_others_use(compensate):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Sequential(Shared(), Shared())).eval()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match="has no bias, nor a batch norm behind it"):
+    with pytest.raises(InputError, match="has no bias, nor a batch norm after it"):
         grail.compress(
             model,
             [torch.randn(4, 3, 9, 9)] * 3,
