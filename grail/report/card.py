@@ -21,7 +21,7 @@ _STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
-_UNEVEN = """from grail.models import load_model
+_UNEVEN = """from grail import load_model
 
 model, tokenizer = load_model("FOLDER")"""
 _SAVED = """import grail
@@ -30,12 +30,12 @@ model = grail.load("FOLDER", make_dense_network)  # a function that returns the 
 
 
 def card(report: Report, *, uneven: bool = False, transformers: bool = True) -> str:
-    """The Markdown text of README.md.
+    """Returns the Markdown text of README.md.
 
     Args:
         report: of the compression.
-        uneven: whether the widths are such that stock configurations cannot hold them.
-        transformers: whether the folder is a causal language model; else `grail.save` wrote it.
+        uneven: stock configurations cannot hold the widths.
+        transformers: the folder is a causal language model; else `grail.save` wrote it.
     """
     name = str(report.model.get("name") or report.model.get("class") or "model")
     load = (_UNEVEN if uneven else _STOCK) if transformers else _SAVED
@@ -95,7 +95,7 @@ def _fitted(value: object) -> str:
 
 
 def _spaced(lines: list[str]) -> list[str]:
-    """Blank lines around a list, without which Markdown joins it to the text."""
+    """Adds blank lines around a list, which Markdown would else join to the text."""
     found: list[str] = []
     for line in filter(None, lines):
         if found and line.startswith("- ") != found[-1].startswith("- "):
@@ -138,7 +138,7 @@ def _text(text: Mapping[str, Any]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is: one line, no markup."""
+    """Escapes text so that Markdown shows it as it is, on one line."""
     line = " ".join(text.split())
     return "".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in line)
 

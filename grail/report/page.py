@@ -144,7 +144,7 @@ def _evaluation(report: Report) -> dict[str, Any] | None:
 
 
 def _samples(report: Report) -> list[dict[str, Any]]:
-    """Greedy completions of each model by its label, with their prompt."""
+    """Returns prompts with the greedy completions of each model, by its label."""
     labels = dict(zip(report.evaluation, labelled(report.evaluation), strict=True))
     return [
         {
@@ -171,7 +171,7 @@ def _errors(report: Report) -> dict[str, Any] | None:
 
 
 def _inputs(inputs: Sequence[InputReport]) -> dict[str, Any] | None:
-    """The table of attention's inputs, and their median difference before and after correction."""
+    """Returns the table of attention's inputs, and their median errors before and after."""
     if not inputs:
         return None
     rows = [
@@ -193,7 +193,7 @@ def _inputs(inputs: Sequence[InputReport]) -> dict[str, Any] | None:
 
 
 def _costs(report: Report) -> list[str]:
-    """Sentences about time and memory."""
+    """Returns sentences about time and memory."""
     sentences = [resumed_sentence(report)]
     own = sum(report.seconds.get(phase, 0.0) for phase in ("gram", "select", "solve", "absorb"))
     if forward := report.seconds.get("forward"):
@@ -248,7 +248,7 @@ def _site_table(sites: Sequence[SiteReport]) -> _Table:
 
 
 def _text(value: object) -> str:
-    """A setting as a reader writes it: lists with commas, dictionaries as key and value."""
+    """Formats a setting: lists with commas, dictionaries as key and value."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -272,7 +272,7 @@ def _perplexity_bars(evaluation: Mapping[str, Evaluation]) -> _Bars:
 
 
 def _time_bars(seconds: Mapping[str, float]) -> _Bars | None:
-    """A bar for each phase of a run, those unknown here under their own name."""
+    """Returns a bar for each phase of a run; phases unknown here have their own name."""
     order = [*_PHASES, *(phase for phase in seconds if phase not in _PHASES)]
     phases = {p: seconds[p] for p in order if p in seconds and p != "total"}
     total = sum(phases.values())
@@ -299,7 +299,7 @@ def _memory_bars(memory: Mapping[str, int]) -> _Bars | None:
 def _bars(
     names: Iterable[str], values: Sequence[float], labels: Sequence[str], colours: Sequence[str]
 ) -> list[_Bar]:
-    """Bars in proportion to `values`; the longest leaves room for its label."""
+    """Returns bars in proportion to `values`; the longest leaves room for its label."""
     finite = [value if math.isfinite(value) else 0.0 for value in values]
     longest = max(finite) or 1.0
     widths = [65 * max(value, 0) / longest for value in finite]
