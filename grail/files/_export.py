@@ -1,4 +1,4 @@
-"""Writes a model as a plain `save_pretrained` folder that is complete, or is not there at all."""
+"""Exports a model as a plain `save_pretrained` folder that is complete, or is not there at all."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from grail.runtime.folder import complete
 from grail.runtime.transaction import eval_no_grad
 from grail_kernels import check_kind, kind_of
 
-# Sequences and tokens, if it has room for those, on which the reloaded model must agree.
+# Sequences and tokens on which the reloaded model must agree; fewer tokens if it has no positions.
 _PROBE = (2, 32)
 
 
@@ -35,19 +35,21 @@ def export(
 ) -> Path:
     """Saves model and tokenizer, and proves that the folder reloads to the same logits.
 
-    The folder gets its name only once it was reloaded and compared: see `grail.folder`. The
-    comparison holds a second copy of the model on the same device.
+    The folder gets its name only once it was reloaded and compared. The comparison holds a second
+    copy of the model on the same device. `grail.load_model` reads the folder.
 
     Args:
         model: a transformers causal language model.
         tokenizer: its tokenizer; None writes none.
         output: folder to create; one that exists must be empty.
         report: written as `report.json`, its settings as `recipe.json`, and in words as the model
-            card `README.md`; or what returns it, called once the model is written and compared.
-        page: HTML text, written as `report.html`; or what makes it of the report, None for none.
-        uneven: whether the configuration cannot hold the widths, as where they differ by block
-            (`report.model["beyond_configuration"]` of a run says so). Weights and widths are then
-            written as by `grail.save`, and `load_model` reads the folder, not transformers alone.
+            card `README.md`; or a function that returns it, called after the model was written and
+            compared.
+        page: HTML text, written as `report.html`; or a function of the report that returns it, or
+            None for no page.
+        uneven: the configuration cannot hold the widths, because they differ by block
+            (`report.model["beyond_configuration"]` of a run). Weights and widths are then written
+            as by `grail.save`, and transformers alone cannot read the folder.
 
     Returns:
         The path of the folder.
@@ -86,7 +88,7 @@ def _write(folder: Path, model: Any, tokenizer: Any, uneven: bool) -> None:
             tokenizer.save_pretrained(folder)
     # Refusals and full disks come as ValueError, RuntimeError, OSError, SafetensorError, …
     except Exception as error:
-        raise ExportError(f"transformers cannot save this model: {error}") from error
+        raise ExportError(f"transformers cannot save this model: {one_line(error)}") from error
 
 
 def _describe(
@@ -95,7 +97,7 @@ def _describe(
     page: str | Callable[[Report], str | None] | None,
     uneven: bool,
 ) -> None:
-    """Writes the files for people; those that are there already are not touched."""
+    """Writes the files for people; a README.md of the model's own stays."""
     found = report() if callable(report) else report
     if callable(page):
         page = None if found is None else page(found)  # before the report: it may add a note
@@ -114,7 +116,7 @@ def _verify(folder: Path, model: Any) -> None:
         )
     except Exception as error:
         raise ExportError(
-            f"the exported model does not load again: {one_line(error)}; where its configuration "
+            f"the exported model does not load again: {one_line(error)}; if its configuration "
             "cannot hold its widths (a run notes that), give uneven=True"
         ) from error
     expected, found = _logits(model), _logits(reloaded.to(model.device))
@@ -135,7 +137,7 @@ def _verify(folder: Path, model: Any) -> None:
 
 @torch.inference_mode()
 def _logits(model: Any) -> Tensor:
-    """Logits [sequences, tokens, vocabulary] on random tokens, the same for each call."""
+    """Returns logits [sequences, tokens, vocabulary] on random tokens, the same for each call."""
     vocabulary = model.get_input_embeddings().num_embeddings
     rows, length = _PROBE
     length = min(length, positions(model) or length)

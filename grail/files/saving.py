@@ -1,7 +1,7 @@
-"""Saves a narrowed network of any kind, and loads it into what the dense one is made by.
+"""Saves a narrowed network of any kind, and loads it into a dense one.
 
-For networks without `save_pretrained`. A folder holds the weights as safetensors and a JSON of the
-widths: no code, no pickle.
+For networks without `save_pretrained`. A folder holds the weights as safetensors and the widths as
+JSON: no code, no pickle.
 """
 
 import copy
@@ -33,6 +33,9 @@ WEIGHTS, WIDTHS = "model.safetensors", "grail.json"
 
 def save(model: nn.Module, output: str | Path, report: Report | None = None) -> Path:
     """Writes `model` into a new folder that is complete, or is not there at all.
+
+    `grail.load` reads it back. Language models of transformers are better exported by
+    `grail.export`, which `grail.load_model` reads back without a factory.
 
     Args:
         model: any network.
@@ -66,7 +69,7 @@ def describe(report: Report, folder: Path, words: str) -> None:
 
 
 def write(model: nn.Module, folder: Path) -> None:
-    """Writes weights and widths into a folder that is there."""
+    """Writes weights and widths into a folder that exists."""
     tied = {name: source for name, source in _sources(model).items() if source != name}
     try:
         buffers = {name: buffer.contiguous() for name, buffer in _unsaved(model).items()}
@@ -85,23 +88,26 @@ def write(model: nn.Module, folder: Path) -> None:
     (folder / WIDTHS).write_text(json.dumps(widths, indent=1) + "\n", encoding="utf-8")
 
 
-@torch.inference_mode(False)  # what is made in it could never be trained
+@torch.inference_mode(False)  # parameters made in it could never be trained
 def load(
     folder: str | Path, factory: Callable[[], nn.Module], device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """The network that `save` wrote.
+    """Loads a network of any kind that `grail.save` wrote.
+
+    Language models that `grail.export` or the command line wrote are read by `grail.load_model`;
+    the sums of one site by `grail.Gram.load`.
 
     Args:
-        folder: the folder.
+        folder: written by `grail.save`.
         factory: makes the dense network, with weights of any value.
         device: where the network goes.
 
     Returns:
-        What `factory` made, narrowed to the saved widths and with the saved weights, in evaluation
-        mode.
+        The network of `factory`, narrowed to the saved widths and with the saved weights, in
+        evaluation mode.
 
     Raises:
-        InputError: no such folder, or one that `save` did not write.
+        InputError: no such folder, or one that `grail.save` did not write.
         ExportError: damaged files, or a factory that makes another network.
     """
     folder = as_path("folder", folder)
@@ -129,7 +135,7 @@ def load(
     buffers = {name: tensors.pop(name) for name in widths["buffers"] if name in tensors}
     model = factory()
     require_model(model)
-    # Narrowing may have untied what the factory ties: the files know better.
+    # Narrowing may have untied tensors that the factory ties; the saved ties count.
     sources = _sources(model) | widths.get("tied", {}) | {name: name for name in tensors}
     places = _places(model)
     odd = [name for name in sources if name not in places or sources[name] not in tensors]
@@ -148,7 +154,7 @@ def load(
 
 
 def _strides(model: nn.Module) -> dict[str, list[int]]:
-    """Of the tensors that are dense in memory, but in another order of their axes."""
+    """Returns the strides of tensors that are dense in memory, but in another order of axes."""
     return {
         name: list(tensor.stride())
         for name, tensor in model.state_dict().items()
@@ -158,42 +164,39 @@ def _strides(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _axes(tensor: Tensor) -> list[int]:
-    """Axes by how far apart their entries lie in memory, the furthest first."""
+    """Returns the axes by stride, the largest first."""
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 def _in_memory_of_its_own(tensor: Tensor, strides: Sequence[int] | None) -> Tensor:
-    """A copy, at an address and in an order of axes for which kernels round as they did.
-
-    A file's tensors lie at any address, and CPU kernels sum in another order at an odd one.
-    """
+    """Returns a copy in the saved order of axes and at an aligned address, see `alignment`."""
     if strides is None:
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
 def _sources(model: nn.Module) -> dict[str, str]:
-    """For each parameter and stored buffer the first that is the same tensor, by name."""
+    """Maps each parameter and stored buffer to the first that is the same tensor, by name."""
     seen: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)
     return {name: seen.setdefault(id(tensor), name) for name, tensor in tensors.items()}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and stored buffers by name; of tied ones the first."""
+    """Returns parameters and stored buffers by name; of tied ones the first."""
     sources, stored, found = _sources(model), set(), {}
     for name, tensor in model.state_dict().items():
         if sources[name] == name:
             tensor = tensor.contiguous()
             place = tensor.untyped_storage().data_ptr()
-            # safetensors takes no two of one storage, as `b.data = a.data` makes them.
+            # safetensors refuses two tensors of one storage, as after `b.data = a.data`.
             found[name] = tensor.clone() if place in stored else tensor
             stored.add(place)
     return found
 
 
 def _unsaved(model: nn.Module) -> dict[str, Tensor]:
-    """Floating-point buffers that are no part of the state, but were cast along with the model."""
+    """Returns floating-point buffers outside of the state, which are cast with the model."""
     stored = model.state_dict().keys()
     found = {name: b for name, b in model.named_buffers() if name not in stored}
     return {name: buffer for name, buffer in found.items() if buffer.is_floating_point()}
@@ -204,7 +207,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _numbers(model: nn.Module) -> dict[str, Any]:
-    """Every whole number that a module keeps as an attribute; of configurations, truths too."""
+    """Returns every integer attribute of modules, and integers and booleans of configurations."""
     modules = {name: _integers(vars(module)) for name, module in model.named_modules()}
     configs = {name: _config(module) for name, module in model.named_modules()}
     return {
@@ -219,7 +222,7 @@ def _numbers(model: nn.Module) -> dict[str, Any]:
 
 
 def _config(module: nn.Module) -> Any:
-    """A module's configuration; one that says nothing if it has none."""
+    """Returns a module's configuration; an empty one if it has none."""
     config = getattr(module, "config", None)
     return config if hasattr(config, "__dict__") else SimpleNamespace()
 
@@ -230,7 +233,7 @@ def _integers(attributes: Mapping[str, Any], *further: type) -> dict[str, int]:
 
 
 def _places(model: nn.Module) -> set[str]:
-    """Names of parameters and stored buffers, and of biases that a layer could have."""
+    """Returns the names of parameters and stored buffers, and of biases that a layer could have."""
     modules = model.named_modules(remove_duplicate=False)
     own = {
         f"{path}.{key}".removeprefix(".") for path, module in modules for key in module._parameters
@@ -266,7 +269,7 @@ def _set_numbers(
 
 
 def _own_config(model: nn.Module) -> None:
-    """Gives a model a configuration that the factory's other models do not share."""
+    """Gives a model a configuration that other models of the factory do not share."""
     own_configuration(model, Transaction())
     shared = _config(model)
     own = copy.copy(shared)
@@ -276,7 +279,7 @@ def _own_config(model: nn.Module) -> None:
 
 
 def _set_configs(model: nn.Module, configs: Mapping[str, Mapping[str, int]]) -> None:
-    """Gives modules that were narrowed otherwise than the rest a configuration of their own."""
+    """Gives modules of other widths than the rest a configuration of their own."""
     for name, numbers in configs.items():
         module = model.get_submodule(name)
         if _integers(vars(_config(module)), bool) != numbers:

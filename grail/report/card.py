@@ -30,12 +30,12 @@ model = grail.load("FOLDER", make_dense_network)  # a function that returns the 
 
 
 def card(report: Report, *, uneven: bool = False, transformers: bool = True) -> str:
-    """The Markdown text of README.md.
+    """Returns the Markdown text of README.md.
 
     Args:
         report: of the compression.
-        uneven: whether the widths are such that stock configurations cannot hold them.
-        transformers: whether the folder is a causal language model; else `grail.save` wrote it.
+        uneven: stock configurations cannot hold the widths.
+        transformers: the folder is a causal language model; else `grail.save` wrote it.
     """
     name = str(report.model.get("name") or report.model.get("class") or "model")
     load = (_UNEVEN if uneven else _STOCK) if transformers else _SAVED
@@ -94,7 +94,7 @@ def _fitted(settings: Mapping[str, Any]) -> str:
 
 
 def _spaced(lines: list[str]) -> list[str]:
-    """Blank lines around a list, without which Markdown joins it to the text."""
+    """Adds blank lines around a list, which Markdown would else join to the text."""
     found: list[str] = []
     for line in filter(None, lines):
         if found and line.startswith("- ") != found[-1].startswith("- "):
@@ -137,7 +137,7 @@ def _text(text: Mapping[str, Any]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is: one line, no markup."""
+    """Escapes text so that Markdown shows it as it is, on one line."""
     line = " ".join(text.split())
     return "".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in line)
 

@@ -1,7 +1,7 @@
 """An output folder that is complete, or is not there at all.
 
-What is to be in it is written into a hidden sibling folder ending in `.partial`, which gets its
-name once everything is on the disk. Whatever interrupts this, the output does not exist.
+Files are written into a hidden sibling folder ending in `.partial`, which gets its name once
+everything is on the disk. If anything interrupts this, the output does not exist.
 """
 
 import hashlib
@@ -15,17 +15,17 @@ from pathlib import Path
 from grail.arguments import as_path
 from grail.errors import ExportError, GrailError, InputError, one_line
 
-PARTIAL = ".partial"  # ends the name of what is not whole
+PARTIAL = ".partial"  # ends the name of unfinished files and folders
 _MARGIN = 32 << 20  # bytes for tokenizer, configuration and report beside the weights
 
 
 @contextmanager
 def complete(output: str | Path, failure: type[GrailError], *, size: int = 0) -> Iterator[Path]:
-    """A folder to write into, which becomes `output` at the end of the `with`.
+    """Yields a folder to write into, which becomes `output` at the end of the `with`.
 
     Args:
         output, size: see `check_output`.
-        failure: raised where the disk refuses; what else passes through is not touched.
+        failure: raised for errors of the disk; other errors pass unchanged.
 
     Raises:
         InputError, ExportError: see `check_output`; nothing was written.
@@ -46,7 +46,7 @@ def complete(output: str | Path, failure: type[GrailError], *, size: int = 0) ->
 
 
 def usual_modes(folder: Path) -> None:
-    """Gives every file below the mode that the umask grants: some writers make theirs private."""
+    """Gives every file below the mode of a new file: some libraries make theirs private."""
     probe = folder / f".{uuid.uuid4().hex}"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -57,7 +57,7 @@ def usual_modes(folder: Path) -> None:
 
 
 def check_output(output: str | Path, size: int = 0, apart: Path | None = None) -> Path:
-    """Refuses an output folder that cannot be written; call it before any work.
+    """Checks that an output folder can be written; call it before any work.
 
     Args:
         output: the folder to be created.
@@ -85,8 +85,8 @@ def _check_output(output: Path, size: int, apart: Path | None) -> Path:
     final = output.resolve()  # renaming onto a link would fail at the very end
     if apart is not None and _overlap(final, apart.resolve()):
         raise InputError(
-            f"the output {output} and the folder {apart}, which holds the state of the run, lie "
-            "inside one another; name two that are apart"
+            f"the output {output} and the folder {apart} of the run's state lie inside one "
+            "another; name two that are apart"
         )
     if final.is_mount():
         raise InputError(f"the output {output} is a mount point; name a folder inside it")
@@ -95,7 +95,9 @@ def _check_output(output: Path, size: int, apart: Path | None) -> Path:
         raise InputError(f"the output {output} {kind}; name a new or an empty folder")
     existing = next(folder for folder in (final, *final.parents) if folder.exists())
     if not existing.is_dir():
-        raise InputError(f"the output {output} lies under {existing}, which is a file")
+        raise InputError(
+            f"the output {output} lies under {existing}, which is a file; name a folder elsewhere"
+        )
     _try_to_write(final, existing)
     needed, free = size + _MARGIN, shutil.disk_usage(existing).free
     if size and free < needed:
@@ -115,7 +117,7 @@ def _partial(final: Path) -> Path:
 
 
 def _try_to_write(final: Path, existing: Path) -> None:
-    """Makes and removes a folder where the first one will be made, with the longest name."""
+    """Makes and removes a folder with the longest name, in the first folder that exists."""
     parent = final.parent if existing == final else existing
     longest = max((final, *final.parents), key=lambda path: len(os.fsencode(path.name))).name
     probe = _partial(parent / longest)
@@ -124,7 +126,7 @@ def _try_to_write(final: Path, existing: Path) -> None:
 
 
 def flush(folder: Path, contents: bool = True) -> None:
-    """A folder, and everything in it, is on the disk afterwards: no rename can outrun the data."""
+    """Flushes a folder and its contents to the disk, so that no rename can outrun the data."""
     for path in (*(folder.rglob("*") if contents else ()), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -134,7 +136,7 @@ def flush(folder: Path, contents: bool = True) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, as `sha256sum` prints it."""
+    """Returns the SHA-256 of a file, as `sha256sum` prints it."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
