@@ -1,4 +1,4 @@
-"""Statistics of a dense network in a folder, which add up over machines.
+"""SiteStatistics of a dense network in a folder, which add up over machines.
 
     a/index.state            the sites, the model's fingerprint, the calibrations
     a/0003.0.train.state     the `grail.Gram` of the input of site 3's first consumer
@@ -9,7 +9,7 @@
 `Collected` gives such a folder to `grail.compress` in place of batches, any number of times. The
 statistics are of the dense network, so they are for the open loop.
 
-Statistics of two halves of a calibration add up to those of the whole, within the rounding of fp32
+SiteStatistics of two halves of a calibration add up to those of the whole, within the rounding of fp32
 sums; counts of tokens exactly.
 """
 
@@ -36,7 +36,7 @@ from grail.runtime.folder import complete
 from grail.runtime.onload import Onloader, computing_device
 from grail.runtime.settings import Runtime
 from grail.runtime.transaction import eval_no_grad
-from grail.statistics.site_statistics import HELD_OUT, Statistics
+from grail.statistics.site_statistics import SiteStatistics, without_held_out
 
 _INDEX, _KIND = "index.state", "statistics"
 
@@ -102,7 +102,7 @@ def collect(
 
 def _site_statistics(
     blocks: Blocks, progress: bool
-) -> Iterator[tuple[BoundSite, list[Statistics]]]:
+) -> Iterator[tuple[BoundSite, list[SiteStatistics]]]:
     """Yields each site with the statistics of its consumers in the dense network."""
     blocks.learn_orders()
     with blocks.progress(len(blocks), progress) as bar:
@@ -113,7 +113,7 @@ def _site_statistics(
                 yield from collected.items()
 
 
-def _save_grams(folder: Path, number: int, parts: Sequence[Statistics]) -> list[str]:
+def _save_grams(folder: Path, number: int, parts: Sequence[SiteStatistics]) -> list[str]:
     """Writes the Grams of a site's consumers; returns the names of the files."""
     grams = {
         f"{number:04}.{consumer}.{name}.state": gram
@@ -128,7 +128,7 @@ def _save_grams(folder: Path, number: int, parts: Sequence[Statistics]) -> list[
 
 
 class Collected:
-    """Statistics that `collect` or `merge` wrote, for `grail.compress` in place of batches.
+    """SiteStatistics that `collect` or `merge` wrote, for `grail.compress` in place of batches.
 
     Args:
         folder: their output.
@@ -171,7 +171,7 @@ class Collected:
             raise InputError(f"{self.folder} holds no statistics of {', '.join(unknown)}")
         return _Past(model, architecture.blocks, self._index["calibrations"], device)
 
-    def statistics(self, site: BoundSite, recipe: Recipe, stream: Stream) -> list[Statistics]:
+    def statistics(self, site: BoundSite, recipe: Recipe, stream: Stream) -> list[SiteStatistics]:
         """Returns the statistics of each consumer of a site.
 
         If the recipe holds nothing out, `train` has all sequences.
@@ -181,34 +181,20 @@ class Collected:
         for file in self._index["sites"][site.name]:
             _, consumer, name, _ = file.split(".")
             by_consumer[int(consumer)][name] = Gram.load(self.folder / file, stream.device)
-        stream.held_out_tokens += sum(grams["held_out"].tokens for grams in by_consumer)
+        stream.holds_out |= any(grams["held_out"].tokens for grams in by_consumer)
         if not recipe.holds_out:
-            for grams in by_consumer:
-                _merge_held_out(grams, stream.device, site.name)
+            by_consumer = [without_held_out(grams, site.name) for grams in by_consumer]
         return [
-            Statistics(
-                site.name,
-                consumer,
-                stream,
-                recipe.holds_out,
-                per_tap=self._index["per_tap"],
-                partial=site.group is not None,
-                grams=grams,
-            )
+            SiteStatistics(site, consumer, stream, recipe, grams)
             for consumer, grams in zip(site.consumers, by_consumer, strict=True)
         ]
 
 
-def _merge_held_out(grams: dict[str, Gram], device: torch.device, name: str) -> None:
-    """Adds the Grams of held-out sequences to those of the others."""
-    for train, held_out in HELD_OUT.items():
-        if train in grams:
-            grams[train].merge(grams[held_out])
-            grams[held_out] = Gram(grams[train].channels, device, name)
-
-
 class _Past(Stream):
-    """A calibration that ran through the network before: its counts, no batches."""
+    """A calibration that was collected before: its counts, no batches.
+
+    `holds_out`: whether the statistics read so far hold a token of a held-out sequence.
+    """
 
     def __init__(
         self,
@@ -218,19 +204,14 @@ class _Past(Stream):
         device: torch.device,
     ):
         self._calibrations = calibrations
-        self.held_out_tokens = 0  # of the sites so far
         super().__init__(model, blocks, (), device=device)
 
     def _count(self) -> None:
-        self.own_tokens, self.tokens = 0, sum(past["tokens"] for past in self._calibrations)
-
-    @property
-    def samples(self) -> int:
-        return sum(past["sequences"] for past in self._calibrations)
-
-    @property
-    def holds_out(self) -> bool:
-        return self.held_out_tokens > 0
+        self.own_tokens, self.holds_out = 0, False
+        self.tokens, self.samples = (
+            sum(calibration[count] for calibration in self._calibrations)
+            for count in ("tokens", "sequences")
+        )
 
 
 def merge(folders: Sequence[str | Path], output: str | Path) -> Path:

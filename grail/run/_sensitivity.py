@@ -48,7 +48,7 @@ from grail.runtime.settings import Runtime
 from grail.runtime.transaction import Transaction, eval_no_grad
 from grail.select import greedy
 from grail.statistics.collector import Advance
-from grail.statistics.site_statistics import Statistics
+from grail.statistics.site_statistics import SiteStatistics
 
 # The network's loss is measured on one batch in so many; sites are fitted to the others.
 PROBES = 16
@@ -280,7 +280,7 @@ class _Measure:
             self._transaction.undo()
         return parts
 
-    def _part(self, step: Mapping[BoundSite, Sequence[Statistics]]) -> Part:
+    def _part(self, step: Mapping[BoundSite, Sequence[SiteStatistics]]) -> Part:
         """Returns the part of sites that are narrowed together, without its loss."""
         site = next(iter(step))
         width = self._blocks.widths[site.name]

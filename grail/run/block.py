@@ -29,7 +29,7 @@ from grail.run.solver import SiteSolver
 from grail.runtime.transaction import Transaction
 from grail.statistics.batchnorm import reset_norm
 from grail.statistics.collector import Advance
-from grail.statistics.site_statistics import Statistics
+from grail.statistics.site_statistics import SiteStatistics
 
 
 class BlockCompressor:
@@ -54,7 +54,6 @@ class BlockCompressor:
         self._attention = AttentionCorrection(blocks, self.solver, exchange, transaction)
         # Memory that every block uses again.
         self._cache = OutputCache(blocks.stream.device, blocks.stream.storage)
-        self._observed: list[HiddenStates] = []
 
     @property
     def streams(self) -> list[Stream]:
@@ -89,7 +88,7 @@ class BlockCompressor:
 
     def narrow(
         self,
-        collected: Mapping[BoundSite, Sequence[Statistics]],
+        collected: Mapping[BoundSite, Sequence[SiteStatistics]],
         gradients: Mapping[BoundSite, Tensor],
         targets: Mapping[BoundSite, HiddenStates],
         report: BlockReport,
@@ -101,7 +100,7 @@ class BlockCompressor:
             targets: the dense network's hidden states at the probes of sites that correct drift.
         """
 
-        def decide(site: BoundSite, parts: Sequence[Statistics]) -> Decision:
+        def decide(site: BoundSite, parts: Sequence[SiteStatistics]) -> Decision:
             return self.solver.decide(site, parts, gradients.get(site))
 
         for site, decision in self._exchange.decided(collected, decide):
@@ -158,7 +157,7 @@ class BlockCompressor:
         """Moves the dense network's hidden states past a block; returns those at its points."""
         if self._dense is None:
             return {}
-        held = self._collector.follow(self._dense, block, points, self._observed, advance)
+        held = self._collector.follow(self._dense, block, points, advance)
         return {point: h for point, h in held.items() if point.can_aim(self._recipe.per_tap)}
 
     def _reset_norms(self, block: int) -> None:

@@ -14,7 +14,7 @@ from grail.runtime.onload import Onloader
 from grail.runtime.progress import Progress
 from grail.statistics.collector import Collector
 from grail.statistics.gradient import regional_gradient
-from grail.statistics.site_statistics import Statistics
+from grail.statistics.site_statistics import SiteStatistics
 
 
 class Blocks:
@@ -38,7 +38,7 @@ class Blocks:
         stream: Stream,
         clock: Clock,
         onload: Onloader | None = None,
-        known: Callable[[Any], list[Statistics]] | None = None,
+        known: Callable[[Any], list[SiteStatistics]] | None = None,
     ):
         self.architecture, self.recipe = architecture, recipe
         self.stream, self.clock = stream, clock

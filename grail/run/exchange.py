@@ -19,7 +19,7 @@ from grail.algebra.reduction import Reduction
 from grail.errors import InputError
 from grail.networks import AnyPoint
 from grail.runtime.processes import Processes, ProcessGroup
-from grail.statistics.site_statistics import Statistics
+from grail.statistics.site_statistics import SiteStatistics
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Exchange:
 
     def decided(
         self,
-        collected: Mapping[AnyPoint, Sequence[Statistics]],
-        decide: Callable[[AnyPoint, Sequence[Statistics]], Decision],
+        collected: Mapping[AnyPoint, Sequence[SiteStatistics]],
+        decide: Callable[[AnyPoint, Sequence[SiteStatistics]], Decision],
     ) -> Iterator[tuple[AnyPoint, Decision]]:
         """Yields each point and its decision, by the tokens of all processes, in order.
 

@@ -17,7 +17,7 @@ from grail.run.narrower import SiteNarrower
 from grail.run.site_check import explain_failure
 from grail.run.solver import SiteSolver
 from grail.statistics.collector import ignore
-from grail.statistics.site_statistics import Statistics
+from grail.statistics.site_statistics import SiteStatistics
 
 
 class ExactFolding:
@@ -50,7 +50,7 @@ class ExactFolding:
             collected = self._collector.collect(site.block, [site], targets, ignore, finish=False)
         everything = Selection(range(reduction.kept), reduction.kept)
 
-        def fit(site: BoundSite, parts: Sequence[Statistics]) -> Decision:
+        def fit(site: BoundSite, parts: Sequence[SiteStatistics]) -> Decision:
             return self._solver.fitted(site, parts, everything, correction)
 
         ((_, decision),) = self._exchange.decided(collected, fit)
@@ -75,7 +75,7 @@ class ExactFolding:
             return target, 1.0, share
         with cache.replaying():
             follow = self._collector.follow
-            own = follow(self._stream.fork(), site.block, [site], [], ignore)[site]
+            own = follow(self._stream.fork(), site.block, [site], ignore)[site]
         if target is not None and share > 0:
             for batch, dense in enumerate(target):
                 # On the computing device, so that the bits do not depend on the storage.

@@ -20,7 +20,7 @@ from grail.recipe import Recipe
 from grail.report.report import SiteReport
 from grail.run.exchange import Decision
 from grail.runtime.clock import Clock
-from grail.statistics.site_statistics import Statistics
+from grail.statistics.site_statistics import SiteStatistics
 from grail_kernels import as_vector
 
 
@@ -52,7 +52,7 @@ class SiteSolver:
         self._done += rows
 
     def decide(
-        self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
+        self, site: BoundSite, collected: Sequence[SiteStatistics], gradient: Tensor | None
     ) -> Decision:
         """Returns the reduction of a site and its fits.
 
@@ -71,7 +71,7 @@ class SiteSolver:
     def fitted(
         self,
         site: BoundSite,
-        collected: Sequence[Statistics],
+        collected: Sequence[SiteStatistics],
         reduction: Reduction,
         correction: float | Auto | None = None,
     ) -> Decision:
@@ -96,7 +96,7 @@ class SiteSolver:
         )
         return Decision(reduction, fits, tuple(part.tokens for part in collected), few + dropped)
 
-    def corrected(self, collected: Statistics) -> Decision:
+    def corrected(self, collected: SiteStatistics) -> Decision:
         """Returns M of layers that read a stream with drift (see `grail.run.attention`)."""
         channels = collected.train.channels
         everything = Selection(range(channels), channels)
@@ -105,7 +105,7 @@ class SiteSolver:
         return Decision(everything, (fitted,), (collected.tokens,))
 
     def view(
-        self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
+        self, site: BoundSite, collected: Sequence[SiteStatistics], gradient: Tensor | None
     ) -> select.View:
         """Returns the view of a site for a selector."""
         # Seeded by the site as well, so that the draws of a block depend on no other block.
@@ -129,7 +129,7 @@ class SiteSolver:
 
     def _fit_consumer(
         self,
-        statistics: Statistics,
+        statistics: SiteStatistics,
         consumer: Consumer,
         reduction: Reduction,
         correction: float | Auto | None,
@@ -142,7 +142,7 @@ class SiteSolver:
 
     def _fit(
         self,
-        statistics: Statistics,
+        statistics: SiteStatistics,
         weight: Tensor,
         reduction: Reduction,
         toward: Toward,
@@ -167,7 +167,7 @@ class SiteSolver:
             )
 
     def _reduction(
-        self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
+        self, site: BoundSite, collected: Sequence[SiteStatistics], gradient: Tensor | None
     ) -> Reduction:
         width = self._widths[site.name]
         if width.kept == site.channels:
@@ -183,7 +183,7 @@ class SiteSolver:
             )
         return reduction
 
-    def _expected_share(self, site: BoundSite, collected: Sequence[Statistics]) -> float:
+    def _expected_share(self, site: BoundSite, collected: Sequence[SiteStatistics]) -> float:
         """Returns the share of drift that a selector assumes the fit to correct.
 
         If held-out tokens choose it, after the selection, it is the share of the block before. With
