@@ -4,8 +4,8 @@
     python -m bench.reliability.fuzzing -runs=100000 -max_total_time=60
 
 Whatever bytes it is given, the reader answers with a state or with a StateError. Each input is read
-twice: as a file, and as the description in a sound file, signed so that what lies behind the hash is
-reached.
+twice: as a file, and as the description in a sound file, signed so that the code after the check of
+the hash is reached.
 """
 
 import sys

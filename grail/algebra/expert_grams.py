@@ -1,7 +1,8 @@
-"""Grams of the experts of one layer, whose tokens wait together and go to the GPU in one launch.
+"""Grams of the experts of one layer, whose tokens wait together for one launch on a GPU.
 
-A router gives an expert a few of a batch's tokens. Multiplied at once, each would read and write
-H²/2 sums for a handful of tokens; so they wait until there are many, sorted by expert then.
+A router gives an expert a few of a batch's tokens. Multiplied at once, each expert would read and
+write H²/2 sums for a handful of tokens. So tokens wait until there are many, and are then sorted by
+expert.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 import grail_kernels as gk
-from grail.algebra.gram import Buffer, Gram, NonFinite, check_buffer
+from grail.algebra.gram import Gram, NonFinite, check_buffer
+from grail.algebra.sums import Buffer, Sums, zeros
 from grail.errors import InputError
 
 # Tokens that wait, for each expert on average: of 128 experts of 768 channels 0.2 GB in bf16.
@@ -23,16 +25,18 @@ class RaggedGrams:
     Args:
         names: of the experts' sites, for error messages.
         channels: H.
-        device: where the sums live.
+        device: of the sums.
         buffer: how many tokens wait, of all experts together. Default 1024 for each expert on a
             GPU; 0, none, on a CPU, which multiplies expert by expert anyway.
         non_finite: see `Gram`.
 
-    `grams`: one for each name, to be fed and read like any other; a read brings all up to date.
+    `grams`: one for each name, updated and read like any other. A read adds all tokens that wait.
 
     Memory: 2·H·(H + 256) bytes an expert, and until a Gram is read buffer·H values, twice while
     they are sorted.
     """
+
+    torn = False  # whether tokens that waited were lost
 
     def __init__(
         self,
@@ -48,16 +52,13 @@ class RaggedGrams:
         device, count = torch.device(device), len(names)
         if buffer is None:
             buffer = 0 if device.type == "cpu" else WAITING_TOKENS * count
-        self._capacity, self.device = buffer, device
-        self.packed = torch.zeros(
-            count, gk.packed_numel(channels), dtype=torch.float32, device=device
-        )
-        self.sum = torch.zeros(count, channels, dtype=torch.float32, device=device)
-        self.nonfinite = torch.zeros(count, channels, dtype=torch.int64, device=device)
+        self._capacity = buffer
+        self.packed, self.sum, self.nonfinite = zeros((count,), channels, device)
         self._waiting: Buffer | None = None
-        self._owners: list[tuple[int, int]] = []  # whose, and how many, as they came
+        self._owners: list[tuple[int, int]] = []  # expert and number of tokens, as they came
         self.grams = tuple(
-            _Expert(self, number, channels, name, non_finite) for number, name in enumerate(names)
+            Gram.over(_ExpertSums(self, number), channels, name, non_finite)
+            for number, name in enumerate(names)
         )
 
     @property
@@ -66,7 +67,7 @@ class RaggedGrams:
         return self._capacity > 0
 
     def add(self, number: int, x: Tensor) -> None:
-        """Adds the tokens `x` [T, H] of one expert, now or when they are enough."""
+        """Adds the tokens `x` [T, H] of one expert, now or when there are enough."""
         if not len(x):
             return
         if len(x) > self._capacity:
@@ -80,30 +81,25 @@ class RaggedGrams:
         self._owners.append((number, len(x)))
 
     def flush(self) -> None:
-        """Multiplies what waits."""
-        if self._waiting is not None:
-            tokens, _ = self._waiting.content()
-            numbers, counts = zip(*self._owners, strict=True)
-            self._waiting, self._owners = None, []
-            pairs = sorted(
-                zip(numbers, tokens.split(counts), strict=True), key=lambda pair: pair[0]
-            )
-            try:
-                self._multiply([n for n, _ in pairs], [part for _, part in pairs])
-            except BaseException:
-                for gram in self.grams:
-                    gram.tear()
-                raise
+        """Multiplies the tokens that wait; if that fails, all Grams are torn."""
+        if self._waiting is None:
+            return
+        tokens, _ = self._waiting.content()
+        numbers, counts = zip(*self._owners, strict=True)
+        pairs = sorted(zip(numbers, tokens.split(counts), strict=True), key=lambda pair: pair[0])
+        self._waiting, self._owners, self.torn = None, [], True
+        self._multiply([number for number, _ in pairs], [part for _, part in pairs])
+        self.torn = False
 
     def _multiply(self, numbers: Sequence[int], parts: Sequence[Tensor]) -> None:
-        """Adds parts [T, H] of experts that never decrease."""
+        """Adds parts [T, H] of experts whose numbers never decrease."""
         tokens = torch.zeros(len(self.packed) + 1, dtype=torch.int64)
         experts = torch.tensor(numbers, dtype=torch.int64)
         counts = torch.tensor([len(part) for part in parts], dtype=torch.int64)
         tokens.index_add_(0, experts + 1, counts)
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         # On a CPU every Gram has added its own sums, and looked for NaN and Inf before.
-        own = self.device.type == "cpu"
+        own = self.packed.device.type == "cpu"
         gk.gram_ragged_(
             self.packed,
             x,
@@ -113,29 +109,23 @@ class RaggedGrams:
         )
 
 
-class _Expert(Gram):
-    """The Gram of one expert: a row of the sums of all."""
+class _ExpertSums(Sums):
+    """The sums of one expert: a row of those of all."""
 
-    def __init__(
-        self, together: RaggedGrams, number: int, channels: int, name: str, non_finite: NonFinite
-    ):
+    def __init__(self, together: RaggedGrams, number: int):
+        super().__init__(together.packed[number], together.sum[number], together.nonfinite[number])
         self._together, self._number = together, number
-        super().__init__(channels, together.device, name, buffer=0, non_finite=non_finite)
 
-    def _zeros(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        together, number = self._together, self._number
-        return together.packed[number], together.sum[number], together.nonfinite[number]
+    @property
+    def torn(self) -> bool:
+        return self._together.torn
 
-    def _add(self, x: Tensor, mask: Tensor | None) -> None:
-        tokens = (x if mask is None else x[mask]).reshape(-1, self.channels)
+    def add(self, x: Tensor, mask: Tensor | None) -> None:
+        tokens = (x if mask is None else x[mask]).reshape(-1, x.shape[-1])
         if self._together.waits:
             self._together.add(self._number, tokens)
         else:
-            self._multiply(tokens, None)
+            super().add(tokens, None)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         self._together.flush()
-
-    def tear(self) -> None:
-        """Lets nothing be read any more: tokens that waited were lost."""
-        self._torn = True

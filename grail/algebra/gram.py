@@ -6,7 +6,7 @@ matrix only when it is read. The kernels are in `grail_kernels`.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 import grail_kernels as gk
 from grail.algebra.drift import Drift, require_finite
+from grail.algebra.sums import HostFeed, Sums, zeros
 from grail.arguments import as_path, is_whole, require_dense, require_usable, require_whole
 from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, StateError
 from grail.runtime import state
@@ -23,15 +24,23 @@ NonFinite = Literal["refuse", "drop"]
 _KIND = "gram"  # of its files
 
 
+class _Tokens(NamedTuple):
+    """The arguments of one update."""
+
+    x: Tensor  # [..., H]
+    mask: Tensor | None  # [...]
+    drift: Tensor | None  # [..., O]
+
+
 class Gram:
     """Accumulates G = Σ x xᵀ [H, H] over tokens x, in fp32.
 
     Args:
         channels: H.
-        device: where the sums live; by default the device of the first update.
+        device: of the sums; by default that of the first update.
         name: the site, for error messages.
         buffer: how many tokens wait, copied in their own dtype, until G is touched. Default 8192 on
-            a GPU. 0, none, on a CPU, where waiting would save only 10% at 256 tokens a call.
+            a GPU; 0 on a CPU, where waiting would save only 10% at 256 tokens a call.
         non_finite: "refuse" tokens with NaN or Inf, or "drop" them, counted in `dropped`; on a GPU
             that costs one more read of x.
 
@@ -52,15 +61,23 @@ class Gram:
         check_buffer(buffer)
         check_non_finite(non_finite)
         self.channels, self.name = int(channels), name
-        self._capacity = None if buffer is None else int(buffer)
+        self._buffer = None if buffer is None else int(buffer)
         self._drops = non_finite == "drop"
         self.drift: Drift | None = None
-        self._packed: Tensor | None = None
-        self._buffer: Buffer | None = None
-        self._feed: _HostFeed | None = None
-        self._torn = False  # whether an update ended half-way
+        self._sums: Sums | None = None
+        self._feed: HostFeed | None = None
+        self._torn = False  # whether an update failed half-way
         if device is not None:
-            self._allocate(require_usable(device))
+            self._started(require_usable(device))
+
+    @classmethod
+    def over(
+        cls, sums: Sums, channels: int, name: str = "", non_finite: NonFinite = "refuse"
+    ) -> "Gram":
+        """A Gram of `channels` channels whose tokens are added to `sums`."""
+        gram = cls(channels, name=name, non_finite=non_finite)
+        gram._count_for(sums)
+        return gram
 
     def update(
         self,
@@ -76,7 +93,7 @@ class Gram:
                 before is multiplied.
             mask: [...] bool, where `x` is; tokens where it is False do not count.
             drift: [..., O] what the consumer's output lacks of the dense network's stream, on the
-                Gram's device; see `grail.drift`. None is no drift.
+                Gram's device; see `grail.algebra.drift`. None is no drift.
 
         Raises:
             InputError: a shape, dtype or device that does not fit; nothing was added.
@@ -85,6 +102,34 @@ class Gram:
                 would stall the stream, it is raised when a result is read.
             StateError: an update before this one ended half-way, as where memory ran out.
         """
+        tokens = self._on_device(self._checked(x, mask, drift))
+        if self._drops:
+            tokens = self._without_non_finite(tokens)
+        x, mask, drift = tokens
+        on_cpu = x.device.type == "cpu"
+        if on_cpu and mask is not None:
+            x, drift, mask = x[mask], None if drift is None else drift[mask], None
+        finite_sums = self._finite_sums(x) if on_cpu else None
+        if on_cpu and drift is not None:
+            require_finite(drift, self._label())
+        self._refuse_torn()
+        self._torn = True
+        sums = self._started()
+        sums.add(x, mask)
+        if finite_sums is not None:  # a GPU sums up in the same pass
+            sums.total += finite_sums
+        if drift is not None:
+            self._add_drift(drift.detach(), x, mask)
+        self._tokens += x.shape[:-1].numel() if mask is None else mask.sum()
+        self._torn = False
+
+    def _checked(
+        self,
+        x: Tensor | np.ndarray,
+        mask: Tensor | np.ndarray | None,
+        drift: Tensor | np.ndarray | None,
+    ) -> _Tokens:
+        """The arguments of `update` as tensors whose forms fit."""
         x = gk.as_tensor("x", x)
         mask = None if mask is None else gk.as_tensor("mask", mask)
         drift = None if drift is None else gk.as_tensor("drift", drift)
@@ -105,61 +150,40 @@ class Gram:
                     f"drift must be {[*x.shape[:-1], outputs]}; got {list(drift.shape)}"
                 )
             gk.check_activations("drift", drift)
-        x = x.detach()
-        if self._packed is None:
-            self._allocate(x.device)
-        device = self._filled().device
-        if device.type == "cuda" and x.device.type == "cpu":
-            x, mask = self._sent(x, device), None if mask is None else mask.to(device)
-        beside = [t for t in (x, mask, drift) if t is not None]
-        if any(t.device != device for t in beside):
-            found = ", ".join(str(t.device) for t in beside)
-            raise InputError(f"x, its mask and its drift must be on {device}; got {found}")
-        if self._drops:
-            mask = self._without_non_finite(x, mask, drift)
-        if device.type == "cpu":
-            if mask is not None:
-                x, drift, mask = x[mask], None if drift is None else drift[mask], None
-            sums = self._finite_sums(x)
-            if drift is not None:
-                require_finite(drift, self._label())
-        else:
-            sums = None
-        self._require_whole()
-        self._torn = True
-        self._add(x, mask)
-        if sums is not None:  # a GPU sums up in the same pass
-            self._sum += sums
-        if drift is not None:
-            self._add_drift(drift.detach(), x, mask)
-        self._tokens += x.shape[:-1].numel() if mask is None else mask.sum()
-        self._torn = False
+        return _Tokens(x.detach(), mask, drift)
 
-    def _without_non_finite(
-        self, x: Tensor, mask: Tensor | None, drift: Tensor | None
-    ) -> Tensor | None:
-        """The mask without the tokens at which a value is NaN or Inf; counts those."""
+    def _on_device(self, tokens: _Tokens) -> _Tokens:
+        """The tokens on the device of the sums, which are there from the first update on."""
+        x, mask, drift = tokens
+        device = self._started(x.device).packed.device
+        if device.type == "cuda" and x.device.type == "cpu":
+            self._feed = self._feed or HostFeed(device)
+            x, mask = self._feed(x), None if mask is None else mask.to(device)
+        given = [t for t in (x, mask, drift) if t is not None]
+        if any(t.device != device for t in given):
+            found = ", ".join(str(t.device) for t in given)
+            raise InputError(f"x, its mask and its drift must be on {device}; got {found}")
+        return _Tokens(x, mask, drift)
+
+    def _without_non_finite(self, tokens: _Tokens) -> _Tokens:
+        """The tokens with a mask that leaves out those with NaN or Inf; counts those."""
+        x, mask, drift = tokens
         values = [t for t in (x, drift) if t is not None]
         on_cpu = x.device.type == "cpu"  # where looking at a sum stalls nothing
         if on_cpu and all(bool(t.sum(dtype=torch.float64).isfinite()) for t in values):
-            return mask
+            return tokens
         whole = torch.stack([t.isfinite().all(-1) for t in values]).all(0)
         counted = torch.ones_like(whole) if mask is None else mask
         self._dropped += (counted & ~whole).sum()
-        return counted & whole
+        return _Tokens(x, counted & whole, drift)
 
     def _add_drift(self, drift: Tensor, x: Tensor, mask: Tensor | None) -> None:
         if self.drift is None:
-            self.drift = Drift(drift.shape[-1], self.channels, self._filled().device)
+            self.drift = Drift(drift.shape[-1], self.channels, self.device)
         self.drift.update(drift, x, mask)
 
-    def _sent(self, x: Tensor, device: torch.device) -> Tensor:
-        if self._feed is None:
-            self._feed = _HostFeed(device)
-        return self._feed(x)
-
     def _finite_sums(self, x: Tensor) -> Tensor:
-        # They are finite only if every value is; only where one is not are the values searched.
+        # The sums are finite only if every value is; only where one is not are the values searched.
         dims = tuple(range(x.dim() - 1))
         sums = x.sum(dims, dtype=torch.float32) if dims else x.float()
         if not bool(sums.isfinite().all()):
@@ -167,36 +191,6 @@ class Gram:
             if bool(bad.any()):
                 self._refuse(bad)
         return sums
-
-    def _add(self, x: Tensor, mask: Tensor | None) -> None:
-        if not self._saves_traffic(x):
-            self._multiply(x, mask)
-            return
-        if self._buffer is not None and not self._buffer.accepts(x):
-            self._flush()
-        if self._buffer is None:
-            assert self._capacity is not None
-            self._buffer = Buffer(self._capacity, x)
-        self._buffer.append(x, mask)
-
-    def _saves_traffic(self, x: Tensor) -> bool:
-        # Bytes for each token of T, with values of e bytes: 4H²/T if G is touched now; 4H²/buffer
-        # and a copy, 2eH, if it waits.
-        if not self._capacity:
-            return False
-        tokens = x.shape[:-1].numel()
-        return tokens * (1 / self._capacity + x.element_size() / (2 * self.channels)) < 1
-
-    def _flush(self) -> None:
-        if self._buffer is not None:
-            self._multiply(*self._buffer.content())
-            self._buffer = None
-
-    def _multiply(self, x: Tensor, mask: Tensor | None) -> None:
-        if x.device.type == "cpu":
-            gk.gram_(self._filled(), x, mask=mask)
-        else:
-            gk.gram_(self._filled(), x, mask=mask, sums=self._sum, nonfinite=self._nonfinite)
 
     def merge(self, other: "Gram") -> None:
         """Adds the sums of `other`, as if its tokens had come here.
@@ -212,32 +206,28 @@ class Gram:
                 f"cannot merge a drift of {other.drift.outputs} outputs into one of "
                 f"{self.drift.outputs}"
             )
-        self._require_whole()
-        other._require_whole()
-        if other._packed is None:
+        self._refuse_torn()
+        other._refuse_torn()
+        if other._sums is None:
             return
-        if self._packed is None:
-            self._allocate(other._packed.device)
-        other._flush()
-        packed = self._filled()
-        packed += other._packed.to(packed.device)
-        self._sum += other._sum.to(self._sum.device)
-        self._nonfinite += other._nonfinite.to(self._nonfinite.device)
-        self._dropped += other._dropped.to(self._dropped.device)
-        self._tokens += other._tokens.to(self._tokens.device)
+        self._started(other.device)
+        other._sums.flush()
+        own = self._own_parts()
+        for name, tensor in other._own_parts().items():
+            own[name].add_(tensor.to(self.device))
         if other.drift is not None:
             if self.drift is None:
-                self.drift = Drift(other.drift.outputs, self.channels, packed.device)
+                self.drift = Drift(other.drift.outputs, self.channels, self.device)
             self.drift.merge(other.drift)
 
     def save(self, path: str | Path) -> None:
-        """Writes sums and counts into a file that `load` reads; see `grail.state`.
+        """Writes sums and counts into a file that `load` reads; see `grail.runtime.state`.
 
         Raises:
             StateError: it could not be written; what was there stays.
         """
         path = as_path("path", path)
-        self._require_whole()
+        self._refuse_torn()
         content = {
             "name": self.name,
             "channels": self.channels,
@@ -269,26 +259,29 @@ class Gram:
         return gram
 
     def parts(self, outputs: int = 0) -> dict[str, Tensor]:
-        """All sums and counts, by name: what adds up where Grams do. To be changed in place.
+        """All sums and counts, by name, to be changed in place: they add up where Grams do.
 
         Args:
-            outputs: of the drift that another Gram knows, so that this one has a place for it.
+            outputs: of the drift of another Gram, for which this one makes a place.
         """
-        if self._packed is None:
-            self._allocate(self.device)
-        self._flush()
+        self._started().flush()
         if outputs and self.drift is None:
             self.drift = Drift(outputs, self.channels, self.device)
-        own = {
-            "packed": self._filled(),
-            "sum": self._sum,
-            "nonfinite": self._nonfinite,
-            "tokens": self._tokens,
-            "dropped": self._dropped,
-        }
+        own = self._own_parts()
         if self.drift is not None:
             own |= {f"drift.{name}": tensor for name, tensor in vars(self.drift).items()}
         return own
+
+    def _own_parts(self) -> dict[str, Tensor]:
+        """Sums and counts but for the drift, without the tokens that wait."""
+        sums = self._started()
+        return {
+            "packed": sums.packed,
+            "sum": sums.total,
+            "nonfinite": sums.nonfinite,
+            "tokens": self._tokens,
+            "dropped": self._dropped,
+        }
 
     def matrix(self) -> Tensor:
         """G [H, H], fp32, bitwise symmetric.
@@ -298,75 +291,70 @@ class Gram:
             NonFiniteError: NaN or Inf came in, or the sums overflowed fp32.
             InputError: activations so small that their squares are lost below fp32's range.
         """
-        self._require_tokens()
-        return gk.unpack(self._filled(), self.channels)
+        return gk.unpack(self._readable().packed, self.channels)
 
     @property
     def energy(self) -> Tensor:
         """Σ x² by channel, [H] fp32: the diagonal of G."""
-        self._require_tokens()
-        return gk.diagonal(self._filled(), self.channels)
+        return gk.diagonal(self._readable().packed, self.channels)
 
     @property
     def sum(self) -> Tensor:
         """Σ x by channel, [H] fp32."""
-        self._require_tokens()
-        return self._sum.clone()
+        return self._readable().total.clone()
 
     @property
     def device(self) -> torch.device:
-        """Where the sums live; the CPU before the first update of a Gram that was given none."""
-        return torch.device("cpu") if self._packed is None else self._packed.device
+        """The device of the sums; the CPU before the first update of a Gram that was given none."""
+        return torch.device("cpu") if self._sums is None else self._sums.packed.device
 
     @property
     def tokens(self) -> int:
-        """How many tokens were counted."""
-        return 0 if self._packed is None else int(self._tokens)
+        """Number of tokens that were counted."""
+        return 0 if self._sums is None else int(self._tokens)
 
     @property
     def dropped(self) -> int:
-        """How many tokens did not count because of NaN or Inf."""
-        return 0 if self._packed is None else int(self._dropped)
+        """Number of tokens that did not count because of NaN or Inf."""
+        return 0 if self._sums is None else int(self._dropped)
 
-    @torch.inference_mode(False)  # so that it can be updated outside as well
-    def _allocate(self, device: torch.device) -> None:
-        if self._capacity is None:
-            self._capacity = 0 if device.type == "cpu" else gk.BUFFER_TOKENS
-        self._packed, self._sum, self._nonfinite = self._zeros(device)
-        self._tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self._dropped = torch.zeros((), dtype=torch.int64, device=device)
+    def _started(self, device: torch.device | None = None) -> Sums:
+        """The sums, which are made on `device`, or on the CPU, where there are none yet."""
+        if self._sums is None:
+            device = device or self.device
+            default = 0 if device.type == "cpu" else gk.BUFFER_TOKENS
+            capacity = default if self._buffer is None else self._buffer
+            return self._count_for(Sums(*zeros((), self.channels, device), capacity))
+        return self._sums
 
-    def _zeros(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Where G packed, Σ x and the counts of NaN and Inf add up."""
-        return (
-            torch.zeros(gk.packed_numel(self.channels), dtype=torch.float32, device=device),
-            torch.zeros(self.channels, dtype=torch.float32, device=device),
-            torch.zeros(self.channels, dtype=torch.int64, device=device),
-        )
+    @torch.inference_mode(False)  # so that the counts can be updated outside as well
+    def _count_for(self, sums: Sums) -> Sums:
+        self._sums = sums
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._dropped = torch.zeros((), dtype=torch.int64, device=self.device)
+        return sums
 
-    def _filled(self) -> Tensor:
-        assert self._packed is not None
-        return self._packed
-
-    def _require_whole(self) -> None:
-        if self._torn:
+    def _refuse_torn(self) -> None:
+        if self._torn or (self._sums is not None and self._sums.torn):
             raise StateError(
                 f"{self._label()}: an update failed half-way (out of memory, or interrupted), so "
                 "the sums hold a part of its tokens; collect them anew"
             )
 
-    def _require_tokens(self) -> None:
-        self._require_whole()
+    def _readable(self) -> Sums:
+        """The sums with the tokens that waited, if there were any and all is finite."""
+        self._refuse_torn()
         if self.tokens == 0:
             lost = f" ({self.dropped} with NaN or Inf were dropped)" if self.dropped else ""
             raise EmptyCalibrationError(
                 f"{self._label()} saw no token{lost}: calibrate with one or more that are not "
                 "masked"
             )
-        self._flush()
-        if bool(self._nonfinite.any()):
-            self._refuse(self._nonfinite)
-        energies = gk.diagonal(self._filled(), self.channels)
+        sums = self._started()
+        sums.flush()
+        if bool(sums.nonfinite.any()):
+            self._refuse(sums.nonfinite)
+        energies = gk.diagonal(sums.packed, self.channels)
         overflowed = ~energies.isfinite()
         if bool(overflowed.any()):
             raise NonFiniteError(
@@ -374,17 +362,18 @@ class Gram:
                 overflowed.nonzero().flatten().tolist(),
                 int(overflowed.sum()),
             )
-        self._require_no_underflow(energies)
+        self._require_no_underflow(energies, sums.total)
         if self.drift is not None:
             self.drift.require_finite(self._label())
+        return sums
 
-    def _require_no_underflow(self, energies: Tensor) -> None:
+    def _require_no_underflow(self, energies: Tensor, total: Tensor) -> None:
         # Products have steps of the least denormal, eps·tiny: below a mean square of tiny that is
         # more than eps of the loudest channel.
         loudest = (energies.max().double() / self.tokens).item()
         if loudest >= torch.finfo(torch.float32).tiny:
             return
-        if bool(energies.any()) or bool(self._sum.any()):  # else it is silent, not quiet
+        if bool(energies.any()) or bool(total.any()):  # else it is silent, not quiet
             raise InputError(
                 f"{self._label()}: the loudest channel has a mean square of {loudest:.3g}, below "
                 "what fp32 can tell apart; scale the activations up"
@@ -421,68 +410,3 @@ def check_non_finite(non_finite: str) -> None:
 
 def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-
-
-class Buffer:
-    """Up to `capacity` tokens, copied; of the dtype and on the device of `like` [..., H]."""
-
-    @torch.inference_mode(False)
-    def __init__(self, capacity: int, like: Tensor):
-        self._tokens = like.new_empty(capacity, like.shape[-1])
-        self._counts = torch.ones(capacity, dtype=torch.bool, device=like.device)
-        self._used, self._masked = 0, False
-
-    def accepts(self, x: Tensor) -> bool:
-        """Whether the tokens of `x` fit in."""
-        room = self._tokens.shape[0] - self._used
-        return x.dtype == self._tokens.dtype and x.shape[:-1].numel() <= room
-
-    def append(self, x: Tensor, mask: Tensor | None) -> None:
-        """Copies the tokens of `x` [..., H] that `accepts` approved, and their mask [...]."""
-        place = slice(self._used, self._used + x.shape[:-1].numel())
-        self._tokens[place].view(x.shape).copy_(x)
-        if mask is not None:
-            self._counts[place].view(mask.shape).copy_(mask)
-            self._masked = True
-        self._used = place.stop
-
-    def content(self) -> tuple[Tensor, Tensor | None]:
-        """The tokens [T, H], and their mask [T] if any batch had one."""
-        filled = slice(self._used)
-        return self._tokens[filled], self._counts[filled] if self._masked else None
-
-
-class _HostFeed:
-    """Brings batches from the host to a GPU, the copy of one beside the work on the one before.
-
-    Two slots, each pinned memory and its twin on the device, take turns. A slot is written again
-    only when the device is past the work that read it, so a caller may overwrite its batch at once.
-    """
-
-    def __init__(self, device: torch.device):
-        self._device, self._side = device, torch.cuda.Stream(device)
-        self._slots: list[tuple[Tensor, Tensor] | None] = [None, None]
-        self._queued: torch.cuda.Event | None = None  # all work before the last call
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x` [..., H] on the device, ready for the current stream; valid until the next call."""
-        current = torch.cuda.current_stream(self._device)
-        if self._queued is not None:
-            self._queued.synchronize()  # what read the slot that is about to be written
-        self._queued = current.record_event()
-        pinned, landed = self._slot(x, current)
-        pinned.copy_(x)
-        with torch.cuda.stream(self._side):
-            landed.copy_(pinned, non_blocking=True)
-        current.wait_stream(self._side)
-        return landed
-
-    def _slot(self, x: Tensor, current: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
-        self._slots.reverse()
-        slot = self._slots[0]
-        if slot is None or slot[0].shape != x.shape or slot[0].dtype != x.dtype:
-            pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-            landed = torch.empty(x.shape, dtype=x.dtype, device=self._device)
-            slot = self._slots[0] = pinned, landed
-            self._side.wait_stream(current)  # the new memory may still be in use there
-        return slot

@@ -180,7 +180,7 @@ def length_of_sequences(model: Any, wanted: int | None = None) -> int:
 
 
 def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
-    """Splits the path of a GGUF file into folder and name, and refuses what cannot be a model."""
+    """Splits the path of a GGUF file into folder and name, and refuses what is no model."""
     if not source.strip():
         raise InputError(
             "the name of the model is empty; give a transformers folder, a hub name or a .gguf file"

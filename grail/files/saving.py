@@ -116,22 +116,7 @@ def load(
         raise InputError(
             f"factory must be a function that makes the dense network; got {kind_of(factory)}"
         )
-    for name in (WEIGHTS, WIDTHS):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} has no {name}; give a folder that grail.save wrote")
-    try:
-        widths = json.loads((folder / WIDTHS).read_text(encoding="utf-8"))
-        if not isinstance(widths, dict) or widths.get("format") != FORMAT:
-            raise ValueError(f"{WIDTHS} is not of format {FORMAT}")
-        modules, config = widths["modules"], widths["config"]
-        if widths["sha256"] != file_hash(folder / WEIGHTS):
-            raise ValueError(f"{WEIGHTS} does not match its hash")
-        tensors = {
-            name: _in_memory_of_its_own(tensor, widths.get("strides", {}).get(name))
-            for name, tensor in load_file(folder / WEIGHTS).items()
-        }
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ExportError(f"{folder} is damaged: {error}") from error
+    widths, tensors = _read(folder)
     buffers = {name: tensors.pop(name) for name in widths["buffers"] if name in tensors}
     model = factory()
     require_model(model)
@@ -145,12 +130,35 @@ def load(
             f"{widths.get('class')}: they differ in {', '.join(sorted(odd)[:3])}"
         )
     _set_tensors(model, sources, tensors)
-    _set_numbers(model, modules, config)
+    _set_numbers(model, widths["modules"], widths["config"])
     _set_configs(model, widths.get("configs", {}))
     for name, buffer in _unsaved(model).items():
         dtype = getattr(torch, widths["buffers"].get(name, _name(buffer.dtype)))
         buffer.data = buffers.get(name, buffer.to(dtype))
     return model.to(device).eval()
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads widths, and weights into memory of their own; checks that they belong together."""
+    for name in (WEIGHTS, WIDTHS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} has no {name}; give a folder that grail.save wrote")
+    try:
+        widths = json.loads((folder / WIDTHS).read_text(encoding="utf-8"))
+        if not isinstance(widths, dict) or widths.get("format") != FORMAT:
+            raise ValueError(f"{WIDTHS} is not of format {FORMAT}")
+        if missing := {"modules", "config", "buffers"} - widths.keys():
+            raise ValueError(f"{WIDTHS} has no {min(missing)}")
+        if widths["sha256"] != file_hash(folder / WEIGHTS):
+            raise ValueError(f"{WEIGHTS} does not match its hash")
+        strides = widths.get("strides", {})
+        weights = load_file(folder / WEIGHTS)
+        return widths, {
+            name: _in_memory_of_its_own(tensor, strides.get(name))
+            for name, tensor in weights.items()
+        }
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ExportError(f"{folder} is damaged: {error}") from error
 
 
 def _strides(model: nn.Module) -> dict[str, list[int]]:

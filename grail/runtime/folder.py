@@ -16,7 +16,7 @@ from grail.arguments import as_path
 from grail.errors import ExportError, GrailError, InputError, one_line
 
 PARTIAL = ".partial"  # ends the name of unfinished files and folders
-_MARGIN = 32 << 20  # bytes for tokenizer, configuration and report beside the weights
+_MARGIN = 32 << 20  # bytes for tokenizer, configuration and report
 
 
 @contextmanager

@@ -35,7 +35,7 @@ _MARGIN = 1 << 20  # bytes that stay free on the disk
 
 @dataclass(frozen=True)
 class State:
-    """What a file holds: JSON-ready `content`, and tensors by name."""
+    """The content of a file: JSON-ready `content`, and tensors by name."""
 
     content: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -51,13 +51,13 @@ def write(
 
     Args:
         path: in a folder that exists.
-        kind: what the file is; `read` asks for it.
+        kind: name of the kind of file; `read` asks for it.
         content: JSON-ready.
         tensors: on any device, of any strides; several may share memory.
 
     Raises:
         InputError: a dtype that safetensors does not store.
-        StateError: too little disk, or a file that could not be written; what was there stays.
+        StateError: too little disk, or a file that could not be written; an older one stays.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
@@ -93,7 +93,7 @@ def read(path: str | Path, kind: str) -> State:
 
 
 def discard_unfinished(folder: Path) -> None:
-    """Removes what a `write` into a folder leaves there if its process is killed."""
+    """Removes the unfinished files in a folder, of processes that were killed in `write`."""
     for partial in folder.glob(f".*.state.*{PARTIAL}"):
         _remove(partial)
 
@@ -135,7 +135,7 @@ def _put(path: Path, kind: str, content: Mapping[str, Any], tensors: Mapping[str
 
 
 def _spec(path: Path, tensor: Tensor) -> TensorSpec:
-    """Describes a contiguous tensor on the CPU, which must outlive what is returned."""
+    """Describes a contiguous tensor on the CPU, which must outlive the description."""
     name = str(tensor.dtype).removeprefix("torch.")
     try:
         return TensorSpec(
@@ -153,7 +153,7 @@ def signed(description: str) -> dict[str, str]:
 
 
 def _forget(path: Path) -> None:
-    """Drops a file from the page cache: what is read next comes from the disk."""
+    """Drops a file from the page cache, so that it is read back from the disk."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -169,10 +169,10 @@ def _remove(partial: Path) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    """Opens a file; whatever is wrong with it becomes a StateError that names it."""
+    """Opens a file; any fault of it becomes a StateError with its name."""
     try:
-        path.open("rb").close()  # says in words that it is a folder, or may not be read
-        # pread: a disk that fails is an error, and would end the process if memory were mapped
+        path.open("rb").close()  # its errors name a folder, or a file that may not be read
+        # pread: a disk that fails raises an error; in mapped memory it would end the process
         with safe_open(path, "pt", backend="pread") as file:
             yield file
     except FileNotFoundError as error:
@@ -186,7 +186,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 class _Fault(Exception):  # noqa: N818
-    """What is wrong with a file, without its name."""
+    """A fault of a file, without the file's name."""
 
 
 def _description(file: safe_open, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -204,7 +204,7 @@ def _description(file: safe_open, kind: str) -> tuple[dict[str, Any], dict[str, 
                 raise _Fault(f"is of {name} {description[name]!r}; {ours!r} can be read here")
         content, hashes = description["content"], description["hashes"]
         if hashes.keys() != set(file.keys()):
-            raise _Fault("is damaged: it has hashes of other tensors than those that it holds")
+            raise _Fault("is damaged: its hashes are of other tensors than are in it")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise _Fault(f"has a header that makes no sense: {error!r}") from error
     return content, hashes

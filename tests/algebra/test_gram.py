@@ -3,7 +3,7 @@ import torch
 
 import grail
 import grail_kernels as gk
-from grail.algebra import gram as gram_module
+from grail.algebra.sums import Buffer
 from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, StateError
 from grail.runtime import state
 
@@ -131,7 +131,7 @@ def test_the_buffer_keeps_masks_beside_the_tokens():
     # What a GPU does, where counting masked tokens would stall the stream.
     x, mask = torch.randn(2, 7, H), torch.rand(7) > 0.4
     x[1, ~mask] = float("nan")
-    buffer = gram_module.Buffer(BUFFER, x)
+    buffer = Buffer(BUFFER, x)
     buffer.append(x[0], None)
     buffer.append(x[1], mask)
     tokens, counts = buffer.content()

@@ -173,7 +173,7 @@ def described(header):
         (lambda h: described(h).update(algorithm=0), "is of algorithm 0"),
         (lambda h: described(h).update(kind="other"), "is of kind 'other'"),
         (lambda h: described(h).pop("content"), "makes no sense"),
-        (lambda h: described(h)["hashes"].pop("flags"), "hashes of other tensors"),
+        (lambda h: described(h)["hashes"].pop("flags"), "hashes are of other tensors"),
         (lambda h: described(h).update(hashes=None), "makes no sense"),
         (lambda h: h.pop("flags"), "damaged or cut off"),
         (lambda h: h["matrix"].update(shape=[-3, -4]), "damaged or cut off"),
