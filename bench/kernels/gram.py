@@ -84,11 +84,7 @@ COLUMNS = dict.fromkeys(
     ("kernel", "provider", "metric", "unit", "dtype", "tokens", "channels", "matrices"), ""
 ) | dict.fromkeys(("p20", "p50", "p80"), "")
 # By kind of case: its kernel, and its matrices in words.
-KINDS = {
-    "gram": "",
-    "gram_batched": " of each of {} heads",
-    "gram_ragged": ", {} experts",
-}
+KINDS = {"gram": "", "gram_batched": " of each of {} heads", "gram_ragged": ", {} experts"}
 
 
 @dataclass(frozen=True)

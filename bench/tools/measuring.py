@@ -63,6 +63,18 @@ def settle(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def bare_seconds(model: Any, batches: list[Tensor], device: str = "cpu") -> float:
+    """Seconds of a dense decoder over all batches, without logits, after one that warms up."""
+    with torch.no_grad():
+        model.model(batches[0].to(device), use_cache=False)
+        settle(device)
+        start = time.perf_counter()
+        for batch in batches:
+            model.model(batch.to(device), use_cache=False)
+        settle(device)
+    return time.perf_counter() - start
+
+
 def quantiles(seconds: list[float]) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile."""
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")

@@ -1,4 +1,4 @@
-"""bench/kernels/ridge.py and bench/quality/calibrate.py: what they write, and what they refuse to."""
+"""The ridge and calibrate benches, and the command lines of all benches."""
 
 import csv
 import hashlib
@@ -66,9 +66,8 @@ def tiny_shape(monkeypatch):
 
 
 def test_calibrate_writes_every_phase_and_the_peaks(tiny_shape, tmp_path):
-    out, drawn = tmp_path / "calibrate.csv", tmp_path / "calibrate.svg"
-    assert calibrate.main([*tiny_shape, "--write", str(out), "--plot", str(drawn)]) == 0
-    assert drawn.stat().st_size > 5000
+    out = tmp_path / "calibrate.csv"
+    assert calibrate.main([*tiny_shape, "--write", str(out)]) == 0
     rows = {row["metric"]: row for row in rows_of(out)}
     assert rows.keys() == {*calibrate.PHASES, "predicted_peak", "measured_peak"}
     parts = sum(float(rows[p]["p50"]) for p in calibrate.PHASES[1:-1])
@@ -132,9 +131,8 @@ def test_help_says_what_is_written_and_touches_nothing(name, flag, tmp_path, mon
     printed = capsys.readouterr().out
     assert ended.value.code in (0, None)
     assert printed.startswith("usage: ")
-    if name != "bench.report.demo":
-        assert "\nwrites: " in printed
-        assert "\ntakes: " in printed
+    assert "\nwrites: " in printed
+    assert "\ntakes: " in printed
     assert committed() == before
     assert list(tmp_path.iterdir()) == []
 

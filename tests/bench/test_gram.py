@@ -13,6 +13,7 @@ import torch
 import grail_kernels as gk
 from bench.kernels import gram
 from bench.tools import model
+from bench.tools.commandline import DTYPES
 
 
 def run(*arguments: str) -> int:
@@ -92,7 +93,7 @@ def test_a_prediction_is_of_every_model_unless_one_is_named() -> None:
     assert set(options.shapes) == {s for name in every for s in gram.shapes_of(name, "cuda")}
 
 
-@pytest.mark.parametrize("dtype", gram.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_is_measured(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--dtype", dtype) == 0
     assert "\ngrail " in capsys.readouterr().out
@@ -205,13 +206,6 @@ def test_a_library_that_fails_is_left_out(
     assert "addmm left out: not on this machine" in output
     assert "\naddmm  " not in output
     assert "\ngrail " in output
-
-
-def test_a_plot_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "gram.png"
-    assert run("--dtype", "fp32", "--plot", str(path)) == 0
-    assert path.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("text", ["8192", "0,5", "a,b"])

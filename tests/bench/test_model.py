@@ -1,4 +1,4 @@
-"""bench/tools/model.py: its FLOPs, bytes and waves against counts by hand and the kernel's own walk."""
+"""The model of time: FLOPs, bytes and waves against counts by hand and the kernel's own walk."""
 
 from __future__ import annotations
 

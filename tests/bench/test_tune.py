@@ -1,4 +1,4 @@
-"""bench/tools/tune.py: only what is right, repeats and is faster gets into the table, and is launched."""
+"""The search: only a launch that is right, repeats and is faster gets into the table."""
 
 from __future__ import annotations
 
