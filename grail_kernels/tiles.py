@@ -52,13 +52,13 @@ def packed_numel(channels: int) -> int:
     """
     check_count("channels", channels)
     if channels < 1:
-        raise InputError(f"a Gram matrix needs at least 1 channel, got {channels}")
+        raise InputError(f"a Gram matrix needs at least 1 channel; got {channels}")
     full, rest = channels // STRIP_ROWS, channels % STRIP_ROWS  # divmod does not take traced sizes
     return STRIP_ROWS * STRIP_ROWS * full * (full + 1) // 2 + rest * channels
 
 
 def check_packed(packed: Tensor, channels: int) -> None:
-    """Refuse a packed tensor that does not belong to `channels` channels.
+    """Refuses a packed tensor that does not belong to `channels` channels.
 
     Raises:
         InputError: the last dimension is not `packed_numel(channels)`.
@@ -68,7 +68,7 @@ def check_packed(packed: Tensor, channels: int) -> None:
     if packed.dim() < 1 or packed.shape[-1] != expected:
         raise InputError(
             f"a packed accumulator of {channels} channels has {expected} elements in its last "
-            f"dimension, got shape {tuple(packed.shape)}; allocate it with "
+            f"dimension; got shape {tuple(packed.shape)}; allocate it with "
             f"torch.zeros(packed_numel({channels}), dtype=torch.float32)"
         )
 
@@ -112,7 +112,7 @@ def pack(matrix: Tensor) -> Tensor:
     """
     check_tensors(matrix=matrix)
     if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise InputError(f"pack needs a square matrix [..., H, H], got {tuple(matrix.shape)}")
+        raise InputError(f"pack needs a square matrix [..., H, H]; got {tuple(matrix.shape)}")
     channels = matrix.shape[-1]
     packed = matrix.new_empty(*matrix.shape[:-2], packed_numel(channels))
     for strip in strips(channels):
