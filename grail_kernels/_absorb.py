@@ -1,9 +1,9 @@
 """The correction of a consumer whose producer keeps a selection of its channels: W_D G_DP.
 
 With kept channels P and dropped ones D, the ridge's right-hand side needs only the dropped columns
-of W [O, H] and the part of G that couples them to the kept ones: 2*O*D*K FLOPs, against 2*O*H*K for
-all rows. The packed Gram is read where it lies, so neither a dense G (4*H^2 bytes) nor G_DP (4*D*K)
-is ever formed: beside W_D and the result torch holds one strip, Triton nothing.
+of W [O, H] and the part of G that couples them to the kept ones: 2·O·D·K FLOPs instead of 2·O·H·K
+for all rows. The packed Gram is read in place; neither a dense G (4·H² bytes) nor G_DP (4·D·K) is
+formed. Besides W_D and the result torch allocates one strip, Triton nothing.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from grail_kernels.operators import operator
 from grail_kernels.precision import full_fp32
 from grail_kernels.tiles import check_packed, strips
 
-# Dropped channels that a dense product takes at a time: enough for the GEMM, little to hold.
+# Dropped channels that a dense product takes at a time: enough for a GEMM, few to allocate.
 _DROPPED_ROWS = 1024
 
 
 def absorb(
     weight: Tensor, gram: Tensor, keep: Tensor | Sequence[int], backend: str = "auto"
 ) -> Tensor:
-    """What the dropped channels owe to the kept ones, seen by a consumer: W_D G_DP.
+    """The correction of a consumer for its dropped channels: W_D G_DP.
 
     Args:
         weight: [O, H], floating point, any strides.
@@ -135,7 +135,7 @@ def _add_packed(
     kept: Tensor,  # [K], ascending
     dropped: Tensor,  # [D], ascending
 ) -> None:
-    """Add W_D G_DP strip by strip: a strip couples its rows to the columns before, both ways."""
+    """Adds W_D G_DP strip by strip: a strip couples its rows to the columns before, both ways."""
     every = list(strips(kept.numel() + dropped.numel()))
     edges = torch.tensor([0, *(strip.high for strip in every)], dtype=torch.int64)
     kept_edges, dropped_edges = (
@@ -164,7 +164,7 @@ def _add_dense(
     kept: Tensor,  # [K]
     dropped: Tensor,  # [D]
 ) -> None:
-    """Add W_D G_DP for a block of dropped channels at a time, so that G_DP is never held whole."""
+    """Adds W_D G_DP for a block of dropped channels at a time, so that G_DP is never held whole."""
     blocks = zip(weight.split(_DROPPED_ROWS, dim=1), dropped.split(_DROPPED_ROWS), strict=True)
     for columns, rows in blocks:
         coupling = gram.index_select(0, rows).index_select(1, kept)
@@ -172,7 +172,7 @@ def _add_dense(
 
 
 def _check(weight: Tensor, gram: Tensor, keep: Tensor) -> None:
-    """Refuse arguments by what their shapes, dtypes and devices tell."""
+    """Refuses arguments by what their shapes, dtypes and devices tell."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise InputError(
             f"weight must be a floating point [outputs, channels]; got {weight.dtype} "
@@ -196,7 +196,7 @@ def _check(weight: Tensor, gram: Tensor, keep: Tensor) -> None:
 
 
 def _check_distinct(keep: Tensor, channels: int) -> None:
-    """Refuse a selection by the channels that it names."""
+    """Refuses a selection by the channels that it names."""
     low, high = int(keep.min()), int(keep.max())
     if low < 0 or high >= channels:
         raise InputError(f"keep must lie in [0, {channels}); got {low} to {high}")

@@ -1,13 +1,11 @@
-"""The Triton kernel of `grail_kernels.absorb`.
-
-    result [O, K] = W_D [O, D] @ G_DP [D, K]
+"""The Triton kernel of `grail_kernels.absorb`: result [O, K] = W_D [O, D] @ G_DP [D, K].
 
 G_DP is gathered inside the loop, straight from the packed lower triangle: the element of a dropped
-channel d and a kept one p lies in the row of the later of the two. With both in ascending order,
+channel d and a kept one p is in the row of the later of the two. With both in ascending order,
 the blocks of dropped channels of a tile fall into three runs: before its kept channels (mirrored,
 in the rows of the kept), across them, and after them (in their own rows). Each outer run reads
-along rows of the triangle, so its loads are as dense as the selection is; only the few blocks in
-between choose by element. A dense G has the last run alone, with any strides.
+along rows of the triangle, as densely as channels were selected; only the few blocks in between
+choose by element. A dense G has the last run alone, with any strides.
 
 The dropped columns of W are gathered once, before: in the loop they would be loads of 2 bytes,
 repeated for every tile column. Padded with columns of zeros to whole blocks, they need no mask and
@@ -17,16 +15,16 @@ A program owns one tile, an element has one writer: no atomics, the same bits ev
 left operand, [K, D] @ [D, O], because it is split into parts in registers and tensor cores take
 the left one from there. Neighbours walk a group of tile rows, so that they find W and G in L2.
 
-fp32 quality on tensor cores: G is the sum of three bf16 (8 + 8 + 8 bits, exact from 2^-110 up). A
+fp32 quality on tensor cores: G is the sum of three bf16 (8 + 8 + 8 bits, exact from 2⁻¹¹⁰ up). A
 bf16 W is exact as it is, which makes three products; fp16 and fp32 take the Gram kernel's six. A
 step's products are summed apart and added to the tile by ordinary additions, which round to nearest
 where tensor cores truncate. The result is fp32: the ridge solve comes before W's own rounding.
 
-FLOPs: 2*O*D*K of the answer, three or six times that in bf16. Bytes: W read once and W_D written,
-O*(H + D)*itemsize; of the triangle at most 2*H^2, for channels between the gathered ones share
-their sectors; the result 4*O*K. From L2: W_D once per tile column, G_DP and the gaps once per tile
-row, about D*K*O*(itemsize / BLOCK_K + 4*H / (K*BLOCK_O)). At O = 4096, H = 11008, K = H/2 and bf16
-that is 745 GFLOP against 10 GB: bound by tensor cores and L2 alike.
+FLOPs: 2·O·D·K of the answer, three or six times that in bf16. Bytes: W read once and W_D written,
+O·(H + D)·itemsize; of the triangle at most 2·H², for channels between the gathered ones share
+their sectors; the result 4·O·K. From L2: W_D once per tile column, G_DP and the gaps once per tile
+row, about D·K·O·(itemsize / BLOCK_K + 4·H / (K·BLOCK_O)). At O = 4096, H = 11008, K = H/2 and bf16
+that is 745 GFLOP and 10 GB: bound by tensor cores and L2 alike.
 """
 
 import math
@@ -175,7 +173,7 @@ def launch_absorb(
 
 
 def _places(gram: Tensor, selected: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Where in `gram` the row of each selected channel begins, how far into any row its column is.
+    """For each selected channel the start of its row in `gram` and its column's offset in any row.
 
     In elements, int64.
     """

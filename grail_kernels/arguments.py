@@ -11,7 +11,7 @@ from grail_kernels.errors import InputError
 
 
 def check_kind(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
-    """Refuse an argument that is of none of `kinds`, which `wanted` puts into words."""
+    """Refuses an argument that is of none of `kinds`, which `wanted` puts into words."""
     if not isinstance(value, kinds):
         raise InputError(f"{name} must be {wanted}; got {kind_of(value)}")
 
@@ -22,18 +22,18 @@ def kind_of(value: object) -> str:
 
 
 def check_tensors(**tensors: object) -> None:
-    """Refuse what is no tensor."""
+    """Refuses what is no tensor."""
     for name, value in tensors.items():
         check_kind(name, value, Tensor, "a torch.Tensor")
 
 
 def check_optional(**tensors: object) -> None:
-    """Refuse what is neither None nor a tensor."""
+    """Refuses what is neither None nor a tensor."""
     check_tensors(**{name: value for name, value in tensors.items() if value is not None})
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse what is no integer; sizes that torch traces are integers."""
+    """Refuses what is no integer; sizes that torch traces are integers."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer, torch.SymInt)):
         raise InputError(f"{name} must be an integer; got {kind_of(value)}")
 

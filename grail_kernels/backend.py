@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton where it can, its torch twin everywhere."""
+"""The choice of an implementation: Triton where it can run, its torch twin everywhere."""
 
 import functools
 import importlib.util
@@ -15,7 +15,7 @@ _OLDEST_CAPABILITY = (8, 0)  # bf16 tensor cores
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    """Returns whether Triton interprets its kernels, on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -43,19 +43,19 @@ def resolve_backend(x: Tensor, backend: str = "auto") -> str:
 
 
 def check_backend(backend: str) -> None:
-    """Refuse what names no backend."""
+    """Refuses what names no backend."""
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
 
 
 @functools.cache
 def _has_triton() -> bool:
-    """Whether Triton is installed: looked up once, the search takes as long as a small call."""
+    """Returns whether Triton is installed; cached, as the search takes as long as a small call."""
     return importlib.util.find_spec("triton") is not None
 
 
 def _triton_obstacle(x: Tensor) -> str:
-    """Why Triton cannot run on `x`, or "" if it can."""
+    """The reason that Triton cannot run on `x`, or "" if it can."""
     if not _has_triton():
         return "triton is not installed"
     if interpreting():

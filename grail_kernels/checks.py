@@ -1,17 +1,16 @@
-"""What the kernels refuse, and how they say it: every check runs before anything is written."""
+"""Checks of the kernels' arguments; all run before anything is written."""
 
 import torch
 from torch import Tensor
 
 from grail_kernels.arguments import check_tensors
 from grail_kernels.errors import InputError
-from grail_kernels.tiles import check_packed
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_activations(name: str, x: Tensor) -> None:
-    """Refuse activations that are not a strided [..., H] tensor of a supported dtype."""
+    """Refuses activations that are not a strided [..., H] tensor of a supported dtype."""
     check_tensors(**{name: x})
     if x.dtype not in ACTIVATION_DTYPES:
         raise InputError(
@@ -25,14 +24,8 @@ def check_activations(name: str, x: Tensor) -> None:
         )
 
 
-def check_accumulator(out: Tensor, channels: int, leading: tuple[int, ...] = ()) -> None:
-    """Refuse an accumulator that is not a contiguous fp32 [*leading, packed_numel(channels)]."""
-    check_packed(out, channels)
-    check_vector("out", out, (*leading, out.shape[-1]), torch.float32)
-
-
 def check_vector(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Refuse an in-place target that is not contiguous, of this dtype and of this shape."""
+    """Refuses an in-place target that is not contiguous, of this dtype and of this shape."""
     if tensor.dtype != dtype:
         raise InputError(f"{name} must be {dtype}; got {tensor.dtype}")
     if tuple(tensor.shape) != shape:
@@ -42,7 +35,7 @@ def check_vector(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch
 
 
 def check_per_token(tokens: tuple[int, ...], mask: Tensor | None, weights: Tensor | None) -> None:
-    """Refuse a mask or weights that are not of the shape of the tokens, one entry for each."""
+    """Refuses a mask or weights that are not of the shape of the tokens, one entry for each."""
     if mask is not None and mask.dtype != torch.bool:
         raise InputError(f"mask must be torch.bool (True = the token counts); got {mask.dtype}")
     if weights is not None and not weights.is_floating_point():
@@ -56,7 +49,7 @@ def check_per_token(tokens: tuple[int, ...], mask: Tensor | None, weights: Tenso
 
 
 def check_devices(**tensors: Tensor | None) -> None:
-    """Refuse tensors that are not all on one device."""
+    """Refuses tensors that are not all on one device."""
     found = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(found.values())) > 1:
         listing = ", ".join(f"{name} on {device}" for name, device in found.items())
@@ -64,7 +57,7 @@ def check_devices(**tensors: Tensor | None) -> None:
 
 
 def check_no_overlap(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
-    """Refuse a written tensor that shares memory with any other argument."""
+    """Refuses a written tensor that shares memory with any other argument."""
     everything = [(n, t) for n, t in (*written.items(), *read.items()) if t is not None]
     targets = [(n, t) for n, t in written.items() if t is not None]
     for position, (name, target) in enumerate(targets):
@@ -77,7 +70,7 @@ def check_no_overlap(written: dict[str, Tensor | None], read: dict[str, Tensor |
 
 
 def _share_memory(first: Tensor, second: Tensor) -> bool:
-    """Whether the address ranges of two tensors meet."""
+    """Returns whether the address ranges of two tensors overlap."""
     if first.device != second.device or not first.numel() or not second.numel():
         return False
     first_start, first_end = _address_range(first)

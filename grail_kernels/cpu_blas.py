@@ -2,14 +2,14 @@
 
 torch's x86 builds multiply with MKL, which on AMD chips runs at half of OpenBLAS's rate. But
 OpenBLAS's own threads wait for work by spinning, which takes the cores from torch's in a model's
-forward (measured: twice its time); ours sleep. So OpenBLAS is held to one thread here, and square
-tiles of the lower triangle, those on the diagonal last (half the work), go to as many threads as
-torch uses.
+forward pass (measured: twice its time); ours sleep. So OpenBLAS is limited to one thread here.
+Square tiles of the lower triangle, those on the diagonal last (half the work), go to as many
+threads as torch uses.
 
-It is called by its C interface, which reads activations where they lie, adds to sums where they
-lie, and has syrk for a tile on the diagonal: T*H*(H + 1) FLOPs in all. A tile is wider than a strip
-of the accumulator (the wider, the nearer to OpenBLAS's full rate), so that it is summed in memory
-of its own. A NumPy built on another library, or on one without these calls, is left alone.
+It is called by its C interface, which reads activations and adds to sums in place, and has syrk for
+a tile on the diagonal: T·H·(H + 1) FLOPs in all. A tile is wider than a strip of the accumulator
+(the wider, the nearer to OpenBLAS's full rate), so it is summed in memory of its own. A NumPy built
+on another library, or on one without these calls, is not used.
 """
 
 import ctypes
@@ -83,12 +83,12 @@ class _Tile(NamedTuple):
 
 
 def takes(tokens: Tensor) -> bool:
-    """Whether `add_gram` is possible for tokens [T, H], of which there are any."""
+    """Returns whether `add_gram` can run on tokens [T, H], T > 0."""
     return tokens.device.type == "cpu" and tokens.shape[0] > 0 and _openblas() is not None
 
 
 def add_gram(out: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """Add rows^T @ columns to the packed `out`, whose scratch may change.
+    """Adds rowsᵀ @ columns to the packed `out`, whose scratch may change.
 
     Args:
         out: [packed_numel(H)] fp32, contiguous.
@@ -156,7 +156,7 @@ def _add_tile(
     right: list[Tensor],
     memory: NDArray[np.float32],
 ) -> None:
-    """Add the products of all chunks to one tile of `out`, by way of `memory`."""
+    """Adds the products of all chunks to one tile of `out`, by way of `memory`."""
     sums = memory[: math.prod(tile.shape)].reshape(tile.shape)
     chunks = list(zip(left, right, strict=True))
     at_once = _FLUSH_TOKENS // CHUNK_TOKENS
@@ -179,7 +179,7 @@ def _add_to_strips(out: Tensor, channels: int, tile: _Tile, sums: NDArray[np.flo
 
 
 def _multiply(tile: _Tile, rows: Tensor, columns: Tensor, sums: int) -> None:
-    """Add the product of a chunk to the sums of a tile [R, C] fp32, given by their address."""
+    """Adds the product of a chunk to the sums of a tile [R, C] fp32, given by their address."""
     library = _openblas()
     assert library is not None
     height, width = tile.shape
@@ -201,7 +201,7 @@ def _operand(chunk: Tensor, channel: int) -> tuple[int, int]:
 
 
 def _is_by_rows(chunk: Tensor) -> bool:
-    """Whether the channels of a token are neighbours; else the tokens of a channel are."""
+    """Returns whether the channels of a token are neighbours; else the tokens of a channel are."""
     return chunk.stride(1) == 1 and chunk.stride(0) >= chunk.shape[1]
 
 

@@ -28,7 +28,7 @@ def gram_(
     nonfinite: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Add the Gram matrix of `x` to a packed accumulator, in place.
+    """Adds the Gram matrix of `x` to a packed accumulator, in place.
 
     A token whose mask is False or whose weight is 0 does not take part, whatever it contains.
 
@@ -63,7 +63,7 @@ def gram_batched_(
     nonfinite: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Add the Gram matrix of each x[e] to its packed accumulator out[e], in place.
+    """Adds the Gram matrix of each x[e] to its packed accumulator out[e], in place.
 
     A matrix of 64 to 256 channels has a few tiles, which leave a GPU idle; a batch of them is one
     launch. The heads of [tokens, heads, head_dim] are batched in place, by `x.transpose(0, 1)`.
@@ -91,7 +91,7 @@ def gram_ragged_(
     nonfinite: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Add the Gram matrix of every expert's tokens to its packed accumulator, in place.
+    """Adds the Gram matrix of every expert's tokens to its packed accumulator, in place.
 
     The tokens are sorted by expert: expert e owns rows offsets[e] to offsets[e + 1]. One launch
     serves all experts, so that those of a few tokens do not leave a GPU idle one after another.
@@ -124,7 +124,7 @@ def gram_swiglu_(
     nonfinite: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Add the Gram matrix of silu(gate)·up to a packed accumulator, in place.
+    """Adds the Gram matrix of silu(gate)·up to a packed accumulator, in place.
 
     The hidden activation of a gated MLP is formed on the way into the products and never stored:
     2·T·H·itemsize bytes of memory and of traffic less than `gram_` of it.
@@ -147,7 +147,7 @@ def gram_swiglu_(
 
 
 def _run(call: GramCall, *leading: str) -> Tensor:
-    """Call the operator, if `out` has the leading dimensions and a last one of packed elements."""
+    """Calls the operator, if `out` has the leading dimensions and a last one of packed elements."""
     check_optional(**call.per_token, sums=call.sums, nonfinite=call.nonfinite)
     check_backend(call.backend)
     axes = (*leading, "packed_numel(channels)")

@@ -1,4 +1,4 @@
-"""What the Triton kernels of Gram matrices share: the walk over tiles, adding one, split tokens."""
+"""Shared parts of the Triton Gram kernels: the walk over tiles, products of parts, launches."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from grail_kernels import tiles, tuning
 from grail_kernels.backend import interpreting
 from grail_kernels.gram_call import GramCall
 
-# What the interpreter, which has no GPU to fill, takes as the number of its multiprocessors.
+# Multiprocessors that a launch has to fill in the interpreter.
 _INTERPRETER_PROCESSORS = 4
 
 
@@ -68,7 +68,7 @@ def program_of(H, COLLECTS: tl.constexpr, BLOCK_H: tl.constexpr):
 def add_tile(
     packed_ptr, total, tile_row, tile_column, H, STRIP: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """Add `total` [BLOCK_H, BLOCK_H] to a tile of a packed matrix, which nobody else writes."""
+    """Adds `total` [BLOCK_H, BLOCK_H] to a tile of a packed matrix, which nobody else writes."""
     # The whole tile is ours: above the diagonal of its strip lies scratch. Offsets inside a tile
     # fit 32 bits, and 64-bit ones would take half of the registers.
     strip = tile_row * BLOCK_H // STRIP
@@ -86,7 +86,7 @@ def add_tile(
 
 @triton.jit
 def add_collected(sums_ptr, nonfinite_ptr, first, sums, counts, rows, row_mask):
-    """Add sums and counts of channels [BLOCK_H] to those that begin at `first`, if collected."""
+    """Adds sums and counts of channels [BLOCK_H] to those that begin at `first`, if collected."""
     if sums_ptr is not None:
         sums_ptr += first
         before = tl.load(sums_ptr + rows, mask=row_mask, other=0.0)
@@ -99,7 +99,7 @@ def add_collected(sums_ptr, nonfinite_ptr, first, sums, counts, rows, row_mask):
 
 @triton.jit
 def products_of_parts(rows, cols, OPERAND: tl.constexpr):
-    """Rows [R, T] @ cols [T, C] in fp32, each the sum of three bf16; small products first."""
+    """Rows [R, T] @ cols [T, C] in fp32, each the sum of three bf16."""
     row_high = rows.to(tl.bfloat16)
     col_high = cols.to(tl.bfloat16)
     rows -= row_high.to(tl.float32)
@@ -112,6 +112,12 @@ def products_of_parts(rows, cols, OPERAND: tl.constexpr):
     col_high = col_high.to(OPERAND)
     row_middle = row_middle.to(OPERAND)
     col_middle = col_middle.to(OPERAND)
+    return six_products(row_high, row_middle, row_low, col_high, col_middle, col_low)
+
+
+@triton.jit
+def six_products(row_high, row_middle, row_low, col_high, col_middle, col_low):
+    """The products of parts of rows and cols above 2⁻²⁴ in fp32, small ones first."""
     product = tl.dot(row_low, col_high, input_precision="ieee")
     product = tl.dot(row_high, col_low, product, input_precision="ieee")
     product = tl.dot(row_middle, col_middle, product, input_precision="ieee")
@@ -121,7 +127,7 @@ def products_of_parts(rows, cols, OPERAND: tl.constexpr):
 
 
 def tiles_of(channels: int, edge: int) -> int:
-    """How many square tiles of that edge the lower triangle has."""
+    """The number of square tiles of that edge in the lower triangle."""
     tile_rows = math.ceil(channels / edge)
     return tile_rows * (tile_rows + 1) // 2
 
@@ -136,7 +142,7 @@ def _processors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel adds a call's Gram matrices: chosen once, whatever parts its tokens come in.
+    """The launch of a kernel for one call: chosen once, used for each part of its tokens.
 
     Attributes:
         kernel: the jitted function.
@@ -154,7 +160,7 @@ class Launch:
     splits_tokens: bool = True
 
     def add(self, count: int, steps: int, **read: Any) -> None:
-        """Launch a program for each tile of each matrix, and for each block of channels to collect.
+        """Launches a program for each tile of each matrix, and each block of channels to collect.
 
         Args:
             count: the tokens of each matrix.

@@ -1,4 +1,4 @@
-"""A call of the Gram operator: its tensors, their names to a caller, what of them is refused."""
+"""A call of the Gram operator: its tensors, their names in messages, and their checks."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grail_kernels import checks
 from grail_kernels.errors import InputError
+from grail_kernels.tiles import check_packed
 
 
 class GramCall(NamedTuple):
@@ -26,24 +27,24 @@ class GramCall(NamedTuple):
 
     @property
     def activations(self) -> dict[str, Tensor]:
-        """The activations, by the names that a caller knows them by."""
+        """The activations, by their names in the public functions."""
         return {"x": self.x} if self.gate is None else {"gate": self.gate, "up": self.x}
 
     @property
     def targets(self) -> dict[str, Tensor | None]:
-        """What is written."""
+        """The tensors that are written."""
         return {"out": self.out, "sums": self.sums, "nonfinite": self.nonfinite}
 
     @property
     def per_token(self) -> dict[str, Tensor | None]:
-        """What has an entry for each token."""
+        """The tensors with an entry for each token."""
         return {"mask": self.mask, "weights": self.weights}
 
     def as_batch(self) -> "GramCall":
         """The same call with a dimension for its matrices."""
         if self.out.dim() == 2:
             return self
-        return self._replace(**self._at(None, "out", "x", "sums", "nonfinite", "gate"))
+        return self.at(None, *self.targets, "x", "gate")
 
     def single_matrices(self) -> Iterator["GramCall"]:
         """A call for each matrix of a batch."""
@@ -53,18 +54,16 @@ class GramCall(NamedTuple):
         bounds = [] if self.offsets is None else self.offsets.tolist()
         for matrix in range(self.out.shape[0]):
             tokens = slice(*bounds[matrix : matrix + 2]) if bounds else matrix
-            own = self._at(matrix, *self.targets) | self._at(tokens, "x", "gate")
-            if bounds:
-                own |= self._at(tokens, *self.per_token)
-            yield self._replace(**own, offsets=None)
+            single = self.at(matrix, *self.targets).at(tokens, "x", "gate")._replace(offsets=None)
+            yield single.at(tokens, *self.per_token) if bounds else single
 
-    def _at(self, index: int | slice | None, *names: str) -> dict[str, Any]:
-        """Those of the tensors named that there are, indexed."""
+    def at(self, index: Any, *names: str) -> "GramCall":
+        """The call with those of the tensors named indexed that there are."""
         given = {name: getattr(self, name) for name in names}
-        return {name: tensor[index] for name, tensor in given.items() if tensor is not None}
+        return self._replace(**{name: t[index] for name, t in given.items() if t is not None})
 
     def check_forms(self) -> None:
-        """Refuse arguments by their shapes, dtypes and devices, which fake tensors have as well."""
+        """Refuses arguments by shapes, dtypes and devices, which fake tensors have as well."""
         x, ragged = self.x, self.offsets is not None
         if ragged and not x.dim() == self.out.dim() == 2:
             raise InputError(
@@ -82,7 +81,8 @@ class GramCall(NamedTuple):
             )
         channels = x.shape[-1]
         matrices = tuple((self.out if ragged else x).shape[:1]) if self.out.dim() > 1 else ()
-        checks.check_accumulator(self.out, channels, matrices)
+        check_packed(self.out, channels)
+        checks.check_vector("out", self.out, (*matrices, self.out.shape[-1]), torch.float32)
         checks.check_per_token(x.shape[0 if ragged else len(matrices) : -1], **self.per_token)
         if self.sums is not None:
             checks.check_vector("sums", self.sums, (*matrices, channels), torch.float32)
@@ -93,7 +93,7 @@ class GramCall(NamedTuple):
         checks.check_devices(**self.targets, **self.activations, **self.per_token)
 
     def check_values(self) -> None:
-        """Refuse arguments by what they contain and where in memory they are."""
+        """Refuses arguments by what they contain and where in memory they are."""
         read = {**self.activations, **self.per_token, "offsets": self.offsets}
         checks.check_no_overlap(written=self.targets, read=read)
         if self.offsets is None:

@@ -1,16 +1,15 @@
 """The Triton kernel for GPUs with a tensor memory accelerator (TMA): sm_90.
 
-As `gram_triton`, tile by tile, but a program names the blocks of activations and the copy engine
-brings them into shared memory, zeros where the activations end. That leaves registers for twice the
-tokens a step, and no address is computed in the loop.
+Tiles are those of `gram_triton`, but a program names the blocks of activations and the copy engine
+brings them into shared memory, with zeros where the activations end. That leaves registers for
+twice the tokens a step, and the loop computes no address.
 
 The engine reads bf16 or fp16 [matrices, tokens, channels] in rows of 16 aligned bytes. Activations
-that lie so are read where they are. Others are first laid out so, a block of tokens at a time: with
-other strides, with a mask, which leaves zeros, and fp32, which becomes three bf16 parts (see
-`gram_triton`) that six products then read without converting anything in their loop.
+stored so are read in place. Others are first laid out so, a block of tokens at a time: those with
+other strides, those with a mask, which leaves zeros, and fp32, which becomes three bf16 parts.
 
-Bytes: each tile reads 2*T*BLOCK_H*itemsize from L2, which at 128 x 128 bounds it as much as the
-tensor cores do; the matrix moves 4*H^2 a launch. Laying out reads and writes the activations once.
+Bytes: each tile reads 2·T·BLOCK_H·itemsize from L2, which at 128 × 128 bounds it as much as the
+tensor cores do; the matrix moves 4·H² a launch. Laying out reads and writes the activations once.
 """
 
 import math
@@ -29,11 +28,12 @@ from grail_kernels.gram_blocks import (
     add_tile,
     constants,
     program_of,
+    six_products,
     tile_of,
 )
 from grail_kernels.gram_call import GramCall
 
-# What a descriptor asks of addresses and strides, in bytes, and how far it reaches.
+# Bytes of which a descriptor's addresses and strides are multiples, and how far it reaches.
 _ALIGNMENT = 16
 _REACH = 2**40
 
@@ -45,9 +45,17 @@ _LAID_BLOCK = (32, 128)
 
 
 @triton.jit
-def _load_block(x_desc, matrix, token, channel, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    """A block [BLOCK_T, BLOCK_H] of one matrix, zeros beyond its end."""
-    return x_desc.load([matrix, token, channel]).reshape(BLOCK_T, BLOCK_H)
+def _load_block(
+    x_desc,
+    matrix,
+    token,
+    channel,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """A block [BLOCK_T, BLOCK_H] of one matrix as OPERAND, zeros beyond its end."""
+    return x_desc.load([matrix, token, channel]).reshape(BLOCK_T, BLOCK_H).to(OPERAND)
 
 
 @triton.jit(do_not_specialize=["matrices", "span"])
@@ -85,8 +93,8 @@ def _gram_tma_kernel(
         for step in range(first_step, end_step):
             x = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
             for part in tl.static_range(PARTS - 1, -1, -1):
-                block = _load_block(x_desc, first + part, step * BLOCK_T, channel, BLOCK_T, BLOCK_H)
-                x += block.to(tl.float32)
+                token = step * BLOCK_T
+                x += _load_block(x_desc, first + part, token, channel, BLOCK_T, BLOCK_H, tl.float32)
             is_finite = tl.abs(x) < float("inf")
             channel_counts += tl.sum((~is_finite).to(tl.int32), axis=0)
             channel_sums += tl.sum(x, axis=0)
@@ -109,8 +117,8 @@ def _gram_tma_kernel(
         for step in range(first_step, end_step):
             token = step * BLOCK_T
             if PARTS == 1:
-                rows = _load_block(x_desc, first, token, row, BLOCK_T, BLOCK_H).to(OPERAND)
-                cols = _load_block(x_desc, first, token, column, BLOCK_T, BLOCK_H).to(OPERAND)
+                rows = _load_block(x_desc, first, token, row, BLOCK_T, BLOCK_H, OPERAND)
+                cols = _load_block(x_desc, first, token, column, BLOCK_T, BLOCK_H, OPERAND)
                 link = (step - first_step) % CHAIN
                 if link == 0:
                     chain = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
@@ -118,23 +126,14 @@ def _gram_tma_kernel(
                 if (link == CHAIN - 1) | (step == end_step - 1):
                     total += chain
             else:
-                high = _load_block(x_desc, first, token, row, BLOCK_T, BLOCK_H).to(OPERAND).T
-                col_high = _load_block(x_desc, first, token, column, BLOCK_T, BLOCK_H).to(OPERAND)
-                mid = _load_block(x_desc, first + 1, token, row, BLOCK_T, BLOCK_H).to(OPERAND).T
-                col_mid = _load_block(x_desc, first + 1, token, column, BLOCK_T, BLOCK_H).to(
-                    OPERAND
-                )
-                low = _load_block(x_desc, first + 2, token, row, BLOCK_T, BLOCK_H).to(OPERAND).T
-                col_low = _load_block(x_desc, first + 2, token, column, BLOCK_T, BLOCK_H).to(
-                    OPERAND
-                )
-                # Small products first; a step's are summed apart from the long chain.
-                product = tl.dot(low, col_high, input_precision="ieee")
-                product = tl.dot(high, col_low, product, input_precision="ieee")
-                product = tl.dot(mid, col_mid, product, input_precision="ieee")
-                product = tl.dot(mid, col_high, product, input_precision="ieee")
-                product = tl.dot(high, col_mid, product, input_precision="ieee")
-                total += tl.dot(high, col_high, product, input_precision="ieee")
+                high = _load_block(x_desc, first, token, row, BLOCK_T, BLOCK_H, OPERAND).T
+                col_high = _load_block(x_desc, first, token, column, BLOCK_T, BLOCK_H, OPERAND)
+                mid = _load_block(x_desc, first + 1, token, row, BLOCK_T, BLOCK_H, OPERAND).T
+                col_mid = _load_block(x_desc, first + 1, token, column, BLOCK_T, BLOCK_H, OPERAND)
+                low = _load_block(x_desc, first + 2, token, row, BLOCK_T, BLOCK_H, OPERAND).T
+                col_low = _load_block(x_desc, first + 2, token, column, BLOCK_T, BLOCK_H, OPERAND)
+                # A step's products are summed apart from the long chain.
+                total += six_products(high, mid, low, col_high, col_mid, col_low)
         add_tile(out_ptr + target * out_stride, total, tile_row, tile_column, H, STRIP, BLOCK_H)
 
 
@@ -156,7 +155,7 @@ def _lay_kernel(
     BLOCK_H: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Lay out a block of `tokens` tokens from `first_token` on, zeros where the mask is."""
+    """Lays out a block of `tokens` tokens from `first_token` on, zeros where the mask is."""
     # The matrices share the first axis of the grid: the others end at 65,535.
     blocks = tl.cdiv(tokens, BLOCK_T)
     matrix = (tl.program_id(0) // blocks).to(tl.int64)
@@ -185,7 +184,7 @@ def _lay_kernel(
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether this kernel is for the GPU `device`: sm_90.
+    """Returns whether this kernel is for the GPU `device`: sm_90.
 
     Triton 3.6 fails to compile for sm_100 what reads through the engine here.
     """
@@ -193,7 +192,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 def takes(call: GramCall) -> bool:
-    """Whether this kernel is for the call: on its GPU, and without weights, gate and offsets."""
+    """Returns whether this kernel is for the call: its GPU, and no weights, gate or offsets."""
     plain = call.weights is None and call.gate is None and call.offsets is None
     return plain and runs_on(call.x.device)
 
@@ -211,7 +210,7 @@ def add_tokens(
     x: Tensor,  # [E, outer, inner, H]
     mask: Tensor | None,  # [outer * inner] uint8
 ) -> None:
-    """Add tokens of the launch's call, those that the engine cannot read laid out in blocks."""
+    """Adds tokens of the launch's call, those that the engine cannot read laid out in blocks."""
     _, outer, inner, _ = x.shape
     if mask is None and outer == 1 and _is_laid(x):
         _add_laid(launch, x[:, 0])
@@ -222,7 +221,7 @@ def add_tokens(
 
 
 def _is_laid(x: Tensor) -> bool:
-    """Whether the engine can read `x` [E, 1, T, H] where it is."""
+    """Returns whether the engine can read `x` [E, 1, T, H] in place."""
     steps = [stride * x.element_size() for stride in (x.stride(0), x.stride(2))]
     return (
         x.dtype != torch.float32
@@ -258,7 +257,7 @@ def _lay(x: Tensor, mask: Tensor | None, first: int, tokens: int) -> Tensor:
 
 
 def _add_laid(launch: Launch, laid: Tensor) -> None:
-    """Add tokens that are laid out, [E * parts, T, H or more]."""
+    """Adds tokens that are laid out, [E * parts, T, H or more]."""
     block = [1, launch.config.block_tokens, launch.config.block_channels]
     shape = [*laid.shape[:2], launch.batch.x.shape[-1]]
     descriptor = TensorDescriptor(laid, shape, list(laid.stride()), block)
@@ -268,5 +267,5 @@ def _add_laid(launch: Launch, laid: Tensor) -> None:
 
 
 def _laid_form(dtype: torch.dtype) -> tuple[int, torch.dtype]:
-    """In how many parts of which dtype activations are laid out."""
+    """The number and the dtype of the parts that activations are laid out in."""
     return (3, torch.bfloat16) if dtype == torch.float32 else (1, dtype)

@@ -25,7 +25,7 @@ _GEMM_ROWS = 16
 
 @torch.no_grad()
 def add_gram(call: GramCall) -> None:
-    """Add the Gram matrices of a checked call.
+    """Adds the Gram matrices of a checked call.
 
     Matrix by matrix: one torch.bmm takes 1.0 to 1.5 times the processor time of this.
     """
@@ -41,13 +41,12 @@ def ungated_blocks(call: GramCall) -> Iterator[GramCall]:
         yield call
         return
     for index in _block_indices(call.x.shape[:-1], block_tokens(call.x.shape[-1])):
-        mask, weights = (None if t is None else t[index] for t in (call.mask, call.weights))
         hidden = F.silu(call.gate[index]) * call.x[index]
-        yield call._replace(x=hidden, mask=mask, weights=weights, gate=None)
+        yield call.at(index, *call.per_token)._replace(x=hidden, gate=None)
 
 
 def _add_single(call: GramCall) -> None:
-    """Add the Gram matrix of `x`, which no gate multiplies."""
+    """Adds the Gram matrix of `x`, which no gate multiplies."""
     for tokens, scales in _token_blocks(call.x, call.mask, call.weights):
         weighted = tokens if scales is None else tokens * scales[:, None]
         if call.sums is not None or call.nonfinite is not None:
@@ -63,7 +62,7 @@ def _add_single(call: GramCall) -> None:
 def _collect(
     tokens: Tensor, token_sums: Tensor, sums: Tensor | None, nonfinite: Tensor | None
 ) -> None:
-    """Add the sums [H] of a block of tokens [t, H], and count its non-finite values."""
+    """Adds the sums [H] of a block of tokens [t, H], and count its non-finite values."""
     if sums is not None:
         sums += token_sums
     # A NaN or an infinity always shows in the sum of its channel, so a clean block is not searched.
@@ -72,7 +71,7 @@ def _collect(
 
 
 def _add_products(target: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """Add rowsᵀ [R, T] @ columns [T, C] to target [R, C]."""
+    """Adds rowsᵀ [R, T] @ columns [T, C] to target [R, C]."""
     if rows.shape[1] >= _GEMM_ROWS:
         target.addmm_(rows.T, columns)
         return
@@ -117,7 +116,7 @@ def _merge_tokens(x: Tensor) -> Tensor:
 
 
 def _is_gemm_operand(x: Tensor) -> bool:
-    """Whether a library GEMM reads `x` without copying it: fp32 with rows or columns contiguous."""
+    """Returns whether a GEMM reads `x` without a copy: fp32 with contiguous rows or columns."""
     if x.dtype != torch.float32 or x.dim() != 2:
         return False
     (tokens, channels), (token_stride, channel_stride) = x.shape, x.stride()
@@ -127,7 +126,7 @@ def _is_gemm_operand(x: Tensor) -> bool:
 
 
 def block_tokens(channels: int) -> int:
-    """How many tokens of `channels` channels are copied at a time: whole chunks of a product."""
+    """The number of tokens that are copied at a time: whole chunks of a product."""
     most = max(_FEWEST_TOKENS, min(_BLOCK_ELEMENTS // channels, _MOST_TOKENS))
     return most - most % cpu_blas.CHUNK_TOKENS
 

@@ -1,28 +1,24 @@
-"""The Triton kernel of `grail_kernels.gram`.
+"""The Triton kernel of `grail_kernels.gram` that reads by pointers.
 
 One program owns one square tile of the lower triangle, so every element has one writer: no atomics,
-the same bits every time, and a mirrored copy that is bitwise symmetric. Square tiles, because the
-triangle of T*H*(H + BLOCK) executed FLOPs is then the tightest. Neighbouring programs walk a group
-of tile rows, so that one wave reads a square patch of channels and its tokens meet in L2.
+the same bits every time, and a mirrored copy that is bitwise symmetric. Square tiles execute the
+fewest FLOPs, T·H·(H + BLOCK_H). Neighbouring programs walk a group of tile rows: one wave reads a
+square patch of channels, whose tokens stay in L2.
 
-Accumulation is fp32: chains of a few steps on the tensor cores, which truncate, are added up by
-ordinary additions, which do not. A batch of matrices is one launch. Where it has too few tiles to
-fill the GPU, the tokens of each tile are split over programs that write to a workspace, which is
-added up in a fixed order.
+Accumulation is fp32. Tensor cores, which truncate, sum chains of a few steps; ordinary additions,
+which round to nearest, sum the chains. A batch of matrices is one launch.
 
-On GPUs with a tensor memory accelerator this kernel is for experts, gates and weights, and
-`gram_tma` has the rest.
+fp32 activations, and weighted ones, become three bf16 parts each (8 + 8 + 8 bits, exact), of which
+the six products above 2⁻²⁴ are taken. Two parts would leave 2⁻¹⁷, a hundred times fp32's rounding.
 
-fp32 activations, and weighted ones, become three bf16 parts each (8 + 8 + 8 bits, exact), and the
-six products above 2^-24 are taken. Two parts would leave 2^-17, a hundred times fp32's rounding.
-
-Bytes: each tile row reads T*H*itemsize once per tile in it, from L2; the matrix moves 4*H^2 a
-launch. Bound by the tensor cores from about 500 channels on.
+Bytes: each tile row reads T·H·itemsize once per tile in it, from L2; the matrix moves 4·H² a
+launch. Bound by the tensor cores from about 500 channels on. On GPUs with a tensor memory
+accelerator `gram_tma` takes calls without offsets, gate and weights.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -213,17 +209,8 @@ def _gram_kernel(
         add_tile(out_ptr + target * out_stride, total, tile_row, tile_column, H, STRIP, BLOCK_H)
 
 
-class _Part(NamedTuple):
-    """Tokens of one launch, as the kernel walks them."""
-
-    x: Tensor  # [E, outer, inner, H]
-    gate: Tensor | None  # as x
-    mask: Tensor | None  # [outer * inner] uint8
-    weights: Tensor | None  # [outer * inner] fp32
-
-
 def launch_gram(call: GramCall) -> None:
-    """Add the Gram matrices of a checked call."""
+    """Adds the Gram matrices of a checked call."""
     if not call.x.numel() or not call.out.numel():
         return
     if call.gate is not None and call.gate.stride() != call.x.stride():
@@ -235,19 +222,20 @@ def launch_gram(call: GramCall) -> None:
     with torch.cuda.device_of(batch.x):
         if gram_tma.takes(batch):
             launch = gram_tma.launch_of(batch)
-            for part in _parts(batch.x, None, batch.mask, None):
+            for part in _parts(batch):
                 gram_tma.add_tokens(launch, part.x, part.mask)
         elif batch.offsets is not None:
+            # Each expert sees all tokens and takes its own.
             batch = batch._replace(offsets=batch.offsets.to(batch.x.device))
-            _add_parts(batch, [_ragged_part(batch)])
+            _add_parts([_flat(batch, lambda x: x.expand(batch.out.shape[0], 1, -1, -1))])
         else:
-            _add_parts(batch, list(_parts(batch.x, batch.gate, batch.mask, batch.weights)))
+            _add_parts(list(_parts(batch)))
 
 
-def _add_parts(batch: GramCall, parts: list[_Part]) -> None:
-    """Launch the pointer kernel for each part of a call, all in the way that suits the first."""
-    dtype, is_weighted = batch.x.dtype, batch.weights is not None
-    first = parts[0].x
+def _add_parts(parts: list[GramCall]) -> None:
+    """Launches the pointer kernel for each part of a call, all in the way that suits the first."""
+    batch, first = parts[0], parts[0].x
+    dtype, is_weighted = first.dtype, batch.weights is not None
     config = tuning.gram_config(
         dtype,
         first.shape[-1],
@@ -261,58 +249,46 @@ def _add_parts(batch: GramCall, parts: list[_Part]) -> None:
     strides = ("stride_xm", "stride_xo", "stride_xt", "stride_xc")
     for part in parts:
         _, outer, inner, _ = part.x.shape
-        read = {f"{name}_ptr": tensor for name, tensor in part._asdict().items()}
-        read |= dict(zip(strides, part.x.stride(), strict=True))
         launch.add(
             outer * inner,
             outer * math.ceil(inner / config.block_tokens),
-            offsets_ptr=batch.offsets,
+            x_ptr=part.x,
+            gate_ptr=part.gate,
+            mask_ptr=part.mask,
+            weights_ptr=part.weights,
+            offsets_ptr=part.offsets,
             outer=outer,
             inner=inner,
-            **read,
+            **dict(zip(strides, part.x.stride(), strict=True)),
         )
 
 
-def _parts(
-    x: Tensor,  # [E, ..., H]
-    gate: Tensor | None,  # as x
-    mask: Tensor | None,  # [...]
-    weights: Tensor | None,  # [...]
-) -> Iterator[_Part]:
-    """The tokens of a call, in views that the kernel can walk and in numbers that suit a launch."""
-    shape = _mergeable_shape(x)
+def _parts(batch: GramCall) -> Iterator[GramCall]:
+    """A flat call for each launch: views that a kernel can walk, of no more tokens than suit it."""
+    shape = _mergeable_shape(batch.x)
     if shape is None:
-        for index in range(x.shape[1]):
-            own_mask, own_weights = (None if t is None else t[index] for t in (mask, weights))
-            own_gate = None if gate is None else gate[:, index]
-            yield from _parts(x[:, index], own_gate, own_mask, own_weights)
+        for index in range(batch.x.shape[1]):
+            yield from _parts(
+                batch.at((slice(None), index), "x", "gate").at(index, *batch.per_token)
+            )
         return
-    x = x.view(shape)
-    gate = None if gate is None else gate.view(shape)
-    per_token = _flat(mask, weights)
-    for part, tokens in _launches(x):
-        own_mask, own_weights = (None if t is None else t[tokens] for t in per_token)
-        yield _Part(x[part], None if gate is None else gate[part], own_mask, own_weights)
+    flat = _flat(batch, lambda x: x.view(shape))
+    for part, tokens in _launches(flat.x):
+        yield flat.at(part, "x", "gate").at(tokens, *flat.per_token)
 
 
-def _ragged_part(batch: GramCall) -> _Part:
-    """All tokens of a call with offsets: each matrix sees them all, and takes its own."""
-    experts = batch.out.shape[0]
-    x, gate = (None if t is None else t.expand(experts, 1, -1, -1) for t in (batch.x, batch.gate))
-    assert x is not None
-    return _Part(x, gate, *_flat(batch.mask, batch.weights))
-
-
-def _flat(mask: Tensor | None, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Mask and weights [T] in the dtypes that the kernel reads."""
-    return (
-        None if mask is None else mask.reshape(-1).view(torch.uint8),
-        None if weights is None else weights.reshape(-1).float(),
+def _flat(batch: GramCall, view: Callable[[Tensor], Tensor]) -> GramCall:
+    """The call with x and gate as `view` makes them, [E, outer, inner, H], and flat tokens [T]."""
+    return batch._replace(
+        x=view(batch.x),
+        gate=None if batch.gate is None else view(batch.gate),
+        mask=None if batch.mask is None else batch.mask.reshape(-1).view(torch.uint8),
+        weights=None if batch.weights is None else batch.weights.reshape(-1).float(),
     )
 
 
 def _launches(x: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
-    """Where the part of each launch lies in `x` [E, outer, inner, H], and which tokens it has."""
+    """The index into `x` [E, outer, inner, H] of each launch, and the slice of its tokens."""
     _, outer, inner, _ = x.shape
     most = tuning.LAUNCHED_TOKENS
     each = max(1, most // inner)
@@ -347,7 +323,7 @@ def constants(
 
 
 def _is_aligned(x: Tensor) -> bool:
-    """Whether the kernel can read 16 bytes of `x` [E, outer, inner, H] at once."""
+    """Returns whether the kernel can read 16 bytes of `x` [E, outer, inner, H] at once."""
     _, _, inner, channels = x.shape
     run = channels if x.stride(3) == 1 else inner if x.stride(2) == 1 else 1
     lengths = (run, *(stride for stride in x.stride() if stride != 1))

@@ -11,7 +11,7 @@ import torch
 def operator(
     name: str, *, mutates_args: tuple[str, ...], schema: str
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a kernel as `torch.library.custom_op` does.
+    """Decorates a kernel as `torch.library.custom_op` does.
 
     That runs kernels where Dynamo does not compile them, and imports Dynamo to do so: more than a
     second of the first call of a process. For CPU and GPU the kernel is registered once more, to be

@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def full_fp32(device: torch.device) -> Iterator[None]:
-    """Keep a library's fp32 products from TF32 or bf16, and leave the setting as it was found.
+    """Keeps a library's fp32 products from TF32 or bf16, and leave the setting as it was found.
 
     `torch.set_float32_matmul_precision("medium")`, common in training scripts, would otherwise
     round activations to 8 bits on CPUs with AMX, and "high" to 11 bits on GPUs.

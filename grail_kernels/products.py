@@ -5,9 +5,9 @@ is the sum of bf16 parts, each rounded to nearest from what those before it leav
 
     leftᵀ right ≈ Σ_i left_iᵀ right        one product of 2·T·O·H FLOPs a part
 
-Two parts leave at most 2^-17 of a value, three nothing (but below fp32's own range of exponents).
+Two parts leave at most 2⁻¹⁷ of a value, three nothing (but below fp32's own range of exponents).
 Two are enough for a cross moment with activations: what is left of them has random signs, and so
-adds up to 2^-17 of the noise that the draw of the tokens leaves in the moment; and sums that
+adds up to 2⁻¹⁷ of the noise that the draw of the tokens leaves in the moment; and sums that
 truncate, as tensor cores' do, err by as much over the tokens of a batch. It is not for Grams, which
 must stay positive semi-definite and whose two operands are exact anyway.
 
@@ -30,7 +30,7 @@ def add_products(
     left: Tensor,  # [T, O]
     right: Tensor,  # [T, H]
 ) -> None:
-    """Add leftᵀ right to `total`: to 2^-17 of each product on tensor cores, else in fp32."""
+    """Adds leftᵀ right to `total`: to 2⁻¹⁷ of each product on tensor cores, else in fp32."""
     check_tensors(total=total, left=left, right=right)
     if right.dtype == torch.float32 or not _has_tensor_cores(total.device):
         with full_fp32(total.device):
@@ -57,7 +57,7 @@ def bf16_parts(values: Tensor, count: int) -> list[Tensor]:
 
 
 def _has_tensor_cores(device: torch.device) -> bool:
-    """Whether the library multiplies bf16 into fp32 there."""
+    """Returns whether the library multiplies bf16 into fp32 there."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -11,13 +11,13 @@ ERROR_LIMIT = 16.0
 
 
 def gram(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-    """Sum of w x x^T in fp64, as a dense [H, H], for x [..., H] and mask, weights [...]."""
+    """Σ w x xᵀ in fp64, as a dense [H, H], for x [..., H] and mask, weights [...]."""
     rows, scales = _taking_part(x, mask, weights)
     return rows.T @ (rows * scales[:, None])
 
 
 def channel_sums(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-    """Sum of w x in fp64, [H]."""
+    """Σ w x in fp64, [H]."""
     rows, scales = _taking_part(x, mask, weights)
     return scales @ rows
 
@@ -42,11 +42,11 @@ def error_ratio(result: Tensor, exact: Tensor, magnitude: Tensor) -> float:
     Args:
         result: fp32.
         exact: fp64, the same shape.
-        magnitude: fp64, the exact sum of the absolute values of what was added; |X|^T |X| for a
+        magnitude: fp64, the exact sum of the absolute values of what was added; |X|ᵀ|X| for a
             Gram matrix. Where it is 0 the result has to be 0.
 
     Returns:
-        Units of eps = 2^-23. (Dongarra et al., the error test of sblat3, SMMCH.)
+        Units of eps = 2⁻²³. (Dongarra et al., the error test of sblat3, SMMCH.)
     """
     if not exact.numel():
         return 0.0

@@ -58,7 +58,7 @@ def packed_numel(channels: int) -> int:
 
 
 def check_packed(packed: Tensor, channels: int) -> None:
-    """Refuse a packed tensor that does not belong to `channels` channels.
+    """Refuses a packed tensor that does not belong to `channels` channels.
 
     Raises:
         InputError: the last dimension is not `packed_numel(channels)`.

@@ -1,4 +1,4 @@
-"""Which tile sizes and how many warps each kernel launches with: a static table, no autotuning.
+"""The tile sizes and warps that each kernel launches with: a static table, no autotuning.
 
 `launches.json`, beside this file, has a row for each kernel, operand class and shape class. The
 rows of "default" are complete and serve every architecture that has no row of its own;
@@ -10,10 +10,11 @@ sm_90 were timed on an H100 (bench/results/gpu/tuning.csv, and trials.csv for th
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -57,7 +58,7 @@ class LaunchTableError(GrailError, ValueError):
 
 @dataclass(frozen=True)
 class GramConfig:
-    """How the Gram kernel is launched.
+    """The launch of a Gram kernel.
 
     Attributes:
         block_tokens: tokens that one step of a program multiplies.
@@ -75,7 +76,7 @@ class GramConfig:
 
 @dataclass(frozen=True)
 class AbsorbConfig:
-    """How the correction of a selection is computed.
+    """The way to compute the correction of a selection.
 
     Attributes:
         block_outputs, block_kept: the tile of the result that a program owns. Every element of G
@@ -97,26 +98,20 @@ class AbsorbConfig:
 
 
 Config = GramConfig | AbsorbConfig
+AnyConfig = TypeVar("AnyConfig", GramConfig, AbsorbConfig)
 Key = tuple[str, str, str]  # kernel, operand class, shape class
 
 # Every row that "default" has to have. Operands are split into three bf16 parts where tensor cores
 # do not take them as they are; "gated" and "scattered" activations are loaded in their own way.
 ROWS: dict[Key, type[Config]] = {
-    **{
-        ("gram", operands, shape): GramConfig
-        for operands in ("16-bit", "split")
-        for shape in ("narrow", "middle", "wide", "gated", "scattered")
-    },
-    **{
-        ("gram_tma", operands, shape): GramConfig
-        for operands in ("16-bit", "split")
-        for shape in ("narrow", "middle", "wide")
-    },
-    **{
-        ("absorb", operands, shape): AbsorbConfig
-        for operands in ("bf16", "split")
-        for shape in ("middle", "wide")
-    },
+    (kernel, operands, shape): kind
+    for kernel, kind, operand_classes, shapes in (
+        ("gram", GramConfig, "16-bit split", "narrow middle wide gated scattered"),
+        ("gram_tma", GramConfig, "16-bit split", "narrow middle wide"),
+        ("absorb", AbsorbConfig, "bf16 split", "middle wide"),
+    )
+    for operands in operand_classes.split()
+    for shape in shapes.split()
 }
 
 
@@ -144,9 +139,7 @@ def gram_config(
     """
     operands = "16-bit" if multiplies_natively(dtype, weighted) else "split"
     shape = "scattered" if not aligned else "gated" if gated else _width(channels)
-    config = _row(architecture, ("gram", operands, shape))
-    assert isinstance(config, GramConfig)
-    return config
+    return _row(architecture, ("gram", operands, shape), GramConfig)
 
 
 def tma_config(parts: int, channels: int, *, architecture: str = DEFAULT) -> GramConfig:
@@ -156,29 +149,25 @@ def tma_config(parts: int, channels: int, *, architecture: str = DEFAULT) -> Gra
         LaunchTableError: the table is damaged.
     """
     operands = "16-bit" if parts == 1 else "split"
-    config = _row(architecture, ("gram_tma", operands, _width(channels)))
-    assert isinstance(config, GramConfig)
-    return config
+    return _row(architecture, ("gram_tma", operands, _width(channels)), GramConfig)
 
 
 def absorb_config(
     dtype: torch.dtype, channels: int = _MIDDLE_CHANNELS + 1, architecture: str = DEFAULT
 ) -> AbsorbConfig:
-    """How the correction is computed for weights [O, H] of this dtype and H = `channels`.
+    """The way to compute the correction for weights [O, H] of this dtype and H = `channels`.
 
     Raises:
         LaunchTableError: the table is damaged.
     """
     operands = "bf16" if dtype == torch.bfloat16 else "split"
     shape = "middle" if channels <= _MIDDLE_CHANNELS else "wide"
-    config = _row(architecture, ("absorb", operands, shape))
-    assert isinstance(config, AbsorbConfig)
-    return config
+    return _row(architecture, ("absorb", operands, shape), AbsorbConfig)
 
 
 @functools.cache
 def architecture_of(device: torch.device) -> str:
-    """What the table calls the GPU `device`, such as "sm_90" or "gfx942"; else "interpreter"."""
+    """The table's name of the GPU `device`, such as "sm_90" or "gfx942"; else "interpreter"."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip is not None:
@@ -188,12 +177,12 @@ def architecture_of(device: torch.device) -> str:
 
 
 def multiplies_natively(dtype: torch.dtype, weighted: bool) -> bool:
-    """Whether tensor cores take the activations as they are, not in three bf16 parts."""
+    """Returns whether tensor cores take activations as they are, not in three bf16 parts."""
     return dtype != torch.float32 and not weighted
 
 
 def token_splits(tiles: int, tokens: int, processors: int) -> int:
-    """Into how many parts the tokens are cut so that a small matrix still fills the GPU."""
+    """The number of parts that tokens are cut into so that a small matrix still fills the GPU."""
     wanted = _PROGRAMS_PER_PROCESSOR * processors // tiles
     return max(1, min(wanted, tokens // _FEWEST_SPLIT_TOKENS))
 
@@ -222,20 +211,24 @@ def read_table(path: Path) -> Mapping[tuple[str, Key], Config]:
 
 
 def write_table(path: Path, table: Mapping[tuple[str, Key], Config]) -> None:
-    """Write a table that `read_table` reads, a line a row; the file is replaced as a whole."""
+    """Writes a table that `read_table` reads, a line a row; the file is replaced as a whole."""
     document: dict[str, Any] = {}
     for (architecture, (kernel, operands, shape)), config in table.items():
         rows = document.setdefault(architecture, {}).setdefault(kernel, {}).setdefault(operands, {})
         rows[shape] = asdict(config)
     written = path.with_name(path.name + ".new")
-    written.write_text(_text(document) + "\n", encoding="utf-8")
+    text = json.dumps(document, indent=1)
+    text = re.sub(r"\{[^{}]*\}", lambda row: json.dumps(json.loads(row[0])), text)
+    written.write_text(text + "\n", encoding="utf-8")
     written.replace(path)
     read_table.cache_clear()
 
 
-def _row(architecture: str, key: Key) -> Config:
+def _row(architecture: str, key: Key, kind: type[AnyConfig]) -> AnyConfig:
     table = read_table(TABLE)
-    return table.get((architecture, key)) or table[DEFAULT, key]
+    config = table.get((architecture, key)) or table[DEFAULT, key]
+    assert isinstance(config, kind)
+    return config
 
 
 def _width(channels: int) -> str:
@@ -261,29 +254,21 @@ def _config(kind: type[Config], values: Any, name: str) -> Config:
     if not isinstance(values, dict) or values.keys() != names:
         raise LaunchTableError(f"{name} must have {', '.join(sorted(names))}; it has {values}")
     for field, value in values.items():
-        if field == "method":
-            fits, allowed = value in _METHODS, " or ".join(_METHODS)
-        elif not isinstance(value, int) or isinstance(value, bool):
-            fits, allowed = False, "an integer"
-        elif field.startswith("block_"):
-            # Triton's ranges are powers of two, its products of 16 at least.
-            fits, allowed = (
-                16 <= value <= tiles.STRIP_ROWS and tiles.STRIP_ROWS % value == 0,
-                (f"16 or more and a divisor of {tiles.STRIP_ROWS}"),
-            )
-        elif field == "warps":
-            fits, allowed = value in (1, 2, 4, 8, 16), "1, 2, 4, 8 or 16"
-        else:
-            fits, allowed = value >= 1, "1 or more"
+        fits, allowed = _rule(field, value)
         if not fits:
             raise LaunchTableError(f"{name}: {field} must be {allowed}; it is {value!r}")
     return kind(**values)
 
 
-def _text(document: dict[str, Any], indent: str = "") -> str:
-    """JSON with the innermost objects on one line each."""
-    if not any(isinstance(part, dict) for part in document.values()):
-        return json.dumps(document)
-    inner = indent + " "
-    parts = (f"{inner}{json.dumps(name)}: {_text(part, inner)}" for name, part in document.items())
-    return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
+def _rule(field: str, value: Any) -> tuple[bool, str]:
+    """Whether a field can have that value, and the values that it can have."""
+    if field == "method":
+        return value in _METHODS, " or ".join(_METHODS)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False, "an integer"
+    if field.startswith("block_"):  # Triton's ranges are powers of two, its products of 16 at least
+        rows = tiles.STRIP_ROWS
+        return 16 <= value <= rows and rows % value == 0, f"16 or more and a divisor of {rows}"
+    if field == "warps":
+        return value in (1, 2, 4, 8, 16), "1, 2, 4, 8 or 16"
+    return value >= 1, "1 or more"
