@@ -8,8 +8,9 @@ Their difference is the drift
 
 and a consumer with the target W·x + β·δ, not W·x, corrects a share β of it. A fit needs its cross
 moment with the consumer's input, a product of 2·T·O·H FLOPs, which runs on tensor cores for inputs
-of 16 bits (`grail_kernels.add_products`); an affine fit also needs the sum d = Σ δ. δ itself is formed
-in fp32: the difference of separate sums of h·xᵀ and (r + W·x)·xᵀ would be lost in their rounding.
+of 16 bits (`grail_kernels.add_products`). A fit of biases also needs the sum d = Σ δ. δ itself is
+formed in fp32: the difference of separate sums of h·xᵀ and (r + W·x)·xᵀ would be lost in their
+rounding.
 
 The outputs of a token's experts are summed by the router's weights w. The target of each contains
 its share of the token's drift, δ·w/Σw² (`grail.networks.layers.Routed`), so that the sum is δ.

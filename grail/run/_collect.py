@@ -9,7 +9,7 @@
 `Collected` gives such a folder to `grail.compress` in place of batches, any number of times. The
 statistics are of the dense network, so they are for the open loop.
 
-SiteStatistics of two halves of a calibration add up to those of the whole, within the rounding of fp32
+Statistics of two halves of a calibration add up to those of the whole, within the rounding of fp32
 sums; counts of tokens exactly.
 """
 
