@@ -103,7 +103,7 @@ def assert_errors_of_a_run_are_those_of_the_network(
         architecture.blocks, architecture.sites(sites or architecture.default), strict=True
     ):
         for before in of_block:
-            if not before.can_aim(per_tap=True):
+            if not before.corrects_drift(per_tap=True):
                 continue
             aim, landed = (_landed(dense, m, before, block, batches) for m in (dense, model))
             name = before.consumers[0].name

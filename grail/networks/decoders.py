@@ -12,18 +12,12 @@ from grail.networks.transformer import (
     Mlp,
     ProbeSpec,
     Transformer,
+    numbers,
     setting,
 )
 
 # Without head_dim it would be derived from hidden_size / heads.
-_GROUPED_CONFIG = {
-    "num_attention_heads": lambda width: width.kept_groups * width.kept_queries,
-    "num_key_value_heads": lambda width: width.kept_groups,
-    "head_dim": lambda width: width.head_dim,
-}
-_HEADS = {"num_heads": lambda width: width.kept_groups * width.kept_queries}
-_QUERIES = {"num_key_value_groups": lambda width: width.kept_queries}
-_GROUPS = {"num_key_value_heads": lambda width: width.kept_groups}
+_GROUPED_CONFIG = numbers("num_attention_heads", "num_key_value_heads", "head_dim")
 
 _PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _LLAMA = Layout(
@@ -34,7 +28,7 @@ _LLAMA = Layout(
         projections=_PROJECTIONS,
         consumer="self_attn.o_proj",
         probe=ProbeSpec("post_attention_layernorm"),
-        sizes=_QUERIES,
+        sizes=numbers("num_key_value_groups"),
         config=_GROUPED_CONFIG,
     ),
 )
@@ -63,7 +57,9 @@ _GRANITE = _with_probes(
     ProbeSpec("post_attention_layernorm", scale="residual_multiplier"),
     replace(BLOCK_OUTPUT, scale="residual_multiplier"),
 )
-_STABLELM = _with_heads(_LLAMA, sizes={**_HEADS, **_GROUPS, **_QUERIES}, config=None)
+_STABLELM = _with_heads(
+    _LLAMA, sizes=numbers("num_heads", "num_key_value_heads", "num_key_value_groups"), config=None
+)
 _COHERE = _with_heads(_LLAMA, probe=BLOCK_OUTPUT)
 _STARCODER2 = replace(_LLAMA, mlp=Mlp(("mlp.c_fc",), "mlp.c_proj"))
 _PHI = replace(
@@ -74,7 +70,7 @@ _PHI3 = replace(
     _with_heads(
         _LLAMA,
         projections=("self_attn.qkv_proj",),
-        sizes={**_GROUPS, **_QUERIES},
+        sizes=numbers("num_key_value_heads", "num_key_value_groups"),
         reads_config=True,
     ),
     mlp=Mlp(("mlp.gate_up_proj",), "mlp.down_proj", fused=2),
@@ -100,7 +96,7 @@ _GPT2 = Layout(
         projections=("attn.c_attn",),
         consumer="attn.c_proj",
         probe=ProbeSpec("ln_2"),
-        sizes={**_HEADS, "split_size": lambda width: width.kept},
+        sizes=numbers("num_heads", "split_size"),
     ),
 )
 _OPT = Layout(
@@ -111,7 +107,7 @@ _OPT = Layout(
         projections=_PROJECTIONS,
         consumer="self_attn.out_proj",
         probe=ProbeSpec("final_layer_norm"),
-        sizes=_HEADS,
+        sizes=numbers("num_heads"),
     ),
 )
 _OPT_POST_NORM = _with_probes(

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from grail.algebra.width import HeadWidth
 from grail.errors import ModelError
 from grail.networks.site import Architecture
 from grail.networks.transformer import (
@@ -20,17 +19,9 @@ from grail.networks.transformer import (
     Settings,
     Transformer,
     has,
+    numbers,
     setting,
 )
-
-
-def _all_heads(width: HeadWidth) -> int:
-    return width.kept_groups
-
-
-def _all_channels(width: HeadWidth) -> int:
-    return width.kept
-
 
 # Post-norm: the norm after a layer reads the residual sum.
 _BERT = Layout(
@@ -42,7 +33,7 @@ _BERT = Layout(
         consumer="attention.output.dense",
         probe=ProbeSpec("attention.output.LayerNorm"),
         head_dim="attention_head_size",
-        sizes={"num_attention_heads": _all_heads, "all_head_size": _all_channels},
+        sizes=numbers("num_attention_heads", "all_head_size"),
     ),
 )
 _DISTILBERT = Layout(
@@ -59,7 +50,7 @@ _DISTILBERT = Layout(
         consumer="attention.out_lin",
         probe=ProbeSpec("sa_layer_norm"),
         head_dim="attention_head_size",
-        sizes={"n_heads": _all_heads},
+        sizes=numbers("n_heads"),
     ),
 )
 _VIT = Layout(
@@ -70,8 +61,8 @@ _VIT = Layout(
         projections=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
         consumer="attention.o_proj",
         probe=ProbeSpec("layernorm_after"),
-        sizes={"num_attention_heads": _all_heads},
-        config={"num_attention_heads": _all_heads, "head_dim": lambda width: width.head_dim},
+        sizes=numbers("num_attention_heads"),
+        config=numbers("num_attention_heads", "head_dim"),
     ),
 )
 _CLIP = Layout(
@@ -82,7 +73,7 @@ _CLIP = Layout(
         projections=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         consumer="self_attn.out_proj",
         probe=ProbeSpec("layer_norm2"),
-        sizes={"num_heads": _all_heads},
+        sizes=numbers("num_heads"),
     ),
 )
 
@@ -129,7 +120,7 @@ _TIMM = Layout(
         projections=("attn.qkv",),
         consumer="attn.proj",
         probe=ProbeSpec("norm2"),
-        sizes={"num_heads": _all_heads, "attn_dim": _all_channels},
+        sizes=numbers("num_heads", "attn_dim"),
     ),
 )
 _TORCHVISION = Layout(

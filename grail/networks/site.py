@@ -66,11 +66,11 @@ class CalibrationPoint:
         return self.consumers[0].channels
 
     @property
-    def lands_at_output(self) -> bool:
+    def probes_output(self) -> bool:
         """Whether the probe is at the block's output."""
         return self.probe is not None and self.probe.module is None
 
-    def can_aim(self, per_tap: bool) -> bool:
+    def corrects_drift(self, per_tap: bool) -> bool:
         """Returns whether the consumer can be fitted to a target at the probe.
 
         One map of channels for all taps of a convolution cannot be.

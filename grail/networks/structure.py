@@ -36,11 +36,11 @@ from grail.networks.transformer import (
     Layout,
     Mixture,
     Mlp,
-    Number,
     ProbeSpec,
     Settings,
     Transformer,
     has,
+    numbers,
 )
 from grail.networks.trial import KINDS, NO_MLP, NarrowsNot, Trial, first_line
 from grail.runtime.memory import ran_out
@@ -51,18 +51,11 @@ LAYOUTS = ("language models of transformers whose blocks have the usual form",)
 TOKENS = 12  # of each of two sequences that run through a block
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _MLP_SIZES = ("intermediate_size", "intermediate_dim", "ffn_dim", "ffn_hidden_size")
-_HEAD_SIZES: dict[str, Number] = {
-    "num_heads": lambda width: width.kept_groups * width.kept_queries,
-    "num_attention_heads": lambda width: width.kept_groups * width.kept_queries,
-    "num_key_value_heads": lambda width: width.kept_groups,
-    "num_kv_heads": lambda width: width.kept_groups,
-    "num_key_value_groups": lambda width: width.kept_queries,
-}
-_HEAD_CONFIG: dict[str, Number] = {
-    "num_attention_heads": _HEAD_SIZES["num_attention_heads"],
-    "num_key_value_heads": _HEAD_SIZES["num_key_value_heads"],
-    "head_dim": lambda width: width.head_dim,
-}
+_HEAD_SIZES = numbers(
+    *("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads"),
+    "num_key_value_groups",
+)
+_HEAD_CONFIG = numbers("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def architecture(model: Any) -> Architecture | None:

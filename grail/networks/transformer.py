@@ -59,6 +59,20 @@ def setting(name: str) -> Callable[[Any, int], Settings]:
 
 _INTERMEDIATE_SIZE = setting("intermediate_size")
 
+_NUMBERS: dict[tuple[str, ...], Number] = {
+    ("num_heads", "num_attention_heads", "n_heads"): lambda w: w.kept_groups * w.kept_queries,
+    ("num_key_value_heads", "num_kv_heads"): lambda w: w.kept_groups,
+    ("num_key_value_groups",): lambda w: w.kept_queries,
+    ("head_dim",): lambda w: w.head_dim,
+    ("all_head_size", "attn_dim", "split_size"): lambda w: w.kept,
+}
+
+
+def numbers(*names: str) -> dict[str, Number]:
+    """Returns attributes or settings of attention as functions of a width."""
+    known = {name: number for of, number in _NUMBERS.items() for name in of}
+    return {name: known[name] for name in names}
+
 
 @dataclass(frozen=True)
 class Mlp:

@@ -292,11 +292,11 @@ def demand(
     kept_outputs = recipe.closed_loop and any(s.upstream for s in first[-1:])
     streams = 1 + kept_outputs
     if recipe.follows_drift:
-        streams += 1 + sum(not s.lands_at_output for s in first) + len(entries)
+        streams += 1 + sum(not s.probes_output for s in first) + len(entries)
     folds = str(recipe.selector).startswith("folding")
     if folds and recipe.folds_exactly and recipe.drift_correction not in ("auto", 1):
         # What a folded block is to hold: its own outputs, and those where its site lands.
-        streams += 1 + any(not s.lands_at_output for s in first)
+        streams += 1 + any(not s.probes_output for s in first)
     device = onload or architecture.device
     elsewhere = device.type != architecture.device.type  # where blocks wait, not where they run
     on_gpu = device.type == "cuda"

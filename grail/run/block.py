@@ -158,7 +158,7 @@ class BlockCompressor:
         if self._dense is None:
             return {}
         held = self._collector.follow(self._dense, block, points, advance)
-        return {point: h for point, h in held.items() if point.can_aim(self._recipe.per_tap)}
+        return {point: h for point, h in held.items() if point.corrects_drift(self._recipe.per_tap)}
 
     def _reset_norms(self, block: int) -> None:
         """Resets the block's batch norms, in the order in which they run."""

@@ -139,12 +139,12 @@ class Collector:
         """
         held: dict[CalibrationPoint, HiddenStates] = {}
         for number, step in enumerate(grouped(points)):
-            at_output = step[0].lands_at_output  # the stream itself keeps a block's output
+            at_output = step[0].probes_output  # the stream itself keeps a block's output
             held |= dict.fromkeys(step, stream.hidden if at_output else stream.observed(number))
         probed = [
             step[0]
             for step in grouped(points)
-            if step[0].can_aim(self._recipe.per_tap) and not step[0].lands_at_output
+            if step[0].corrects_drift(self._recipe.per_tap) and not step[0].probes_output
         ]
         with self._clock("forward"):
             for batch in range(len(stream)):

@@ -13,6 +13,7 @@ from grail.errors import InputError, ModelError
 from grail.networks import find, structure, supported
 from grail.networks.decoders import LAYOUTS as DECODERS
 from grail.networks.encoders import LAYOUTS as ENCODERS
+from grail.statistics.observing import watch
 from tests.conftest import DECODERS as DECODER_FAMILIES
 from tests.conftest import MIXTURES
 from tests.reported import (
@@ -77,12 +78,11 @@ def without_names(monkeypatch):
 
 
 def seen_by(model, block, site, batch):
-    """What a site's consumer reads, and what the network holds where it lands."""
-    read, landed = [], []
-    place = grail.passes.watch(site, block, lambda _, x, __: read.append(x), landed.append)
-    with torch.no_grad(), place:
+    """Returns what a site's consumer reads, and what its probe shows after."""
+    read, observed = [], []
+    with torch.no_grad(), watch(site, block, lambda _, x, __: read.append(x), observed.append):
         model(**batch)
-    return read, landed
+    return read, observed
 
 
 @pytest.mark.parametrize("family", [*DECODER_FAMILIES, *MIXTURES])
