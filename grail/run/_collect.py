@@ -124,6 +124,9 @@ class Collected:
         self.folder = as_path("folder", folder)
         self._index = _read_index(self.folder)
 
+    def __repr__(self) -> str:
+        return f"grail.Collected({str(self.folder)!r})"
+
     @property
     def calibrations(self) -> list[dict[str, Any]]:
         """Of each calibration that was added: tokens, sequences and sha256."""

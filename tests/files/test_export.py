@@ -117,8 +117,8 @@ def test_the_code_on_the_card_loads_the_model(tiny_llama, tiny_batches, tmp_path
     text = (folder / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(folder))
     if uneven:
-        code = code.replace("model, tokenizer = load_model(", "model, _ = read_model(")
-        code = code.replace("import load_model", "import read_model")
+        code = code.replace("model, tokenizer = grail.load_model(", "model, _ = read_model(")
+        code = code.replace("import grail", "from grail.files.load import read_model")
     names = {}
     exec("\n".join(line for line in code.splitlines() if "tokenizer =" not in line), names)
     tokens = tiny_batches()[0]
@@ -264,7 +264,7 @@ _SLOW_EXPORT = """
 import sys, time
 import grail
 from transformers import AutoModelForCausalLM
-module = sys.modules["grail.export"]
+module = sys.modules["grail.files._export"]
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 def wait(*_):
     print("written", flush=True)

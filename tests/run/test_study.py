@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from grail.recipe import Recipe
-from grail.run import workflow
-from grail.run.workflow import Study, baselines
+from grail.run import study as stages_of
+from grail.run.study import Study, baselines
 from grail.runtime.clock import Stages
 from grail.runtime.settings import Runtime
 
@@ -58,7 +58,7 @@ def test_every_stage_that_runs_is_predicted(heldout, compare, tiny_llama, tiny_b
             pass
 
     stages = Stages()
-    with stages(workflow.LOADING):
+    with stages(stages_of.LOADING):
         network = tiny_llama()
     dense, alive = weakref.ref(network), []
 
@@ -87,7 +87,7 @@ def test_every_stage_that_runs_is_predicted(heldout, compare, tiny_llama, tiny_b
         assert total[column] == pytest.approx(sum(times))
     assert total["predicted"] == prediction.total
     assert report.memory["predicted_peak"] == prediction.peak
-    assert (workflow.RUNS in report.stages) == (compare and heldout > 0)
+    assert (stages_of.RUNS in report.stages) == (compare and heldout > 0)
     assert bool(report.samples) == bool(heldout)
 
 
@@ -101,7 +101,7 @@ def test_the_stage_of_a_resumed_run_has_the_time_of_the_runs_before(
         runtime = Runtime(progress=False, resume_dir=tmp_path / "state")
         study = Study(network, tiny_llama, None, tiny_batches(), [], stages, runtime)
         report = study.run(Recipe(0.5, "mlp"))
-        return report, stages.seconds[workflow.COMPRESSING]
+        return report, stages.seconds[stages_of.COMPRESSING]
 
     first, _ = stage()
     again, seconds = stage()  # nothing is left to do
