@@ -370,6 +370,11 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "storage": [None, *NOT_DEVICES], "onload": NOT_DEVICES, "resume_dir": [5, OBJECT, []],
         "progress": NOT_SWITCHES,
     },
+    "grail.Pretrained": {
+        "source": NOT_PATHS, "device": [None, 5, OBJECT], "trust_remote_code": NOT_SWITCHES,
+        "dtype": [None, 5, "int8", OBJECT, torch.float32],
+    },
+    "grail.Text": {"source": [None, 5, OBJECT, ["text"]]},
     "grail.collect": {
         "model": NOT_MODELS, "batches": NOT_BATCHES, "sites": [5, OBJECT, [None], "nothing"],
         "output": NOT_PATHS, "per_tap": NOT_SWITCHES, "non_finite": ANY, "storage": NOT_DEVICES,
@@ -380,6 +385,12 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "sites": [5, OBJECT, [None], "nothing"], "selector": [5, "nothing", [], OBJECT],
         "multiple": ["text", 2.5, 0, OBJECT], "storage": NOT_DEVICES, "onload": NOT_DEVICES,
         "resume_dir": [5, OBJECT, []], "seed": NOT_COUNTS, "progress": NOT_SWITCHES, **OBJECTS,
+    },
+    "grail.compress_checkpoint": {
+        "source": [*NOT_PATHS, "nowhere"], "output": NOT_PATHS,
+        "calibration": [None, 5, OBJECT, "nowhere.txt", ["text"]],
+        "evaluate": [5, OBJECT, "nowhere.txt"], "baseline": NOT_SWITCHES, "uneven": NOT_SWITCHES,
+        "seed": NOT_COUNTS, **OBJECTS,
     },
     "grail.evaluate": {
         "model": NOT_LANGUAGE_MODELS,
@@ -437,6 +448,8 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
     gram, numbers = gram_of(torch.ones(4, H)), itertools.count()
     gram.save(folder / "gram.state")
     grail.collect(tiny_llama(), tiny_batches(), output=folder / "collected", progress=False)
+    text = folder / "text.txt"
+    text.write_text("w3 w4 w5 " * 60)
     packed = torch.zeros(gk.packed_numel(H))
     activations = torch.ones(2, 4, H)
     calibration = {"batches": tiny_batches(), "progress": False}
@@ -473,12 +486,20 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.Gram.load": lambda: {"path": folder / "gram.state"},
         "grail.Recipe": dict,
         "grail.Runtime": dict,
+        "grail.Pretrained": lambda: {"source": "anywhere"},
+        "grail.Text": lambda: {"source": "anywhere"},
         "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
         "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
         "grail.Fused": lambda: {"name": "0"},
         "grail.Site": lambda: {"producers": ["0"], "consumers": ["2"]},
         "grail.collect": lambda: {"model": tiny_llama(), **calibration, "output": new()},
         "grail.compress": lambda: {"model": tiny_llama(), **calibration},
+        "grail.compress_checkpoint": lambda: {
+            "source": model_folder(),
+            "output": new(),
+            "calibration": grail.Text(str(text), tokens=64, sequence_length=16),
+            "progress": False,
+        },
         "grail.evaluate": lambda: {"model": tiny_llama(), **calibration},
         "grail.export": lambda: {
             "model": tiny_llama(),

@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from grail.arguments import require_usable
+from grail.errors import InputError
 from grail.files.load import load_model
 from grail.runtime.settings import documented, setting
+from grail_kernels.arguments import check_kind
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @documented
@@ -26,7 +30,7 @@ class Pretrained:
         "Where the model runs: cpu, cuda, cuda:1; auto takes a GPU if there is one.",
         panel="Running",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+    dtype: Dtype = setting(
         "auto", "Dtype of the weights; auto is the checkpoint's own.", panel="Running"
     )
     trust_remote_code: bool = setting(
@@ -35,6 +39,15 @@ class Pretrained:
         flag="--trust-remote-code",
         panel="Running",
     )
+
+    def __post_init__(self) -> None:
+        check_kind("source", self.source, str, "a folder, a hub name or a file")
+        check_kind("device", self.device, str, "the name of a device, such as 'cuda'")
+        check_kind("trust_remote_code", self.trust_remote_code, bool, "True or False")
+        if self.dtype not in get_args(Dtype):
+            raise InputError(
+                f"dtype must be one of {', '.join(get_args(Dtype))}; got {self.dtype!r}"
+            )
 
     @property
     def name(self) -> str:

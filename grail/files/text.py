@@ -24,6 +24,7 @@ from grail.files.texts import (
 from grail.report._evaluate import require_causal
 from grail.runtime.folder import file_hash
 from grail.runtime.settings import documented, setting
+from grail_kernels.arguments import check_kind
 
 CALIBRATION_TOKENS, EVALUATION_TOKENS = 65536, 16384
 # Perplexity on WikiText-2 as in the literature: windows of so many tokens, and all of them.
@@ -81,6 +82,9 @@ class Text:
     option: str = setting(
         "calibration", "What the text is for: the first word of messages about it."
     )
+
+    def __post_init__(self) -> None:
+        check_kind("source", self.source, str, "the name of a file or dataset")
 
     @classmethod
     def held_out(cls, source: str, **how: Any) -> "Text":

@@ -174,7 +174,9 @@ class _Call:
                 "uneven measures what sites cost once compensated: leave compensate on"
             )
         if collected and self.recipe.closed_loop:
-            raise InputError("statistics are of the dense network: give the open loop with them")
+            raise InputError(
+                "statistics are of the dense network: give --open-loop (closed_loop=False)"
+            )
         folder = self.runtime.resume_dir
         check_output(self.output, apart=None if folder is None else Path(folder))
         calibration, evaluate = self.calibration, self.evaluate

@@ -398,9 +398,7 @@ def test_uneven_widths_of_what_is_not_measured_are_refused(given, said, argument
 
 
 @pytest.mark.parametrize("given", [["--onload"], ["--statistics", "a", "--open-loop"]])
-def test_uneven_widths_need_text_and_the_model_where_it_runs(
-    given, folder, tmp_path, monkeypatch
-):
+def test_uneven_widths_need_text_and_the_model_where_it_runs(given, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["compress", folder / "model", "--output", tmp_path / "out", "--uneven", *given]
     text = ["--calibration", folder / "calibration.txt"]
