@@ -14,7 +14,7 @@ from grail.networks import Fused, Site, trace
 from grail.recipe import Recipe
 from grail.report._evaluate import evaluate
 from grail.report.report import Report
-from grail.run._collect import Collected, collect
+from grail.run._collect import Collected, collect, merge
 from grail.run._compress import compress
 from grail.run._inspect import Inspection, inspect
 from grail.run._sensitivity import Sensitivity, sensitivity
@@ -49,6 +49,7 @@ __all__ = [
     "inspect",
     "load",
     "load_model",
+    "merge",
     "save",
     "sensitivity",
     "token_batches",

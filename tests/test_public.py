@@ -414,6 +414,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "grail.load": {"folder": [*NOT_PATHS, "nowhere"], "factory": [None, "text", 5, int, dict],
                    "device": NOT_DEVICES},
     "grail.load_model": {"source": NOT_PATHS, "device": NOT_DEVICES},
+    "grail.merge": {"folders": [None, 5, "text", [], [5], ["nowhere"]], "output": NOT_PATHS},
     "grail.save": {"model": NOT_MODELS, "output": NOT_PATHS, "report": ["text", 5]},
     "grail.sensitivity": {
         "model": NOT_MODELS, "batches": NOT_BATCHES, "sites": [5, OBJECT, [None], "nothing"],
@@ -510,6 +511,7 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.inspect": lambda: {"model": tiny_llama(), "tokens": 32, "sequence_length": 16},
         "grail.load": lambda: {"folder": folder / "saved", "factory": lambda: network},
         "grail.load_model": lambda: {"source": model_folder()},
+        "grail.merge": lambda: {"folders": [folder / "collected"], "output": new()},
         "grail.save": lambda: {"model": network, "output": new()},
         "grail.sensitivity": lambda: {"model": tiny_llama(), **calibration},
         "grail.token_batches": lambda: {

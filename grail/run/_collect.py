@@ -226,6 +226,8 @@ def merge(folders: Sequence[str | Path], output: str | Path) -> Path:
         StateError: a damaged file; nothing was written.
     """
     paths = as_paths("folders", folders)
+    if not paths:
+        raise InputError("folders is empty; give those that grail.collect wrote")
     indexes = [_read_index(path) for path in paths]
     calibrations: dict[str, dict[str, Any]] = {}
     for path, index in zip(paths, indexes, strict=True):
