@@ -96,6 +96,7 @@ class Recipe:
         "auto",
         "Ridge strength, relative to the mean diagonal of the kept channels' Gram. auto chooses it "
         f"at each site by held-out sequences (every fifth), and is {ALPHA:g} where there are none.",
+        metavar="FLOAT|auto",
         panel="Restoring",
     )
     toward: Toward = setting(
@@ -107,6 +108,7 @@ class Recipe:
         "auto",
         "Share in [0, 1] of the drift from the dense network that each consumer also corrects. 0 "
         "is the paper; auto chooses by held-out sequences. Costs a pass of the dense blocks.",
+        metavar="FLOAT|auto",
         panel="Restoring",
     )
     correct_attention: bool = setting(

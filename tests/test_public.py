@@ -376,6 +376,11 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "storage": [None, *NOT_DEVICES], "onload": NOT_DEVICES, "resume_dir": [5, OBJECT, []],
         "progress": NOT_SWITCHES,
     },
+    "grail.Pretrained": {
+        "source": NOT_PATHS, "device": [None, 5, OBJECT], "trust_remote_code": NOT_SWITCHES,
+        "dtype": [None, 5, "int8", OBJECT, torch.float32],
+    },
+    "grail.Text": {"source": [None, 5, OBJECT, ["text"]]},
     "grail.collect": {
         "model": NOT_MODELS, "batches": NOT_BATCHES, "sites": [5, OBJECT, [None], "nothing"],
         "output": NOT_PATHS, "per_tap": NOT_SWITCHES, "non_finite": ANY, "storage": NOT_DEVICES,
@@ -386,6 +391,12 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "sites": [5, OBJECT, [None], "nothing"], "selector": [5, "nothing", [], OBJECT],
         "multiple": ["text", 2.5, 0, OBJECT], "storage": NOT_DEVICES, "onload": NOT_DEVICES,
         "resume_dir": [5, OBJECT, []], "seed": NOT_COUNTS, "progress": NOT_SWITCHES, **OBJECTS,
+    },
+    "grail.compress_checkpoint": {
+        "source": [*NOT_PATHS, "nowhere"], "output": NOT_PATHS,
+        "calibration": [None, 5, OBJECT, "nowhere.txt", ["text"]],
+        "evaluate": [5, OBJECT, "nowhere.txt"], "baseline": NOT_SWITCHES, "uneven": NOT_SWITCHES,
+        "seed": NOT_COUNTS, **OBJECTS,
     },
     "grail.evaluate": {
         "model": NOT_LANGUAGE_MODELS,
@@ -409,6 +420,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "grail.load": {"folder": [*NOT_PATHS, "nowhere"], "factory": [None, "text", 5, int, dict],
                    "device": NOT_DEVICES},
     "grail.load_model": {"source": NOT_PATHS, "device": NOT_DEVICES},
+    "grail.merge": {"folders": [None, 5, "text", [], [5], ["nowhere"]], "output": NOT_PATHS},
     "grail.save": {"model": NOT_MODELS, "output": NOT_PATHS, "report": ["text", 5]},
     "grail.sensitivity": {
         "model": NOT_MODELS, "batches": NOT_BATCHES, "sites": [5, OBJECT, [None], "nothing"],
@@ -450,6 +462,8 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
     gram, numbers = gram_of(torch.ones(4, H)), itertools.count()
     gram.save(folder / "gram.state")
     grail.collect(tiny_llama(), tiny_batches(), output=folder / "collected", progress=False)
+    text = folder / "text.txt"
+    text.write_text("w3 w4 w5 " * 60)
     packed = torch.zeros(gk.packed_numel(H))
     activations = torch.ones(2, 4, H)
     calibration = {"batches": tiny_batches(), "progress": False}
@@ -501,12 +515,20 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.Gram.load": lambda: {"path": folder / "gram.state"},
         "grail.Recipe": dict,
         "grail.Runtime": dict,
+        "grail.Pretrained": lambda: {"source": "anywhere"},
+        "grail.Text": lambda: {"source": "anywhere"},
         "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
         "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
         "grail.Fused": lambda: {"name": "0"},
         "grail.Site": lambda: {"producers": ["0"], "consumers": ["2"]},
         "grail.collect": lambda: {"model": tiny_llama(), **calibration, "output": new()},
         "grail.compress": lambda: {"model": tiny_llama(), **calibration},
+        "grail.compress_checkpoint": lambda: {
+            "source": model_folder(),
+            "output": new(),
+            "calibration": grail.Text(str(text), tokens=64, sequence_length=16),
+            "progress": False,
+        },
         "grail.evaluate": lambda: {"model": tiny_llama(), **calibration},
         "grail.export": lambda: {
             "model": tiny_llama(),
@@ -517,6 +539,7 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.inspect": lambda: {"model": tiny_llama(), "tokens": 32, "sequence_length": 16},
         "grail.load": lambda: {"folder": folder / "saved", "factory": lambda: network},
         "grail.load_model": lambda: {"source": model_folder()},
+        "grail.merge": lambda: {"folders": [folder / "collected"], "output": new()},
         "grail.save": lambda: {"model": network, "output": new()},
         "grail.sensitivity": lambda: {"model": tiny_llama(), **calibration},
         "grail.token_batches": lambda: {

@@ -14,6 +14,7 @@ from grail.errors import InputError
 from grail.networks import find
 from grail.recipe import PRESETS, Recipe, merged
 from grail.runtime.settings import Runtime
+from tests.settings import PAGE, rewritten
 
 
 def test_shares_are_for_kinds_blocks_and_single_sites(tiny_llama):
@@ -259,3 +260,10 @@ def test_the_recipe_lies_beside_every_output(way, selector, tiny_llama, tiny_bat
         assert not written.exists()
     else:
         assert Recipe.load(written) == Recipe(0.5, selector="wanda")
+
+
+def test_the_tables_of_the_docs_are_those_of_the_fields():
+    page = PAGE.read_text(encoding="utf-8")
+    assert rewritten(page) == page
+    for name in PRESETS:
+        assert f"| `{name}` |" in page

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 from bench.tools.assets import python_reference, smollm2, split_topics, write_texts
 from bench.tools.commandline import CommandLine
 from grail.commands.console import print_table
-from grail.commands.root import page_or_note
 from grail.files.calibration import token_batches
 from grail.files.load import length_of_sequences, load_model
 from grail.files.provenance import provenance
@@ -28,7 +27,8 @@ from grail.recipe import Recipe
 from grail.report.formatting import format_seconds
 from grail.report.report import Report
 from grail.report.summary import evaluation_table, labelled, verdict
-from grail.run.workflow import LOADING, Study, attribute, text_of
+from grail.run.study import LOADING, Study, attribute, text_of
+from grail.run.workflow import page_or_note
 from grail.runtime.clock import Stages
 
 KEEPS = (0.8, 0.5)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grail import __version__
+import grail
 from grail.runtime.folder import file_hash
 
 # In the order in which transformers looks for them, then files of other libraries.
@@ -39,7 +39,7 @@ def provenance(command: str, source: str) -> dict[str, Any]:
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "grail": __version__,
+        "grail": grail.__version__,
         "commit": commit(),
         "model": {"source": source, "files": files},
     }

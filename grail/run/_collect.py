@@ -141,6 +141,9 @@ class Collected:
         self.folder = as_path("folder", folder)
         self._index = _read_index(self.folder)
 
+    def __repr__(self) -> str:
+        return f"grail.Collected({str(self.folder)!r})"
+
     @property
     def calibrations(self) -> list[dict[str, Any]]:
         """The tokens, sequences and sha256 of each calibration in the sums."""
@@ -229,6 +232,8 @@ def merge(folders: Sequence[str | Path], output: str | Path) -> Path:
         StateError: a damaged file; nothing was written.
     """
     paths = as_paths("folders", folders)
+    if not paths:
+        raise InputError("folders is empty; give those that grail.collect wrote")
     index = _merged_index(paths)
     with complete(output, StateError) as folder:
         for name in itertools.chain(*index["sites"].values()):

@@ -16,7 +16,7 @@ import torch
 
 from grail.arguments import as_path, did_you_mean, require_switches, require_usable
 from grail.errors import InputError
-from grail_kernels.arguments import check_kind
+from grail_kernels import check_kind
 
 Settings = TypeVar("Settings")
 
@@ -29,35 +29,40 @@ def setting(
     flag: str | None = "",
     metavar: str | None = None,
     panel: str | None = None,
+    least: int | None = None,
     most: int | None = None,
 ) -> Any:
     """A field of a dataclass of settings.
 
     Args:
-        default: its value.
+        default: its value; `...` is none, and the setting must be given.
         help: what it does, in sentences.
         shown: the default in words, where the value alone says too little.
         flag: on the command line; "" is made from the name, None is no flag.
         metavar: of its value in the help of the command line.
         panel: the heading under which that help shows it.
-        most: the largest value that the command line takes.
+        least, most: the range of whole numbers that the command line takes.
     """
-    command_line = {"flag": flag, "metavar": metavar, "panel": panel, "most": most}
-    return dataclasses.field(
-        default=default, metadata={"help": help, "shown": shown, **command_line}
-    )
+    metadata: dict[str, Any] = {"help": help, "shown": shown, "flag": flag, "metavar": metavar}
+    metadata |= {"panel": panel, "least": least, "most": most}
+    if default is ...:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def shown_default(field: "dataclasses.Field[Any]") -> str:
-    """The default of a setting, in words."""
-    return str(field.metadata["shown"] or field.default)
+    """Returns the default of a setting in words; nothing where it must be given."""
+    if field.default is dataclasses.MISSING:
+        return ""
+    return str(field.metadata["shown"] or ("none" if field.default is None else field.default))
 
 
 def documented(cls: type[Settings]) -> type[Settings]:
     """Adds the help text of every field to the docstring of a dataclass of settings."""
     lines = ["", "", "Args:"]
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        text = f"{field.name}: {field.metadata['help']} Default: {shown_default(field)}."
+        default = f" Default: {shown}." if (shown := shown_default(field)) else ""
+        text = f"{field.name}: {field.metadata['help']}{default}"
         lines += textwrap.wrap(text, 96, initial_indent="    ", subsequent_indent="        ")
     cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n" + textwrap.indent(
         "\n".join(lines[1:]), "    "
@@ -90,16 +95,14 @@ class Runtime:
     )
     onload: torch.device | str | None = setting(
         None,
-        "Device to which the blocks of a model on the CPU are brought one at a time, for models "
-        "larger than a GPU.",
-        shown="none",
+        "Bring the blocks of a model on the CPU one at a time to this device, for models larger "
+        "than a GPU. On the command line a switch, to --device.",
         panel="Running",
     )
     resume_dir: str | Path | None = setting(
         None,
         "Folder for the state of the run after each block. After a crash the same call resumes "
         "from there and ends with the same bits.",
-        shown="none",
         panel="Running",
     )
     progress: bool = setting(True, "Show progress.", panel="Running")

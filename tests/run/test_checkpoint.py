@@ -302,7 +302,7 @@ def command(tiny_folder, tmp_path):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from grail.commands import root as commands
+    from grail import commands
 
     (tmp_path / "text.txt").write_text(" ".join(f"w{3 + n % 90}" for n in range(400)))
     fixed = ["compress", tiny_folder, "--calibration", tmp_path / "text.txt", "--tokens", 64]

@@ -284,7 +284,7 @@ def test_the_command_line_collects_and_merges(tiny_folder, tmp_path):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from grail.commands import root as commands
+    from grail import commands
 
     for name, first in (("a", 3), ("b", 50)):
         words = (f"w{first + n % 40}" for n in range(400))
