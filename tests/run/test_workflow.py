@@ -10,7 +10,7 @@ from grail.errors import InputError
 from grail.files import pretrained
 from grail.recipe import Recipe
 from grail.report.report import Report
-from grail.run import checkpoint, study
+from grail.run import resume_folder, study
 from grail.runtime.settings import Runtime
 
 pytest.importorskip("transformers")
@@ -135,7 +135,7 @@ def test_a_killed_call_is_resumed(when, tiny_folder, text, tmp_path, monkeypatch
 
     expected = run("expected")
     with monkeypatch.context() as patch:
-        at = (study, "export") if when == "measured" else (checkpoint, "clear")
+        at = (study, "export") if when == "measured" else (resume_folder, "clear")
         patch.setattr(*at, die)
         with pytest.raises(Killed):
             run("out")
