@@ -4,6 +4,7 @@ A router gives an expert a few of a batch's tokens. Multiplied at once, each wou
 H²/2 sums for a handful of tokens; so they wait until there are many, sorted by expert then.
 """
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -56,9 +57,15 @@ class RaggedGrams:
         self.nonfinite = torch.zeros(count, channels, dtype=torch.int64, device=device)
         self._waiting: Buffer | None = None
         self._owners: list[tuple[int, int]] = []  # whose, and how many, as they came
-        self.grams = tuple(
+        self.grams: tuple[_Expert, ...] = tuple(
             _Expert(self, number, channels, name, non_finite) for number, name in enumerate(names)
         )
+        self._fed = weakref.WeakSet(self.grams)
+
+    def take(self) -> tuple[Gram, ...]:
+        """Returns the Grams and forgets them: the sums of all are freed with the last one."""
+        grams, self.grams = self.grams, ()
+        return grams
 
     @property
     def waits(self) -> bool:
@@ -91,7 +98,7 @@ class RaggedGrams:
             try:
                 self._multiply([n for n, _ in pairs], [part for _, part in pairs])
             except BaseException:
-                for gram in self.grams:
+                for gram in self._fed:
                     gram.tear()
                 raise
 

@@ -10,8 +10,10 @@ import copy
 import functools
 import inspect
 import itertools
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -69,6 +71,13 @@ class HiddenStates:
     def __init__(self, storage: torch.device):
         self._storage = storage
         self._tensors: list[Tensor] = []
+        if (created := _created.get()) is not None:
+            created.add(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all batches."""
+        return sum(tensor.nbytes for tensor in self._tensors)
 
     def put(self, batch: int, tensor: Tensor) -> None:
         """Keeps a copy of the tensor of one batch; the first ones come in order."""
@@ -94,6 +103,21 @@ class HiddenStates:
         for batch, tensor in enumerate(self._tensors):
             other.put(batch, tensor)
         return other
+
+
+_created: ContextVar["weakref.WeakSet[HiddenStates] | None"] = ContextVar("created", default=None)
+
+
+@contextmanager
+def created_hidden_states() -> Iterator["weakref.WeakSet[HiddenStates]"]:
+    """Collects the hidden states that are created inside, as long as they are in use."""
+    token = _created.set(weakref.WeakSet())
+    try:
+        created = _created.get()
+        assert created is not None
+        yield created
+    finally:
+        _created.reset(token)
 
 
 class Stream:
@@ -285,6 +309,17 @@ class Stream:
         """A second stream of the same batches, where this one is; each then moves on its own."""
         other = copy.copy(self)
         other.hidden = self.hidden.copy()
+        return other
+
+    def part(self, batches: Sequence[int]) -> "Stream":
+        """A stream of some batches of this process alone; a batch may come twice."""
+        other = copy.copy(self)
+        other.processes, other.hidden = Processes(), HiddenStates(self.storage)
+        for number, batch in enumerate(batches):
+            other.hidden.put(number, self.hidden[batch])
+        other.masks = [self.masks[batch] for batch in batches]
+        other._calls = [self._calls[batch] for batch in batches]
+        other._own_held_out = tuple(self._own_held_out[batch] for batch in batches)
         return other
 
     def _enter(self, model: nn.Module, batch: Batch) -> None:

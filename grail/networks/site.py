@@ -258,9 +258,7 @@ class Architecture(ABC):
     """A model as a chain of blocks, each with sites in the order in which they run.
 
     `name`: the model, for people. `kinds`: of sites, in the order in which they run; `default`:
-    those that are narrowed if none are named. `hidden_size`: values of one token between blocks;
-    `activations_per_token`: values of one token that live at once inside a block's forward, both
-    for the prediction of memory; None where they depend on the input.
+    those that are narrowed if none are named.
     """
 
     name: str
@@ -268,8 +266,6 @@ class Architecture(ABC):
     default: tuple[str, ...]
     blocks: Sequence[nn.Module]
     trusted = True  # or its sites are what somebody says of them, which a run then checks
-    hidden_size: int | None = None
-    activations_per_token: int | None = None
 
     @property
     def device(self) -> torch.device:

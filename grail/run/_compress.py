@@ -21,7 +21,7 @@ from grail.networks import Architecture, BoundSite, Site, find
 from grail.recipe import ALPHA, Compensation, Keep, Recipe, TokenWeights
 from grail.report.report import Report, SiteReport
 from grail.run import _inspect as plan
-from grail.run import checkpoint
+from grail.run import checkpoint, peak_memory
 from grail.run._collect import Collected
 from grail.run.loop import Run
 from grail.runtime import memory
@@ -116,8 +116,8 @@ def compress(
         non_finite: "refuse" a calibration in which a site reads NaN or Inf, or "drop" the tokens
             that hold them, with a note of how many.
         storage: where the hidden states of the calibration set wait between blocks; "auto": on a
-            GPU that holds the model, if the run fits beside them (`grail.plan.waiting_place`), else
-            on the host.
+            GPU that holds the model, if the run fits beside them (`peak_memory.waiting_place`),
+            else on the host.
         onload: where the blocks of a model on the CPU run, one at a time, the next one on its way
             ("cuda"): so a model need not fit on the GPU. See `grail.onload`.
         progress: show a progress bar.
@@ -207,7 +207,14 @@ def compress(
                 stream = _stream(model, architecture, read, storage, device, processes, recipe)
         if recipe.shifts_bias:
             architecture.ensure_biases(dense, transaction)
-        predicted = _predicted_peak(architecture, recipe, stream, onload is not None)
+        peak.update()
+        onloads = onload is not None
+        predicted = peak_memory.predict(
+            architecture, recipe, stream, clock, onloads=onloads, known=known
+        )
+        if onload is None and storage == "auto" and stream.storage.type != "cpu":
+            held = sum(hidden.nbytes for hidden in stream.hidden)
+            stream.rest_on(peak_memory.waiting_place(predicted, device, held))
         run = Run(architecture, recipe, stream, transaction, clock, resumed, onloader, known)
         rows = run.all_blocks(progress)
         architecture.write_config(dense, widths, transaction)
@@ -234,7 +241,9 @@ def compress(
         inputs=run.inputs,
         seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         memory={
-            "predicted_peak": in_use + predicted if predicted else 0,
+            "predicted_peak": in_use + predicted.total(stream.storage.type == device.type)
+            if predicted
+            else 0,
             "measured_peak": peak.bytes,
             **({"sent": processes.sent} if processes.count > 1 else {}),
         },
@@ -259,8 +268,7 @@ def _stream(
 ) -> Stream:
     """The calibration set at the model's entry, once all processes are known to do the same."""
     room = None
-    automatic = storage == "auto"
-    if automatic:
+    if storage == "auto":
         storage = architecture.device  # the host, where a model is brought from there
         # Of one stream, where a run has up to four.
         room = memory.free(device) // 4 if storage.type == "cuda" else None
@@ -274,33 +282,7 @@ def _stream(
         read: list[int] = []
         stream = enter(watched(batches, read), processes=processes)
         processes.require_equal("the calibration", read)
-    if automatic and stream.storage.type != "cpu":
-        held = sum(hidden.nbytes for hidden in stream.hidden)
-        size = _sizes(stream)
-        stream.rest_on(plan.waiting_place(architecture, recipe, *size, held))
     return stream
-
-
-def _sizes(stream: Stream) -> tuple[int, int]:
-    """Tokens of all batches here and of the largest; those that do not count take room, too."""
-    sizes = [hidden.shape[:2].numel() for hidden in stream.hidden]
-    return sum(sizes), max(sizes, default=0)
-
-
-def _predicted_peak(
-    architecture: Architecture, recipe: Recipe, stream: Stream, onloads: bool
-) -> int:
-    """Bytes that the run adds; 0 where they depend on more than shapes of weights."""
-    if architecture.activations_per_token is None:
-        return 0
-    parts = plan.demand(
-        architecture,
-        recipe,
-        *_sizes(stream),
-        stream.storage,
-        stream.device if onloads else None,
-    )
-    return sum(parts.values())
 
 
 def _require_finite_weights(sites: Sequence[BoundSite]) -> None:

@@ -81,6 +81,7 @@ class Run:
         checkpoint: where to go on from, and what to keep after each block.
         onload: brings each block to where it runs; none is needed where it is there already.
         known: the statistics of sites that were collected before, where the stream is empty.
+        fit: takes the place of `grail.fit`.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Run:
         checkpoint: Checkpoint | None = None,
         onload: Onloader | None = None,
         known: Callable[[Any], list[Statistics]] | None = None,
+        fit: Callable[..., Fit] | None = None,
     ):
         self.architecture, self.recipe, self.stream = architecture, recipe, stream
         self.transaction, self.clock, self._checkpoint = transaction, clock, checkpoint
@@ -113,7 +115,8 @@ class Run:
         # Bound, and told apart, while nothing is narrow: a resumed run soon is.
         self.sites = recipe.sites_of(architecture)
         self._active = [recipe.active(sites, self.widths) for sites in self.sites]
-        self._decider = SiteSolver(recipe, list(itertools.chain(*self.sites)), self.widths, clock)
+        sites = list(itertools.chain(*self.sites))
+        self._decider = SiteSolver(recipe, sites, self.widths, clock, fit)
         # The first block in which anything becomes narrower: before it nothing drifts.
         self._first = next((number for number, sites in enumerate(self._active) if sites), 0)
 

@@ -4,8 +4,9 @@
     device   the block that runs and the next one on its way; one site's sums, one solve, the
              activations of one batch
 
-So the device's peak is 2·(largest block) + statistics + working set (`grail.plan.demand`), however
-many blocks there are. Each block travels once: all passes over it are made while it is there.
+So the device's peak is 2·(largest block) + statistics + working set (`grail.run.peak_memory`),
+whatever the number of blocks. Each block travels once: all passes over it are made while it is
+there.
 """
 
 import itertools

@@ -11,7 +11,9 @@ A selector is one file in this folder that registers itself under a name:
 Anything callable of either form can be passed to `grail.compress(selector=...)` directly; it may
 also return the index [K] or the mask [H] of the channels that stay. A selector that reads
 `view.gradient`, for which a run has to go backwards through every block, says so:
-`@scores(name, needs_gradient=True)`, or an attribute `needs_gradient` of its own.
+`@scores(name, needs_gradient=True)`, or an attribute `needs_gradient` of its own. One whose search
+takes memory registers how much, `peak_bytes=`, a function of the `View`; without it the selector
+must be cheap, since the prediction of a run's memory calls it.
 """
 
 import difflib
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 Selector = Callable[[View], Reduction | Tensor | Sequence[int]]
+PeakBytes = Callable[[View], int]
 
 _registry: dict[str, Selector] = {}
 
@@ -51,6 +54,7 @@ class _Scored:
     name: str
     score: Callable[[View], Tensor]
     needs_gradient: bool
+    peak_bytes: PeakBytes | None = None
 
     def __call__(self, view: View) -> Reduction:
         if self.needs_gradient and view.gradient is None:
@@ -78,10 +82,18 @@ def highest(scores: Tensor, width: Width, what: str) -> Reduction:
     return width.best(scores)
 
 
-def reduces(name: str) -> Callable[[Selector], Selector]:
-    """Registers a function from `View` to `Reduction` as selector `name`."""
+def reduces(
+    name: str, *, peak_bytes: PeakBytes | None = None, folds: bool = False
+) -> Callable[[Selector], Selector]:
+    """Registers a function from `View` to `Reduction` as selector `name`.
+
+    Args:
+        peak_bytes: the most memory that its search takes beside the view.
+        folds: whether it returns a `Folding`.
+    """
 
     def register(selector: Selector) -> Selector:
+        vars(selector).update(peak_bytes=peak_bytes, folds=folds)
         _registry[name] = selector
         return selector
 
@@ -89,12 +101,12 @@ def reduces(name: str) -> Callable[[Selector], Selector]:
 
 
 def scores(
-    name: str, *, needs_gradient: bool = False
+    name: str, *, needs_gradient: bool = False, peak_bytes: PeakBytes | None = None
 ) -> Callable[[Callable[[View], Tensor]], Callable[[View], Tensor]]:
     """Registers a function from `View` to channel scores [H] (higher stays) as selector `name`."""
 
     def register(score: Callable[[View], Tensor]) -> Callable[[View], Tensor]:
-        _registry[name] = _Scored(name, score, needs_gradient)
+        _registry[name] = _Scored(name, score, needs_gradient, peak_bytes)
         return score
 
     return register

@@ -28,14 +28,25 @@ from grail.select import View, reduces
 from grail.select.folding import by_first_member, foldable
 
 
-@reduces("folding-agglomerative")
+def _peak_bytes_of_rows(view: View) -> int:
+    """Returns the most memory that clusters of rows take: the rows [H, D], and products in fp64."""
+    values, h = sum(producer.numel() for producer in view.producers), view.width.channels
+    return max(12 * values, 8 * values + 8 * h * h)
+
+
+def _peak_bytes_of_gram(view: View) -> int:
+    """Returns the most memory that clusters of activations take: G in fp32 and in fp64."""
+    return 12 * view.width.channels**2
+
+
+@reduces("folding-agglomerative", peak_bytes=_peak_bytes_of_rows, folds=True)
 def folding_agglomerative(view: View) -> Reduction:
     """Ward's clusters of the producer rows."""
     rows = view.rows.double()
     return Folding(ward(rows @ rows.T, foldable(view).kept))
 
 
-@reduces("folding-activations")
+@reduces("folding-activations", peak_bytes=_peak_bytes_of_gram, folds=True)
 def folding_activations(view: View) -> Reduction:
     """Ward's clusters of the activations."""
     return Folding(ward(view.gram.matrix().double(), foldable(view).kept))

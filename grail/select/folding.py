@@ -16,7 +16,18 @@ from grail.select import View, reduces
 ITERATIONS = 25
 
 
-@reduces("folding")
+def peak_bytes(view: View) -> int:
+    """Returns the most memory that `kmeans` takes with the rows, in fp32."""
+    h, k = view.width.channels, view.width.kept
+    values = sum(producer.numel() for producer in view.producers)  # H·D
+    seeding = 2 * values  # differences from the last seed, and their squares
+    centres = k * values // h
+    # Distances, those before them, and what they are made of: squares of rows, or products.
+    assigning = centres + max(values + 2 * h * k, 4 * h * k)
+    return 4 * (values + max(seeding, assigning))
+
+
+@reduces("folding", peak_bytes=peak_bytes, folds=True)
 def folding(view: View) -> Reduction:
     """k-means clusters of the producer rows."""
     return Folding(kmeans(view.rows, foldable(view).kept, view.generator))

@@ -35,7 +35,16 @@ from grail.select import View, elimination, pivots, reduces
 NOISE = 1e-6
 
 
-@reduces("greedy")
+def peak_bytes(view: View) -> int:
+    """Returns the most memory that the choice takes."""
+    channels, kept, outputs = view.width.channels, view.width.kept, len(view.consumer)
+    if isinstance(view.width, HeadWidth) or _runs_backward(channels, kept, outputs):
+        return elimination.peak_bytes(view)
+    held = channels * (channels + kept + 2 * outputs)  # G, V, W and A
+    return 8 * (held + pivots.working_numbers(channels, kept, outputs))
+
+
+@reduces("greedy", peak_bytes=peak_bytes)
 def greedy(view: View) -> Reduction:
     """The channels whose keeping gains most, or what is left without those that cost least."""
     channels, kept, outputs = view.width.channels, view.width.kept, len(view.consumer)
@@ -62,14 +71,6 @@ def _runs_backward(channels: int, kept: int, outputs: int) -> bool:
 
     forward = 2 * outputs * channels**2 + search(kept)  # W G comes first
     return 2 * channels**3 + search(channels - kept) < forward
-
-
-def peak_bytes(channels: int, kept: int, outputs: int) -> int:
-    """The most memory that the choice of `kept` of H channels for O outputs takes."""
-    if _runs_backward(channels, kept, outputs):
-        return elimination.peak_bytes(channels, kept, outputs)
-    held = channels * (channels + kept + 2 * outputs)  # G, V, W and A
-    return 8 * (held + pivots.working_numbers(channels, kept, outputs))
 
 
 def forward(gram: Tensor, seen: Tensor, kept: int, block: int = pivots.BLOCK) -> Tensor:

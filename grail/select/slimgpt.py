@@ -18,12 +18,12 @@ from torch import Tensor
 
 from grail.algebra.reduction import Reduction
 from grail.select import View, reduces
-from grail.select.elimination import eliminate
+from grail.select.elimination import eliminate, peak_bytes
 
 DAMPING = 1e-2
 
 
-@reduces("slimgpt")
+@reduces("slimgpt", peak_bytes=peak_bytes)
 def slimgpt(view: View) -> Reduction:
     """What is left once the cheapest channels, or heads, are dropped one after another."""
     return eliminate(view, DAMPING, grouped_cholesky_cost)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from grail.algebra.expert_grams import RaggedGrams
+from grail.algebra.gram import Gram
 from grail.calibrate.samples import (
     Change,
     Order,
@@ -239,7 +240,7 @@ class Collector:
 
     def _statistics(self, step: Sequence[AnyPoint]) -> dict[AnyPoint, list[Statistics]]:
         """Empty ones for places that run side by side; experts' Grams share their launches."""
-        together: dict[str, RaggedGrams] = {}
+        together: dict[str, tuple[Gram, ...]] = {}
         if step[0].group is not None:
             together = {
                 name: RaggedGrams(
@@ -247,7 +248,7 @@ class Collector:
                     step[0].channels,
                     self._stream.device,
                     non_finite=self._recipe.non_finite,
-                )
+                ).take()
                 for name in ("train", "held_out")
             }
         return {
@@ -260,7 +261,7 @@ class Collector:
                     self._recipe.per_tap,
                     partial=point.group is not None,
                     non_finite=self._recipe.non_finite,
-                    grams={name: ragged.grams[number] for name, ragged in together.items()},
+                    grams={name: grams[number] for name, grams in together.items()},
                     order=self._orders.get(consumer, Order()),
                 )
                 for consumer in point.consumers
