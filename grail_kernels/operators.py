@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+# By name, the functions that operators run: a tool that watches torch's operations sees into them.
+KERNELS: dict[str, Callable[..., Any]] = {}
+
 
 def operator(
     name: str, *, mutates_args: tuple[str, ...], schema: str
@@ -21,6 +24,7 @@ def operator(
     """
 
     def register(kernel: Callable[..., Any]) -> Any:
+        KERNELS[name] = kernel
         defined = torch.library.custom_op(name, kernel, mutates_args=mutates_args, schema=schema)
 
         @functools.cache

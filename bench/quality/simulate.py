@@ -32,7 +32,7 @@ from grail.calibrate.stream import Stream
 from grail.files.load import load_model
 from grail.networks import find
 from grail.recipe import Recipe
-from grail.run import _inspect as plan
+from grail.run import peak_memory
 from grail.run.block import BlockCompressor
 from grail.run.blocks import Blocks
 from grail.runtime.clock import Clock
@@ -117,8 +117,7 @@ def model_of(shape: Shape, shrink: int, layers: int, device: str) -> Any:
 def trial(shape: Shape, shrink: int) -> Trial:
     """Compresses one shrunk block: seconds of a plain run, FLOPs of another one that counts."""
     model, options = model_of(shape, shrink, 2, "cpu"), Recipe(keep=0.5, sites=shape.sites)
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(256, (1, TRIAL), generator=generator) for _ in range(2)]
+    batches = _batches()
     seconds: dict[str, float] = {}
     for _ in range(2):  # the first time warms up
         clock = Clock(torch.device("cpu"))
@@ -137,6 +136,25 @@ def trial(shape: Shape, shrink: int) -> Trial:
         per_token *= shape.config["num_experts_per_tok"] / shape.config["num_local_experts"]
     flops["gram"] = flops.get("gram", 0.0) + 2 * TRIAL * per_token
     return Trial(seconds, flops, moved["bytes"] / hidden)
+
+
+def device_parts(shape: Shape) -> dict[str, int]:
+    """Returns the bytes on a device to which blocks are brought, without the blocks, by part."""
+    model, options = model_of(shape, shape.shrink, 2, "cpu"), Recipe(keep=0.5, sites=shape.sites)
+    architecture = find(model, options.sites)
+    with eval_no_grad(model):
+        stream = Stream(model, architecture.blocks, _batches())
+        clock = Clock(stream.device)
+        predicted = peak_memory.predict(architecture, options, stream, clock, onloads=True)
+    assert predicted is not None
+    found = predicted.parts(hidden_states=False)
+    scaled = {part: found[part] * shape.shrink**2 for part in ("statistics", "working set")}
+    return {"hidden states": 0, "weights": 0, **scaled}  # both wait on the host
+
+
+def _batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(256, (1, TRIAL), generator=generator) for _ in range(2)]
 
 
 def _run_block(model: Any, options: Recipe, batches: list[torch.Tensor], clock: Clock) -> Blocks:
@@ -212,12 +230,17 @@ def rows(name: str, tokens: int = TOKENS) -> list[Row]:
     }
     model = model_of(shape, 1, blocks, "meta")
     architecture, options = find(model, shape.sites), Recipe(keep=0.5, sites=shape.sites)
-    # Blocks on the host, as seen from a GPU.
-    parts = plan.demand(architecture, options, tokens, LENGTH, onload=torch.device("cuda"))
+    parts = device_parts(shape)
+    parts["blocks"] = 2 * largest_block(architecture.blocks)
     element = next(model.parameters()).element_size()
     weights = sum(p.nbytes for block in architecture.blocks for p in block.parameters())
     hidden = tokens * shape.config["hidden_size"] * element
-    narrowed = plan.demand(architecture, options, tokens, LENGTH)["weights"]  # the way back
+    widths = options.widths(architecture)
+    narrowed = element * sum(  # what comes back
+        sum(p.numel() for layer in site.modules().values() for p in layer.parameters())
+        - site.parameters_saved(widths[site.name])
+        for site in options.all_sites(architecture)
+    )
     moved = weights + narrowed + small.moves * hidden * blocks
     measured = {phase: small.flops[phase] / small.seconds[phase] for phase in POWERS}
     common: Row = {

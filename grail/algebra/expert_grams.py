@@ -56,10 +56,15 @@ class RaggedGrams:
         self.packed, self.sum, self.nonfinite = zeros((count,), channels, device)
         self._waiting: Buffer | None = None
         self._owners: list[tuple[int, int]] = []  # expert and number of tokens, as they came
-        self.grams = tuple(
+        self.grams: tuple[Gram, ...] = tuple(
             Gram.over(_ExpertSums(self, number), channels, name, non_finite)
             for number, name in enumerate(names)
         )
+
+    def take(self) -> tuple[Gram, ...]:
+        """Returns the Grams and forgets them: the sums of all are freed with the last one."""
+        grams, self.grams = self.grams, ()
+        return grams
 
     @property
     def waits(self) -> bool:

@@ -1,8 +1,10 @@
 """Tensors that wait between passes: hidden states, and outputs that need no second computation."""
 
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -22,6 +24,13 @@ class HiddenStates:
     def __init__(self, storage: torch.device):
         self._storage = storage
         self._tensors: list[Tensor] = []
+        if (created := _created.get()) is not None:
+            created.add(self)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all batches."""
+        return sum(tensor.nbytes for tensor in self._tensors)
 
     def put(self, batch: int, tensor: Tensor) -> None:
         """Keeps a copy of one batch's tensor; the first ones come in order."""
@@ -47,6 +56,20 @@ class HiddenStates:
         for batch, tensor in enumerate(self._tensors):
             other.put(batch, tensor)
         return other
+
+
+_created: ContextVar["weakref.WeakSet[HiddenStates] | None"] = ContextVar("created", default=None)
+
+
+@contextmanager
+def created_hidden_states() -> Iterator["weakref.WeakSet[HiddenStates]"]:
+    """Collects the hidden states that are created inside, while they are in use."""
+    created: weakref.WeakSet[HiddenStates] = weakref.WeakSet()
+    token = _created.set(created)
+    try:
+        yield created
+    finally:
+        _created.reset(token)
 
 
 class OutputCache:

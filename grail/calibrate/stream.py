@@ -224,6 +224,17 @@ class Stream:
         other.hidden, other._observed = self.hidden.copy(), []
         return other
 
+    def part(self, batches: Sequence[int]) -> "Stream":
+        """A stream of some batches of this process alone; a batch may come twice."""
+        other = copy.copy(self)
+        other.processes, other.hidden, other._observed = Processes(), HiddenStates(self.storage), []
+        for number, batch in enumerate(batches):
+            other.hidden.put(number, self.hidden[batch])
+        other.masks = [self.masks[batch] for batch in batches]
+        other._calls = [self._calls[batch] for batch in batches]
+        other._held_out = tuple(self._held_out[batch] for batch in batches)
+        return other
+
     def require_chain(self, model: nn.Module, batch: Batch) -> None:
         """Runs the blocks one by one on the first batch, and the whole model on it.
 

@@ -275,10 +275,6 @@ class Architecture(ABC):
         default: the kinds that are narrowed if none is named.
         blocks: the modules, in order.
         trusted: whether the sites come from a known family; others are checked by a run.
-        hidden_size: values of one token between blocks, for the prediction of memory; None where
-            they depend on the input.
-        activations_per_token: values of one token that are held at once inside a block's forward,
-            for the same.
     """
 
     name: str
@@ -286,8 +282,6 @@ class Architecture(ABC):
     default: tuple[str, ...]
     blocks: Sequence[nn.Module]
     trusted = True
-    hidden_size: int | None = None
-    activations_per_token: int | None = None
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,6 @@ transformers reloads the model; where not, `Transformer.notes` has a note.
 """
 
 import copy
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,19 +171,11 @@ class Transformer(Architecture):
         self.kinds = (*(kind for kind, there in others.items() if there), *self.default)
         self.name = getattr(self.config, "_name_or_path", "") or type(model).__name__
         try:
-            widest = next(itertools.chain(*self.sites(self.default)), None)
+            self.sites(self.default)
         except AttributeError as error:
             raise ModelError(
                 f"{self.name} is not of its family's form ({error}); name sites by grail.Site"
             ) from error
-        if widest is None:
-            return
-        self.hidden_size = widest.outputs
-        # The MLP is the widest point: its producers, an activation, their product and three hidden
-        # states. A token is routed to several experts.
-        copies = getattr(self.config, "num_experts_per_tok", 1)
-        rows = 2 * len(widest.weights()) * widest.channels
-        self.activations_per_token = rows * copies + 3 * self.hidden_size
 
     @property
     def config(self) -> Any:

@@ -19,9 +19,9 @@ from grail.errors import InputError, NonFiniteError
 from grail.networks import Architecture, BoundSite, find
 from grail.recipe import AnyRecipe, Keep, Recipe, Sites, merged
 from grail.report.report import Report, SiteReport
-from grail.run import resume_folder
+from grail.run import peak_memory, resume_folder
 from grail.run._collect import Collected
-from grail.run._inspect import by_kind, demand, waiting_place
+from grail.run._inspect import by_kind
 from grail.run.block import BlockCompressor
 from grail.run.blocks import Blocks
 from grail.run.checkpoint import Checkpoint
@@ -124,7 +124,14 @@ def compress(
                 checkpoint = Checkpoint(folder, fingerprint, model, transaction, processes)
         if recipe.fit_bias:
             architecture.ensure_biases(dense.sites, transaction)
-        predicted = _predicted_peak(architecture, recipe, stream, runtime.onload is not None)
+        peak.update()
+        onloads = runtime.onload is not None
+        predicted = peak_memory.predict(
+            architecture, recipe, stream, clock, onloads=onloads, known=known
+        )
+        if not onloads and runtime.storage == "auto" and stream.storage.type != "cpu":
+            held = sum(hidden.nbytes for hidden in stream.hidden)
+            stream.rest_on(peak_memory.waiting_place(predicted, device, held))
         blocks = Blocks(architecture, recipe, stream, clock, onloader, known)
         run = Run(BlockCompressor(blocks, transaction), checkpoint)
         run.compress(runtime.progress)
@@ -138,7 +145,9 @@ def compress(
         inputs=run.inputs,
         seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         memory={
-            "predicted_peak": in_use + predicted if predicted else 0,
+            "predicted_peak": in_use + predicted.total(stream.storage.type == device.type)
+            if predicted
+            else 0,
             "measured_peak": peak.bytes,
             **({"sent": processes.sent} if processes.count > 1 else {}),
         },
@@ -208,8 +217,7 @@ def _stream(
         InputError: the model or settings differ between processes.
     """
     room = None
-    automatic = storage == "auto"
-    if automatic:
+    if storage == "auto":
         storage = architecture.device  # the host, if blocks are brought from there
         # For one set of hidden states; a run has up to four.
         room = memory.free(device) // 4 if storage.type == "cuda" else None
@@ -217,34 +225,7 @@ def _stream(
     processes.require_equal("the settings", settings)
     if processes.count > 1:
         processes.require_equal("the model", checksum(model.parameters()))
-    stream = Stream(model, architecture.blocks, batches, storage, processes, device, room)
-    if automatic and stream.storage.type != "cpu":
-        held = sum(hidden.nbytes for hidden in stream.hidden)
-        size = _sizes(stream)
-        stream.rest_on(waiting_place(architecture, recipe, *size, held))
-    return stream
-
-
-def _sizes(stream: Stream) -> tuple[int, int]:
-    """Returns the tokens of all batches and of the largest, with those that do not count."""
-    sizes = [hidden.shape[:2].numel() for hidden in stream.hidden]
-    return sum(sizes), max(sizes, default=0)
-
-
-def _predicted_peak(
-    architecture: Architecture, recipe: Recipe, stream: Stream, onloads: bool
-) -> int:
-    """Returns the bytes that the run adds; 0 if they depend on more than shapes of weights."""
-    if architecture.activations_per_token is None:
-        return 0
-    parts = demand(
-        architecture,
-        recipe,
-        *_sizes(stream),
-        stream.storage,
-        stream.device if onloads else None,
-    )
-    return sum(parts.values())
+    return Stream(model, architecture.blocks, batches, storage, processes, device, room)
 
 
 def _require_places(recipe: Recipe, architecture: Architecture, sites: Sequence[BoundSite]) -> None:

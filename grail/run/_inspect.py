@@ -1,7 +1,8 @@
-"""What a run would save and cost, before it runs: `inspect`, and the prediction of peak memory.
+"""The savings and the cost of a run, before it runs: `inspect`, which changes nothing.
 
-Memory is arithmetic on shapes (`demand`). Time is measured: one block is compressed on two made-up
-batches, rolled back, and scaled by the number of blocks and batches.
+Memory is predicted as every run predicts it (`grail.run.peak_memory`), on two made-up batches. Time
+is measured: one block is compressed on them, rolled back, and its seconds are scaled by the number
+of blocks and batches.
 """
 
 import statistics
@@ -13,32 +14,24 @@ from typing import Any
 import torch
 from torch import nn
 
-import grail_kernels as gk
-from grail.algebra._fit import peak_bytes
-from grail.algebra.expert_grams import WAITING_TOKENS
 from grail.algebra.width import Width
 from grail.arguments import require_model, require_whole
 from grail.calibrate.stream import Stream
 from grail.files.load import positions
-from grail.networks import Architecture, BoundSite, CalibrationPoint, find, grouped
+from grail.networks import Architecture, BoundSite, find
 from grail.recipe import AnyRecipe, Recipe, merged
+from grail.run import peak_memory
 from grail.run.block import BlockCompressor
 from grail.run.blocks import Blocks
 from grail.runtime import memory
 from grail.runtime.clock import Clock
-from grail.runtime.onload import Onloader, computing_device, largest_block
+from grail.runtime.onload import Onloader, computing_device
 from grail.runtime.settings import Runtime
 from grail.runtime.transaction import Transaction, eval_no_grad
-from grail.select import cholesky, elimination, greedy
 from grail.statistics.collector import ignore
-from grail_kernels import BUFFER_TOKENS, check_kind
+from grail_kernels import check_kind
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
-
-
-# Of a GPU's free memory, what a run may be predicted to take with its hidden states there: the
-# prediction is good to a tenth, and an allocator's memory comes in pieces.
-ROOM = 0.8
 
 
 @dataclass(frozen=True)
@@ -184,20 +177,30 @@ def _cost(
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Memory and seconds of an `Inspection`."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if not hasattr(embeddings, "num_embeddings") or architecture.activations_per_token is None:
+    if not hasattr(embeddings, "num_embeddings") or not architecture.trusted:
         return {}, {}
     device = computing_device(model, onload)
-    brought = None if onload is None else device
-    storage, size_of_batch = torch.device("cpu"), batch_size * sequence_length
-    if onload is None:
-        storage = waiting_place(architecture, recipe, tokens, size_of_batch)
-    parts = {
-        "in use now": memory.in_use(device),
-        **demand(architecture, recipe, tokens, size_of_batch, storage, brought),
-    }
-    onloader = Onloader(architecture.blocks, brought)
+    in_use = memory.in_use(device)
     trial = _trial(model, batch_size, sequence_length)
-    enter = partial(Stream, model, architecture.blocks, trial, storage, device=device)
+    enter = partial(Stream, model, architecture.blocks, trial, device=device)
+    with eval_no_grad(model):
+        stream = enter()
+        predicted = peak_memory.predict(
+            architecture,
+            recipe,
+            stream,
+            Clock(device),
+            onloads=onload is not None,
+            growth=tokens / stream.tokens,
+        )
+    storage = torch.device("cpu")
+    if onload is None:
+        storage = peak_memory.waiting_place(predicted, device, held=0)
+    parts = {"in use now": in_use}
+    if predicted is not None:
+        parts |= predicted.parts(hidden_states=storage.type == device.type)
+    onloader = Onloader(architecture.blocks, None if onload is None else device)
+    enter = partial(enter, storage=storage)
     seconds = _seconds(model, architecture, recipe, tokens, enter, onloader)
     return {**parts, "peak": sum(parts.values())}, seconds
 
@@ -253,134 +256,6 @@ def _structure_in_words(widths: Sequence[Width]) -> str:
 def _range(values: Sequence[int]) -> str:
     least, most = min(values), max(values)
     return f"{least}" if least == most else f"{least}–{most}"
-
-
-def demand(
-    architecture: Architecture,
-    recipe: Recipe,
-    tokens: int,
-    batch_tokens: int,
-    storage: torch.device | str = "cpu",
-    onload: torch.device | None = None,
-) -> dict[str, int]:
-    """Bytes that a run adds where its blocks run, by part; their sum is its peak.
-
-    hidden states   tokens · hidden, and as much again for an MLP's upstream outputs that are kept
-                    for the second pass, for the dense stream, and for what that holds after each
-                    site within a block and where attention reads it; where `storage` is the model's
-                    device
-    blocks          two of them, the largest, where they are brought from the host one by one
-    weights         the narrowed layers, beside the dense ones that an error would bring back; those
-                    of one block at a time where the others are on the host
-    statistics      packed Grams 2H² of a block (one site's in the closed loop), drift 4·O·H, twice
-                    if sequences are held out, and on a GPU the tokens that wait for one; those
-                    of experts twice, for they are sorted
-    working set     the largest of a batch's activations (on a GPU with what fp32 ones are taken
-                    apart into), of a solve in fp64 and of a search for channels
-
-    Not counted: attention masks of padded batches, what a GPU lays those batches out into (two
-    bytes a value of 8192 tokens of a site), and what k-means holds. An exact folding takes
-    up to two fifths less: what is counted is the fit of an inexact one.
-    """
-    widths = recipe.widths(architecture)
-    blocks = [recipe.active(sites, widths) for sites in recipe.sites_of(architecture)]
-    first, element = blocks[0], architecture.element_size
-    entries = architecture.attention_inputs(0) if recipe.correct_attention else []
-    assert architecture.hidden_size is not None
-    assert architecture.activations_per_token is not None
-    hidden = tokens * architecture.hidden_size * element
-    kept_outputs = recipe.closed_loop and any(s.upstream for s in first[-1:])
-    streams = 1 + kept_outputs
-    if recipe.follows_drift:
-        streams += 1 + sum(not s.probes_output for s in first) + len(entries)
-    folds = str(recipe.selector).startswith("folding")
-    if folds and recipe.folds_exactly and recipe.drift_correction not in ("auto", 1):
-        # What a folded block is to hold: its own outputs, and those where its site lands.
-        streams += 1 + any(not s.probes_output for s in first)
-    device = onload or architecture.device
-    elsewhere = device.type != architecture.device.type  # where blocks wait, not where they run
-    on_gpu = device.type == "cuda"
-
-    def collected(point: CalibrationPoint, outputs: int) -> int:
-        waiting = on_gpu * (2 * WAITING_TOKENS if point.group else BUFFER_TOKENS) * element
-        drift = 4 * recipe.follows_drift * outputs
-        of_one = 4 * gk.packed_numel(point.channels) + (waiting + drift) * point.channels
-        return (1 + recipe.holds_out) * of_one
-
-    grams = [sum(collected(s, s.outputs) for s in step) for step in grouped(first)]
-    grams += [collected(entry, entry.channels) for entry in entries]
-    stored_here = torch.device(storage).type == device.type
-    solves = [
-        peak_bytes(
-            s.channels,
-            widths[s.name].kept,
-            s.outputs,
-            folding=folds,
-            drift=recipe.follows_drift,
-            held_out=recipe.holds_out,
-            affine=recipe.fit_bias,
-        )
-        for s in first
-    ]
-    solves += [
-        peak_bytes(e.channels, e.channels, e.channels, drift=True, held_out=recipe.holds_out)
-        for e in entries
-    ]
-    solves += [16 * layer.outputs * layer.channels for e in entries for layer in e.layers]  # W M
-    searches: dict[Any, Any] = {
-        "greedy": greedy,
-        "slimgpt": elimination,
-        "backward": elimination,
-        "cholesky": cholesky,
-    }
-    selections = [
-        searches[recipe.selector].peak_bytes(s.channels, widths[s.name].kept, s.outputs)
-        for s in first
-        if recipe.selector in searches
-    ]
-
-    def rewritten(site: BoundSite) -> int:
-        if widths[site.name].kept == site.channels:  # then only the consumers change
-            return site.outputs * site.channels
-        whole = sum(p.numel() for m in site.modules().values() for p in m.parameters())
-        return whole - site.parameters_saved(widths[site.name])
-
-    largest_batch = batch_tokens * architecture.activations_per_token * element
-    if (
-        on_gpu and element == torch.float32.itemsize
-    ):  # three parts of bf16, `gram_tma` of the kernels
-        largest_batch += 6 * BUFFER_TOKENS * max((s.channels for s in first), default=0)
-    # Those that a site narrows as well leave nothing behind.
-    of_sites = {module for s in first for module in s.modules().values()}
-    corrected = [c for e in entries for c in e.layers if c.module not in of_sites]
-    beside = sum(layer.outputs * layer.channels for layer in corrected)
-    narrowed = [(sum(map(rewritten, sites)) + beside) * element for sites in blocks]
-    return {
-        "hidden states": hidden * streams if stored_here else 0,
-        "blocks": 0 if onload is None else 2 * largest_block(architecture.blocks),
-        "weights": max(narrowed) if elsewhere else sum(narrowed),
-        "statistics": max(grams, default=0) if recipe.closed_loop else sum(grams),
-        "working set": max([largest_batch, *solves, *selections]),
-    }
-
-
-def waiting_place(
-    architecture: Architecture, recipe: Recipe, tokens: int, batch_tokens: int, held: int = 0
-) -> torch.device:
-    """Where hidden states wait between blocks: on the model's GPU if a run fits beside them.
-
-    On the host if it does not, or if nobody can tell. A run copies them eight times a block, which
-    takes a pageable memory of a host longer than an H100 takes for the block.
-
-    Args:
-        tokens, batch_tokens: see `demand`; those that do not count too.
-        held: bytes of what `demand` counts that are on the GPU already.
-    """
-    host, device = torch.device("cpu"), architecture.device
-    if device.type != "cuda" or architecture.activations_per_token is None:
-        return host
-    needed = sum(demand(architecture, recipe, tokens, batch_tokens, device).values()) - held
-    return device if needed <= ROOM * memory.free(device) else host
 
 
 def _trial(model: Any, batch_size: int, sequence_length: int) -> list[torch.Tensor]:

@@ -9,11 +9,12 @@ Where drift is corrected, the dense network's hidden states are computed too. Th
 probe are taken before anything in the block is narrowed (see `grail.algebra.drift`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
 
+from grail.algebra._fit import Fit
 from grail.algebra.reduction import Folding
 from grail.calibrate.hidden_states import HiddenStates, OutputCache
 from grail.calibrate.stream import Stream
@@ -38,16 +39,19 @@ class BlockCompressor:
     Args:
         blocks: the network and its calibration set.
         transaction: through which the model is changed.
+        fit: replaces `grail.fit`.
 
     Phases of the clock: "forward" (blocks, without the statistics), "gram", "select", "solve" and
     "absorb".
     """
 
-    def __init__(self, blocks: Blocks, transaction: Transaction):
+    def __init__(
+        self, blocks: Blocks, transaction: Transaction, fit: Callable[..., Fit] | None = None
+    ):
         self.blocks, self._transaction = blocks, transaction
         self._recipe, self._stream, self._collector = blocks.recipe, blocks.stream, blocks.collector
         self._dense = blocks.stream.fork() if blocks.recipe.follows_drift else None
-        self.solver = SiteSolver(blocks.recipe, blocks.all_sites, blocks.widths, blocks.clock)
+        self.solver = SiteSolver(blocks.recipe, blocks.all_sites, blocks.widths, blocks.clock, fit)
         exchange = Exchange(blocks.stream.processes)
         self._exchange, self._narrower = exchange, SiteNarrower(blocks, transaction)
         self._folding = ExactFolding(blocks, self._narrower, self.solver, exchange)

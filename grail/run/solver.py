@@ -3,7 +3,7 @@
 import itertools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class SiteSolver:
         sites: all sites of the run, none of them narrow yet.
         widths: of the sites, by name.
         clock: phases "select" and "solve".
+        fit: replaces `grail.fit`.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class SiteSolver:
         sites: Sequence[BoundSite],
         widths: Mapping[str, Width],
         clock: Clock,
+        fit: Callable[..., Fit] | None = None,
     ):
-        self._recipe, self._widths, self._clock = recipe, widths, clock
+        self._recipe, self._widths, self._clock, self._solve = recipe, widths, clock, fit
         narrowed = (site.kind for site in sites if widths[site.name].kept < site.channels)
         self._several_kinds = len(set(narrowed)) > 1
         self._select = select.get(recipe.selector)
@@ -154,7 +156,7 @@ class SiteSolver:
             plain = reduction.absorb(weight)
             return Fit((plain,), math.nan, math.nan, math.inf, 0.0, 0.0, retries=0)
         with self._clock("solve"):
-            return fit(
+            return (self._solve or fit)(
                 statistics.train,
                 reduction,
                 weight,

@@ -4,8 +4,9 @@
     device   the block that runs and the next one on its way; the statistics of one site, one
              solve, the activations of one batch
 
-So the device's peak is 2·(largest block) + statistics + working set, for any number of blocks. Each
-block is transferred once: all passes over it are made while it is on the device.
+So the device's peak is 2·(largest block) + statistics + working set (`grail.run.peak_memory`), for
+any number of blocks. Each block is transferred once: all passes over it are made while it is on the
+device.
 """
 
 import itertools

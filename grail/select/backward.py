@@ -9,10 +9,10 @@ Source: Hassibi, Stork, "Second order derivatives for network pruning: optimal b
 
 from grail.algebra.reduction import Reduction
 from grail.select import View, register
-from grail.select.elimination import DAMPING, eliminate, exact_cost
+from grail.select.elimination import DAMPING, eliminate, exact_cost, peak_bytes
 
 
-@register("backward")
+@register("backward", peak_bytes=peak_bytes)
 def backward(view: View) -> Reduction:
     """Drops the cheapest channels, or heads, one after another."""
     return eliminate(view, DAMPING, exact_cost)

@@ -13,12 +13,12 @@ from torch import Tensor
 from grail.select import View, register
 
 
-def peak_bytes(channels: int, kept: int, outputs: int) -> int:
-    """Returns the peak memory of scoring H channels: G and its factor."""
-    return 16 * channels * channels
+def peak_bytes(view: View) -> int:
+    """Returns the peak memory of scoring H channels: G and its factor, in fp64."""
+    return 16 * view.width.channels**2
 
 
-@register("cholesky")
+@register("cholesky", peak_bytes=peak_bytes)
 def pivoted_cholesky(view: View) -> Tensor:
     """S_hh at the step at which channel h is chosen [H]."""
     gram = view.gram.matrix().double()

@@ -55,12 +55,12 @@ def eliminate(view: View, damping: float, block_cost: BlockCost) -> Selection:
     return Selection(kept.nonzero().flatten(), width.channels)
 
 
-def peak_bytes(channels: int, kept: int, outputs: int) -> int:
-    """Returns the peak memory of choosing `kept` of H channels for O outputs."""
-    h, o = channels, outputs
+def peak_bytes(view: View) -> int:
+    """Returns the peak memory of `eliminate`."""
+    h, o, dropped = view.width.channels, len(view.consumer), view.width.channels - view.width.kept
     solving = 3 * h * h  # the identity, the factor of M and its inverse, beside G
     # V; the inverse is in G's place.
-    searching = h * (h - kept) + pivots.working_numbers(h, h - kept, o)
+    searching = h * dropped + pivots.working_numbers(h, dropped, o)
     return 8 * (h * h + h * o + max(solving, searching))
 
 

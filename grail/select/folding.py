@@ -30,7 +30,12 @@ from grail.errors import InputError
 from grail.select import View, register
 
 
-@register("folding", folds=True)
+def _peak_bytes(view: View) -> int:
+    """Returns the peak memory of the choice: G in fp32 and in fp64."""
+    return 12 * view.width.channels**2
+
+
+@register("folding", peak_bytes=_peak_bytes, folds=True)
 def folding(view: View) -> Reduction:
     """Folds Ward's clusters of the activations."""
     return Folding(ward(view.gram.matrix().double(), foldable(view).kept))

@@ -37,7 +37,16 @@ from grail.select import View, elimination, pivots, register
 NOISE = 1e-6
 
 
-@register("greedy")
+def peak_bytes(view: View) -> int:
+    """Returns the peak memory of the choice."""
+    channels, kept, outputs = view.width.channels, view.width.kept, len(view.consumer)
+    if isinstance(view.width, HeadWidth) or _runs_backward(channels, kept, outputs):
+        return elimination.peak_bytes(view)
+    held = channels * (channels + kept + 2 * outputs)  # G, V, W and A
+    return 8 * (held + pivots.working_numbers(channels, kept, outputs))
+
+
+@register("greedy", peak_bytes=peak_bytes)
 def greedy(view: View) -> Reduction:
     """Keeps the channels of largest gain, or drops those of least cost."""
     channels, kept, outputs = view.width.channels, view.width.kept, len(view.consumer)
@@ -64,14 +73,6 @@ def _runs_backward(channels: int, kept: int, outputs: int) -> bool:
 
     forward = 2 * outputs * channels**2 + search(kept)  # W G comes first
     return 2 * channels**3 + search(channels - kept) < forward
-
-
-def peak_bytes(channels: int, kept: int, outputs: int) -> int:
-    """Returns the peak memory of choosing `kept` of H channels for O outputs."""
-    if _runs_backward(channels, kept, outputs):
-        return elimination.peak_bytes(channels, kept, outputs)
-    held = channels * (channels + kept + 2 * outputs)  # G, V, W and A
-    return 8 * (held + pivots.working_numbers(channels, kept, outputs))
 
 
 def forward(gram: Tensor, seen: Tensor, kept: int, block: int = pivots.BLOCK) -> Tensor:

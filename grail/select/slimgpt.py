@@ -18,12 +18,12 @@ from torch import Tensor
 
 from grail.algebra.reduction import Reduction
 from grail.select import View, register
-from grail.select.elimination import eliminate
+from grail.select.elimination import eliminate, peak_bytes
 
 DAMPING = 1e-2
 
 
-@register("slimgpt")
+@register("slimgpt", peak_bytes=peak_bytes)
 def slimgpt(view: View) -> Reduction:
     """Drops the cheapest channels, or heads, one after another."""
     return eliminate(view, DAMPING, grouped_cholesky_cost)

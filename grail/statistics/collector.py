@@ -14,6 +14,7 @@ from torch import Tensor, nn, zeros_like
 from torch.utils._pytree import tree_map_only
 
 from grail.algebra.expert_grams import RaggedGrams
+from grail.algebra.gram import Gram
 from grail.calibrate.hidden_states import HiddenStates
 from grail.calibrate.samples import Order
 from grail.calibrate.stream import Stream
@@ -109,12 +110,13 @@ class Collector:
         """Empty statistics of points that run together; experts' Grams share their launches."""
         if self._known is not None:
             return {point: self._known(point) for point in step}
-        shared: dict[str, RaggedGrams] = {}
+        shared: dict[str, tuple[Gram, ...]] = {}
         if step[0].group is not None:
             names, channels = [point.name for point in step], step[0].channels
             device, non_finite = self._stream.device, self._recipe.non_finite
             for part in ("train", "held_out"):
-                shared[part] = RaggedGrams(names, channels, device, non_finite=non_finite)
+                experts = RaggedGrams(names, channels, device, non_finite=non_finite)
+                shared[part] = experts.take()
         return {
             point: [
                 SiteStatistics(
@@ -122,7 +124,7 @@ class Collector:
                     consumer,
                     self._stream,
                     self._recipe,
-                    {part: ragged.grams[number] for part, ragged in shared.items()},
+                    {part: grams[number] for part, grams in shared.items()},
                     self._orders.get(consumer, SAMPLES_FIRST),
                 )
                 for consumer in point.consumers

@@ -1,5 +1,8 @@
 """The Grams of a layer's experts: tokens wait together, and reading brings all up to date."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -135,3 +138,18 @@ def test_on_a_gpu_each_gram_equals_fp64_and_bad_values_are_refused_when_read(buf
         torch.testing.assert_close(gram.sum.cpu().double(), exact.sum(0), rtol=0, atol=1e-4)
     with pytest.raises(NonFiniteError, match=r"layer\.2"):
         ragged.grams[2].matrix()
+
+
+def test_the_sums_are_freed_with_the_last_gram():
+    gc.disable()
+    try:
+        ragged = RaggedGrams(NAMES, H)
+        packed = weakref.ref(ragged.packed.untyped_storage())
+        first, *others = ragged.take()
+        del ragged, others
+        first.update(torch.ones(2, H))
+        assert packed() is not None
+        del first
+        assert packed() is None
+    finally:
+        gc.enable()

@@ -4,15 +4,9 @@ import pytest
 import torch
 
 import grail
-from bench.tools.allocations import peak_bytes
-from grail.calibrate.stream import Stream
-from grail.networks import find
 from grail.recipe import Recipe
-from grail.run import _inspect as plan
-from grail.run._compress import _sizes
 from grail.runtime import memory
 from grail.runtime.transaction import Transaction
-from grail_kernels.tuning import BUFFER_TOKENS
 from tests.run.test_compress import assert_untouched, fingerprint
 
 PHASES = {"forward", "gram", "select", "solve", "absorb"}
@@ -91,73 +85,6 @@ def test_keeping_everything_costs_nothing(tiny_llama):
     assert inspected(tiny_llama(), recipe=Recipe(keep=1.0)).seconds["total"] < 0.1
 
 
-def test_demand_follows_the_sizes_it_is_made_of(tiny_llama):
-    architecture = find(tiny_llama())
-    options = Recipe(keep=0.5, sites=("mlp", "heads"), alpha=1e-3, drift_correction=0)
-    once, twice = (plan.demand(architecture, options, tokens, 16) for tokens in (1000, 2000))
-    assert once["hidden states"] == 1000 * 48 * 4 * 2  # the MLP's attention output is kept as well
-    assert twice["hidden states"] == 2 * once["hidden states"]
-    assert {**twice, "hidden states": 0} == {**once, "hidden states": 0}
-    # Heads: 3 of 6, as 3 groups of 1 → q 24, k and v 24 rows, o 24 columns; MLP: 40 of 80.
-    assert once["weights"] == 2 * 4 * 48 * (4 * 24 + 3 * 40)
-    assert once["statistics"] == 4 * 80 * 80
-
-
-def test_drift_and_held_out_sequences_are_counted(tiny_llama):
-    architecture = find(tiny_llama())
-    base, full = (
-        plan.demand(architecture, Recipe(keep=0.5, sites=("mlp", "heads"), **rest), 1000, 16)
-        for rest in ({"alpha": 1e-3, "drift_correction": 0}, {})
-    )
-    # The dense stream, and what it holds between attention and MLP.
-    assert full["hidden states"] == 2 * base["hidden states"]
-    # Two Grams, each with a cross moment [48, 80].
-    assert full["statistics"] == 2 * (base["statistics"] + 4 * 48 * 80)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"alpha": 1e-3, "drift_correction": 0},
-        {"closed_loop": False},
-        {"keep": {"mlp": 0.5, "heads": 1.0}},
-        {"correct_attention": True},
-        {"sites": ("mlp",), "correct_attention": True},
-        {"selector": "cholesky", "alpha": 1e-3, "drift_correction": 0},
-        {"selector": "folding", "sites": ("mlp",), "exact_folding": False},
-    ],
-    ids=[
-        "default",
-        "paper",
-        "open",
-        "full heads",
-        "attention",
-        "attention, mlp",
-        "cholesky",
-        "folding",
-    ],
-)
-def test_the_predicted_peak_is_within_a_tenth_of_what_torch_allocates(
-    settings, tiny_llama, tiny_batches
-):
-    # Big enough that hidden states, Grams and solves all show.
-    model = tiny_llama(
-        hidden_size=256,
-        intermediate_size=2048,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        num_hidden_layers=3,
-    )
-    batches = tiny_batches(count=40, rows=4, length=128)
-    settings = {"keep": 0.5, "sites": ("mlp", "heads"), **settings}
-    options = Recipe(**settings)
-    predicted = sum(plan.demand(find(model), options, 40 * 4 * 128, 4 * 128).values())
-    used = peak_bytes(lambda: grail.compress(model, batches, progress=False, **settings))
-    assert predicted == pytest.approx(used, rel=0.1)
-
-
 def test_peak_sees_memory_that_is_gone_by_the_end():
     size = 512 << 20  # more than the allocator may have kept of earlier tests
     with memory.Peak(torch.device("cpu")) as peak:
@@ -202,67 +129,3 @@ def test_a_transaction_that_succeeds_keeps_its_changes():
     assert linear.weight.shape == (2, 4)
     assert linear.weight.dtype == torch.bfloat16
     assert not linear.weight.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("device", "spare", "held", "expected"),
-    [
-        ("cuda", 1, 0, "cuda"),
-        ("cuda", -1, 0, "cpu"),
-        ("cuda", -1, 2, "cuda"),
-        ("cpu", 1, 0, "cpu"),
-        ("mps", 1, 0, "cpu"),
-    ],
-    ids=["room", "no room", "part is there already", "no GPU", "whose memory nobody tells"],
-)
-def test_hidden_states_wait_on_the_gpu_where_the_run_fits_beside_them(
-    device, spare, held, expected, tiny_llama, monkeypatch
-):
-    architecture, options = find(tiny_llama()), Recipe(keep=0.5)
-    monkeypatch.setattr(type(architecture), "device", torch.device(device))
-    needed = sum(plan.demand(architecture, options, 256, 16, device).values())
-    monkeypatch.setattr(plan, "ROOM", 1.0)
-    monkeypatch.setattr(memory, "free", lambda _: needed + spare)
-    place = plan.waiting_place(architecture, options, 256, 16, held)
-    assert place == torch.device(expected)
-
-
-@pytest.mark.parametrize(("dtype", "laid"), [(torch.float32, 6), (torch.bfloat16, 0)])
-def test_what_fp32_is_taken_apart_into_on_a_gpu_counts(dtype, laid, tiny_llama, monkeypatch):
-    architecture = find(tiny_llama().to(dtype))
-    batch = 10**6  # so many tokens that activations are the most of all
-    here, there = (
-        plan.demand(architecture, Recipe(keep=0.5), batch, batch, onload=onload)["working set"]
-        for onload in (None, torch.device("cuda"))
-    )
-    assert there - here == laid * BUFFER_TOKENS * 80
-
-
-def test_tokens_that_do_not_count_take_room(tiny_llama, tiny_batches):
-    model = tiny_llama()
-    batches = [
-        {"input_ids": tokens, "attention_mask": (tokens > 40).long().index_fill(1, first, 1)}
-        for tokens in tiny_batches(count=2) + tiny_batches(count=1, rows=3)
-        for first in [torch.tensor([0])]
-    ]
-    stream = Stream(model, find(model).blocks, batches)
-    assert stream.own_tokens < 7 * 16
-    assert _sizes(stream) == (7 * 16, 3 * 16)
-
-
-@pytest.mark.parametrize(("share", "more"), [(0.5, 2), (0, 2), (1, 0), ("auto", 0)])
-def test_what_a_folded_block_is_to_hold_counts(share, more, tiny_llama):
-    architecture = find(tiny_llama())
-    exact, plain = (
-        plan.demand(
-            architecture,
-            Recipe(keep=0.5, selector="folding", sites=("mlp", "heads"), **rest),
-            1000,
-            16,
-        )["hidden states"]
-        for rest in (
-            {"drift_correction": share},
-            {"drift_correction": share, "exact_folding": False},
-        )
-    )
-    assert exact - plain == more * 1000 * 48 * 4

@@ -10,9 +10,6 @@ import torch
 
 import grail
 from grail.errors import InputError
-from grail.networks import find
-from grail.recipe import Recipe
-from grail.run import _inspect as plan
 from grail.runtime.onload import Onloader, require_usable
 from tests.convnets import images, network
 from tests.run.test_compress import assert_interrupted_and_untouched
@@ -113,17 +110,6 @@ def test_the_next_block_is_on_its_way_while_one_works(tiny_llama):
         assert ahead[1].result(timeout=30).copies.keys() == set(blocks[1].parameters())
     with bring(1), bring(2):
         assert not bring._ahead
-
-
-def test_on_another_device_the_peak_does_not_grow_with_the_number_of_blocks(tiny_llama):
-    models = [tiny_llama(num_hidden_layers=layers) for layers in (2, 6)]
-    few, many = (
-        plan.demand(find(model), Recipe(keep=0.5), 1000, 16, onload=torch.device("cuda"))
-        for model in models
-    )
-    assert few == many
-    assert few["blocks"] == 2 * sum(p.nbytes for p in models[0].model.layers[0].parameters())
-    assert few["hidden states"] == 0  # they wait on the host as well
 
 
 @pytest.mark.usefixtures("apart")

@@ -17,7 +17,18 @@ from grail.select.folding import by_first_member, foldable
 ITERATIONS = 25
 
 
-@register("folding-kmeans", folds=True)
+def _peak_bytes(view: View) -> int:
+    """Returns the peak memory of `kmeans` and the rows, in fp32."""
+    h, k = view.width.channels, view.width.kept
+    values = sum(producer.numel() for producer in view.producers)  # H·D
+    seeding = 2 * values  # differences from the last seed, and their squares
+    centres = k * values // h
+    # Distances, those before them, and their terms: squares of rows, or products.
+    assigning = centres + max(values + 2 * h * k, 4 * h * k)
+    return 4 * (values + max(seeding, assigning))
+
+
+@register("folding-kmeans", peak_bytes=_peak_bytes, folds=True)
 def folding_kmeans(view: View) -> Reduction:
     """Folds k-means clusters of the producer rows."""
     return Folding(kmeans(view.rows, foldable(view).kept, view.generator))

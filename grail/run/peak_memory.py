@@ -1,0 +1,317 @@
+"""The peak memory of a run, predicted before it starts.
+
+The blocks are rehearsed: the loop of the run itself compresses them on two of its batches, then
+everything is taken back. Measured so, by a meter on torch's allocations: activations, statistics,
+hidden states that wait, narrowed layers. Two steps would take as long as in the run. They are left
+out, and each adds the peak that it states beside its own code to what is in use when it is due: the
+search of a selector (`peak_bytes` of its registration) and the fit (`grail.algebra._fit`).
+
+Blocks of the same shapes are rehearsed once, the widest after narrowing. What waits grows with the
+number of tokens, narrowed layers with the number of blocks.
+
+Not counted: scratch memory inside of one operation on a CPU (see `grail.runtime.memory.Meter`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grail import select
+from grail.algebra._fit import Fit, peak_bytes
+from grail.algebra.gram import Gram
+from grail.algebra.reduction import Folding, Reduction
+from grail.algebra.width import ChannelWidth
+from grail.calibrate.hidden_states import created_hidden_states
+from grail.calibrate.stream import Stream
+from grail.errors import GrailError
+from grail.networks import Architecture
+from grail.recipe import Recipe
+from grail.run.block import BlockCompressor
+from grail.run.blocks import Blocks
+from grail.runtime import memory
+from grail.runtime.clock import Clock
+from grail.runtime.onload import Onloader, largest_block
+from grail.runtime.transaction import Transaction
+from grail.statistics.collector import ignore
+from grail.statistics.site_statistics import SiteStatistics
+
+Parts = dict[str, int]
+
+# Share of a GPU's free memory that a run may be predicted to take with its hidden states there: the
+# prediction is good to a tenth, and an allocator's memory comes in pieces.
+GPU_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Bytes during the blocks of one shape.
+
+    `waiting`: hidden states. `narrowed`: layers of the other blocks that are narrow by the last of
+    them. `held`: the most in use when a site is decided, beside both. `peak`: the same at any time.
+    """
+
+    waiting: int
+    narrowed: int
+    held: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """The bytes that a run adds where its blocks run.
+
+    `blocks`: those of two blocks, the largest, where blocks are brought from the host.
+    """
+
+    blocks: int
+    _stages: tuple[_Stage, ...]
+
+    def parts(self, hidden_states: bool) -> Parts:
+        """Returns the peak by part; the parts add up to it.
+
+        Args:
+            hidden_states: whether they wait where the blocks run.
+
+        "hidden states"   of all batches, with what is kept of them within a block
+        "blocks"          see `blocks`
+        "weights"         the narrowed layers of other blocks, kept beside the dense weights until
+                          the run succeeds (for rollback)
+        "statistics"      the most that a block holds when a site is decided
+        "working set"     the rest: activations, a search or a fit
+        """
+
+        def total(stage: _Stage) -> int:
+            return stage.waiting * hidden_states + stage.narrowed + stage.peak
+
+        stage = max(self._stages, key=total)
+        return {
+            "hidden states": stage.waiting * hidden_states,
+            "blocks": self.blocks,
+            "weights": stage.narrowed,
+            "statistics": stage.held,
+            "working set": stage.peak - stage.held,
+        }
+
+    def total(self, hidden_states: bool) -> int:
+        """Returns the peak."""
+        return sum(self.parts(hidden_states).values())
+
+
+def predict(
+    architecture: Architecture,
+    recipe: Recipe,
+    stream: Stream,
+    clock: Clock,
+    *,
+    onloads: bool = False,
+    growth: float = 1.0,
+    known: Callable[[Any], list[SiteStatistics]] | None = None,
+) -> PeakMemory | None:
+    """Rehearses a run and returns its peak; None where the rehearsal is refused.
+
+    Args:
+        architecture: dense, in evaluation mode; it is as it was afterwards.
+        stream: calibration batches at the entry of the first block; not changed.
+        clock: counts the rehearsal among its phases.
+        onloads: whether blocks are brought to the device of the stream one at a time.
+        growth: the run's tokens relative to those of `stream`.
+        known: see `grail.run.blocks.Blocks`.
+    """
+    try:
+        return _Rehearsal(architecture, recipe, stream, clock, onloads).predict(growth, known)
+    except GrailError:  # the run itself meets it again, and reports it
+        return None
+
+
+def waiting_place(predicted: PeakMemory | None, device: torch.device, held: int) -> torch.device:
+    """Returns the device where hidden states wait: the model's GPU if the run fits beside them.
+
+    Else, or without a prediction, the host. A run copies them eight times a block: from pageable
+    memory of the host that takes longer than an H100 takes for the block.
+
+    Args:
+        held: bytes of what is predicted that are on the device already.
+    """
+    if device.type != "cuda" or predicted is None:
+        return torch.device("cpu")
+    fits = predicted.total(hidden_states=True) - held <= GPU_SHARE * memory.free(device)
+    return device if fits else torch.device("cpu")
+
+
+class _Rehearsal:
+    """Runs the loop over blocks without search and fit, and records the memory in use."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        recipe: Recipe,
+        stream: Stream,
+        clock: Clock,
+        onloads: bool,
+    ):
+        self._architecture, self._recipe, self._clock = architecture, recipe, clock
+        self._whole, self._meter = stream, memory.Meter(stream.device)
+        self._brought_to = stream.device if onloads else None
+        self._waits_here = stream.storage.type == stream.device.type
+        widths = recipe.widths(architecture)
+        blocks = [recipe.active(sites, widths) for sites in recipe.sites_of(architecture)]
+        self._held = self._due = self._waiting = self._highest = 0
+        self._kept = [sum(widths[site.name].kept for site in sites) for sites in blocks]
+
+    def predict(
+        self, growth: float, known: Callable[[Any], list[SiteStatistics]] | None
+    ) -> PeakMemory:
+        """Returns the peak of the run; see the function of this name."""
+        entry = growth * sum(hidden.nbytes for hidden in self._whole.hidden)
+        if not any(self._kept):  # such a run ends at once
+            return PeakMemory(0, (_Stage(int(entry), 0, 0, 0),))
+        with ExitStack() as stack:
+            self._created = stack.enter_context(created_hidden_states())
+            stack.enter_context(self._meter)
+            stream = self._whole.part(_sample(self._whole)) if len(self._whole) else self._whole
+            own = sum(hidden.nbytes for hidden in stream.hidden)
+            self._growth = entry / own if own else 0.0
+            transaction = stack.enter_context(Transaction())
+            stack.callback(transaction.undo)
+            recipe = dataclasses.replace(self._recipe, selector=_Search(self, self._recipe))
+            blocks = Blocks(self._architecture, recipe, stream, self._clock, known=known)
+            blocks.learn_orders()
+            compressor = BlockCompressor(blocks, transaction, self._fit)
+            stages = self._stages(compressor, transaction)
+            # The rehearsal's own, which is more only where a run has few batches.
+            stages.append(_Stage(int(entry), 0, 0, self._highest))
+        largest = 2 * largest_block(self._architecture.blocks) if self._brought_to else 0
+        return PeakMemory(largest, tuple(stages))
+
+    def _stages(self, compressor: BlockCompressor, transaction: Transaction) -> list[_Stage]:
+        """Rehearses one block of each shape, in order."""
+        blocks, stream = self._architecture.blocks, compressor.blocks.stream
+        forms = [_form(block) for block in blocks]
+        narrowed = [0.0] * len(blocks)
+        rehearsed: dict[Any, _Stage] = {}
+        last: dict[Any, int] = {}
+        same: dict[Any, bool] = {}
+        for number, form in enumerate(forms):
+            shapes = tuple(hidden.shape for hidden in stream.hidden)
+            key = form, shapes
+            if key not in rehearsed:
+                alike = [n for n in range(len(blocks)) if forms[n] == form]
+                widest = max(alike, key=lambda n: (self._kept[n], 0 < n < len(blocks) - 1))
+                rehearsed[key], own = self._rehearse(compressor, transaction, widest)
+                same[key] = shapes == tuple(hidden.shape for hidden in stream.hidden)
+                for n in alike:
+                    narrowed[n] = own * self._kept[n] / max(1, self._kept[widest])
+            elif not same[key]:
+                with Onloader(blocks[: number + 1], self._brought_to)(number):
+                    for batch in range(len(stream)):
+                        stream.store(batch, stream.run(number, batch))
+            last[key] = number
+        if self._brought_to:  # what is narrow is on the host again
+            narrowed = [0.0] * len(blocks)
+        return [
+            dataclasses.replace(stage, narrowed=int(sum(narrowed[: last[key]])) if last[key] else 0)
+            for key, stage in rehearsed.items()
+        ]
+
+    def _rehearse(
+        self, compressor: BlockCompressor, transaction: Transaction, number: int
+    ) -> tuple[_Stage, int]:
+        """Compresses one block; returns its bytes, and those of its narrowed layers."""
+        brought = Onloader(self._architecture.blocks[: number + 1], self._brought_to)
+        with brought(number):
+            before = self._in_use()
+            self._meter.restart()
+            self._held = self._due = self._waiting = 0
+            compressor.compress(number, ignore)
+            narrowed = self._in_use() - before
+            highest = self._meter.peak
+            transaction.undo()
+        self._highest = max(self._highest, highest)
+        peak = max(highest - self._waiting * self._waits_here, self._due)
+        waiting = int(self._waiting * self._growth)
+        return _Stage(waiting, 0, self._held - before, peak - before), narrowed
+
+    def _fit(
+        self,
+        gram: Gram,
+        reduction: Reduction,
+        weight: Tensor,
+        *,
+        fit_bias: bool,
+        **_: Any,
+    ) -> Fit:
+        """Returns a plain fit in the place of `grail.fit`, and records what that would take.
+
+        Of the tokens of two batches an expert may get too few, of those of the run enough.
+        """
+        outputs = len(weight)
+        self._record(
+            peak_bytes(
+                reduction.channels,
+                reduction.kept,
+                outputs,
+                folding=isinstance(reduction, Folding),
+                drift=self._recipe.compensate and gram.drift is not None,
+                held_out=self._recipe.holds_out and self._whole.holds_out,
+                affine=fit_bias,
+                weight_bytes=weight.element_size(),
+            )
+        )
+        plain = reduction.absorb(weight.detach())
+        shift = weight.new_zeros(outputs, dtype=torch.float64)
+        return Fit((plain,), math.nan, math.nan, 1.0, 1.0, 0.0, 0, (shift,) if fit_bias else None)
+
+    def _record(self, due: int) -> None:
+        """Notes what is in use, and would be at the peak of what is due."""
+        held = self._in_use()
+        self._held, self._due = max(self._held, held), max(self._due, held + due)
+
+    def _in_use(self) -> int:
+        """Returns the bytes in use without hidden states; notes the most of those."""
+        waiting = sum(states.nbytes for states in self._created)
+        self._waiting = max(self._waiting, waiting)
+        return self._meter.use - waiting * self._waits_here
+
+
+class _Search:
+    """A selector that searches for nothing, and records what the recipe's own would take."""
+
+    def __init__(self, rehearsal: "_Rehearsal", recipe: Recipe):
+        self._record, self._selector = rehearsal._record, select.get(recipe.selector)
+        self._known = isinstance(recipe.selector, str)
+        self.needs_gradient = recipe.needs_gradient
+
+    def __call__(self, view: select.View) -> Any:
+        peak = getattr(self._selector, "peak_bytes", None)
+        if peak is None and self._known:
+            return self._selector(view)
+        self._record(0 if peak is None else peak(view))
+        channels, kept = view.width.channels, view.width.kept
+        if getattr(self._selector, "folds", False) and isinstance(view.width, ChannelWidth):
+            return Folding([channel % kept for channel in range(channels)])
+        return torch.arange(channels, 0, -1, dtype=torch.float32)
+
+
+def _sample(stream: Stream) -> list[int]:
+    """The numbers of the largest batch and of one that has what it lacks: samples held out, or not.
+
+    So the second pass finds all statistics of both in use.
+    """
+    sizes = [hidden.nbytes for hidden in stream.hidden]
+    largest = sizes.index(max(sizes))
+    held = stream.held_out(largest)
+    if held is not None and not bool(held.all()):
+        return [largest, largest]
+    other = (n for n in range(len(sizes)) if (stream.held_out(n) is None) != (held is None))
+    return [next(other, largest), largest]
+
+
+def _form(block: nn.Module) -> tuple[Any, ...]:
+    """The shapes and dtypes of a block's parameters."""
+    return type(block), tuple((name, p.shape, p.dtype) for name, p in block.named_parameters())
