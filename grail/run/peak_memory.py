@@ -260,6 +260,7 @@ class _Rehearsal:
                 drift=self._recipe.fits_weights and gram.drift is not None,
                 held_out=self._recipe.holds_out and self._whole.holds_out,
                 affine=affine,
+                weight_bytes=weight.element_size(),
             )
         )
         plain = reduction.absorb(weight.detach())
