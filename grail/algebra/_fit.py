@@ -210,14 +210,16 @@ def peak_bytes(
     drift: bool = False,
     held_out: bool = False,
     affine: bool = False,
+    weight_bytes: int = 4,
 ) -> int:
-    """The most memory that `fit` takes beside its arguments, where `grail.ridge` solves in fp64.
+    """Returns the most memory that `fit` takes beside its arguments, if the ridge solves in fp64.
 
     Args:
-        channels, kept, outputs: H, K, and O of all consumers, with weights of 4 bytes.
+        channels, kept, outputs: H, K, and O of all consumers.
         folding: whether clusters are averaged, for which G is held in fp64.
-        drift, held_out: whether the Grams know a drift, and whether there is a second one.
+        drift, held_out: whether the Grams hold a drift, and whether there is a second one.
         affine: whether the biases are fitted as well.
+        weight_bytes: of one value of the consumers.
     """
     h, k, o, lost = channels, kept, outputs, channels if folding else channels - kept
     full, parts = k + affine, 1 + drift  # columns with the constant's; W x and the drift's share
@@ -231,7 +233,7 @@ def peak_bytes(
     if drift:
         building = max(building, terms + 8 * min(o, ROWS) * (h + lost))
     products = 8 * full * full + result
-    errors = 12 * o * k + max(bordering, 2 * result, products + drift * result)
+    errors = (8 + weight_bytes) * o * k + max(bordering, 2 * result, products + drift * result)
     one = 4 * h * h + consumer + max(building, terms + errors)
     if not held_out:
         return one

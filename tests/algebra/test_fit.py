@@ -440,6 +440,18 @@ def test_the_predicted_memory_is_what_torch_allocates(
     assert used == pytest.approx(predicted, rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+@pytest.mark.parametrize("sizes", [(300, 900, 200), (512, 100, 500)], ids=str)
+def test_the_predicted_memory_follows_the_dtype_of_the_weights(sizes, dtype):
+    channels, outputs, kept = sizes
+    gram = grail.Gram(channels)
+    gram.update(torch.randn(700, channels))
+    weight = torch.randn(outputs, channels).to(dtype)
+    used = peak_bytes(lambda: grail.fit(gram, range(kept), weight, toward="baseline"))
+    predicted = predicted_peak(channels, kept, outputs, weight_bytes=weight.element_size())
+    assert used == pytest.approx(predicted, rel=0.1)
+
+
 class Mixing(grail.Reduction):
     """Any dense map [K, H]: none that the fit could know of."""
 
