@@ -143,11 +143,7 @@ def gram_config(
 
 
 def tma_config(parts: int, channels: int, *, architecture: str = DEFAULT) -> GramConfig:
-    """The launch of the kernel of `gram_tma` for activations in 1 or 3 parts, H = `channels`.
-
-    Raises:
-        LaunchTableError: the table is damaged.
-    """
+    """The launch of the kernel of `gram_tma` for activations in 1 or 3 parts, H = `channels`."""
     operands = "16-bit" if parts == 1 else "split"
     return _row(architecture, ("gram_tma", operands, _width(channels)), GramConfig)
 
@@ -155,11 +151,7 @@ def tma_config(parts: int, channels: int, *, architecture: str = DEFAULT) -> Gra
 def absorb_config(
     dtype: torch.dtype, channels: int = _MIDDLE_CHANNELS + 1, architecture: str = DEFAULT
 ) -> AbsorbConfig:
-    """The way to compute the correction for weights [O, H] of this dtype and H = `channels`.
-
-    Raises:
-        LaunchTableError: the table is damaged.
-    """
+    """The way to compute the correction for weights [O, H] of this dtype and H = `channels`."""
     operands = "bf16" if dtype == torch.bfloat16 else "split"
     shape = "middle" if channels <= _MIDDLE_CHANNELS else "wide"
     return _row(architecture, ("absorb", operands, shape), AbsorbConfig)
