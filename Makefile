@@ -14,7 +14,7 @@ help: ## list the targets
 environment: $(VENV)/installed ## create .venv with every dependency and the SmolLM2-135M model
 
 demo: $(VENV)/installed ## compress and restore SmolLM2-135M: table, report page, model folder
-	$(RUN) bench.demo
+	$(RUN) bench.report.demo
 
 test: $(VENV)/installed ## run the whole test suite on the CPU, in a process for each of up to 4 cores
 	$(RUN) pytest -n logical --maxprocesses 4

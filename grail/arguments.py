@@ -1,5 +1,6 @@
-"""The kinds of arguments that public calls take; others are refused by the name of their type."""
+"""Checks of the arguments of public calls; other kinds are refused by the name of their type."""
 
+import difflib
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,15 +15,17 @@ from grail.errors import InputError, one_line
 from grail_kernels import check_kind, kind_of
 
 _SEEDS = 2**63  # of torch.Generator
+# Attributes of the layers of libraries for quantisation.
+_QUANTISED = ("qweight", "W_q", "_packed_params", "weight_fake_quant", "weight_scale_inv")
 
 
 def require_model(model: object) -> None:
-    """Raises InputError for what is no network."""
+    """Raises InputError unless `model` is a network."""
     check_kind("model", model, nn.Module, "a torch.nn.Module")
 
 
 def require_language_model(model: Any) -> None:
-    """Raises InputError for what is no model of transformers with an input embedding."""
+    """Raises InputError unless `model` is a causal language model of transformers."""
     require_model(model)
     if not (hasattr(model, "config") and hasattr(model, "get_output_embeddings")):
         raise InputError(
@@ -31,7 +34,7 @@ def require_language_model(model: Any) -> None:
 
 
 def require_batches(batches: object) -> None:
-    """Raises InputError for one batch, or for what cannot be iterated over."""
+    """Raises InputError for one batch, or anything else that is no iterable of batches."""
     try:
         several = not isinstance(batches, (torch.Tensor, Mapping, str))
         iter(cast("Iterable[object]", batches))
@@ -43,7 +46,7 @@ def require_batches(batches: object) -> None:
 
 
 def require_dense(name: str, tensor: torch.Tensor) -> None:
-    """Raises InputError for a tensor that is sparse or nested, or holds no values."""
+    """Raises InputError for a tensor that is sparse, nested or on the meta device."""
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise InputError(f"{name} must be a dense (strided) tensor; got {kind}: make it dense")
@@ -52,53 +55,58 @@ def require_dense(name: str, tensor: torch.Tensor) -> None:
 
 
 def require_switches(**switches: object) -> None:
-    """Raises InputError for what is neither True nor False."""
+    """Raises InputError for a value that is neither True nor False."""
     for name, value in switches.items():
         check_kind(name, value, bool, "True or False")
 
 
 def require_whole(name: str, value: object, least: int) -> None:
-    """Raises InputError for what is no whole number, or less than `least`."""
+    """Raises InputError unless `value` is a whole number ≥ `least`."""
     if not is_whole(value) or value < least:
         raise InputError(f"{name} must be a whole number ≥ {least}; got {value!r}")
 
 
 def require_seed(value: object) -> None:
-    """Raises InputError for what is no seed of torch's generators."""
+    """Raises InputError unless `value` is a seed of torch's generators."""
     require_whole("seed", value, 0)
     if cast("int", value) >= _SEEDS:
         raise InputError(f"seed must be less than 2**63; got {value!r}")
 
 
 def require_number(name: str, value: object) -> None:
-    """Raises InputError for what is no number."""
+    """Raises InputError unless `value` is a number."""
     if not is_number(value):
         raise InputError(f"{name} must be a number; got {kind_of(value)}")
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer, of Python or numpy; a truth value is none."""
+    """Returns whether a value is an integer of Python or numpy, and no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a real number, of Python or numpy; a truth value is none."""
+    """Returns whether a value is a real number of Python or numpy, and no bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def plain(value: Any) -> Any:
-    """Python's form of a number or array of numpy; anything else as it is."""
+    """Returns a number or array of numpy as Python's; anything else unchanged."""
     return value.tolist() if isinstance(value, (np.number, np.ndarray)) else value
 
 
 def as_path(name: str, value: object) -> Path:
-    """A path that was given as a string or a path."""
+    """Returns a path given as a string or a path."""
     check_kind(name, value, (str, os.PathLike), "a path")
     return Path(str(value))
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Returns whether a layer stores its weight in a quantised form."""
+    return any(hasattr(module, mark) for mark in _QUANTISED)
+
+
 def require_usable(device: torch.device | str) -> torch.device:
-    """A device that torch knows and this machine has; any other raises InputError."""
+    """Returns a device of this machine; raises InputError for any other."""
     check_kind("device", device, (str, torch.device), "the name of a device, such as 'cuda'")
     try:
         found = torch.device(device)
@@ -113,7 +121,7 @@ def require_usable(device: torch.device | str) -> torch.device:
 
 
 def _why_not(device: str, error: Exception) -> str:
-    """The reason that a device cannot be used, in words where it is a GPU."""
+    """Returns the reason why a device cannot be used, explained for GPUs."""
     kind, _, index = device.partition(":")
     if kind not in ("cuda", "gpu"):
         return one_line(error).split(". ")[0]
@@ -129,7 +137,13 @@ def _why_not(device: str, error: Exception) -> str:
     return one_line(error)
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question with the known name that is nearest to another one; nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
 def as_paths(name: str, paths: object) -> list[Path]:
-    """Paths of a list."""
+    """Returns the paths of a list."""
     check_kind(name, paths, (list, tuple), "a list of paths")
     return [as_path(name, path) for path in cast("Sequence[object]", paths)]

@@ -1,4 +1,4 @@
-"""Named errors. Every one is a `GrailError`; the command line turns them into exit code 2."""
+"""Named errors, all of class `GrailError`; the command line exits with code 2 for them."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ class ModelError(GrailError):
 
 
 class EmptyCalibrationError(InputError):
-    """Calibration that holds no token, or less text than one sequence."""
+    """Calibration without tokens, or with less text than one sequence."""
 
 
 class ExportError(GrailError):
@@ -33,7 +33,7 @@ class ExportError(GrailError):
 
 
 class OutOfMemoryError(GrailError, MemoryError):
-    """The device or the host has too little memory; the message names what needs less."""
+    """The device or the host has too little memory; the message names remedies."""
 
 
 class RankError(GrailError):
@@ -53,8 +53,8 @@ class NonFiniteError(GrailError):
 
     Args:
         what: the tensor, in words ("activations of model.layers.3.mlp").
-        channels: the channels that hold a non-finite value.
-        count: how many values are not finite.
+        channels: the channels with a non-finite value.
+        count: the number of such values.
     """
 
     def __init__(self, what: str, channels: Sequence[int], count: int):
@@ -62,10 +62,10 @@ class NonFiniteError(GrailError):
         shown = ", ".join(map(str, self.channels[:8])) + (", …" if len(self.channels) > 8 else "")
         super().__init__(
             f"{what}: {count} value(s) are NaN or Inf, in channel(s) {shown}; "
-            "nothing was changed. Check weights and calibration batches, or use a wider dtype."
+            "nothing was changed; check weights and calibration batches, or use a wider dtype"
         )
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error of another library on one line, or its name where it has none."""
+    """Returns the message of another library's error on one line, or the error's class."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,53 +1,195 @@
-"""What a run is asked to do, checked before any work starts."""
+"""`Recipe`: all that determines the result of a run, as data that is checked before work starts."""
 
+import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, TypeVar
 
 from grail import select
-from grail.algebra._fit import Auto, Damping, Toward, check_settings
+from grail.algebra._fit import ALPHA, Auto, Toward, check_settings
 from grail.algebra.gram import NonFinite, check_non_finite
 from grail.algebra.width import Width, check_keep
-from grail.arguments import plain, require_seed, require_switches
-from grail.errors import InputError, ModelError
-from grail.networks import Architecture, BoundSite, Site
+from grail.arguments import as_path, did_you_mean, plain, require_seed, require_switches
+from grail.errors import InputError, ModelError, one_line
+from grail.networks import Architecture, BoundSite, Fused, Site
+from grail.runtime.settings import (
+    Runtime,
+    as_runtime,
+    changed,
+    documented,
+    refuse_unknown,
+    setting,
+)
 from grail_kernels import check_kind, kind_of
 
-# From bench/results/smollm2_calibration.csv: the best or within 2% of it at 8k, 32k and 128k
-# tokens, on the calibration's text and on another.
-ALPHA = 1e-3
-
-Compensation = Literal["weights", "bias", "both"]
-TokenWeights = bool | Auto
 Keep = float | Mapping[str, float | Sequence[float]]
+Sites = Sequence[str | Site] | None
+
+Made = TypeVar("Made", Site, Fused)
+
+RECIPE = "recipe.json"  # beside every output
+_MOST_SEED = (1 << 63) - 1
+_FORMATS = (".json", ".yaml", ".yml")
+
+# What each differs in from the defaults, "default".
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # GRAIL as published: its formula W G Rᵀ (A + λI)⁻¹, uncentred, on the network's own output.
+    "paper": {
+        "selector": "wanda",
+        "alpha": 1e-3,
+        "toward": "zero",
+        "drift_correction": 0.0,
+        "token_weights": False,
+        "per_tap": False,
+        "exact_folding": False,
+    },
+    "prune": {"selector": "wanda", "compensate": False},
+    "flap": {"selector": "flap", "compensate": False, "fit_bias": True},
+    "slimgpt": {"selector": "slimgpt", "alpha": 0.01, "drift_correction": 0.0},
+}
 
 
+@documented
 @dataclass(frozen=True)
 class Recipe:
-    """The arguments of `grail.compress` that say what to do. Wrong values raise InputError."""
+    """All that determines the result of a run but model and calibration.
 
-    keep: Keep = 0.7
-    sites: Sequence[str | Site] | None = None
-    selector: str | select.Selector = "greedy"
-    compensate: bool | Compensation = True
-    alpha: float | Auto = "auto"
-    toward: Toward = "baseline"
-    damping: Damping = "site"
-    drift_correction: float | Auto = "auto"
-    correct_attention: bool = False
-    token_weights: TokenWeights = "auto"
-    closed_loop: bool = True
-    multiple: int | None = None
-    seed: int = 0
-    per_tap: bool = True
-    exact_folding: bool = True
-    repair: bool = False
-    non_finite: NonFinite = "refuse"
+    Wrong values raise InputError. The same recipe and calibration give the same bits.
+    """
+
+    keep: Keep = setting(
+        0.7,
+        "Share of each site's channels that stays, in (0, 1]. In Python and in a recipe file also "
+        'one for each kind or site, {"mlp": 0.5, "heads": 0.7}, or for each block of a kind, '
+        '{"mlp": [0.9, 0.8, …]}. The nearest width that the structure allows is used and reported.',
+        metavar="SHARE",
+    )
+    sites: Sites = setting(
+        None,
+        "Kinds of sites to narrow: mlp, heads, experts, shared_experts, conv; several as "
+        "mlp,heads. In Python and in a recipe file also grail.Site, which names layers.",
+        shown="what there is of mlp, experts and conv",
+        metavar="KINDS",
+    )
+    selector: str | select.Selector = setting(
+        "greedy",
+        f"Channel selection method: {', '.join(select.names())}. In Python also a function from "
+        "grail.select.View to a Reduction.",
+        metavar="NAME",
+    )
+    compensate: bool = setting(
+        True,
+        "Fit the consumers' weights to the kept channels. Without: plain pruning or folding.",
+        panel="Restoring",
+    )
+    fit_bias: bool = setting(
+        False,
+        "Also fit output biases to the mean of the removed signal; Llama gets biases. With "
+        "compensate both are fitted at once, without it biases alone, as FLAP does.",
+        panel="Restoring",
+    )
+    alpha: float | Auto = setting(
+        "auto",
+        "Ridge strength, relative to the mean diagonal of the kept channels' Gram. auto chooses it "
+        f"at each site by held-out sequences (every fifth), and is {ALPHA:g} where there are none.",
+        metavar="FLOAT|auto",
+        panel="Restoring",
+    )
+    toward: Toward = setting(
+        "baseline",
+        "What a strong ridge shrinks to: baseline (plain pruning or folding) or zero (the paper).",
+        panel="Restoring",
+    )
+    drift_correction: float | Auto = setting(
+        "auto",
+        "Share in [0, 1] of the drift from the dense network that each consumer also corrects. 0 "
+        "is the paper; auto chooses by held-out sequences. Costs a pass of the dense blocks.",
+        metavar="FLOAT|auto",
+        panel="Restoring",
+    )
+    correct_attention: bool = setting(
+        False,
+        "Also rewrite the projections to queries, keys and values, so that they compute from the "
+        "compressed stream what they did from the dense one; their widths stay. Needs drift to be "
+        "followed. Worth it for text encoders; for decoders, measure.",
+        panel="Restoring",
+    )
+    token_weights: bool | Auto = setting(
+        "auto",
+        "Weight each token's error by the inverse size of the dense residual stream, as norms see "
+        "it; the paper weights all alike. Needs drift to be followed and no biases to be fitted.",
+        shown="where heads alone are narrowed",
+        panel="Restoring",
+    )
+    closed_loop: bool = setting(
+        True,
+        "Calibrate each block on the output of the already compressed ones, or on the dense model.",
+        flag="--closed-loop/--open-loop",
+        panel="Restoring",
+    )
+    multiple: int | None = setting(
+        None,
+        "Round widths in channels to a multiple of this.",
+        shown="128 from 4096 channels up, 8 from 64, else 1",
+    )
+    seed: int = setting(
+        0,
+        "Seed of random scores; on the command line also of the calibration sequences.",
+        most=_MOST_SEED,
+        panel="Running",
+    )
+    per_tap: bool = setting(
+        True,
+        "Fit every tap of a convolution. Without: the paper's map of channels, the same at every "
+        "tap, which needs less data.",
+        flag=None,  # the command line narrows language models
+    )
+    exact_folding: bool = setting(
+        True,
+        "Fit a folding to the output of the folded producers, at the cost of one more pass. "
+        "Without: as in the paper, which folds the dense activations.",
+        panel="Restoring",
+    )
+    repair: bool = setting(
+        False,
+        "Set the batch norms of each block to the statistics of their inputs once its sites are "
+        "done, as REPAIR does.",
+        flag=None,
+    )
+    non_finite: NonFinite = setting(
+        "refuse",
+        "Calibration tokens with NaN or Inf: refuse the run, or drop and count them.",
+        panel="Running",
+    )
 
     def __post_init__(self) -> None:
         for name in ("alpha", "drift_correction", "multiple", "seed"):
             object.__setattr__(self, name, plain(getattr(self, name)))
+        self._check_channels()
+        require_switches(
+            compensate=self.compensate,
+            fit_bias=self.fit_bias,
+            correct_attention=self.correct_attention,
+            closed_loop=self.closed_loop,
+            per_tap=self.per_tap,
+            exact_folding=self.exact_folding,
+            repair=self.repair,
+        )
+        check_settings(self.alpha, self.toward, self.drift_correction)
+        self._check_drift()
+        if self.repair and not self.closed_loop:
+            raise InputError("repair needs the closed loop: an open one runs no narrowed block")
+        check_non_finite(self.non_finite)
+        if self.repair and self.non_finite == "drop":
+            raise InputError("repair counts every pixel, so it cannot drop those that hold NaN")
+        require_seed(self.seed)
+
+    def _check_channels(self) -> None:
+        """Checks which channels of which sites stay, and gives these fields their one form."""
         object.__setattr__(self, "keep", _plain_shares(self.keep))
         if isinstance(self.sites, str):
             kinds = self.sites.lower().replace(",", " ").split()
@@ -63,12 +205,13 @@ class Recipe:
         for keep in keeps:
             for share in keep if _are_several(keep) else (keep,):
                 check_keep(share)
-        if not isinstance(self.compensate, bool) and self.compensate not in get_args(Compensation):
-            raise InputError(
-                f"compensate must be True, False or one of {', '.join(get_args(Compensation))}; "
-                f"got {self.compensate!r}"
-            )
-        check_settings(self.alpha, self.toward, self.drift_correction, self.damping)
+        if not (isinstance(self.selector, str) or callable(self.selector)):
+            raise InputError(f"selector must be a name or a function; got {kind_of(self.selector)}")
+        if isinstance(self.selector, str):
+            object.__setattr__(self, "selector", select.canonical(self.selector))
+
+    def _check_drift(self) -> None:
+        """Raises InputError for settings that need the drift to be followed where it is not."""
         if self.drift_correction not in ("auto", 0) and not self.closed_loop:
             raise InputError(
                 "drift_correction needs the closed loop: an open one sees no drift to correct"
@@ -77,7 +220,7 @@ class Recipe:
             raise InputError(
                 f"token_weights must be True, False or 'auto'; got {self.token_weights!r}"
             )
-        if self.token_weights is True and (self.shifts_bias or not self.follows_drift):
+        if self.token_weights is True and (self.fit_bias or not self.follows_drift):
             raise InputError(
                 "token_weights needs the dense network's stream, which is followed where drift is "
                 "corrected, and no bias to be fitted"
@@ -87,67 +230,110 @@ class Recipe:
                 "correct_attention needs the dense network's stream, which is followed where drift "
                 "is corrected"
             )
-        if self.repair and not self.closed_loop:
-            raise InputError("repair needs the closed loop: an open one runs no narrowed block")
-        check_non_finite(self.non_finite)
-        if self.repair and self.non_finite == "drop":
-            raise InputError("repair counts every pixel, so it cannot drop those that hold NaN")
-        require_switches(
-            correct_attention=self.correct_attention,
-            closed_loop=self.closed_loop,
-            per_tap=self.per_tap,
-            exact_folding=self.exact_folding,
-            repair=self.repair,
-        )
-        require_seed(self.seed)
-        if not (isinstance(self.selector, str) or callable(self.selector)):
-            raise InputError(f"selector must be a name or a function; got {kind_of(self.selector)}")
-        if isinstance(self.selector, str):
-            object.__setattr__(self, "selector", select.canonical(self.selector))
 
-    @property
-    def fits_weights(self) -> bool:
-        """Whether consumers are fitted, not only narrowed."""
-        return self.compensate in (True, "weights", "both")
+    @classmethod
+    def named(cls, name: str) -> "Recipe":
+        """Returns a preset: default, paper, prune, flap or slimgpt.
 
-    @property
-    def shifts_bias(self) -> bool:
-        """Whether a consumer's bias takes up the mean of what is lost."""
-        return self.compensate in ("bias", "both")
+        Raises:
+            InputError: an unknown name; the message has the nearest known one.
+        """
+        if name not in PRESETS:
+            raise InputError(
+                f"unknown recipe {name!r}; {did_you_mean(str(name), PRESETS)}choose one of "
+                f"{', '.join(PRESETS)}, or give the path of a {', '.join(_FORMATS)} file"
+            )
+        return cls(**PRESETS[name])
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
+        """Returns the recipe that `as_dict` described; settings left out have their defaults.
+
+        Raises:
+            InputError: an unknown setting, with the nearest known one; a value that is not allowed.
+        """
+        check_kind("a recipe", data, Mapping, "a mapping of settings")
+        refuse_unknown(data, settings())
+        values = dict(data)
+        if isinstance(values.get("sites"), Sequence) and not isinstance(values["sites"], str):
+            values["sites"] = [_site(site) for site in values["sites"]]
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """Reads a recipe file, JSON or YAML by its suffix.
+
+        Raises:
+            InputError: no such file, another suffix, damaged text, YAML without PyYAML; as
+                `from_dict`.
+        """
+        path = _recipe_file(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            return cls.from_dict(_parsed(text, path.suffix))
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such recipe file") from error
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the recipe for `load`, JSON or YAML by its suffix.
+
+        Raises:
+            InputError: a selector that is a function, another suffix, YAML without PyYAML.
+        """
+        if not isinstance(self.selector, str):
+            raise InputError(
+                f"selector is {self.selector!r}, and no file holds a function; a recipe can be "
+                "saved with the name of a selector"
+            )
+        path, data = _recipe_file(path), self.as_dict()
+        if path.suffix == ".json":
+            text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        else:
+            text = _yaml().safe_dump(data, sort_keys=False, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns all settings as JSON-ready data; a selector that is a function as its repr."""
+        name = self.selector if isinstance(self.selector, str) else repr(self.selector)
+        return {**{key: _data(value) for key, value in vars(self).items()}, "selector": name}
 
     @property
     def follows_drift(self) -> bool:
         """Whether the dense network's stream is carried beside the compressed one's."""
-        return self.fits_weights and self.closed_loop and self.drift_correction != 0
+        return self.compensate and self.closed_loop and self.drift_correction != 0
 
     @property
     def weighs_tokens(self) -> bool:
-        """Whether a token's error counts relative to the size of the stream where it lands.
+        """Whether a token's error counts relative to the size of the residual stream.
 
-        Else the drift of a few tokens of enormous size drowns that of all others. SmolLM2's heads
-        alone (Brown, 32k tokens): perplexity 52.7 for 74.6 at 0.7, 77.2 for 75.4 at 0.5. Heads and
-        MLPs at 0.7: 81.3 for 69.1, with weights at the heads only 74.6.
+        Otherwise a few tokens of huge norm dominate the fit. SmolLM2's heads alone (Brown, 32k
+        tokens): perplexity 52.7 instead of 74.6 at 0.7, 77.2 instead of 75.4 at 0.5. Heads and MLPs
+        at 0.7: 81.3 instead of 69.1, with weights at the heads only 74.6.
         """
         if self.token_weights == "auto":
             heads_alone = list(self.sites or ()) == ["heads"]
-            return heads_alone and self.follows_drift and not self.shifts_bias
+            return heads_alone and self.follows_drift and not self.fit_bias
         return bool(self.token_weights)
 
     @property
     def folds_exactly(self) -> bool:
-        """Whether a folding is fitted to what the folded block writes."""
-        return self.exact_folding and self.fits_weights and self.closed_loop
+        """Whether a folding is fitted to the output of the folded producers."""
+        return self.exact_folding and self.compensate and self.closed_loop
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether the selector wants gradients of each block's output."""
+        """Whether the selector reads gradients of each block's output."""
         return select.needs_gradient(select.get(self.selector))
 
     @property
     def holds_out(self) -> bool:
         """Whether something is chosen by held-out tokens."""
         automatic = self.alpha == "auto" or (self.follows_drift and self.drift_correction == "auto")
-        return self.fits_weights and automatic
+        return self.compensate and automatic
 
     def sites_of(self, architecture: Architecture) -> list[list[BoundSite]]:
         """For each block the sites to be narrowed, in the order in which they run."""
@@ -232,14 +418,121 @@ class Recipe:
         narrowed = [site for site in sites if widths[site.name].kept < site.channels]
         return list(sites) if narrowed and self.follows_drift else narrowed
 
-    def as_dict(self) -> dict[str, Any]:
-        """For the report: JSON-ready."""
-        name = self.selector if isinstance(self.selector, str) else repr(self.selector)
-        keep: Any = self.keep
-        if isinstance(keep, Mapping):
-            keep = {k: list(v) if isinstance(v, Sequence) else v for k, v in keep.items()}
-        sites = None if self.sites is None else [str(site) for site in self.sites]
-        return {**vars(self), "keep": keep, "sites": sites, "selector": name}
+
+AnyRecipe = str | Path | Recipe  # a recipe, the name of a preset, or the path of a file
+
+
+def settings() -> list[str]:
+    """Returns the names of a recipe's settings."""
+    return [field.name for field in dataclasses.fields(Recipe)]
+
+
+def as_recipe(recipe: AnyRecipe) -> Recipe:
+    """Returns a recipe as it is, the preset of a name, or what a file holds.
+
+    Raises:
+        InputError: an unknown name; as `Recipe.load`.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    check_kind("recipe", recipe, (str, Path), "a grail.Recipe, the name of one, or a path")
+    if recipe in PRESETS or not (Path(recipe).suffix in _FORMATS or Path(recipe).is_file()):
+        return Recipe.named(str(recipe))
+    return Recipe.load(recipe)
+
+
+def merged(
+    recipe: AnyRecipe,
+    runtime: Runtime | None,
+    overrides: Mapping[str, Any],
+    *,
+    reads: Container[str] | None = None,
+    **explicit: Any,
+) -> tuple[Recipe, Runtime]:
+    """Returns the recipe and the runtime of a call, those settings replaced that it names.
+
+    Args:
+        recipe: see `as_recipe`.
+        runtime: None is the default one.
+        overrides: values of settings of either, by name.
+        reads: settings of a recipe that the call reads; others in `overrides` are refused.
+        explicit: as `overrides`, but None gives none.
+
+    Raises:
+        InputError: an unknown setting, with the nearest known one; one that is not read; a value
+            that is not allowed.
+    """
+    recipe, runtime = as_recipe(recipe), as_runtime(runtime)
+    given = {name: value for name, value in explicit.items() if value is not None}
+    given |= overrides
+    of_runtime = [field.name for field in dataclasses.fields(Runtime)]
+    refuse_unknown(given, [*settings(), *of_runtime])
+    for name in given:
+        if reads is not None and name not in reads and name not in of_runtime:
+            raise InputError(f"{name} is a setting of grail.compress that is not read here")
+    return changed(recipe, given), changed(runtime, given)
+
+
+def save_beside(settings_of_run: Mapping[str, Any], folder: Path) -> None:
+    """Writes the recipe of a report's settings as recipe.json, which `Recipe.load` reads.
+
+    Nothing is written of settings that no recipe has, nor where the selector is a function.
+    """
+    if settings_of_run.keys() == set(settings()) and settings_of_run["selector"] in select.names():
+        Recipe.from_dict(settings_of_run).save(folder / RECIPE)
+
+
+def _recipe_file(path: str | Path) -> Path:
+    path = as_path("path", path)
+    if path.suffix not in _FORMATS:
+        raise InputError(f"{path}: a recipe file ends in {', '.join(_FORMATS)}; rename it")
+    return path
+
+
+def _parsed(text: str, suffix: str) -> Any:
+    yaml = None if suffix == ".json" else _yaml()
+    faults = (ValueError,) if yaml is None else (ValueError, yaml.YAMLError)
+    try:
+        return json.loads(text) if yaml is None else yaml.safe_load(text)
+    except faults as error:
+        raise InputError(f"no {suffix[1:].upper()}: {one_line(error)}") from error
+
+
+def _yaml() -> Any:
+    """The YAML library, which comes with transformers."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise InputError(
+            "a YAML recipe needs PyYAML: pip install pyyaml, or give a .json file"
+        ) from error
+    return yaml
+
+
+def _data(value: Any) -> Any:
+    """JSON's form of a setting."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _data(vars(value))
+    if isinstance(value, Mapping):
+        return {key: _data(item) for key, item in value.items()}
+    return [_data(item) for item in value] if _are_several(value) else value
+
+
+def _site(data: Any) -> Any:
+    """A site of a recipe file: a kind, or a `grail.Site` by its fields."""
+    if not isinstance(data, Mapping):
+        return data
+    producers = data.get("producers", ())
+    if _are_several(producers):
+        producers = [
+            _made(Fused, {"name": None, **p}) if isinstance(p, Mapping) else p for p in producers
+        ]
+    return _made(Site, {"consumers": (), **data, "producers": producers})
+
+
+def _made(kind: type[Made], data: Mapping[str, Any]) -> Made:
+    refuse_unknown(data, [field.name for field in dataclasses.fields(kind)])
+    return kind(**data)
 
 
 def _plain_shares(keep: Any) -> Any:

@@ -298,7 +298,7 @@ def _mergeable_shape(x: Tensor) -> tuple[int, int, int, int] | None:
 def constants(
     config: tuning.GramConfig, dtype: torch.dtype, weighted: bool, repeats: bool
 ) -> dict[str, Any]:
-    """The compile-time arguments of the kernel; `bench/aot.py` compiles with the same."""
+    """The compile-time arguments of the kernel; `bench/tools/aot.py` compiles with the same."""
     parts = 1 if tuning.multiplies_natively(dtype, weighted) else 3
     return gram_blocks.constants(config, parts, dtype) | {"REPEATS": repeats}
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import grail
 from grail.networks import BoundSite, CalibrationPoint, find
-from grail.statistics.collector import watch
+from grail.statistics.observing import watch
 from tests import counting
 
 # Squared errors are differences of sums over fp32 Grams, of which each is 1e-7 off, times what W x
@@ -103,7 +103,7 @@ def assert_errors_of_a_run_are_those_of_the_network(
         architecture.blocks, architecture.sites(sites or architecture.default), strict=True
     ):
         for before in of_block:
-            if not before.can_aim(per_tap=True):
+            if not before.corrects_drift(per_tap=True):
                 continue
             aim, landed = (_landed(dense, m, before, block, batches) for m in (dense, model))
             name = before.consumers[0].name

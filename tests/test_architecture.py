@@ -1,4 +1,4 @@
-"""docs/architecture.md has every module, and no module imports from what stands below it there."""
+"""docs/architecture.md names every module; no room imports from one that stands below it there."""
 
 import ast
 import re
@@ -6,23 +6,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-ENTRIES = {"__init__", "__main__"}
+LEVELS = 10  # of rooms, each importing from those before it
 
 
 def table(package):
-    """Rows of a package's table, each the modules in its cells of code."""
+    """Rows of a package's table: the room, and the modules that it names."""
     part = PAGE.split(f"\n## {package}\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("|")]
-    return [(row[0].strip(), re.findall(r"`(\w+)`", row[-2])) for row in rows[2:]]
+    return [(row[0].strip().strip("`/"), re.findall(r"`(\w+)`", row[-1])) for row in rows[2:]]
 
 
 def modules(package):
-    """Every source file, by module; of a folder its own name."""
+    """Every source file of a package, by its room; those beside the rooms have none."""
     found = {}
-    for path in (ROOT / package).rglob("*.py"):
-        name = path.relative_to(ROOT / package).with_suffix("").parts[0]
-        if name not in ENTRIES:
-            found.setdefault(name, []).append(path)
+    for path in sorted((ROOT / package).rglob("*.py")):
+        inside = path.relative_to(ROOT / package).with_suffix("").parts
+        room = inside[0] if len(inside) > 1 else ""
+        if inside[-1] not in ("__init__", "__main__"):
+            found.setdefault(room, []).append((inside[-1], path))
     return found
 
 
@@ -36,31 +37,57 @@ def imported(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_the_page_has_every_module_once():
+def arrows():
+    """Each import of one room by another: (importing file, its row, the row of what it imports)."""
+    order = {}
+    for number, (room, names) in enumerate(table("grail")):
+        order |= dict.fromkeys(names if room == "" else [room], number)
+    for path in sorted((ROOT / "grail").rglob("*.py")):
+        place = path.relative_to(ROOT / "grail").with_suffix("").parts[0]
+        if place in ("__init__", "__main__"):
+            continue
+        for name in imported(path):
+            other = name.split(".")[1] if name.startswith("grail.") else place
+            yield path.relative_to(ROOT), name, order[place], order.get(other, order[place])
+
+
+def test_the_page_names_every_module_once():
     for package in ("grail", "grail_kernels"):
-        named = [module for _, names in table(package) for module in names]
-        assert sorted(named) == sorted(modules(package))
+        named = {}
+        for room, names in table(package):
+            named.setdefault(room, []).extend(names)
+        there = {room: [name for name, _ in files] for room, files in modules(package).items()}
+        assert {r: sorted(names) for r, names in named.items()} == {
+            r: sorted(names) for r, names in there.items()
+        }
 
 
-def test_no_module_imports_from_a_section_below_its_own():
-    section, place = -1, {}
-    for title, names in table("grail"):
-        section += bool(title)
-        place |= dict.fromkeys(names, section)
-    assert section > 3
-    upwards = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for module, paths in modules("grail").items()
-        for path in paths
-        for name in imported(path)
-        if name.startswith("grail.") and place.get(name.split(".")[1], 0) > place[module]
-    ]
+def test_no_room_imports_from_one_below_it():
+    upwards = [f"{path} imports {name}" for path, name, own, other in arrows() if other > own]
     assert upwards == []
+
+
+def test_rooms_stand_on_few_levels():
+    below = {}
+    for _, _, own, other in arrows():
+        below.setdefault(own, set()).update({other} - {own})
+    depth = {}
+    for row in sorted(below):
+        depth[row] = 1 + max((depth.get(other, 1) for other in below[row]), default=0)
+    assert max(depth.values()) <= LEVELS
+
+
+def test_every_room_says_what_it_is_for_and_what_it_offers():
+    for room in sorted((ROOT / "grail").iterdir()):
+        if room.is_dir() and room.name != "__pycache__":
+            tree = ast.parse((room / "__init__.py").read_text(encoding="utf-8"))
+            names = {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets}
+            assert ast.get_docstring(tree), room
+            assert "__all__" in names, room
 
 
 def test_kernels_know_nothing_of_grail_and_neither_knows_the_benches():
     unwanted = {"grail": ("bench", "tests"), "grail_kernels": ("grail", "bench", "tests")}
     for package, others in unwanted.items():
-        for paths in modules(package).values():
-            for path in paths:
-                assert not [n for n in imported(path) if n.split(".")[0] in others], path
+        for path in (ROOT / package).rglob("*.py"):
+            assert not [n for n in imported(path) if n.split(".")[0] in others], path

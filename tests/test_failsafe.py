@@ -1,9 +1,19 @@
 import pytest
 import torch
 
-from bench import failsafe
-from bench.failsafe import CASES, METHODS, RESULTS, Answer, measure, outcome, problem, table, trials
-from bench.measuring import read_rows
+from bench.reliability import failsafe
+from bench.reliability.failsafe import (
+    CASES,
+    METHODS,
+    RESULTS,
+    Answer,
+    measure,
+    outcome,
+    problem,
+    table,
+    trials,
+)
+from bench.tools.measuring import read_rows
 from tests.counting import injected
 
 NUMBER = 2  # problems of each case

@@ -40,8 +40,23 @@ def test_the_launch_table_ships():
     assert "launches.json" in config["tool"]["setuptools"]["package-data"]["grail_kernels"]
 
 
+def test_the_template_of_the_page_ships():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "report/report.html.j2" in config["tool"]["setuptools"]["package-data"]["grail"]
+
+
 def test_import_loads_no_extra_and_no_triton():
-    late = ("transformers", "datasets", "matplotlib", "typer", "rich", "gguf", "scipy", "triton")
+    late = (
+        "transformers",
+        "datasets",
+        "jinja2",
+        "matplotlib",
+        "typer",
+        "rich",
+        "gguf",
+        "scipy",
+        "triton",
+    )
     code = f"import sys, grail, grail_kernels; print(*sorted({set(late)!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

@@ -50,10 +50,17 @@ def test_the_public_names_are_functions_and_classes():
         for name in module.__all__:
             assert callable(getattr(module, name)) or name.isupper(), name
             assert name in dir(module)
-    assert grail.evaluate.__module__ == "grail.evaluate"
 
 
-@pytest.mark.parametrize("imported", ["evaluate", "export", "commands"])
+def test_a_newcomer_sees_the_public_names_alone():
+    shown = [name for name in dir(grail) if not name.startswith("__")]
+    assert shown == sorted(grail.__all__)
+    code = "import grail, grail.commands, grail.run.workflow; print(*dir(grail))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == dir(grail)
+
+
+@pytest.mark.parametrize("imported", ["report._evaluate", "files._export", "commands"])
 def test_a_name_stays_a_function_whatever_is_imported_after_it(imported):
     if imported == "commands":
         pytest.importorskip("typer")
@@ -276,7 +283,7 @@ def test_an_inspection_and_a_sensitivity_print_on_one_line(tiny_llama, tiny_batc
     found = grail.inspect(tiny_llama(), tokens=32, sequence_length=16)
     assert repr(found).startswith("Inspection(LlamaForCausalLM")
     assert f"{found.parameters:,} parameters, 2 × heads, 2 × mlp, peak " in repr(found)
-    measured = grail.sensitivity(tiny_llama(), tiny_batches(), progress=False)
+    measured = grail.sensitivity(tiny_llama(), tiny_batches(), 0.5, progress=False)
     losses = sorted(measured.losses.values())
     span = f"losses {losses[0]:.3g} to {losses[-1]:.3g}"
     assert repr(measured) == f"Sensitivity(keep 0.5, 2 sites, {span})"
@@ -300,6 +307,9 @@ NOT_BATCHES = [None, 5, 2.5, OBJECT, "text", [None], [5], ["text"], [OBJECT], [[
 NOT_DEVICES = [5.0, "nonsense", OBJECT, [], "cuda:99"]
 NOT_VECTORS = [None, "text", 5, 2.5, OBJECT, {1, 2}, {"a": 1}, nn.Linear(3, 3), [OBJECT], ["a"]]
 NOT_VECTORS += [[[1], [2, 3]], [2**70], np.array(["a"]), torch.eye(3)]
+
+# The two objects of every verb.
+OBJECTS = {"recipe": ["text", "nowhere.json", 5, OBJECT], "runtime": ["text", 5, OBJECT, int]}
 
 # By name of function, and of its parameter, what it must refuse.
 KERNEL_TARGETS = {"sums": NOT_TENSORS, "nonfinite": NOT_TENSORS, "backend": ANY}
@@ -345,8 +355,9 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "grail.Recipe": {
         "keep": [None, "half", True, 0, OBJECT, {"mlp": "x"}, torch.ones(3)],
         "sites": [5, OBJECT, [None], [5]], "selector": [None, 5, "nothing", [], OBJECT],
-        "compensate": [None, "yes", OBJECT, []], "alpha": [None, "much", OBJECT, [], True],
-        "toward": ANY, "damping": ANY, "drift_correction": [None, "much", OBJECT, [], True],
+        "compensate": NOT_SWITCHES, "alpha": [None, "much", OBJECT, [], True],
+        "toward": ANY, "fit_bias": NOT_SWITCHES,
+        "drift_correction": [None, "much", OBJECT, [], True],
         "correct_attention": NOT_SWITCHES, "token_weights": [None, "yes", OBJECT, []],
         "closed_loop": NOT_SWITCHES, "seed": NOT_COUNTS, "per_tap": NOT_SWITCHES,
         "exact_folding": NOT_SWITCHES, "repair": NOT_SWITCHES, "non_finite": ANY,
@@ -361,16 +372,31 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "producers": [None, "text", 5, OBJECT, [5], [None], []],
         "consumers": [None, "text", 5, OBJECT, [5], [None], []], "along": [5, OBJECT, "text", [5]],
     },
+    "grail.Runtime": {
+        "storage": [None, *NOT_DEVICES], "onload": NOT_DEVICES, "resume_dir": [5, OBJECT, []],
+        "progress": NOT_SWITCHES,
+    },
+    "grail.Pretrained": {
+        "source": NOT_PATHS, "device": [None, 5, OBJECT], "trust_remote_code": NOT_SWITCHES,
+        "dtype": [None, 5, "int8", OBJECT, torch.float32],
+    },
+    "grail.Text": {"source": [None, 5, OBJECT, ["text"]]},
     "grail.collect": {
         "model": NOT_MODELS, "batches": NOT_BATCHES, "sites": [5, OBJECT, [None], "nothing"],
         "output": NOT_PATHS, "per_tap": NOT_SWITCHES, "non_finite": ANY, "storage": NOT_DEVICES,
-        "onload": NOT_DEVICES,
+        "onload": NOT_DEVICES, **OBJECTS,
     },
     "grail.compress": {
-        "model": NOT_MODELS, "batches": NOT_BATCHES, "keep": [None, "half", True, OBJECT],
-        "sites": [5, OBJECT, [None], "nothing"], "selector": [None, 5, "nothing", [], OBJECT],
+        "model": NOT_MODELS, "batches": NOT_BATCHES, "keep": ["half", True, OBJECT],
+        "sites": [5, OBJECT, [None], "nothing"], "selector": [5, "nothing", [], OBJECT],
         "multiple": ["text", 2.5, 0, OBJECT], "storage": NOT_DEVICES, "onload": NOT_DEVICES,
-        "resume_dir": [5, OBJECT, []], "seed": NOT_COUNTS,
+        "resume_dir": [5, OBJECT, []], "seed": NOT_COUNTS, "progress": NOT_SWITCHES, **OBJECTS,
+    },
+    "grail.compress_checkpoint": {
+        "source": [*NOT_PATHS, "nowhere"], "output": NOT_PATHS,
+        "calibration": [None, 5, OBJECT, "nowhere.txt", ["text"]],
+        "evaluate": [5, OBJECT, "nowhere.txt"], "baseline": NOT_SWITCHES, "uneven": NOT_SWITCHES,
+        "seed": NOT_COUNTS, **OBJECTS,
     },
     "grail.evaluate": {
         "model": NOT_LANGUAGE_MODELS,
@@ -382,24 +408,25 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "gram": [*[value for value in ANY if not isinstance(value, grail.Gram)], torch.eye(H)],
         "reduction": [*NOT_VECTORS, [0.5], [H], [-1], [True]],
         "weight": [*NOT_VECTORS, [], [None], torch.ones(H)],
-        "alpha": [None, "much", True, []], "toward": ANY, "damping": ANY, "affine": NOT_SWITCHES,
+        "alpha": [None, "much", True, []], "toward": ANY, "fit_bias": NOT_SWITCHES,
         "compensate": NOT_SWITCHES, "drift_correction": [None, "much", True, []],
         "held_out": ["text", 5, torch.eye(H), OBJECT],
     },
     "grail.inspect": {
-        "model": NOT_MODELS, "recipe": ["text", 5, OBJECT], "keep": [None, "half", True, OBJECT],
+        "model": NOT_MODELS, **OBJECTS, "keep": [None, "half", True, OBJECT],
         "keeps": [5, [None], ["half"], OBJECT], "tokens": NOT_COUNTS, "batch_size": NOT_COUNTS,
         "sequence_length": NOT_COUNTS, "onload": NOT_DEVICES,
     },
     "grail.load": {"folder": [*NOT_PATHS, "nowhere"], "factory": [None, "text", 5, int, dict],
                    "device": NOT_DEVICES},
     "grail.load_model": {"source": NOT_PATHS, "device": NOT_DEVICES},
+    "grail.merge": {"folders": [None, 5, "text", [], [5], ["nowhere"]], "output": NOT_PATHS},
     "grail.save": {"model": NOT_MODELS, "output": NOT_PATHS, "report": ["text", 5]},
     "grail.sensitivity": {
         "model": NOT_MODELS, "batches": NOT_BATCHES, "sites": [5, OBJECT, [None], "nothing"],
-        "keep": [None, "half", 1, OBJECT], "selector": [None, 5, "nothing", [], OBJECT],
+        "keep": ["half", 1, OBJECT, {"mlp": 0.5}], "selector": [5, "nothing", [], OBJECT],
         "probes": [0, "text", 2.5, OBJECT, 99], "seed": NOT_COUNTS, "non_finite": ANY,
-        "resume_dir": [5, OBJECT, []],
+        "resume_dir": [5, OBJECT, []], **OBJECTS,
     },
     "grail.token_batches": {
         "source": [None, 5, OBJECT, [5], [None], "nowhere.txt", "nowhere.jsonl"],
@@ -435,6 +462,8 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
     gram, numbers = gram_of(torch.ones(4, H)), itertools.count()
     gram.save(folder / "gram.state")
     grail.collect(tiny_llama(), tiny_batches(), output=folder / "collected", progress=False)
+    text = folder / "text.txt"
+    text.write_text("w3 w4 w5 " * 60)
     packed = torch.zeros(gk.packed_numel(H))
     activations = torch.ones(2, 4, H)
     calibration = {"batches": tiny_batches(), "progress": False}
@@ -485,12 +514,21 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.Gram.save": lambda: {"self": gram, "path": folder / "gram.state"},
         "grail.Gram.load": lambda: {"path": folder / "gram.state"},
         "grail.Recipe": dict,
+        "grail.Runtime": dict,
+        "grail.Pretrained": lambda: {"source": "anywhere"},
+        "grail.Text": lambda: {"source": "anywhere"},
         "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
         "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
         "grail.Fused": lambda: {"name": "0"},
         "grail.Site": lambda: {"producers": ["0"], "consumers": ["2"]},
         "grail.collect": lambda: {"model": tiny_llama(), **calibration, "output": new()},
         "grail.compress": lambda: {"model": tiny_llama(), **calibration},
+        "grail.compress_checkpoint": lambda: {
+            "source": model_folder(),
+            "output": new(),
+            "calibration": grail.Text(str(text), tokens=64, sequence_length=16),
+            "progress": False,
+        },
         "grail.evaluate": lambda: {"model": tiny_llama(), **calibration},
         "grail.export": lambda: {
             "model": tiny_llama(),
@@ -501,6 +539,7 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.inspect": lambda: {"model": tiny_llama(), "tokens": 32, "sequence_length": 16},
         "grail.load": lambda: {"folder": folder / "saved", "factory": lambda: network},
         "grail.load_model": lambda: {"source": model_folder()},
+        "grail.merge": lambda: {"folders": [folder / "collected"], "output": new()},
         "grail.save": lambda: {"model": network, "output": new()},
         "grail.sensitivity": lambda: {"model": tiny_llama(), **calibration},
         "grail.token_batches": lambda: {

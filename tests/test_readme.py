@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import grail
-from bench import comparison, networks
+from bench.quality import networks
+from bench.report import comparison
 from tests import counting
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +89,6 @@ def test_the_networks_page_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch)
 def test_the_networks_page_names_every_selector():
     page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"`([a-z0-9+-]+)`", page.split("## Selectors")[1].split("##")[0]))
-    listed |= {f"magnitude{suffix}" for suffix in listed if suffix.startswith("-")}
     assert listed >= set(grail.select.names())
 
 
@@ -210,10 +210,7 @@ def test_its_commands_run(tiny_folder, tmp_path, monkeypatch):
 
 
 def test_its_table_is_the_committed_csv():
-    from bench import endtoend
-
-    rows = endtoend.Table(endtoend.RESULTS / "smollm2_table.csv", ()).rows
-    assert endtoend.markdown(rows) in README
+    assert comparison.quality_table(rows_of("smollm2_table.csv")) in README
 
 
 def test_its_files_exist_and_it_stays_short():
@@ -223,8 +220,7 @@ def test_its_files_exist_and_it_stays_short():
 
 
 def test_the_resnets_numbers_are_those_of_the_csv():
-    rows = comparison.Table(comparison.RESULTS / "selectors_resnet18.csv", ()).rows
-    values = comparison.found(rows, "accuracy")
+    values = comparison.found(rows_of("selectors_resnet18.csv"), "accuracy")
     cells = [("", 1.0, "dense"), ("magnitude", 0.5, "own"), ("magnitude", 0.5, "ours")]
     dense, pruned, ours = (f"{100 * values[cell]:.1f}" for cell in cells)
     said = " ".join(README.split())

@@ -1,1 +1,16 @@
-"""algebra."""
+"""One site as tensors: Gram matrices, reductions, drift, and the ridge fit of its consumers."""
+
+__all__ = [
+    "drift",
+    "expert_grams",
+    "gram",
+    "heldout",
+    "kinds",
+    "problem",
+    "reduction",
+    "ridge",
+    "rounding",
+    "sums",
+    "weights",
+    "width",
+]

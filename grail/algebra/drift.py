@@ -1,18 +1,19 @@
-"""The drift of a compressed network from the dense one, as a consumer sees it: C = Σ δ xᵀ.
+"""The drift of a compressed network from the dense one, for a consumer: C = Σ δ·xᵀ.
 
-In a closed loop a block's inputs already carry the errors of the blocks before it. With the
-un-narrowed consumer W, the compressed network's stream holds r + W x after the site, the dense
-network's stream h. Their difference is the drift
+In a closed loop a block's inputs contain the errors of the blocks before it. With the dense
+consumer W, the compressed network's stream is r + W·x after the site, the dense network's is h.
+Their difference is the drift
 
-    δ = h − (r + W x)   [O]
+    δ = h − (r + W·x)   [O]
 
-and a consumer that aims at W x + β δ, not at W x, undoes a share β of it. What a fit needs of it
-is the cross moment with the consumer's input, a product of 2·T·O·H FLOPs, which tensor cores take
-over for inputs of 16 bits (`grail_kernels.add_products`); of an affine fit also the sum d = Σ δ. δ
-itself is formed in fp32: with h xᵀ and (r + W x) xᵀ summed up apart their difference would drown.
+and a consumer with the target W·x + β·δ, not W·x, corrects a share β of it. A fit needs its cross
+moment with the consumer's input, a product of 2·T·O·H FLOPs, which runs on tensor cores for inputs
+of 16 bits (`grail_kernels.add_products`). A fit of biases also needs the sum d = Σ δ. δ itself is
+formed in fp32: the difference of separate sums of h·xᵀ and (r + W·x)·xᵀ would be lost in their
+rounding.
 
-What the experts of a token write is added up by the router's weights w. Each is asked for its share
-of the token's drift, δ·w/Σw² (`grail.layers.Routed`): together they then add all of it.
+The outputs of a token's experts are summed by the router's weights w. The target of each contains
+its share of the token's drift, δ·w/Σw² (`grail.networks.layers.Routed`), so that the sum is δ.
 """
 
 import torch
@@ -30,7 +31,7 @@ class Drift:
         device: where the sums live.
     """
 
-    @torch.inference_mode(False)  # so that it can be updated outside as well
+    @torch.inference_mode(False)  # so that it can be updated outside, too
     def __init__(self, outputs: int, channels: int, device: torch.device):
         self.cross = torch.zeros(outputs, channels, dtype=torch.float32, device=device)
         self.sum = torch.zeros(outputs, dtype=torch.float64, device=device)
@@ -38,7 +39,7 @@ class Drift:
 
     @property
     def outputs(self) -> int:
-        """O."""
+        """The number of outputs O."""
         return self.cross.shape[0]
 
     def update(self, drift: Tensor, x: Tensor, mask: Tensor | None) -> None:
@@ -66,7 +67,7 @@ class Drift:
 
 
 def _counted(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The tokens [T, N] that a mask [T] counts; on a GPU with zeros in the place of the others."""
+    """Returns the tokens [T, N] that a mask [T] counts; on a GPU all, the others as zeros."""
     if tokens.device.type == "cpu":
         return tokens[mask]
     # How many there are is not asked, which would stall the stream. Not by multiplying: what is

@@ -1,8 +1,8 @@
-"""Choosing the ridge strength and the drift correction by tokens that were held out.
+"""Choice of the ridge strength and the drift correction on held-out tokens.
 
-Two disjoint Grams are enough. For each α one factorisation of the first gives W' as a function of
-the drift correction β, and the second prices it in closed form: a parabola in β, whose lowest point
-in [0, 1] is taken. No forward pass is repeated.
+Two disjoint Grams suffice. For each α one factorisation of the first gives W' as a function of the
+drift correction β. The second gives its error in closed form, a parabola in β, whose minimum in
+[0, 1] is taken. No forward pass is repeated.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from grail.algebra.problem import Problem
 
-# Decades around 1e-3: little data wants a stronger ridge, much data a weaker one.
+# Decades around 1e-3: little data needs a stronger ridge, much data a weaker one.
 ALPHAS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`alpha` and `correction` of least held-out error, and that error, ‖T − W'RX‖².
+    """The `alpha` and `correction` of least held-out error ‖T − W'·R·X‖², and that error.
 
     An infinite `alpha` is plain pruning or folding.
     """
@@ -33,13 +33,13 @@ def choose(
     alphas: Sequence[float] = ALPHAS,
     correction: float | None = None,
 ) -> Choice:
-    """The best of `alphas`, each with its best correction.
+    """Returns the best of `alphas`, each with its best correction.
 
     Args:
         train, held_out: one site's problem over two disjoint sets of tokens.
         toward: see `grail.fit`.
         alphas: an infinite one is plain pruning or folding.
-        correction: β, if it is not to be chosen.
+        correction: a fixed β instead of the best one.
     """
     choices = [
         Choice(alpha, *held_out.price(*train.parts(alpha, toward), correction)) for alpha in alphas

@@ -1,4 +1,4 @@
-"""Kinds of layers: how each stores its weight, what each output reads, which cannot be narrowed.
+"""Kinds of layers: their storage of weights, the inputs of each output, and refused kinds.
 
     Linear, Conv1d … Conv3d      weight [outputs, inputs / groups, taps …]
     transformers' Conv1D         weight [inputs, outputs]
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from grail.arguments import is_quantised
 from grail.errors import ModelError
 from grail.runtime.transaction import Transaction
 
@@ -26,13 +27,12 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Attributes of layers that hold no weight, or not the one that they compute with.
+# Attributes of layers with an adapter, which do not compute with their weight alone.
 _ADAPTED = ("base_layer", "lora_A")
-QUANTISED = ("qweight", "W_q", "_packed_params", "weight_fake_quant", "weight_scale_inv")
 
 
 def as_matrix(module: Any, weight: Tensor) -> Tensor:
-    """A weight, or its gradient, as [outputs, inputs / groups, taps …]."""
+    """Returns a weight, or its gradient, as [outputs, inputs / groups, taps …]."""
     if _is_conv1d(module):
         return weight.T
     if not isinstance(module, TRANSPOSED):
@@ -42,12 +42,12 @@ def as_matrix(module: Any, weight: Tensor) -> Tensor:
 
 
 def as_stored(module: Any, matrix: Tensor) -> Tensor:
-    """The weight of which `as_matrix` makes this matrix; the same steps undo themselves."""
+    """Returns the weight whose `as_matrix` is this matrix; the steps are their own inverse."""
     return as_matrix(module, matrix)
 
 
 def windows(module: Any, x: Tensor) -> Tensor:
-    """The values that each output of a convolution reads: [N, positions …, channels · taps].
+    """Returns the values that each output of a convolution reads: [N, positions …, channels·taps].
 
     Args:
         x: [N, channels, …], the layer's input.
@@ -66,7 +66,7 @@ def windows(module: Any, x: Tensor) -> Tensor:
 
 
 def _padded(module: Any, x: Tensor) -> Tensor:
-    """The input of a convolution with its padding."""
+    """Returns the input of a convolution with its padding."""
     if module.padding == "valid":
         return x
     if module.padding == "same":
@@ -78,7 +78,7 @@ def _padded(module: Any, x: Tensor) -> Tensor:
 
 
 def _spread(module: Any, x: Tensor) -> Tensor:
-    """The input of a transposed convolution with zeros between its values and around them."""
+    """Returns the input of a transposed convolution with zeros between and around its values."""
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *sizes)
     places: Any = (..., *(slice(None, None, step) for step in module.stride))
@@ -96,7 +96,7 @@ def _ringed(x: Tensor, sides: list[tuple[int, int]], mode: str) -> Tensor:
 
 
 def set_sizes(module: Any, change: Transaction) -> None:
-    """Brings a layer's record of its sizes in line with its weight."""
+    """Sets a layer's attributes of its sizes by its weight."""
     shape = module.weight.shape
     if _is_conv1d(module):
         sizes = {"nx": shape[0], "nf": shape[1]}
@@ -112,23 +112,23 @@ def set_sizes(module: Any, change: Transaction) -> None:
 
 
 def is_depthwise(module: Any) -> bool:
-    """Whether a layer is a convolution with one filter for each channel."""
+    """Returns whether a layer is a convolution with one filter for each channel."""
     if not isinstance(module, MAPS):
         return False
     return module.groups == module.in_channels == module.out_channels and module.groups > 1
 
 
 def _is_conv1d(module: Any) -> bool:
-    """Transformers' Conv1D, of GPT-2: a linear layer that stores its weight as [in, out]."""
+    """Returns whether a layer is transformers' Conv1D, whose weight is [in, out]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def require_plain(name: str, module: Any) -> None:
-    """Raises ModelError for a layer whose weight alone does not say what it computes."""
+    """Raises ModelError for a layer whose weight alone does not determine its output."""
     is_a = f"{name} is a {type(module).__name__}"
     if any(hasattr(module, mark) for mark in _ADAPTED):
         raise ModelError(f"{is_a}, a layer with an adapter: call model.merge_and_unload() first")
-    if any(hasattr(module, mark) for mark in QUANTISED):
+    if is_quantised(module):
         raise ModelError(f"{is_a}, a quantised layer: load the model without quantisation")
     kind = next((kind for kind in (nn.Linear, *MAPS) if isinstance(module, kind)), None)
     if kind is None and not _is_conv1d(module):
@@ -161,7 +161,7 @@ def require_plain(name: str, module: Any) -> None:
 
 
 def require_own(name: str, module: nn.Module) -> None:
-    """Raises ModelError where a layer has no weight yet, or computes it anew whenever it runs."""
+    """Raises ModelError for a layer without a weight, or that computes it whenever it runs."""
     for key in ("weight", "bias"):
         computed = isinstance(getattr(type(module), key, None), property)
         if computed or is_parametrized(module, key) or key in vars(module):
@@ -187,7 +187,7 @@ def plain_output(module: Any, x: Tensor) -> Tensor:
 
 
 def _computes_as(kind: Any, module: Any) -> bool:
-    """Whether a layer of a subclass of `kind` computes what its parent would.
+    """Returns whether a layer of a subclass of `kind` computes the same as its parent.
 
     Where it overrides how it computes, both are tried on a twin with a few small weights.
     """

@@ -4,12 +4,11 @@ With A = R G Rᵀ, λ = α·mean(diag A), W₀ the consumer of plain pruning or 
 what that leaves out (for a selection: the dropped columns of W, nothing else),
 
     Q  = V G Rᵀ + β C Rᵀ                     what the kept channels can still say
-    W' = W₀ + Q (A + λD)⁻¹                   toward the baseline: λ→∞ is W₀
-    W' = W₀ + (Q − λ W₀D)(A + λD)⁻¹           toward zero; the paper's W G Rᵀ (A + λI)⁻¹ at β = 0
+    W' = W₀ + Q (A + λI)⁻¹                   toward the baseline: λ→∞ is W₀
+    W' = W₀ + (Q − λ W₀)(A + λI)⁻¹            toward zero; the paper's W G Rᵀ (A + λI)⁻¹ at β = 0
 
-D = I damps all channels alike, D = diag(A)/mean(diag A) each relative to its own energy, which
-spares the quiet ones. C = Σ δ xᵀ is the drift's share (`grail.drift`): the consumer then aims at
-W x + β δ, at β = 1 at what the dense network's stream holds after it. W' is linear in β.
+C = Σ δ xᵀ is the drift's share (`grail.drift`): the consumer then aims at W x + β δ, at β = 1 at
+what the dense network's stream holds after it. W' is linear in β.
 
 The errors come from the same products, before a weight is touched. Their target is T = W x + δ,
 or W x where no drift was recorded; Q₁ is Q at β = 1:
@@ -25,7 +24,7 @@ holds of K+1 channels as it stands, sums over different tokens included:
     A → [A  r; rᵀ N],   Q → [Q, V s + β d],   W₀ → [W₀, 0],   Δ → [Δ, b]
 
 with r = R s, s = Σ x, d = Σ δ. Only the solve eliminates the constant beforehand, which is to
-centre (D and λ are then those of the centred A), and what it adds to the bias follows:
+centre (λ is then that of the centred A), and what it adds to the bias follows:
 
     A − r rᵀ/N,   Q − (V s + βd) rᵀ/N,   b = (V s + β d − Δ r)/N = ((W − W'R) s + β d)/N
 
@@ -48,7 +47,7 @@ from grail.algebra.drift import Drift
 from grail.algebra.gram import Gram
 from grail.algebra.reduction import Reduction
 
-# Rows of G that are held in fp64 at a time: enough for the GEMM.
+# Rows of G that are converted to fp64 at a time: enough for the GEMM.
 ROWS = 1024
 # An fp32 Gram's rounding, relative to |X|ᵀ|X| (the bound of reference BLAS's syrk test): a centred
 # energy below it is that of a constant.
@@ -57,7 +56,7 @@ ROUNDING = 16 * EPS
 
 
 class Consumer:
-    """W = W₀R + V: what plain pruning or folding keeps of a consumer, and what it leaves out.
+    """The split W = W₀·R + V of a consumer into the part that plain reduction keeps and the rest.
 
     Args:
         dense: W [O, H] fp64.
@@ -72,7 +71,7 @@ class Consumer:
         self.reduction, self.affine = reduction, affine
         plain = reduction.absorb(dense)
         self.lost, self.left_out = reduction.left_out(dense, plain)
-        self.baseline = _beside(plain, plain.new_zeros(len(plain))) if affine else plain
+        self.baseline = _appended(plain, plain.new_zeros(len(plain))) if affine else plain
 
 
 class Problem:
@@ -81,19 +80,18 @@ class Problem:
     Args:
         consumer: W₀ and V.
         gram: G; s and N; and C, d and Σ|δ|² if the consumer is to undo some of a drift.
-        damping: "site", D = I, or "channel", D = diag(A)/mean(diag A).
 
     K+ in shapes: K, of an affine consumer K+1.
     """
 
-    def __init__(self, consumer: Consumer, gram: Gram, damping: str = "site"):
+    def __init__(self, consumer: Consumer, gram: Gram):
         self._reduction, self.baseline = consumer.reduction, consumer.baseline
         self._lost, self._left_out = consumer.lost, consumer.left_out
-        self.name, self.affine, self._per_channel = gram.name, consumer.affine, damping == "channel"
+        self.name, self.affine = gram.name, consumer.affine
         self._matrix, self._sum, self._tokens = gram.matrix(), gram.sum.double(), gram.tokens
         self._own, self._squared = self._of_own_output()
         if self.affine:
-            self._own = _beside(self._own, self._left_out @ self._sum[self._lost])
+            self._own = _appended(self._own, self._left_out @ self._sum[self._lost])
         self._energies = self._reduction.normal(self._matrix).diagonal().clone()
         self._drifted: Tensor | None = None
         if gram.drift is not None:
@@ -101,14 +99,14 @@ class Problem:
             self._squared += squared
 
     def _of_own_output(self) -> tuple[Tensor, Tensor]:
-        """V G Rᵀ and tr(V G Vᵀ)."""
+        """Returns V·G·Rᵀ and tr(V·G·Vᵀ)."""
         seen = self._left_out.new_zeros(len(self.baseline), len(self._matrix))  # V G
         for rows, part in zip(self._lost.split(ROWS), self._left_out.split(ROWS, 1), strict=True):
             seen.addmm_(part, self._matrix[rows].double())
         return self._reduction.restrict(seen), _inner(seen[:, self._lost], self._left_out)
 
     def _of_drift(self, drift: Drift) -> tuple[Tensor, Tensor]:
-        """C Rᵀ [O, K+], d its last column, and 2 tr(V Cᵀ) + Σ|δ|²."""
+        """Returns C·Rᵀ [O, K+], d its last column, and 2·tr(V·Cᵀ) + Σ|δ|²."""
         drifted, squared = torch.empty_like(self._own), drift.energy.clone()
         for low in range(0, drift.outputs, ROWS):
             outputs = slice(low, low + ROWS)
@@ -120,7 +118,7 @@ class Problem:
         return drifted, squared
 
     def add(self, other: "Problem") -> None:
-        """Joins the tokens of `other`, a problem of the same consumer."""
+        """Adds the tokens of `other`, a problem of the same consumer."""
         self._matrix += other._matrix
         self._sum += other._sum
         self._tokens += other._tokens
@@ -134,15 +132,15 @@ class Problem:
 
     @property
     def plain(self) -> Tensor:
-        """W₀ [O, K], without the constant."""
+        """Returns W₀ [O, K], without the constant."""
         return self.baseline[:, : self._reduction.kept]
 
     def damping(self, alpha: float) -> Tensor:
-        """λ for a relative strength."""
+        """Returns λ for a relative strength."""
         return alpha * self._fluctuations().mean()
 
     def solve(self, alpha: float, toward: str, correction: float) -> tuple[Tensor, float, int]:
-        """Δ [O, K] at β = `correction`, the damping that held, and how often it had to grow.
+        """Returns Δ [O, K] at β = `correction`, the final damping, and the number of retries.
 
         An infinite `alpha` gives 0, plain pruning or folding, whatever `toward` says.
         """
@@ -158,14 +156,14 @@ class Problem:
         return change, solution.damping.item(), int(solution.retries)
 
     def complete(self, change: Tensor, correction: float) -> Tensor:
-        """Δ [O, K] and beside it, of an affine consumer, the b of no mean error: [O, K+]."""
-        aim = self._own[:, -1]
+        """Returns Δ [O, K], for an affine consumer with the b of zero mean error: [O, K+]."""
+        target = self._own[:, -1]
         if self._drifted is not None:
-            aim = aim + correction * self._drifted[:, -1]
-        return self._complete(change, aim)
+            target = target + correction * self._drifted[:, -1]
+        return self._complete(change, target)
 
     def parts(self, alpha: float, toward: str) -> tuple[Tensor, Tensor | None]:
-        """Δ = U + β D: U and D, [O, K+] each, from one factorisation; no D without a drift."""
+        """Returns U and D of Δ = U + β·D, [O, K+] from one factorisation; no D without drift."""
         own, drifted = self._own, self._drifted
         if drifted is None:
             change = self._ridge(self._right(alpha, toward, 0.0), alpha).x
@@ -178,7 +176,7 @@ class Problem:
     def price(
         self, own: Tensor, drifted: Tensor | None, correction: float | None = None
     ) -> tuple[float, float]:
-        """β and ‖T − (W₀ + U + βD)RX‖² here; the best β in [0, 1] if none is given."""
+        """Returns β and ‖T − (W₀ + U + β·D)·R·X‖²; the best β in [0, 1] if none is given."""
         normal, target = self._normal(), self._target()
         seen = own @ normal
         alone = self._squared - 2 * _inner(target, own) + _inner(seen, own)
@@ -191,7 +189,7 @@ class Problem:
         return correction, (alone - 2 * correction * slope + correction**2 * curvature).item()
 
     def errors(self, change: Tensor) -> tuple[float, float]:
-        """‖T − W'RX‖/‖T‖ for Δ = `change` [O, K+], and for none, no bias either."""
+        """Returns ‖T − W'·R·X‖/‖T‖ for Δ = `change` [O, K+], and for Δ = 0."""
         normal, target, before = self._normal(), self._target(), self._squared
         kept = _inner(self.baseline @ normal, self.baseline)
         total = before + 2 * _inner(target, self.baseline) + kept
@@ -199,42 +197,33 @@ class Problem:
         return _relative(after, total), _relative(before, total)
 
     def _right(self, alpha: float, toward: str, correction: float) -> Tensor:
-        """Q or Q − λ W₀D [O, K], centred."""
+        """Q or Q − λ W₀ [O, K], centred."""
         right = self._own
         if correction and self._drifted is not None:
             right = right + correction * self._drifted
         right = self._centred(right)
         if toward == "baseline":
             return right
-        pull, profile = self.damping(alpha), self._profile()
-        if profile is not None:
-            pull = pull * profile
-        return right - pull * self.plain
+        return right - self.damping(alpha) * self.plain
 
     def _coupling(self) -> Tensor:
-        """G Rᵀ of the lost channels [D, K], centred."""
+        """Returns G·Rᵀ of the lost channels [D, K], centred."""
         coupling = self._reduction.restrict(self._matrix[self._lost])
         if not self.affine:
             return coupling
-        return self._centred(_beside(coupling.double(), self._sum[self._lost]))
+        return self._centred(_appended(coupling.double(), self._sum[self._lost]))
 
     def _ridge(self, right: Tensor, alpha: float) -> ridge.Solution:
-        """X [.., K] of X (A + λD) = `right`, centred."""
+        """X [.., K] of X (A + λI) = `right`, centred."""
         if math.isinf(alpha):
             zero = right.new_zeros(())
             return ridge.Solution(right.new_zeros(right.shape, dtype=torch.float64), zero, zero)
         # Centring cancels, so what rounding left on a centred diagonal is of the whole energy.
         rounding = EPS * self._energies * (self._fluctuations() > 0)
-        return ridge.solve(
-            self._centred_normal,
-            right,
-            self.damping(alpha),
-            profile=self._profile(),
-            rounding=rounding,
-        )
+        return ridge.solve(self._centred_normal, right, self.damping(alpha), rounding=rounding)
 
     def _centred(self, right: Tensor) -> Tensor:
-        """[.., K] of a right-hand side [.., K+], the constant eliminated."""
+        """Eliminates the constant from a right-hand side [.., K+]: [.., K]."""
         if not self.affine:
             return right
         means = self._kept_sum() / self._tokens
@@ -242,7 +231,7 @@ class Problem:
         return centred.mul_(self._fluctuations() > 0)
 
     def _centred_normal(self) -> Tensor:
-        """A [K, K], made anew, the constant eliminated."""
+        """Returns a new A [K, K], the constant eliminated."""
         normal = self._reduction.normal(self._matrix)
         if self.affine:
             sums, varies = self._kept_sum(), self._fluctuations() > 0
@@ -250,36 +239,29 @@ class Problem:
             normal.mul_(varies).mul_(varies[:, None])  # else rounding, and maybe not even positive
         return normal
 
-    def _complete(self, change: Tensor, aim: Tensor) -> Tensor:
-        """Δ and b [.., K+] for Δ [.., K] and the sums [..] of what both are to say."""
+    def _complete(self, change: Tensor, target: Tensor) -> Tensor:
+        """Returns Δ and b [.., K+] for Δ [.., K] and the sums [..] of their target."""
         if not self.affine:
             return change
-        return _beside(change, (aim - change @ self._kept_sum()) / self._tokens)
-
-    def _profile(self) -> Tensor | None:
-        """The diagonal of D [K], 1 for channels without energy; None if all are damped alike."""
-        if not self._per_channel:
-            return None
-        energies = self._fluctuations()
-        return torch.where(energies > 0, energies / energies.mean(), 1)
+        return _appended(change, (target - change @ self._kept_sum()) / self._tokens)
 
     def _fluctuations(self) -> Tensor:
-        """The diagonal of A [K], centred; 0 where only rounding is left of that."""
+        """Returns the diagonal of A [K], centred; 0 where it is only rounding."""
         if not self.affine:
             return self._energies
         left = self._energies - self._kept_sum().square() / self._tokens
         return torch.where(left > ROUNDING * self._energies, left, 0)
 
     def _kept_sum(self) -> Tensor:
-        """The sums r [K] of the kept channels."""
+        """Returns the sums r [K] of the kept channels."""
         return self._reduction.restrict(self._sum)
 
     def _target(self) -> Tensor:
-        """Q₁ [O, K+]."""
+        """Returns Q₁ [O, K+]."""
         return self._own if self._drifted is None else self._own + self._drifted
 
     def _normal(self) -> Tensor:
-        """A [K+, K+], made anew."""
+        """Returns a new A [K+, K+]."""
         normal = self._reduction.normal(self._matrix)
         if not self.affine:
             return normal
@@ -291,8 +273,8 @@ class Problem:
         return bordered
 
 
-def _beside(columns: Tensor, last: Tensor) -> Tensor:
-    """[.., K] and a column more: [.., K+1]."""
+def _appended(columns: Tensor, last: Tensor) -> Tensor:
+    """Appends a column to [.., K]: [.., K+1]."""
     return torch.cat([columns, last[:, None]], 1)
 
 

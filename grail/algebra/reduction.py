@@ -22,22 +22,22 @@ class Reduction(ABC):
 
     @abstractmethod
     def narrow(self, weight: Tensor) -> Tensor:
-        """R·weight: a producer's weight [H, ...] or bias [H], narrowed to K rows."""
+        """Returns R·weight: a producer's weight [H, ...] or bias [H], narrowed to K rows."""
 
     @abstractmethod
     def restrict(self, columns: Tensor) -> Tensor:
-        """columns·Rᵀ: [..., H] → [..., K]."""
+        """Returns columns·Rᵀ: [..., H] → [..., K]."""
 
     @abstractmethod
     def absorb(self, weight: Tensor) -> Tensor:
-        """The consumer [O, K] of plain pruning or folding, from the dense `weight` [O, H]."""
+        """Returns the consumer [O, K] of plain pruning or folding, from dense `weight` [O, H]."""
 
     @abstractmethod
     def lift(self, columns: Tensor) -> Tensor:
-        """columns·R: [..., K] → [..., H]."""
+        """Returns columns·R: [..., K] → [..., H]."""
 
     def left_out(self, weight: Tensor, baseline: Tensor) -> tuple[Tensor, Tensor]:
-        """What plain reduction leaves out of a consumer: V = W − W₀R, W₀ what `absorb` gave.
+        """Returns the part of a consumer that plain reduction omits, V = W − W₀·R.
 
         Returns:
             The channels [D] outside of which V is zero by construction, and V there, [O, D].
@@ -46,16 +46,16 @@ class Reduction(ABC):
         return every, weight - self.lift(baseline)
 
     def normal(self, gram: Tensor) -> Tensor:
-        """R·G·Rᵀ [K, K] in fp64 for a Gram matrix [H, H]."""
+        """Returns R·G·Rᵀ [K, K] in fp64 for a Gram matrix [H, H]."""
         return self.restrict(self.narrow(gram.double()))
 
     @abstractmethod
     def repeat(self, times: int) -> "Reduction":
-        """The same map of channels that each are `times` columns side by side, as taps are."""
+        """Returns the same map for channels of `times` adjacent columns each, such as taps."""
 
     @property
     def is_identity(self) -> bool:
-        """Whether every channel stays where it was."""
+        """Returns whether every channel keeps its place."""
         return False
 
     def _check(self, size: int) -> None:
@@ -201,7 +201,7 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def as_reduction(given: object, channels: int) -> Reduction:
-    """A reduction as it is; an index [K] or a mask [channels] of what stays as a `Selection`.
+    """Returns a reduction unchanged, an index [K] or mask [channels] to keep as a `Selection`.
 
     Raises:
         InputError: neither, or one that does not fit.
@@ -212,7 +212,7 @@ def as_reduction(given: object, channels: int) -> Reduction:
 
 
 def _integers(values: object, name: str, channels: int | None = None) -> Tensor:
-    """A vector of integers [K] on the CPU; of a mask of `channels` the places that are True."""
+    """Returns integers [K] on the CPU; for a mask of `channels` the indices that are True."""
     vector = as_vector(name, values).cpu()
     if vector.dim() != 1:
         raise InputError(f"{name} must be a vector of channels; got shape {tuple(vector.shape)}")

@@ -44,7 +44,6 @@ def solve(
     right: Tensor,
     damping: Tensor | float,
     *,
-    profile: Tensor | None = None,
     rounding: Tensor | None = None,
     precision: Precision = "auto",
 ) -> Solution:
@@ -59,7 +58,6 @@ def solve(
             function returns is overwritten, so that a large problem needs no second K·K matrix.
         right: C [.., O, K].
         damping: λ ≥ 0, a number or [..].
-        profile: [.., K] > 0, so that λ·diag(profile) stands for λI; ones by default.
         rounding: [.., K], what rounding may have left on the diagonal of A; zeros by default. What
             a pivot below it stands for, a channel that the ones before it explain but for
             rounding, would be fitted to noise.
@@ -70,8 +68,7 @@ def solve(
         A `Solution` in fp64.
 
     Raises:
-        InputError: shapes that do not fit, a negative λ, a profile that is not positive or an
-            unknown precision.
+        InputError: shapes that do not fit, a negative λ or an unknown precision.
         NonFiniteError: NaN or Inf in A or C.
         SolveError: still indefinite after the last retry.
 
@@ -88,11 +85,6 @@ def solve(
     lam = lam.expand(batch).reshape(-1).clone()
     if bool((lam < 0).any()):
         raise InputError(f"damping must not be negative; got {lam.min().item():g}")
-    shape = torch.ones_like(diagonal) if profile is None else profile.expand(*batch, -1).double()
-    shape = shape.reshape(diagonal.shape)
-    if not bool((shape > 0).all()):
-        raise InputError(f"a profile of damping must be positive; got {shape.min().item():g}")
-
     least = torch.zeros_like(diagonal) if rounding is None else rounding.expand(*batch, -1).double()
     least = least.reshape(diagonal.shape)
 
@@ -100,7 +92,7 @@ def solve(
         a = _made(normal)
         a = _picked(a.reshape(-1, *a.shape[-2:]), todo)
         a = a.to(torch.float64, copy=isinstance(normal, Tensor))
-        added = lam[:, None] * shape + empty[:, None]  # the identity where A is 0
+        added = lam[:, None] + empty[:, None]  # the identity where A is 0
         a.diagonal(dim1=-2, dim2=-1).add_(added[todo])
         return method(a, _picked(c, todo), least[todo])
 
@@ -133,7 +125,7 @@ def _picked(batch: Tensor, todo: Tensor) -> Tensor:
 
 
 def _checked_diagonal(normal: Tensor, right: Tensor) -> Tensor:
-    """The diagonal [.., K] of A in fp64, once A and C are known to be finite and to fit."""
+    """Returns the diagonal [.., K] of A in fp64, after checks that A and C are finite and fit."""
     if normal.shape[-1] != normal.shape[-2] or right.shape[-1] != normal.shape[-1]:
         raise InputError(
             f"normal must be [.., K, K] and right [.., O, K]; got {tuple(normal.shape)} "
@@ -165,7 +157,7 @@ def _fp64_is_fast(device: torch.device) -> bool:
 
 
 def _direct(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """X [n, O, K] of X·system = right in fp64, and where [n] that went well.
+    """Solves X·system = right, [n, O, K] in fp64; also returns the mask [n] of success.
 
     Args:
         system: [n, K, K] fp64, symmetric; becomes the factor.
@@ -178,7 +170,7 @@ def _direct(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tenso
 
 
 def _refined(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_direct`, by an fp32 factor and refinement; `system` is scaled in place.
+    """Solves as `_direct`, by an fp32 factor and refinement; scales `system` in place.
 
     A step's correction d measures the error e before it, and with the rate r = ‖d‖/‖d before‖ what
     is left is r·‖d‖: a row is done when that is below eps·‖row‖. (As LAPACK's dsposv, which goes on
@@ -205,7 +197,7 @@ def _refined(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tens
 
 
 def _factor(system: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factors, lower, of matrices [n, K, K] in their place; where [n] they are good.
+    """Factorises matrices [n, K, K] in place (lower Cholesky); returns the mask [n] of success.
 
     That is where they exist and their pivots reach `least` [n, K].
     """
@@ -217,13 +209,13 @@ def _factor(system: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _substitute(factor: Tensor, right: Tensor) -> Tensor:
-    """X of X·factor·factorᵀ = right, in the place of `right` [n, O, K]."""
+    """Solves X·factor·factorᵀ = right in place of `right` [n, O, K]."""
     torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False, out=right)
     return torch.linalg.solve_triangular(factor, right, upper=False, left=False, out=right)
 
 
 def _substitute_normalised(factor: Tensor, right: Tensor) -> Tensor:
-    """`_substitute` in fp32, with rows brought into its range; fp64 in and out."""
+    """Runs `_substitute` in fp32, with rows scaled into its range; fp64 in and out."""
     size = right.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     with full_fp32(right.device):
         return _substitute(factor, (right / size).float()).double() * size

@@ -1,4 +1,4 @@
-"""Consumers that a person gives as a tensor or as a layer."""
+"""Consumers given as a tensor or as a layer."""
 
 import math
 from typing import Any

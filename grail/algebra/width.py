@@ -1,6 +1,6 @@
-"""How narrow a site may become, and the best selection of that width.
+"""Feasible widths of a site, and the best selection of a width.
 
-A width knows the structure of its site: single channels, or attention heads in key/value groups.
+A width has the structure of its site: single channels, or attention heads in key/value groups.
 Selectors score channels; the width turns scores into a feasible `Selection`.
 """
 
@@ -15,8 +15,8 @@ from grail.algebra.reduction import Selection
 from grail.arguments import is_number, is_whole
 from grail.errors import InputError
 
-# The multiple, by the channels from which on it holds: quantisers and serving engines want 128 on
-# large models; small models would lose too much to rounding.
+# The multiple by the least number of channels: quantisers and serving engines prefer 128 on large
+# models; small models would lose too much to rounding.
 MULTIPLES = {4096: 128, 64: 8, 0: 1}
 
 
@@ -29,7 +29,7 @@ def check_keep(keep: float) -> None:
 
 
 def usual_multiple(channels: int) -> int:
-    """128 from 4096 channels up, 8 from 64, else 1."""
+    """Returns 128 from 4096 channels up, 8 from 64, else 1."""
     return next(multiple for least, multiple in MULTIPLES.items() if channels >= least)
 
 
@@ -42,7 +42,7 @@ class ChannelWidth:
 
     @classmethod
     def nearest(cls, channels: int, keep: float, multiple: int | None = None) -> "ChannelWidth":
-        """The multiple of `multiple` nearest to keep·channels (ties go up), at most `channels`.
+        """Returns the multiple of `multiple` nearest to keep·channels, ties up, at most `channels`.
 
         Args:
             multiple: default 128 from 4096 channels up, 8 from 64, else 1.
@@ -103,7 +103,7 @@ class HeadWidth:
         keep: float,
         allowed: Callable[["HeadWidth"], bool] = lambda width: True,
     ) -> "HeadWidth":
-        """The feasible width nearest to keep·heads; of equals, more heads, then fewer groups.
+        """Returns the feasible width nearest keep·heads; of equals, more heads, then fewer groups.
 
         Args:
             allowed: which widths the architecture can express.
@@ -132,12 +132,12 @@ class HeadWidth:
 
     @property
     def channels(self) -> int:
-        """Channels of the attention output before narrowing: all heads side by side."""
+        """The channels of the attention output before narrowing: all heads side by side."""
         return self.groups * self.queries * self.head_dim
 
     @property
     def kept(self) -> int:
-        """Channels that stay."""
+        """The number of channels that stay."""
         return self.kept_groups * self.kept_queries * self.head_dim
 
     def __str__(self) -> str:
@@ -167,7 +167,7 @@ class HeadWidth:
         return Selection(channels.flatten(), self.channels)
 
     def check(self, name: str, selection: Selection) -> None:
-        """Raises InputError unless a site's selection is one that `best` could have made."""
+        """Raises InputError for a selection that `best` could not have made."""
         chosen = torch.zeros(self.channels, dtype=torch.float32)
         chosen[selection.index] = 1
         if not torch.equal(self.best(chosen).index, selection.index):
@@ -177,7 +177,7 @@ class HeadWidth:
             )
 
     def group_rows(self, selection: Selection) -> Selection:
-        """The rows of a key or value projection [groups·head_dim, ...] that the groups keep."""
+        """Returns the kept rows of a key or value projection [groups·head_dim, ...]."""
         per_group = self.queries * self.head_dim
         chosen = (selection.index // per_group).unique()
         rows = chosen[:, None] * self.head_dim + torch.arange(self.head_dim)
@@ -186,14 +186,14 @@ class HeadWidth:
 
 @dataclass(frozen=True)
 class GroupWidth(HeadWidth):
-    """Channels that a grouped convolution writes: equally many of each group.
+    """Channels of a grouped convolution: equally many of each group.
 
     For a selector those are heads of one channel, of which every group stays.
     """
 
     @classmethod
     def nearest_of_each(cls, groups: int, size: int, keep: float) -> "GroupWidth":
-        """The width nearest to keep·size in each of `groups` groups of `size` channels."""
+        """Returns the width nearest to keep·size in each of `groups` groups of `size` channels."""
         width = cls.nearest(groups, size, 1, keep, lambda width: width.kept_groups == groups)
         return cls(*vars(width).values())
 
@@ -209,5 +209,5 @@ Width = ChannelWidth | HeadWidth
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the highest scores along the last axis; of equals the first."""
+    """Returns the indices of the highest scores along the last axis; of equals the first."""
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :count]

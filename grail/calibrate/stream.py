@@ -1,99 +1,30 @@
 """The calibration set on its way through the model, from block to block.
 
-The model's forward runs once for each batch with every block replaced by a recorder, which costs an
-embedding and the masks: what a block is called with (position embeddings, masks that differ by
-layer) is whatever the library passes. Blocks are then run one at a time by their own forward with
-those arguments.
+The model's forward runs once for each batch, to record what its blocks are called with (see
+`grail.calibrate.recorder`): position embeddings, and masks that differ by layer, are whatever the
+library passes. Blocks are then run one at a time by their own forward with those arguments.
 """
 
 import copy
-import functools
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from grail.arguments import require_batches, require_dense, require_usable
-from grail.calibrate.embedding import check_token_ids
-from grail.calibrate.recorded import state_of, without_cache
+from grail.arguments import require_batches, require_usable
+from grail.calibrate.batches import Batch, model_inputs
+from grail.calibrate.hidden_states import HiddenStates
+from grail.calibrate.recorded import Call
+from grail.calibrate.recorder import Recorder, block_outputs
 from grail.calibrate.samples import Change, Masks, changed_arguments, masks_of
-from grail.errors import EmptyCalibrationError, GrailError, InputError, ModelError
-from grail.runtime.memory import ran_out
+from grail.errors import EmptyCalibrationError, InputError, ModelError
 from grail.runtime.processes import Processes
 
-Batch = Tensor | Sequence[Any] | Mapping[str, Any]
-
-# One sequence in so many is held out.
-HELD_OUT = 5
-
-
-class Stop(Exception):  # noqa: N818, it is no error
-    """Ends a forward early: what comes after is not needed."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one block for one batch, without the hidden states.
-
-    `key`: the name under which those are passed; None is the first place. `state`: of the
-    arguments when they were recorded.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    key: str | None = None
-    state: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "state", self.state_now())
-
-    def state_now(self) -> Any:
-        """The state of the arguments, which no pass may change."""
-        return state_of((self.args, self.kwargs))
-
-
-class HiddenStates:
-    """One tensor for each batch, in memory that is allocated once.
-
-    Tensors that live long between those of a forward pass would tear the allocator's memory into
-    pieces: a quarter of a run's peak.
-    """
-
-    def __init__(self, storage: torch.device):
-        self._storage = storage
-        self._tensors: list[Tensor] = []
-
-    def put(self, batch: int, tensor: Tensor) -> None:
-        """Keeps a copy of the tensor of one batch; the first ones come in order."""
-        if batch == len(self._tensors):
-            self._tensors.append(tensor.detach().to(self._storage, copy=True))
-        elif self._tensors[batch].shape != tensor.shape:
-            self._tensors[batch] = tensor.detach().to(self._storage, copy=True)
-        else:
-            self._tensors[batch].copy_(tensor)
-
-    def __getitem__(self, batch: int) -> Tensor:
-        return self._tensors[batch]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def copy(self, storage: torch.device | None = None) -> "HiddenStates":
-        """Another one of the same content, there or elsewhere."""
-        other = HiddenStates(storage or self._storage)
-        for batch, tensor in enumerate(self._tensors):
-            other.put(batch, tensor)
-        return other
+HELD_OUT_EVERY = 5  # sequences: one of so many is held out
 
 
 class Stream:
@@ -106,18 +37,24 @@ class Stream:
             (images [B, C, H, W]), tuples of the model's arguments, or mappings of its keyword
             arguments, of which an `attention_mask` [B, L] marks the tokens that count.
         storage: where hidden states wait between blocks; the model may be elsewhere.
-        ranks: the processes that share the batches; each runs some of them.
+        processes: share the batches; each runs some of them.
         device: where the blocks run; default where the model is.
         room: bytes that hidden states may take in `storage`; beyond, all of them move to the CPU.
 
-    `tokens`: how many were counted, in all processes; samples, where a sample has no tokens
-    (images). `own_tokens`: those of this process.
+    `tokens`: how many count, in all processes; samples, where a sample has no tokens (images).
+    `own_tokens`: those of this process. `samples`: sequences or images, in all processes.
+    `holds_out`: whether any of them is held out.
 
     Raises:
         EmptyCalibrationError: no batch, or no token.
-        InputError: a batch of another kind.
+        InputError: a batch that the model does not take; fewer batches than processes.
         ModelError: blocks that do not run one right after the other.
     """
+
+    tokens: int
+    own_tokens: int
+    samples: int
+    holds_out: bool
 
     def __init__(
         self,
@@ -129,58 +66,79 @@ class Stream:
         device: torch.device | None = None,
         room: int | None = None,
     ):
-        self.blocks, self.storage, self.processes = (
-            blocks,
-            require_usable(storage),
-            processes or Processes(),
-        )
-        self._room = room
+        require_batches(batches)
+        self.blocks, self.storage = blocks, require_usable(storage)
+        self.processes, self._room = processes or Processes(), room
         self._home = next(model.parameters()).device
         self.device = device or self._home
         self.hidden = HiddenStates(self.storage)
-        self.masks: list[Masks] = []  # on the CPU, where looking at one stalls no GPU
+        self._observed: list[HiddenStates] = []
+        self.masks: list[Masks] = []  # on the CPU, where reading one stalls no GPU
         self._calls: list[list[Call]] = []
-        require_batches(batches)
-        self._entries: dict[int, int] = {}  # of the tuple that a block returns, by its number
+        recorder = Recorder(model, blocks, self.device)
         for batch in self.processes.share(batches):
             try:
-                self._enter(model, batch)
+                self._enter(recorder, batch)
             except ModelError:
-                if self._calls or not self._learn_entries(model, batch):
+                inputs = model_inputs(model, batch, self._home)
+                if self._calls or not recorder.learn_tuples(*inputs):
                     raise
-                self.hidden, self._room = HiddenStates(self.storage), room
-                self._enter(model, batch)
+                self._enter(recorder, batch)
                 self.require_chain(model, batch)
+        self._count()
+
+    def _enter(self, recorder: Recorder, batch: Batch) -> None:
+        """Records one batch and keeps its hidden states."""
+        args, kwargs = model_inputs(recorder.model, batch, self._home)
+        keep = partial(self.hidden.put, len(self))
+        self._calls.append(recorder.record(args, kwargs, keep))
+        self.masks.append(masks_of(recorder.model, args, kwargs).cpu())
+        if self._room is not None:
+            self._room -= self.hidden[len(self) - 1].nbytes
+            if self._room < 0:
+                self.rest_on(torch.device("cpu"))
+                self._room = None
+
+    def _count(self) -> None:
+        """Counts the tokens and samples of all processes, and refuses too few."""
         own = range(len(self))
         self.own_tokens = sum(map(self.tokens_of, own))
         self.tokens = int(self.processes.total(torch.tensor(self.own_tokens, dtype=torch.int64)))
-        # Of all batches: which samples have a token that counts.
-        self._counting = self.processes.interleaved([self._counts(batch) for batch in own])
+        counting = self.processes.interleaved([self._counting(batch) for batch in own])
         if self.tokens == 0:
             raise EmptyCalibrationError(
                 "calibration holds no token; pass at least one batch of token ids"
             )
-        if len(self._counting) < self.processes.count:
+        if len(counting) < self.processes.count:
             raise InputError(
-                f"{self.processes.count} processes share {len(self._counting)} batches: pass at "
+                f"{self.processes.count} processes share {len(counting)} batches: pass at "
                 "least one for each, smaller ones if need be"
             )
+        held_out = _every_fifth(counting)
+        self.samples = sum(map(len, held_out))
+        self.holds_out = any(bool(held.any()) for held in held_out)
+        self._held_out = tuple(self.processes.share(held_out))
+
+    def _counting(self, batch: int) -> Tensor:
+        """[B] bool on the CPU, the samples of one batch with a token that counts."""
+        mask, samples = self.masks[batch].tokens, len(self.hidden[batch])
+        return torch.ones(samples, dtype=torch.bool) if mask is None else mask.any(1)
 
     def __len__(self) -> int:
-        return len(self.hidden)
+        return len(self._calls)
 
     def run(self, block: int, batch: int) -> Any:
-        """The block's output for one batch, on the model's device.
+        """Returns the block's output for one batch, on the device of the blocks.
 
         Raises:
-            ModelError: the block changes an argument that the next pass needs as it was.
+            ModelError: the block changes an argument that every pass needs unchanged.
         """
         # A block may write on its input.
         hidden = self.hidden[batch].to(self.device, copy=True)
         return self._run(hidden, block, self._calls[batch][block])
 
     def run_changed(self, block: int, batch: int, change: Change) -> Any:
-        """The block's output for one batch, with every tensor among its arguments changed."""
+        """Returns the block's output for one batch, with every tensor argument changed."""
         call, hidden = self._calls[batch][block], self.hidden[batch].to(self.device, copy=True)
         names = list(inspect.signature(self.blocks[block].forward).parameters)
         args = call.args if call.key is not None else (hidden, *call.args)
@@ -204,16 +162,22 @@ class Stream:
         return output[0] if isinstance(output, tuple) else output
 
     def store(self, batch: int, hidden: Tensor) -> None:
-        """Replaces one batch's hidden states by those at the next block's entry."""
+        """Replaces one batch's hidden states with those at the next block's entry."""
         self.hidden.put(batch, hidden)
 
     def rest_on(self, storage: torch.device) -> None:
-        """Lets hidden states wait elsewhere from now on."""
+        """Moves hidden states to another storage."""
         if storage != self.storage:
             self.hidden, self.storage = self.hidden.copy(storage), storage
 
+    def observed(self, number: int) -> HiddenStates:
+        """The memory for what is observed within a block; every block uses it again."""
+        while len(self._observed) <= number:
+            self._observed.append(HiddenStates(self.storage))
+        return self._observed[number]
+
     def mask(self, batch: int, decoder: bool = False, length: int | None = None) -> Tensor | None:
-        """[B, L] bool on the model's device, or None where every token counts.
+        """Returns [B, L] bool on the device of the blocks, or None where every token counts.
 
         Args:
             batch: its number.
@@ -224,12 +188,12 @@ class Stream:
         return None if mask is None else mask.to(self.device)
 
     def output_mask(self, batch: int) -> Tensor | None:
-        """[B, L] bool on the model's device, of the tokens of the network's output."""
+        """Returns [B, L] bool on the device of the blocks, the network's output that counts."""
         mask = self.masks[batch].of_output
         return None if mask is None else mask.to(self.device)
 
     def tokens_of(self, batch: int) -> int:
-        """How many tokens of one batch count; samples, where those have no tokens."""
+        """The number of one batch's tokens that count; of its samples, if they have no tokens."""
         mask, hidden = self.masks[batch].tokens, self.hidden[batch]
         if mask is not None and self.has_sequences(hidden):
             return int(mask.sum())
@@ -237,7 +201,7 @@ class Stream:
 
     @property
     def is_masked(self) -> bool:
-        """Whether there are tokens in any batch that do not count."""
+        """Whether any batch has tokens that do not count."""
         masks = itertools.chain(*((m.tokens, m.decoder) for m in self.masks))
         return any(mask is not None for mask in masks)
 
@@ -246,126 +210,27 @@ class Stream:
         """Whether hidden states have an axis of tokens: [B, L, _], or token ids [B, L]."""
         return hidden.dim() == 3 or (hidden.dim() == 2 and not hidden.is_floating_point())
 
-    @property
-    def samples(self) -> int:
-        """Sequences, or images."""
-        return sum(map(len, self._counting))
-
     def held_out(self, batch: int) -> Tensor | None:
-        """[B] bool on the CPU, every fifth sequence of all (of fewer, the last).
+        """[B] bool on the CPU: every fifth sequence of all batches is held out; of fewer, the last.
 
-        Sequences of which no token counts are passed over. None where the batch has no other.
+        Sequences without a token that counts are skipped. None where the batch has none held out.
         """
-        held = self._own_held_out[batch]
+        held = self._held_out[batch]
         return held if bool(held.any()) else None
 
-    @property
-    def holds_out(self) -> bool:
-        """Whether there is a sequence to hold out, in any process."""
-        return any(bool(held.any()) for held in self._held_out)
-
-    @functools.cached_property
-    def _own_held_out(self) -> tuple[Tensor, ...]:
-        return tuple(self.processes.share(self._held_out))
-
-    @functools.cached_property
-    def _held_out(self) -> tuple[Tensor, ...]:
-        """[B] of all batches."""
-        counts = torch.cat(self._counting)
-        step = max(1, min(HELD_OUT, int(counts.sum())))
-        held = counts & (counts.cumsum(0) % step == 0) & (step > 1)
-        return held.split([len(counting) for counting in self._counting])
-
-    def _counts(self, batch: int) -> Tensor:
-        """[B] bool on the CPU, the samples of one batch of which a token counts."""
-        mask, size = self.masks[batch].tokens, self.hidden[batch].shape[0]
-        return torch.ones(size, dtype=torch.bool) if mask is None else mask.any(1)
-
     def fork(self) -> "Stream":
-        """A second stream of the same batches, where this one is; each then moves on its own."""
+        """A second stream of the same batches at the same block, which then moves on its own."""
         other = copy.copy(self)
-        other.hidden = self.hidden.copy()
+        other.hidden, other._observed = self.hidden.copy(), []
         return other
-
-    def _enter(self, model: nn.Module, batch: Batch) -> None:
-        args, kwargs = model_inputs(model, batch, self._home)
-        calls: list[Call] = []
-        between: tuple[Tensor, int] | None = None  # what a block returned, and its version
-        # Where a model may be anybody's, one pass goes on to its end, for blocks that run again.
-        ends = bool(self._calls) or hasattr(model, "get_output_embeddings")
-
-        def recorder(number: int) -> Any:
-            def record(*args: Any, **kwargs: Any) -> Any:
-                nonlocal between
-                hidden, call = _without_hidden(args, kwargs)
-                call = Call(_to(call.args, self.device), _to(call.kwargs, self.device), call.key)
-                if number == 0 and not calls:
-                    self._put_first(hidden)
-                elif number != len(calls) or between is None or not _same(hidden, *between):
-                    raise _no_chain(number)
-                between = hidden, _version(hidden)
-                calls.append(self._shared(number, call))
-                if ends and number == len(self.blocks) - 1:
-                    raise Stop
-                entries = self._entries.get(number)
-                return hidden if entries is None else (hidden, *[None] * (entries - 1))
-
-            return record
-
-        with ExitStack() as stack:
-            stack.enter_context(without_cache(model))
-            for number, block in enumerate(self.blocks):
-                stack.enter_context(replaced_forward(block, recorder(number)))
-            try:
-                model(*args, **kwargs)
-            except Stop:
-                pass
-            except GrailError:
-                raise
-            except Exception as error:
-                # Blocks that pass on what they got may leave the next layer another shape.
-                if ran_out(error) or not calls:
-                    raise
-                if len(calls) < len(self.blocks):
-                    raise _no_chain(len(calls)) from error
-        if len(calls) < len(self.blocks):
-            raise ModelError(
-                f"block {len(calls)} of {len(self.blocks)} does not run; find the sites by "
-                "sites=grail.trace(model), or name them: sites=[grail.Site(…)]"
-            )
-        self._calls.append(calls)
-        self.masks.append(masks_of(model, args, kwargs).cpu())
-
-    def _learn_entries(self, model: nn.Module, batch: Batch) -> bool:
-        """Runs a model on one batch to see which of its blocks return tuples; whether any does."""
-        with suppress(Exception):  # the first error says what is wrong
-            outputs = self._outputs(model, batch)
-            self._entries = {
-                number: len(output)
-                for number, output in enumerate(outputs)
-                if isinstance(output, tuple)
-            }
-        return bool(self._entries)
-
-    def _outputs(self, model: nn.Module, batch: Batch) -> list[Any]:
-        """Runs the whole model and returns the outputs of its blocks."""
-        args, kwargs = model_inputs(model, batch, self._home)
-        found: list[Any] = []
-        with ExitStack() as hooks:
-            hooks.enter_context(without_cache(model))
-            for block in self.blocks:
-                hear = block.register_forward_hook(lambda _, __, output: found.append(output))
-                hooks.callback(hear.remove)
-            model(*args, **kwargs)
-        return found
 
     def require_chain(self, model: nn.Module, batch: Batch) -> None:
         """Runs the blocks one by one on the first batch, and the whole model on it.
 
         Raises:
-            ModelError: they differ, because blocks hand on more than hidden states.
+            ModelError: they differ, because blocks pass on more than hidden states.
         """
-        outputs = self._outputs(model, batch)
+        outputs = block_outputs(model, self.blocks, *model_inputs(model, batch, self._home))
         hidden = self.hidden[0].to(self.device, copy=True)
         for number, call in enumerate(self._calls[0]):
             hidden = self._run(hidden, number, call)
@@ -380,199 +245,10 @@ class Stream:
                 "name them: sites=[grail.Site(…)]"
             )
 
-    def _put_first(self, hidden: Tensor) -> None:
-        """Keeps the hidden states of one batch more."""
-        self.hidden.put(len(self._calls), hidden)
-        if self._room is not None:
-            self._room -= hidden.nbytes
-            if self._room < 0:
-                self.rest_on(torch.device("cpu"))
-                self._room = None
 
-    def _shared(self, number: int, call: Call) -> Call:
-        """The first batch's call where this one equals it, so that equal tables are held once."""
-        if not self._calls:
-            return call
-        first = self._calls[0][number]
-        pairs = ((call.args, first.args), (call.kwargs, first.kwargs), (call.key, first.key))
-        return first if all(_equal(a, b) for a, b in pairs) else call
-
-
-class OutputCache:
-    """Outputs of modules that the next pass over the same batches would only compute again.
-
-    Of a tuple only the first entry is kept: attention's second, its weights [B, heads, L, L], is
-    dropped by the blocks of transformers too. A module of another library that returns more runs
-    again.
-
-    Args:
-        modules: whose outputs are kept.
-        stream: the batches.
-        shelves: of an earlier memo, whose memory is used again.
-    """
-
-    def __init__(
-        self, modules: Sequence[nn.Module], stream: Stream, shelves: Sequence[HiddenStates] = ()
-    ):
-        self._modules, self._stream = modules, stream
-        new = [HiddenStates(stream.storage) for _ in modules[len(shelves) :]]
-        self.shelves = [*shelves, *new]
-        self._entries: dict[nn.Module, int] = {}  # of a tuple that a module returns
-        self._runs_again: set[nn.Module] = set()
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keeps what the modules return."""
-        with ExitStack() as stack:
-            for module, shelf in zip(self._modules, self.shelves, strict=False):
-                keep = partial(self._keep, shelf, itertools.count())
-                stack.callback(module.register_forward_hook(keep).remove)
-            yield
-
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Lets the modules return what was kept, in the same order, each once."""
-        with ExitStack() as stack:
-            for module, shelf in zip(self._modules, self.shelves, strict=False):
-                if module in self._runs_again:
-                    continue
-                replay = partial(self._next, module, iter(shelf))
-                stack.enter_context(replaced_forward(module, replay))
-            yield
-
-    def _next(self, module: nn.Module, kept: Iterator[Tensor], *args: Any, **kwargs: Any) -> Any:
-        # A copy: what reads it may write over it, and it may be replayed again.
-        output = next(kept).to(self._stream.device, copy=True)
-        if module not in self._entries:
-            return output
-        return (output, *(None for _ in range(self._entries[module] - 1)))
-
-    def _keep(
-        self, shelf: HiddenStates, batches: Iterator[int], module: nn.Module, args: Any, output: Any
-    ) -> None:
-        if isinstance(output, tuple):
-            self._entries[module] = len(output)
-            others = any(entry is not None for entry in output[1:])
-            if others and not type(module).__module__.startswith("transformers."):
-                self._runs_again.add(module)
-            output = output[0]
-        shelf.put(next(batches), output)
-
-
-def _no_chain(block: int) -> ModelError:
-    return ModelError(
-        f"something runs between block {block} and the one before it, or a block runs again, so "
-        "blocks cannot be run one by one; find the sites by sites=grail.trace(model), or name "
-        "them: sites=[grail.Site(…)]"
-    )
-
-
-def _same(tensor: Tensor, other: Tensor, version: int) -> bool:
-    """Whether a tensor is another one, unchanged since it had that version."""
-    return tensor is other and _version(tensor) == version
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; torch does not count that of inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Lets a module run another function in place of its forward."""
-    had = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if had is None:
-            del module.forward
-        else:
-            module.forward = had
-
-
-def model_inputs(
-    model: nn.Module, batch: Batch, device: torch.device
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the model's forward."""
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(batch, Mapping):
-        kwargs = dict(batch)
-    elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        args = tuple(batch)
-    elif isinstance(batch, Tensor):
-        args = (batch,)
-    else:
-        raise InputError(
-            "a batch must be a tensor (token ids [B, L], images [B, C, H, W]), a tuple of the "
-            f"model's arguments, or a mapping of its keyword arguments; got {type(batch).__name__}"
-        )
-    _require_samples(batch)
-    signature = inspect.signature(model.forward)
-    known = signature.parameters
-    if isinstance(batch, Tensor) and "input_ids" in known:
-        if batch.dim() != 2 or batch.is_floating_point():
-            raise InputError(
-                f"a batch of token ids must be integers [B, L]; "
-                f"got {batch.dtype} {tuple(batch.shape)}"
-            )
-        args, kwargs = (), {"input_ids": batch}
-    check_token_ids(model, kwargs or args)
-    if kwargs.get("past_key_values") is not None:
-        raise InputError(
-            "a batch holds past_key_values, which the model would write to; leave them out"
-        )
-    if "use_cache" in known or "use_cache" in kwargs:
-        kwargs = {**kwargs, "use_cache": False}
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise InputError(
-            f"{type(model).__name__} does not take this batch: {error}. A tuple holds the model's "
-            "arguments in order, a mapping its keyword arguments; leave labels out"
-        ) from error
-    return _to(args, device), _to(kwargs, device)
-
-
-def _require_samples(batch: Batch) -> None:
-    """Refuses a batch of tensors that are not dense, or have no axis of samples."""
-    given = dict(batch) if isinstance(batch, Mapping) else batch
-    tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
-    for tensor in tensors:
-        require_dense("a batch", tensor)
-    if tensors and not any(tensor.dim() for tensor in tensors):
-        raise InputError(
-            "a batch must have its samples along the first axis of a tensor; got a tensor without "
-            "axes"
-        )
-
-
-def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """A block's hidden states, its first tensor that is no mask, and the rest of its arguments."""
-    if args:
-        return args[0], Call(args[1:], kwargs)
-    tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
-    key = next((name for name in tensors if "mask" not in name), tensors[0])
-    rest = {name: value for name, value in kwargs.items() if name != key}
-    return kwargs[key], Call((), rest, key)
-
-
-def _to(tree: Any, device: torch.device) -> Any:
-    """The same with tensors on a device, and none that only inference mode may write to."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().to(device)
-        return tensor.clone() if tensor.is_inference() else tensor
-
-    return tree_map_only(Tensor, moved, tree)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, (list, tuple)) and type(a) is type(b):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    return a is b or (type(a) is type(b) and isinstance(a, (int, float, bool, str)) and a == b)
+def _every_fifth(counting: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """[B] bool for each batch, the samples that are held out among those that count."""
+    counts = torch.cat(list(counting))
+    step = max(1, min(HELD_OUT_EVERY, int(counts.sum())))
+    held = counts & (counts.cumsum(0) % step == 0) & (step > 1)
+    return held.split([len(of_batch) for of_batch in counting])

@@ -1,5 +1,6 @@
-"""The command line, one file a command."""
+"""The command line, one file a command: each reads options, calls the library and prints."""
 
+from grail.commands import compress, evaluate, inspect, stats
 from grail.commands.root import app
 
-__all__ = ["app"]
+__all__ = ["app", "compress", "evaluate", "inspect", "stats"]

@@ -1,12 +1,17 @@
-"""Tables for a terminal."""
+"""Tables and lines for a terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
+import typer
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from grail.report.formatting import format_bytes, format_seconds
+from grail.run.workflow import warnings_as_notes
 
 _GAP = 3  # characters between two columns
 _WORDS = 12  # to which a column of text may shrink, for its lines to stay readable
@@ -41,3 +46,24 @@ def print_table(header: list[str], rows: list[list[str]], words: int = 1) -> Non
 
 def _longest(cells: Iterable[str]) -> int:
     return max(map(cell_len, cells))
+
+
+def phases(seconds: Mapping[str, float]) -> str:
+    """Returns seconds by phase as a line that begins with their total."""
+    parts = (f"{name} {format_seconds(v)}" for name, v in seconds.items() if name != "total")
+    return f"{format_seconds(seconds['total'])}: {', '.join(parts)}"
+
+
+def sizes(memory: Mapping[str, int]) -> str:
+    """Returns sizes as a line; a platform that does not tell its memory use leaves zeros out."""
+    known = {name.replace("_", " "): value for name, value in memory.items() if value}
+    return ", ".join(f"{name} {format_bytes(value)}" for name, value in known.items())
+
+
+@contextmanager
+def notes_said(kind: type[UserWarning] = UserWarning) -> Iterator[None]:
+    """Prints the library's own warnings on stderr."""
+    with warnings_as_notes(kind) as notes:
+        yield
+    for note in notes:
+        typer.echo(f"note    {note}", err=True)

@@ -1,1 +1,3 @@
-"""files."""
+"""Models and texts on disk: loads, saves and exports the ones, reads and packs the others."""
+
+__all__ = ["alignment", "calibration", "load", "provenance", "saving", "texts"]

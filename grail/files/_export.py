@@ -1,4 +1,4 @@
-"""Writes a model as a plain `save_pretrained` folder that is complete, or is not there at all."""
+"""Exports a model as a plain `save_pretrained` folder that is complete, or is not there at all."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from grail.arguments import require_language_model
-from grail.errors import ExportError, InputError
+from grail.errors import ExportError, InputError, one_line
 from grail.files.alignment import align_file
 from grail.files.load import positions, read_model, runs_own_code
-from grail.files.saving import write
+from grail.files.saving import describe, write
 from grail.report._evaluate import measure_size
 from grail.report.card import card
 from grail.report.report import Report
@@ -20,7 +20,7 @@ from grail.runtime.folder import complete
 from grail.runtime.transaction import eval_no_grad
 from grail_kernels import check_kind, kind_of
 
-# Sequences and tokens, if it has room for those, on which the reloaded model must agree.
+# Sequences and tokens on which the reloaded model must agree; fewer tokens if it has no positions.
 _PROBE = (2, 32)
 
 
@@ -35,19 +35,21 @@ def export(
 ) -> Path:
     """Saves model and tokenizer, and proves that the folder reloads to the same logits.
 
-    The folder gets its name only once it was reloaded and compared: see `grail.folder`. The
-    comparison holds a second copy of the model on the same device.
+    The folder gets its name only once it was reloaded and compared. The comparison holds a second
+    copy of the model on the same device. `grail.load_model` reads the folder.
 
     Args:
         model: a transformers causal language model.
         tokenizer: its tokenizer; None writes none.
         output: folder to create; one that exists must be empty.
-        report: written as `report.json` and, in words, as the model card `README.md`; or what
-            returns it, called once the model is written and compared.
-        page: HTML text, written as `report.html`; or what makes it of the report, None for none.
-        uneven: whether the configuration cannot hold the widths, as where they differ by block
-            (`report.model["beyond_configuration"]` of a run says so). Weights and widths are then
-            written as by `grail.save`, and `load_model` reads the folder, not transformers alone.
+        report: written as `report.json`, its settings as `recipe.json`, and in words as the model
+            card `README.md`; or a function that returns it, called after the model was written and
+            compared.
+        page: HTML text, written as `report.html`; or a function of the report that returns it, or
+            None for no page.
+        uneven: the configuration cannot hold the widths, because they differ by block
+            (`report.model["beyond_configuration"]` of a run). Weights and widths are then written
+            as by `grail.save`, and transformers alone cannot read the folder.
 
     Returns:
         The path of the folder.
@@ -86,7 +88,7 @@ def _write(folder: Path, model: Any, tokenizer: Any, uneven: bool) -> None:
             tokenizer.save_pretrained(folder)
     # Refusals and full disks come as ValueError, RuntimeError, OSError, SafetensorError, …
     except Exception as error:
-        raise ExportError(f"transformers cannot save this model: {error}") from error
+        raise ExportError(f"transformers cannot save this model: {one_line(error)}") from error
 
 
 def _describe(
@@ -95,16 +97,14 @@ def _describe(
     page: str | Callable[[Report], str | None] | None,
     uneven: bool,
 ) -> None:
-    """Writes the files for people; those that are there already are not touched."""
+    """Writes the files for people; a README.md of the model's own stays."""
     found = report() if callable(report) else report
     if callable(page):
         page = None if found is None else page(found)  # before the report: it may add a note
     if page is not None:
         (folder / "report.html").write_text(page, encoding="utf-8")
     if found is not None:
-        found.save(folder / "report.json")
-        if not (folder / "README.md").exists():
-            (folder / "README.md").write_text(card(found, uneven=uneven), encoding="utf-8")
+        describe(found, folder, card(found, uneven=uneven))
 
 
 def _verify(folder: Path, model: Any) -> None:
@@ -116,28 +116,28 @@ def _verify(folder: Path, model: Any) -> None:
         )
     except Exception as error:
         raise ExportError(
-            f"The exported model does not load again: {error} Where its configuration cannot hold "
-            "its widths (a run notes that), give uneven=True."
+            f"the exported model does not load again: {one_line(error)}; if its configuration "
+            "cannot hold its widths (a run notes that), give uneven=True"
         ) from error
     expected, found = _logits(model), _logits(reloaded.to(model.device))
     if expected.dtype != found.dtype:
         raise ExportError(
-            f"The exported model reloads as {found.dtype}, and was {expected.dtype}; "
-            "convert the whole model to one dtype before the export."
+            f"the exported model reloads as {found.dtype}, and was {expected.dtype}; "
+            "convert the whole model to one dtype before the export"
         )
     if not torch.equal(expected, found):
         difference = (expected.double() - found.double()).abs().max().item()
         raise ExportError(
-            "The exported model does not reload to the same logits, so nothing was exported: the "
-            f"largest difference is {difference:.3g} (NaN: logits are not finite). Usual causes: a "
+            "the exported model does not reload to the same logits, so nothing was exported: the "
+            f"largest difference is {difference:.3g} (NaN: logits are not finite); usual causes: a "
             "parameter that this architecture does not store, or a cast with model.to(dtype), "
-            "which rounds rotary frequencies too; load the model in that dtype instead."
+            "which rounds rotary frequencies too; load the model in that dtype instead"
         )
 
 
 @torch.inference_mode()
 def _logits(model: Any) -> Tensor:
-    """Logits [sequences, tokens, vocabulary] on random tokens, the same for each call."""
+    """Returns logits [sequences, tokens, vocabulary] on random tokens, the same for each call."""
     vocabulary = model.get_input_embeddings().num_embeddings
     rows, length = _PROBE
     length = min(length, positions(model) or length)

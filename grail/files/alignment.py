@@ -1,9 +1,9 @@
 """Weights at addresses for which a CPU's kernels always round alike.
 
-Kernels for vectors sum in another order where a weight does not start at a multiple of 64 bytes.
-A safetensors file is mapped into memory as it is, and its data start wherever its header ends, so
-the same weights may give other bits once they are saved and loaded. Files are therefore written
-with headers of a multiple of 64 bytes, and what is loaded is moved where that is not enough.
+Vector kernels sum in another order if a weight does not start at a multiple of 64 bytes. A
+safetensors file is mapped into memory as it is, and its data start where its header ends. So the
+same weights may give other bits after they were saved and loaded. Files are therefore written with
+headers of a multiple of 64 bytes, and loaded weights are moved if that is not enough.
 """
 
 import os
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from torch import nn
 
-ALIGNMENT = 64  # bytes, what torch's own allocator on the CPU gives
+ALIGNMENT = 64  # bytes, as in torch's own allocator on the CPU
 
 _LENGTH = struct.Struct("<Q")  # of the header, before it
 
 
 def align_weights(model: nn.Module) -> None:
-    """Moves each parameter of a model on the CPU that starts at an odd address."""
+    """Moves each parameter on the CPU that starts at an unaligned address."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
             parameter.data = parameter.data.clone()

@@ -1,4 +1,4 @@
-"""From documents to batches of token sequences, read only as far as they are needed."""
+"""Packs documents into batches of token sequences; reads only as far as needed."""
 
 import math
 import random
@@ -27,8 +27,8 @@ from grail_kernels import check_kind, kind_of
 
 Join = Literal["eos", "blank", "none"]
 
-_POOL = 8  # a seeded draw chooses among this many times the sequences it returns
-_CHARACTERS = 8  # of text for a token wanted, where documents are joined before they are tokenised
+_POOL = 8  # a seeded draw chooses among this many times the sequences that it returns
+_CHARACTERS = 8  # of text for each token, if documents are joined before they are tokenised
 _SEPARATORS = {"blank": "\n\n", "none": ""}
 
 
@@ -46,13 +46,13 @@ def token_batches(
 ) -> list[Tensor]:
     """Packs text into sequences of exactly `sequence_length` tokens; nothing is padded.
 
-    Documents are joined and cut wherever a sequence is full; a rest shorter than a sequence is
+    Documents are joined and cut where a sequence is full; a rest shorter than a sequence is
     dropped. Chats are rendered by the tokenizer's chat template.
 
     Args:
         source: see `load_texts`.
         tokenizer: a transformers tokenizer.
-        tokens: how many are wanted, one sequence or more, rounded up to whole ones; None takes
+        tokens: number of tokens, one sequence or more, rounded up to whole sequences; None takes
             the whole source.
         sequence_length: tokens in a sequence.
         batch_size: sequences in a batch; the last batch may hold fewer.
@@ -101,8 +101,8 @@ def token_batches(
         sequences = random.Random(seed).sample(sequences, count)
     if wanted is not None and len(sequences) < wanted:
         warnings.warn(
-            f"The text holds {len(sequences) * sequence_length} tokens in whole sequences, "
-            f"fewer than the {tokens} asked for; all of them are used.",
+            f"the text holds {len(sequences) * sequence_length} tokens in whole sequences, "
+            f"fewer than the {tokens} asked for; all of them are used",
             stacklevel=2,
         )
     rows = torch.tensor(sequences, dtype=torch.int64)
@@ -110,7 +110,7 @@ def token_batches(
 
 
 def _require_kinds(source: object, tokenizer: object, tokens: object, seed: object) -> None:
-    """Raises InputError for arguments of `token_batches` that are of no kind that it takes."""
+    """Raises InputError for arguments of `token_batches` of a wrong kind."""
     check_kind("source", source, (Path, Iterable), "a path, the name of a dataset or documents")
     if not (callable(tokenizer) and hasattr(tokenizer, "eos_token_id")):
         raise InputError(f"tokenizer must be one of transformers; got {kind_of(tokenizer)}")
@@ -127,7 +127,7 @@ def require_text(
     field: str | None = None,
     split: Split | None = None,
 ) -> None:
-    """Refuses a source without text for one sequence, as far as that shows without a tokenizer.
+    """Checks, without a tokenizer, that a source may hold text for one sequence.
 
     Raises:
         InputError: the source cannot be read, or fewer tokens are wanted than a sequence has.
@@ -149,9 +149,9 @@ def require_text(
 
 
 def _most_tokens(text: str) -> int:
-    """A bound: a token for each byte, and two that begin and end the document.
+    """Bounds the tokens of a text: one for each byte, and two that begin and end it.
 
-    Tokenizers may normalise a text first; of the Unicode forms NFKD is the longest.
+    Tokenizers may normalise a text first; NFKD is the longest of the Unicode forms.
     """
     longest = max(text, unicodedata.normalize("NFKD", text), key=lambda form: len(form.encode()))
     return len(longest.encode()) + 2 if text.strip() else 0
@@ -168,7 +168,7 @@ def _check_sizes(tokens: int | None, sequence_length: int, batch_size: int = 1) 
 
 
 def _render(document: Document, tokenizer: Any) -> str:
-    """The text of a document; a chat becomes one by the tokenizer's template."""
+    """Returns the text of a document; a chat is rendered by the tokenizer's template."""
     if isinstance(document, str):
         return document
     if not is_chat(document):
@@ -183,7 +183,7 @@ def _render(document: Document, tokenizer: Any) -> str:
         )
     try:
         rendered: str = tokenizer.apply_chat_template(list(document), tokenize=False)
-    except Exception as error:  # of jinja, or what a template itself raises
+    except Exception as error:  # of jinja, or raised by the template itself
         raise InputError(
             f"the tokenizer's chat template does not render a chat of the text: {one_line(error)}; "
             "give messages as it wants them"
@@ -192,7 +192,7 @@ def _render(document: Document, tokenizer: Any) -> str:
 
 
 def _not_blank(texts: Iterable[Document]) -> Iterator[Any]:
-    """The same texts; if none holds anything but white space, an error at their end."""
+    """Yields the same texts; raises at their end if all are blank."""
     blank = True
     for text in texts:
         blank = blank and isinstance(text, str) and not text.strip()
@@ -211,7 +211,7 @@ def _ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
 
 
 def _ended(texts: Iterable[str], tokenizer: Any, pieces: bool) -> Iterator[list[int]]:
-    """Tokens of each text and the end-of-text token, or of pieces of one text and one end."""
+    """Yields the tokens of each text and an end-of-text token; for pieces of a text one end."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts:
         if text.strip():
@@ -223,7 +223,7 @@ def _ended(texts: Iterable[str], tokenizer: Any, pieces: bool) -> Iterator[list[
 def _as_one_text(
     texts: Iterable[str], tokenizer: Any, separator: str, enough: int | None
 ) -> Iterator[list[int]]:
-    """Tokens of all texts joined, or of stretches of `enough` characters."""
+    """Yields the tokens of all texts joined, or of stretches of `enough` characters."""
     held: list[str] = []
     characters, begins = 0, True
     for text in texts:

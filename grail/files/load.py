@@ -1,4 +1,4 @@
-"""Where a model comes from: a transformers folder, a hub name, or a GGUF file."""
+"""Loads causal language models: a transformers folder, a hub name, or a GGUF file."""
 
 import copy
 import re
@@ -17,10 +17,9 @@ from grail.files.alignment import align_weights
 from grail.files.saving import WIDTHS, load
 from grail_kernels import check_kind
 
-# Tokens of a calibration sequence, where the model has positions for so many.
-LENGTH = 1024
+LENGTH = 1024  # tokens of a calibration sequence, if the model has positions for so many
 
-# They count positions from behind the padding token's, so the first rows of the table go unused.
+# Models that count positions from after the padding token's: the first rows are unused.
 _POSITIONS_AFTER_PADDING = (
     "camembert",
     "data2vec-text",
@@ -30,7 +29,7 @@ _POSITIONS_AFTER_PADDING = (
     "xlm-roberta-xl",
     "xmod",
 )
-# Tensors that old checkpoints hold and networks compute or share: nothing is lost with them.
+# Tensors in old checkpoints that networks compute or share: nothing is lost without them.
 _HARMLESS = re.compile(
     r"rotary_emb\.|rope_freqs|inv_freq|position_ids$|masked_bias$|attn\.bias$|attention\.bias$"
     r"|lm_head\.(weight|decoder)|embed_out\.weight|\.pooler\."
@@ -51,24 +50,27 @@ def load_model(
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Loads a causal language model and its tokenizer, ready to be compressed and saved.
+    """Loads a causal language model and its tokenizer, ready to be compressed and exported.
+
+    Reads dense checkpoints, and folders that `grail.export` or the command line wrote. Networks
+    that `grail.save` wrote are read by `grail.load`.
 
     Args:
-        source: a folder that `save_pretrained` or the command line wrote, a hub name, or the path
-            of a `.gguf` file.
+        source: a folder of `save_pretrained`, `grail.export` or the command line, a hub name, or
+            the path of a `.gguf` file.
         dtype: dtype of the weights; the checkpoint's own if None (fp32 for GGUF).
         device: where the model goes.
-        gguf_file: name of the GGUF file inside `source`, where that is a folder or a hub name.
-        trust_remote_code: runs the Python code that the model or its tokenizer brings along, with
-            the rights of the caller. Without it such a model is refused; nothing is asked.
+        gguf_file: name of the GGUF file inside `source`, if that is a folder or a hub name.
+        trust_remote_code: runs Python code that comes with the model or its tokenizer, with the
+            rights of the caller. Without it such a model is refused; nothing is asked.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
 
     Raises:
         InputError: `source` is the path of a file that is not there, or not GGUF.
-        ModelError: no model and tokenizer can be read from it, weights are missing there or have
-            other shapes, it is no decoder-only language model, or it needs code of its own.
+        ModelError: model or tokenizer cannot be read, weights are missing or have other shapes, it
+            is no decoder-only language model, or it needs code of its own.
 
     Warns:
         CheckpointWarning: weights of the checkpoint are not used.
@@ -99,10 +101,11 @@ def read_model(
     ignore_mismatched_sizes: bool = False,
     **options: Any,
 ) -> tuple[Any, Mapping[str, Collection[Any]]]:
-    """A causal language model from a folder or hub name, and transformers' account of its weights.
+    """Reads a causal language model, and transformers' account of its weights.
 
-    That has `missing_keys`, `unexpected_keys` and `mismatched_keys` (name, shape in the file, shape
-    in the network). It is empty for blocks of different widths: `grail.load` refuses such faults.
+    The account has `missing_keys`, `unexpected_keys` and `mismatched_keys` (name, shape in the
+    file, shape in the network). It is empty for blocks of different widths, which `grail.load`
+    reads and checks itself.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -129,24 +132,24 @@ def read_model(
 
 
 def runs_own_code(model: Any) -> bool:
-    """Whether a model's class is code that it brought along, and that was trusted."""
+    """Whether a model's class is code that came with it and was trusted."""
     return type(model).__module__.startswith("transformers_modules")
 
 
 def length_before_loading(source: str, wanted: int | None) -> int | None:
-    """Tokens of a calibration sequence as the configuration tells, None where it cannot be read."""
+    """Reads the tokens of a calibration sequence from the configuration; None if it has none."""
     if wanted is not None or not (Path(source) / "config.json").is_file():
         return wanted
     from transformers import AutoConfig
 
-    with suppress(Exception):  # loading the model says what is wrong
+    with suppress(Exception):  # loading the model will name the fault
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         return min(LENGTH, _positions(config) or LENGTH)
     return None
 
 
 def positions(model: Any) -> int | None:
-    """How many tokens of a sequence a model has positions for; None where nothing says so."""
+    """Returns the number of tokens that a model has positions for; None if it is not known."""
     return _positions(getattr(model, "config", None))
 
 
@@ -160,7 +163,7 @@ def _positions(config: Any) -> int | None:
 
 
 def length_of_sequences(model: Any, wanted: int | None = None) -> int:
-    """Tokens of a calibration sequence: 1024, or fewer where a model has no positions for them.
+    """Returns the tokens of a calibration sequence: 1024, or fewer if a model has fewer positions.
 
     Raises:
         InputError: more are wanted than the model has positions for.
@@ -170,14 +173,14 @@ def length_of_sequences(model: Any, wanted: int | None = None) -> int:
         return min(LENGTH, most or LENGTH)
     if most is not None and wanted > most:
         raise InputError(
-            f"the model reads sequences of at most {most} tokens, not of {wanted}: give "
+            f"the model reads sequences of at most {most} tokens, not of {wanted}; give "
             f"--sequence-length {most}"
         )
     return wanted
 
 
 def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
-    """Splits the path of a GGUF file into folder and name, and refuses what cannot be a model."""
+    """Splits the path of a GGUF file into folder and name, and refuses what is no model."""
     if not source.strip():
         raise InputError(
             "the name of the model is empty; give a transformers folder, a hub name or a .gguf file"
@@ -185,35 +188,35 @@ def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
     path = Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise InputError(f"{source}: no such GGUF file.")
+            raise InputError(f"{source}: no such GGUF file; give the path of a .gguf file")
         return str(path.parent), path.name
     if path.is_file():
         raise InputError(
             f"{source} is a file that does not end in .gguf; "
-            "give a transformers folder, a hub name or a .gguf file."
+            "give a transformers folder, a hub name or a .gguf file"
         )
     if (path / _ADAPTER).is_file():
         raise ModelError(
-            f"{source} holds an adapter of PEFT, no model of its own: load it, call "
+            f"{source} holds an adapter of PEFT, no model of its own; load it, call "
             "merge_and_unload(), and save the merged model with save_pretrained"
         )
     if path.is_dir() and gguf_file is None and not (path / "config.json").is_file():
         raise ModelError(
             f"{source} is not a model: the folder has no config.json; give a folder that "
-            "save_pretrained wrote, or the path of a .gguf file."
+            "save_pretrained wrote, or the path of a .gguf file"
         )
     # The hub client takes most of a minute to give up on a mistyped path; names have one slash.
     if not path.is_dir() and (path.is_absolute() or source.startswith(".") or len(path.parts) > 2):
         raise ModelError(
-            f"{source}: no such folder; give a transformers folder, a hub name or a .gguf file."
+            f"{source}: no such folder; give a transformers folder, a hub name or a .gguf file"
         )
     return source, gguf_file
 
 
 def _require_language_model(source: str | Path, where: str, trusted: bool) -> None:
-    """Refuses by its configuration what is no decoder-only language model.
+    """Raises ModelError if a configuration is not of a decoder-only language model.
 
-    What cannot be read is left for the loading itself to refuse.
+    A configuration that cannot be read is refused later, by loading.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -225,7 +228,7 @@ def _require_language_model(source: str | Path, where: str, trusted: bool) -> No
     if config.is_encoder_decoder:
         raise ModelError(
             f"{source} is an encoder-decoder ({config.model_type}), and load_model and the command "
-            "line take decoder-only language models"
+            "line take decoder-only language models; compress it in Python (grail.compress)"
         )
     own = getattr(config, "auto_map", None) or {}
     if "AutoModelForCausalLM" not in own and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -236,13 +239,13 @@ def _require_language_model(source: str | Path, where: str, trusted: bool) -> No
 
 
 def _read_tokenizer(source: str | Path, where: str, options: dict[str, Any]) -> Any:
-    """The tokenizer; where it cannot be read, an error that says if the model's configuration can.
+    """Reads the tokenizer; an error names it only if the model's configuration can be read.
 
-    Without a file for it transformers makes some tokenizers up: they know special tokens alone.
+    Without files transformers invents some tokenizers, which have special tokens alone.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    failure, reason = None, "it would know special tokens alone"
+    failure, reason = None, "it would have special tokens alone"
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         if len(tokenizer) > len(tokenizer.all_special_ids):
@@ -266,8 +269,8 @@ def _read_tokenizer(source: str | Path, where: str, options: dict[str, Any]) -> 
 def _refusing(source: str | Path, trusted: bool) -> Iterator[None]:
     """Turns any error of a reader into ModelError.
 
-    The readers have no common error type (OSError, ValueError, KeyError, SafetensorError,
-    ImportError …): whatever stops them, the caller's answer is the same.
+    Readers have no common error type (OSError, ValueError, KeyError, SafetensorError,
+    ImportError …).
     """
     try:
         yield
@@ -276,7 +279,7 @@ def _refusing(source: str | Path, trusted: bool) -> Iterator[None]:
     except Exception as error:
         if _needs_code(error) and not trusted:
             raise ModelError(
-                f"{source} brings Python code of its own, without which it cannot be loaded: read "
+                f"{source} needs Python code of its own; read "
                 "that code, then give --trust-remote-code (load_model(trust_remote_code=True)), "
                 "which runs it with your rights"
             ) from error
@@ -293,14 +296,14 @@ def _needs_code(error: Exception) -> bool:
 
 
 def _require_same_weights(source: str | Path, found: Mapping[str, Collection[Any]]) -> None:
-    """Raises ModelError for weights that the network lacks, and warns of those that it drops.
+    """Raises ModelError for weights that are missing, and warns of weights that are not used.
 
-    Transformers fills absent weights with random numbers and only warns.
+    transformers fills missing weights with random numbers and only warns.
     """
     if missing := found.get("missing_keys"):
         raise ModelError(
             f"{source}: the checkpoint lacks {len(missing)} weight(s) of its architecture, "
-            f"such as {min(missing)}; give a complete checkpoint of a causal language model."
+            f"such as {min(missing)}; give a complete checkpoint of a causal language model"
         )
     if mismatched := found.get("mismatched_keys"):
         name, stored, built = min(mismatched)
@@ -313,16 +316,16 @@ def _require_same_weights(source: str | Path, found: Mapping[str, Collection[Any
     if names:
         warnings.warn(
             f"{source} holds {len(names)} weight(s) that the network built from config.json does "
-            f"not use, such as {min(names)}: they are left out.",
+            f"not use, such as {min(names)}: they are left out",
             CheckpointWarning,
             stacklevel=3,
         )
 
 
 def _without_quantiser(model: Any) -> Any:
-    """The same weights in a model that `save_pretrained` accepts.
+    """Returns the same weights in a model that `save_pretrained` accepts.
 
-    A model read from GGUF is dequantised, but stays attached to a quantiser that refuses to save.
+    A model read from GGUF is dequantised, but keeps a quantiser that refuses to save.
     """
     config = copy.deepcopy(model.config)
     del config.quantization_config

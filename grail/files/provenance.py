@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grail import __version__
+import grail
 from grail.runtime.folder import file_hash
 
-# In the order in which transformers looks for them; then what other libraries wrote.
+# In the order in which transformers looks for them, then files of other libraries.
 _WEIGHTS = ("model", ".safetensors"), ("pytorch_model", ".bin"), ("", ".safetensors"), ("", ".gguf")
-_PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]  # grail
 
 
 def provenance(command: str, source: str) -> dict[str, Any]:
@@ -39,18 +39,17 @@ def provenance(command: str, source: str) -> dict[str, Any]:
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "grail": __version__,
+        "grail": grail.__version__,
         "commit": commit(),
         "model": {"source": source, "files": files},
     }
 
 
 def weight_files(source: str) -> list[Path]:
-    """The files that transformers reads a model's weights from.
+    """Lists the files from which transformers reads a model's weights.
 
-    Of a folder the first that is there: `model.safetensors`, the shards that an index names, the
-    same of `pytorch_model.bin`; where there is neither, all `.safetensors`, or else all `.gguf`.
-    Empty for a hub name that is not cached.
+    In a folder the first of: `model.safetensors` or the shards that its index names; the same for
+    `pytorch_model.bin`; all `.safetensors`; all `.gguf`. Empty for a hub name that is not cached.
     """
     path = Path(source)
     if path.is_file():
@@ -62,7 +61,7 @@ def weight_files(source: str) -> list[Path]:
 
 
 def _files_of(folder: Path, stem: str, ending: str) -> list[Path]:
-    """The one file of that name, the shards of its index, or every file of that ending."""
+    """Lists the file of that name, the shards of its index, or every file of that ending."""
     if not stem:
         return sorted(folder.glob(f"*{ending}"))
     if (whole := folder / f"{stem}{ending}").is_file():
@@ -75,7 +74,7 @@ def _files_of(folder: Path, stem: str, ending: str) -> list[Path]:
 
 
 def _cached(name: str) -> Path | None:
-    """The folder where a model of the hub lies on this machine."""
+    """Returns the folder of a model of the hub on this machine, None if it is not cached."""
     with suppress(Exception):  # of many types, for names that cannot be one as well
         from huggingface_hub import try_to_load_from_cache
 
@@ -85,9 +84,9 @@ def _cached(name: str) -> Path | None:
 
 
 def text_source(source: str, batches: Sequence[Tensor]) -> dict[str, Any]:
-    """A text: its name, the SHA-256 of the file if it is one, and that of the tokens used.
+    """Describes a text: name, SHA-256 of the file if it is one, and SHA-256 of the tokens used.
 
-    The latter is of the token ids as little-endian int64, row after row.
+    Tokens are hashed as little-endian int64 ids, row after row.
     """
     tokens = hashlib.sha256()
     for batch in batches:
@@ -101,24 +100,24 @@ def text_source(source: str, batches: Sequence[Tensor]) -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
-    """The git commit of this code, with "+changes" if files differ from it; None if unknown."""
+def commit(package: Path = PACKAGE) -> str | None:
+    """Returns the git commit of this code, with "+changes" if files differ; None if unknown."""
     with suppress(metadata.PackageNotFoundError, ValueError):
         installed = metadata.distribution("grail-kernels").read_text("direct_url.json")
         found = json.loads(installed or "{}").get("vcs_info", {}).get("commit_id")
         if found:
             return str(found)
-    # Not of a repository that only surrounds an installed package: it must track this package.
-    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+    # A repository may only surround an installed package: it must track this package.
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
-    head = _git("rev-parse", "HEAD")
+    changed = _git(package, "status", "--porcelain", "--untracked-files=no", "--", ".")
+    head = _git(package, "rev-parse", "HEAD")
     return head and head + ("+changes" if changed else "")
 
 
-def _git(*arguments: str) -> str | None:
+def _git(package: Path, *arguments: str) -> str | None:
     with suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(_PACKAGE), *arguments]
+        command = ["git", "-C", str(package), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
         return done.stdout.strip() if done.returncode == 0 else None
     return None

@@ -1,7 +1,7 @@
-"""Saves a narrowed network of any kind, and loads it into what the dense one is made by.
+"""Saves a narrowed network of any kind, and loads it into a dense one.
 
-For networks without `save_pretrained`. A folder holds the weights as safetensors and a JSON of the
-widths: no code, no pickle.
+For networks without `save_pretrained`. A folder holds the weights as safetensors and the widths as
+JSON: no code, no pickle.
 """
 
 import copy
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from grail.arguments import as_path, require_model, require_usable
 from grail.errors import ExportError, InputError
 from grail.networks.configuration import own_configuration
+from grail.recipe import save_beside
 from grail.report.card import card
 from grail.report.report import Report
 from grail.runtime.folder import complete, file_hash
@@ -33,10 +34,14 @@ WEIGHTS, WIDTHS = "model.safetensors", "grail.json"
 def save(model: nn.Module, output: str | Path, report: Report | None = None) -> Path:
     """Writes `model` into a new folder that is complete, or is not there at all.
 
+    `grail.load` reads it back. Language models of transformers are better exported by
+    `grail.export`, which `grail.load_model` reads back without a factory.
+
     Args:
         model: any network.
         output: folder to create; one that exists must be empty.
-        report: written as `report.json` and, in words, as the model card `README.md`.
+        report: written as `report.json`, its settings as `recipe.json`, and in words as the model
+            card `README.md`.
 
     Returns:
         The path of the folder.
@@ -51,13 +56,20 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
     with complete(output, ExportError, size=size) as folder:
         write(model, folder)
         if report is not None:
-            report.save(folder / "report.json")
-            (folder / "README.md").write_text(card(report, transformers=False), encoding="utf-8")
+            describe(report, folder, card(report, transformers=False))
     return Path(output).resolve()
 
 
+def describe(report: Report, folder: Path, words: str) -> None:
+    """Writes the report of a run, its recipe, and the model card into a folder that is there."""
+    report.save(folder / "report.json")
+    save_beside(report.settings, folder)
+    if not (folder / "README.md").exists():  # of a tokenizer
+        (folder / "README.md").write_text(words, encoding="utf-8")
+
+
 def write(model: nn.Module, folder: Path) -> None:
-    """Writes weights and widths into a folder that is there."""
+    """Writes weights and widths into a folder that exists."""
     tied = {name: source for name, source in _sources(model).items() if source != name}
     try:
         buffers = {name: buffer.contiguous() for name, buffer in _unsaved(model).items()}
@@ -76,23 +88,26 @@ def write(model: nn.Module, folder: Path) -> None:
     (folder / WIDTHS).write_text(json.dumps(widths, indent=1) + "\n", encoding="utf-8")
 
 
-@torch.inference_mode(False)  # what is made in it could never be trained
+@torch.inference_mode(False)  # parameters made in it could never be trained
 def load(
     folder: str | Path, factory: Callable[[], nn.Module], device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """The network that `save` wrote.
+    """Loads a network of any kind that `grail.save` wrote.
+
+    Language models that `grail.export` or the command line wrote are read by `grail.load_model`;
+    the sums of one site by `grail.Gram.load`.
 
     Args:
-        folder: the folder.
+        folder: written by `grail.save`.
         factory: makes the dense network, with weights of any value.
         device: where the network goes.
 
     Returns:
-        What `factory` made, narrowed to the saved widths and with the saved weights, in evaluation
-        mode.
+        The network of `factory`, narrowed to the saved widths and with the saved weights, in
+        evaluation mode.
 
     Raises:
-        InputError: no such folder, or one that `save` did not write.
+        InputError: no such folder, or one that `grail.save` did not write.
         ExportError: damaged files, or a factory that makes another network.
     """
     folder = as_path("folder", folder)
@@ -101,26 +116,11 @@ def load(
         raise InputError(
             f"factory must be a function that makes the dense network; got {kind_of(factory)}"
         )
-    for name in (WEIGHTS, WIDTHS):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} has no {name}; give a folder that grail.save wrote")
-    try:
-        widths = json.loads((folder / WIDTHS).read_text(encoding="utf-8"))
-        if not isinstance(widths, dict) or widths.get("format") != FORMAT:
-            raise ValueError(f"{WIDTHS} is not of format {FORMAT}")
-        modules, config = widths["modules"], widths["config"]
-        if widths["sha256"] != file_hash(folder / WEIGHTS):
-            raise ValueError(f"{WEIGHTS} does not match its hash")
-        tensors = {
-            name: _in_memory_of_its_own(tensor, widths.get("strides", {}).get(name))
-            for name, tensor in load_file(folder / WEIGHTS).items()
-        }
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ExportError(f"{folder} is damaged: {error}") from error
+    widths, tensors = _read(folder)
     buffers = {name: tensors.pop(name) for name in widths["buffers"] if name in tensors}
     model = factory()
     require_model(model)
-    # Narrowing may have untied what the factory ties: the files know better.
+    # Narrowing may have untied tensors that the factory ties; the saved ties count.
     sources = _sources(model) | widths.get("tied", {}) | {name: name for name in tensors}
     places = _places(model)
     odd = [name for name in sources if name not in places or sources[name] not in tensors]
@@ -130,7 +130,7 @@ def load(
             f"{widths.get('class')}: they differ in {', '.join(sorted(odd)[:3])}"
         )
     _set_tensors(model, sources, tensors)
-    _set_numbers(model, modules, config)
+    _set_numbers(model, widths["modules"], widths["config"])
     _set_configs(model, widths.get("configs", {}))
     for name, buffer in _unsaved(model).items():
         dtype = getattr(torch, widths["buffers"].get(name, _name(buffer.dtype)))
@@ -138,8 +138,31 @@ def load(
     return model.to(device).eval()
 
 
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads widths, and weights into memory of their own; checks that they belong together."""
+    for name in (WEIGHTS, WIDTHS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} has no {name}; give a folder that grail.save wrote")
+    try:
+        widths = json.loads((folder / WIDTHS).read_text(encoding="utf-8"))
+        if not isinstance(widths, dict) or widths.get("format") != FORMAT:
+            raise ValueError(f"{WIDTHS} is not of format {FORMAT}")
+        if missing := {"modules", "config", "buffers"} - widths.keys():
+            raise ValueError(f"{WIDTHS} has no {min(missing)}")
+        if widths["sha256"] != file_hash(folder / WEIGHTS):
+            raise ValueError(f"{WEIGHTS} does not match its hash")
+        strides = widths.get("strides", {})
+        weights = load_file(folder / WEIGHTS)
+        return widths, {
+            name: _in_memory_of_its_own(tensor, strides.get(name))
+            for name, tensor in weights.items()
+        }
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ExportError(f"{folder} is damaged: {error}") from error
+
+
 def _strides(model: nn.Module) -> dict[str, list[int]]:
-    """Of the tensors that are dense in memory, but in another order of their axes."""
+    """Returns the strides of tensors that are dense in memory, but in another order of axes."""
     return {
         name: list(tensor.stride())
         for name, tensor in model.state_dict().items()
@@ -149,42 +172,39 @@ def _strides(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _axes(tensor: Tensor) -> list[int]:
-    """Axes by how far apart their entries lie in memory, the furthest first."""
+    """Returns the axes by stride, the largest first."""
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 def _in_memory_of_its_own(tensor: Tensor, strides: Sequence[int] | None) -> Tensor:
-    """A copy, at an address and in an order of axes for which kernels round as they did.
-
-    A file's tensors lie at any address, and CPU kernels sum in another order at an odd one.
-    """
+    """Returns a copy in the saved order of axes and at an aligned address, see `alignment`."""
     if strides is None:
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
 def _sources(model: nn.Module) -> dict[str, str]:
-    """For each parameter and stored buffer the first that is the same tensor, by name."""
+    """Maps each parameter and stored buffer to the first that is the same tensor, by name."""
     seen: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)
     return {name: seen.setdefault(id(tensor), name) for name, tensor in tensors.items()}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and stored buffers by name; of tied ones the first."""
+    """Returns parameters and stored buffers by name; of tied ones the first."""
     sources, stored, found = _sources(model), set(), {}
     for name, tensor in model.state_dict().items():
         if sources[name] == name:
             tensor = tensor.contiguous()
             place = tensor.untyped_storage().data_ptr()
-            # safetensors takes no two of one storage, as `b.data = a.data` makes them.
+            # safetensors refuses two tensors of one storage, as after `b.data = a.data`.
             found[name] = tensor.clone() if place in stored else tensor
             stored.add(place)
     return found
 
 
 def _unsaved(model: nn.Module) -> dict[str, Tensor]:
-    """Floating-point buffers that are no part of the state, but were cast along with the model."""
+    """Returns floating-point buffers outside of the state, which are cast with the model."""
     stored = model.state_dict().keys()
     found = {name: b for name, b in model.named_buffers() if name not in stored}
     return {name: buffer for name, buffer in found.items() if buffer.is_floating_point()}
@@ -195,7 +215,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _numbers(model: nn.Module) -> dict[str, Any]:
-    """Every whole number that a module keeps as an attribute; of configurations, truths too."""
+    """Returns every integer attribute of modules, and integers and booleans of configurations."""
     modules = {name: _integers(vars(module)) for name, module in model.named_modules()}
     configs = {name: _config(module) for name, module in model.named_modules()}
     return {
@@ -210,7 +230,7 @@ def _numbers(model: nn.Module) -> dict[str, Any]:
 
 
 def _config(module: nn.Module) -> Any:
-    """A module's configuration; one that says nothing if it has none."""
+    """Returns a module's configuration; an empty one if it has none."""
     config = getattr(module, "config", None)
     return config if hasattr(config, "__dict__") else SimpleNamespace()
 
@@ -221,7 +241,7 @@ def _integers(attributes: Mapping[str, Any], *further: type) -> dict[str, int]:
 
 
 def _places(model: nn.Module) -> set[str]:
-    """Names of parameters and stored buffers, and of biases that a layer could have."""
+    """Returns the names of parameters and stored buffers, and of biases that a layer could have."""
     modules = model.named_modules(remove_duplicate=False)
     own = {
         f"{path}.{key}".removeprefix(".") for path, module in modules for key in module._parameters
@@ -257,7 +277,7 @@ def _set_numbers(
 
 
 def _own_config(model: nn.Module) -> None:
-    """Gives a model a configuration that the factory's other models do not share."""
+    """Gives a model a configuration that other models of the factory do not share."""
     own_configuration(model, Transaction())
     shared = _config(model)
     own = copy.copy(shared)
@@ -267,7 +287,7 @@ def _own_config(model: nn.Module) -> None:
 
 
 def _set_configs(model: nn.Module, configs: Mapping[str, Mapping[str, int]]) -> None:
-    """Gives modules that were narrowed otherwise than the rest a configuration of their own."""
+    """Gives modules of other widths than the rest a configuration of their own."""
     for name, numbers in configs.items():
         module = model.get_submodule(name)
         if _integers(vars(_config(module)), bool) != numbers:

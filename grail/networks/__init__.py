@@ -1,4 +1,4 @@
-"""Where a model's sites are. A family of architectures is one file in this folder."""
+"""The sites of a network: of known families, by form, by name or by a trace."""
 
 import itertools
 from collections.abc import Sequence
@@ -40,19 +40,19 @@ _FAMILIES = (decoders, encoders, structure, convnets)
 
 
 def supported() -> list[str]:
-    """The architectures whose sites are known."""
+    """Returns the names of the known architectures."""
     return sorted(name for family in _FAMILIES for name in family.LAYOUTS)
 
 
 def find(model: nn.Module, sites: Sequence[str | Site] | None = None) -> Architecture:
-    """The architecture of `model`: its blocks and their sites.
+    """Returns the architecture of `model`: its blocks and their sites.
 
     Args:
         sites: kinds of sites of a known family, or sites by the names of their layers.
 
     Raises:
-        ModelError: a model of no known family, one whose modules are not what its family promises,
-            one inside a wrapper, or one in float64.
+        ModelError: a model of no known family, one whose modules differ from its family's, one
+            inside a wrapper, or one in float64.
         InputError: sites of both forms.
     """
     architecture = _found(model, sites)
@@ -88,5 +88,5 @@ def _found(model: nn.Module, sites: Sequence[str | Site] | None) -> Architecture
             return architecture
     raise ModelError(
         f"no sites are known for {name}; grail.networks.supported() lists the families that are "
-        f"known. For another network {way_out}"
+        f"known; for another network {way_out}"
     )

@@ -1,9 +1,9 @@
-"""Which layers share channels, read off the graph of what a block, or a whole network, computes.
+"""The layers that share channels, from the traced graph of a block or a whole network.
 
-It is traced (torch.fx) down to modules without children. Convolutions and linear layers read
-channels and start new ones, sums and products tie channels together, and what treats every channel
-by itself passes them on. Which operations without parameters do so is tried out, so that no list of
-them is needed. A flatten makes of each channel of a map a block of columns for a linear layer.
+The trace (torch.fx) goes down to modules without children. Convolutions and linear layers read
+channels and start new ones, sums and products tie channels together, and operations that treat
+every channel separately pass them on. Operations without parameters are classified by a trial, not
+by a list. A flatten turns each channel of a map into a block of columns for a linear layer.
 """
 
 import itertools
@@ -28,7 +28,7 @@ _RESHAPES = (torch.reshape, "reshape", "view")
 
 Shapes = tuple[tuple[int, ...], ...]  # that a tensor may have, of two samples with `_FEW` channels
 _FEW = 4
-_ANY: Shapes = ((2, _FEW), (2, _FEW, 8), (2, _FEW, 8, 8))  # what nothing is known of
+_ANY: Shapes = ((2, _FEW), (2, _FEW, 8), (2, _FEW, 8, 8))  # of an unknown tensor
 
 
 _ALONG = (*NORMS, *INSTANCE_NORMS, nn.PReLU)
@@ -39,8 +39,10 @@ _LAYERS = (*MAPS, nn.Linear, *_ALONG)
 class Channels:
     """One set of channels, and the layers that write them, run along them and read them.
 
-    `axis`: where a tensor has them, 1 behind a convolution, -1 behind a linear layer. `outside`:
-    whether they enter or leave the block. `lost`: what they cannot be followed through.
+    Attributes:
+        axis: of the channels in a tensor: 1 after a convolution, -1 after a linear layer.
+        outside: whether they enter or leave the block.
+        lost: the operation through which they cannot be followed; "" for none.
     """
 
     axis: int = 1
@@ -52,7 +54,7 @@ class Channels:
     lost: str = ""
 
     def take(self, other: "Channels") -> None:
-        """Makes the other set a part of this one."""
+        """Merges the other set into this one."""
         self.producers += other.producers
         self.along += other.along
         self.consumers += other.consumers
@@ -62,15 +64,15 @@ class Channels:
         self.outside |= other.outside
 
     def lose(self, reason: str) -> None:
-        """Notes what they cannot be followed through; the first reason counts."""
+        """Records why they cannot be followed further; the first reason is kept."""
         self.lost = self.lost or reason
 
 
 class Flow:
-    """The channels of a block, and where its sums lead.
+    """The channels of a block, and the readers of its sums.
 
     Raises:
-        Exception: whatever tracing a block raises that cannot be traced.
+        Exception: any error of a block that cannot be traced.
     """
 
     def __init__(self, block: nn.Module):
@@ -78,9 +80,9 @@ class Flow:
         self._of: dict[fx.Node, Channels] = {}
         self._shapes: dict[fx.Node, Shapes] = {}  # of what a node returns
         self._pooled: set[fx.Node] = set()
-        self._unchanged: set[fx.Node] = set()  # operations that return what they read
+        self._unchanged: set[fx.Node] = set()  # operations that return their input
         self._flat: set[fx.Node] = set()  # tensors in which each channel is a block of columns
-        self._sizes: set[fx.Node] = set()  # of tensors, and what is computed of such
+        self._sizes: set[fx.Node] = set()  # of tensors, and values computed from them
         with eval_no_grad(block), _recorded_len(block):
             self._nodes = list(_Tracer().trace(block).nodes)
             self._runs = Counter(n.target for n in self._nodes if n.op == "call_module")
@@ -88,13 +90,13 @@ class Flow:
                 self._follow(node)
 
     def every(self) -> Iterator[Channels]:
-        """All channels, in the order in which they are first written."""
+        """Yields all channels, in the order in which they are first written."""
         return iter(dict.fromkeys(self._of.values()))
 
     def inner(self) -> Iterator[Channels]:
-        """The channels that stay inside the block, in the order in which they are written.
+        """Yields the channels that stay inside the block, in the order in which they are written.
 
-        Those that are read of a single pixel only, inside a gate, are passed over.
+        Channels that are read at a single pixel only, inside a gate, are skipped.
         """
         for channels in self.every():
             read = set(channels.consumers) - self._pooled
@@ -102,11 +104,11 @@ class Flow:
                 yield channels
 
     def module(self, node: fx.Node) -> Any:
-        """The module that a node calls."""
+        """Returns the module that a node calls."""
         return self._modules[str(node.target)]
 
     def norm(self, node: fx.Node) -> nn.Module | None:
-        """The batch norm right behind a layer, if nothing else runs through it."""
+        """Returns the batch norm directly after a layer, if nothing else runs through it."""
         user = _only_user(node)
         if user is None or not self._calls(user, *NORMS):
             return None
@@ -115,11 +117,11 @@ class Flow:
         return norm if sum(1 for _ in calls) == 1 else None
 
     def sum_behind(self, node: fx.Node) -> tuple[nn.Module | None, Tensor | None] | None:
-        """Where the sum shows that a layer's output becomes a part of.
+        """Finds the reader of the sum that a layer's output joins.
 
         Returns:
             The module that reads the sum, None if the block returns it, and the slope of the batch
-            norms before it and of a scaled sum, None for 1. None, where nothing shows it.
+            norms before it and of a scaled sum, None for 1. None without such a reader.
         """
         last, slope, summed = node, None, False
         while (user := _only_user(last)) is not None and user.op != "output":
@@ -137,7 +139,7 @@ class Flow:
             return None
         if user.op == "output":
             return (None, slope) if user.args[0] is last else None
-        # The driver looks at the first call of a module after that of the consumer.
+        # A run observes the first call of a module after that of the consumer.
         calls = (n for n in self._nodes[self._nodes.index(node) :] if n.op == "call_module")
         shows = summed and next((n for n in calls if n.target == user.target), None) is user
         return (self.module(user), slope) if shows else None
@@ -171,11 +173,11 @@ class Flow:
             self._of[node] = self._joined([*read, Channels(lost=lost)])
 
     def _read(self, node: fx.Node) -> list[fx.Node]:
-        """The tensors that a node reads."""
+        """Returns the tensors that a node reads."""
         return [n for n in node.all_input_nodes if n not in self._sizes]
 
     def _is_size(self, node: fx.Node) -> bool:
-        """Whether a node is a size of a tensor, or computed of nothing but such."""
+        """Returns whether a node is a size of a tensor, or computed from sizes alone."""
         if not node.all_input_nodes or node.op not in ("call_function", "call_method"):
             return False
         asks = node.target in (len, "size", "dim", "numel")
@@ -186,7 +188,7 @@ class Flow:
         return _is(node, _SUMS) and len(self._read(node)) == 2
 
     def _layer(self, node: fx.Node, channels: Channels) -> None:
-        """A layer with a parameter for each channel, or for each two."""
+        """Follows channels through a layer with parameters for each channel or pair of channels."""
         module = self.module(node)
         twice = f"{node.target}, which runs twice" if self._runs[node.target] > 1 else ""
         channels.lose(twice)
@@ -209,7 +211,7 @@ class Flow:
                 if not _is_alike_for_all(module):
                     channels.lose(f"{node.target}, which runs over a flattened map")
             elif channels.axis == -1 and not _is_alike_for_all(module):
-                # It runs along axis 1, which is the last one of vectors only.
+                # It runs along axis 1, which is the last axis of vectors only.
                 self._shapes[node] = tuple(shape for shape in shapes if len(shape) == 2)
                 if not isinstance(module, (*NORMS, nn.PReLU)) or not self._shapes[node]:
                     channels.lose(f"{node.target}, which runs over another axis")
@@ -226,11 +228,11 @@ class Flow:
         return first
 
     def _by_channel(self, node: fx.Node, read: fx.Node) -> bool:
-        """Whether an operation without parameters treats every channel by itself; tries it.
+        """Tries whether an operation without parameters treats every channel separately.
 
-        Of vectors [B, C] the last axis is axis 1, and may become that of a map [B, C, 1, 1]. Where
-        it does so only by the number of other channels, as `z.view(b, c, 1, 1)` of `x.size()`,
-        those are tied to what it reads.
+        The last axis of vectors [B, C] is axis 1, and can become that of a map [B, C, 1, 1]. Where
+        an operation does so by the number of other channels, as `z.view(b, c, 1, 1)` with
+        `x.size()`, those are tied to the channels that it reads.
         """
         if node.op == "call_module" and self.module(node).state_dict():
             return False
@@ -247,21 +249,24 @@ class Flow:
         return False
 
     def _are_vectors(self, channels: Channels) -> bool:
-        """Whether every tensor of these channels is [B, C]."""
+        """Returns whether every tensor of these channels is [B, C]."""
         nodes = (node for node, of in self._of.items() if of is channels)
         return channels.axis == -1 and all(len(s) == 2 for n in nodes for s in self._may_be(n))
 
     def _sized_by(self, node: fx.Node) -> Iterator[Channels]:
-        """The channels of the tensors whose sizes an operation is given."""
+        """Yields the channels of the tensors whose sizes are arguments of an operation."""
         for size in self._sizes.intersection(node.all_input_nodes):
             yield from (self._of[n] for n in size.all_input_nodes if n not in self._sizes)
             yield from self._sized_by(size)
 
     def _passes_on(self, node: fx.Node, read: fx.Node, tied: bool) -> bool:
-        """Whether an operation treats every channel by itself, along the axis that they have.
+        """Returns whether an operation treats every channel separately along their axis.
 
-        In all shapes that what it reads may have: `softmax(1)` does so for tokens [B, L, C], and
-        does not for vectors [B, C]. `tied`: all sizes that it is given are of the same channels.
+        It must do so for all possible shapes of its input: `softmax(1)` does for tokens [B, L, C],
+        and does not for vectors [B, C].
+
+        Args:
+            tied: whether all its size arguments are of the same channels.
         """
         axis, tried, same, unchanged = self._of[read].axis, [], True, True
         flat = read in self._flat
@@ -277,7 +282,7 @@ class Flow:
                 apart = self._apart(node, read, x, tied)
                 same = same and apart.shape == every.shape
                 same = same and every.allclose(apart, equal_nan=True)
-            except Exception:  # it may want anything but such a tensor
+            except Exception:  # it can raise anything at such a tensor
                 same = unchanged = False
         if not tried:
             return False
@@ -294,13 +299,13 @@ class Flow:
         return self._shapes.get(node, _ANY)
 
     def _apart(self, node: fx.Node, read: fx.Node, x: Tensor, tied: bool) -> Tensor:
-        """What an operation makes of each channel alone."""
+        """Returns the outputs of an operation for each channel alone, concatenated."""
         axis = self._of[read].axis
         each = x.split(x.shape[axis] // _FEW, axis)
         return torch.cat([self._tried(node, read, one.clone(), tied) for one in each], axis)
 
     def _tried(self, node: fx.Node, read: fx.Node, x: Tensor, tied: bool = False) -> Any:
-        """Computes a node on x, in place of the tensor it reads, and on the sizes that it knows."""
+        """Computes a node on x instead of the tensor that it reads, and on known sizes."""
 
         def value(argument: fx.Node) -> Any:
             if argument is read:
@@ -325,20 +330,20 @@ class Flow:
 
 
 def _behind(module: Any, shapes: Shapes) -> Shapes:
-    """What a layer makes of tensors of these shapes, as far as they tell."""
+    """Returns the known shapes of a layer's output for inputs of these shapes."""
     if isinstance(module, nn.Linear):
         return tuple((2, *(8,) * (len(shape) - 2), _FEW) for shape in shapes)
     return ((2, _FEW, *(32,) * len(module.kernel_size)),)
 
 
 def _broadcast(a: Shapes, b: Shapes) -> Shapes:
-    """What a sum or a product of two tensors may be."""
+    """Returns the possible shapes of a sum or a product of two tensors."""
     pairs = ((x, y) for x in a for y in b if len(x) == len(y))
     return tuple(dict.fromkeys(tuple(map(max, x, y)) for x, y in pairs)) or _ANY
 
 
 def _is_alike_for_all(module: Any) -> bool:
-    """Whether a layer has one parameter for all channels, whatever their axis."""
+    """Returns whether a layer has one parameter for all channels, on any axis."""
     return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
@@ -352,14 +357,14 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _has_fixed_sizes(reshape: fx.Node) -> bool:
-    """Whether a reshape is to sizes that are numbers in the code, -1 aside."""
+    """Returns whether a reshape has sizes that are numbers in the code, except -1."""
     sizes = reshape.args[1:]
     several = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
     return any(isinstance(size, int) and size > 1 for size in several)
 
 
 def _length(value: Any) -> Any:
-    """`len`, which of a traced tensor is a node."""
+    """Returns `len`, as a node for a traced tensor."""
     if not isinstance(value, fx.Proxy):
         return len(value)
     return value.tracer.create_proxy("call_function", len, (value,), {})
@@ -367,7 +372,7 @@ def _length(value: Any) -> Any:
 
 @contextmanager
 def _recorded_len(block: nn.Module) -> Iterator[None]:
-    """Lets a block call `len` of what is traced, as `fx.wrap("len")` in its file would."""
+    """Allows a block to call `len` of a traced tensor, as `fx.wrap("len")` in its file would."""
     forwards = (getattr(type(module), "forward", None) for module in block.modules())
     files = [getattr(forward, "__globals__", {"len": len}) for forward in forwards]
     own = list({id(names): names for names in files if "len" not in names}.values())
@@ -385,7 +390,7 @@ def _is(node: fx.Node, targets: tuple[Any, ...]) -> bool:
 
 
 def _share(total: fx.Node, part: fx.Node) -> Tensor | None:
-    """What a sum multiplies one of its parts by, None for 1: `torch.add(x, y, alpha=0.1)`."""
+    """Returns the factor of a part of a sum, None for 1: `torch.add(x, y, alpha=0.1)`."""
     alpha: Any = total.kwargs.get("alpha", 1)
     second = total.args[1] if len(total.args) > 1 else total.kwargs["other"]
     if alpha == 1 or part is not second:
@@ -394,12 +399,12 @@ def _share(total: fx.Node, part: fx.Node) -> Tensor | None:
 
 
 def _is_affine(norm: Any) -> bool:
-    """Whether a batch norm has fixed statistics, and no activation inside."""
+    """Returns whether a batch norm has fixed statistics, and no activation inside."""
     inside = all(isinstance(child, nn.Identity) for child in norm.children())
     return inside and norm.running_var is not None
 
 
 def _slope(norm: Any) -> Tensor:
-    """What a batch norm multiplies each channel by, [C] fp32."""
+    """Returns the factor of each channel in a batch norm, [C] fp32."""
     slope = (norm.running_var.detach().float() + norm.eps).rsqrt()
     return slope if norm.weight is None else slope * norm.weight.detach().float()

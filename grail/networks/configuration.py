@@ -1,7 +1,7 @@
-"""Configuration objects: a model that is narrowed gets its own, for another may share the old one.
+"""Configuration objects: a narrowed model gets its own, since another may share the old one.
 
-transformers hands one object to every module of a model, to every model that is made of it, and to
-the configuration of a composite model (a language model beside a vision tower) as a part.
+transformers gives one object to every module of a model, to every model that is made from it, and
+to the configuration of a composite model (a language model with a vision tower) as a part.
 """
 
 import copy
@@ -16,13 +16,13 @@ from grail.runtime.transaction import Transaction
 
 
 def own_configuration(model: nn.Module, transaction: Transaction) -> None:
-    """Gives a model, its modules, and the models that it is a part of copies of what they share.
+    """Gives a model, its modules, and the models that contain it copies of shared configurations.
 
-    Of a composite model only the parts that this model reads are copied, and what holds those.
+    Of a composite model only the parts that this model reads, and their owners, are copied.
     """
     memo: dict[int, Any] = {}
     copy.deepcopy(getattr(model, "config", None), memo)
-    copies = {place: part for place, part in memo.items() if _is_configuration(part)}
+    copies = {key: part for key, part in memo.items() if _is_configuration(part)}
     for module in [*model.modules(), *_composites(model)]:
         for name, config in _parts(module):
             own = _with_copies(config, copies)
@@ -31,16 +31,16 @@ def own_configuration(model: nn.Module, transaction: Transaction) -> None:
 
 
 def has_configuration(model: nn.Module) -> bool:
-    """Whether a model, or one inside it, is made from a configuration of transformers."""
+    """Returns whether a model, or one inside it, has a configuration of transformers."""
     return any(map(_parts, model.modules()))
 
 
 def not_held(kind: str, widths: Sequence[Width], where: str = "block") -> str | None:
-    """The reason that a configuration cannot hold the widths of sites of a kind.
+    """Returns the reason why a configuration cannot hold the widths of sites of a kind.
 
     Args:
-        widths: the different ones of those sites.
-        where: what they differ by, if there are several.
+        widths: the distinct ones of those sites.
+        where: the unit by which several differ.
 
     Returns:
         None where no site is narrower than before.
@@ -54,9 +54,10 @@ def not_held(kind: str, widths: Sequence[Width], where: str = "block") -> str | 
 
 
 def _with_copies(config: Any, copies: dict[int, Any]) -> Any:
-    """The configuration with its parts replaced by their copies; itself, if it has none of them.
+    """Returns the configuration with its parts replaced by copies, or itself without such parts.
 
-    `copies`: by id of the original. One that is made here is added.
+    Args:
+        copies: by id of the original; new copies are added.
     """
     if id(config) in copies:
         return copies[id(config)]
@@ -71,7 +72,7 @@ def _with_copies(config: Any, copies: dict[int, Any]) -> Any:
 
 
 def _parts(owner: Any) -> list[tuple[str, Any]]:
-    """The configurations that a module or configuration holds, by name."""
+    """Returns the configurations that a module or configuration holds, by name."""
     return [(name, value) for name, value in vars(owner).items() if _is_configuration(value)]
 
 
@@ -80,9 +81,9 @@ def _is_configuration(value: Any) -> bool:
 
 
 def _composites(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that hold `model`, from the inside out.
+    """Yields the modules that contain `model`, from the inside out.
 
-    A module does not know what holds it; the garbage collector knows all of them.
+    A module has no reference to its owner; the garbage collector lists all of them.
     """
     modules = [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]
     held, seen = [model], {id(model)}

@@ -2,13 +2,11 @@
 
     conv    producer ─► batch norm, activation, depthwise convolution … ─► consumer
 
-A block is whatever a list of modules (`nn.Sequential`, `nn.ModuleList`) holds that has such
-channels: ResNet's basic and bottleneck blocks, plain or pre-activation, inverted residuals with or
-without squeeze-and-excitation, whatever their library calls the layers.
-`grail.networks.channel_graph` finds the channels; the stream between blocks, the stem and the
-downsampling branch are left alone.
-Where no list holds blocks, a module counts as one whose forward runs its children one after another
-(RegNet's stages).
+A block is an entry of a list of modules (`nn.Sequential`, `nn.ModuleList`) with such channels:
+ResNet's basic and bottleneck blocks, plain or pre-activation, inverted residuals with or without
+squeeze-and-excitation, under any layer names. `grail.networks.channel_graph` finds the channels.
+The stream between blocks, the stem and the downsampling branch are not narrowed. Where no list has
+blocks, a module whose forward runs its children in sequence counts as a list (RegNet's stages).
 
 A gate (squeeze-and-excitation) reads and writes the same channels as the convolutions around it:
 its first layer is one more consumer, its last one more producer. A grouped convolution keeps
@@ -67,12 +65,12 @@ class ConvNet(Architecture):
         return [reason] if reason else []
 
     def _left_out(self) -> list[str]:
-        """The channels that cannot be narrowed, with the reason."""
+        """Returns a note for each set of channels that cannot be narrowed, with the reason."""
         tried = itertools.chain(*map(self._tried, range(len(self.blocks))))
         return [f"left out: {error}" for error in tried if isinstance(error, ModelError)]
 
     def _tried(self, number: int) -> Iterator[BoundSite | ModelError]:
-        """The sites of a block, or why they cannot be narrowed."""
+        """Yields the sites of a block, and errors for those that cannot be narrowed."""
         name = self._names[number]
         if name in self._search.untraced:
             yield ModelError(f"{name}: {self._search.untraced[name]}")
@@ -105,15 +103,17 @@ class ConvNet(Architecture):
                 )
             ),
             along=tuple(named(channels.along)),
-            probe=_with_probes(flow, channels.consumers[-1]),
+            probe=_probe(flow, channels.consumers[-1]),
         )
 
 
 class Search:
-    """Looks for the innermost lists of blocks, or else for the innermost chains of them.
+    """A search for the innermost lists of blocks, or else for the innermost chains of them.
 
-    `blocks`: by name, from the first one that has channels of its own. `flows`: of those that
-    have. `untraced`: why others could not be traced.
+    Attributes:
+        blocks: by name, from the first one with channels of its own.
+        flows: of the blocks with channels of their own.
+        untraced: the reasons why others could not be traced.
     """
 
     def __init__(self, model: nn.Module):
@@ -150,12 +150,12 @@ class Search:
 
 
 def _in_list(module: nn.Module) -> list[str]:
-    """Names of what a list of modules holds, in order."""
+    """Returns the names of the entries of a list of modules, in order."""
     return [key for key, _ in module.named_children()] if isinstance(module, _LISTS) else []
 
 
 def _in_chain(module: nn.Module) -> list[str]:
-    """Names of a module's children, if its forward only passes its input through each of them."""
+    """Returns the names of a module's children, if its forward runs them in sequence."""
     if isinstance(module, _LISTS) or not any(True for _ in module.children()):
         return []
     try:
@@ -170,14 +170,14 @@ def _in_chain(module: nn.Module) -> list[str]:
 
 
 class _Chain(fx.Tracer):
-    """Traces a module down to its children."""
+    """A tracer down to a module's children."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
 def architecture(model: nn.Module) -> Architecture | None:
-    """Its blocks and sites, if it has lists of blocks with channels of their own.
+    """Returns its blocks and sites, if it has lists of blocks with channels of their own.
 
     Raises:
         ModelError: nothing in it can be narrowed, with the reason.
@@ -195,8 +195,8 @@ def architecture(model: nn.Module) -> Architecture | None:
 LAYOUTS = {"convolutional networks of blocks (ResNet, MobileNet, EfficientNet)": architecture}
 
 
-def _with_probes(flow: Flow, consumer: fx.Node) -> ResidualProbe:
-    """The sum that the consumer's output becomes a part of, or else that output itself."""
+def _probe(flow: Flow, consumer: fx.Node) -> ResidualProbe:
+    """Returns a probe at the sum that the consumer's output joins, or else at that output."""
     found = flow.sum_behind(consumer)
     if found is None:
         return ResidualProbe(flow.module(consumer), output=True)

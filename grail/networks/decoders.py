@@ -12,18 +12,12 @@ from grail.networks.transformer import (
     Mlp,
     ProbeSpec,
     Transformer,
+    numbers,
     setting,
 )
 
-# head_dim would else be derived from hidden_size / heads.
-_GROUPED_CONFIG = {
-    "num_attention_heads": lambda width: width.kept_groups * width.kept_queries,
-    "num_key_value_heads": lambda width: width.kept_groups,
-    "head_dim": lambda width: width.head_dim,
-}
-_HEADS = {"num_heads": lambda width: width.kept_groups * width.kept_queries}
-_QUERIES = {"num_key_value_groups": lambda width: width.kept_queries}
-_GROUPS = {"num_key_value_heads": lambda width: width.kept_groups}
+# Without head_dim it would be derived from hidden_size / heads.
+_GROUPED_CONFIG = numbers("num_attention_heads", "num_key_value_heads", "head_dim")
 
 _PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _LLAMA = Layout(
@@ -34,7 +28,7 @@ _LLAMA = Layout(
         projections=_PROJECTIONS,
         consumer="self_attn.o_proj",
         probe=ProbeSpec("post_attention_layernorm"),
-        sizes=_QUERIES,
+        sizes=numbers("num_key_value_groups"),
         config=_GROUPED_CONFIG,
     ),
 )
@@ -53,7 +47,7 @@ def _without_heads(layout: Layout, why: str) -> Layout:
     return replace(layout, no_heads=why)
 
 
-# A norm lies between a consumer and the stream, so drift is seen in front of it.
+# A norm lies between a consumer and the stream, so drift is measured before it.
 _SANDWICH = _with_probes(
     _LLAMA, ProbeSpec("self_attn.o_proj", output=True), ProbeSpec("mlp.down_proj", output=True)
 )
@@ -63,7 +57,9 @@ _GRANITE = _with_probes(
     ProbeSpec("post_attention_layernorm", scale="residual_multiplier"),
     replace(BLOCK_OUTPUT, scale="residual_multiplier"),
 )
-_STABLELM = _with_heads(_LLAMA, sizes={**_HEADS, **_GROUPS, **_QUERIES}, config=None)
+_STABLELM = _with_heads(
+    _LLAMA, sizes=numbers("num_heads", "num_key_value_heads", "num_key_value_groups"), config=None
+)
 _COHERE = _with_heads(_LLAMA, probe=BLOCK_OUTPUT)
 _STARCODER2 = replace(_LLAMA, mlp=Mlp(("mlp.c_fc",), "mlp.c_proj"))
 _PHI = replace(
@@ -74,7 +70,7 @@ _PHI3 = replace(
     _with_heads(
         _LLAMA,
         projections=("self_attn.qkv_proj",),
-        sizes={**_GROUPS, **_QUERIES},
+        sizes=numbers("num_key_value_heads", "num_key_value_groups"),
         reads_config=True,
     ),
     mlp=Mlp(("mlp.gate_up_proj",), "mlp.down_proj", fused=2),
@@ -83,7 +79,7 @@ _MIXTRAL = replace(_LLAMA, experts=Mixture("mlp.experts", setting("intermediate_
 _QWEN3_MOE = replace(_LLAMA, experts=Mixture("mlp.experts", setting("moe_intermediate_size")))
 _QWEN2_MOE = replace(
     _QWEN3_MOE,
-    # A gate of its own scales it, so that the experts beside it undo its drift.
+    # A gate scales its output, so the routed experts correct its drift.
     shared_experts=Mlp(
         ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
         "mlp.shared_expert.down_proj",
@@ -100,7 +96,7 @@ _GPT2 = Layout(
         projections=("attn.c_attn",),
         consumer="attn.c_proj",
         probe=ProbeSpec("ln_2"),
-        sizes={**_HEADS, "split_size": lambda width: width.kept},
+        sizes=numbers("num_heads", "split_size"),
     ),
 )
 _OPT = Layout(
@@ -111,7 +107,7 @@ _OPT = Layout(
         projections=_PROJECTIONS,
         consumer="self_attn.out_proj",
         probe=ProbeSpec("final_layer_norm"),
-        sizes=_HEADS,
+        sizes=numbers("num_heads"),
     ),
 )
 _OPT_POST_NORM = _with_probes(
@@ -157,14 +153,14 @@ LAYOUTS = {
 
 
 def architecture(model: Any) -> Architecture | None:
-    """Its blocks and sites, if it is one of `LAYOUTS`."""
+    """Returns its blocks and sites, if it is one of `LAYOUTS`."""
     config = getattr(model, "config", None)
     layout = LAYOUTS.get(getattr(config, "model_type", ""))
     return None if layout is None else Transformer(model, _variant(layout, config))
 
 
 def _variant(layout: Layout, config: Any) -> Layout:
-    """What a family's configuration makes of its layout."""
+    """Returns a family's layout as its configuration modifies it."""
     if layout is _OPT and not config.do_layer_norm_before:
         return _OPT_POST_NORM
     if getattr(config, "use_parallel_residual", False):

@@ -1,7 +1,7 @@
 """Encoders: BERT's family, vision transformers, and the towers of CLIP.
 
-Of timm and torchvision, whose models carry no configuration, the vision transformer is recognised
-by its form.
+The vision transformers of timm and torchvision, which have no configuration, are recognised by
+their form.
 """
 
 from dataclasses import replace
@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from grail.algebra.width import HeadWidth
 from grail.errors import ModelError
 from grail.networks.site import Architecture
 from grail.networks.transformer import (
@@ -20,19 +19,11 @@ from grail.networks.transformer import (
     Settings,
     Transformer,
     has,
+    numbers,
     setting,
 )
 
-
-def _all_heads(width: HeadWidth) -> int:
-    return width.kept_groups
-
-
-def _all_channels(width: HeadWidth) -> int:
-    return width.kept
-
-
-# Post-norm: the residual sum is what the norm behind a layer reads.
+# Post-norm: the norm after a layer reads the residual sum.
 _BERT = Layout(
     blocks="encoder.layer",
     attention="attention.self",
@@ -42,7 +33,7 @@ _BERT = Layout(
         consumer="attention.output.dense",
         probe=ProbeSpec("attention.output.LayerNorm"),
         head_dim="attention_head_size",
-        sizes={"num_attention_heads": _all_heads, "all_head_size": _all_channels},
+        sizes=numbers("num_attention_heads", "all_head_size"),
     ),
 )
 _DISTILBERT = Layout(
@@ -59,7 +50,7 @@ _DISTILBERT = Layout(
         consumer="attention.out_lin",
         probe=ProbeSpec("sa_layer_norm"),
         head_dim="attention_head_size",
-        sizes={"n_heads": _all_heads},
+        sizes=numbers("n_heads"),
     ),
 )
 _VIT = Layout(
@@ -70,8 +61,8 @@ _VIT = Layout(
         projections=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
         consumer="attention.o_proj",
         probe=ProbeSpec("layernorm_after"),
-        sizes={"num_attention_heads": _all_heads},
-        config={"num_attention_heads": _all_heads, "head_dim": lambda width: width.head_dim},
+        sizes=numbers("num_attention_heads"),
+        config=numbers("num_attention_heads", "head_dim"),
     ),
 )
 _CLIP = Layout(
@@ -82,18 +73,18 @@ _CLIP = Layout(
         projections=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         consumer="self_attn.out_proj",
         probe=ProbeSpec("layer_norm2"),
-        sizes={"num_heads": _all_heads},
+        sizes=numbers("num_heads"),
     ),
 )
 
 
 def _unless_shared(config: Any, kept: int) -> Settings:
-    """SigLIP's pooling head has an MLP of its own, of the same number in the configuration."""
+    """Returns no setting where SigLIP's pooling head has an MLP by the same setting."""
     return {} if config.vision_use_head else {"intermediate_size": kept}
 
 
 def _mlp_ratio(config: Any, kept: int) -> Settings:
-    """DINOv2's configuration takes whole multiples of hidden_size alone."""
+    """Returns DINOv2's setting, which holds whole multiples of hidden_size alone."""
     ratio, rest = divmod(kept, config.hidden_size)
     return {} if rest else {"mlp_ratio": ratio}
 
@@ -129,7 +120,7 @@ _TIMM = Layout(
         projections=("attn.qkv",),
         consumer="attn.proj",
         probe=ProbeSpec("norm2"),
-        sizes={"num_heads": _all_heads, "attn_dim": _all_channels},
+        sizes=numbers("num_heads", "attn_dim"),
     ),
 )
 _TORCHVISION = Layout(
@@ -161,7 +152,7 @@ _TOWERS = ("vision_model", "text_model")
 
 
 def architecture(model: Any) -> Architecture | None:
-    """Its blocks and sites, if it is one of `LAYOUTS`.
+    """Returns its blocks and sites, if it is one of `LAYOUTS`.
 
     Raises:
         ModelError: a model with a tower for images and another for text.
@@ -184,7 +175,7 @@ def architecture(model: Any) -> Architecture | None:
 
 
 def _by_form(model: Any) -> Layout | None:
-    """The layout of a vision transformer of timm or torchvision."""
+    """Returns the layout of a vision transformer of timm or torchvision."""
     if _first_block(model, _TORCHVISION) is not None:
         return _TORCHVISION
     block = _first_block(model, _TIMM)
@@ -202,7 +193,7 @@ def _by_form(model: Any) -> Layout | None:
 
 
 def _first_block(model: nn.Module, layout: Layout) -> Any:
-    """The first block of a model, if it holds what the layout says."""
+    """Returns the first block of a model, if it has the modules of the layout."""
     if not has(model, layout.blocks):
         return None
     paths = (layout.attention, *layout.mlp.producers, layout.mlp.consumer)
@@ -212,7 +203,7 @@ def _first_block(model: nn.Module, layout: Layout) -> Any:
 
 
 def _scaled(layout: Layout, heads: str, mlp: str) -> Layout:
-    """The same with layer scales, at these paths."""
+    """Returns the layout with layer scales at these paths."""
     assert layout.heads is not None
     assert layout.mlp.probe is not None
     return replace(

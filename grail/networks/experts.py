@@ -2,12 +2,12 @@
 
     gate_up_proj [experts, 2·H, hidden] ─► act(gate)·up [H] ─► down_proj [experts, hidden, H]
 
-Without a gate the first tensor is up_proj [experts, H, hidden]. Rows of gate and up lie one after
-the other, or in turns; tensors may be transposed, and have biases: the attributes that transformers
-gives such a layer tell (`has_gate`, `is_concatenated`, `is_transposed`, `has_bias`).
+Without a gate the first tensor is up_proj [experts, H, hidden]. Rows of gate and up are contiguous
+or alternate; tensors may be transposed, and have biases, as the layer's attributes say (`has_gate`,
+`is_concatenated`, `is_transposed`, `has_bias`).
 
-Each expert is a site. It is bound to two linear layers that stand for its slices; once all experts
-of a layer are rewritten, the slices are put together again.
+Each expert is a site. It is bound to two linear layers that represent its slices; after all experts
+of a layer are rewritten, the slices are stacked again.
 """
 
 import itertools
@@ -22,14 +22,14 @@ from torch.overrides import TorchFunctionMode
 
 from grail.algebra.reduction import Reduction
 from grail.algebra.width import ChannelWidth, usual_multiple
-from grail.calibrate.stream import replaced_forward
 from grail.errors import InputError, ModelError
 from grail.networks.layers import Consumer, Producer, Reader, Routed
 from grail.networks.site import BoundSite, ResidualProbe
+from grail.runtime.hooks import replaced_forward
 from grail.runtime.transaction import Transaction
 
-# torch's grouped_mm wants rows of whole multiples of 16 bytes: 8 channels of 16 bits. Experts of 32
-# bits could do with 4, but may be loaded in 16.
+# torch's grouped_mm requires rows of multiples of 16 bytes: 8 channels of 16 bits. Experts of 32
+# bits would need 4, but can be loaded in 16.
 MULTIPLE = 8
 
 
@@ -52,7 +52,7 @@ class Experts:
     def sites(
         self, block: int, upstream: Sequence[nn.Module], probe: ResidualProbe | None
     ) -> list[BoundSite]:
-        """One for each expert, all landing at one place."""
+        """Returns a site for each expert, all with one probe."""
         channels = self.downs[0].in_features
         together = not hasattr(self.module, "gate_up_proj")
         concatenated = getattr(self.module, "is_concatenated", True)
@@ -74,7 +74,7 @@ class Experts:
 
     @contextmanager
     def watch(self, number: int, read: Reader) -> Iterator[None]:
-        """Reports what the second matrix of one expert reads, and of which tokens."""
+        """Calls `read` with the input of one expert's second matrix, and its routing."""
         self._readers[number] = read
         outermost = len(self._readers) == 1
         try:
@@ -88,28 +88,28 @@ class Experts:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """Lets the layer run expert by expert, and hears each one's second matrix."""
+        """Runs the layer expert by expert, and observes each one's second matrix."""
         config, forward = self.module.config, self.module.forward
         chosen = config._experts_implementation
 
         def run(hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
             config._experts_implementation = "eager"
-            heard: set[int] = set()
+            observed: set[int] = set()
             weights32 = weights.float()
             shares = weights32 / weights32.square().sum(-1, keepdim=True)
 
-            def hear(number: int, x: Tensor) -> None:
-                heard.add(number)
+            def observe(number: int, x: Tensor) -> None:
+                observed.add(number)
                 if number in self._readers:
                     choices, places = torch.where((experts == number).T)
                     self._readers[number](x, Routed(places, shares[places, choices]))
 
             try:
-                with _Heard(self.module.down_proj, hear):
+                with _Observed(self.module.down_proj, observe):
                     output: Tensor = forward(hidden, experts, weights)
             finally:
                 config._experts_implementation = chosen
-            if heard != set(experts.unique().tolist()):
+            if observed != set(experts.unique().tolist()):
                 raise ModelError(
                     f"{self.name}: its experts do not run one after the other as slices of "
                     "down_proj, so what each reads cannot be seen"
@@ -120,7 +120,7 @@ class Experts:
             yield
 
     def rewritten(self, number: int, transaction: Transaction) -> None:
-        """Hears that one expert is done; the last one brings all into the layer."""
+        """Marks one expert as rewritten; after the last one the layer gets the new tensors."""
         self._rewritten.add(number)
         if len(self._rewritten) < len(self.downs):
             return
@@ -141,7 +141,7 @@ class Experts:
                 transaction.set_attribute(self.module, size, width)
 
     def _layers(self, name: str, bias: bool) -> list[nn.Linear]:
-        """Layers that stand for the slices of a tensor, and of its bias."""
+        """Returns layers that represent the slices of a tensor, and of its bias."""
         weights = getattr(self.module, name).detach()
         weights = weights.mT if self._transposed else weights
         biases = getattr(self.module, f"{name}_bias", None) if bias else None
@@ -151,7 +151,7 @@ class Experts:
 
 @dataclass(frozen=True, eq=False)
 class InTurns(Producer):
-    """Gate and up rows in turns: those of the first channel, those of the second, and so on."""
+    """A producer whose gate and up rows alternate, channel by channel."""
 
     def rows(self, role: str = "channels") -> list[Tensor]:
         return list(self._rows().unflatten(0, (-1, 2)).unbind(1)) if role == "channels" else []
@@ -186,10 +186,10 @@ class ExpertSite(BoundSite):
     """The intermediate channels of one expert."""
 
     def width(self, keep: float, multiple: int | None) -> ChannelWidth:
-        """The nearest width that the kernels of grouped products take.
+        """Returns the nearest width that the kernels of grouped products accept.
 
         Raises:
-            InputError: `multiple` asks for another.
+            InputError: a `multiple` that leads to another.
         """
         if multiple is None:
             multiple = max(MULTIPLE, usual_multiple(self.channels))
@@ -203,19 +203,19 @@ class ExpertSite(BoundSite):
         return width
 
     def add_biases(self, transaction: Transaction) -> None:
-        """Experts have no biases, and their layer no place for any."""
+        """Adds none: the layer of experts cannot hold biases."""
 
 
 _PRODUCTS = {nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm}
 _PRODUCTS |= {Tensor.__matmul__}
 
 
-class _Heard(TorchFunctionMode):
-    """Hears products with a slice of `weights` [experts, _, _], before they run."""
+class _Observed(TorchFunctionMode):
+    """A mode that calls `observe` before each product with a slice of `weights` [experts, _, _]."""
 
-    def __init__(self, weights: Tensor, hear: Callable[[int, Tensor], None]):
+    def __init__(self, weights: Tensor, observe: Callable[[int, Tensor], None]):
         super().__init__()
-        self._weights, self._hear = weights, hear
+        self._weights, self._observe = weights, observe
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -223,11 +223,11 @@ class _Heard(TorchFunctionMode):
         if function in _PRODUCTS and len(args) > 1:
             number = self._number(args[1])
             if number is not None:
-                self._hear(number, args[0])
+                self._observe(number, args[0])
         return function(*args, **(kwargs or {}))
 
     def _number(self, weight: Tensor) -> int | None:
-        """Which slice `weight` is, by its place in memory."""
+        """Returns the number of the slice that `weight` is, by its address; None for no slice."""
         whole = self._weights
         if not isinstance(weight, Tensor) or weight.shape != whole.shape[1:]:
             return None
@@ -236,7 +236,7 @@ class _Heard(TorchFunctionMode):
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A layer that stands for a slice [O, H] and its bias, sharing their memory."""
+    """Returns a layer that represents a slice [O, H] and its bias, sharing their memory."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -1,10 +1,10 @@
-"""What narrowing means for each kind of layer: rows that write channels, columns that read them.
+"""Narrowing of each kind of layer: rows that write channels, columns that read them.
 
     Producer    rows of a layer's weight (and its bias) write the channels of a site
-    along       a layer between producer and consumer that treats every channel by itself
+    along       a layer between producer and consumer that treats every channel separately
     Consumer    columns of a layer's weight read the channels
 
-Which kinds of layers there are, and how each stores its weight: `grail.kinds`. Another kind is
+The kinds of layers and their storage of weights are in `grail.algebra.kinds`. Another kind is
 refused by name.
 """
 
@@ -38,9 +38,11 @@ from grail.runtime.transaction import Transaction
 class Producer:
     """A layer whose rows write a site's channels.
 
-    `parts`: what its rows are, in order, as (role, rows): fused query, key and value rows are
-    (("channels", H), ("groups", G), ("groups", G)). None: all of them are the site's channels.
-    `turn`: after how many rows parts of one size take turns; None: each lies in one piece.
+    Args:
+        parts: the roles of its rows, in order, as (role, rows): fused query, key and value rows are
+            (("channels", H), ("groups", G), ("groups", G)). None: all are the site's channels.
+        turn: the number of rows after which parts of equal size alternate; None: each part is
+            contiguous.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Producer:
             )
 
     def rows(self, role: str = "channels") -> list[Tensor]:
-        """The weights [H, ...] of that role, one for each part."""
+        """Returns the weights [H, ...] of that role, one for each part."""
         weight = self._rows()
         if self.parts is None:
             return [weight] if role == "channels" else []
@@ -75,7 +77,7 @@ class Producer:
         set_sizes(module, transaction)
 
     def values_per_row(self) -> int:
-        """Parameters of one row, its bias included."""
+        """Returns the parameters of one row, its bias included."""
         module: Any = self.module
         return self._rows()[0].numel() + (module.bias is not None)
 
@@ -83,7 +85,7 @@ class Producer:
         return self._in_parts(_matrix(self.module))
 
     def _in_parts(self, rows: Tensor) -> Tensor:
-        """Rows, part by part."""
+        """Returns the rows, part by part."""
         if self.turn is None or self.parts is None:
             return rows
         return rows.unflatten(0, (-1, len(self.parts), self.turn)).movedim(1, 0).flatten(0, 2)
@@ -100,23 +102,25 @@ class Producer:
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """Which tokens a router gave to a layer, and what each owes to it.
+    """The tokens that a router gave to a layer, and the layer's shares of their drift.
 
-    `places`: [N] in the batch's tokens in one row. `shares`: [N], of what the token's layers miss
-    together, how much this one is to add: what all add, weighted as the router weights them, is
-    all of it. Of the shares that are, those of least squares, w/Σw².
+    Args:
+        places: [N], indices into the flattened tokens of the batch.
+        shares: [N], the part of a token's drift that this layer corrects. The sum of all layers'
+            parts, weighted by the router, is the whole drift; of such shares these are the least
+            squares, w/Σw².
     """
 
     places: Tensor
     shares: Tensor
 
     def drift(self, drift: Tensor) -> Tensor:
-        """This layer's part [N, O] of a drift [..., O] of the batch's tokens."""
+        """Returns this layer's part [N, O] of a drift [..., O] of the batch's tokens."""
         rows = drift.reshape(-1, drift.shape[-1])
         return rows[self.places] * self.shares[:, None]
 
 
-# Hears of a layer's input, and of the batch's tokens that it is of, if those are not all.
+# Called with a layer's input and, if it received only some of the batch's tokens, their routing.
 Reader = Callable[[Tensor, Routed | None], None]
 
 
@@ -124,9 +128,10 @@ Reader = Callable[[Tensor, Routed | None], None]
 class Consumer:
     """A layer whose columns read a site's channels.
 
-    `norm`: the batch norm right behind it, which can hold a bias that the layer itself has not.
-    `positions`: at how many a linear layer behind a flatten reads each channel, in columns side by
-    side; they are its taps.
+    Args:
+        norm: the batch norm directly after it, which can hold a bias for a layer without one.
+        positions: the number of positions at which a linear layer after a flatten reads each
+            channel, in adjacent columns; they are its taps.
     """
 
     name: str
@@ -143,24 +148,24 @@ class Consumer:
             )
 
     def reading(self, channels: int) -> "Consumer":
-        """The same layer, of a map of so many channels that was flattened before it."""
+        """Returns the consumer as the reader of a flattened map of so many channels."""
         columns = self._weight()[0].numel()
         flattened = isinstance(self.module, nn.Linear) and columns % channels == 0
         return replace(self, positions=columns // channels) if flattened else self
 
     @property
     def channels(self) -> int:
-        """H."""
+        """The number of channels H."""
         return self._weight().shape[1]
 
     @property
     def outputs(self) -> int:
-        """O."""
+        """The number of outputs O."""
         return self._weight().shape[0]
 
     @property
     def taps(self) -> int:
-        """Positions at which each channel is read; 1 for a linear layer without a flatten."""
+        """The positions at which each channel is read; 1 for a linear layer without a flatten."""
         return math.prod(self._weight().shape[2:])
 
     @property
@@ -176,57 +181,57 @@ class Consumer:
 
     @property
     def reads_maps(self) -> bool:
-        """Whether its input is [samples, channels, …], as a convolution's is."""
+        """Whether its input is [samples, channels, …], as a convolution's."""
         return isinstance(self.module, MAPS)
 
     def as_rows(self, weight: Tensor) -> Tensor:
-        """A tensor of the layer's weight's shape, of the form of `by_channel`."""
+        """Returns a tensor of the weight's shape in the form of `by_channel`."""
         return self._by_position(as_matrix(self.module, weight)).movedim(1, -1).flatten(0, -2)
 
     def pixels(self, x: Tensor) -> Tensor:
-        """Its input as tokens [..., H], one for each position of a map.
+        """Returns its input as tokens [..., H], one for each position of a map.
 
-        Of a convolution with one tap, those that it reads.
+        A convolution with one tap gets only the positions that it reads.
         """
         if not isinstance(self.module, MAPS):
             return self._by_position(x, -1).movedim(-2, -1) if self.positions > 1 else x
         return windows(self.module, x) if self.taps == 1 else x.movedim(1, -1)
 
     def patches(self, x: Tensor) -> Tensor:
-        """Its input as tokens [N, positions, H·taps], one for each output position.
+        """Returns its input as tokens [N, positions, H·taps], one for each output position.
 
-        A linear layer's are its input.
+        The input of a linear layer is returned unchanged.
         """
         if not isinstance(self.module, MAPS):
             return x
         return windows(self.module, x).flatten(1, -2)
 
     def outputs_as_tokens(self, y: Tensor) -> Tensor:
-        """What follows its output, [N, positions, O] beside `patches`."""
+        """Returns an output-shaped tensor as [N, positions, O], in the order of `patches`."""
         return y.flatten(2).movedim(1, -1) if isinstance(self.module, MAPS) else y
 
     @contextmanager
     def watch(self, read: Reader) -> Iterator[None]:
-        """Reports the layer's input x whenever it runs, and which of a batch's tokens those are."""
+        """Calls `read` with the layer's input x, and its routing, whenever it runs."""
 
-        def heard(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x, *others = args + tuple(kwargs.values())
             self._check_call(x, others)
             read(x, None)
 
-        handle = self.module.register_forward_pre_hook(heard, with_kwargs=True)
+        handle = self.module.register_forward_pre_hook(observe, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
     def _check_call(self, x: Tensor, others: Sequence[Any]) -> None:
-        """Raises ModelError for an input that its weight alone does not say the output of."""
+        """Raises ModelError for a call whose output does not follow from input and weight alone."""
         module: Any = self.module
         if any(value is not None for value in others):
             raise ModelError(
                 f"{self.name} is called with more than its input, an output_size perhaps; it is "
-                "narrowed only where its own settings say what it computes"
+                "narrowed only where its own settings determine what it computes"
             )
         if isinstance(module, MAPS) and x.dim() != module.weight.dim():
             raise ModelError(
@@ -237,7 +242,7 @@ class Consumer:
     def rewrite(
         self, weight: Tensor, kept: int, per_tap: bool, shift: Tensor | None, change: Transaction
     ) -> None:
-        """Takes a new weight for `kept` channels, of the form of `by_tap` or `by_channel`.
+        """Sets a new weight for `kept` channels, in the form of `by_tap` or `by_channel`.
 
         Args:
             weight: [O, kept·taps] or [O·taps, kept].
@@ -256,7 +261,7 @@ class Consumer:
 
     @property
     def holds_bias(self) -> bool:
-        """Whether there is a place for a shift of the outputs."""
+        """Whether its outputs can be shifted by a bias or a batch norm."""
         return getattr(self.module, "bias", None) is not None or self._running_mean() is not None
 
     def _shift(self, shift: Tensor, change: Transaction) -> None:
@@ -266,7 +271,7 @@ class Consumer:
             return
         mean = self._running_mean()
         if mean is None:
-            raise InputError(f"{self.name} has no bias, nor a batch norm behind it, for a shift")
+            raise InputError(f"{self.name} has no bias, nor a batch norm after it, for a shift")
         change.set_buffer(self.norm, "running_mean", mean - shift.to(mean))
 
     def _running_mean(self) -> Tensor | None:
@@ -276,12 +281,12 @@ class Consumer:
         return self._by_position(_matrix(self.module))
 
     def _by_position(self, columns: Tensor, axis: int = 1) -> Tensor:
-        """Columns of a linear layer behind a flatten as [channels, positions]."""
+        """Returns the columns of a linear layer after a flatten as [channels, positions]."""
         return columns.unflatten(axis, (-1, self.positions)) if self.positions > 1 else columns
 
 
 def narrow_along(module: Any, reduction: Reduction, change: Transaction) -> None:
-    """Narrows a layer that treats every channel by itself, see `check_along`."""
+    """Narrows a layer that treats every channel separately, see `check_along`."""
     sizes = _sizes_along(module)  # while it is whole: of one channel it is not depthwise
     for key, parameter in list(module.named_parameters(recurse=False)):
         if parameter.shape[0] != 1 or reduction.channels == 1:  # a PReLU of one slope for all
@@ -294,7 +299,7 @@ def narrow_along(module: Any, reduction: Reduction, change: Transaction) -> None
 
 
 def check_along(name: str, module: Any, channels: int) -> None:
-    """Raises ModelError for a layer that is not known to treat each of H channels by itself."""
+    """Raises ModelError for a layer not known to treat each of H channels separately."""
     require_own(name, module)
     if isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)) and not _sizes_along(module):
         raise ModelError(
@@ -304,14 +309,14 @@ def check_along(name: str, module: Any, channels: int) -> None:
     if not _sizes_along(module) and not isinstance(module, nn.PReLU):
         raise ModelError(
             f"{name} is a {type(module).__name__}; along a site run batch norm, instance norm, "
-            "depthwise convolutions and PReLU. Layers without parameters need not be named"
+            "depthwise convolutions and PReLU; layers without parameters need not be named"
         )
     for own in {getattr(module, key) for key in _sizes_along(module)} - {channels}:
         raise ModelError(f"{name} has {own} channels, where its site has {channels}")
 
 
 def _sizes_along(module: Any) -> tuple[str, ...]:
-    """Attributes that hold how many channels a layer along a site treats one by one."""
+    """Returns the attributes that hold the number of channels of a layer along a site."""
     if isinstance(module, (*NORMS, *INSTANCE_NORMS)):
         return ("num_features",)
     if isinstance(module, nn.PReLU):
@@ -322,15 +327,15 @@ def _sizes_along(module: Any) -> tuple[str, ...]:
 
 
 def values_along(module: nn.Module, channels: int) -> int:
-    """Parameters of one of H channels in a layer along a site."""
+    """Returns the parameters of one of H channels in a layer along a site."""
     return sum(p.numel() // channels for p in module.parameters(recurse=False) if p.numel() > 1)
 
 
 def _matrix(module: Any) -> Tensor:
-    """A layer's weight as [outputs, inputs, ...]."""
+    """Returns a layer's weight as [outputs, inputs, ...]."""
     return as_matrix(module, module.weight.detach())
 
 
 def stacked(consumers: Sequence[Consumer]) -> Tensor:
-    """The weights of several consumers, by channel, one above the other: [ΣO·taps, H]."""
+    """Returns the weights of several consumers by channel, stacked: [ΣO·taps, H]."""
     return torch.cat([consumer.by_channel for consumer in consumers])

@@ -21,8 +21,8 @@ class Fused:
 
     Args:
         name: of the layer; its H·parts rows are the parts one after the other, H rows each.
-        parts: how many.
-        interleaved: whether the parts take turns row by row instead.
+        parts: their number.
+        interleaved: whether the parts alternate row by row instead.
     """
 
     name: str
@@ -46,13 +46,13 @@ class Site:
     Args:
         producers: layers whose output channels are the site's; `Fused` for one that writes several
             values for each.
-        consumers: layers that read all of them. With several, each is fitted to what it reads. A
-            linear layer may read a map of convolutions flattened: channel by channel.
-        along: layers in between that treat every channel by itself and have parameters for each:
+        consumers: layers that read all of them. Each of several is fitted to its own input. A
+            linear layer can read a map of convolutions flattened channel by channel.
+        along: layers in between that treat every channel separately and have parameters for each:
             batch norm, instance norm, depthwise convolutions, PReLU.
         name: for the report; default the first consumer's.
 
-    A residual stream is one site, too: every layer that adds to it is a producer, everything that
+    A residual stream is a site, too: every layer that adds to it is a producer, every layer that
     reads it a consumer.
     """
 
@@ -71,7 +71,7 @@ class Site:
             names = tuple(names)
             kinds = (str, Fused) if field == "producers" else str
             for name in names:
-                check_kind(f"an entry of {field}", name, kinds, "the name of a layer")
+                check_kind(f"a name of {field}", name, kinds, "the name of a layer")
             object.__setattr__(self, field, names)
             if twice := _repeated(list(map(str, names))):
                 raise InputError(f"{field} names {twice[0]!r} twice")
@@ -85,14 +85,14 @@ class Site:
 
     @property
     def written(self) -> tuple[str, ...]:
-        """The names of its producers."""
+        """The names of the producers."""
         return tuple(map(str, self.producers))
 
 
 class Named(Architecture):
-    """Any network as one block, with the sites that were named.
+    """Any network as one block, with the named sites.
 
-    Each is calibrated behind those before it in the list, which should be the order in which they
+    Each is calibrated after those before it in the list, which should be the order in which they
     run: the network runs once for each of them.
     """
 
@@ -126,7 +126,7 @@ class Named(Architecture):
 
     def _bound(self, site: Site) -> BoundSite:
         consumers = tuple(Consumer(name, self._module(name)) for name in site.consumers)
-        # What another site narrows can no longer be held against the dense network's.
+        # The output of a consumer that another site narrows has no dense counterpart.
         narrowed = {name for other in self._sites for name in other.written}
         clear = narrowed.isdisjoint(site.consumers)
         return bind(
@@ -162,5 +162,5 @@ class Named(Architecture):
 
 
 def _repeated(names: Sequence[str]) -> list[str]:
-    """Those that are there more than once."""
+    """Returns the names that occur more than once."""
     return [name for name, count in Counter(names).items() if count > 1]

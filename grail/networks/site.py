@@ -17,17 +17,20 @@ from grail.errors import InputError, ModelError
 from grail.networks.layers import Consumer, Producer, check_along, narrow_along, values_along
 from grail.runtime.transaction import Transaction
 
-LEAST_SLOPE = 1e-3  # of a batch norm's largest; behind less of it no drift is asked for
-NORM_EPS = 1e-6  # beside the mean square of a token, as RMSNorm's
+LEAST_SLOPE = 1e-3  # of a batch norm's largest slope; below it no drift is corrected
+NORM_EPS = 1e-6  # added to the mean square of a token, as in RMSNorm
 
 
 @dataclass(frozen=True, eq=False)
 class ResidualProbe:
-    """Where the network shows what it holds once a consumer's output is in.
+    """The place where drift is measured: where a consumer's output has joined the stream.
 
-    `module`: whose input is looked at, or whose output with `output`; None is the block's output.
-    `scale`: [O], what a unit of the consumer's output is there (a batch norm's slope); None is 1.
-    `normalised`: whether all that reads it first brings each token to one size.
+    Args:
+        module: the module whose input is read; None is the block's output.
+        output: reads the module's output instead.
+        scale: [O], the size there of a unit of the consumer's output (a batch norm's slope); None
+            is 1.
+        normalised: whether everything that reads it first normalises each token.
     """
 
     module: nn.Module | None = None
@@ -38,11 +41,16 @@ class ResidualProbe:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CalibrationPoint:
-    """Where a run listens in a block: what consumers read, and what the network then holds.
+    """A place in a block whose inputs are collected: those of its consumers.
 
-    `name`: "model.layers.3.mlp"; `upstream`: modules of the block that run before, and that no
-    change here touches; `landing`: where drift is seen, None if nowhere; `beside`: the same for
-    places that run side by side, each for some of the tokens (experts).
+    Args:
+        name: "model.layers.3.mlp".
+        block: its number.
+        consumers: the layers that read the input.
+        upstream: modules of the block that run before and do not change with this point.
+        probe: where drift is measured; None is nowhere.
+        group: the same object for points that run side by side, each for a part of the tokens
+            (experts).
     """
 
     name: str
@@ -54,40 +62,40 @@ class CalibrationPoint:
 
     @property
     def channels(self) -> int:
-        """H."""
+        """The number of channels H."""
         return self.consumers[0].channels
 
     @property
-    def lands_at_output(self) -> bool:
-        """Whether the block's output is where its landing is."""
+    def probes_output(self) -> bool:
+        """Whether the probe is at the block's output."""
         return self.probe is not None and self.probe.module is None
 
-    def can_aim(self, per_tap: bool) -> bool:
-        """Whether what the network is to hold where it lands can be asked of the consumer.
+    def corrects_drift(self, per_tap: bool) -> bool:
+        """Returns whether the consumer can be fitted to a target at the probe.
 
-        A map of channels that is the same at every tap of a convolution leaves no such choice.
+        One map of channels for all taps of a convolution cannot be.
         """
         return self.probe is not None and self.fits_outputs(per_tap)
 
     def fits_outputs(self, per_tap: bool) -> bool:
-        """Whether a consumer can be fitted to any output, whatever it is."""
+        """Returns whether the consumer can be fitted to arbitrary outputs."""
         return len(self.consumers) == 1 and (per_tap or self.consumers[0].taps == 1)
 
     def drift(self, target: Tensor, observed: Tensor) -> Tensor:
-        """What the consumer's output lacks, [..., O] fp32, for the network to hold `aim`, fp32."""
+        """Returns the output [..., O] that the consumer lacks, from fp32 target and observed."""
         assert self.probe is not None
         missing = self.consumers[0].outputs_as_tokens(target - observed)
         if self.probe.scale is None:
             return missing
         scale = self.probe.scale.to(missing)
-        # Through a slope of next to nothing no output could reach what is missing.
+        # Where the slope is nearly zero, no output of the consumer could correct the drift.
         seen = scale.abs() > LEAST_SLOPE * scale.abs().amax()
         return (missing / scale).where(seen, 0)
 
     def token_scale(self, target: Tensor) -> Tensor | None:
-        """What each token's error counts by, [...], if the network is to hold `aim` [..., O], fp32.
+        """Returns the weight [...] of each token's error for a target [..., O] fp32.
 
-        Where norms read it that is 1/rms, as they see it; None is alike for all.
+        Where norms read the target it is their factor, 1/rms; None weights all tokens equally.
         """
         assert self.probe is not None
         if not self.probe.normalised:
@@ -99,17 +107,18 @@ AnyPoint = TypeVar("AnyPoint", bound=CalibrationPoint)
 
 
 def grouped(points: Sequence[AnyPoint]) -> list[list[AnyPoint]]:
-    """Places in order, those that run side by side in one step."""
-    apart = itertools.groupby(points, lambda point: point.group or point)
-    return [list(step) for _, step in apart]
+    """Returns the points in order, those of one group together."""
+    groups = itertools.groupby(points, lambda point: point.group or point)
+    return [list(members) for _, members in groups]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AttentionInput(CalibrationPoint):
-    """Where a block reads the stream: layers with the same input, query, key and value.
+    """The input of an attention: layers query, key and value, which read the stream.
 
-    `layers`: all of them. It listens at one, whose input is both what is read and where drift is
-    seen: the stream keeps its width, and nothing of it is lost.
+    Args:
+        layers: all of them. The input of the first is collected, and drift is measured there: the
+            stream keeps its width.
     """
 
     layers: tuple[Consumer, ...]
@@ -118,7 +127,7 @@ class AttentionInput(CalibrationPoint):
     def of(
         cls, name: str, block: int, layers: tuple[Consumer, ...], **others: Any
     ) -> "AttentionInput":
-        """An entry that listens at the first of its layers."""
+        """Returns the attention input of these layers."""
         first, probe = layers[:1], ResidualProbe(layers[0].module)
         return cls(name=name, block=block, consumers=first, probe=probe, layers=layers, **others)
 
@@ -127,8 +136,11 @@ class AttentionInput(CalibrationPoint):
 class BoundSite(CalibrationPoint):
     """One hidden activation of one block, bound to the modules of a model.
 
-    `kind`: "mlp", "heads", "conv", …; `along`: layers between producers and consumers that treat
-    every channel by itself, by name; `sizes`: attributes that hold the width, as (owner, name).
+    Args:
+        kind: "mlp", "heads", "conv", ….
+        producers: the layers that write its channels.
+        along: layers in between that treat every channel separately, by name.
+        sizes: attributes that hold the width, as (owner, name).
     """
 
     kind: str
@@ -152,17 +164,17 @@ class BoundSite(CalibrationPoint):
 
     @property
     def outputs(self) -> int:
-        """O of all consumers, each tap of a convolution counted."""
+        """The outputs O of all consumers, each tap of a convolution counted."""
         return sum(c.outputs * c.taps for c in self.consumers)
 
     def modules(self) -> dict[str, nn.Module]:
-        """Every layer that narrowing rewrites, by its name."""
+        """Returns every layer that narrowing rewrites, by its name."""
         writing = {producer.name: producer.module for producer in self.producers}
         reading = {consumer.name: consumer.module for consumer in self.consumers}
         return {**writing, **dict(self.along), **reading}
 
     def add_biases(self, transaction: Transaction) -> None:
-        """Gives every layer of the site that has no bias one of zeros."""
+        """Adds a bias of zeros to every layer of the site without one."""
         for module in self.modules().values():
             weight: Any = module.weight
             if getattr(module, "bias", None) is None:
@@ -170,28 +182,28 @@ class BoundSite(CalibrationPoint):
                 transaction.set_attribute(module, "bias", zeros)
 
     def require_bias(self) -> None:
-        """Raises InputError where a consumer has no place for a shift of its outputs."""
+        """Raises InputError for a consumer without a bias or batch norm to shift its outputs."""
         for consumer in self.consumers:
             if not consumer.holds_bias:
                 raise InputError(
-                    f"{consumer.name} has no bias, nor a batch norm behind it, that could take up "
-                    "the mean of what is lost; choose compensate=True"
+                    f"{consumer.name} has no bias, nor a batch norm after it, to take the mean of "
+                    "the removed signal; choose fit_bias=False"
                 )
 
     def weights(self) -> tuple[Tensor, ...]:
-        """Weights [H, ...] whose row h writes channel h."""
+        """Returns weights [H, ...] whose row h writes channel h."""
         return tuple(rows for producer in self.producers for rows in producer.rows())
 
     def width(self, keep: float, multiple: int | None) -> Width:
-        """The feasible width nearest to `keep`."""
+        """Returns the feasible width nearest to `keep`."""
         return ChannelWidth.nearest(self.channels, keep, multiple)
 
     def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
-        """Narrows producers, what runs along, and records of the width; not the consumers."""
+        """Narrows producers, layers along and attributes of the width; not the consumers."""
         self._narrow({"channels": reduction}, transaction)
 
     def parameters_saved(self, width: Width) -> int:
-        """How many parameters fewer the model has at `width`."""
+        """Returns the number of parameters that the model loses at `width`."""
         return self._saved({"channels": width.channels - width.kept})
 
     def _narrow(self, reductions: Mapping[str, Reduction], transaction: Transaction) -> None:
@@ -210,13 +222,13 @@ class BoundSite(CalibrationPoint):
             for role, count in lost.items()
         )
         columns = sum(c.outputs * c.taps for c in self.consumers)
-        beside = sum(values_along(module, self.channels) for _, module in self.along)
-        return rows + (columns + beside) * lost["channels"]
+        along = sum(values_along(module, self.channels) for _, module in self.along)
+        return rows + (columns + along) * lost["channels"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GroupedSite(BoundSite):
-    """Channels that a grouped convolution writes: equally many of each group stay."""
+    """The channels of a grouped convolution: equally many of each group stay."""
 
     def width(self, keep: float, multiple: int | None) -> GroupWidth:
         modules = [producer.module for producer in self.producers]
@@ -237,9 +249,9 @@ class GroupedSite(BoundSite):
 def bind(
     *, producers: tuple[Producer, ...], consumers: tuple[Consumer, ...], **fields: Any
 ) -> BoundSite:
-    """A site of the class that its producers ask for.
+    """Returns a site of the class that its producers require.
 
-    A linear layer with several columns for each channel of a map reads it flattened.
+    A linear layer with several columns for each channel of a map reads the map flattened.
     """
     grouped = any(_groups(producer.module) > 1 for producer in producers)
     if all(isinstance(producer.module, MAPS) for producer in producers):
@@ -250,49 +262,55 @@ def bind(
 
 
 def _groups(module: Any) -> int:
-    """In how many groups a layer writes its channels; a linear layer writes one."""
+    """Returns the number of groups of a layer's outputs; 1 for a linear layer."""
     return getattr(module, "groups", 1)
 
 
 class Architecture(ABC):
     """A model as a chain of blocks, each with sites in the order in which they run.
 
-    `name`: the model, for people. `kinds`: of sites, in the order in which they run; `default`:
-    those that are narrowed if none are named. `hidden_size`: values of one token between blocks;
-    `activations_per_token`: values of one token that live at once inside a block's forward, both
-    for the prediction of memory; None where they depend on the input.
+    Attributes:
+        name: of the model, for reports.
+        kinds: of sites, in the order in which they run.
+        default: the kinds that are narrowed if none is named.
+        blocks: the modules, in order.
+        trusted: whether the sites come from a known family; others are checked by a run.
+        hidden_size: values of one token between blocks, for the prediction of memory; None where
+            they depend on the input.
+        activations_per_token: values of one token that are held at once inside a block's forward,
+            for the same.
     """
 
     name: str
     kinds: tuple[str, ...]
     default: tuple[str, ...]
     blocks: Sequence[nn.Module]
-    trusted = True  # or its sites are what somebody says of them, which a run then checks
+    trusted = True
     hidden_size: int | None = None
     activations_per_token: int | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the blocks are."""
+        """The device of the blocks."""
         return next(self.blocks[0].parameters()).device
 
     @property
     def element_size(self) -> int:
-        """Bytes of one weight."""
+        """The bytes of one weight."""
         return next(self.blocks[0].parameters()).element_size()
 
     def norms(self, block: int) -> list[nn.Module]:
-        """The batch norms of a block that remember statistics."""
+        """Returns the batch norms of a block with running statistics."""
         norms = (m for m in self.blocks[block].modules() if isinstance(m, NORMS))
         return [norm for norm in norms if norm.running_mean is not None]
 
     def attention_inputs(self, block: int) -> list[AttentionInput]:
-        """Where the attention of a block reads the stream, if that is known."""
+        """Returns the inputs of a block's attention, if known."""
         return []
 
     @abstractmethod
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
-        """For each block its sites of those kinds, of which `check_kinds` approved."""
+        """Returns for each block its sites of those kinds, which `check_kinds` accepted."""
 
     def write_config(  # noqa: B027
         self, sites: Sequence[BoundSite], widths: Mapping[str, Width], transaction: Transaction
@@ -300,21 +318,21 @@ class Architecture(ABC):
         """Writes the new widths, by name of site, into the model's configuration, if it has one."""
 
     def notes(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[str]:
-        """What a person should know about a model of these widths."""
+        """Returns notes for the report about a model of these widths."""
         reasons = self.beyond_configuration(sites, widths)
         return [f"{reason}: save with grail.save" for reason in reasons]
 
     def beyond_configuration(
         self, sites: Sequence[BoundSite], widths: Mapping[str, Width]
     ) -> list[str]:
-        """For each kind whose new widths the model's configuration cannot hold, the reason.
+        """Returns a reason for each kind whose new widths the configuration cannot hold.
 
-        Asked once the sites are narrow. Only `grail.save` and `grail.load` keep such a model.
+        Called after the sites are narrowed. Only `grail.save` and `grail.load` keep such a model.
         """
         return []
 
     def ensure_biases(self, sites: Sequence[BoundSite], transaction: Transaction) -> None:
-        """Sees to it that the consumers' biases can be shifted.
+        """Ensures that the consumers' biases can be shifted.
 
         Raises:
             InputError: one has no bias and can be given none.
@@ -323,7 +341,7 @@ class Architecture(ABC):
             site.require_bias()
 
     def check_kinds(self, kinds: Sequence[str]) -> None:
-        """Raises InputError for a kind that the architecture does not have, or none at all."""
+        """Raises InputError for an unknown kind, or for no kind."""
         unknown = [kind for kind in kinds if kind not in self.kinds]
         if unknown or not kinds:
             raise InputError(

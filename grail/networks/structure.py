@@ -1,15 +1,15 @@
 """Transformers that no list of families names, recognised by the form of their blocks.
 
-A site is proposed by shapes: layers that run one after the other and write and read one activation,
-experts in one tensor, projections to queries, keys and values with whole heads. Then a few tokens
-run through the block, which decides:
+A site is proposed by shapes: layers that run in sequence and write and read one activation, experts
+in one tensor, projections to queries, keys and values with whole heads. Then it is tried with a few
+tokens:
 
-    narrow     the site is narrowed in earnest, and undone; what its consumer reads of the channels
-               that stay must be what it was. A norm or a softmax over the channels, a choice among
-               them, another order of fused rows all show, and the site is refused by that
-    landing    the consumer's output is changed; drift is seen at the last place that shows the
-               change one to one, or by a factor that the block keeps as a number
-    reloading  a model of the narrow configuration is made without weights; its shapes must be the
+    narrow     the site is narrowed and restored; its consumer must read the kept channels
+               unchanged. This detects a norm or a softmax over the channels, a choice among them
+               and another order of fused rows
+    probe      the consumer's output is changed; drift is measured at the last module whose input
+               shows the change one to one, or by a factor that the block stores as a number
+    reload     a model of the narrow configuration is made without weights; its shapes must be the
                narrowed ones
 
 Blocks of equal modules, shapes and settings are tried once.
@@ -36,11 +36,11 @@ from grail.networks.transformer import (
     Layout,
     Mixture,
     Mlp,
-    Number,
     ProbeSpec,
     Settings,
     Transformer,
     has,
+    numbers,
 )
 from grail.networks.trial import KINDS, NO_MLP, NarrowsNot, Trial, first_line
 from grail.runtime.memory import ran_out
@@ -51,22 +51,15 @@ LAYOUTS = ("language models of transformers whose blocks have the usual form",)
 TOKENS = 12  # of each of two sequences that run through a block
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _MLP_SIZES = ("intermediate_size", "intermediate_dim", "ffn_dim", "ffn_hidden_size")
-_HEAD_SIZES: dict[str, Number] = {
-    "num_heads": lambda width: width.kept_groups * width.kept_queries,
-    "num_attention_heads": lambda width: width.kept_groups * width.kept_queries,
-    "num_key_value_heads": lambda width: width.kept_groups,
-    "num_kv_heads": lambda width: width.kept_groups,
-    "num_key_value_groups": lambda width: width.kept_queries,
-}
-_HEAD_CONFIG: dict[str, Number] = {
-    "num_attention_heads": _HEAD_SIZES["num_attention_heads"],
-    "num_key_value_heads": _HEAD_SIZES["num_key_value_heads"],
-    "head_dim": lambda width: width.head_dim,
-}
+_HEAD_SIZES = numbers(
+    *("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads"),
+    "num_key_value_groups",
+)
+_HEAD_CONFIG = numbers("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def architecture(model: Any) -> Architecture | None:
-    """The blocks and sites of a model of token ids that has a configuration of transformers.
+    """Returns the blocks and sites of a model of token ids with a configuration of transformers.
 
     Raises:
         NotRecognisedError: no site is found, with the reason.
@@ -82,13 +75,14 @@ def architecture(model: Any) -> Architecture | None:
 
 
 class NotRecognisedError(ModelError):
-    """Says why no site was found in a model of token ids."""
+    """A model of token ids without a site; the message is the reason."""
 
 
 class Recognised(Transformer):
-    """The blocks of a model whose layouts were found out.
+    """The blocks of a model whose layouts were found by trials.
 
-    `reasons`: why sites of a kind were refused.
+    Attributes:
+        reasons: by kind, why its sites were refused.
     """
 
     def __init__(self, model: Any):
@@ -110,9 +104,9 @@ class Recognised(Transformer):
     def _reloading(
         self, widths: Mapping[str, Sequence[Width]], sites: Sequence[BoundSite]
     ) -> dict[str, Settings]:
-        """By kind, the settings by which the configuration makes a model of these shapes.
+        """Returns by kind the settings with which the configuration makes a model of these shapes.
 
-        Each kind for itself, or those together of which one alone would change the others.
+        Kinds are tried one by one, then together those whose settings change each other's shapes.
         """
         found: dict[str, Settings] = {}
         narrow = {name: p.shape for name, p in self._model.named_parameters()}
@@ -140,7 +134,7 @@ class Recognised(Transformer):
         return found
 
     def _names_of(self, sites: Sequence[BoundSite]) -> set[str]:
-        """The parameters of the model that some sites narrow."""
+        """Returns the names of the model's parameters that these sites narrow."""
         own = {id(p) for site in sites for m in _modules_of(site) for p in m.parameters(False)}
         return {name for name, p in self._model.named_parameters() if id(p) in own}
 
@@ -155,58 +149,42 @@ class Recognised(Transformer):
 
 
 def _modules_of(site: BoundSite) -> list[nn.Module]:
-    """The modules of the model that a site narrows."""
+    """Returns the modules of the model that a site narrows."""
     return [site.group.module] if site.group is not None else list(site.modules().values())
 
 
-def _says(config: Any, name: str) -> bool:
-    """Whether a configuration has one number of that name."""
+def _has_number(config: Any, name: str) -> bool:
+    """Returns whether a configuration has one number of that name."""
     try:
         return isinstance(getattr(config, name), int)
-    except Exception:  # a number that differs by layer raises an error of its own
+    except Exception:  # a number that differs by layer raises its own error
         return False
 
 
 def _shapes(model: Any, settings: Settings) -> dict[str, Any]:
-    """The shapes of a model of this class whose configuration says so; nothing if there is none."""
+    """Returns the shapes of a model of this class with these settings; empty if it fails."""
     config = copy.deepcopy(model.config)
     try:
         for name, value in settings.items():
             setattr(config, name, value)
         with torch.device("meta"):
             made = type(model)(config)
-    except Exception:  # whatever a class raises for what it cannot be made of
+    except Exception:  # a class can raise anything at such settings
         return {}
     return {name: parameter.shape for name, parameter in made.named_parameters()}
 
 
 def _layouts(model: Any) -> tuple[list[Layout], dict[str, str]]:
-    """A layout for each block, and why some kinds of sites have none.
+    """Returns a layout for each block, and by kind the reasons for refused sites.
 
     Raises:
         ModelError: no block has an MLP or experts that can be narrowed.
     """
     path, blocks = _stack(model)
-    found: dict[Any, Layout] = {}
-    layouts, reasons = [], {}
     with eval_no_grad(model):
         try:
-            batch = _tokens(model)
-            stream = Stream(model, blocks, [batch])
-            hidden, tokens = (list(t.shape) for t in (stream.hidden[0], batch["input_ids"]))
-            if hidden[:-1] != tokens:
-                raise ModelError(
-                    f"blocks pass on hidden states {hidden} of tokens {tokens}, not [B, L, _]"
-                )
-            stream.require_chain(model, batch)
-            for number, block in enumerate(blocks):
-                form = _form(block)
-                if form not in found:
-                    probe = _Proposals(model, path, stream, number)
-                    found[form] = probe.layout()
-                    reasons.update(probe.reasons)
-                layouts.append(found[form])
-        except Exception as error:  # whatever a model raises for token ids alone
+            layouts, reasons = _tried(model, path, blocks)
+        except Exception as error:  # a model can raise anything at token ids alone
             if ran_out(error):
                 raise
             first = first_line(error).partition("; name the sites")[0]
@@ -217,15 +195,37 @@ def _layouts(model: Any) -> tuple[list[Layout], dict[str, str]]:
     return layouts, reasons
 
 
+def _tried(
+    model: Any, path: str, blocks: Sequence[nn.Module]
+) -> tuple[list[Layout], dict[str, str]]:
+    """Tries each form of block once; returns the layouts, and the reasons for refused sites."""
+    batch = _tokens(model)
+    stream = Stream(model, blocks, [batch])
+    hidden, tokens = (list(t.shape) for t in (stream.hidden[0], batch["input_ids"]))
+    if hidden[:-1] != tokens:
+        raise ModelError(f"blocks pass on hidden states {hidden} of tokens {tokens}, not [B, L, _]")
+    stream.require_chain(model, batch)
+    found: dict[Any, Layout] = {}
+    layouts, reasons = [], {}
+    for number, block in enumerate(blocks):
+        form = _form(block)
+        if form not in found:
+            proposals = _Proposals(model, path, stream, number)
+            found[form] = proposals.layout()
+            reasons.update(proposals.reasons)
+        layouts.append(found[form])
+    return layouts, reasons
+
+
 def _tokens(model: Any) -> dict[str, Tensor]:
-    """A batch to try blocks with."""
+    """Returns a batch to try blocks with."""
     size = getattr(model.get_input_embeddings(), "num_embeddings", 2 * TOKENS)
     ids = torch.arange(2 * TOKENS).mul(7).remainder(max(1, size - 1)).view(2, TOKENS)
     return {"input_ids": ids}
 
 
 def _stack(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """Path and blocks of the one stack of blocks that a model has."""
+    """Returns path and blocks of a model's only stack of blocks."""
     found: dict[str, list[nn.Module]] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in found)
@@ -243,12 +243,12 @@ def _stack(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def _computes(block: nn.Module) -> bool:
-    """Whether a module is a block, of several layers."""
+    """Returns whether a module is a block, of several layers."""
     return sum(p.dim() >= 2 for p in block.parameters()) > 2
 
 
 def _form(block: nn.Module) -> Any:
-    """Returns what two blocks of one form share: modules, shapes and settings."""
+    """Returns the form of a block: its modules, shapes and settings."""
     modules = tuple(
         (name, type(module), tuple(sorted(_plain(vars(module)).items())))
         for name, module in block.named_modules()
@@ -266,9 +266,10 @@ def _plain(attributes: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Proposals(Trial):
-    """Proposes sites by the shapes of a block, and keeps those that hold.
+    """Proposes sites by the shapes of a block, and keeps those that pass their trial.
 
-    `reasons`: why sites of a kind were refused.
+    Attributes:
+        reasons: by kind, why its sites were refused.
     """
 
     def __init__(self, model: Any, path: str, stream: Stream, number: int):
@@ -276,39 +277,38 @@ class _Proposals(Trial):
         self.reasons: dict[str, str] = {}
 
     def layout(self) -> Layout:
-        """The layout of the block."""
+        """Returns the layout of the block."""
         layers = self.in_order()
         layout = self._with_experts(Layout(self._path, "", NO_MLP))
         layout = self._with_mlps(layout, layers)
         return self._with_attention(layout, layers)
 
     def _with_mlps(self, layout: Layout, layers: Sequence[tuple[str, nn.Module]]) -> Layout:
-        """The layout with the widest MLP of the block, and with that beside its experts."""
+        """Adds the widest MLP of the block, and the shared expert, to a layout."""
         mixture = next((path.rpartition(".")[0] for path, _ in self._fused()), "")
         for consumer, candidates in self._mlps(layers).items():
             inside = bool(mixture) and consumer.startswith(f"{mixture}.")
-            beside = inside or (bool(self._fused()) and "shared" in consumer)
-            kind = "shared_experts" if beside else "mlp"
+            shared = inside or (bool(self._fused()) and "shared" in consumer)
+            kind = "shared_experts" if shared else "mlp"
             for number, mlp in enumerate(candidates):
-                proposed = replace(layout, mlp=mlp)
                 try:
-                    site = self.narrows(proposed, "mlp")
+                    site = self.narrows(replace(layout, mlp=mlp), "mlp")
                 except NarrowsNot as reason:
-                    if number == 0:  # of those with most producers, which it most likely is
+                    if number == 0:  # the one with most producers is the likeliest
                         self._refused(kind, consumer, str(reason))
                     continue
-                seen = self.probe(consumer, site.consumers[0].outputs)
-                if beside:
-                    # Scaled token by token on its way, its drift is left to the experts.
-                    seen = seen if seen is not None and not seen.output else None
-                    layout = replace(layout, shared_experts=replace(mlp, probe=seen))
+                probe = self.probe(consumer, site.consumers[0].outputs)
+                if shared:
+                    # Where its output is scaled by token, the routed experts correct its drift.
+                    probe = probe if probe is not None and not probe.output else None
+                    layout = replace(layout, shared_experts=replace(mlp, probe=probe))
                 elif self._width(layout.mlp) < site.channels:
-                    layout = replace(layout, mlp=replace(mlp, probe=seen))
+                    layout = replace(layout, mlp=replace(mlp, probe=probe))
                 break
         return layout
 
     def _refused(self, kind: str, consumer: str, reason: str) -> None:
-        """Keeps why a site was refused, first of all that of a layer that is no attention's."""
+        """Records why a site was refused, preferably one outside of attention."""
         owner = consumer.rpartition(".")[0]
         attends = any(word in owner for word in ("att", "mixer", "conv", "temporal"))
         if kind not in self.reasons or not attends:
@@ -319,11 +319,11 @@ class _Proposals(Trial):
         return Consumer("", module).channels if mlp.producers else 0
 
     def _mlps(self, layers: Sequence[tuple[str, nn.Module]]) -> dict[str, list[Mlp]]:
-        """By consumer the MLPs that it may be of, those of most producers first."""
+        """Returns by consumer its possible MLPs, those of most producers first."""
         sizes = [Consumer(name, module) for name, module in layers]
         found: dict[str, list[Mlp]] = {}
         for last, consumer in enumerate(sizes):
-            gate = "norm" in consumer.name.rpartition(".")[0]  # of a norm, that is
+            gate = "norm" in consumer.name.rpartition(".")[0]  # inside a norm
             if consumer.outputs != self._hidden or gate:
                 continue
             before = sizes[max(0, last - 2) : last]
@@ -344,7 +344,7 @@ class _Proposals(Trial):
         return tuple(f"{owner}.{name}".removeprefix(".") for name in names)
 
     def _fused(self) -> list[tuple[str, nn.Module]]:
-        """The layers that hold experts in one tensor, by path."""
+        """Returns the layers that hold experts in one tensor, by path."""
         return [
             (path, module)
             for path, module in self._block.named_modules()
@@ -361,15 +361,15 @@ class _Proposals(Trial):
                 self.reasons.setdefault("experts", str(reason))
                 continue
             assert proposed.experts is not None
-            seen = self.probe(path, self._outputs(path))
-            return replace(layout, experts=replace(proposed.experts, probe=seen))
+            probe = self.probe(path, self._outputs(path))
+            return replace(layout, experts=replace(proposed.experts, probe=probe))
         return layout
 
     def _outputs(self, path: str) -> int:
         return int(self.returned(self._block.get_submodule(path)).shape[-1])
 
     def _with_attention(self, layout: Layout, layers: Sequence[tuple[str, nn.Module]]) -> Layout:
-        """The layout with the path of the attention, and its heads if they can be narrowed."""
+        """Adds the path of the attention, and its heads if they can be narrowed, to a layout."""
         for path, module in self._block.named_modules():
             if all(has(module, name) for name in _PROJECTIONS):
                 attention = path
@@ -377,8 +377,7 @@ class _Proposals(Trial):
         else:
             return replace(layout, no_heads="its attention has no q_proj, k_proj and v_proj")
         if not self.replays(attention):
-            layout = replace(layout, no_heads="its attention hands more than its output on")
-            return layout
+            return replace(layout, no_heads="its attention hands more than its output on")
         runs = [name.startswith(f"{attention}.") for name, _ in layers]
         others = [*layout.mlp.producers]
         others += layout.shared_experts.producers if layout.shared_experts else ()
@@ -392,12 +391,32 @@ class _Proposals(Trial):
             return replace(layout, no_heads=str(reason))
 
     def _heads(self, layout: Layout, path: str) -> Heads:
-        """The heads of an attention module.
+        """Returns the heads of an attention module.
 
         Raises:
-            NarrowsNot: they are not whole, or not each by itself.
+            NarrowsNot: they are not whole, or depend on each other.
         """
         attention: Any = self._block.get_submodule(path)
+        heads = self._proposed_heads(path, attention)
+        reading = replace(heads, reads_config=True)
+        options = [heads, reading] if hasattr(attention, "config") else [heads]
+        for last, proposed in enumerate(options, 1):
+            try:
+                site = self.narrows(replace(layout, heads=proposed), "heads")
+            except NarrowsNot:
+                if last == len(options):
+                    raise
+                continue
+            probe = self.probe(heads.consumer, site.consumers[0].outputs)
+            return replace(proposed, probe=probe or ProbeSpec(heads.consumer, output=True))
+        raise AssertionError
+
+    def _proposed_heads(self, path: str, attention: Any) -> Heads:
+        """Returns the heads of an attention module by its attributes.
+
+        Raises:
+            NarrowsNot: it has other layers, or values for all heads.
+        """
         outputs = [name for name in ("o_proj", "out_proj", "dense") if has(attention, name)]
         if not outputs or not isinstance(getattr(attention, "head_dim", None), int):
             raise NarrowsNot("its attention has no output projection o_proj, or no head_dim")
@@ -408,7 +427,7 @@ class _Proposals(Trial):
             own = name.rpartition(".")[0] in layers
             if not own and tensor.numel() not in (1, attention.head_dim):
                 raise NarrowsNot(f"{name} of its attention has values for all heads")
-        heads = Heads(
+        return Heads(
             projections=tuple(f"{path}.{name}" for name in _PROJECTIONS),
             consumer=f"{path}.{outputs[0]}",
             probe=BLOCK_OUTPUT,
@@ -420,18 +439,6 @@ class _Proposals(Trial):
             config={
                 name: number
                 for name, number in _HEAD_CONFIG.items()
-                if _says(self._model.config, name)
+                if _has_number(self._model.config, name)
             },
         )
-        reading = replace(heads, reads_config=True)
-        options = [heads, reading] if hasattr(attention, "config") else [heads]
-        for last, proposed in enumerate(options, 1):
-            try:
-                site = self.narrows(replace(layout, heads=proposed), "heads")
-            except NarrowsNot:
-                if last == len(options):
-                    raise
-                continue
-            seen = self.probe(heads.consumer, site.consumers[0].outputs)
-            return replace(proposed, probe=seen or ProbeSpec(heads.consumer, output=True))
-        raise AssertionError

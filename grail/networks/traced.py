@@ -1,4 +1,4 @@
-"""Sites found by tracing a whole network, where that is unambiguous."""
+"""Sites found by a trace of a whole network, where that is unambiguous."""
 
 from torch import nn
 
@@ -10,18 +10,18 @@ from grail.networks.wrappers import refuse_wrapped
 
 
 def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
-    """The sites of a network, found by following its channels (see `grail.networks.channel_graph`).
+    """Finds the sites of a network by following its channels (see `grail.networks.channel_graph`).
 
-    Channels that meet what mixes them (a concatenation, attention), and those that enter or leave
-    the network, are passed over. So are those of linear layers where it matters whether
-    they are of vectors [B, C] or of tokens [B, L, C], which a network does not tell: behind
-    `softmax(1)`. A batch norm as wide as they are makes them vectors. A map that is flattened
-    channel by channel is followed to the linear layer that reads it.
+    Channels that are mixed (by a concatenation, attention), and those that enter or leave the
+    network, are skipped. So are the channels of linear layers where the result depends on whether
+    they belong to vectors [B, C] or tokens [B, L, C], as in `softmax(1)`; a batch norm of their
+    width makes them vectors. A map that is flattened channel by channel is followed to the linear
+    layer that reads it.
 
     Args:
         model: a network that `torch.fx` can trace.
-        streams: also sites of several producers and consumers, as residual streams and gated MLPs
-            are; without, only activations that one layer writes and one reads.
+        streams: also returns sites of several producers and consumers, such as residual streams and
+            gated MLPs; otherwise only activations that one layer writes and one reads.
 
     Returns:
         Sites in the order in which they are first written, for `grail.compress(sites=…)`.
@@ -34,7 +34,7 @@ def trace(model: nn.Module, *, streams: bool = False) -> list[Site]:
     kind = type(model).__name__
     try:
         flow = Flow(model)
-    except Exception as error:  # whatever a model's Python does with a proxy
+    except Exception as error:  # a model's Python can raise anything at a proxy
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{kind} cannot be traced ({reason}); name its sites: grail.Site"

@@ -1,13 +1,13 @@
-"""Sites of transformers, by layout: where a family keeps its blocks, and what they are made of.
+"""Sites of transformers, by layout: the paths of a family's blocks and of their parts.
 
     mlp      producers ─► act(…)[·…] [intermediate]     ─► consumer
     heads    queries, keys, values ─► attention [heads·head_dim] ─► output projection
     experts  the same as mlp, in each expert of a layer (see `grail.networks.experts`)
-    shared_experts  the same as mlp, in the expert that every token goes to beside those
+    shared_experts  the same as mlp, in the expert that every token is routed to
 
-A family is a `Layout`: paths into its blocks and the names of what holds its sizes. Where all
-blocks get the same width and the configuration has a place for it, it is written there, and stock
-transformers reloads the model; where not, `Transformer.notes` says so.
+A family is a `Layout`: paths into its blocks and the names of the attributes of its sizes. Where
+all blocks get the same width and the configuration can hold it, it is written there, and stock
+transformers reloads the model; where not, `Transformer.notes` has a note.
 """
 
 import copy
@@ -28,7 +28,7 @@ from grail.networks.layers import Consumer, Producer
 from grail.networks.site import Architecture, AttentionInput, BoundSite, ResidualProbe
 from grail.runtime.transaction import Transaction
 
-# What gives all layers of a kind of site a bias: zeros change nothing, and reload.
+# Settings that give all layers of a kind of site a bias: zeros change nothing, and reload.
 BIASES = {"mlp": "mlp_bias", "heads": "attention_bias"}
 
 Number = Callable[[HeadWidth], int]
@@ -40,7 +40,8 @@ Parts = tuple[tuple[str, int], ...]
 class ProbeSpec:
     """A `ResidualProbe` in a block: at the input of the module of that path, or at its output.
 
-    `scale`: the path of what a consumer's output is multiplied by on its way there.
+    Args:
+        scale: the path of the factor of a consumer's output there.
     """
 
     path: str
@@ -52,21 +53,37 @@ BLOCK_OUTPUT = ProbeSpec("")
 
 
 def setting(name: str) -> Callable[[Any, int], Settings]:
-    """A configuration's place for a number of channels."""
+    """Returns a function that writes a number of channels into a configuration."""
     return lambda config, kept: {name: kept}
 
 
 _INTERMEDIATE_SIZE = setting("intermediate_size")
+
+_NUMBERS: dict[tuple[str, ...], Number] = {
+    ("num_heads", "num_attention_heads", "n_heads"): lambda w: w.kept_groups * w.kept_queries,
+    ("num_key_value_heads", "num_kv_heads"): lambda w: w.kept_groups,
+    ("num_key_value_groups",): lambda w: w.kept_queries,
+    ("head_dim",): lambda w: w.head_dim,
+    ("all_head_size", "attn_dim", "split_size"): lambda w: w.kept,
+}
+
+
+def numbers(*names: str) -> dict[str, Number]:
+    """Returns attributes or settings of attention as functions of a width."""
+    known = {name: number for of, number in _NUMBERS.items() for name in of}
+    return {name: known[name] for name in names}
 
 
 @dataclass(frozen=True)
 class Mlp:
     """Intermediate channels: paths in a block; without producers there are none.
 
-    `fused`: how many producers lie in one matrix, one after the other. `config`: what a
-    configuration has to say for so many channels, nothing if it cannot; `sizes`: paths of
-    attributes of their number in the block. Without `landing` no drift is undone: the output is
-    scaled token by token on its way.
+    Args:
+        fused: the number of producers in one matrix, one after the other.
+        config: returns the settings of a configuration for a number of channels; none if it cannot
+            hold it.
+        sizes: paths of attributes of that number in the block.
+        probe: None where the output is scaled by token, so that no drift is corrected.
     """
 
     producers: tuple[str, ...]
@@ -81,7 +98,7 @@ class Mlp:
 class Mixture:
     """Experts instead of an MLP: the path of the layer that holds them all, and `Mlp.config`.
 
-    Blocks that have a plain MLP there stay as they are. `landing`: where drift is seen.
+    Blocks with a plain MLP there are not narrowed.
     """
 
     path: str
@@ -93,11 +110,15 @@ class Mixture:
 class Heads:
     """Attention heads: paths in a block.
 
-    `projections`: query, key and value, or one that holds the rows of all three: in that order, or
-    head by head if `interleaved`. `head_dim`: the attention module's name of the channels of a
-    head. `sizes`: what else of its attributes follows from a width; `config`: what of the
-    configuration does, None where that cannot hold fewer heads of the same head_dim. With
-    `reads_config` the attention module looks such numbers up whenever it runs.
+    Args:
+        projections: query, key and value, or one layer with the rows of all three.
+        consumer: the output projection.
+        interleaved: whether one layer's rows are ordered head by head, not by query, key and value.
+        head_dim: the attention module's name of the number of channels of a head.
+        sizes: further attributes of it, as functions of a width.
+        config: settings of the configuration, as functions of a width; None where it cannot hold
+            fewer heads of the same head_dim.
+        reads_config: whether the attention module reads such numbers whenever it runs.
     """
 
     projections: tuple[str, ...]
@@ -112,13 +133,16 @@ class Heads:
 
 @dataclass(frozen=True)
 class Layout:
-    """One family: the place of its list of blocks, and its sites.
+    """One family: the path of its list of blocks, and its sites.
 
-    `blocks`: below the model, or below its `base_model_prefix`. `attention`: the path of that
-    module, "" if it cannot be told; `attention_first`: whether it runs before all that is narrowed.
-    `experts`: narrowed in place of an MLP; `shared_experts`: what every token goes to beside them.
-    `no_heads` says why heads cannot be narrowed; attention without modules for its projections has
-    no `heads` at all.
+    Args:
+        blocks: below the model, or below its `base_model_prefix`.
+        attention: the path of that module; "" if unknown.
+        heads: None for attention without modules for its projections.
+        no_heads: the reason why heads cannot be narrowed.
+        experts: narrowed instead of an MLP.
+        shared_experts: the expert that every token is routed to.
+        attention_first: whether the attention runs before all that is narrowed.
     """
 
     blocks: str
@@ -156,15 +180,15 @@ class Transformer(Architecture):
         if widest is None:
             return
         self.hidden_size = widest.outputs
-        # The MLP is the widest point: its producers, an activation and their product beside three
-        # hidden states. A token goes to several experts.
+        # The MLP is the widest point: its producers, an activation, their product and three hidden
+        # states. A token is routed to several experts.
         copies = getattr(self.config, "num_experts_per_tok", 1)
         rows = 2 * len(widest.weights()) * widest.channels
         self.activations_per_token = rows * copies + 3 * self.hidden_size
 
     @property
     def config(self) -> Any:
-        """The model's configuration, which is another object once something was written to it."""
+        """The model's configuration; a write replaces the object."""
         return getattr(self._model, "config", None)
 
     def sites(self, kinds: Sequence[str]) -> list[list[BoundSite]]:
@@ -188,7 +212,7 @@ class Transformer(Architecture):
             layers = tuple(
                 Consumer(f"{name}.{path}", module.get_submodule(path)) for path in heads.projections
             )
-        except ModelError:  # quantised ones, or adapters, stay as they are
+        except ModelError:  # quantised layers and adapters are not rewritten
             return []
         return [AttentionInput.of(f"{name}.{layout.attention}", block, layers)]
 
@@ -209,7 +233,7 @@ class Transformer(Architecture):
                 self._share_config(transaction)
 
     def _write(self, settings: Settings, transaction: Transaction) -> None:
-        """Writes what is new into the configuration, first into one that is this model's alone."""
+        """Writes changed settings into a configuration that only this model uses."""
         changed = {
             name: value
             for name, value in settings.items()
@@ -247,12 +271,12 @@ class Transformer(Architecture):
         (width,) = widths[kind]
         if isinstance(width, HeadWidth):
             return self._head_settings(width)
-        place: Mlp | Mixture | None = getattr(self._layouts[0], kind)
-        assert place is not None
-        return place.config(self.config, width.kept)
+        part: Mlp | Mixture | None = getattr(self._layouts[0], kind)
+        assert part is not None
+        return part.config(self.config, width.kept)
 
     def _share_config(self, transaction: Transaction) -> None:
-        """Lets attention modules read the model's configuration again, which now suits them."""
+        """Gives attention modules the model's configuration again, which now has their widths."""
         for block, layout in zip(self.blocks, self._layouts, strict=True):
             attention: Any = block.get_submodule(layout.attention)
             if getattr(attention, "config", self.config) is not self.config:
@@ -273,7 +297,7 @@ class Transformer(Architecture):
             return []
         module = block.get_submodule(mixture.path)
         experts = Experts(f"{self._names[number]}.{mixture.path}", module)
-        probe = None if mixture.probe is None else _with_probes(block, mixture.probe)
+        probe = None if mixture.probe is None else _probe(block, mixture.probe)
         return experts.sites(number, self._upstream(number, block), probe)
 
     def _shared_experts(self, number: int, block: nn.Module) -> list[BoundSite]:
@@ -304,7 +328,7 @@ class Transformer(Architecture):
             ),
             consumers=(consumer,),
             upstream=self._upstream(number, block),
-            probe=None if mlp.probe is None else _with_probes(block, mlp.probe),
+            probe=None if mlp.probe is None else _probe(block, mlp.probe),
             sizes=tuple(_attributes(block, mlp.sizes)),
         )
 
@@ -324,7 +348,7 @@ class Transformer(Architecture):
             block=number,
             producers=producers,
             consumers=(consumer,),
-            probe=_with_probes(block, heads.probe),
+            probe=_probe(block, heads.probe),
             attention=attention,
             shape=(grouped // head_dim, consumer.channels // grouped, head_dim),
             numbers=heads.sizes or {},
@@ -334,7 +358,7 @@ class Transformer(Architecture):
         return [site]
 
     def _loads(self, width: HeadWidth) -> bool:
-        """Whether the configuration accepts it: Llama's wants heads to divide hidden_size."""
+        """Returns whether the configuration accepts it: in Llama's, heads divide hidden_size."""
         validate = getattr(self.config, "validate_architecture", None)
         if validate is None:
             return True
@@ -350,7 +374,7 @@ class Transformer(Architecture):
 
 
 def _different(sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> dict[str, list[Width]]:
-    """The different widths of each kind."""
+    """Returns the distinct widths of each kind."""
     found: dict[str, dict[Width, None]] = {}
     for site in sites:
         found.setdefault(site.kind, {})[widths[site.name]] = None
@@ -359,12 +383,15 @@ def _different(sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> dict[
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeadSite(BoundSite):
-    """Query heads of grouped attention; dropping a whole group drops its key and value head too.
+    """Query heads of grouped attention; dropping a whole group also drops its key and value head.
 
-    `shape`: groups, queries in each, channels of a head. `numbers`: attributes of the attention
-    module that follow from a width. `settings`: what it reads in its configuration, which it
-    shares with blocks of other widths, so that it gets one of its own. `allowed`: the widths that
-    the configuration can express.
+    Args:
+        attention: the attention module.
+        shape: groups, queries in each, channels of a head.
+        numbers: attributes of the attention module, as functions of a width.
+        settings: the settings that it reads in its configuration. It gets a configuration of its
+            own, since blocks of other widths share the old one.
+        allowed: whether the configuration can hold a width.
     """
 
     attention: Any = None
@@ -404,16 +431,16 @@ class HeadSite(BoundSite):
 
 
 def _blocks(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
-    """The blocks by their names."""
-    places = (f"{getattr(model, 'base_model_prefix', '')}.{layout.blocks}", layout.blocks)
-    for place in places:
+    """Returns the blocks by their names."""
+    paths = (f"{getattr(model, 'base_model_prefix', '')}.{layout.blocks}", layout.blocks)
+    for path in paths:
         try:
-            found = model.get_submodule(place)
+            found = model.get_submodule(path)
         except AttributeError:
             continue
         if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found):
-            return {f"{place}.{name}": block for name, block in found._modules.items()}
-    raise ModelError(f"{type(model).__name__} has no blocks at {' or '.join(places)}")
+            return {f"{path}.{name}": block for name, block in found._modules.items()}
+    raise ModelError(f"{type(model).__name__} has no blocks at {' or '.join(paths)}")
 
 
 def _projections(
@@ -427,12 +454,12 @@ def _projections(
         return tuple(map(Producer, names, modules, roles))
     grouped = (len(Producer(names[0], modules[0]).rows()[0]) - channels) // 2
     parts = (("channels", channels), ("groups", grouped), ("groups", grouped))
-    turn = head_dim if heads.interleaved else None  # head by head: its query, key and value
+    turn = head_dim if heads.interleaved else None  # of each head its query, key and value
     return (Producer(names[0], modules[0], parts, turn=turn),)
 
 
 def has(module: nn.Module, path: str) -> bool:
-    """Whether a module holds a module of that path."""
+    """Returns whether a module holds a module of that path."""
     try:
         module.get_submodule(path)
     except AttributeError:
@@ -440,26 +467,27 @@ def has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def _with_probes(block: nn.Module, seen: ProbeSpec) -> ResidualProbe:
+def _probe(block: nn.Module, spec: ProbeSpec) -> ResidualProbe:
+    """Returns the probe of a block."""
     scale = None
-    if seen.scale:
-        owner, _, name = seen.scale.rpartition(".")
+    if spec.scale:
+        owner, _, name = spec.scale.rpartition(".")
         found: Tensor | float = getattr(block.get_submodule(owner), name)
         dtype = found.dtype if isinstance(found, Tensor) else torch.float32
         scale = torch.as_tensor(found, dtype=dtype).detach()
-    module = block.get_submodule(seen.path) if seen.path else None
-    return ResidualProbe(module, seen.output, scale, normalised=True)
+    module = block.get_submodule(spec.path) if spec.path else None
+    return ResidualProbe(module, spec.output, scale, normalised=True)
 
 
 def _with_settings(config: Any, settings: Settings) -> Any:
-    """A copy of a configuration that says something else."""
+    """Returns a copy of a configuration with other settings."""
     changed = copy.copy(config)
     changed.__dict__.update(settings)
     return changed
 
 
 def _attributes(block: nn.Module, paths: Sequence[str]) -> list[tuple[Any, str]]:
-    """Owner and name of those attributes that are there."""
+    """Returns owner and name of those attributes that exist."""
     found = []
     for path in paths:
         owner, _, name = path.rpartition(".")

@@ -1,9 +1,9 @@
-"""Tries what a layout says of a block, by running a few tokens through it.
+"""Trials of a proposed layout: a few tokens run through the narrowed block.
 
-See `grail.networks.structure`, which proposes what is tried here.
+`grail.networks.structure` makes the proposals.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from grail.algebra.reduction import Selection
-from grail.calibrate.stream import Stream, replaced_forward
+from grail.algebra.rounding import is_close
+from grail.calibrate.stream import Stream
 from grail.errors import GrailError, ModelError
 from grail.networks.layers import Consumer
 from grail.networks.site import BoundSite
 from grail.networks.transformer import Layout, Mlp, ProbeSpec, Transformer
+from grail.runtime.hooks import replaced_forward
 from grail.runtime.memory import ran_out
 from grail.runtime.transaction import Transaction
 
-# Of the norm of what is compared: fp32 sums in another order, through a softmax; and 16 bits.
+# Relative to the norm, by bytes of a value: fp32 sums in another order, fp64, and 16 bits.
 ROUNDING = {4: 1e-4, 8: 1e-6, 2: 3e-2}
 
 KINDS = ("heads", "mlp", "shared_experts", "experts")  # in the order in which they run
@@ -28,14 +30,15 @@ NO_MLP = Mlp((), "")
 
 
 class NarrowsNot(Exception):  # noqa: N818, an answer
-    """Says why a site is none."""
+    """A proposed site that cannot be narrowed; the message is the reason."""
 
 
 class Trial:
-    """One block, run alone.
+    """Trials of one block, run alone.
 
     Args:
-        model, path: the model, and the path of its list of blocks.
+        model: the model.
+        path: of its list of blocks.
         stream: a batch at the entry of its first block.
         number: of the block.
     """
@@ -52,7 +55,7 @@ class Trial:
         return output
 
     def in_order(self) -> list[tuple[str, nn.Module]]:
-        """The plain layers of the block in the order in which they run."""
+        """Returns the plain layers of the block in the order in which they run."""
         names = {module: name for name, module in self._block.named_modules()}
         ran: dict[nn.Module, None] = {}
         with ExitStack() as hooks:
@@ -75,7 +78,7 @@ class Trial:
         return True
 
     def replays(self, path: str) -> bool:
-        """Whether the rest of a block needs nothing of a module but its first output."""
+        """Returns whether the rest of a block uses only the first output of a module."""
         module, seen = self._block.get_submodule(path), []
         with ExitStack() as hooks:
             note = module.register_forward_hook(lambda _, __, output: seen.append(output))
@@ -89,11 +92,11 @@ class Trial:
         try:
             with replaced_forward(module, lambda *_, **__: output):
                 return torch.equal(self.run(), expected)
-        except Exception:  # whatever the block raises for what it misses
+        except Exception:  # a block can raise anything at a missing output
             return False
 
     def _bound(self, layout: Layout, kind: str) -> list[BoundSite]:
-        """The sites of a kind that a layout makes of the block."""
+        """Returns the sites of a kind of the block by a layout."""
         layouts = [Layout(self._path, "", NO_MLP) for _ in self._stream.blocks]
         layouts[self._number] = layout
         try:
@@ -104,10 +107,10 @@ class Trial:
             raise NarrowsNot(str(error)) from error
 
     def narrows(self, layout: Layout, kind: str) -> BoundSite:
-        """The site of that kind.
+        """Narrows the site of that kind and restores it; returns the dense site.
 
         Raises:
-            NarrowsNot: its consumer does not read its channels, or not each by itself.
+            NarrowsNot: its consumer does not read its channels, or they depend on each other.
         """
         (site,) = self._bound(layout, kind)
         (consumer,) = site.consumers
@@ -125,10 +128,10 @@ class Trial:
                 kept = consumer.by_channel[:, chosen.index]
                 consumer.rewrite(kept, chosen.kept, False, None, transaction)
                 after = self._read_by(consumer)
-            except Exception as error:  # whatever a block raises for what it cannot be
+            except Exception as error:  # a block can raise anything once it is narrow
                 if ran_out(error):
                     raise
-                raise NarrowsNot(self._between(site, chosen.channels, error)) from error
+                raise NarrowsNot(self._cause(site, chosen.channels, error)) from error
         if not _alike(after, before[..., chosen.index]):
             raise NarrowsNot(
                 f"what {consumer.name} reads of a channel depends on the other channels: a norm, a "
@@ -136,8 +139,8 @@ class Trial:
             )
         return site
 
-    def _between(self, site: BoundSite, channels: int, error: Exception) -> str:
-        """Returns a likely cause for a site of H channels that does not run once it is narrow."""
+    def _cause(self, site: BoundSite, channels: int, error: Exception) -> str:
+        """Returns a likely cause for a site of H channels that does not run after narrowing."""
         owner = site.consumers[0].name.rpartition(".")[0]
         for name, tensor in self._model.get_submodule(owner).named_parameters():
             if tensor.dim() == 1 and len(tensor) == channels and not name.endswith("bias"):
@@ -145,27 +148,37 @@ class Trial:
         return f"{site.name} does not run once it is narrow: {first_line(error)}"
 
     def narrow_together(self, layout: Layout, path: str, module: Any) -> None:
-        """Raises NarrowsNot for experts that cannot be narrowed, or not heard."""
+        """Raises NarrowsNot for experts that cannot be narrowed or observed."""
         sites = self._bound(layout, "experts")
         if getattr(module, "has_post_expert_norm", False):
             raise NarrowsNot(f"{path} has a norm behind each expert")
-        self._are_heard(sites, module)
+        self._require_observable(sites, module)
         chosen: dict[BoundSite, Selection] = {}
         for site in sites:
             scores = sum(rows.float().square().sum(1) for rows in site.weights())
             assert isinstance(scores, Tensor)
             chosen[site] = site.width(0.5, None).best(scores)
+        expected = self._returned_masked(module, chosen)
+        after = self._returned_narrow(module, chosen, path)
+        if not _alike(after, expected):
+            raise NarrowsNot(f"a channel of an expert of {path} depends on the other channels")
+
+    def _returned_masked(self, module: Any, chosen: Mapping[BoundSite, Selection]) -> Tensor:
+        """Returns the output of dense experts whose dropped channels are not read."""
+        masked = torch.stack([c.by_channel for site in chosen for c in site.consumers])
+        for number, selection in enumerate(chosen.values()):
+            lost = torch.ones(selection.channels, dtype=torch.bool)
+            lost[selection.index] = False
+            masked[number][:, lost] = 0
+        masked = masked.mT if getattr(module, "is_transposed", False) else masked
         with _undone() as transaction:
-            weights = [consumer.by_channel for site in sites for consumer in site.consumers]
-            silent = torch.stack(weights)
-            for number, selection in enumerate(chosen.values()):
-                lost = torch.ones(selection.channels, dtype=torch.bool)
-                lost[selection.index] = False
-                silent[number][:, lost] = 0
-            transposed = getattr(module, "is_transposed", False)
-            silent = silent.mT if transposed else silent
-            transaction.set_parameter(module, "down_proj", silent)
-            expected = self.returned(module)
+            transaction.set_parameter(module, "down_proj", masked)
+            return self.returned(module)
+
+    def _returned_narrow(
+        self, module: Any, chosen: Mapping[BoundSite, Selection], path: str
+    ) -> Tensor:
+        """Returns the output of narrowed experts."""
         with _undone() as transaction:
             try:
                 for site, selection in chosen.items():
@@ -173,18 +186,16 @@ class Trial:
                     kept = consumer.by_channel[:, selection.index]
                     site.narrow(selection, site.width(0.5, None), transaction)
                     consumer.rewrite(kept, selection.kept, False, None, transaction)
-                after = self.returned(module)
-            except Exception as error:  # whatever a block raises for what it cannot be
+                return self.returned(module)
+            except Exception as error:  # a block can raise anything once it is narrow
                 if ran_out(error):
                     raise
                 raise NarrowsNot(
                     f"{path} does not run once it is narrow: {first_line(error)}"
                 ) from error
-        if not _alike(after, expected):
-            raise NarrowsNot(f"a channel of an expert of {path} depends on the other channels")
 
-    def _are_heard(self, sites: Sequence[BoundSite], module: Any) -> None:
-        """Raises NarrowsNot unless experts run one by one, and are added up by given weights."""
+    def _require_observable(self, sites: Sequence[BoundSite], module: Any) -> None:
+        """Raises NarrowsNot unless experts run one by one, and are summed by given weights."""
         calls: list[Any] = []
         with ExitStack() as hooks:
             note = module.register_forward_pre_hook(lambda _, args: calls.append(args))
@@ -193,15 +204,17 @@ class Trial:
                 hooks.enter_context(site.consumers[0].watch(lambda *_: None))
             try:
                 self.run()
-            except Exception as error:  # of `grail.networks.experts`, or of arguments of other form
-                raise NarrowsNot(f"its experts cannot be heard one by one: {error}") from error
+            except Exception as error:  # from `grail.networks.experts`, or for other arguments
+                raise NarrowsNot(f"its experts cannot be observed one by one: {error}") from error
         (first, *further) = calls or [()]
         if further or len(first) != 3 or first[0].dim() != 2 or not isinstance(first[2], Tensor):
-            raise NarrowsNot("its experts are called otherwise than with tokens, choices, weights")
+            raise NarrowsNot(
+                "its experts are called with other arguments than tokens, choices, weights"
+            )
         hidden, choices, weights = first
         once, twice = module(hidden, choices, weights), module(hidden, choices, 2 * weights)
         if not _alike(twice, 2 * once):
-            raise NarrowsNot("its experts are not added up by the router's weights")
+            raise NarrowsNot("its experts are not summed by the router's weights")
 
     def _read_by(self, consumer: Consumer) -> Tensor:
         seen: list[Tensor] = []
@@ -221,24 +234,24 @@ class Trial:
         return seen[0]
 
     def probe(self, path: str, outputs: int) -> ProbeSpec | None:
-        """The last place that shows a change of a layer's output one to one."""
+        """Returns a probe at the last input that shows a change of a layer's output one to one."""
         change = torch.linspace(-1, 1, outputs, dtype=torch.float32)
         without = self._after(path, None)
         changed = self._after(path, change)
-        for place in reversed(list(without)):
-            if place not in changed or without[place].shape != changed[place].shape:
+        for reader, dense in reversed(list(without.items())):
+            if reader not in changed or dense.shape != changed[reader].shape:
                 continue
-            if without[place].shape[-1] != outputs:
+            if dense.shape[-1] != outputs:
                 continue
-            factor = _factor(changed[place], without[place], change)
+            factor = _factor(changed[reader], dense, change)
             if factor is not None:
                 scale = "" if abs(factor - 1) < 1e-2 else self._number_of(factor)
                 if scale is not None:
-                    return ProbeSpec(place, scale=scale)
+                    return ProbeSpec(reader, scale=scale)
         return ProbeSpec(path, output=True)
 
     def _number_of(self, factor: float) -> str | None:
-        """The path of an attribute of the block that is a number of that size."""
+        """Returns the path of an attribute of the block that is a number of that size."""
         for owner, module in self._block.named_modules():
             numbers = {**vars(module), **dict(module.named_buffers(recurse=False))}
             for name, value in numbers.items():
@@ -250,7 +263,7 @@ class Trial:
         return None
 
     def _after(self, path: str, change: Tensor | None) -> dict[str, Tensor]:
-        """Returns what modules read after a layer has run, by path; "" is the block's output."""
+        """Returns what modules after a layer read, by path; "" is the block's output."""
         layer = self._block.get_submodule(path)
         seen: dict[str, Tensor] = {}
         ran = False
@@ -278,7 +291,7 @@ class Trial:
 
 @dataclass
 class _undone:  # noqa: N801, a context manager
-    """A transaction that is taken back at its end."""
+    """A transaction that is undone at its end."""
 
     def __enter__(self) -> Transaction:
         self._transaction = Transaction()
@@ -293,26 +306,23 @@ def _tolerance(tensor: Tensor) -> float:
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether tensors are the same but for rounding, and not all zero."""
-    if found.shape != expected.shape:
-        return False
-    size = expected.float().norm()
-    off = (found.float() - expected.float()).norm()
-    return bool(size > 0) and bool(off <= _tolerance(expected) * size)
+    """Returns whether tensors are equal up to rounding, finite, and not all zero."""
+    finite = all(bool(tensor.isfinite().all()) for tensor in (found, expected))
+    return finite and bool(expected.any()) and is_close(found, expected, _tolerance(expected))
 
 
 def _factor(changed: Tensor, without: Tensor, change: Tensor) -> float | None:
-    """By how much a change [O] shows in the difference of two tensors [..., O], if it does."""
+    """Returns the factor of a change [O] in the difference of two tensors [..., O], if any."""
     difference = (changed.float() - without.float()).reshape(-1, without.shape[-1])
     change = change.to(difference)
     factor = float((difference @ change).mean() / change.square().sum())
     wanted = factor * change.expand_as(difference)
-    # Hidden states of some size, rounded, hide the last digits of a change of one.
+    # The rounding of large hidden states hides the last digits of a change of one.
     size = wanted.norm() + 1e-2 * without.float().norm()
     close = bool((difference - wanted).norm() <= _tolerance(without) * size)
     return factor if close and abs(factor) > 1e-3 else None
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of what an error says, or its kind."""
+    """Returns the first line of an error's message, or its kind."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Wrappers that hide a model's layers, or what those read, from hooks."""
+"""Wrappers that hide a model's layers, or their inputs, from hooks."""
 
 from collections.abc import Iterator
 

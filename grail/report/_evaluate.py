@@ -16,7 +16,7 @@ from grail.report.report import Evaluation
 from grail.runtime.transaction import eval_no_grad
 from grail_kernels import check_kind
 
-_PROBED = 8  # tokens on which a model shows that it does not look ahead
+_PROBED = 8  # tokens that show whether a model looks ahead
 _LOGITS = 1 << 24  # logits held at a time, 64 MiB of fp32: 16 sequences × 1024 × 49152 are 3 GiB
 
 
@@ -51,12 +51,12 @@ def evaluate(
         loss, predicted = _total_loss(model, batches, progress)
     if predicted == 0:
         raise EmptyCalibrationError(
-            "The evaluation batches hold no token to predict; give sequences of 2 or more tokens."
+            "the evaluation batches hold no token to predict; give sequences of 2 or more tokens"
         )
     if not math.isfinite(loss):
         raise ModelError(
-            "The model's loss on the evaluation text is NaN or Inf: its weights or activations "
-            "are not finite. Check the checkpoint, or use a wider dtype."
+            "the model's loss on the evaluation text is NaN or Inf: its weights or activations "
+            "are not finite; check the checkpoint, or use a wider dtype"
         )
     parameters, size = measure_size(model)
     return Evaluation(
@@ -103,13 +103,13 @@ def _exp(mean: float) -> float:
 
 
 def measure_size(model: nn.Module) -> tuple[int, int]:
-    """Number of parameters, and bytes of the tensors that a checkpoint holds; tied ones once."""
+    """Counts parameters, and bytes of the tensors that a checkpoint holds; tied ones once."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters, sum(tensor.nbytes for tensor in _stored(model))
 
 
 def bfloat16_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors that a checkpoint would hold if the floating-point ones were bf16."""
+    """Counts bytes of a checkpoint whose floating-point tensors are bf16."""
     return sum(
         tensor.numel() * torch.bfloat16.itemsize if tensor.is_floating_point() else tensor.nbytes
         for tensor in _stored(model)
@@ -124,7 +124,7 @@ def _stored(model: nn.Module) -> Iterable[Tensor]:
 def _total_loss(
     model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]], progress: bool
 ) -> tuple[float, int]:
-    """Summed loss and predicted tokens."""
+    """Returns summed loss and number of predicted tokens."""
     loss, predicted = 0.0, 0
     loss_of: Callable[[Any, dict[str, Tensor], Tensor], Tensor] | None = None
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False):
@@ -143,7 +143,7 @@ def _total_loss(
 
 
 def _require_tokens(tokens: object) -> None:
-    """Raises InputError for what are no token ids of sequences."""
+    """Raises InputError for anything but token ids [sequences, length]."""
     check_kind("a batch's input_ids", tokens, Tensor, "a torch.Tensor")
     assert isinstance(tokens, Tensor)
     if tokens.dim() != 2 or tokens.is_floating_point():
@@ -154,16 +154,16 @@ def _require_tokens(tokens: object) -> None:
 
 
 def _targets(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Token that follows each position but the last [sequences, length − 1]; −100 where hidden."""
+    """Returns the token after each position but the last [sequences, length − 1]; −100: hidden."""
     targets = inputs["input_ids"][:, 1:]
     mask = inputs.get("attention_mask")
     return targets if mask is None else targets.masked_fill(mask[:, 1:] == 0, -100)
 
 
 def _choose_loss(model: Any, inputs: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-    """Chunked loss if the logits are the output layer of the body's hidden states, nothing more.
+    """Returns the chunked loss if the logits are exactly the output layer of the hidden states.
 
-    Some architectures scale or cap their logits after that layer; sixteen tokens tell.
+    Some architectures scale or cap their logits after that layer; sixteen tokens show it.
     """
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
@@ -188,7 +188,7 @@ def _loss_in_chunks(model: Any, inputs: dict[str, Tensor], targets: Tensor) -> T
 
 
 def _loss_of_sequences(model: Any, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-    """The model's own forward, one sequence at a time so that few logits exist at once."""
+    """Runs the model's own forward, one sequence at a time so that few logits exist at once."""
     total = torch.zeros((), dtype=torch.float64, device=targets.device)
     for index, expected in enumerate(targets):
         sequence = {name: value[index : index + 1] for name, value in inputs.items()}

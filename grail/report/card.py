@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grail.report.formatting import format_count
-from grail.report.report import Report
+from grail.report.report import Report, fitted_parts
 from grail.report.summary import (
     before_after,
     evaluation_table,
@@ -21,21 +21,21 @@ _STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
-_UNEVEN = """from grail.models import load_model
+_UNEVEN = """import grail
 
-model, tokenizer = load_model("FOLDER")"""
+model, tokenizer = grail.load_model("FOLDER")"""
 _SAVED = """import grail
 
 model = grail.load("FOLDER", make_dense_network)  # a function that returns the dense network"""
 
 
 def card(report: Report, *, uneven: bool = False, transformers: bool = True) -> str:
-    """The Markdown text of README.md.
+    """Returns the Markdown text of README.md.
 
     Args:
         report: of the compression.
-        uneven: whether the widths are such that stock configurations cannot hold them.
-        transformers: whether the folder is a causal language model; else `grail.save` wrote it.
+        uneven: stock configurations cannot hold the widths.
+        transformers: the folder is a causal language model; else `grail.save` wrote it.
     """
     name = str(report.model.get("name") or report.model.get("class") or "model")
     load = (_UNEVEN if uneven else _STOCK) if transformers else _SAVED
@@ -81,21 +81,20 @@ def _removed(report: Report) -> str:
     chosen = {
         "keep": keep_in_words(settings.get("keep"), report.sites),
         "selector": settings.get("selector"),
-        "compensation": _fitted(settings["compensate"]) if "compensate" in settings else None,
+        "compensation": _fitted(settings) if "compensate" in settings else None,
     }
     given = ", ".join(f"{name} {value}" for name, value in chosen.items() if value)
     lines.append(f"Settings: {_plain(given)}." if given else "")
     return "\n".join(_spaced(lines))
 
 
-def _fitted(value: object) -> str:
-    if value is False:
-        return "none"
-    return "of weights" if value is True else f"of {value}"
+def _fitted(settings: Mapping[str, Any]) -> str:
+    fitted = fitted_parts(settings["compensate"], settings.get("fit_bias", False))
+    return f"of {fitted}" if fitted else "none"
 
 
 def _spaced(lines: list[str]) -> list[str]:
-    """Blank lines around a list, without which Markdown joins it to the text."""
+    """Adds blank lines around a list, which Markdown would else join to the text."""
     found: list[str] = []
     for line in filter(None, lines):
         if found and line.startswith("- ") != found[-1].startswith("- "):
@@ -138,7 +137,7 @@ def _text(text: Mapping[str, Any]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is: one line, no markup."""
+    """Escapes text so that Markdown shows it as it is, on one line."""
     line = " ".join(text.split())
     return "".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in line)
 

@@ -1,8 +1,8 @@
 """Greedy completions of held-out text, and how much they repeat themselves.
 
-Perplexity alone does not show that a narrowed model has become unusable: a model that repeats one
-sentence for ever can have a low one. The share of repeated 4-grams of greedy completions shows it,
-beside that of the dense model, since small dense models repeat themselves as well.
+Perplexity alone does not show that a narrowed model is unusable: a model that repeats one sentence
+for ever can have a low perplexity. The share of repeated 4-grams in greedy completions shows it.
+Small dense models repeat themselves as well, so both shares are compared.
 """
 
 import math
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from grail.runtime.transaction import eval_no_grad
 
-PROMPTS = 24  # completions that repetition is measured on
-SHOWN = 3  # of them are shown
+PROMPTS = 24  # completions on which repetition is measured
+SHOWN = 3  # completions in the report
 PROMPT_TOKENS = 32
 NEW_TOKENS = 48
 _GRAM = 4  # tokens of a sequence that counts as repeated
 
 
 def prompts(heldout: Sequence[Tensor]) -> Tensor:
-    """Pieces of the held-out text, spread evenly over it.
+    """Cuts prompts from the held-out text, spread evenly over it.
 
     Args:
         heldout: batches [sequences, length].
@@ -40,7 +40,7 @@ def prompts(heldout: Sequence[Tensor]) -> Tensor:
 
 
 def complete(model: Any, starts: Tensor, new: int = NEW_TOKENS) -> Tensor:
-    """Greedy completions [prompts, new] of `starts` [prompts, tokens].
+    """Returns greedy completions [prompts, new] of `starts` [prompts, tokens].
 
     The end-of-text token does not end them, so that all have the same length.
     """
@@ -48,7 +48,7 @@ def complete(model: Any, starts: Tensor, new: int = NEW_TOKENS) -> Tensor:
 
     positions = getattr(model.config, "max_position_embeddings", None)
     new = min(new, (positions or starts.shape[1] + new) - starts.shape[1])
-    # A sampling model's own settings must not get in: it would draw, or punish repetition.
+    # The model's own settings may sample, or penalise repetition.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with eval_no_grad(model):
@@ -65,7 +65,7 @@ def complete(model: Any, starts: Tensor, new: int = NEW_TOKENS) -> Tensor:
 
 
 def repetition(completions: Tensor) -> tuple[float, float | None] | None:
-    """The share of 4-grams of tokens that occur earlier in the same completion.
+    """Measures the share of 4-grams of tokens that occur earlier in the same completion.
 
     Args:
         completions: [completions, tokens].

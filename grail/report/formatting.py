@@ -5,17 +5,17 @@ from collections.abc import Sequence
 
 
 def format_bytes(count: float) -> str:
-    """`count` bytes with a decimal unit: 269060552 → "269 MB"."""
+    """Formats `count` bytes with a decimal unit: 269060552 → "269 MB"."""
     return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
 
 
 def format_count(count: float) -> str:
-    """`count` things, shortened: 134515008 → "135 M"."""
+    """Formats a number of things, shortened: 134515008 → "135 M"."""
     return _scaled(count, ("", "k", "M", "G", "T"))
 
 
 def format_number(value: float) -> str:
-    """Three significant digits, and below 10⁹ never fewer than the integer part: 25.7, 1234."""
+    """Formats three significant digits, below 10⁹ at least the integer part: 25.7, 1,234."""
     if not math.isfinite(value):
         return "∞" if value > 0 else str(value)
     digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
@@ -23,7 +23,7 @@ def format_number(value: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A wall time: 0.42 s, 42.1 s, 3 min 05 s."""
+    """Formats a wall time: 0.42 s, 42.1 s, 3 min 05 s."""
     if seconds < 10:
         return f"{seconds:.2f} s"
     if seconds < 120:

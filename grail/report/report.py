@@ -1,4 +1,4 @@
-"""What a compression did, as data: the `Report` that `grail.compress` returns, and its JSON."""
+"""The `Report` that `grail.compress` returns, and its JSON."""
 
 import dataclasses
 import json
@@ -12,15 +12,15 @@ from typing import Any
 
 from grail.report.formatting import format_count, format_number
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 def recovered(dense: float, pruned: float, restored: float) -> float | None:
-    """The share of the lost log-perplexity that came back, ln(pruned/restored)/ln(pruned/dense).
+    """Returns the share of the lost log-perplexity recovered, ln(pruned/restored)/ln(pruned/dense).
 
     Returns:
-        1 when the restored model is as good as the dense one, 0 when as bad as the pruned one,
-        negative when worse; None when plain pruning lost nothing, or a perplexity is not finite.
+        1 if the restored model is as good as the dense one, 0 if as bad as the pruned one, negative
+        if worse; None if plain pruning lost nothing, or a perplexity is not finite.
     """
     if not dense < pruned or not all(map(math.isfinite, (dense, pruned, restored))):
         return None
@@ -28,14 +28,21 @@ def recovered(dense: float, pruned: float, restored: float) -> float | None:
 
 
 def recovered_in_words(share: float) -> str:
-    """A share of `recovered`, "64% recovered"; a negative one is said to be a further loss."""
+    """Formats a share of `recovered`: "64% recovered", or "12% worse than pruning"."""
     if round(share, 2) < 0:
         return f"{-share:.0%} worse than pruning"
     return f"{max(share, 0.0):.0%} recovered"
 
 
+def fitted_parts(compensate: bool, fit_bias: bool) -> str | None:
+    """What of the consumers a run fitted: "weights", "bias" or "both"; None is nothing."""
+    if compensate:
+        return "both" if fit_bias else "weights"
+    return "bias" if fit_bias else None
+
+
 def strict_json(value: Any) -> str:
-    """Indented JSON of `value`; a number that is not finite, which JSON cannot hold, is null."""
+    """Returns indented JSON of `value`; a number that is not finite, unknown to JSON, is null."""
     return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -49,20 +56,20 @@ def _finite(value: Any) -> Any:
 
 @dataclass
 class SiteReport:
-    """One site: how wide it was and is, and how well its consumer's output is rebuilt."""
+    """One site: its widths, and the error of its consumer's output."""
 
     name: str  # "model.layers.3.mlp"
     kind: str  # "mlp", "heads", "experts", …
     block: int
     channels: int  # before
     kept: int  # after
-    tokens: int  # calibration tokens behind the Gram
+    tokens: int  # calibration tokens in the Gram
     alpha: float | None  # ridge strength, given or chosen by held-out tokens; None: plain pruning
-    drift_correction: float  # share of the drift from the dense stream that the fit undoes
+    drift_correction: float  # share of the drift from the dense network that is corrected
     damping: float  # λ of the factorisation, in the Gram's units; 0 if not compensated
     retries: int  # how often λ had to grow before the Cholesky held
-    # ‖T − W'RX‖ / ‖T‖ as written into the model; None without a Gram. T is what the dense network's
-    # stream asks of the consumer where drift is followed, else the consumer's own output WX.
+    # ‖T − W'RX‖ / ‖T‖ as written into the model; None without a Gram. T is the consumer's output
+    # WX, plus its drift from the dense network where that is followed.
     # With `repair` it is the error before the block's batch norms were reset.
     error: float | None
     baseline_error: float | None  # the same for plain pruning or folding
@@ -70,24 +77,24 @@ class SiteReport:
 
 @dataclass
 class InputReport:
-    """The attention of a block, and how near what it reads is to what the dense network's does."""
+    """The attention of a block, and how much its input differs from the dense network's."""
 
     name: str  # "model.layers.3.self_attn"
     block: int
     layers: list[str]  # its projections to queries, keys and values
     tokens: int
-    alpha: float | None  # None: they were left as they are, because nothing helped
-    drift_correction: float  # share of the drift that a linear map undoes
+    alpha: float | None  # None: left as they are, because no correction helped
+    drift_correction: float  # share of the drift that a linear map corrects
     error: float  # ‖x − M x̃‖ / ‖x‖: x the dense network's, x̃ the compressed one's
     baseline_error: float  # ‖x − x̃‖ / ‖x‖
 
 
 @dataclass
 class Evaluation:
-    """One model on the held-out text: dense, or narrowed as `selector` and `compensation` say."""
+    """One model on the held-out text: dense, or narrowed by `selector` and `compensation`."""
 
     perplexity: float
-    tokens: int  # predicted tokens behind the perplexity
+    tokens: int  # that were predicted
     parameters: int
     bytes: int  # of the weights in the model's dtype, as safetensors stores them
     selector: str | None = None  # None: nothing was removed
@@ -107,14 +114,14 @@ class Evaluation:
 
 @dataclass(repr=False)
 class Report:
-    """Everything a run decided and measured. Seconds are wall time, sizes are bytes.
+    """Decisions and measurements of a run. Seconds are wall time, sizes are bytes.
 
-    `evaluation` has up to four rows: "dense"; "pruned", without compensation; "compensated", the
-    same selector as "pruned" with compensation, where the model of this report has another one; and
-    "restored", the model of this report. Each row says how its model was made.
+    `evaluation` has up to four rows: "dense"; "pruned", without compensation; "compensated", with
+    compensation and the selector of "pruned", if the model of this report has another selector; and
+    "restored", the model of this report. A report is read back by `Report.from_json`.
     """
 
-    settings: dict[str, Any]  # keep, sites, selector, alpha, toward, compensate, closed_loop, ...
+    settings: dict[str, Any]  # the recipe, `grail.Recipe.as_dict`
     # name, class, dtype, device; parameters, widths, bytes {before, after}; beyond_configuration,
     # the widths that its configuration cannot hold, so that grail alone loads it, in words
     model: dict[str, Any]
@@ -132,12 +139,12 @@ class Report:
     # of the earlier runs; `seconds` and the stage "compressing" count those as well.
     resumed: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)  # see `grail.provenance`
-    notes: list[str] = field(default_factory=list)  # what a person should know: rounding, fallbacks
+    notes: list[str] = field(default_factory=list)  # for a person: rounding, fallbacks
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def share(self, role: str) -> float | None:
-        """The share of the log-perplexity lost by the "pruned" row that row `role` has back."""
+        """Returns the share of the log-perplexity lost by row "pruned" that row `role` recovers."""
         if not self.evaluation.keys() >= {"dense", "pruned", role}:
             return None
         return recovered(*(self.evaluation[row].perplexity for row in ("dense", "pruned", role)))
@@ -162,7 +169,7 @@ class Report:
         return f"Report({', '.join(self._facts())})"
 
     def _repr_html_(self) -> str:
-        """A compact table for notebooks: sites by kind, and the evaluated models."""
+        """Returns a compact table for notebooks: sites by kind, and the evaluated models."""
         kinds = dict.fromkeys(site.kind for site in self.sites)
         rows = [("sites", "kept", "median error: pruned → compensated")]
         for kind in kinds:
@@ -194,7 +201,7 @@ class Report:
         return facts
 
     def to_json(self) -> str:
-        """The report as text, see `strict_json`."""
+        """Returns the report as text, see `strict_json`."""
         return strict_json(dataclasses.asdict(self)) + "\n"
 
     def save(self, path: str | Path) -> None:
@@ -203,7 +210,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """The inverse of `to_json`; a perplexity of null was infinite."""
+        """Reads a report from the text of `to_json`; a perplexity of null was infinite."""
         data = json.loads(text)
         for row in data["evaluation"].values():
             row.pop("tokens_per_second", None)  # of schema 3
@@ -222,7 +229,7 @@ def _same_selector(one: Evaluation | None, other: Evaluation | None) -> bool:
 
 
 def _errors(sites: Sequence[SiteReport]) -> str:
-    """Median errors of sites without and with compensation, as far as they are known."""
+    """Formats median errors of sites without and with compensation, as far as they are known."""
     pairs = [(s.baseline_error, s.error) for s in sites if s.error is not None]
     known = [tuple(e for e in column if e is not None) for column in zip(*pairs, strict=True)]
     return " → ".join(f"{statistics.median(column):.3f}" for column in known if column) or "–"

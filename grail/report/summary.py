@@ -1,4 +1,4 @@
-"""Tables and sentences about a `Report`, which page, terminal and model card share."""
+"""Tables and sentences about a `Report`, shared by page, terminal and model card."""
 
 import math
 import statistics
@@ -7,19 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from grail.report.formatting import format_bytes, format_count, format_number, format_seconds
 from grail.report.report import Evaluation, Report, SiteReport
 
-# A model is called close to the dense one up to this ratio of perplexities …
-CLOSE = 1.25
-# … and it repeats itself if this much more of its completions is repetition, and the difference is
-# more than twice its standard error.
+CLOSE = 1.25  # ratio to the dense model's perplexity up to which a model is close to it
+# A model repeats itself if its repetition exceeds the dense model's by this much, and by more than
+# twice the standard error of the difference.
 REPEATS = 0.1
-# Fewer predicted tokens do not judge a model, nor does a difference of repetition of a larger
-# standard error.
-LEAST_TOKENS = 1000
-WIDEST_ERROR = 0.1
+LEAST_TOKENS = 1000  # predicted, else a model is not judged
+WIDEST_ERROR = 0.1  # standard error of the difference, beyond which repetition is not judged
 
 
 def headline(report: Report) -> tuple[str, str]:
-    """The one figure that sums a run up, and its meaning: ("64%", "of the lost …")."""
+    """Returns the one figure that sums a run up, and its meaning: ("64%", "of the lost …")."""
     share, same = report.recovered, report.same_choice
     if share is not None and same is not None:
         selector = report.evaluation[same].selector or "same selector"
@@ -40,7 +37,7 @@ def headline(report: Report) -> tuple[str, str]:
 
 
 def explanation(report: Report) -> str:
-    """The comparison in words: each row, the share recovered, and against which row."""
+    """Describes the comparison: each row, the share recovered, and the row it is relative to."""
     rows, same = report.evaluation, report.same_choice
     if report.recovered is None or same is None:
         return _no_share(report)
@@ -88,7 +85,7 @@ def _no_share(report: Report) -> str:
 
 
 def labelled(evaluation: Mapping[str, Evaluation], prefix: str = "") -> dict[str, Evaluation]:
-    """Rows by what they are instead of by their role, where they say it."""
+    """Names rows by their labels instead of by their roles, if they have a selector."""
     return {
         prefix + (role if row.selector is None else row.label): row
         for role, row in evaluation.items()
@@ -96,7 +93,7 @@ def labelled(evaluation: Mapping[str, Evaluation], prefix: str = "") -> dict[str
 
 
 def evaluation_table(rows: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
-    """Header and text rows of the table of evaluated models, for a page or a terminal."""
+    """Returns header and text rows of the table of evaluated models."""
     header = ["model", "perplexity", "parameters", "weights"]
     repeats = any(row.repetition is not None for row in rows.values())
     table = []
@@ -110,7 +107,7 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> tuple[list[str], list[li
 
 
 def size_sentence(report: Report) -> str:
-    """Bytes of the source, of the output, and of the output in bfloat16, as far as known."""
+    """Describes the bytes of source, output, and output in bfloat16, as far as known."""
     sizes = report.model.get("bytes") or {}
     output, dtype = sizes.get("after"), report.model.get("dtype", "")
     if not output:
@@ -127,7 +124,7 @@ def size_sentence(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """How near the model of a report is to the dense one, by perplexity and repetition."""
+    """Judges the model of a report against the dense one, by perplexity and repetition."""
     dense = report.evaluation.get("dense")
     narrow = report.evaluation.get("restored") or report.evaluation.get("pruned")
     if dense is None or narrow is None or dense.repetition is None or narrow.repetition is None:
@@ -160,7 +157,7 @@ def _judgement(ratio: float, narrow: Evaluation, dense: Evaluation) -> str:
 
 
 def _repeats_more(narrow: Evaluation, dense: Evaluation) -> tuple[float, float]:
-    """How much more of its completions is repetition, and the standard error of that."""
+    """Returns the difference in repetition, and its standard error."""
     assert narrow.repetition is not None
     assert dense.repetition is not None
     errors = (narrow.repetition_error, dense.repetition_error)
@@ -169,13 +166,13 @@ def _repeats_more(narrow: Evaluation, dense: Evaluation) -> tuple[float, float]:
 
 
 def _percent(row: Evaluation) -> str:
-    """Repetition with its standard error, "25 ± 4%"."""
+    """Formats repetition with its standard error: "25 ± 4%"."""
     error = "" if row.repetition_error is None else f" ± {100 * row.repetition_error:.0f}"
     return f"{100 * (row.repetition or 0):.0f}{error}%"
 
 
 def keep_in_words(keep: object, sites: Sequence[SiteReport]) -> str:
-    """One share, a few shares by kind, or of many their mean and range."""
+    """Formats one share, shares by kind, or the mean and range of many."""
     if keep is None:
         return ""
     if not isinstance(keep, Mapping):
@@ -191,7 +188,7 @@ def keep_in_words(keep: object, sites: Sequence[SiteReport]) -> str:
 
 
 def stage_table(stages: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of predicted and measured wall times by stage of the command."""
+    """Returns header and rows of predicted and measured wall times by stage of the command."""
     rows = [
         [stage, *(_seconds(times.get(column)) for column in ("predicted", "measured"))]
         for stage, times in stages.items()
@@ -200,7 +197,7 @@ def stage_table(stages: Mapping[str, Mapping[str, float]]) -> tuple[list[str], l
 
 
 def resumed_sentence(report: Report) -> str:
-    """After which block a run was resumed, and which times include the earlier runs."""
+    """Names the block after which a run was resumed, and the times that include earlier runs."""
     if not (resumed := report.resumed):
         return ""
     return (
@@ -212,7 +209,8 @@ def resumed_sentence(report: Report) -> str:
 
 def compensates(report: Report) -> bool:
     """Whether a run fitted anything, instead of plain pruning."""
-    return report.settings.get("compensate", True) is not False
+    settings = report.settings
+    return bool(settings.get("compensate", True) or settings.get("fit_bias", False))
 
 
 def _seconds(value: float | None) -> str:
@@ -220,14 +218,14 @@ def _seconds(value: float | None) -> str:
 
 
 def before_after(value: object) -> tuple[float, float]:
-    """The numbers of {"before": …, "after": …}; zeros of anything else."""
+    """Returns the numbers of {"before": …, "after": …}; zeros for anything else."""
     if isinstance(value, Mapping):
         return value.get("before", 0), value.get("after", 0)
     return 0, 0
 
 
 def error_pairs(sites: Iterable[SiteReport]) -> list[tuple[float, float]]:
-    """(plain pruning, compensated) of every site that knows both and was touched."""
+    """Returns (plain pruning, compensated) for every site that has both and was changed."""
     return [
         (site.baseline_error, site.error)
         for site in sites

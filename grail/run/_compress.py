@@ -4,25 +4,28 @@ import platform
 from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from grail import select
-from grail.algebra._fit import Auto, Damping, Toward
-from grail.algebra.gram import NonFinite
+from grail.algebra._fit import ALPHA
 from grail.algebra.width import Width
 from grail.arguments import require_batches, require_model
-from grail.calibrate.stream import Batch, Stream
+from grail.calibrate.batches import Batch
+from grail.calibrate.stream import Stream
 from grail.errors import InputError, NonFiniteError
-from grail.networks import Architecture, BoundSite, Site, find
-from grail.recipe import ALPHA, Compensation, Keep, Recipe, TokenWeights
+from grail.networks import Architecture, BoundSite, find
+from grail.recipe import AnyRecipe, Keep, Recipe, Sites, merged
 from grail.report.report import Report, SiteReport
-from grail.run import _inspect as plan
-from grail.run import checkpoint
+from grail.run import resume_folder
 from grail.run._collect import Collected
+from grail.run._inspect import by_kind, demand, waiting_place
+from grail.run.block import BlockCompressor
+from grail.run.blocks import Blocks
+from grail.run.checkpoint import Checkpoint
+from grail.run.fingerprint import HashedBatches, run_fingerprint, with_calibration
 from grail.run.loop import Run
 from grail.runtime import memory
 from grail.runtime.clock import Clock
@@ -32,8 +35,8 @@ from grail.runtime.processes import (
     checksum,
     current_processes,
     refuse_sharded,
-    watched,
 )
+from grail.runtime.settings import Runtime
 from grail.runtime.transaction import Transaction, eval_no_grad
 
 
@@ -41,30 +44,15 @@ from grail.runtime.transaction import Transaction, eval_no_grad
 def compress(
     model: nn.Module,
     batches: Iterable[Batch] | Collected,
-    keep: Keep = 0.7,
-    sites: Sequence[str | Site] | None = None,
-    selector: str | select.Selector = "greedy",
+    keep: Keep | None = None,
+    sites: Sites = None,
+    selector: str | select.Selector | None = None,
     *,
-    compensate: bool | Compensation = True,
-    alpha: float | Auto = "auto",
-    toward: Toward = "baseline",
-    damping: Damping = "site",
-    drift_correction: float | Auto = "auto",
-    correct_attention: bool = False,
-    token_weights: TokenWeights = "auto",
-    closed_loop: bool = True,
-    multiple: int | None = None,
-    seed: int = 0,
-    per_tap: bool = True,
-    exact_folding: bool = True,
-    repair: bool = False,
-    non_finite: NonFinite = "refuse",
-    storage: torch.device | str = "auto",
-    onload: torch.device | str | None = None,
-    progress: bool = True,
-    resume_dir: str | Path | None = None,
+    recipe: AnyRecipe = "default",
+    runtime: Runtime | None = None,
+    **overrides: Any,
 ) -> Report:
-    """Narrows `model` in place and rebuilds what the lost channels said from the kept ones.
+    """Narrows `model` in place and rebuilds the removed channels' signal from the kept ones.
 
     Args:
         model: a network of a supported family (`grail.networks.supported()`), or any other whose
@@ -73,57 +61,12 @@ def compress(
             tuples of the model's arguments, or mappings of its keyword arguments, where an
             `attention_mask` marks the tokens that count. Or `grail.Collected(folder)`, statistics
             that `grail.collect` wrote, for the open loop.
-        keep: the share of each site's channels that stays, in (0, 1]; or one for each kind or
-            site, {"mlp": 0.5, "heads": 0.7}, or for each block of a kind, {"mlp": [0.9, 0.8, …]}.
-            The nearest width that the structure allows is used and reported.
-        sites: kinds of sites ("mlp", "heads", "experts", "shared_experts", "conv"; default what
-            there is of "mlp", "experts" and "conv"), or `grail.Site`s, which name the layers of a
-            network.
-        selector: a name of `grail.select.names()`, or a function from `grail.select.View` to a
-            `Reduction`.
-        compensate: "weights" (or True) fits the consumers; "bias" leaves their weights and lets
-            their biases take up the means of what is lost, as FLAP does; "both" fits both at once;
-            False is plain pruning (or folding).
-        alpha: ridge strength relative to the Gram's mean diagonal; "auto" chooses it at each site
-            by held-out sequences (every fifth).
-        toward: what a strong ridge shrinks to: "baseline" (plain pruning) or "zero" (the paper).
-        damping: alike for all channels of a "site" (the paper), or by each "channel"'s own energy.
-        drift_correction: how much of the compressed network's drift from the dense one each
-            consumer is also to undo, in [0, 1]; 0 is the paper, "auto" chooses by held-out
-            sequences. Costs a forward pass of the dense blocks. "greedy" adds channels for that as
-            well (see `grail.select.greedy`), where sites of one kind are narrowed.
-        correct_attention: also rewrite a transformer's projections to queries, keys and values, so
-            that from the compressed stream they compute what they did from the dense one, as far as
-            a linear map can tell (see `grail.loop`); their widths stay as they are. Needs drift to
-            be followed. Worth it for text encoders (docs/results.md); for decoders, measure.
-        token_weights: count a token's error relative to the size of the dense network's stream
-            where it lands, which is how the norms of a transformer see it; False, all alike, is the
-            paper. "auto" does so where nothing but attention heads is narrowed: beside the drift of
-            a few tokens of enormous size that of all others would not count. True needs drift to be
-            followed and no bias to be fitted. Worth it for text encoders, not for decoders' MLPs
-            (docs/results.md).
-        closed_loop: calibrate each block behind the already compressed ones; False: on the dense
-            model.
-        multiple: round widths in channels to multiples of this; default 128 from 4096 channels up,
-            8 from 64, else 1.
-        seed: for selectors that draw.
-        per_tap: fit every tap of a convolution for itself, for the least error of its output; False
-            is the paper's map of channels, the same at every tap, which needs less data.
-        exact_folding: fit a folding to what the folded producers write, at the cost of one more
-            pass; False is the paper's.
-        repair: set the batch norms of each block to the statistics of their inputs once its sites
-            are done (see `grail.batchnorm`).
-        non_finite: "refuse" a calibration in which a site reads NaN or Inf, or "drop" the tokens
-            that hold them, with a note of how many.
-        storage: where the hidden states of the calibration set wait between blocks; "auto": on a
-            GPU that holds the model, if the run fits beside them (`grail.plan.waiting_place`), else
-            on the host.
-        onload: where the blocks of a model on the CPU run, one at a time, the next one on its way
-            ("cuda"): so a model need not fit on the GPU. See `grail.onload`.
-        progress: show a progress bar.
-        resume_dir: a folder for the state of the run after each block. The same call after a run
-            that was killed goes on where that one was, and ends with the same bits; after one that
-            ended it gives the result again, until the folder is deleted.
+        keep, sites, selector: see `grail.Recipe`; where given, instead of the recipe's.
+        recipe: a `grail.Recipe`, the name of a preset ("default", "paper", "prune", "flap",
+            "slimgpt"), or the path of a recipe file.
+        runtime: how the run is computed; default `grail.Runtime()`.
+        overrides: single settings of recipe and runtime by name, such as `alpha=1e-3` or
+            `progress=False`.
 
     Returns:
         A `Report`; the model is changed in place.
@@ -133,104 +76,65 @@ def compress(
         OutOfMemoryError, RankError: the model is as it was.
 
     In an initialised `torch.distributed` group all processes call this alike, with the same model
-    and the same batches, and end with the same bits: see `grail.distributed`.
+    and the same batches, and end with the same bits: see `grail.runtime.processes`.
 
     Source: GRAIL (arXiv 2602.23795), algorithm 1.
     """
     require_model(model)
     if not isinstance(batches, Collected):
         require_batches(batches)
-    recipe = Recipe(
-        keep=keep,
-        sites=sites,
-        selector=selector,
-        compensate=compensate,
-        alpha=alpha,
-        toward=toward,
-        damping=damping,
-        drift_correction=drift_correction,
-        correct_attention=correct_attention,
-        token_weights=token_weights,
-        closed_loop=closed_loop,
-        multiple=multiple,
-        seed=seed,
-        per_tap=per_tap,
-        exact_folding=exact_folding,
-        repair=repair,
-        non_finite=non_finite,
-    )
+    recipe, runtime = merged(recipe, runtime, overrides, keep=keep, sites=sites, selector=selector)
     refuse_sharded(model)
-    device = computing_device(model, onload)
+    device = computing_device(model, runtime.onload)
     processes = current_processes()
     architecture = find(model, recipe.sites)
-    widths = recipe.widths(architecture)
-    dense = recipe.all_sites(architecture)
-    asked = plan.by_kind((site, (recipe.keep_of(site), widths[site.name])) for site in dense)
-    _require_finite_weights(dense)
-    if recipe.repair and not any(map(architecture.norms, range(len(architecture.blocks)))):
-        raise InputError(f"repair resets batch norms; {architecture.name} has none")
-    if recipe.token_weights is True and not any(s.probe and s.probe.normalised for s in dense):
-        raise InputError(
-            f"token_weights is for sites behind which norms read the stream, token by token; "
-            f"{architecture.name} has none"
-        )
-    if recipe.correct_attention and not any(
-        map(architecture.attention_inputs, range(len(architecture.blocks)))
-    ):
-        raise InputError(
-            f"correct_attention is for transformers whose projections to queries, keys and values "
-            f"are plain layers; {architecture.name} has none"
-        )
-    onloader = Onloader(architecture.blocks, None if onload is None else device)
+    dense = _Dense(model, architecture, recipe)
+    _require_finite_weights(dense.sites)
+    _require_places(recipe, architecture, dense.sites)
+    onloader = Onloader(architecture.blocks, None if runtime.onload is None else device)
     in_use = memory.in_use(device)
-    before = _size(model, dense)
     clock = Clock(device)
 
     with (
-        memory.explain_oom(device, lambda: clock.failed, onload is None),
+        memory.explain_oom(device, lambda: clock.failed, runtime.onload is None),
         memory.Peak(device) as peak,
         Transaction() as transaction,
         eval_no_grad(model),
         processes.together(),
-        checkpoint.opened(resume_dir, model, recipe, transaction, processes) as resumed,
+        resume_folder.opened(runtime.resume_dir, recipe, processes) as folder,
         clock("other"),
     ):
-        known = None
-        with clock("forward"):
-            if isinstance(batches, Collected):
-                if resumed is not None or processes.count > 1:
-                    raise InputError("collected statistics are for one process, without resume_dir")
-                stream = batches.stream(model, architecture, recipe, device)
-                known = partial(batches.statistics, recipe=recipe, stream=stream)
-            else:
-                read = batches if resumed is None else resumed.reading(batches)
-                stream = _stream(model, architecture, read, storage, device, processes, recipe)
-        if recipe.shifts_bias:
-            architecture.ensure_biases(dense, transaction)
-        predicted = _predicted_peak(architecture, recipe, stream, onload is not None)
-        run = Run(architecture, recipe, stream, transaction, clock, resumed, onloader, known)
-        rows = run.all_blocks(progress)
-        architecture.write_config(dense, widths, transaction)
+        checkpoint = known = None
+        if isinstance(batches, Collected):
+            if folder is not None or processes.count > 1:
+                raise InputError("collected statistics are for one process, without resume_dir")
+            stream = batches.stream(model, architecture, recipe, device)
+            known = partial(batches.statistics, recipe=recipe, stream=stream)
+        else:
+            fingerprint = {} if folder is None else run_fingerprint(model, recipe)
+            hashed = HashedBatches(batches)
+            read = batches if folder is None and processes.count == 1 else hashed
+            with clock("forward"):
+                stream = _stream(
+                    model, architecture, read, runtime.storage, device, processes, recipe
+                )
+            processes.require_equal("the calibration", hashed.sha256)
+            if folder is not None:
+                fingerprint = with_calibration(fingerprint, hashed)
+                checkpoint = Checkpoint(folder, fingerprint, model, transaction, processes)
+        if recipe.fit_bias:
+            architecture.ensure_biases(dense.sites, transaction)
+        predicted = _predicted_peak(architecture, recipe, stream, runtime.onload is not None)
+        blocks = Blocks(architecture, recipe, stream, clock, onloader, known)
+        run = Run(BlockCompressor(blocks, transaction), checkpoint)
+        run.compress(runtime.progress)
+        architecture.write_config(dense.sites, dense.widths, transaction)
 
-    after = _size(model, recipe.all_sites(architecture))
     return Report(
         settings=recipe.as_dict(),
-        model={
-            "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
-            "class": type(model).__name__,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "device": str(device),
-            **{key: {"before": before[key], "after": after[key]} for key in before},
-            "beyond_configuration": architecture.beyond_configuration(dense, widths),
-        },
-        calibration={
-            "tokens": stream.tokens,
-            "sequences": stream.samples,
-            "sequence_length": max(
-                (h.shape[1] if stream.has_sequences(h) else 1 for h in stream.hidden), default=None
-            ),
-        },
-        sites=rows,
+        model=dense.compared(model, device),
+        calibration=_counts(stream),
+        sites=run.rows,
         inputs=run.inputs,
         seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         memory={
@@ -240,12 +144,53 @@ def compress(
         },
         resumed=run.resumed,
         notes=[
-            *_notes(recipe, asked, stream, rows),
+            *_notes(recipe, dense.asked, stream, run.rows),
             *run.notes,
-            *architecture.notes(dense, widths),
+            *architecture.notes(dense.sites, dense.widths),
         ],
         versions=_versions(),
     )
+
+
+class _Dense:
+    """A model before the run, for its report.
+
+    `sites` and `widths`: see `Recipe`. `asked`: by kind, the share that was asked for, and the
+    width that the structure allows.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture, recipe: Recipe):
+        self._architecture, self._recipe = architecture, recipe
+        self.widths = recipe.widths(architecture)
+        self.sites = recipe.all_sites(architecture)
+        self.asked = by_kind(
+            (site, (recipe.keep_of(site), self.widths[site.name])) for site in self.sites
+        )
+        self._size = _size(model, self.sites)
+
+    def compared(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
+        """Returns a description of the model with its sizes before the run and now."""
+        now = _size(model, self._recipe.all_sites(self._architecture))
+        return {
+            "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
+            "class": type(model).__name__,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "device": str(device),
+            **{key: {"before": self._size[key], "after": now[key]} for key in now},
+            "beyond_configuration": self._architecture.beyond_configuration(
+                self.sites, self.widths
+            ),
+        }
+
+
+def _counts(stream: Stream) -> dict[str, Any]:
+    """Returns the numbers of the calibration's tokens and sequences, and their greatest length."""
+    lengths = (h.shape[1] if stream.has_sequences(h) else 1 for h in stream.hidden)
+    return {
+        "tokens": stream.tokens,
+        "sequences": stream.samples,
+        "sequence_length": max(lengths, default=None),
+    }
 
 
 def _stream(
@@ -257,32 +202,31 @@ def _stream(
     processes: Processes,
     recipe: Recipe,
 ) -> Stream:
-    """The calibration set at the model's entry, once all processes are known to do the same."""
+    """Returns the calibration set at the model's entry.
+
+    Raises:
+        InputError: the model or settings differ between processes.
+    """
     room = None
     automatic = storage == "auto"
     if automatic:
-        storage = architecture.device  # the host, where a model is brought from there
-        # Of one stream, where a run has up to four.
+        storage = architecture.device  # the host, if blocks are brought from there
+        # For one set of hidden states; a run has up to four.
         room = memory.free(device) // 4 if storage.type == "cuda" else None
-    enter = partial(Stream, model, architecture.blocks, storage=storage, device=device, room=room)
-    if processes.count == 1:
-        stream = enter(batches)
-    else:
-        said = {key: value for key, value in recipe.as_dict().items() if key != "selector"}
-        processes.require_equal("the settings", said)
+    settings = {key: value for key, value in recipe.as_dict().items() if key != "selector"}
+    processes.require_equal("the settings", settings)
+    if processes.count > 1:
         processes.require_equal("the model", checksum(model.parameters()))
-        read: list[int] = []
-        stream = enter(watched(batches, read), processes=processes)
-        processes.require_equal("the calibration", read)
+    stream = Stream(model, architecture.blocks, batches, storage, processes, device, room)
     if automatic and stream.storage.type != "cpu":
         held = sum(hidden.nbytes for hidden in stream.hidden)
         size = _sizes(stream)
-        stream.rest_on(plan.waiting_place(architecture, recipe, *size, held))
+        stream.rest_on(waiting_place(architecture, recipe, *size, held))
     return stream
 
 
 def _sizes(stream: Stream) -> tuple[int, int]:
-    """Tokens of all batches here and of the largest; those that do not count take room, too."""
+    """Returns the tokens of all batches and of the largest, with those that do not count."""
     sizes = [hidden.shape[:2].numel() for hidden in stream.hidden]
     return sum(sizes), max(sizes, default=0)
 
@@ -290,10 +234,10 @@ def _sizes(stream: Stream) -> tuple[int, int]:
 def _predicted_peak(
     architecture: Architecture, recipe: Recipe, stream: Stream, onloads: bool
 ) -> int:
-    """Bytes that the run adds; 0 where they depend on more than shapes of weights."""
+    """Returns the bytes that the run adds; 0 if they depend on more than shapes of weights."""
     if architecture.activations_per_token is None:
         return 0
-    parts = plan.demand(
+    parts = demand(
         architecture,
         recipe,
         *_sizes(stream),
@@ -301,6 +245,23 @@ def _predicted_peak(
         stream.device if onloads else None,
     )
     return sum(parts.values())
+
+
+def _require_places(recipe: Recipe, architecture: Architecture, sites: Sequence[BoundSite]) -> None:
+    """Raises InputError for a setting of layers that the network does not have."""
+    blocks = range(len(architecture.blocks))
+    if recipe.repair and not any(map(architecture.norms, blocks)):
+        raise InputError(f"repair resets batch norms; {architecture.name} has none")
+    if recipe.token_weights is True and not any(s.probe and s.probe.normalised for s in sites):
+        raise InputError(
+            f"token_weights is for sites behind which norms read the stream, token by token; "
+            f"{architecture.name} has none"
+        )
+    if recipe.correct_attention and not any(map(architecture.attention_inputs, blocks)):
+        raise InputError(
+            f"correct_attention is for transformers whose projections to queries, keys and values "
+            f"are plain layers; {architecture.name} has none"
+        )
 
 
 def _require_finite_weights(sites: Sequence[BoundSite]) -> None:
@@ -318,7 +279,7 @@ def _require_finite_weights(sites: Sequence[BoundSite]) -> None:
 def _size(model: nn.Module, sites: Sequence[BoundSite]) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "widths": plan.by_kind((site, site.channels) for site in sites),
+        "widths": by_kind((site, site.channels) for site in sites),
     }
 
 

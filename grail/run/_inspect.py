@@ -6,9 +6,8 @@ batches, rolled back, and scaled by the number of blocks and batches.
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from types import NoneType
 from typing import Any
 
 import torch
@@ -22,13 +21,16 @@ from grail.arguments import require_model, require_whole
 from grail.calibrate.stream import Stream
 from grail.files.load import positions
 from grail.networks import Architecture, BoundSite, CalibrationPoint, find, grouped
-from grail.recipe import Recipe
-from grail.run.loop import Run
+from grail.recipe import AnyRecipe, Recipe, merged
+from grail.run.block import BlockCompressor
+from grail.run.blocks import Blocks
 from grail.runtime import memory
 from grail.runtime.clock import Clock
 from grail.runtime.onload import Onloader, computing_device, largest_block
+from grail.runtime.settings import Runtime
 from grail.runtime.transaction import Transaction, eval_no_grad
 from grail.select import cholesky, elimination, greedy
+from grail.statistics.collector import ignore
 from grail_kernels import BUFFER_TOKENS, check_kind
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -87,45 +89,46 @@ class Inspection:
 def inspect(
     model: nn.Module,
     *,
-    recipe: Recipe | None = None,
-    keep: float = 0.7,
     keeps: Sequence[float] = KEEPS,
     tokens: int = 65536,
     sequence_length: int = 1024,
     batch_size: int = 1,
-    onload: torch.device | str | None = None,
+    recipe: AnyRecipe | None = None,
+    runtime: Runtime | None = None,
+    **overrides: Any,
 ) -> Inspection:
-    """Lists a model's sites and predicts what a run of `options` costs.
+    """Lists a model's sites and predicts what a run costs.
 
     Args:
-        options: of the predicted run; default `Options(keep)` on every kind of site.
-        keep: see `options`.
         keeps: ratios for the table of savings.
         tokens, sequence_length, batch_size: the calibration set; sequences no longer than what the
             model has positions for.
-        onload: see `grail.compress`; memory is then that of the device where the blocks run.
+        recipe, runtime, overrides: of the predicted run, see `grail.compress`; default the default
+            recipe on every kind of site. With `onload`, memory is that of the device where the
+            blocks run.
 
     Raises:
         ModelError: a model of no known family.
         InputError: a keep that is not allowed.
     """
     require_model(model)
-    check_kind("recipe", recipe, (Recipe, NoneType), "a grail.Recipe")
+    asked, runtime = merged("default" if recipe is None else recipe, runtime, overrides)
     check_kind("keeps", keeps, Iterable, "a list of shares")
     require_whole("tokens", tokens, 0)
     require_whole("sequence_length", sequence_length, 1)
     require_whole("batch_size", batch_size, 1)
     sequence_length = min(sequence_length, positions(model) or sequence_length)
-    architecture = find(model, None if recipe is None else recipe.sites)
-    recipe = recipe or Recipe(keep, sites=architecture.kinds)
-    sites = recipe.all_sites(architecture)
+    architecture = find(model, asked.sites)
+    if recipe is None and asked.sites is None:
+        asked = replace(asked, sites=architecture.kinds)
+    sites = asked.all_sites(architecture)
     parameters, size = _size(model)
     with Transaction() as transaction:
-        if recipe.shifts_bias:  # as a run does first: the biases are part of what it leaves
+        if asked.fit_bias:  # as a run does first: the biases are part of what it leaves
             architecture.ensure_biases(sites, transaction)
-        savings = [_saving(model, architecture, recipe, sites, keep) for keep in keeps]
+        savings = [_saving(model, architecture, asked, sites, keep) for keep in keeps]
         needed, seconds = _cost(
-            model, architecture, recipe, tokens, sequence_length, batch_size, onload
+            model, architecture, asked, tokens, sequence_length, batch_size, runtime.onload
         )
         transaction.undo()
     dense = _of_kinds((site, site.width(1.0, None)) for site in sites)
@@ -138,7 +141,7 @@ def inspect(
             for kind, widths in dense.items()
         ],
         savings=savings,
-        keep=recipe.keep,
+        keep=asked.keep,
         tokens=tokens,
         memory=needed,
         seconds=seconds,
@@ -289,11 +292,11 @@ def demand(
     kept_outputs = recipe.closed_loop and any(s.upstream for s in first[-1:])
     streams = 1 + kept_outputs
     if recipe.follows_drift:
-        streams += 1 + sum(not s.lands_at_output for s in first) + len(entries)
+        streams += 1 + sum(not s.probes_output for s in first) + len(entries)
     folds = str(recipe.selector).startswith("folding")
     if folds and recipe.folds_exactly and recipe.drift_correction not in ("auto", 1):
         # What a folded block is to hold: its own outputs, and those where its site lands.
-        streams += 1 + any(not s.lands_at_output for s in first)
+        streams += 1 + any(not s.probes_output for s in first)
     device = onload or architecture.device
     elsewhere = device.type != architecture.device.type  # where blocks wait, not where they run
     on_gpu = device.type == "cuda"
@@ -315,7 +318,7 @@ def demand(
             folding=folds,
             drift=recipe.follows_drift,
             held_out=recipe.holds_out,
-            affine=recipe.shifts_bias,
+            affine=recipe.fit_bias,
         )
         for s in first
     ]
@@ -402,11 +405,12 @@ def _seconds(
         with eval_no_grad(model), Transaction() as transaction:
             stream = enter()
             clock = Clock(stream.device)
-            run = Run(architecture, recipe, stream, transaction, clock, onload=onloader)
-            if any(width.kept < width.channels for width in run.widths.values()):
+            compressor = BlockCompressor(
+                Blocks(architecture, recipe, stream, clock, onloader), transaction
+            )
+            if any(compressor.blocks.active):
                 # Not the first: what runs before all sites never drifts, and is never corrected.
-                number = min(1, blocks - 1)
-                run.block(number, lambda n: None)
+                compressor.compress(min(1, blocks - 1), ignore)
             transaction.undo()
         repeats = -(-tokens // stream.tokens)
         each = {"forward": repeats, "gram": repeats}

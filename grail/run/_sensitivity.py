@@ -1,80 +1,74 @@
-"""What the network loses where one site is narrow, and the uneven widths that lose least.
+"""The loss of the network for each narrow site, and the uneven widths with the least total loss.
 
-Two things are known of a site: how its own error falls with its width, E(k) in closed form from
-its Gram (`grail.select.greedy.errors`), and what the whole network loses when it alone is narrowed
-and compensated, L at width k₀, from forward passes over a few batches. To first order a loss that
-is quadratic in small errors is proportional to E, so that
+For each site there are two measurements. The first is its own error by width, E(k), in closed form
+from its Gram (`grail.select.greedy.errors`). The second is the network's loss L at width k₀ while
+only that site is narrow and compensated, from forward passes over a few batches (see
+`grail.run.network_loss`). To first order a loss that is quadratic in small errors is proportional
+to E, so
 
     L(k) = L(k₀) · E(k) / E(k₀)
 
-and the widths that lose least in sum, for a given number of parameters, are `budget.least_loss`.
-Sites that undo drift make good a part of what those before them lose: with n of them behind it, a
-site's loss counts (1 − u)ⁿ.
+and the widths of the least total loss, for a given number of parameters, are `budget.least_loss`.
+Sites that correct drift recover a part u of the loss of those before them: with n of them after it,
+the loss of a site counts (1 − u)ⁿ.
 
-The loss is the Kullback-Leibler divergence of the dense network's predictions from the narrow
-network's, where a model returns logits, else the squared error of its output relative to the
-output's. No labels, no gradients.
-
-Measured losses of layers in the place of fixed schedules: as in AMC (He et al., ECCV 2018) and
-ZipLM (Kurtic, Frantar, Alistarh, NeurIPS 2023), which search where this divides in closed form.
+Measured losses of layers instead of fixed schedules: as in AMC (He et al., ECCV 2018) and ZipLM
+(Kurtic, Frantar, Alistarh, NeurIPS 2023), which search where this divides in closed form.
 """
 
-import functools
-import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grail import select
-from grail.algebra.gram import NonFinite
 from grail.algebra.width import ChannelWidth, check_keep
-from grail.arguments import plain, require_batches, require_model, require_number, require_whole
-from grail.calibrate.samples import (
-    Change,
-    Order,
-    changed_arguments,
-    find_orders,
-    first_tensor,
-    masks_of,
-)
-from grail.calibrate.stream import Batch, Stream, model_inputs
+from grail.arguments import require_batches, require_model, require_number, require_whole
+from grail.calibrate.batches import Batch
+from grail.calibrate.stream import Stream
 from grail.errors import InputError, ModelError
-from grail.networks import Architecture, Site, find
-from grail.recipe import Recipe
-from grail.run import budget, checkpoint
-from grail.run.loop import Apart, Run
+from grail.networks import Architecture, BoundSite, find, grouped
+from grail.recipe import AnyRecipe, Recipe, Sites, merged
+from grail.run import resume_folder
+from grail.run.block import BlockCompressor
+from grail.run.blocks import Blocks
+from grail.run.budget import least_loss
+from grail.run.fingerprint import HashedBatches, run_fingerprint, with_calibration
+from grail.run.measurement import Measurement
+from grail.run.narrower import BlockReport
+from grail.run.network_loss import NetworkLoss
 from grail.runtime import memory
 from grail.runtime.clock import Clock
-from grail.runtime.processes import refuse_sharded
+from grail.runtime.processes import Processes, refuse_sharded
+from grail.runtime.settings import Runtime
 from grail.runtime.transaction import Transaction, eval_no_grad
 from grail.select import greedy
+from grail.statistics.collector import Advance
+from grail.statistics.site_statistics import SiteStatistics
 
-# One batch in so many shows what the network loses; the others are what sites are fitted to.
+# The network's loss is measured on one batch in so many; sites are fitted to the others.
 PROBES = 16
 
-# A site keeps at least this part of the share that all keep together: losses are known at that
-# share, and the proportion with which they grow from there is one of small errors.
-LEAST = 0.5
+# A site keeps at least this part of the share of all sites together. Losses are measured at that
+# share; the proportion by which they grow from there is valid for small errors only.
+SMALLEST_SHARE = 0.5
 
-# What a site that corrects drift undoes of the loss of each site before it. On SmolLM2 (30 sites)
-# half of the first one's loss is the better estimate; with six or eight sites it hardly matters.
+# The part of the loss of each site before it that a site with drift correction recovers. On SmolLM2
+# (30 sites) half of the first site's loss is the better estimate; with six or eight sites it hardly
+# matters.
 UNDONE = 0.025
 
-# Widths between nothing and all that a site may come to.
+# Settings of a recipe that a measurement reads.
+READ = ("keep", "sites", "selector", "multiple", "seed", "non_finite")
+
+# Widths between 0 and all channels that a site may get.
 STEPS = 128
 
-# Numbers of an output that are in fp32 at once: 64 MiB.
-ROWS = 1 << 24
-
-
-# What needs less memory, by phase.
+# How to need less memory, by phase.
 REMEDIES = {
     "forward": memory.REMEDIES["forward"],
     "gram": memory.REMEDIES["gram"],
@@ -86,9 +80,9 @@ REMEDIES = {
 class Part:
     """Sites that get one width: one, or the experts of a layer.
 
-    `loss`: of the network where they are narrow at `kept` of `channels`; `errors`: [channels + 1]
-    fp64, their own squared error by width; `parameters`: of one channel, in all of them; `widths`:
-    what they may have.
+    `loss`: the network's, while they keep `kept` of `channels`. `errors`: [channels + 1] fp64,
+    their own squared error by width. `parameters`: of one channel, in all of them. `widths`: those
+    that they may get.
     """
 
     names: tuple[str, ...]
@@ -100,14 +94,14 @@ class Part:
     widths: tuple[int, ...] = field(repr=False)
 
     def loss_at(self, kept: int) -> float:
-        """What the network is expected to lose where they are that wide."""
+        """Returns the network's expected loss at that width."""
         here = self.errors[self.kept].item()
         return self.loss * self.errors[kept].item() / here if here > 0 else 0.0
 
 
 @dataclass(frozen=True, repr=False)
 class Sensitivity:
-    """What a network loses by each of its sites, measured at a share `keep` of all."""
+    """The network's loss for each of its sites, measured at a share `keep` of their channels."""
 
     keep: float
     parts: tuple[Part, ...]
@@ -121,17 +115,17 @@ class Sensitivity:
 
     @property
     def losses(self) -> dict[str, float]:
-        """By name of site, what the network loses where it alone is narrow; experts together."""
+        """By name of site, the network's loss while it alone is narrow; experts are together."""
         return {name: part.loss for part in self.parts for name in part.names}
 
     def shares(self, keep: float | None = None, undone: float = UNDONE) -> dict[str, float]:
-        """The share of each site, for `grail.compress(…, keep=…)`, that loses least in sum.
+        """Returns the shares of the least total loss, for `grail.compress(…, keep=…)`.
 
         Args:
             keep: the share of the sites' parameters that stays at most; default that of the
                 measurement. The further from that, the rougher the estimate.
-            undone: u, what each site undoes of the loss of those before it; 0 for runs that
-                correct no drift.
+            undone: u, the part of the loss of the sites before it that each site recovers; 0 for
+                runs that correct no drift.
 
         Raises:
             InputError: keep outside (0, 1], or undone outside [0, 1).
@@ -142,15 +136,15 @@ class Sensitivity:
         if not 0 <= undone < 1:
             raise InputError(f"undone must be in [0, 1); got {undone:g}")
         losses: list[dict[int, float]] = []
-        for behind, part in zip(reversed(range(len(self.parts))), self.parts, strict=True):
-            left = (1 - undone) ** behind
-            floor = LEAST * keep * part.channels
+        for after, part in zip(reversed(range(len(self.parts))), self.parts, strict=True):
+            left = (1 - undone) ** after
+            floor = SMALLEST_SHARE * keep * part.channels
             losses.append({k: left * part.loss_at(k) for k in part.widths if k >= floor})
         parameters = [part.parameters for part in self.parts]
-        # Where no width is narrow enough, the least ones are the nearest.
+        # If no width is narrow enough, the smallest ones are the nearest.
         least = sum(min(site) * each for site, each in zip(losses, parameters, strict=True))
         least /= sum(part.channels * part.parameters for part in self.parts)
-        widths = budget.least_loss(losses, min(1.0, max(keep, least)), parameters)
+        widths = least_loss(losses, min(1.0, max(keep, least)), parameters)
         return {
             name: width / part.channels
             for part, width in zip(self.parts, widths, strict=True)
@@ -162,16 +156,14 @@ class Sensitivity:
 def sensitivity(
     model: nn.Module,
     batches: Iterable[Batch],
-    sites: Sequence[str | Site] | None = None,
+    keep: float | None = None,
+    sites: Sites = None,
+    selector: str | select.Selector | None = None,
     *,
-    keep: float = 0.5,
-    selector: str | select.Selector = "greedy",
-    multiple: int | None = None,
-    seed: int = 0,
-    non_finite: NonFinite = "refuse",
     probes: int | None = None,
-    resume_dir: str | Path | None = None,
-    progress: bool = True,
+    recipe: AnyRecipe = "default",
+    runtime: Runtime | None = None,
+    **overrides: Any,
 ) -> Sensitivity:
     """Narrows each site alone, compensated, and measures what that does to the network's output.
 
@@ -180,16 +172,14 @@ def sensitivity(
     model ends as it was.
 
     Args:
-        model, sites, selector, multiple, seed, non_finite: see `grail.compress`. Sites of single
-            channels only: whole heads and groups lose in steps that no curve of channels knows.
+        model, sites, selector, recipe, runtime, overrides: see `grail.compress`. Of the recipe
+            `keep`, `sites`, `selector`, `multiple`, `seed` and `non_finite` are read. Sites of
+            single channels only: whole heads and groups lose in steps that no curve of channels
+            knows. A `grail.compress` may use the same `resume_dir` afterwards.
         batches: as for `grail.compress`; all of them are held at once.
-        keep: the share at which each site is tried, in (0, 1).
+        keep: the share at which each site is tried, in (0, 1), one for all.
         probes: how many of the batches, the first ones, the network's loss is measured on; sites
             are fitted to the others. Default one in sixteen. Of a single batch both are done.
-        resume_dir: a folder for what each block's sites cost, once that is measured. The same call
-            after one that was killed goes on from there and finds the same. A `grail.compress`
-            may use the same folder afterwards.
-        progress: show a progress bar.
 
     Raises:
         InputError: sites of heads or groups, keep outside (0, 1), probes that leave no batch or
@@ -200,8 +190,11 @@ def sensitivity(
     """
     require_model(model)
     require_batches(batches)
-    check_keep(keep)
-    keep = plain(keep)
+    asked, runtime = merged(
+        recipe, runtime, overrides, reads=READ, keep=keep, sites=sites, selector=selector
+    )
+    if isinstance(asked.keep, Mapping):
+        raise InputError(f"keep must be one share for all sites; got {asked.keep!r}")
     refuse_sharded(model)
     batches = list(batches)
     probes = max(1, len(batches) // PROBES) if probes is None else probes
@@ -209,16 +202,9 @@ def sensitivity(
     if not 0 < probes < max(len(batches), 2):
         raise InputError(f"probes must be some of {len(batches)} batches, not all; got {probes}")
     recipe = Recipe(
-        keep,
-        sites,
-        selector,
-        drift_correction=0,
-        closed_loop=False,
-        multiple=multiple,
-        seed=seed,
-        non_finite=non_finite,
+        drift_correction=0, closed_loop=False, **{name: getattr(asked, name) for name in READ}
     )
-    if keep == 1:
+    if asked.keep == 1:
         raise InputError("keep=1 narrows nothing whose loss could be measured")
     architecture = find(model, recipe.sites)
     require_single_channels(architecture, recipe)
@@ -227,22 +213,26 @@ def sensitivity(
         memory.explain_oom(architecture.device, lambda: clock.failed, False, REMEDIES),
         Transaction() as transaction,
         eval_no_grad(model),
-        checkpoint.measuring(resume_dir, model, recipe, batches, probes) as kept,
+        resume_folder.opened(runtime.resume_dir, recipe, Processes()) as folder,
     ):
-        by_block = _known(kept)
+        measurement = None
+        if folder is not None:
+            measurement = Measurement(folder, _fingerprint(model, recipe, batches, probes))
+        by_block = _read(measurement)
         if len(by_block) < len(architecture.blocks):
-            probe = _Probe(model, batches[:probes], clock, architecture.trusted)
+            loss = NetworkLoss(model, batches[:probes], clock, architecture.trusted)
             with clock("forward"):
                 stream = Stream(model, architecture.blocks, batches[probes:] or batches)
-            run = Run(architecture, recipe, stream, transaction, clock)
-            for block in run.narrow_each(progress, len(by_block)):
-                by_block.append([_part(apart, run, probe) for apart in block])
-                if kept is not None:
-                    _keep(by_block, kept)
+            compressor = BlockCompressor(Blocks(architecture, recipe, stream, clock), transaction)
+            measure = _Measure(compressor, transaction, loss)
+            for parts_of_block in measure.blocks(len(by_block), runtime.progress):
+                by_block.append(parts_of_block)
+                if measurement is not None:
+                    _write(by_block, measurement)
     parts = [part for block in by_block for part in block]
     if not any(part.loss for part in parts) and any(part.kept < part.channels for part in parts):
         raise ModelError("the network's output does not change, whichever site is narrow")
-    return Sensitivity(keep, tuple(parts))
+    return Sensitivity(asked.keep, tuple(parts))
 
 
 def require_single_channels(architecture: Architecture, recipe: Recipe) -> None:
@@ -255,9 +245,81 @@ def require_single_channels(architecture: Architecture, recipe: Recipe) -> None:
             )
 
 
-def _known(kept: checkpoint.Measurement | None) -> list[list[Part]]:
-    """By block, what an earlier call measured."""
-    found = kept.read() if kept is not None else None
+class _Measure:
+    """Narrows each site alone and measures the network's loss."""
+
+    def __init__(self, compressor: BlockCompressor, transaction: Transaction, loss: NetworkLoss):
+        self._blocks, self._compressor = compressor.blocks, compressor
+        self._transaction, self._loss = transaction, loss
+
+    def blocks(self, done: int, progress: bool) -> Iterator[list[Part]]:
+        """Yields the parts of each block after the first `done`, and moves past those."""
+        blocks = self._blocks
+        blocks.learn_orders()
+        with blocks.progress(len(blocks), progress, "sensitivity of block") as bar:
+            if done:
+                bar.say(f"resumed after block {done} of {len(blocks)}")
+            for block in range(len(blocks)):
+                bar.start(block, 1)
+                if block < done:
+                    blocks.collector.collect(block, [], {}, bar.advance, finish=True)
+                else:
+                    yield self._block(block, bar.advance)
+
+    def _block(self, block: int, advance: Advance) -> list[Part]:
+        blocks, sites = self._blocks, self._blocks.sites[block]
+        gradients = blocks.gradients(sites)
+        finish = blocks.has_next(block)
+        collected = blocks.collector.collect(block, sites, {}, advance, finish)
+        parts = []
+        for step in grouped(sites):
+            of_step = {site: collected[site] for site in step}
+            part = self._part(of_step)
+            self._compressor.narrow(of_step, gradients, {}, BlockReport())
+            parts.append(replace(part, loss=self._loss.measure()))
+            self._transaction.undo()
+        return parts
+
+    def _part(self, step: Mapping[BoundSite, Sequence[SiteStatistics]]) -> Part:
+        """Returns the part of sites that are narrowed together, without its loss."""
+        site = next(iter(step))
+        width = self._blocks.widths[site.name]
+        errors = torch.zeros(width.channels + 1, dtype=torch.float64)
+        for member, statistics in step.items():
+            view = self._compressor.solver.view(member, statistics, None)
+            if view.gram.tokens:  # an expert may have no token
+                gram = view.gram.matrix().double()
+                with self._blocks.clock("search"):
+                    errors += greedy.errors(gram, view.consumer.double().to(gram.device)).cpu()
+        widths = {width.channels}
+        if width.kept < width.channels:  # else its loss is not known
+            for number in range(1, STEPS):
+                with suppress(InputError):  # a width of 0
+                    widths.add(site.width(number / STEPS, self._blocks.recipe.multiple).kept)
+        one_less = ChannelWidth(width.channels, width.channels - 1)
+        return Part(
+            names=tuple(member.name for member in step),
+            channels=width.channels,
+            kept=width.kept,
+            loss=math.nan,
+            errors=errors,
+            parameters=sum(member.parameters_saved(one_less) for member in step),
+            widths=tuple(sorted(widths)),
+        )
+
+
+def _fingerprint(
+    model: nn.Module, recipe: Recipe, batches: Sequence[Batch], probes: int
+) -> dict[str, str]:
+    read = HashedBatches(batches)
+    for _ in read:
+        pass
+    return with_calibration({**run_fingerprint(model, recipe), "probes": str(probes)}, read)
+
+
+def _read(measurement: Measurement | None) -> list[list[Part]]:
+    """Returns the parts by block that an earlier call measured."""
+    found = measurement.read() if measurement is not None else None
     if found is None:
         return []
     return [
@@ -271,7 +333,7 @@ def _part_of(content: dict[str, Any], errors: Tensor) -> Part:
     return Part(**content | lists, errors=errors)
 
 
-def _keep(by_block: Sequence[Sequence[Part]], kept: checkpoint.Measurement) -> None:
+def _write(by_block: Sequence[Sequence[Part]], measurement: Measurement) -> None:
     tensors = {
         f"{number}.{place}": part.errors
         for number, block in enumerate(by_block)
@@ -281,129 +343,4 @@ def _keep(by_block: Sequence[Sequence[Part]], kept: checkpoint.Measurement) -> N
         [{name: value for name, value in vars(part).items() if name != "errors"} for part in block]
         for block in by_block
     ]
-    kept.write({"blocks": blocks}, tensors)
-
-
-def _part(apart: Apart, run: Run, probe: "_Probe") -> Part:
-    views, narrow = apart
-    site, width = next((site, view.width) for site, view in views.items())
-    errors = torch.zeros(width.channels + 1, dtype=torch.float64)
-    for view in views.values():
-        if view.gram.tokens:  # an expert may never have been asked
-            gram = view.gram.matrix().double()
-            with run.clock("search"):
-                errors += greedy.errors(gram, view.consumer.double().to(gram.device)).cpu()
-    widths = {width.channels}
-    if width.kept < width.channels:  # else its loss is not known
-        for step in range(1, STEPS):
-            with suppress(InputError):  # a width of 0
-                widths.add(site.width(step / STEPS, run.recipe.multiple).kept)
-    one_less = ChannelWidth(width.channels, width.channels - 1)
-    parameters = sum(site.parameters_saved(one_less) for site in views)
-    narrow()
-    return Part(
-        names=tuple(site.name for site in views),
-        channels=width.channels,
-        kept=width.kept,
-        loss=probe.loss(),
-        errors=errors,
-        parameters=parameters,
-        widths=tuple(sorted(widths)),
-    )
-
-
-class _Probe:
-    """What the dense network answers to a few batches, and how far from that it is later."""
-
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], clock: Clock, known: bool):
-        self._model, self._clock = model, clock
-        device = next(model.parameters()).device
-        with clock("probe"):
-            self._inputs = [model_inputs(model, batch, device) for batch in batches]
-            self._order = Order() if known else self._order_of_output()
-            self._dense = [self._output(*inputs) for inputs in self._inputs]
-        if not all(bool(dense.values.isfinite().all()) for dense in self._dense):
-            raise ModelError("the dense network's output is not finite")
-        if self._dense and not any(dense.values.numel() for dense in self._dense):
-            raise InputError("the batches to probe with, the first ones, hold no token that counts")
-
-    def loss(self) -> float:
-        """The mean divergence of predictions, or the squared error relative to the output's."""
-        found = size = 0.0
-        with self._clock("probe"):
-            for inputs, dense in zip(self._inputs, self._dense, strict=True):
-                for expected, got in zip(dense.rows(), self._output(*inputs).rows(), strict=True):
-                    if dense.logits:
-                        found += _divergence(expected, got)
-                        size += len(expected)
-                    else:
-                        found += _squares(got.float() - expected.float())
-                        size += _squares(expected)
-        if not math.isfinite(found):
-            raise ModelError("the network's output is not finite where a site is narrow")
-        # A divergence of nothing is negative by rounding.
-        return max(0.0, found / size) if size else 0.0
-
-    def _order_of_output(self) -> Order:
-        """The order of the tokens that the network returns, where a mask needs it."""
-        for args, kwargs in self._inputs:
-            mask = masks_of(self._model, args, kwargs).of_output
-            if mask is None or len(mask) < 2:
-                continue
-            observe = functools.partial(self._changed_output, args, kwargs)
-            first = find_orders(observe, len(mask))["output"]
-            if first is None:
-                raise ModelError(
-                    "which sample each token of the network's output belongs to could not be "
-                    "found out by replacing samples along the first axis; give batches without "
-                    "padding, and without a mask"
-                )
-            return Order(first)
-        return Order()
-
-    def _changed_output(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], change: Change
-    ) -> dict[str, Tensor]:
-        names = inspect.signature(self._model.forward).parameters
-        args, kwargs = changed_arguments(names, args, kwargs, change)
-        return {"output": self._compared(self._model(*args, **kwargs))[0]}
-
-    def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Output":
-        tensor, classes = self._compared(self._model(*args, **kwargs))
-        mask = masks_of(self._model, args, kwargs).of_output
-        if mask is not None:
-            tensor = self._order.by_sample(tensor, len(mask))
-            if mask.shape == tensor.shape[:-1]:
-                tensor = tensor[mask]
-        return _Output(tensor.reshape(-1, tensor.shape[-1]), classes)
-
-    def _compared(self, output: Any) -> tuple[Tensor, bool]:
-        """The tensor of what the network returns that is compared, and whether it is of classes."""
-        logits = getattr(output, "logits", None)
-        tensor = first_tensor(output if logits is None else logits)
-        if tensor is None:
-            raise ModelError(f"{type(self._model).__name__} returns no tensor to compare")
-        # One class is no prediction, and of maps of classes they are no last axis.
-        return tensor, logits is not None and tensor.shape[-1] > 1 and tensor.dim() < 4
-
-
-@dataclass(frozen=True)
-class _Output:
-    """[N, D], of samples or of tokens that count; `logits`: whether they are those of classes."""
-
-    values: Tensor
-    logits: bool
-
-    def rows(self) -> Sequence[Tensor]:
-        """A few at a time, so that little of them is in fp32 at once."""
-        return self.values.split(max(1, ROWS // self.values.shape[-1]))
-
-
-def _divergence(dense: Tensor, narrow: Tensor) -> float:
-    """Σ KL(dense ‖ narrow) over rows of logits [N, D], in nats."""
-    p, q = (logits.float().log_softmax(-1) for logits in (dense, narrow))
-    return F.kl_div(q, p, reduction="sum", log_target=True).item()
-
-
-def _squares(values: Tensor) -> float:
-    return torch.linalg.vector_norm(values, dtype=torch.float64).square().item()
+    measurement.write({"blocks": blocks}, tensors)

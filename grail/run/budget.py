@@ -1,4 +1,4 @@
-"""Uneven budgets: how much each site, or block, keeps when all together keep a given share."""
+"""Uneven budgets: the share of each site, or block, for a given share of all together."""
 
 import itertools
 import math
@@ -14,17 +14,17 @@ from grail.errors import InputError
 def flap(
     scores: Sequence[Tensor], keep: float, parameters: Sequence[float] | None = None
 ) -> list[float]:
-    """The share of each site that lies above one threshold for all, in standardised scores.
+    """Returns the share of each site above one threshold for all, in standardised scores.
 
-    Scores are standardised within their site, (s − mean) / standard deviation of n − 1, so that a
-    site loses more where its scores have a longer lower tail, not where they are small. The best
-    unit of a site always stays.
+    Scores are standardised within their site, (s − mean) / standard deviation of n − 1. So a site
+    loses more if its scores have a longer lower tail, not if they are small. The best unit of a
+    site always stays.
 
     Args:
         scores: by site; [units] of channels, or [heads, head_dim] of heads, which are standardised
             by channel and then averaged.
-        keep: the share of all parameters that stays, met to within one unit.
-        parameters: by site, of one unit. LLaMA-7B's head has 512/3 times as many as its channel.
+        keep: the share of all parameters that stays, to within one unit.
+        parameters: by site, of one unit. A head of LLaMA-7B has 512/3 times as many as a channel.
             By default each unit counts the same.
 
     Returns:
@@ -57,16 +57,17 @@ def flap(
 
 
 def slimgpt(blocks: int, keep: float, first: float = 1 / 16) -> list[float]:
-    """The share that each block keeps when its loss rises with the logarithm of its depth.
+    """Returns the share that each block keeps if its loss rises with the logarithm of its depth.
 
-    Block i of n loses r_0 + (r_last − r_0)·log(i + 1)/log(n), for the errors of early blocks are
-    handed on to all that follow; r_last is what brings the mean to `keep`.
+    Block i of n loses r_0 + (r_last − r_0)·log(i + 1)/log(n), because the errors of early blocks
+    reach all later ones. r_last is such that the mean share is `keep`.
 
     Args:
         blocks: n.
         keep: the mean share that stays.
-        first: r_0, what the first block loses; if all together lose less, the loss is even. The
-            authors take 1/16, and 1/4 for r_last, at 20% of LLaMA-7B's 32 blocks.
+        first: r_0, the share that the first block loses; if the mean loss is smaller, all blocks
+            lose the same. The authors take 1/16, and 1/4 for r_last, at 20% of LLaMA-7B's 32
+            blocks.
 
     Raises:
         InputError: keep outside (0, 1], blocks < 1, first outside [0, 1), or a last block that
@@ -95,20 +96,20 @@ def slimgpt(blocks: int, keep: float, first: float = 1 / 16) -> list[float]:
 def least_loss(
     losses: Sequence[Mapping[int, float]], keep: float, parameters: Sequence[float] | None = None
 ) -> list[int]:
-    """How wide each site becomes, so that the sum of their losses is least.
+    """Returns the widths of all sites with the least sum of losses.
 
-    On the lower convex hull of each site's losses, the steps are taken that gain most for each
-    parameter, until the next does not fit in; what is left goes to the first sites that it can
-    widen. That is the least sum that the budget allows where the losses are convex and all steps
-    cost the same, else near it.
+    On the lower convex hull of each site's losses, the steps with the greatest gain a parameter are
+    taken until the next does not fit into the budget. What is left goes to the first sites that it
+    can widen. The sum is the least possible one if the losses are convex and all steps cost the
+    same, else near it.
 
     Args:
-        losses: by site, what the network loses at each width that the site may have.
+        losses: by site, the network's loss at each width that the site may get.
         keep: the share of all parameters that stays at most; a site at its greatest width has all.
         parameters: by site, of one unit of width. By default each counts the same.
 
     Returns:
-        A width of each site, among those that it may have.
+        By site, one of its widths.
 
     Raises:
         InputError: keep outside (0, 1], no site, one without a width, other lengths, losses that
@@ -128,26 +129,11 @@ def least_loss(
         raise InputError("a budget needs finite losses")
     sites = list(zip(losses, parameters, strict=True))
     total = sum(max(site) * each for site, each in sites)
-    # Half of the parameters are to fit into half of the budget, whatever the product rounds to.
+    # The tolerance lets half of the parameters fit into half of the budget, however it is rounded.
     left = (keep + 1e-9) * total - sum(min(site) * each for site, each in sites)
     if left < 0:
         raise InputError(f"keep={keep:g} is less than the least widths of all sites")
-    steps = []
-    for number, (site, each) in enumerate(sites):
-        hull = _lower_hull(sorted(site.items()))
-        for (narrow, more), (wide, less) in itertools.pairwise(hull):
-            cost = (wide - narrow) * each
-            steps.append(((more - less) / cost, number, wide, cost))
-    widths = [min(site) for site in losses]
-    full = set()  # a step that does not fit in ends a site's hull, for the next one builds on it
-    for gain, number, wide, cost in sorted(steps, key=lambda step: (-step[0], *step[1:])):
-        if gain < 0 or number in full:
-            continue
-        if cost <= left:
-            # Steps of a straight hull may come in any order, by the rounding of their gains.
-            widths[number], left = max(widths[number], wide), left - cost
-        else:
-            full.add(number)
+    widths, left = _on_hulls(sites, left)
     for number, (site, each) in enumerate(sites):  # widths between two of the hull
         now = widths[number]
         fitting = [k for k in site if (k - now) * each <= left and site[k] <= site[now]]
@@ -156,8 +142,39 @@ def least_loss(
     return widths
 
 
+def _on_hulls(
+    sites: Sequence[tuple[Mapping[int, float], float]], left: float
+) -> tuple[list[int], float]:
+    """Widens sites along their hulls, the greatest gain a parameter first.
+
+    Args:
+        sites: losses by width, and parameters of one unit.
+        left: the parameters that may be added to the least widths.
+
+    Returns:
+        The widths, and the parameters that are left.
+    """
+    steps = []
+    for number, (site, each) in enumerate(sites):
+        hull = _lower_hull(sorted(site.items()))
+        for (narrow, more), (wide, less) in itertools.pairwise(hull):
+            cost = (wide - narrow) * each
+            steps.append(((more - less) / cost, number, wide, cost))
+    widths = [min(site) for site, _ in sites]
+    full = set()  # a step that does not fit in ends its site's hull: the next one builds on it
+    for gain, number, wide, cost in sorted(steps, key=lambda step: (-step[0], *step[1:])):
+        if gain < 0 or number in full:
+            continue
+        if cost <= left:
+            # By the rounding of their gains, steps of a straight hull may come in any order.
+            widths[number], left = max(widths[number], wide), left - cost
+        else:
+            full.add(number)
+    return widths, left
+
+
 def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Of points from left to right, those of the lower convex hull."""
+    """Returns the points, from left to right, of the lower convex hull."""
     hull: list[tuple[int, float]] = []
     for x, y in points:
         while len(hull) > 1:
@@ -170,7 +187,7 @@ def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _standardised(scores: Tensor) -> Tensor:
-    """Units' scores [units] in fp64 with mean 0 and deviation 1; 0 where all are equal."""
+    """Returns units' scores [units] in fp64 with mean 0 and deviation 1; 0 if all are equal."""
     scores = scores.detach().cpu().double()
     deviation = scores.std() if scores.numel() > 1 else 0
     standard = ((scores - scores.mean()) / deviation).nan_to_num(0.0, 0.0, 0.0)

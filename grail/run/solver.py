@@ -1,4 +1,4 @@
-"""What becomes of a site, by its statistics: the channels that stay, its consumers' weights."""
+"""Selects the channels of a site and solves for its consumers' weights, by its statistics."""
 
 import itertools
 import math
@@ -16,24 +16,22 @@ from grail.algebra.width import Width
 from grail.errors import InputError
 from grail.networks import BoundSite
 from grail.networks.layers import Consumer, stacked
-from grail.recipe import ALPHA, Recipe
+from grail.recipe import Recipe
 from grail.report.report import SiteReport
+from grail.run.exchange import Decision
 from grail.runtime.clock import Clock
-from grail.runtime.processes import Decision
-from grail.statistics.site_statistics import Statistics
+from grail.statistics.site_statistics import SiteStatistics
 from grail_kernels import as_vector
 
 
 class SiteSolver:
-    """Decides for one run.
+    """Decides on the sites of one run.
 
     Args:
-        options: how to decide.
-        sites: all that the run may narrow, while nothing is narrow yet.
-        widths: what each of them is to get, by name.
+        recipe: the selector and the settings of the fits.
+        sites: all sites of the run, none of them narrow yet.
+        widths: of the sites, by name.
         clock: phases "select" and "solve".
-
-    `done`: the rows of the blocks that are done, of which a choice may learn.
     """
 
     def __init__(
@@ -47,14 +45,22 @@ class SiteSolver:
         narrowed = (site.kind for site in sites if widths[site.name].kept < site.channels)
         self._several_kinds = len(set(narrowed)) > 1
         self._select = select.get(recipe.selector)
-        self.done: Sequence[SiteReport] = ()
+        self._done: list[SiteReport] = []
+
+    def remember(self, rows: Sequence[SiteReport]) -> None:
+        """Adds the rows of blocks that are done, on whose shares of drift selection depends."""
+        self._done += rows
 
     def decide(
-        self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
+        self, site: BoundSite, collected: Sequence[SiteStatistics], gradient: Tensor | None
     ) -> Decision:
-        """What becomes of a site, by what each of its consumers reads.
+        """Returns the reduction of a site and its fits.
 
-        A folding that is to be fitted exactly has no fits yet: its block must run folded first.
+        A folding that is fitted exactly has no fits yet: its block must run folded first.
+
+        Args:
+            collected: of each of its consumers.
+            gradient: the site's, if the selector needs it.
         """
         with self._clock("select"):
             reduction = self._reduction(site, collected, gradient)
@@ -65,43 +71,44 @@ class SiteSolver:
     def fitted(
         self,
         site: BoundSite,
-        collected: Sequence[Statistics],
+        collected: Sequence[SiteStatistics],
         reduction: Reduction,
         correction: float | Auto | None = None,
     ) -> Decision:
-        """The fits of a site whose reduction is known; `correction` in place of the options'."""
-        pairs = zip(collected, site.consumers, strict=True)
-        return Decision(
-            reduction,
-            tuple(self._fit_consumer(part, c, reduction, correction) for part, c in pairs),
-            tuple(part.tokens for part in collected),
-            tuple(
-                f"{part.name}: {part.train.tokens} tokens are too few to fit {reduction.kept} "
-                "channels, so it was only pruned"
-                for part in collected
-                if self._recipe.fits_weights and part.underdetermined(reduction.kept)
-            )
-            + tuple(
-                f"{part.name}: {part.dropped} tokens with NaN or Inf were dropped, "
-                f"{part.tokens} counted"
-                for part in collected
-                if part.dropped
-            ),
-        )
+        """Returns the fits of a site whose reduction is known.
 
-    def corrected(self, collected: Statistics) -> Decision:
-        """The M of layers that read the stream, by what they read and its drift (`grail.loop`)."""
+        Args:
+            correction: replaces the recipe's `drift_correction`.
+        """
+        pairs = zip(collected, site.consumers, strict=True)
+        fits = tuple(self._fit_consumer(part, c, reduction, correction) for part, c in pairs)
+        few = tuple(
+            f"{part.name}: {part.train.tokens} tokens are too few to fit {reduction.kept} "
+            "channels, so it was only pruned"
+            for part in collected
+            if self._recipe.compensate and part.underdetermined(reduction.kept)
+        )
+        dropped = tuple(
+            f"{part.name}: {part.dropped} tokens with NaN or Inf were dropped, "
+            f"{part.tokens} counted"
+            for part in collected
+            if part.dropped
+        )
+        return Decision(reduction, fits, tuple(part.tokens for part in collected), few + dropped)
+
+    def corrected(self, collected: SiteStatistics) -> Decision:
+        """Returns M of layers that read a stream with drift (see `grail.run.attention`)."""
         channels = collected.train.channels
         everything = Selection(range(channels), channels)
         identity = torch.eye(channels, dtype=torch.float64, device=collected.train.device)
-        fitted = self._fit(collected, identity, everything, toward="baseline", affine=False)
+        fitted = self._fit(collected, identity, everything, toward="baseline", fit_bias=False)
         return Decision(everything, (fitted,), (collected.tokens,))
 
     def view(
-        self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
+        self, site: BoundSite, collected: Sequence[SiteStatistics], gradient: Tensor | None
     ) -> select.View:
-        """What a selector is shown of a site."""
-        # Seeded by the site as well, so that a block's draw depends on no other block.
+        """Returns the view of a site for a selector."""
+        # Seeded by the site as well, so that the draws of a block depend on no other block.
         generator = torch.Generator().manual_seed(
             self._recipe.seed ^ zlib.crc32(site.name.encode())
         )
@@ -122,7 +129,7 @@ class SiteSolver:
 
     def _fit_consumer(
         self,
-        statistics: Statistics,
+        statistics: SiteStatistics,
         consumer: Consumer,
         reduction: Reduction,
         correction: float | Auto | None,
@@ -130,27 +137,20 @@ class SiteSolver:
         weight = consumer.by_channel
         if self._recipe.per_tap:
             weight, reduction = consumer.by_tap, reduction.repeat(consumer.taps)
-        toward, affine = self._recipe.toward, self._recipe.shifts_bias
-        return self._fit(statistics, weight, reduction, toward, affine, correction)
+        toward, fit_bias = self._recipe.toward, self._recipe.fit_bias
+        return self._fit(statistics, weight, reduction, toward, fit_bias, correction)
 
     def _fit(
         self,
-        statistics: Statistics,
+        statistics: SiteStatistics,
         weight: Tensor,
         reduction: Reduction,
         toward: Toward,
-        affine: bool,
+        fit_bias: bool,
         correction: float | Auto | None = None,
     ) -> Fit:
         recipe = self._recipe
-        alpha, compensate = recipe.alpha, recipe.fits_weights
-        correction = recipe.drift_correction if correction is None else correction
-        if statistics.held_out is None:  # nothing to choose by
-            alpha = ALPHA if alpha == "auto" else alpha
-            correction = 0.0 if correction == "auto" else correction
-        if compensate and statistics.underdetermined(reduction.kept):
-            compensate = False
-        if statistics.underdetermined(1):  # an expert that was never asked
+        if statistics.underdetermined(1):  # an expert without a token
             plain = reduction.absorb(weight)
             return Fit((plain,), math.nan, math.nan, math.inf, 0.0, 0.0, retries=0)
         with self._clock("solve"):
@@ -158,23 +158,22 @@ class SiteSolver:
                 statistics.train,
                 reduction,
                 weight,
-                alpha=alpha,
+                compensate=recipe.compensate and not statistics.underdetermined(reduction.kept),
+                fit_bias=fit_bias,
+                alpha=recipe.alpha,
                 toward=toward,
-                damping=recipe.damping,
-                affine=affine,
-                compensate=compensate,
-                drift_correction=correction,
+                drift_correction=recipe.drift_correction if correction is None else correction,
                 held_out=statistics.held_out,
             )
 
     def _reduction(
-        self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
+        self, site: BoundSite, collected: Sequence[SiteStatistics], gradient: Tensor | None
     ) -> Reduction:
         width = self._widths[site.name]
         if width.kept == site.channels:
             return Selection(range(site.channels), site.channels)
         view = self.view(site, collected, gradient)
-        # Of an expert that was never asked only its weights are known.
+        # Of an expert without a token only the weights are known.
         unseen = site.group is not None and not view.gram.tokens
         answer = (select.get("magnitude") if unseen else self._select)(view)
         reduction = _as_reduction(answer, width, f"the selector's answer at {site.name}")
@@ -184,14 +183,16 @@ class SiteSolver:
             )
         return reduction
 
-    def _expected_share(self, site: BoundSite, collected: Sequence[Statistics]) -> float:
-        """The share of drift that a choice of channels is to reckon with.
+    def _expected_share(self, site: BoundSite, collected: Sequence[SiteStatistics]) -> float:
+        """Returns the share of drift that a selector assumes the fit to correct.
 
-        Where held-out tokens choose it, after the channels, it is what they chose a block earlier:
-        of few tokens most of what seems to drift is noise, which a choice of channels cannot tell.
-        It is 0 where a consumer is only pruned, where there are several, for each drifts on its
-        own, and where sites of several kinds are narrowed: with SmolLM2's heads and MLPs, both at
-        half, perplexity rose from 125 to 134 (Brown, 32k tokens), with its MLPs alone it fell.
+        If held-out tokens choose it, after the selection, it is the share of the block before. With
+        few tokens most of the measured drift is noise, which a selector cannot distinguish.
+
+        The share is 0 if a consumer is only pruned; if there are several consumers, because each
+        has its own drift; and if sites of several kinds are narrowed. With heads and MLPs of
+        SmolLM2 both at half width, perplexity rose from 125 to 134 with such a share (Brown, 32k
+        tokens); with MLPs alone it fell.
         """
         alone = len(collected) == 1 and not collected[0].underdetermined(
             self._widths[site.name].kept
@@ -199,11 +200,11 @@ class SiteSolver:
         if self._several_kinds or not alone:
             return 0.0
         share = self._recipe.drift_correction
-        return _last_share(self.done, site.kind) if share == "auto" else share
+        return last_share(self._done, site.kind) if share == "auto" else share
 
 
 def _as_reduction(answer: object, width: Width, what: str) -> Reduction:
-    """Returns the reduction that a selector gave; scores [H] select the highest."""
+    """Returns a selector's answer as a reduction; of scores [H] the highest are selected."""
     if isinstance(answer, Reduction):
         return answer
     answer = as_vector(what, answer)
@@ -212,8 +213,11 @@ def _as_reduction(answer: object, width: Width, what: str) -> Reduction:
     return as_reduction(answer, width.channels)
 
 
-def _last_share(rows: Sequence[SiteReport], kind: str) -> float:
-    """The share of drift that sites of a kind undo in the last block that narrows any, by token."""
+def last_share(rows: Sequence[SiteReport], kind: str) -> float:
+    """Returns the mean share of drift, by token, that sites of a kind corrected in the last block.
+
+    The last block is the last one in which a site of that kind became narrower.
+    """
     narrowed = (row for row in reversed(rows) if row.kind == kind and row.kept < row.channels)
     _, block = next(itertools.groupby(narrowed, key=lambda row: row.block), (None, ()))
     last = list(block)

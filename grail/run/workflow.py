@@ -1,321 +1,325 @@
-"""One checkpoint compressed and compared: dense, pruned and compensated models on the same text.
+"""`compress_checkpoint`: the whole workflow of the command line as one call.
 
-Every narrowed model starts from the dense network, so a study asks for a fresh one after each run.
-All that a command does is a stage with a predicted and a measured wall time.
+load → calibrate → predict → [dense] → [pruned, compensated] → [uneven widths] → compress
+     → restored → report, page → export, loaded again and compared
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
 
-from grail.files._export import export
-from grail.files.provenance import text_source
+from grail.arguments import as_path, require_switches
+from grail.errors import InputError
+from grail.files.load import CheckpointWarning
+from grail.files.pretrained import Pretrained
+from grail.files.provenance import provenance
+from grail.files.text import Text
 from grail.networks import find
-from grail.recipe import Recipe
-from grail.report import completions
-from grail.report._evaluate import bfloat16_bytes, evaluate, measure_size
-from grail.report.report import Evaluation, Report
+from grail.recipe import AnyRecipe, Recipe, merged
+from grail.report.formatting import format_bytes, format_seconds
+from grail.report.page import page
+from grail.report.report import Report
+from grail.run import resume_folder
 from grail.run._collect import Collected
-from grail.run._compress import compress
-from grail.run._inspect import Inspection, inspect
-from grail.run._sensitivity import PROBES, UNDONE, sensitivity
+from grail.run._sensitivity import require_single_channels
+from grail.run.study import IMPORTING, LOADING, Prediction, Study, attribute, text_of
 from grail.runtime.clock import Stages
-
-IMPORTING, LOADING, PREDICTING = "importing", "loading", "predicting"
-RUNS = "runs to compare with"
-PERPLEXITY, COMPLETIONS = "perplexity", "completions"
-SENSITIVITY, COMPRESSING, WRITING = "loss by site", "compressing", "writing"
-
-# Bytes a second at which an output is written, read again and compared. A guess: no disk is
-# measured before a run.
-_WRITTEN = 100e6
+from grail.runtime.folder import check_output
+from grail.runtime.processes import current_processes
+from grail.runtime.settings import Runtime
+from grail_kernels import check_kind
 
 
-def text_of(source: str, batches: Sequence[Tensor] | Collected) -> dict[str, Any]:
-    """Returns the provenance of a text, or of statistics that were collected from one."""
-    if not isinstance(batches, Collected):
-        return text_source(source, batches)
-    tokens = sum(calibration["tokens"] for calibration in batches.calibrations)
-    return {"source": source, "tokens": tokens, "collected": batches.calibrations}
+def compress_checkpoint(
+    source: str | Path | Pretrained,
+    output: str | Path,
+    calibration: str | Path | Text | Collected,
+    *,
+    evaluate: str | Path | Text | None = None,
+    baseline: bool = True,
+    uneven: bool = False,
+    recipe: AnyRecipe = "default",
+    runtime: Runtime | None = None,
+    command: str | None = None,
+    **overrides: Any,
+) -> Report:
+    """Compresses a causal language model of transformers into a folder that transformers loads.
+
+    The folder holds safetensors, tokenizer, configuration, model card, report.json, report.html and
+    recipe.json, and is written only after it has reloaded to bitwise the same logits.
+
+    Args:
+        source: a transformers folder, a hub name or a .gguf file; a `grail.Pretrained` says how it
+            is loaded.
+        output: folder to create; one that exists must be empty.
+        calibration: a text (`grail.Text` says how it is read), or statistics of the dense network,
+            `grail.Collected(folder)`, for the open loop.
+        evaluate: held-out text, on which the dense, the pruned and the restored model are compared;
+            with `onload` on the CPU. Read as the calibration, 16,384 tokens of it; wikitext2 is
+            measured as in the literature: all of the test split, joined by blank lines, in
+            sequences of 2048 tokens.
+        baseline: with `evaluate`, also measures plain pruning, in a run of its own.
+        uneven: lets blocks keep more or less, by what their narrowing costs the model, `keep` of
+            all together; `grail.load_model` alone then reads the folder.
+        recipe, runtime, overrides: see `grail.compress`. `progress` also prints what is done on
+            stderr. With `resume_dir` the same call resumes after a crash; the state is deleted once
+            the model is written.
+        command: what the report says made it; default this call.
+
+    Returns:
+        The report that is written. In an initialised `torch.distributed` group all processes call
+        this alike, and the first one writes.
+
+    Raises:
+        InputError, EmptyCalibrationError: before the model is loaded where it shows by then.
+        ModelError, NonFiniteError, SolveError, StateError, OutOfMemoryError, RankError,
+        ExportError: nothing was written.
+    """
+    if not isinstance(source, Pretrained):
+        source = Pretrained(str(as_path("source", source)))
+    output = as_path("output", output)
+    require_switches(baseline=baseline, uneven=uneven)
+    recipe, runtime = merged(recipe, runtime, overrides)
+    call = _Call(
+        source, output, *_texts(calibration, evaluate, recipe), baseline, uneven, recipe, runtime
+    )
+    processes = current_processes()
+    done = call.done
+    processes.require_equal("whether the run is done", done)
+    if done:
+        if processes.number == 0:
+            resume_folder.clear(str(runtime.resume_dir))
+        return Report.from_json(call.written.read_text(encoding="utf-8"))
+    return _Work(call.checked(), command or repr(call), call.identity).run()
 
 
-def attribute(report: Report, name: str, origin: Mapping[str, Any]) -> None:
-    """Writes into a report what its model is called and where all of it comes from."""
-    report.model["name"] = name
-    report.calibration["source"] = origin["calibration"]["source"]
-    report.provenance = dict(origin)
-    if files := origin["model"]["files"]:
-        report.model["bytes"]["source"] = sum(file["bytes"] for file in files.values())
+def _texts(
+    calibration: str | Path | Text | Collected, evaluate: str | Path | Text | None, recipe: Recipe
+) -> tuple[Text | Collected, Text | None]:
+    """The texts of a call, the sequences of the calibration drawn by the recipe's seed."""
+    if isinstance(calibration, (str, Path)):
+        calibration = Text(str(calibration))
+    check_kind("calibration", calibration, (Text, Collected), "a text or grail.Collected")
+    if isinstance(calibration, Text) and calibration.seed is None:
+        calibration = replace(calibration, seed=recipe.seed)
+    if isinstance(evaluate, (str, Path)):
+        like = calibration if isinstance(calibration, Text) else Text("")
+        evaluate = like.compared_on(str(evaluate), {}, "evaluate")
+    check_kind("evaluate", evaluate, (Text, NoneType), "a text")
+    return calibration, evaluate
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Wall seconds of a command by stage, and peak bytes and tokens of the compression itself."""
+class _Call:
+    """What `compress_checkpoint` was asked."""
 
-    seconds: Mapping[str, float]
-    peak: int
-    tokens: int
-    output: int  # bytes of the weights
+    source: Pretrained
+    output: Path
+    calibration: Text | Collected
+    evaluate: Text | None
+    baseline: bool
+    uneven: bool
+    recipe: Recipe
+    runtime: Runtime
+
+    def __repr__(self) -> str:
+        given = {name: value for name, value in vars(self).items() if name != "runtime"}
+        return f"grail.compress_checkpoint({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
     @property
-    def total(self) -> float:
-        """Seconds of all stages."""
-        return sum(self.seconds.values())
+    def written(self) -> Path:
+        """The report of the output."""
+        return self.output / "report.json"
 
+    @property
+    def done(self) -> bool:
+        """Whether a run of the same call was killed right after it had written all."""
+        folder = self.runtime.resume_dir
+        if folder is None or not resume_folder.announced(folder, self.identity):
+            return False
+        return self.written.exists()
 
-def baselines(recipe: Recipe, *, uneven: bool = False) -> dict[str, Recipe]:
-    """The runs that a model is compared with, by role of their row in a report.
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells this call from others."""
+        return {"call": repr(self)}
 
-    "pruned" is plain pruning with the selector of `options`, or Wanda's where that is greedy, which
-    selects channels to be compensated. "compensated" is the same selector and widths as "pruned"
-    with compensation, where the model itself has another selector or uneven widths.
-    """
-    if not recipe.compensate:
-        return {}
-    same = replace(recipe, selector="wanda") if recipe.selector == "greedy" else recipe
-    plain = replace(same, compensate=False, token_weights=False, correct_attention=False)
-    others = same is not recipe or uneven
-    return {"pruned": plain, **({"compensated": same} if others else {})}
+    def checked(self) -> "_Call":
+        """Returns the call with texts that can be read.
 
-
-@dataclass
-class Study:
-    """Compresses fresh copies of one network and keeps what each of them is worth.
-
-    Args:
-        network: the dense network. The study should be all that holds it: a run uses it up.
-        fresh: returns another; called once the last one is gone, for two would double the peak.
-        tokenizer: of the network, for completions; None completes nothing.
-        batches: calibration.
-        heldout: batches of held-out text; none evaluates nothing.
-        stages: counts the time.
-        onload: see `grail.compress`.
-        say: hears what is about to be done.
-        progress: show progress bars.
-    """
-
-    network: Any
-    fresh: Callable[[], Any]
-    tokenizer: Any
-    batches: list[Tensor] | Collected
-    heldout: Sequence[Tensor]
-    stages: Stages
-    onload: str | None = None
-    say: Callable[[str], None] = print
-    progress: bool = True
-    rows: dict[str, Evaluation] = field(default_factory=dict)
-    completions: dict[str, Tensor] = field(default_factory=dict)
-
-    def predict(self, recipe: Recipe, *, compare: bool, uneven: bool) -> Prediction:
-        """Wall time of the whole command, from trials on the dense network; it stays as it is."""
-        compare = compare and bool(self.heldout)
-        others = list(baselines(recipe, uneven=uneven).values()) if compare else []
-        with self.stages(PREDICTING):
-            plan = self._inspect(recipe)
-            spent = self.stages.seconds
-            seconds = {IMPORTING: spent[IMPORTING]} if IMPORTING in spent else {}
-            seconds[LOADING] = spent.get(LOADING, 0.0) * (1 + len(others))
-            seconds[PREDICTING] = 0.0  # known when all the rest is
-            models = ("dense" not in self.rows) + len(others) + 1
-            seconds |= self._of_evaluations(models)
-            if others:
-                plans = [self._inspect(other) for other in others]
-                seconds[RUNS] = sum(each.seconds["total"] for each in plans)
-            if uneven:
-                seconds[SENSITIVITY] = self._of_sensitivity(recipe, plan.seconds)
-            seconds[COMPRESSING] = plan.seconds["total"]
-            output = plan.savings[0].bytes
-            seconds[WRITING] = output / _WRITTEN
-        seconds[PREDICTING] = self.stages.seconds[PREDICTING]
-        return Prediction(seconds, plan.memory["peak"], plan.tokens, output)
-
-    def _inspect(self, recipe: Recipe) -> Inspection:
-        assert isinstance(recipe.keep, float | int)
-        rows, length, tokens = 1, 8, 0  # where sums were collected no text runs through the model
-        if not isinstance(self.batches, Collected):
-            (rows, length), tokens = self.batches[0].shape, _count(self.batches)
-        return inspect(
-            self.network,
-            recipe=recipe,
-            keeps=(recipe.keep,),
-            tokens=tokens,
-            sequence_length=length,
-            batch_size=rows,
-            onload=self.onload,
+        Raises:
+            InputError: settings that exclude each other, an output in use, texts that cannot be
+                read.
+        """
+        collected, onloads = (
+            isinstance(self.calibration, Collected),
+            self.runtime.onload is not None,
         )
-
-    def _of_evaluations(self, models: int) -> dict[str, float]:
-        """Of models of the network's size, from one sequence and a few new tokens."""
-        if not self.heldout:
-            return {}
-        seconds = {PERPLEXITY: models * _rate(self.network, self.heldout) * _count(self.heldout)}
-        if self._completes():
-            starts = completions.prompts(self.heldout)
-            few, more = (
-                _timed(partial(completions.complete, self.network, starts, new)) for new in (1, 4)
+        if self.uneven and (collected or onloads or current_processes().count > 1):
+            raise InputError(
+                "uneven runs the whole model on calibration text, in one process: give no "
+                "statistics and no onload"
             )
-            each = max(0.0, more - few) / 3
-            seconds[COMPLETIONS] = models * (few + each * (completions.NEW_TOKENS - 1))
-        return seconds
-
-    def _of_sensitivity(self, recipe: Recipe, run: Mapping[str, float]) -> float:
-        """A pass with the Grams and solves of a run, and a few batches through it for each site."""
-        assert not isinstance(self.batches, Collected)
-        sites = recipe.all_sites(find(self.network, recipe.sites))
-        probed = self.batches[: max(1, len(self.batches) // PROBES)]
-        return run["total"] + (1 + len(sites)) * _rate(self.network, probed) * _count(probed)
-
-    def measure(self, role: str, recipe: Recipe | None = None) -> None:
-        """Adds the row of the network, narrowed by `options`, if there is held-out text."""
-        if not self.heldout:
-            return
-        with self.stages(PERPLEXITY):
-            row = evaluate(self.network, self.heldout, progress=self.progress)
-        if recipe is not None:
-            row = replace(row, **_made_by(recipe))
-        if self._completes():
-            with self.stages(COMPLETIONS):
-                written = completions.complete(self.network, completions.prompts(self.heldout))
-            self.completions[role] = written
-            if (found := completions.repetition(written)) is not None:
-                row.repetition, row.repetition_error = found
-        self.rows[role] = row
-
-    def compare(self, recipe: Recipe, *, uneven: bool = False) -> None:
-        """Adds the rows of `baselines`; the network is a fresh one afterwards."""
-        for role, other in baselines(recipe, uneven=uneven).items():
-            self.say(f"Measuring the comparison: {_label(other)} …")
-            with self.stages(RUNS):
-                self._compress(other)
-            self.measure(role, other)
-            self.network = None
-            with self.stages(LOADING):
-                self.network = self.fresh()
-
-    def uneven(self, recipe: Recipe, resume_dir: Path | None = None) -> Recipe:
-        """The same options with a share for each site, by what narrowing it costs the network."""
-        assert not isinstance(self.batches, Collected)
-        assert isinstance(recipe.keep, float | int)
-        with self.stages(SENSITIVITY):
-            measured = sensitivity(
-                self.network,
-                self.batches,
-                recipe.sites,
-                keep=recipe.keep,
-                selector=recipe.selector,
-                multiple=recipe.multiple,
-                seed=recipe.seed,
-                non_finite=recipe.non_finite,
-                resume_dir=resume_dir,
-                progress=self.progress,
+        if self.uneven and not self.recipe.compensate:
+            raise InputError(
+                "uneven measures what sites cost once compensated: leave compensate on"
             )
-        undone = UNDONE if recipe.follows_drift else 0.0
-        return replace(recipe, keep=measured.shares(undone=undone))
+        if collected and self.recipe.closed_loop:
+            raise InputError(
+                "statistics are of the dense network: give --open-loop (closed_loop=False)"
+            )
+        folder = self.runtime.resume_dir
+        check_output(self.output, apart=None if folder is None else Path(folder))
+        calibration, evaluate = self.calibration, self.evaluate
+        if isinstance(calibration, Text):
+            calibration = calibration.checked(self.source.source)
+        if evaluate is not None:
+            evaluate = evaluate.checked(self.source.source)
+        _ = self.source.computing
+        return replace(self, calibration=calibration, evaluate=evaluate)
 
-    def run(self, recipe: Recipe, resume_dir: Path | None = None) -> Report:
-        """Compresses the network itself and reports it beside all that was measured."""
-        with self.stages(COMPRESSING):
-            report = self._compress(recipe, resume_dir)
-        self.stages.seconds[COMPRESSING] += report.resumed.get("seconds", 0.0)
-        self.measure("restored" if recipe.compensate else "pruned", recipe)
-        report.evaluation, report.samples = dict(self.rows), self._samples()
-        report.model["bytes"] = {
-            "after": measure_size(self.network)[1],
-            "bfloat16": bfloat16_bytes(self.network),
-        }
+    def load(self) -> tuple[Any, Any]:
+        """Returns model and tokenizer, where blocks are brought to a device on the host."""
+        self.say(f"Loading {self.source.source} …")
+        return self.source.load("cpu" if self.runtime.onload is not None else None)
+
+    def say(self, text: str) -> None:
+        """Prints what is about to be done."""
+        if self.runtime.progress and current_processes().number == 0:
+            print(text, file=sys.stderr)
+
+
+class _Work:
+    """A checked call while it is carried out."""
+
+    def __init__(self, call: _Call, command: str, identity: dict[str, str]):
+        self.call, self.stages, self.notes = call, Stages(), list[str]()
+        self._identity = identity
+        self._origin = provenance(command, call.source.source)
+
+    def run(self) -> Report:
+        """Compresses, measures and writes; see `compress_checkpoint`."""
+        call, recipe = self.call, self.call.recipe
+        study = self._study()
+        prediction = self._predicted(study)
+        if study.heldout:
+            call.say("Measuring the dense model …")
+            study.measure("dense")
+        if study.heldout and call.baseline:
+            study.compare(recipe, uneven=call.uneven)
+        if call.uneven:
+            call.say("Measuring what the model loses by each site …")
+            self.notes.append(
+                f"Blocks keep more or less, {recipe.keep:g} of all together, by what narrowing "
+                'each of them costs. Rows without "uneven" have even widths.'
+            )
+            recipe = study.uneven(recipe)
+        call.say("Compressing …")
+        report = study.run(recipe)
+        attribute(report, call.source.name, self._origin)
+        report.notes += self.notes
+        self._write(study, report, prediction)
         return report
 
-    def write(
-        self,
-        report: Report,
-        prediction: Prediction,
-        output: Path,
-        page: Callable[[Report], str | None],
-    ) -> None:
-        """Writes the folder; its report has the time of all stages up to the report itself."""
-        start = time.perf_counter()
-
-        def finished() -> Report:
-            self.stages.seconds[WRITING] = time.perf_counter() - start
-            report.stages = _stages(prediction.seconds, self.stages.seconds)
-            return report
-
-        report.memory["predicted_peak"] = prediction.peak
-        uneven = bool(reasons := report.model["beyond_configuration"])
-        # What the notes advise is done here.
-        report.notes = [note for note in report.notes if not note.startswith(tuple(reasons))]
-        report.notes += [
-            f"{reason}: grail alone loads it, by grail.load_model" for reason in reasons
-        ]
-        export(self.network, self.tokenizer, output, report=finished, page=page, uneven=uneven)
-
-    def _compress(self, recipe: Recipe, resume_dir: Path | None = None) -> Report:
-        return compress(
-            self.network,
-            self.batches,
-            **vars(recipe),
-            onload=self.onload,
-            resume_dir=resume_dir,
-            progress=self.progress,
+    def _study(self) -> Study:
+        """The model and its texts, loaded."""
+        call = self.call
+        with self.stages(IMPORTING), suppress(ImportError):  # once, where a network is loaded often
+            import_module("transformers.modeling_utils")
+        with self.stages(LOADING), warnings_as_notes(CheckpointWarning) as unused:
+            network, tokenizer = call.load()
+        with warnings_as_notes() as notes:
+            batches = self._batches(network, tokenizer)
+        with warnings_as_notes() as others:
+            heldout = call.evaluate.batches(network, tokenizer) if call.evaluate else []
+        self.notes += unused + notes + [f"Held-out text: {note}" for note in others]
+        if isinstance(call.calibration, Text) and call.calibration.is_same_text(call.evaluate):
+            self.notes.append(
+                "The held-out text is the calibration text: the comparison is too kind."
+            )
+        if call.uneven:
+            require_single_channels(find(network, call.recipe.sites), call.recipe)
+        if call.evaluate is not None:
+            source = text_of(call.evaluate.source, heldout)
+            self._origin["evaluation"] = source | call.evaluate.reading
+        return Study(
+            network,
+            lambda: call.load()[0],
+            tokenizer,
+            batches,
+            heldout,
+            self.stages,
+            call.runtime,
+            call.say,
         )
 
-    def _completes(self) -> bool:
-        return self.tokenizer is not None and self.network.can_generate()
+    def _batches(self, network: Any, tokenizer: Any) -> list[Tensor] | Collected:
+        """The calibration of the network."""
+        text = self.call.calibration
+        if isinstance(text, Collected):
+            self._origin["calibration"] = text_of(str(text.folder), text)
+            return text
+        batches = text.batches(network, tokenizer)
+        self._origin["calibration"] = text_of(text.source, batches) | text.reading
+        return batches
 
-    def _samples(self) -> list[dict[str, str]]:
-        """The first completions of each model, "compensated" left out, as text."""
-        shown = {role: rows for role, rows in self.completions.items() if role != "compensated"}
-        if not shown:
-            return []
-        tokens = {"prompt": completions.prompts(self.heldout), **shown}
-        texts = {
-            role: [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-            for role, rows in tokens.items()
-        }
-        count = min(completions.SHOWN, len(texts["prompt"]))
-        return [{role: rows[i] for role, rows in texts.items()} for i in range(count)]
+    def _predicted(self, study: Study) -> Prediction:
+        """The cost of all that follows, said before it begins; refused where the disk is full."""
+        call, recipe = self.call, self.call.recipe
+        prediction = study.predict(recipe, compare=call.baseline, uneven=call.uneven)
+        check_output(call.output, prediction.output)
+        statistics = "" if isinstance(call.calibration, Text) else "statistics of "
+        used = f"{statistics}{self._origin['calibration']['tokens']:,} tokens"
+        call.say(predicted(recipe.keep, prediction.peak, prediction.total, used))
+        stages = (f"{name} {format_seconds(value)}" for name, value in prediction.seconds.items())
+        call.say(f"Time by stage: {', '.join(stages)}.")
+        return prediction
 
-
-def _stages(
-    predicted: Mapping[str, float], measured: Mapping[str, float]
-) -> dict[str, dict[str, float]]:
-    columns = {"predicted": predicted, "measured": measured}
-    rows = {
-        stage: {column: of[stage] for column, of in columns.items() if stage in of}
-        for stage in [*predicted, *(stage for stage in measured if stage not in predicted)]
-    }
-    return {**rows, "total": {column: sum(of.values()) for column, of in columns.items()}}
-
-
-def _label(recipe: Recipe) -> str:
-    return Evaluation(0.0, 0, 0, 0, **_made_by(recipe)).label
-
-
-def _made_by(recipe: Recipe) -> dict[str, Any]:
-    """Returns the fields of a row that say how `options` narrowed a network."""
-    return {
-        "selector": recipe.as_dict()["selector"],
-        "compensation": "weights" if recipe.compensate is True else recipe.compensate or None,
-        "uneven": isinstance(recipe.keep, Mapping),
-    }
+    def _write(self, study: Study, report: Report, prediction: Prediction) -> None:
+        """Writes the output, in the first of several processes, for which the others wait."""
+        call, processes = self.call, current_processes()
+        call.say("Writing, and loading again to compare …")
+        with processes.together():
+            if processes.number > 0:
+                return
+            folder = call.runtime.resume_dir
+            if folder is not None:
+                resume_folder.announce(folder, self._identity)
+            study.write(report, prediction, call.output, page_or_note)
+            if folder is not None:
+                resume_folder.clear(folder)
 
 
-def _count(batches: Sequence[Tensor]) -> int:
-    return sum(batch.numel() for batch in batches)
+def page_or_note(report: Report) -> str | None:
+    """Returns the report as HTML; without plots to draw it adds a note and returns None."""
+    if find_spec("matplotlib") is None:
+        report.notes.append("No report.html: its plots need pip install 'grail-kernels[report]'.")
+        return None
+    return page(report)
 
 
-def _rate(network: Any, batches: Sequence[Tensor]) -> float:
-    """Seconds a token of evaluating a network, from one sequence."""
-    sequence = batches[0][:1]
-    return _timed(lambda: evaluate(network, [sequence], progress=False)) / sequence.numel()
+def predicted(keep: object, peak: float, seconds: float, text: str) -> str:
+    """Returns a sentence with the predicted memory and time of a run."""
+    return (
+        f"Predicted for keep={keep}, {text}: peak memory {format_bytes(peak)}, time "
+        f"{format_seconds(seconds)}."
+    )
 
 
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+@contextmanager
+def warnings_as_notes(kind: type[UserWarning] = UserWarning) -> Iterator[list[str]]:
+    """Collects the library's own warnings, for the report as well as for a screen."""
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", kind)
+        yield notes
+    notes += [str(warning.message) for warning in caught]

@@ -1,8 +1,8 @@
-"""Clocks: the time of a run by phase, of a command by stage."""
+"""Clocks of a run, by phase, and of a command, by stage."""
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,15 +10,15 @@ import torch
 # Of a CPU's clock in seconds, or in a GPU's stream.
 Mark = float | torch.cuda.Event
 
-# Stretches that wait to be added up: as many as keep a GPU busy, of some thirty launches each.
+# Intervals that wait to be added up: enough to keep a GPU busy, at some thirty launches each.
 MARKS = 256
 
 
 class Clock:
-    """Wall seconds by phase: `with clock("gram")`. An inner phase stops the one around it.
+    """Wall seconds by phase: `with clock("gram")`. An inner phase interrupts the outer one.
 
-    On a GPU they are those between marks in its stream, for which nothing waits: a phase begins
-    where the GPU comes to its work, not where the host queues it.
+    On a GPU they are measured between events in its stream, without waiting: a phase begins when
+    the GPU starts its work, not when the host queues it.
     """
 
     def __init__(self, device: torch.device):
@@ -44,14 +44,19 @@ class Clock:
 
     @property
     def phase(self) -> str:
-        """The phase that is under way."""
+        """The current phase; "" outside of any."""
         return self._stack[-1] if self._stack else ""
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Always the same dictionary, up to date when it is asked for."""
+        """The seconds of each phase so far."""
         self._add_up(0)
-        return self._seconds
+        return dict(self._seconds)
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Adds the seconds of an earlier run."""
+        for phase, passed in seconds.items():
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + passed
 
     def _settle(self) -> None:
         now = self._mark()
@@ -69,10 +74,10 @@ class Clock:
         return event
 
     def _add_up(self, left: int) -> None:
-        """Adds up the oldest stretches, all but `left` of them."""
+        """Adds up the oldest intervals, all but `left` of them."""
         while len(self._passed) > left:
             phase, start, end = self._passed.popleft()
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + _between(start, end)
+            self.add({phase: _between(start, end)})
 
 
 def _between(start: Mark, end: Mark) -> float:
@@ -85,7 +90,7 @@ def _between(start: Mark, end: Mark) -> float:
 
 
 class Stages:
-    """Wall seconds of a command by stage: `with stages("loading")`. What runs again is added."""
+    """Wall seconds of a command by stage: `with stages("loading")`. Repeated stages add up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

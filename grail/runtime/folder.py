@@ -1,7 +1,7 @@
 """An output folder that is complete, or is not there at all.
 
-What is to be in it is written into a hidden sibling folder ending in `.partial`, which gets its
-name once everything is on the disk. Whatever interrupts this, the output does not exist.
+Files are written into a hidden sibling folder ending in `.partial`, which gets its name once
+everything is on the disk. If anything interrupts this, the output does not exist.
 """
 
 import hashlib
@@ -15,17 +15,17 @@ from pathlib import Path
 from grail.arguments import as_path
 from grail.errors import ExportError, GrailError, InputError, one_line
 
-PARTIAL = ".partial"  # ends the name of what is not whole
-_MARGIN = 32 << 20  # bytes for tokenizer, configuration and report beside the weights
+PARTIAL = ".partial"  # ends the name of unfinished files and folders
+_MARGIN = 32 << 20  # bytes for tokenizer, configuration and report
 
 
 @contextmanager
 def complete(output: str | Path, failure: type[GrailError], *, size: int = 0) -> Iterator[Path]:
-    """A folder to write into, which becomes `output` at the end of the `with`.
+    """Yields a folder to write into, which becomes `output` at the end of the `with`.
 
     Args:
         output, size: see `check_output`.
-        failure: raised where the disk refuses; what else passes through is not touched.
+        failure: raised for errors of the disk; other errors pass unchanged.
 
     Raises:
         InputError, ExportError: see `check_output`; nothing was written.
@@ -35,7 +35,7 @@ def complete(output: str | Path, failure: type[GrailError], *, size: int = 0) ->
     try:
         partial.mkdir(parents=True)
         yield partial
-        _settle_modes(partial)
+        usual_modes(partial)
         flush(partial)
         partial.rename(final)
         flush(final.parent, contents=False)
@@ -45,8 +45,8 @@ def complete(output: str | Path, failure: type[GrailError], *, size: int = 0) ->
         shutil.rmtree(partial, ignore_errors=True)  # gone already after the rename
 
 
-def _settle_modes(folder: Path) -> None:
-    """Gives every file below the mode that the umask grants: some writers make theirs private."""
+def usual_modes(folder: Path) -> None:
+    """Gives every file below the mode of a new file: some libraries make theirs private."""
     probe = folder / f".{uuid.uuid4().hex}"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -57,7 +57,7 @@ def _settle_modes(folder: Path) -> None:
 
 
 def check_output(output: str | Path, size: int = 0, apart: Path | None = None) -> Path:
-    """Refuses an output folder that cannot be written; call it before any work.
+    """Checks that an output folder can be written; call it before any work.
 
     Args:
         output: the folder to be created.
@@ -77,7 +77,7 @@ def check_output(output: str | Path, size: int = 0, apart: Path | None = None) -
         if isinstance(error, GrailError):
             raise
         raise InputError(
-            f"The output {output} cannot be written: {one_line(error)}; name a folder elsewhere"
+            f"the output {output} cannot be written: {one_line(error)}; name a folder elsewhere"
         ) from error
 
 
@@ -85,23 +85,25 @@ def _check_output(output: Path, size: int, apart: Path | None) -> Path:
     final = output.resolve()  # renaming onto a link would fail at the very end
     if apart is not None and _overlap(final, apart.resolve()):
         raise InputError(
-            f"The output {output} and the folder {apart}, which holds the state of the run, lie "
-            "inside one another; name two that are apart"
+            f"the output {output} and the folder {apart} of the run's state lie inside one "
+            "another; name two that are apart"
         )
     if final.is_mount():
-        raise InputError(f"The output {output} is a mount point; name a folder inside it.")
+        raise InputError(f"the output {output} is a mount point; name a folder inside it")
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         kind = "is not empty" if final.is_dir() else "is a file"
-        raise InputError(f"The output {output} {kind}; name a new or an empty folder.")
+        raise InputError(f"the output {output} {kind}; name a new or an empty folder")
     existing = next(folder for folder in (final, *final.parents) if folder.exists())
     if not existing.is_dir():
-        raise InputError(f"The output {output} lies under {existing}, which is a file.")
+        raise InputError(
+            f"the output {output} lies under {existing}, which is a file; name a folder elsewhere"
+        )
     _try_to_write(final, existing)
     needed, free = size + _MARGIN, shutil.disk_usage(existing).free
     if size and free < needed:
         raise ExportError(
-            f"The output {output} needs {needed / 2**20:,.0f} MiB and the disk has "
-            f"{free / 2**20:,.0f} MiB free; free some space or choose another disk."
+            f"the output {output} needs {needed / 2**20:,.0f} MiB and the disk has "
+            f"{free / 2**20:,.0f} MiB free; free some space or choose another disk"
         )
     return final
 
@@ -115,7 +117,7 @@ def _partial(final: Path) -> Path:
 
 
 def _try_to_write(final: Path, existing: Path) -> None:
-    """Makes and removes a folder where the first one will be made, with the longest name."""
+    """Makes and removes a folder with the longest name, in the first folder that exists."""
     parent = final.parent if existing == final else existing
     longest = max((final, *final.parents), key=lambda path: len(os.fsencode(path.name))).name
     probe = _partial(parent / longest)
@@ -124,7 +126,7 @@ def _try_to_write(final: Path, existing: Path) -> None:
 
 
 def flush(folder: Path, contents: bool = True) -> None:
-    """A folder, and everything in it, is on the disk afterwards: no rename can outrun the data."""
+    """Flushes a folder and its contents to the disk, so that no rename can outrun the data."""
     for path in (*(folder.rglob("*") if contents else ()), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -134,7 +136,7 @@ def flush(folder: Path, contents: bool = True) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, as `sha256sum` prints it."""
+    """Returns the SHA-256 of a file, as `sha256sum` prints it."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

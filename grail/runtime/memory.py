@@ -92,7 +92,7 @@ def explain_oom(
             advice.append("leave the hidden states on the CPU: storage='cpu'")
             advice.append("leave the model there as well: onload='cuda'")
         raise OutOfMemoryError(
-            f"out of memory on {device} ({phase()}); the model is as it was. To need less, "
+            f"out of memory on {device} ({phase()}); the model is as it was; to need less, "
             f"{'; or '.join(advice)}"
         ) from error
 

@@ -1,11 +1,11 @@
-"""Blocks that wait on the host and come to the computing device one at a time.
+"""Blocks of a model on the host, brought to the computing device one at a time.
 
-    host     the model, what narrowing makes of it, hidden states of the calibration set
-    device   the block that runs and the next one on its way; one site's sums, one solve, the
-             activations of one batch
+    host     the model, its narrowed weights, hidden states of the calibration set
+    device   the block that runs and the next one on its way; the statistics of one site, one
+             solve, the activations of one batch
 
-So the device's peak is 2·(largest block) + statistics + working set (`grail.plan.demand`), however
-many blocks there are. Each block travels once: all passes over it are made while it is there.
+So the device's peak is 2·(largest block) + statistics + working set, for any number of blocks. Each
+block is transferred once: all passes over it are made while it is on the device.
 """
 
 import itertools
@@ -17,25 +17,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grail.algebra.kinds import QUANTISED
-from grail.arguments import require_usable
+from grail.arguments import is_quantised, require_usable
 from grail.errors import InputError, ModelError
 
 
 @dataclass
 class _Fetched:
-    """Copies of a block's tensors on the device, and when they have arrived there."""
+    """Copies of a block's tensors on the device, and the event after which they are complete."""
 
     copies: dict[Tensor, Tensor]
     arrived: torch.cuda.Event | None
 
 
 class Onloader:
-    """Brings blocks to a device, the next one while this one works.
+    """Brings blocks to a device, the next one while this one runs.
 
     Args:
         blocks: of the model, on the host.
-        device: which computes; None: where the blocks are, and nothing is moved.
+        device: where they run; None: where they are, and nothing is moved.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device | None):
@@ -47,16 +46,16 @@ class Onloader:
 
     @contextmanager
     def __call__(self, number: int) -> Iterator[None]:
-        """Inside, a block is on the device; afterwards, with what it became, on the host.
+        """Inside, a block is on the device; afterwards it is on the host, with its new weights.
 
-        A parameter is the same object all the time, only its memory is elsewhere: what is written
-        to undo a change later puts back a parameter of the host.
+        A parameter remains the same object, only its memory moves. So a change that is undone later
+        puts back a parameter of the host.
         """
         if self._device is None:
             yield
             return
         fetched = self._ahead.pop(number, None) or self._fetch(number)
-        copies = self._landed(fetched.result())
+        copies = self._arrived(fetched.result())
         if number + 1 < len(self._blocks):
             self._ahead[number + 1] = self._fetch(number + 1)
         home = {tensor: tensor.data for tensor in copies}
@@ -76,11 +75,11 @@ class Onloader:
 
     @torch.no_grad()
     def _copy(self, tensors: Sequence[Tensor]) -> _Fetched:
-        with torch.cuda.stream(self._side):  # nothing at all where there is none
+        with torch.cuda.stream(self._side):  # does nothing without a stream
             copies = {t: t.data.to(self._device, copy=True) for t in tensors}
             return _Fetched(copies, self._side.record_event() if self._side else None)
 
-    def _landed(self, fetched: _Fetched) -> dict[Tensor, Tensor]:
+    def _arrived(self, fetched: _Fetched) -> dict[Tensor, Tensor]:
         if fetched.arrived is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(fetched.arrived)
@@ -90,15 +89,15 @@ class Onloader:
 
 
 def largest_block(blocks: Sequence[nn.Module]) -> int:
-    """Bytes of the largest block: parameters and buffers."""
+    """Returns the bytes of the largest block: parameters and buffers."""
     return max(sum(tensor.nbytes for tensor in _tensors(block)) for block in blocks)
 
 
 def computing_device(model: nn.Module, onload: torch.device | str | None) -> torch.device:
-    """Where a model's blocks run.
+    """Returns the device where a model's blocks run.
 
     Raises:
-        InputError: a model that is not in one place, or is on a GPU and yet to be brought to one.
+        InputError: a model on several devices, or one on a GPU with `onload`.
         ModelError: a model without parameters.
     """
     places = {parameter.device for parameter in model.parameters()}
@@ -119,10 +118,10 @@ def computing_device(model: nn.Module, onload: torch.device | str | None) -> tor
 
 
 def _no_parameters(model: nn.Module) -> ModelError:
-    """The refusal of a model that has nothing to narrow."""
+    """Returns the error for a model without parameters."""
     kind = type(model).__name__
     for name, module in model.named_modules():
-        if any(hasattr(module, mark) for mark in QUANTISED):
+        if is_quantised(module):
             where = f"{kind} has a quantised layer, {name or kind} ({type(module).__name__})"
             return ModelError(f"{where}, and no parameters: load the model without quantisation")
     return ModelError(f"{kind} has no parameters; give a network of layers with weights")

@@ -1,106 +1,82 @@
-"""Many processes: each calibrates its share of the batches, the sums meet where they are solved.
+"""Many processes: each calibrates its share of the batches; sums and results are exchanged.
 
     torchrun --nproc-per-node 4 -m grail compress …
 
-Every process holds the whole model and is given all batches, of which it runs every n-th. A site's
-sums are reduced to one of the processes, the packed triangle only, 2·H·(H + 256) bytes; that one
-selects, solves and sends the reduction and the rewritten weights, O·K values, to all others, which
-narrow their models alike. The sums of tokens are integers and so the same for any number of
-processes; the others differ by the rounding of fp32 sums in another order.
+Every process holds the whole model and is given all batches. Process k of n runs batches k, k + n,
+k + 2n, …. Sums of integers are the same for any number of processes; other sums differ by the
+rounding of fp32 sums in another order.
 
-What fails in one process fails in all: before each exchange every process says whether it is well,
-and one that is not says why. A process that is lost ends the others as soon as the group's backend
-notices: at once with gloo, by the group's timeout at the latest.
+An error in one process is raised in all: before each exchange every process sends its state, and
+the others raise RankError with the cause. A process that is lost ends the others as soon as the
+group's backend notices: at once with gloo, by the group's timeout at the latest.
 
-`Processes` is one process alone, for which all of this is nothing; `ProcessGroup` is several.
+`Processes` is one process alone, without any exchange; `ProcessGroup` is several. Grams and fits
+are exchanged by `grail.run.exchange`.
 """
 
-import heapq
 import itertools
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from grail.algebra._fit import Fit
-from grail.algebra.gram import Gram
-from grail.algebra.reduction import Reduction
 from grail.errors import InputError, RankError
 
 # A solve of a large site may keep the others waiting.
 TIMEOUT = timedelta(minutes=30)
 
 Item = TypeVar("Item")
-Key = TypeVar("Key")
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of a site: its reduction, and its consumers' fits, if they are known already.
-
-    `tokens`: how many each consumer read. `notes`: what a person should know.
-    """
-
-    reduction: Reduction
-    fits: tuple[Fit, ...]
-    tokens: tuple[int, ...]
-    notes: tuple[str, ...] = ()
 
 
 class Processes:
     """One process alone.
 
-    `number` of `count`, its own; `sent`: bytes that it gave to others.
+    `number`: its own, from 0 to `count` − 1. `sent`: bytes sent to other processes.
     """
 
     number, count, sent = 0, 1, 0
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Lets what fails in one process fail in all."""
+        """Raises an error of one process in all."""
         yield
 
     def share(self, items: Iterable[Item]) -> Iterable[Item]:
-        """Those of `items` that are this process's."""
+        """Returns this process's share of `items`."""
         return items
 
     def interleaved(self, own: list[Item]) -> list[Item]:
-        """The items of all processes, in the order in which `share` dealt them out."""
+        """Returns the items of all processes, in the order before `share`."""
         return own
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all processes."""
+        """Returns the sum of a tensor over all processes."""
         return tensor
 
     def require_equal(self, what: str, value: Any) -> None:
         """Raises InputError in all processes where `value` differs between them."""
 
-    def decided(
-        self,
-        keys: Sequence[Key],
-        grams: Callable[[Key], Sequence[Gram]],
-        decide: Callable[[Key, Any], Decision],
-        prepare: Callable[[Key], Any],
-        cost: Callable[[Key], float],
-    ) -> Iterator[tuple[Key, Decision]]:
-        """Each key and what was decided for it, in order.
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the values of all processes, by number."""
+        return [value]
 
-        Args:
-            grams: the sums that `decide` reads; here those of the own tokens only.
-            decide: called in one process for each key, with what `prepare` gave.
-            prepare: called in all processes, because it may exchange something.
-            cost: of a decision, in any unit, for an even share of the work.
+    def add_up(self, tensor: Tensor, owner: int | None = None) -> None:
+        """Replaces a tensor by the sum over all processes, in one of them or in all.
+
+        In the others its content is undefined afterwards.
         """
-        for key in keys:
-            yield key, decide(key, prepare(key))
+
+    def broadcast(
+        self, value: Any, tensors: Sequence[Tensor], owner: int
+    ) -> tuple[Any, Sequence[Tensor]]:
+        """Returns the value and the tensors that process `owner` gave; the others give nothing."""
+        return value, tensors
 
 
 class ProcessGroup(Processes):
@@ -109,10 +85,9 @@ class ProcessGroup(Processes):
     def __init__(self, group: dist.ProcessGroup | None = None):
         self._group = group
         self.number, self.count, self.sent = dist.get_rank(group), dist.get_world_size(group), 0
-        # A backend that knows one kind of device only gets tensors there.
+        # Such a backend takes tensors of one kind of device only.
         backend = dist.get_backend(group)
         self._device = {"gloo": "cpu", "nccl": "cuda"}.get(backend)
-        self._work = [(0.0, number) for number in range(self.count)]  # a heap
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -124,7 +99,7 @@ class ProcessGroup(Processes):
             self._agree(f"{type(error).__name__}: {error}")
             raise
         self._agree()
-        # Who ends first closes connections on which others may still wait for that answer.
+        # The first process to end closes connections on which others may still be waiting.
         with suppress(RuntimeError):
             dist.barrier(self._group)
 
@@ -146,79 +121,31 @@ class ProcessGroup(Processes):
             raise InputError(f"{what} must be the same in all {self.count} processes")
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by number."""
         self._agree()
         return self._gathered(value)
 
-    def decided(
-        self,
-        keys: Sequence[Key],
-        grams: Callable[[Key], Sequence[Gram]],
-        decide: Callable[[Key, Any], Decision],
-        prepare: Callable[[Key], Any],
-        cost: Callable[[Key], float],
-    ) -> Iterator[tuple[Key, Decision]]:
-        owners = [self._next_owner(cost(key)) for key in keys]
-        decisions: dict[int, Decision] = {}
-        for place, (key, owner) in enumerate(zip(keys, owners, strict=True)):
-            prepared = prepare(key)
-            for gram in grams(key):
-                self.reduce(gram, owner)
-            if owner == self.number:
-                decisions[place] = decide(key, prepared)
-        for place, (key, owner) in enumerate(zip(keys, owners, strict=True)):
-            yield key, self._broadcast(decisions.pop(place, None), owner)
+    def add_up(self, tensor: Tensor, owner: int | None = None) -> None:
+        self._moved(tensor, self._all_reduce if owner is None else self._reduce_to(owner))
 
-    def reduce(self, gram: Gram, owner: int | None = None) -> None:
-        """Brings the sums of all processes to one, or to all; in the others they are lost."""
-        outputs = 0 if gram.drift is None else gram.drift.outputs
-        shapes = self.gather((gram.channels, outputs))
-        if len({channels for channels, _ in shapes}) > 1 or len({o for _, o in shapes if o}) > 1:
-            raise InputError(
-                f"the processes hold sums of different sites: (channels, outputs) are {shapes}"
-            )
-        for tensor in gram.parts(max(o for _, o in shapes)).values():
-            self._moved(tensor, self._all_reduce if owner is None else self._reduce_to(owner))
-
-    def _next_owner(self, cost: float) -> int:
-        """The process with the least work so far."""
-        work, number = heapq.heappop(self._work)
-        heapq.heappush(self._work, (work + cost, number))
-        return number
-
-    def _broadcast(self, decision: Decision | None, owner: int) -> Decision:
-        """The decision of its owner, in all processes; its weights go as they are."""
+    def broadcast(
+        self, value: Any, tensors: Sequence[Tensor], owner: int
+    ) -> tuple[Any, Sequence[Tensor]]:
         self._agree()
-        header: list[Any] = [None]
-        weights: list[Tensor] = []
-        if decision is not None:
-            weights = [weight.contiguous() for fit in decision.fits for weight in _tensors(fit)]
-            bare = [replace(fit, weights=(), shifts=None) for fit in decision.fits]
-            forms = [[(t.shape, t.dtype, t.device) for t in _tensors(fit)] for fit in decision.fits]
-            shifts = [fit.shifts is not None for fit in decision.fits]
-            header = [(replace(decision, fits=tuple(bare)), forms, shifts)]
+        mine = owner == self.number
+        tensors = [tensor.contiguous() for tensor in tensors]
+        header = [(value, [(t.shape, t.dtype, t.device) for t in tensors]) if mine else None]
         self._guarded(
             lambda: dist.broadcast_object_list(header, group=self._group, group_src=owner)
         )
-        sent, forms, shifts = header[0]
-        if decision is None:
-            flat = [form for of_fit in forms for form in of_fit]
-            weights = [torch.empty(s, dtype=d, device=_here(where)) for s, d, where in flat]
+        assert header[0] is not None
+        value, forms = header[0]
+        if mine:
+            self.sent += _bytes(tensors)
         else:
-            self.sent += _bytes(weights)
-        for weight in weights:
-            self._moved(weight, lambda t: dist.broadcast(t, group=self._group, group_src=owner))
-        if decision is not None:
-            return decision
-        parts = iter(weights)
-        fits = []
-        for fit, of_fit, shifted in zip(sent.fits, forms, shifts, strict=True):
-            tensors = tuple(itertools.islice(parts, len(of_fit)))
-            half = len(tensors) // 2 if shifted else len(tensors)
-            fits.append(
-                replace(fit, weights=tensors[:half], shifts=tensors[half:] if shifted else None)
-            )
-        return replace(sent, fits=tuple(fits))
+            tensors = [torch.empty(s, dtype=d, device=_here(where)) for s, d, where in forms]
+        for tensor in tensors:
+            self._moved(tensor, lambda t: dist.broadcast(t, group=self._group, group_src=owner))
+        return value, tensors
 
     def _all_reduce(self, tensor: Tensor) -> None:
         self.sent += _bytes([tensor])
@@ -232,7 +159,7 @@ class ProcessGroup(Processes):
         return reduce
 
     def _agree(self, failure: str | None = None) -> None:
-        """Says whether this process is well; raises where it is and another is not."""
+        """Exchanges failures; raises RankError in a process without one if another has one."""
         failures = self._gathered(failure)
         if failure is None:
             for number, other in enumerate(failures):
@@ -245,7 +172,7 @@ class ProcessGroup(Processes):
         return values
 
     def _moved(self, tensor: Tensor, exchange: Callable[[Tensor], None]) -> Tensor:
-        """Exchanges a tensor in its place, if need be by a copy where the backend can."""
+        """Exchanges a tensor in place, through a copy on the backend's device if needed."""
         there = tensor if self._device is None else tensor.to(self._device)
         self._guarded(lambda: exchange(there))
         return tensor if there is tensor else tensor.copy_(there)
@@ -260,36 +187,20 @@ class ProcessGroup(Processes):
             ) from error
 
 
-def all_reduce(gram: Gram, group: dist.ProcessGroup | None = None) -> None:
-    """Sums a Gram over the processes of a group: afterwards each holds that of all tokens.
-
-    Only the packed triangle is sent. Token counts are integers, and exact. To be called by all
-    processes, also those that saw no token, once after the last update: a second call counts
-    everything again.
-
-    Raises:
-        InputError: Grams of different sites.
-        RankError: another process failed or was lost.
-    """
-    processes = ProcessGroup(group)
-    with processes.together():
-        processes.reduce(gram)
-
-
 def current_processes() -> Processes:
-    """The processes of the default group, or this one alone where there is none."""
+    """Returns the processes of the default group, or this process alone without a group."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return ProcessGroup() if several else Processes()
 
 
 def launched_together() -> bool:
-    """Whether torchrun, or what sets its variables, started several processes."""
+    """Returns whether torchrun, or a launcher with its variables, started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
 def launched(device: str) -> Iterator[str]:
-    """Joins the processes that torchrun started; gives the device of this one."""
+    """Joins the processes that torchrun started; yields the device of this one."""
     if not launched_together() or dist.is_initialized():
         yield device
         return
@@ -314,16 +225,8 @@ def refuse_sharded(model: nn.Module) -> None:
             )
 
 
-def watched(batches: Iterable[Item], seen: list[int]) -> Iterator[Item]:
-    """The same batches, a checksum of each in `seen`."""
-    for batch in batches:
-        leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-        seen.append(checksum(leaf for leaf in leaves if isinstance(leaf, Tensor)))
-        yield batch
-
-
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """Of the shapes and contents of tensors in order."""
+    """Returns a checksum of the shapes, dtypes and contents of tensors in order."""
     found = 0
     for tensor in tensors:
         content = torch.hash_tensor(tensor.detach()).item() if tensor.numel() else 0
@@ -331,16 +234,12 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     return found
 
 
-def _tensors(fit: Fit) -> tuple[Tensor, ...]:
-    return (*fit.weights, *(fit.shifts or ()))
-
-
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _here(device: torch.device) -> torch.device:
-    """This process's device of the same kind."""
+    """Returns this process's device of the same kind."""
     return (
         torch.device(device.type, torch.cuda.current_device()) if device.type == "cuda" else device
     )

@@ -1,6 +1,6 @@
-"""Changes to a model that can be taken back: a failed run leaves it as it was.
+"""Changes to a model that can be undone: a failed run leaves it as it was.
 
-Old tensors are kept by reference, never copied; undoing puts the very same objects back.
+Old tensors are kept by reference, never copied; undoing puts the same objects back.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 class Transaction:
     """Records every change made through it; an exception through the block undoes them.
 
-    `changes`: owners and names of what was set, in order. What is set again leaves its second value
-    behind: only the first is put back.
+    `changes`: owner and name of every attribute that was set, in order. Undoing puts back the value
+    before the first change.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Transaction:
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Sets `owner.name = value`; undoing removes a name that was not there."""
-        place = id(owner), name  # what undoes it holds on to the owner
+        place = id(owner), name  # the function that undoes it keeps the owner alive
         if place not in self._undo:
             if hasattr(owner, name):
                 old = getattr(owner, name)
@@ -49,7 +49,7 @@ class Transaction:
         self.set_attribute(module, name, value.detach().to(getattr(module, name)).contiguous())
 
     def undo(self) -> None:
-        """Takes back every change so far, last first."""
+        """Undoes every change so far, the last one first."""
         while self._undo:
             self._undo.popitem()[1]()
 

@@ -1,33 +1,40 @@
-"""Selectors: a site's statistics and weights in, a `Reduction` out.
+"""Selectors: each chooses the channels of a site from its statistics and weights.
 
-A selector is one file in this folder that registers itself under a name:
+A selector is one file in this folder that registers a function of a `View` under a name:
 
-    @scores("magnitude")                       # a score for each channel [H]; the highest stay
-    def magnitude(view: View) -> Tensor: ...
+    @register("magnitude")
+    def magnitude(view: View) -> Tensor: ...       # scores [H] of the channels; the highest stay
 
-    @reduces("folding")                        # or the whole reduction
-    def folding(view: View) -> Reduction: ...
+    @register("folding")
+    def folding(view: View) -> Reduction: ...      # or the whole reduction
 
-Anything callable of either form can be passed to `grail.compress(selector=...)` directly; it may
-also return the index [K] or the mask [H] of the channels that stay. A selector that reads
-`view.gradient`, for which a run has to go backwards through every block, says so:
-`@scores(name, needs_gradient=True)`, or an attribute `needs_gradient` of its own.
+The selectors of `grail.select.extra` rank below another one of the same kind, by the mean over the
+networks and widths of bench/results/selectors_*.csv. They are usable by name, so that every
+committed figure can be measured again, and are listed last.
+
+Any function of either form can be passed to `grail.compress(selector=...)`; it may also return the
+index [K] or the mask [H] of the channels that stay. A selector that reads `view.gradient`, for
+which a run has to go backwards through every block, has the attribute `needs_gradient`. One whose
+search takes memory registers `peak_bytes`; without it the selector must be cheap.
 """
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from grail.algebra.reduction import Reduction
 from grail.algebra.width import Width
+from grail.arguments import did_you_mean
 from grail.errors import InputError, NonFiniteError
 from grail.select.view import View
 
 __all__ = [
+    "PeakBytes",
+    "Registered",
     "Selector",
     "View",
     "canonical",
@@ -35,22 +42,26 @@ __all__ = [
     "highest",
     "names",
     "needs_gradient",
-    "reduces",
-    "scores",
+    "register",
 ]
 
 Selector = Callable[[View], Reduction | Tensor | Sequence[int]]
+PeakBytes = Callable[[View], int]
+_Choice = TypeVar("_Choice", bound=Callable[[View], Reduction | Tensor])
 
-_registry: dict[str, Selector] = {}
+_EXTRA = f"{__name__}.extra"
+_registry: dict[str, "Registered"] = {}
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """A selector that keeps the channels of highest score [H]."""
+class Registered:
+    """A selector by name; of scores [H] the highest stay. Its fields: see `register`."""
 
     name: str
-    score: Callable[[View], Tensor]
-    needs_gradient: bool
+    choose: Callable[[View], Reduction | Tensor]
+    needs_gradient: bool = False
+    peak_bytes: PeakBytes | None = None
+    folds: bool = False
 
     def __call__(self, view: View) -> Reduction:
         if self.needs_gradient and view.gradient is None:
@@ -58,11 +69,44 @@ class _Scored:
                 f"selector {self.name!r} needs the gradient of the block's output; run it through "
                 "grail.compress, or fill View.gradient"
             )
-        return highest(self.score(view), view.width, f"selector {self.name!r}")
+        chosen = self.choose(view)
+        if isinstance(chosen, Reduction):
+            return chosen
+        return highest(chosen, view.width, f"selector {self.name!r}")
+
+    @property
+    def extra(self) -> bool:
+        """Whether another selector of the same kind ranks higher in the benchmarks."""
+        return self.choose.__module__.startswith(_EXTRA)
+
+
+def register(
+    name: str,
+    *,
+    needs_gradient: bool = False,
+    peak_bytes: PeakBytes | None = None,
+    folds: bool = False,
+) -> Callable[[_Choice], _Choice]:
+    """Registers a function from `View` to scores [H], or to a `Reduction`, as selector `name`.
+
+    Args:
+        needs_gradient: whether it reads `View.gradient`.
+        peak_bytes: the peak memory of its search beside the view.
+        folds: whether it returns a `Folding`.
+    """
+
+    def decorate(choose: _Choice) -> _Choice:
+        _registry[name] = Registered(name, choose, needs_gradient, peak_bytes, folds)
+        return choose
+
+    return decorate
 
 
 def highest(scores: Tensor, width: Width, what: str) -> Reduction:
-    """The best selection of a width, by scores [H] that a selector, named by `what`, gave.
+    """Returns the selection of a width with the highest scores [H].
+
+    Args:
+        what: names the selector in errors.
 
     Raises:
         InputError: scores of another shape.
@@ -78,36 +122,14 @@ def highest(scores: Tensor, width: Width, what: str) -> Reduction:
     return width.best(scores)
 
 
-def reduces(name: str) -> Callable[[Selector], Selector]:
-    """Registers a function from `View` to `Reduction` as selector `name`."""
-
-    def register(selector: Selector) -> Selector:
-        _registry[name] = selector
-        return selector
-
-    return register
-
-
-def scores(
-    name: str, *, needs_gradient: bool = False
-) -> Callable[[Callable[[View], Tensor]], Callable[[View], Tensor]]:
-    """Registers a function from `View` to channel scores [H] (higher stays) as selector `name`."""
-
-    def register(score: Callable[[View], Tensor]) -> Callable[[View], Tensor]:
-        _registry[name] = _Scored(name, score, needs_gradient)
-        return score
-
-    return register
-
-
 def names() -> list[str]:
-    """The names that `get` knows."""
+    """Returns the names of all selectors, those of `grail.select.extra` last."""
     _load()
-    return sorted(_registry)
+    return sorted(_registry, key=lambda name: (_registry[name].extra, name))
 
 
 def get(selector: str | Selector) -> Selector:
-    """The selector of that name; a callable is returned as it is.
+    """Returns the selector of a name; a function is returned unchanged.
 
     Raises:
         InputError: an unknown name.
@@ -116,22 +138,21 @@ def get(selector: str | Selector) -> Selector:
 
 
 def canonical(name: str) -> str:
-    """The name under which a selector is registered, given it in any case, "_" for "-".
+    """Returns the registered form of a name, given in any case, "_" for "-".
 
     Raises:
-        InputError: an unknown name; the message has the nearest known one.
+        InputError: an unknown name; the message names the nearest known one.
     """
     known = {registered.lower(): registered for registered in names()}
     asked = str(name).strip().lower().replace("_", "-")
     if asked in known:
         return known[asked]
-    near = difflib.get_close_matches(asked, known, n=1)
-    meant = f"did you mean {known[near[0]]!r}? " if near else ""
+    meant = did_you_mean(asked, known)
     raise InputError(f"unknown selector {name!r}; {meant}choose one of {', '.join(names())}")
 
 
 def needs_gradient(selector: str | Selector) -> bool:
-    """Whether that selector reads `View.gradient`.
+    """Returns whether a selector reads `View.gradient`.
 
     Raises:
         InputError: an unknown name.
@@ -140,5 +161,6 @@ def needs_gradient(selector: str | Selector) -> bool:
 
 
 def _load() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+    """Imports every file of this folder and its subfolders; each registers its selectors."""
+    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
+        importlib.import_module(module.name)

@@ -1,6 +1,6 @@
-"""Output-aware backward elimination: drop next what costs the compensated output least.
+"""Output-aware backward elimination: drops the channel of least cost to the output, repeatedly.
 
-`greedy` from the other end, with as little damping as an fp32 Gram allows; see
+The search of `greedy` in the other direction, with as little damping as an fp32 Gram allows; see
 `grail.select.elimination`.
 
 Source: Hassibi, Stork, "Second order derivatives for network pruning: optimal brain surgeon"
@@ -8,11 +8,11 @@ Source: Hassibi, Stork, "Second order derivatives for network pruning: optimal b
 """
 
 from grail.algebra.reduction import Reduction
-from grail.select import View, reduces
+from grail.select import View, register
 from grail.select.elimination import DAMPING, eliminate, exact_cost
 
 
-@reduces("backward")
+@register("backward")
 def backward(view: View) -> Reduction:
-    """What is left once the cheapest channels, or heads, are dropped one after another."""
+    """Drops the cheapest channels, or heads, one after another."""
     return eliminate(view, DAMPING, exact_cost)

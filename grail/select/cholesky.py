@@ -1,7 +1,7 @@
-"""Pivoted Cholesky of the Gram: keep next the channel that those kept say least about.
+"""Pivoted Cholesky of the Gram: repeatedly keeps the channel that the kept ones explain least.
 
-The score of a channel is its energy left unexplained, S_hh of the Schur complement, when its turn
-comes; the order is that of the largest, so scores never rise. Sees the data and no weights.
+The score of a channel is its unexplained energy, S_hh of the Schur complement, at the step at which
+it is chosen. The largest is chosen first, so scores never rise. Reads the data and no weights.
 
 Source: Higham, "Analysis of the Cholesky decomposition of a semi-definite matrix" (1990), complete
 pivoting; as column selection, Harbrecht, Peters, Schneider (Appl. Numer. Math. 2012).
@@ -10,15 +10,15 @@ pivoting; as column selection, Harbrecht, Peters, Schneider (Appl. Numer. Math. 
 import torch
 from torch import Tensor
 
-from grail.select import View, scores
+from grail.select import View, register
 
 
 def peak_bytes(channels: int, kept: int, outputs: int) -> int:
-    """The most memory that scoring H channels takes: G and its factor."""
+    """Returns the peak memory of scoring H channels: G and its factor."""
     return 16 * channels * channels
 
 
-@scores("cholesky")
+@register("cholesky")
 def pivoted_cholesky(view: View) -> Tensor:
     """S_hh at the step at which channel h is chosen [H]."""
     gram = view.gram.matrix().double()

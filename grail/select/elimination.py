@@ -1,19 +1,19 @@
-"""Optimal brain surgeon by whole columns: drop next the channel whose loss costs the output least.
+"""Optimal brain surgeon by whole columns: repeatedly drops the channel of least cost.
 
-With M = G + λI, and every weight free to make up for what is dropped, dropping channel j costs
+With M = G + λI, and all remaining weights free to compensate, dropping channel j costs
 
-    ‖W_:j‖² / [M⁻¹]_jj        and then        W ← W − W_:j [M⁻¹]_j: / [M⁻¹]_jj
-                                              M⁻¹ ← M⁻¹ − [M⁻¹]_:j [M⁻¹]_j: / [M⁻¹]_jj
+    ‖W_:j‖² / [M⁻¹]_jj        and then        W ← W − W_:j·[M⁻¹]_j: / [M⁻¹]_jj
+                                              M⁻¹ ← M⁻¹ − [M⁻¹]_:j·[M⁻¹]_j: / [M⁻¹]_jj
 
-which is the forward search of `grail.select.greedy` with M⁻¹ in the place of S, W in that of W S
-and the least in that of the most: both run `grail.select.pivots`. Of H channels, D dropped: 2·H³
+This is the forward search of `grail.select.greedy` with M⁻¹ instead of S, W instead of W·S and the
+least instead of the largest: both run `grail.select.pivots`. To drop D of H channels takes 2·H³
 FLOPs for the inverse, then H·D² + 2·D·O·H.
 
-The updates of W need no code of their own: whatever the order, with the set D dropped and P kept
-they end in W_P + W_D M_DP M_PP⁻¹, which is `grail.fit(..., toward="baseline")` with the same λ.
+The updates of W are not computed: in any order, with the set D dropped and P kept, they end in
+W_P + W_D·M_DP·M_PP⁻¹, which is `grail.fit(..., toward="baseline")` with the same λ.
 
-Heads go one by one, as blocks of channels: first those that a key/value group has too many of, then
-whole groups. A channel without data costs nothing.
+Heads are dropped one by one, as blocks of channels: first the surplus heads of each key/value
+group, then whole groups. A channel without data costs nothing.
 
 Source: Hassibi, Stork, "Second order derivatives for network pruning: optimal brain surgeon"
 (NeurIPS 1992), by columns as in Kurtic, Frantar, Alistarh, "ZipLM" (NeurIPS 2023).
@@ -34,12 +34,12 @@ from grail.select.view import View
 # of it.
 DAMPING = 3e-5
 
-# What the loss of a block of channels costs, from its columns [O, d] and block of M⁻¹ [d, d].
+# The cost of dropping a block of channels, from its columns [O, d] and block of M⁻¹ [d, d].
 BlockCost = Callable[[Tensor, Tensor], Tensor]
 
 
 def eliminate(view: View, damping: float, block_cost: BlockCost) -> Selection:
-    """What is left once the channels, or heads, of least cost are dropped one after another.
+    """Drops the channels, or heads, of least cost one after another.
 
     Args:
         damping: λ as a share of the mean diagonal of G.
@@ -56,7 +56,7 @@ def eliminate(view: View, damping: float, block_cost: BlockCost) -> Selection:
 
 
 def peak_bytes(channels: int, kept: int, outputs: int) -> int:
-    """The most memory that the choice of `kept` of H channels for O outputs takes."""
+    """Returns the peak memory of choosing `kept` of H channels for O outputs."""
     h, o = channels, outputs
     solving = 3 * h * h  # the identity, the factor of M and its inverse, beside G
     # V; the inverse is in G's place.
@@ -65,17 +65,17 @@ def peak_bytes(channels: int, kept: int, outputs: int) -> int:
 
 
 def exact_cost(columns: Tensor, inverse: Tensor) -> Tensor:
-    """tr(W_g ([M⁻¹]_gg)⁻¹ W_gᵀ): the squared output error once all others compensate."""
+    """Returns tr(W_g·([M⁻¹]_gg)⁻¹·W_gᵀ), the squared output error after all others compensate."""
     return (columns @ torch.linalg.inv(inverse) * columns).sum()
 
 
 def cheapness(squares: Tensor, left: Tensor, first: Tensor) -> Tensor:
-    """-‖W_:j‖² / [M⁻¹]_jj by channel, for `pivots`."""
+    """Returns -‖W_:j‖² / [M⁻¹]_jj by channel, for `pivots`."""
     return -squares / left
 
 
 def _prepared(view: View, damping: float) -> tuple[Tensor, Tensor]:
-    """M⁻¹ [H, H] and Wᵀ [H, O] in fp64, with channels without data cut off."""
+    """Returns M⁻¹ [H, H] and Wᵀ [H, O] in fp64, with channels without data decoupled."""
     gram = view.gram.matrix().double()
     weight = gram.new_empty(view.consumer.mT.shape).copy_(view.consumer.mT)
     mean, dead = gram.diagonal().mean(), gram.diagonal() == 0
@@ -85,9 +85,9 @@ def _prepared(view: View, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def _kept_heads(inverse: Tensor, weight: Tensor, width: HeadWidth, cost: BlockCost) -> Tensor:
-    """The channels [K] that stay; `inverse` and `weight` are overwritten."""
+    """Returns the channels [K] that stay; overwrites `inverse` and `weight`."""
     channels = torch.arange(width.channels).view(width.groups, width.queries, width.head_dim)
-    groups = [list(group) for group in channels]  # of each, the channels of its heads
+    groups = [list(group) for group in channels]  # by group, the channels of each head
 
     def drop_cheapest(blocks: list[Tensor]) -> int:
         costs = [float(cost(weight[:, g], inverse[g[:, None], g])) for g in blocks]

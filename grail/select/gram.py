@@ -1,11 +1,11 @@
-"""Gram energy: the second moment of a channel, Σ x_h². Sees the data and no weights."""
+"""Gram energy: the second moment of a channel, Σ x_h². Reads the data and no weights."""
 
 from torch import Tensor
 
-from grail.select import View, scores
+from grail.select import View, register
 
 
-@scores("gram")
+@register("gram")
 def gram_energy(view: View) -> Tensor:
     """G_hh [H]."""
     return view.gram.energy

@@ -1,23 +1,22 @@
 """The search that `greedy` runs forward and `elimination` backward, by blocks of channels.
 
-Each chosen channel j takes its part out of all the others, for a symmetric S [H, H] and A [O, H]:
+Each chosen channel j is projected out of all others, for a symmetric S [H, H] and A [O, H]:
 
-    S ← S − S_:j S_j: / S_jj        A ← A − A_:j S_j: / S_jj
+    S ← S − S_:j·S_j: / S_jj        A ← A − A_:j·S_j: / S_jj
 
-S itself is never rewritten: a pivoted partial Cholesky S ≈ V Vᵀ gives what is asked for, S − V Vᵀ,
-and A is corrected by the outer products of V. To work with matrices, not vectors, the order is
-exact among the candidates only, those of best score, and all channels are looked at again after a
-block of choices.
+S itself is not rewritten: a pivoted partial Cholesky S ≈ V·Vᵀ gives S − V·Vᵀ where it is needed,
+and A is updated by the outer products of V. To work with matrices, not vectors, the order is exact
+among the candidates only, those of best score, and all scores are updated after a block of choices.
 
-A score needs no more of A than ‖A_:j‖², so the choices within a block are made on two matrices of
-the p candidates alone, S_PP and B = A_PᵀA_P. With v = S_:j/√S_jj, c = B_:j/√S_jj and
-d = c − v·c_j/(2√S_jj) they become
+A score needs only ‖A_:j‖² of A, so the choices within a block are made on two matrices of the p
+candidates alone, S_PP and B = A_Pᵀ·A_P. With v = S_:j/√S_jj, c = B_:j/√S_jj and
+d = c − v·c_j/(2·√S_jj) they become
 
-    S_PP − v vᵀ        B − v dᵀ − d vᵀ
+    S_PP − v·vᵀ        B − v·dᵀ − d·vᵀ
 
-That is done on the CPU, wherever S is: a choice costs a few passes over [p, p], where on a GPU it
-would wait for a dozen launches and a look at the result. Then one triangular solve brings the
-columns of V and the corrections of A for the whole block.
+That runs on the CPU, wherever S is: a choice takes a few passes over [p, p], where a GPU would wait
+for a dozen launches and a synchronisation. Then one triangular solve gives the columns of V and the
+updates of A for the whole block.
 
 FLOPs for N channels in blocks of b with p candidates: H·N² for V, 2·N·O·H for A, 2·N·O·p²/b for B,
 and N passes over [p, p]. Bytes: N/b times A read twice and written once, V read once.
@@ -29,19 +28,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Channels that are chosen between two looks at all of them, and how many times as many of the best
-# are candidates for that.
+# Channels that are chosen between two updates of all scores, and candidates for each of them.
 BLOCK, POOL = 16, 8
 
-# From ‖A_:j‖² [n], diag S [n] and what diag S was at first [n]: a score [n], the highest is next.
+# From ‖A_:j‖² [n], diag S [n] and the initial diag S [n]: a score [n], the highest is next.
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def working_numbers(channels: int, count: int, outputs: int) -> int:
-    """The most fp64 numbers that a search for `count` of H channels holds beside S, A and V."""
+    """Returns the most fp64 numbers held beside S, A and V while `count` channels are chosen."""
     h, o, pool = channels, outputs, min(POOL * BLOCK, channels)
-    # Of the candidates, their columns of A or rows of V and two matrices among them; or two forms
-    # of a block's columns. Beside either the block's before, and what is known of each channel.
+    # The candidates' columns of A or rows of V and two matrices among them, or two forms of a
+    # block's columns. In both cases also the previous block's, and the vectors by channel.
     among = pool * (max(o, count) + 2 * pool)
     return BLOCK * (h + o) + max(among, 2 * BLOCK * (h + o)) + 5 * h
 
@@ -49,14 +47,14 @@ def working_numbers(channels: int, count: int, outputs: int) -> int:
 def pivots(
     matrix: Tensor, outputs: Tensor, count: int, score: Score, block: int = BLOCK
 ) -> list[int]:
-    """Up to `count` channels in the order of their choice; of equals the first.
+    """Returns up to `count` channels in the order of their choice; of equals the first.
 
     Stops before a channel whose score is -inf.
 
     Args:
         matrix: S [H, H] fp64.
-        outputs: Aᵀ [H, O] fp64, so that what a channel has is in one place; overwritten.
-        block: how many are chosen between two looks at all channels; 1 is the exact greedy order.
+        outputs: Aᵀ [H, O] fp64, so that a channel's numbers are contiguous; overwritten.
+        block: channels chosen between two updates of all scores; 1 is the exact greedy order.
     """
     first = matrix.diagonal()
     left = first.clone()  # diag S
@@ -96,12 +94,12 @@ def _chosen_among(
     count: int,
     score: Score,
 ) -> tuple[list[int], Tensor]:
-    """Up to `count` of p candidates, exactly one after another.
+    """Chooses up to `count` of p candidates, exactly one after another.
 
     Args:
         schur: S_PP [p, p]; overwritten.
-        products: A_PᵀA_P [p, p]; overwritten.
-        state: what diag S_PP was at first [p], and which [p] are chosen already.
+        products: A_Pᵀ·A_P [p, p]; overwritten.
+        state: the initial diag S_PP [p], and the mask [p] of those chosen before.
 
     Returns:
         Their places among the candidates, and their rows of their own columns of V: the lower
@@ -132,16 +130,16 @@ def _chosen_among(
 
 
 def _schur_complement(matrix: Tensor, factor: Tensor, index: Tensor) -> Tensor:
-    """(S − V Vᵀ) [n, n] of the channels `index` [n]."""
+    """Returns (S − V·Vᵀ) [n, n] of the channels `index` [n]."""
     rows = factor[index]
     return torch.addmm(matrix[index[:, None], index], rows, rows.mT, alpha=-1)
 
 
 def _rows(matrix: Tensor, factor: Tensor, index: Tensor) -> Tensor:
-    """(S − V Vᵀ) [n, H] of the channels `index` [n]."""
+    """Returns (S − V·Vᵀ) [n, H] of the channels `index` [n]."""
     return torch.addmm(matrix[index], factor[index], factor.mT, alpha=-1)
 
 
 def _products(rows: Tensor) -> Tensor:
-    """Inner products [n, n] of rows [n, O]."""
+    """Returns the inner products [n, n] of rows [n, O]."""
     return rows @ rows.mT

@@ -1,12 +1,12 @@
-"""Random: the floor that every selector has to beat. Seeded by run and site."""
+"""Random: the lower bound for every selector. Seeded by run and site."""
 
 import torch
 from torch import Tensor
 
-from grail.select import View, scores
+from grail.select import View, register
 
 
-@scores("random")
+@register("random")
 def random(view: View) -> Tensor:
     """Independent uniform scores [H]; whole heads get one score."""
     width = view.width

@@ -1,13 +1,13 @@
 """SlimGPT's batched greedy pruning: optimal brain surgeon by columns, with 1% of damping.
 
 A channel costs Σ_o W_oj² / [H⁻¹]_jj, a head Σ_o Σ_j W_oj² / L_jj² with L Lᵀ = [H⁻¹]_gg (L_jj² is
-[H⁻¹]_jj once the head's channels before j are gone); see `grail.select.elimination`. The authors
-drop channels in groups of 64 to 1024 between two looks at the costs, for speed; here every one that
-goes is followed by a look at 128 candidates.
+[H⁻¹]_jj once the head's channels before j are dropped); see `grail.select.elimination`. The authors
+drop channels in groups of 64 to 1024 before they update the costs, for speed. Here the costs of 128
+candidates are updated after each dropped channel.
 
-Their weight update is compensation: `grail.fit(..., alpha=0.01, toward="baseline")`, to the letter
-with λ from the mean diagonal of all channels, not of those kept. The layer ratios that they raise
-with depth are `grail.budget.slimgpt`.
+Their weight update is `grail.fit(..., alpha=0.01, toward="baseline")`, except that they take λ from
+the mean diagonal of all channels, not of those kept. The layer ratios that they raise with depth
+are `grail.run.budget.slimgpt`.
 
 Source: Ling, Wang, Yan, Liu, "SlimGPT: layer-wise structured pruning for large language models"
 (NeurIPS 2024), section 3.2.
@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from grail.algebra.reduction import Reduction
-from grail.select import View, reduces
+from grail.select import View, register
 from grail.select.elimination import eliminate
 
 DAMPING = 1e-2
 
 
-@reduces("slimgpt")
+@register("slimgpt")
 def slimgpt(view: View) -> Reduction:
-    """What is left once the cheapest channels, or heads, are dropped one after another."""
+    """Drops the cheapest channels, or heads, one after another."""
     return eliminate(view, DAMPING, grouped_cholesky_cost)
 
 
 def grouped_cholesky_cost(columns: Tensor, inverse: Tensor) -> Tensor:
-    """Σ_o Σ_j W_oj² / L_jj², from a head's columns [O, d] and block of H⁻¹ [d, d]."""
+    """Returns Σ_o Σ_j W_oj² / L_jj² from a head's columns [O, d] and block of H⁻¹ [d, d]."""
     pivots = torch.linalg.cholesky(inverse).diagonal().square()
     return (columns.square().sum(0) / pivots).sum()

@@ -1,4 +1,4 @@
-"""What a selector sees of one site."""
+"""The input of a selector: one site's weights, statistics and width."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,21 @@ from grail.algebra.width import Width
 
 @dataclass(frozen=True)
 class View:
-    """One site: weights, statistics, and the width that it must come to.
+    """One site: weights, statistics and target width.
 
-    `producers`: weights [H, ...] whose row h writes channel h (of grouped attention, keys and
-    values repeated to their query heads). `consumer`: [O, H]; of several consumers, or of a
-    convolution's taps, all rows stacked along O. `gram`: of the consumer's input. `generator`:
-    seeded by run and site, for selectors that draw. `gradient`: [O, H] fp32, root mean square over
-    calibration sequences of the gradient of the block output's L2 norm with respect to the
-    consumer's weight; only for selectors that `select.needs_gradient`. `drift_correction`: the
-    share β in [0, 1] of the drift that the Gram recorded (`grail.drift`) which the consumer is
-    expected to undo; a Gram that is beside one of a convolution's taps records none. `consumers`:
-    whose inputs the Gram adds up.
+    Args:
+        producers: weights [H, ...] whose row h writes channel h (for grouped attention, keys and
+            values repeated to their query heads).
+        consumer: [O, H]; of several consumers, or of taps, all rows stacked along O.
+        gram: of the consumer's input.
+        width: the number of channels to keep.
+        generator: seeded by run and site, for selectors that draw.
+        gradient: [O, H] fp32, root mean square over calibration sequences of the gradient of the
+            block output's L2 norm with respect to the consumer's weight; only for selectors that
+            need it.
+        drift_correction: the share β in [0, 1] of the recorded drift (`grail.algebra.drift`) that
+            the consumer is expected to correct.
+        consumers: the number of consumers whose inputs the Gram sums.
     """
 
     producers: tuple[Tensor, ...]
@@ -35,10 +39,10 @@ class View:
 
     @property
     def drifted(self) -> Tensor | None:
-        """C = Σ δ xᵀ [O, H] fp32, of which the consumer is to say β; None if there is none."""
+        """C = Σ δ·xᵀ [O, H] fp32, of which the consumer corrects a share β; None without drift."""
         return self.gram.drift.cross if self.gram.drift and self.drift_correction else None
 
     @property
     def rows(self) -> Tensor:
-        """What writes each channel, all producers side by side: [H, D] fp32."""
+        """The weights that write each channel, all producers side by side: [H, D] fp32."""
         return torch.cat([p.float().reshape(len(p), -1) for p in self.producers], dim=1)

@@ -1,7 +1,7 @@
-"""Wanda++'s regional gradient score: Wanda's, plus how strongly a block's output hangs on a weight.
+"""Wanda++'s regional gradient score: Wanda's, plus the gradient of the block's output by a weight.
 
-Added up over the outputs of a channel, as in `grail.select.wanda`. The authors' regional optimiser,
-which moves a block's weights by RMSprop between rounds of scoring, is no part of a score.
+Summed over the outputs of a channel, as in `grail.select.wanda`. The authors' regional optimiser,
+which updates a block's weights by RMSprop between rounds of scoring, is not part of the score.
 
 Source: Yang et al., "Wanda++: pruning large language models via regional gradients" (Findings of
 ACL 2025): (α·√(1/N Σ_n (∂‖f(X_n)‖₂/∂W_oh)²) + ‖x_h‖₂)·|W_oh|, α = 100, N sequences X_n.
@@ -10,12 +10,12 @@ ACL 2025): (α·√(1/N Σ_n (∂‖f(X_n)‖₂/∂W_oh)²) + ‖x_h‖₂)·|W
 from torch import Tensor
 
 from grail.errors import InputError
-from grail.select import View, scores
+from grail.select import View, register
 
 ALPHA = 100.0
 
 
-@scores("wanda++", needs_gradient=True)
+@register("wanda++", needs_gradient=True)
 def wanda_plus(view: View) -> Tensor:
     """Σ_o (100·gradient_oh + ‖x_h‖₂)·|W_oh| [H].
 
@@ -29,7 +29,7 @@ def wanda_plus(view: View) -> Tensor:
             f"{list(view.gradient.shape)}"
         )
     weight = view.consumer.float().abs()
-    # Each consumer's own input: beside the gradient its size counts.
+    # The mean input of one consumer: its size relative to the gradient matters.
     norm = (view.gram.energy / view.consumers).sqrt().to(weight)
     slope = view.gradient.to(weight)
     return ((ALPHA * slope + norm) * weight).sum(0)

@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import grail
-from bench.allocations import peak_bytes
+from bench.tools.allocations import peak_bytes
 from grail.algebra import ridge
 from grail.algebra._fit import peak_bytes as predicted_peak
 from grail.algebra.heldout import ALPHAS
@@ -320,11 +321,8 @@ def test_fewer_tokens_than_channels_and_duplicated_channels_stay_finite(weight):
         ({"alpha": -1.0}, "alpha must be"),
         ({"alpha": float("nan")}, "alpha must be"),
         ({"toward": "nowhere"}, "zero, baseline"),
-        ({"damping": "token"}, "damping must be one of site, channel; got 'token'"),
-        ({"affine": "yes"}, "affine must be True or False; got 'yes'"),
+        ({"fit_bias": "yes"}, "fit_bias must be True or False; got str"),
         ({"drift_correction": 1.5}, r"share in \[0, 1\]"),
-        ({"alpha": "auto"}, "needs held_out"),
-        ({"drift_correction": "auto"}, "needs held_out"),
         ({"held_out": gram_of(torch.ones(3, H + 1))}, "12 channels, the Gram 12, 13"),
         (
             {"gram": drifting(torch.ones(3, H), torch.ones(3, O + 1))},
@@ -340,11 +338,8 @@ def test_fewer_tokens_than_channels_and_duplicated_channels_stay_finite(weight):
         "negative",
         "nan",
         "toward",
-        "damping",
-        "affine",
+        "fit_bias",
         "correction",
-        "no choice",
-        "no choice of correction",
         "held out",
         "drift",
     ],
@@ -353,6 +348,23 @@ def test_arguments_that_do_not_fit_are_refused(x, weight, change, message):
     arguments = {"gram": gram_of(x), "reduction": SELECTION, "weight": weight, **change}
     with pytest.raises(InputError, match=message):
         grail.fit(**arguments)
+
+
+@pytest.mark.parametrize("drift", [False, True], ids=["", "drift"])
+def test_without_held_out_tokens_automatic_settings_are_those_of_a_run(x, weight, drift):
+    gram = drifting(x, torch.ones(len(x), O)) if drift else gram_of(x)
+    found = grail.fit(gram, SELECTION, weight)
+    assert (found.alpha, found.drift_correction) == (1e-3, 0.0)
+    given = grail.fit(gram, SELECTION, weight, alpha=1e-3, toward="baseline", drift_correction=0.0)
+    assert torch.equal(found.weight, given.weight)
+
+
+def test_a_fit_has_the_defaults_of_a_recipe():
+    defaults = {name: p.default for name, p in inspect.signature(grail.fit).parameters.items()}
+    recipe = vars(grail.Recipe())
+    shared = defaults.keys() & recipe.keys()
+    assert shared == {"compensate", "fit_bias", "alpha", "toward", "drift_correction"}
+    assert {name: defaults[name] for name in shared} == {name: recipe[name] for name in shared}
 
 
 def test_a_non_finite_weight_is_located(x, weight):
@@ -416,7 +428,7 @@ def test_the_predicted_memory_is_what_torch_allocates(
             reduction,
             weight,
             toward="baseline",
-            affine=affine,
+            fit_bias=affine,
             drift_correction=("auto" if held_out else 0.5) if drift else 0.0,
             **chosen,
         )
@@ -469,18 +481,15 @@ def integers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x.float(), (x[:, :O] + noise).float(), weight
 
 
-def affine_on_tokens(x, drift, weight, reduction, alpha, toward, damping):
+def affine_on_tokens(x, drift, weight, reduction, alpha, toward):
     """W' [O, K] and b [O] from centred tokens and the normal equations, in fp64."""
     narrow = x.double() @ torch.from_numpy(maps(reduction)).T
     plain = reduction.absorb(weight)
     target = x.double() @ weight.T + drift.double()
     still = narrow - narrow.mean(0)
     normal = still.T @ still
-    ridge_matrix = alpha * (
-        normal.diagonal().diag()
-        if damping == "channel"
-        else normal.diagonal().mean() * torch.eye(reduction.kept, dtype=torch.float64)
-    )
+    identity = torch.eye(reduction.kept, dtype=torch.float64)
+    ridge_matrix = alpha * normal.diagonal().mean() * identity
     shrunk = plain if toward == "baseline" else torch.zeros_like(plain)
     rest = target - narrow @ shrunk.T
     change = torch.linalg.solve(normal + ridge_matrix, still.T @ (rest - rest.mean(0))).T
@@ -501,16 +510,15 @@ def test_an_undamped_affine_fit_is_least_squares_with_an_intercept(integers, red
     columns = np.concatenate([narrow, np.ones((TOKENS, 1))], 1)
     expected, *_ = np.linalg.lstsq(columns, x.double().numpy() @ weight.numpy().T, rcond=None)
     for toward in ("zero", "baseline"):
-        fit = grail.fit(gram_of(x), reduction, weight, alpha=0.0, toward=toward, affine=True)
+        fit = grail.fit(gram_of(x), reduction, weight, alpha=0.0, toward=toward, fit_bias=True)
         np.testing.assert_allclose(fit.weight.numpy(), expected[:-1].T, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(fit.shifts[0].numpy(), expected[-1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("reduction", EVERY_REDUCTION)
 @pytest.mark.parametrize("toward", ["zero", "baseline"])
-@pytest.mark.parametrize("damping", ["site", "channel"])
 @pytest.mark.parametrize("beta", [0.0, 0.6])
-def test_an_affine_fit_is_the_ridge_of_centred_tokens(integers, reduction, toward, damping, beta):
+def test_an_affine_fit_is_the_ridge_of_centred_tokens(integers, reduction, toward, beta):
     x, drift, weight = integers
     fit = grail.fit(
         drifting(x, drift),
@@ -518,11 +526,10 @@ def test_an_affine_fit_is_the_ridge_of_centred_tokens(integers, reduction, towar
         weight,
         alpha=0.05,
         toward=toward,
-        damping=damping,
-        affine=True,
+        fit_bias=True,
         drift_correction=beta,
     )
-    expected = affine_on_tokens(x, beta * drift.double(), weight, reduction, 0.05, toward, damping)
+    expected = affine_on_tokens(x, beta * drift.double(), weight, reduction, 0.05, toward)
     torch.testing.assert_close(fit.weight, expected[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(fit.shifts[0], expected[1], rtol=1e-9, atol=1e-9)
     assert fit.retries == 0
@@ -537,8 +544,8 @@ def test_the_order_for_few_lost_channels_centres_as_well(integers):
     weight = torch.randn(40, H, dtype=torch.float64)
     few = grail.Selection(list(range(1, H)), H)
     nothing = torch.zeros(TOKENS, 40)
-    fit = grail.fit(gram_of(x), few, weight, alpha=0.1, toward="baseline", affine=True)
-    expected = affine_on_tokens(x, nothing, weight, few, 0.1, "baseline", "site")
+    fit = grail.fit(gram_of(x), few, weight, alpha=0.1, toward="baseline", fit_bias=True)
+    expected = affine_on_tokens(x, nothing, weight, few, 0.1, "baseline")
     torch.testing.assert_close(fit.weight, expected[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(fit.shifts[0], expected[1], rtol=1e-9, atol=1e-9)
 
@@ -548,7 +555,7 @@ def test_a_bias_alone_makes_up_for_the_mean_of_what_is_lost(integers, reduction)
     x, _, weight = integers
     plain, r = reduction.absorb(weight), torch.from_numpy(maps(reduction))
     lost = x.double() @ (weight - plain @ r).T
-    fit = grail.fit(gram_of(x), reduction, weight, compensate=False, affine=True)
+    fit = grail.fit(gram_of(x), reduction, weight, compensate=False, fit_bias=True)
     torch.testing.assert_close(fit.weight, plain, rtol=0, atol=0)
     torch.testing.assert_close(fit.shifts[0], lost.mean(0), rtol=1e-9, atol=1e-9)
     nothing = torch.zeros(TOKENS, O)
@@ -556,7 +563,7 @@ def test_a_bias_alone_makes_up_for_the_mean_of_what_is_lost(integers, reduction)
         on_tokens = relative_error(x, nothing, weight, reduction, plain, shift)
         assert error == pytest.approx(on_tokens, rel=1e-9)
     # An infinite ridge is the same; 1e15 leaves of the correction less than fp64's rounding.
-    limit = grail.fit(gram_of(x), reduction, weight, alpha=1e15, toward="baseline", affine=True)
+    limit = grail.fit(gram_of(x), reduction, weight, alpha=1e15, toward="baseline", fit_bias=True)
     torch.testing.assert_close(limit.weight, plain, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(limit.shifts[0], fit.shifts[0], rtol=1e-9, atol=1e-9)
 
@@ -566,19 +573,18 @@ def test_a_bias_alone_is_flaps(integers):
     dropped = np.setdiff1d(np.arange(H), SELECTION.index.numpy())
     # Its released code: the mean input of the lost channels, through their weights.
     expected = (x.double().mean(0)[dropped] * weight[:, dropped]).sum(1)
-    fit = grail.fit(gram_of(x), SELECTION, weight, compensate=False, affine=True)
+    fit = grail.fit(gram_of(x), SELECTION, weight, compensate=False, fit_bias=True)
     torch.testing.assert_close(fit.shifts[0], expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("toward", ["zero", "baseline"])
-@pytest.mark.parametrize("damping", ["site", "channel"])
 def test_what_is_auto_has_the_least_error_on_the_held_out_tokens_with_a_bias_too(
-    integers, reduction, toward, damping
+    integers, reduction, toward
 ):
     x, drift, weight = integers
     train, held = slice(0, 30), slice(30, TOKENS)
-    settings = {"toward": toward, "damping": damping, "affine": True}
+    settings = {"toward": toward, "fit_bias": True}
     chosen = {"alpha": "auto", "drift_correction": "auto"}
     fit = grail.fit(
         drifting(x[train], drift[train]),
@@ -591,7 +597,7 @@ def test_what_is_auto_has_the_least_error_on_the_held_out_tokens_with_a_bias_too
 
     def error(alpha: float, beta: float) -> float:
         narrowed = affine_on_tokens(
-            x[train], beta * drift[train].double(), weight, reduction, alpha, toward, damping
+            x[train], beta * drift[train].double(), weight, reduction, alpha, toward
         )
         return relative_error(x[held], drift[held], weight, reduction, *narrowed)
 
@@ -601,7 +607,7 @@ def test_what_is_auto_has_the_least_error_on_the_held_out_tokens_with_a_bias_too
     assert 0 < fit.drift_correction < 1
     # All tokens then join the fit, centred by their common mean.
     beta = fit.drift_correction
-    both = affine_on_tokens(x, beta * drift.double(), weight, reduction, fit.alpha, toward, damping)
+    both = affine_on_tokens(x, beta * drift.double(), weight, reduction, fit.alpha, toward)
     torch.testing.assert_close(fit.weight, both[0], rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(fit.shifts[0], both[1], rtol=1e-8, atol=1e-8)
     assert fit.error == pytest.approx(relative_error(x, drift, weight, reduction, *both), rel=1e-9)
@@ -619,7 +625,7 @@ def test_where_no_weight_holds_on_other_tokens_a_bias_may(weight, beta):
         weight,
         alpha="auto",
         toward="baseline",
-        affine=True,
+        fit_bias=True,
         drift_correction=beta,
         held_out=drifting(held, torch.ones(H, O)),
     )
@@ -630,11 +636,10 @@ def test_where_no_weight_holds_on_other_tokens_a_bias_may(weight, beta):
     torch.testing.assert_close(fit.shifts[0].float(), weight[:, 1] * mean + beta)
 
 
-@pytest.mark.parametrize("damping", ["site", "channel"])
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
-def test_a_constant_channel_says_no_more_than_a_silent_one(integers, alpha, damping):
+def test_a_constant_channel_says_no_more_than_a_silent_one(integers, alpha):
     x, _, weight = integers
-    settings = {"alpha": alpha, "toward": "baseline", "damping": damping, "affine": True}
+    settings = {"alpha": alpha, "toward": "baseline", "fit_bias": True}
     constant, silent = x / 7, x / 7  # not exact: centring leaves rounding of the constant
     constant[:, 4], silent[:, 4] = 1234.567, 0.0
     fits = [grail.fit(gram_of(t), SELECTION, weight, **settings) for t in (constant, silent)]
@@ -646,7 +651,7 @@ def test_a_constant_channel_says_no_more_than_a_silent_one(integers, alpha, damp
 
 @pytest.mark.parametrize("toward", ["zero", "baseline"])
 def test_one_token_is_rebuilt_by_the_bias(x, weight, toward):
-    fit = grail.fit(gram_of(x[:1]), SELECTION, weight, alpha=0.0, toward=toward, affine=True)
+    fit = grail.fit(gram_of(x[:1]), SELECTION, weight, alpha=0.0, toward=toward, fit_bias=True)
     assert torch.equal(fit.weight, weight[:, SELECTION.index])
     # Squared errors carry the fp32 Gram's rounding of 1e-7.
     assert fit.error < 1e-3 < fit.baseline_error
@@ -654,7 +659,7 @@ def test_one_token_is_rebuilt_by_the_bias(x, weight, toward):
 
 def test_the_bias_takes_up_the_mean_error_of_rounding(integers):
     x, _, weight = integers
-    fit = grail.fit(gram_of(x), SELECTION, weight.bfloat16(), alpha=0.1, affine=True)
+    fit = grail.fit(gram_of(x), SELECTION, weight.bfloat16(), alpha=0.1, fit_bias=True)
     narrow = x.double()[:, SELECTION.index]
     left = x.double() @ weight.bfloat16().double().T - narrow @ fit.weight.double().T
     torch.testing.assert_close(fit.shifts[0], left.mean(0), rtol=1e-9, atol=1e-9)
@@ -662,18 +667,18 @@ def test_the_bias_takes_up_the_mean_error_of_rounding(integers):
 
 def test_each_consumer_has_its_own_shift(integers):
     x, _, weight = integers
-    both = grail.fit(gram_of(x), SELECTION, [weight, weight[:2].float()], affine=True)
-    alone = grail.fit(gram_of(x), SELECTION, weight[:2].float(), affine=True)
+    both = grail.fit(gram_of(x), SELECTION, [weight, weight[:2].float()], fit_bias=True)
+    alone = grail.fit(gram_of(x), SELECTION, weight[:2].float(), fit_bias=True)
     assert [len(shift) for shift in both.shifts] == [O, 2]
     torch.testing.assert_close(both.shifts[1], alone.shifts[0], rtol=1e-9, atol=1e-9)
 
 
 def test_a_site_that_keeps_all_its_channels_can_undo_drift_by_its_bias_too(integers):
     x, drift, weight = integers
-    settings = {"alpha": 0.1, "toward": "baseline", "affine": True}
+    settings = {"alpha": 0.1, "toward": "baseline", "fit_bias": True}
     everything = grail.Selection(range(H), H)
     fit = grail.fit(drifting(x, drift), everything, weight, drift_correction=1.0, **settings)
-    expected = affine_on_tokens(x, drift, weight, everything, 0.1, "baseline", "site")
+    expected = affine_on_tokens(x, drift, weight, everything, 0.1, "baseline")
     torch.testing.assert_close(fit.weight, expected[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(fit.shifts[0], expected[1], rtol=1e-9, atol=1e-9)
     unchanged = grail.fit(gram_of(x), everything, weight, **settings)
@@ -682,48 +687,6 @@ def test_a_site_that_keeps_all_its_channels_can_undo_drift_by_its_bias_too(integ
 
 def test_only_an_affine_fit_has_shifts(x, weight):
     assert grail.fit(gram_of(x), SELECTION, weight).shifts is None
-
-
-@pytest.mark.parametrize("reduction", EVERY_REDUCTION)
-@pytest.mark.parametrize("toward", ["zero", "baseline"])
-def test_damping_by_channel_is_the_ridge_of_each_channels_energy(integers, reduction, toward):
-    x, _, weight = integers
-    narrow, plain = x.double() @ torch.from_numpy(maps(reduction)).T, reduction.absorb(weight)
-    normal = narrow.T @ narrow
-    shrunk = plain if toward == "baseline" else torch.zeros_like(plain)
-    rest = x.double() @ weight.T - narrow @ shrunk.T
-    damped = normal + 0.3 * normal.diagonal().diag()
-    expected = shrunk + torch.linalg.solve(damped, narrow.T @ rest).T
-    fit = grail.fit(gram_of(x), reduction, weight, alpha=0.3, toward=toward, damping="channel")
-    torch.testing.assert_close(fit.weight, expected, rtol=1e-9, atol=1e-9)
-    assert fit.damping == pytest.approx(0.3 * normal.diagonal().mean().item())
-
-
-@pytest.mark.parametrize("affine", [False, True], ids=["", "affine"])
-def test_damping_by_channel_does_not_see_how_loud_a_channel_is(integers, affine):
-    x, _, weight = integers
-    loudness = torch.exp2(torch.arange(H, dtype=torch.float32) - 6)  # exact in any sum
-    settings = {"alpha": 0.3, "damping": "channel", "affine": affine}
-    fit = grail.fit(gram_of(x), SELECTION, weight, **settings)
-    louder = grail.fit(gram_of(x * loudness), SELECTION, weight / loudness, **settings)
-    torch.testing.assert_close(
-        louder.weight * loudness[SELECTION.index], fit.weight, rtol=1e-9, atol=1e-9
-    )
-
-
-@pytest.mark.parametrize("affine", [False, True], ids=["", "affine"])
-def test_a_dead_channel_is_no_obstacle_to_damping_by_channel(integers, affine):
-    x, _, weight = integers
-    x[:, 4] = 0
-    without = grail.Selection([1, 5, 9, 10], H)
-    settings = {"alpha": 0.3, "toward": "baseline", "damping": "channel", "affine": affine}
-    fit = grail.fit(gram_of(x), SELECTION, weight, **settings)
-    expected = grail.fit(gram_of(x), without, weight, **settings)
-    torch.testing.assert_close(fit.weight[:, [0, 2, 3, 4]], expected.weight, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(fit.weight[:, 1], weight[:, 4])
-    assert fit.retries == 0
-    undamped = grail.fit(gram_of(x), SELECTION, weight, **{**settings, "alpha": 0.0})
-    assert undamped.retries > 0
 
 
 def test_an_automatic_ridge_may_choose_plain_pruning_beside_a_given_correction():

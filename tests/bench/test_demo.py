@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from bench import demo
+from bench.report import demo
 from grail.report.report import Report
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import assets, networks, scores, train
+from bench.quality import networks, scores, train
+from bench.tools import assets
 from grail.errors import InputError
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import scores
+from bench.quality import scores
 
 
 class Wrapped(nn.Identity):

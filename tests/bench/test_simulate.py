@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from bench import simulate
-from bench.measuring import read_rows
+from bench.quality import simulate
+from bench.tools.measuring import read_rows
 
 SMALL = simulate.Shape(
     "llama",

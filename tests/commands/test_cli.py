@@ -26,9 +26,11 @@ transformers = pytest.importorskip("transformers")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from grail.commands import root as commands  # noqa: E402
+from grail import commands  # noqa: E402
+from grail.files import pretrained  # noqa: E402
+from grail.files import text as texts  # noqa: E402
 from grail.files.load import load_model  # noqa: E402
-from grail.run import workflow  # noqa: E402
+from grail.run import study, workflow  # noqa: E402
 from tests.counting import refused  # noqa: E402
 
 SHORT = ["--sequence-length", "32", "--tokens", "512"]
@@ -260,14 +262,15 @@ def test_options_reach_the_library(arguments):
     report = Report.from_json(result.stdout)
     expected = {
         "keep": 0.6,
-        "sites": ["mlp"],
+        "sites": None,
         "selector": "magnitude",
         "alpha": 0.01,
         "seed": 7,
         "toward": "zero",
         "closed_loop": False,
         "multiple": 16,
-        "compensate": "weights",
+        "compensate": True,
+        "fit_bias": False,
     }
     assert {name: report.settings[name] for name in expected} == expected
     assert (report.calibration["tokens"], report.calibration["sequence_length"]) == (512, 32)
@@ -343,7 +346,7 @@ def test_uneven_widths_add_up_and_the_folder_is_read_by_every_command(
     ids=["both", "bias alone", "open loop", "alpha"],
 )
 def test_biases_are_fitted_where_the_model_has_none(given, arguments, tmp_path):
-    result = grail(*arguments, "--bias", *given)
+    result = grail(*arguments, "--fit-bias", *given)
     assert result.exit_code == 0, result.stderr
     model, _ = load_model(tmp_path / "out")
     assert all(layer.mlp.down_proj.bias.any() for layer in model.model.layers)
@@ -355,7 +358,7 @@ def test_biases_are_fitted_where_the_model_has_none(given, arguments, tmp_path):
         ("gpt2", {}, ["--sites", "heads"]),
         ("gpt_neox", {}, ["--sites", "mlp,heads"]),
         ("opt", {}, ["--sites", "heads", "--no-compensate"]),
-        ("bloom", {"n_head": 6, "n_layer": 2}, ["--bias"]),
+        ("bloom", {"n_head": 6, "n_layer": 2}, ["--fit-bias"]),
         ("gptj", {"n_embd": 48, "n_head": 6, "n_layer": 2, "rotary_dim": 4}, []),
     ],
     ids=["gpt2", "gpt_neox", "opt", "bloom", "gptj"],
@@ -386,7 +389,7 @@ def test_widths_beyond_the_configuration_are_written_for_grail_alone(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--no-compensate"], "leave --compensate on"),
+        (["--no-compensate"], "leave compensate on"),
         (["--sites", "mlp,heads"], "whole groups of channels"),
     ],
 )
@@ -395,11 +398,16 @@ def test_uneven_widths_of_what_is_not_measured_are_refused(given, said, argument
 
 
 @pytest.mark.parametrize("given", [["--onload"], ["--statistics", "a", "--open-loop"]])
-def test_uneven_widths_need_text_and_the_model_where_it_runs(given, folder, tmp_path):
+def test_uneven_widths_need_text_and_the_model_where_it_runs(given, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     command = ["compress", folder / "model", "--output", tmp_path / "out", "--uneven", *given]
+    text = ["--calibration", folder / "calibration.txt"]
     if "--onload" in given:
-        command += ["--calibration", folder / "calibration.txt"]
-    assert "--uneven runs the whole model" in refusal(grail(*command))
+        command += text
+    else:
+        collect = ["stats", "collect", folder / "model", *text, "--output", tmp_path / "a", *SHORT]
+        assert grail(*collect).exit_code == 0
+    assert "uneven runs the whole model" in refusal(grail(*command))
 
 
 def test_heldout_text_that_is_the_calibration_text_is_noted(arguments, folder):
@@ -449,7 +457,7 @@ def test_version_is_printed():
 def test_bad_options_are_refused_before_the_model_is_loaded(
     arguments, changes, said, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
+    monkeypatch.setattr(pretrained, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
     assert said in refusal(grail(*arguments, *changes))
     assert not list(tmp_path.iterdir())
 
@@ -529,9 +537,10 @@ def test_any_other_exception_is_one_sentence_and_status_1(
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(workflow, "compress", fail)
-    for name in ("evaluate_model", "inspect_model", "collect_statistics"):
-        monkeypatch.setattr(commands, name, fail)
+    monkeypatch.setattr(study, "compress", fail)
+    monkeypatch.setattr(commands.evaluate, "evaluate_model", fail)
+    monkeypatch.setattr(commands.inspect, "inspect_model", fail)
+    monkeypatch.setattr(commands.stats, "collect_statistics", fail)
     text, model = folder / "heldout.txt", folder / "model"
     commandline = {
         "compress": arguments,
@@ -554,7 +563,7 @@ def test_any_other_exception_is_one_sentence_and_status_1(
 def test_statistics_from_a_wrong_folder_are_refused_before_the_model_is_loaded(
     folder, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
+    monkeypatch.setattr(pretrained, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
     for wrong in (folder / "model", tmp_path / "none", folder / "heldout.txt"):
         result = grail(
             *("compress", folder / "model", "--statistics", wrong, "--open-loop"),
@@ -596,9 +605,11 @@ def test_wikitext2_is_evaluated_as_in_the_literature(
     seen = []
     tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    real = commands.evaluate_model
+    real = commands.evaluate.evaluate_model
     monkeypatch.setattr(
-        commands, "evaluate_model", lambda network, b: (seen.append(b), real(network, b))[1]
+        commands.evaluate,
+        "evaluate_model",
+        lambda network, b: (seen.append(b), real(network, b))[1],
     )
     result = grail("evaluate", tmp_path / "model", "--text", "wikitext2", "--json")
     assert json.loads(result.stdout)["tokens"] == 2047
@@ -639,10 +650,8 @@ def test_fields_and_joins_of_the_calibration_are_those_of_the_evaluation(
     rows = [{"body": words(40, seed), "other": words(40, 90 + seed)} for seed in range(20)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     calls = []
-    real = commands.token_batches
-    monkeypatch.setattr(
-        commands, "token_batches", lambda *a, **k: (calls.append(k), real(*a, **k))[1]
-    )
+    real = texts.token_batches
+    monkeypatch.setattr(texts, "token_batches", lambda *a, **k: (calls.append(k), real(*a, **k))[1])
     source = ["--calibration", tmp_path / "a.json", "--evaluate", tmp_path / "a.json"]
     source += ["--no-baseline", "--field", "body", "--join", "none", "--evaluate-tokens", "64"]
     assert grail(*arguments, *source).exit_code == 0
@@ -682,7 +691,9 @@ def test_text_without_one_sequence_is_refused(
     arguments, text, loads, option, monkeypatch, tmp_path
 ):
     if not loads:
-        monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
+        monkeypatch.setattr(
+            pretrained, "load_model", lambda *a, **k: pytest.fail("loaded the model")
+        )
     (tmp_path / "text.txt").write_text(text)
     said = refusal(grail(*arguments, option, tmp_path / "text.txt"))
     assert "one sequence" in said
@@ -692,7 +703,7 @@ def test_text_without_one_sequence_is_refused(
 def test_too_little_text_for_the_models_own_length_is_refused_before_it_is_loaded(
     folder, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
+    monkeypatch.setattr(pretrained, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
     (tmp_path / "text.txt").write_text(words(30, seed=3))  # 128 positions, fewer bytes
     result = grail("evaluate", folder / "model", "--text", tmp_path / "text.txt")
     assert "less than one sequence of 128" in refusal(result)
@@ -754,7 +765,7 @@ def test_non_finite_weights_are_refused_with_their_site(
 def test_an_output_folder_in_use_is_refused_before_the_model_is_loaded(
     arguments, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
+    monkeypatch.setattr(pretrained, "load_model", lambda *a, **k: pytest.fail("loaded the model"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert "is not empty" in refusal(grail(*arguments))
@@ -764,14 +775,14 @@ def test_an_output_folder_in_use_is_refused_before_the_model_is_loaded(
 def test_too_little_disk_is_refused_before_the_work(arguments, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")(1 << 40, (1 << 40) - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(workflow, "compress", lambda *a, **k: pytest.fail("did the work"))
+    monkeypatch.setattr(study, "compress", lambda *a, **k: pytest.fail("did the work"))
     assert "MiB free" in refusal(grail(*arguments))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("module", "stage"),
-    [(commands, "load_model"), (workflow, "evaluate"), (workflow, "compress"), (commands, "page")],
+    [(pretrained, "load_model"), (study, "evaluate"), (study, "compress"), (workflow, "page")],
     ids=["load", "evaluate", "compress", "page"],
 )
 def test_an_interrupted_run_leaves_nothing_behind(
@@ -820,7 +831,7 @@ def test_running_out_of_memory_names_the_knobs(error, arguments, monkeypatch):
     def exhausted(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(workflow, "compress", exhausted)
+    monkeypatch.setattr(study, "compress", exhausted)
     assert "--batch-size" in refusal(grail(*arguments))
 
 
@@ -832,7 +843,7 @@ def test_debug_shows_the_traceback(arguments):
 
 
 def test_missing_matplotlib_costs_the_page_and_not_the_run(arguments, monkeypatch, tmp_path):
-    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    monkeypatch.setattr(workflow, "find_spec", lambda name: None)
     result = grail(*arguments, "--json")
     assert any("grail-kernels[report]" in note for note in Report.from_json(result.stdout).notes)
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -919,7 +930,7 @@ def test_the_same_text_is_known_by_another_path(folder, tmp_path, way):
     elif way != "same":
         second.write_text(first.read_text() + ("" if way == "copy" else "w5"))
     sources = first, first if way == "same" else second
-    one, other = (commands._Text(str(path), 64, 32, 4, None, None, None) for path in sources)
+    one, other = (texts.Text(str(path)) for path in sources)
     assert one.is_same_text(other) == (way != "other")
 
 
@@ -929,7 +940,7 @@ def test_a_full_disk_behind_the_printing_does_not_hide_the_output(
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(commands, "_print_report", full)
+    monkeypatch.setattr(commands.compress, "_print_report", full)
     result = grail(*arguments)
     assert result.exit_code == 0
     assert f"complete in {tmp_path / 'out'}" in result.stderr

@@ -108,19 +108,18 @@ def test_the_card_says_what_hubs_read(source, base, uneven):
 
 
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
-def test_the_code_on_the_card_loads_the_model(tiny_llama, tiny_batches, tmp_path, uneven):
+def test_the_code_on_the_card_loads_the_model(
+    tiny_llama, tiny_tokenizer, tiny_batches, tmp_path, uneven
+):
     model = tiny_llama()
     keep = {"mlp": [0.5, 0.75]} if uneven else 0.5
     report = grail.compress(model, tiny_batches(), keep, ("mlp",), multiple=2, progress=False)
-    # Words of the tiny tokenizer are not needed: only the model's lines of the code run.
-    folder = export(model, None, tmp_path / "out", report, uneven=uneven)
+    folder = export(model, tiny_tokenizer(), tmp_path / "out", report, uneven=uneven)
     text = (folder / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(folder))
-    if uneven:
-        code = code.replace("model, tokenizer = load_model(", "model, _ = read_model(")
-        code = code.replace("import load_model", "import read_model")
     names = {}
-    exec("\n".join(line for line in code.splitlines() if "tokenizer =" not in line), names)
+    exec(code, names)
+    assert names["tokenizer"]("w5").input_ids == [5]
     tokens = tiny_batches()[0]
     with torch.no_grad():
         assert torch.equal(names["model"](tokens).logits, model(tokens).logits)
@@ -264,7 +263,7 @@ _SLOW_EXPORT = """
 import sys, time
 import grail
 from transformers import AutoModelForCausalLM
-module = sys.modules["grail.export"]
+module = sys.modules["grail.files._export"]
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 def wait(*_):
     print("written", flush=True)

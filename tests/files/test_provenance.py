@@ -5,12 +5,13 @@ import json
 import struct
 import subprocess
 from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
 import torch
 
-from grail.files import provenance as module
-from grail.files.provenance import commit, provenance, text_source, weight_files
+import grail
+from grail.files.provenance import PACKAGE, commit, provenance, text_source, weight_files
 
 
 def sha256(content):
@@ -87,11 +88,10 @@ def test_token_ids_are_hashed_row_after_row_however_they_are_batched(batches, tm
 
 
 @pytest.fixture
-def repository(tmp_path, monkeypatch):
+def repository(tmp_path):
     """A folder in the place of the package, under git; runs git there."""
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").touch()
-    monkeypatch.setattr(module, "_PACKAGE", tmp_path / "package")
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]
 
     def git(*arguments):
@@ -103,13 +103,18 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_the_commit_is_that_of_the_packages_own_repository(repository, tmp_path):
-    assert commit() is None  # not tracked: a repository that only surrounds the package
+    package = tmp_path / "package"
+    assert commit(package) is None  # not tracked: a repository that only surrounds the package
     repository("add", ".")
     repository("commit", "-m", "first")
     head = repository("rev-parse", "HEAD")
-    assert commit() == head
-    (tmp_path / "package" / "__init__.py").write_text("changed")
-    assert commit() == f"{head}+changes"
+    assert commit(package) == head
+    (package / "__init__.py").write_text("changed")
+    assert commit(package) == f"{head}+changes"
+
+
+def test_the_commit_is_of_the_whole_package():
+    assert Path(grail.__file__).parent == PACKAGE
 
 
 def test_without_git_no_commit_is_claimed(monkeypatch):

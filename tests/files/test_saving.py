@@ -44,7 +44,7 @@ def test_buffers_that_are_not_saved_are_cast_as_the_model_was(
 def test_biases_that_compensation_added(tiny_llama, tiny_batches, tmp_path):
     model, batches = tiny_llama(), tiny_batches()
     keep = {"mlp": [0.5, 0.7]}
-    grail.compress(model, batches, keep, ("mlp",), compensate="both", progress=False)
+    grail.compress(model, batches, keep, ("mlp",), fit_bias=True, progress=False)
     loaded = assert_loads_the_same(model, batches[0], tmp_path / "out", tiny_llama)
     assert isinstance(loaded.model.layers[1].mlp.down_proj.bias, nn.Parameter)
     assert loaded.config.mlp_bias is True

@@ -12,12 +12,12 @@ pytest.importorskip("triton")
 if interpreting():
     pytest.skip("interpreted kernels do not compile", allow_module_level=True)
 
-from bench import aot
+from bench.tools import aot
 
 
 def test_shipped_kernels_compile_to_what_is_recorded() -> None:
     problems = aot.check()
-    assert not problems, "\n".join([*problems, "if meant: python bench/aot.py --write"])
+    assert not problems, "\n".join([*problems, "if meant: python -m bench.tools.aot --write"])
 
 
 def test_the_record_keeps_every_limit() -> None:

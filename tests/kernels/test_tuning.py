@@ -164,7 +164,7 @@ def test_triton_launches_with_the_row_of_its_own_architecture(
 
 @pytest.mark.skipif(interpreting(), reason="interpreted kernels do not compile")
 def test_the_gate_compiles_the_rows_of_each_architecture(own_table: Path) -> None:
-    aot = pytest.importorskip("bench.aot")
+    aot = pytest.importorskip("bench.tools.aot")
     row = {"block_tokens": 16, "block_channels": 32, "group": 3, "warps": 4, "stages": 2}
     rows = {"16-bit": {"wide": row, "middle": {**row, "group": 5}}}
     before = {case.name for case in aot.cases()}

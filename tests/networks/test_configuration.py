@@ -59,12 +59,14 @@ def test_a_model_of_the_same_configuration_still_saves_and_loads(
 
 def test_biases_are_announced_in_the_configuration_of_their_own_model(tiny_model, tiny_batches):
     narrow, dense = of_one_configuration(tiny_model, "llama")
-    grail.compress(narrow, tiny_batches(10), keep=0.5, compensate="bias", progress=False)
+    grail.compress(
+        narrow, tiny_batches(10), keep=0.5, compensate=False, fit_bias=True, progress=False
+    )
     assert (narrow.config.mlp_bias, dense.config.mlp_bias) == (True, False)
 
 
-@pytest.mark.parametrize("compensate", [True, "bias"])
-def test_a_failed_run_leaves_the_very_same_configuration(compensate, tiny_llama, tiny_batches):
+@pytest.mark.parametrize("bias", [{}, {"compensate": False, "fit_bias": True}], ids=["", "bias"])
+def test_a_failed_run_leaves_the_very_same_configuration(bias, tiny_llama, tiny_batches):
     model, calls = tiny_llama(), []
     before = [(module, module.config) for module in model.modules() if "config" in vars(module)]
     said = model.config.to_dict()
@@ -76,7 +78,7 @@ def test_a_failed_run_leaves_the_very_same_configuration(compensate, tiny_llama,
         return view.width.best(view.rows.norm(dim=1))
 
     with pytest.raises(InputError, match="no more"):
-        grail.compress(model, tiny_batches(), selector=fails, compensate=compensate, progress=False)
+        grail.compress(model, tiny_batches(), selector=fails, progress=False, **bias)
     assert all(module.config is config for module, config in before)
     assert model.config.to_dict() == said
 

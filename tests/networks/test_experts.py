@@ -15,9 +15,8 @@ from grail.errors import InputError
 from grail.networks import find
 from grail.networks.layers import Routed
 from grail.report.report import SiteReport
-from grail.run.solver import _last_share
+from grail.run.solver import last_share
 from grail.statistics import collector as passes
-
 from tests.conftest import MIXTURES
 
 ALPHA = 1e-2
@@ -185,13 +184,14 @@ def test_experts_that_undo_nothing_for_want_of_tokens_do_not_speak_for_their_lay
         )  # fmt: skip
 
     rows = [row("a", 0, 90, 0.1), row("b", 1, 90, 0.6), row("c", 1, 10, 0.5), row("d", 1, 0, 0.0)]
-    assert _last_share(rows, "experts") == pytest.approx(0.59)
-    assert _last_share(rows, "mlp") == 0.0
+    assert last_share(rows, "experts") == pytest.approx(0.59)
+    assert last_share(rows, "mlp") == 0.0
 
 
 def test_held_out_sequences_stay_held_out_in_every_expert(tiny_model, tiny_batches):
     from grail.calibrate.stream import Stream
-    from grail.statistics.site_statistics import Statistics
+    from grail.recipe import Recipe
+    from grail.statistics.site_statistics import SiteStatistics
 
     model, batches = tiny_model("mixtral"), tiny_batches(count=5, length=24)
     architecture = find(model)
@@ -199,7 +199,7 @@ def test_held_out_sequences_stay_held_out_in_every_expert(tiny_model, tiny_batch
     sites = architecture.sites(("experts",))[0]
     for site in sites[:2]:
         (consumer,) = site.consumers
-        statistics = Statistics(site.name, consumer, stream, True, True, partial=True)
+        statistics = SiteStatistics(site, consumer, stream, Recipe())
         chosen = []
         experts = model.model.layers[0].mlp.experts
         note = experts.register_forward_pre_hook(lambda _, args, c=chosen: c.append(args[1]))
@@ -281,7 +281,7 @@ def test_a_failed_run_leaves_all_experts_as_they_were(tiny_model, tiny_batches):
             "share a tensor, so they need one width",
         ),
         ({"selector": "wanda++"}, "needs the gradient of its weight"),
-        ({"compensate": "bias"}, "has no bias"),
+        ({"compensate": False, "fit_bias": True}, "has no bias"),
     ],
 )
 def test_what_a_shared_tensor_cannot_hold_is_refused(settings, message, tiny_model, tiny_batches):

@@ -353,7 +353,7 @@ def test_a_forgotten_layer_is_named_as_the_cause_wherever_it_shows(settings):
         grail.compress(model, images(), 0.5, progress=False, **{"sites": [site], **settings})
     assert all(map(torch.equal, model.parameters(), network().parameters()))
     with pytest.raises(ModelError, match="name every layer with weights between"):
-        grail.sensitivity(model, images(), [site], progress=False)
+        grail.sensitivity(model, images(), sites=[site], progress=False)
 
 
 @pytest.mark.parametrize("groups", [4, 8])
@@ -419,7 +419,15 @@ def test_a_bias_takes_up_the_mean_of_what_is_lost():
     model, batches = network(), images()
     dense = copy.deepcopy(model)
     grail.compress(
-        model, batches, 0.5, [HIDDEN], "magnitude", compensate="bias", multiple=1, progress=False
+        model,
+        batches,
+        0.5,
+        [HIDDEN],
+        "magnitude",
+        compensate=False,
+        fit_bias=True,
+        multiple=1,
+        progress=False,
     )
     mean = inputs_of(dense, "out", batches).double().mean(0)
     kept = dense.hidden.weight.detach().norm(dim=1)
@@ -437,7 +445,7 @@ def test_weights_and_bias_together_are_least_squares_with_an_intercept(site):
     model, batches = network(), images()
     dense = copy.deepcopy(model)
     settings = {"alpha": 0.0, "drift_correction": 0, "multiple": 1, "progress": False}
-    grail.compress(model, batches, 0.5, [site], compensate="both", **settings)
+    grail.compress(model, batches, 0.5, [site], fit_bias=True, **settings)
     name = site.consumers[0]
     x, narrow = inputs_of(dense, name, batches), inputs_of(model, name, batches)
     with torch.no_grad():
@@ -459,4 +467,4 @@ def test_a_layer_without_a_place_for_a_bias_is_refused():
     model.down.bias = None
     site = grail.Site(producers=["stem"], consumers=["conv1", "down"])
     with pytest.raises(InputError, match="conv1 has no bias"):
-        grail.compress(model, images(), 0.5, [site], compensate="bias")
+        grail.compress(model, images(), 0.5, [site], compensate=False, fit_bias=True)

@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 import grail
-from bench import families
+from bench.quality import families
 from grail.errors import InputError, ModelError
 from grail.networks import find, structure, supported
 from grail.networks.decoders import LAYOUTS as DECODERS
 from grail.networks.encoders import LAYOUTS as ENCODERS
+from grail.statistics.observing import watch
+from tests.conftest import DECODERS as DECODER_FAMILIES
+from tests.conftest import MIXTURES
 from tests.reported import (
     assert_errors_are_those_of_the_network,
     assert_errors_of_a_run_are_those_of_the_network,
 )
-
-from tests.conftest import DECODERS as DECODER_FAMILIES
-from tests.conftest import MIXTURES
 
 ROWS = re.findall(
     r"^\| `([^`]+)` \|(.*)\|$", families.PAGE.read_text(encoding="utf-8"), re.MULTILINE
@@ -78,12 +78,11 @@ def without_names(monkeypatch):
 
 
 def seen_by(model, block, site, batch):
-    """What a site's consumer reads, and what the network holds where it lands."""
-    read, landed = [], []
-    place = grail.passes.watch(site, block, lambda _, x, __: read.append(x), landed.append)
-    with torch.no_grad(), place:
+    """Returns what a site's consumer reads, and what its probe shows after."""
+    read, observed = [], []
+    with torch.no_grad(), watch(site, block, lambda _, x, __: read.append(x), observed.append):
         model(**batch)
-    return read, landed
+    return read, observed
 
 
 @pytest.mark.parametrize("family", [*DECODER_FAMILIES, *MIXTURES])

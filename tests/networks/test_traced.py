@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 import grail
-from bench.networks import ResNet
+from bench.quality.networks import ResNet
 from grail.errors import ModelError
-
 from tests.networks.test_named import CONV, HIDDEN, Network, network
 
 

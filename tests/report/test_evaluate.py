@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from grail.errors import EmptyCalibrationError, ModelError
 from grail.report._evaluate import bfloat16_bytes, evaluate, measure_size, require_causal
-
 from tests.conftest import DECODERS, MIXTURES
 
 # The loss is a mean of fp32 log-probabilities of size ~10, each within a few hundred roundings

@@ -94,11 +94,11 @@ def report(blocks=4, kinds=("mlp", "heads"), **changes):
 
 def test_uneven_widths_are_shown_and_even_ones_are_not():
     even = report()
-    assert "Who keeps how much" not in page(even)
+    assert "Width per block" not in page(even)
     sites = [dataclasses.replace(site, kept=8 * (2 + site.block)) for site in even.sites]
     keep = {site.name: site.kept / site.channels for site in sites}
     shown = page(report(sites=sites, settings={**even.settings, "keep": keep}))
-    assert "Who keeps how much" in shown
+    assert "Width per block" in shown
     assert "MLP channels 25% to 62%; attention heads 25% to 62%" in shown
 
 
@@ -345,7 +345,7 @@ def test_nothing_is_said_to_be_repaired_where_nothing_was_compensated():
     shown = page(report(sites=sites, settings=settings))
     assert "Nothing was compensated" in shown
     assert "median 0.400 with plain pruning" in shown
-    for word in ("repairs", "improved", "compensation took away", ">compensated<"):
+    for word in ("improved", "compensation removed", ">compensated<"):
         assert word not in shown
 
 
@@ -473,8 +473,8 @@ def test_page_shows_the_share_and_every_row_of_the_table():
     )  # (1 + 0.5 + 0.3 + 0.2) / 4
     assert "off by +10.0%" in text
     # Blocks 1 to 3: 0.13, 0.14 and 0.15.
-    assert "corrected in 3 blocks: what it reads differs from the dense network's by 23.0%" in text
-    assert "by 14.0% once projections see through it" in text
+    assert "input of attention was corrected in 3 blocks" in text
+    assert "is 23.0% before and 14.0% after the correction" in text
     assert "model.layers.3.self_attn" in text
 
 
@@ -517,12 +517,18 @@ def test_every_text_is_escaped():
                 sites=[site],
                 notes=[hostile],
                 versions={hostile: hostile},
+                provenance={hostile: {hostile: [hostile]}},
+                samples=[{"prompt": hostile, "dense": hostile, hostile: hostile}],
+                stages={hostile: {"measured": 1.0}},
+                seconds={hostile: 1.0},
+                inputs=[dataclasses.replace(report().inputs[0], name=hostile)],
             )
         )
     )
     assert "evil" not in document.tags
-    # Title, headline, facts, note, panel title, site row, and both columns of the detail tables.
-    assert document.text.count(hostile) >= 10
+    # Title, headline, 3 facts, 4 of samples, panel title, stage, phase, note, 2 · 2 of settings and
+    # versions, 3 of settings, model, calibration, 3 of the origin, site row and input row.
+    assert document.text.count(hostile) == 27
 
 
 def test_every_colour_follows_the_light_or_dark_scheme():
@@ -657,11 +663,11 @@ def test_drawings_and_bars_shrink_with_the_screen():
 
 def test_drawing_leaves_matplotlib_as_found():
     code = (
-        "import sys, grail.page; assert 'matplotlib' not in sys.modules\n"
-        "from grail.report import Evaluation, Report\n"
+        "import sys, grail.report.page; assert 'matplotlib' not in sys.modules\n"
+        "from grail.report.report import Evaluation, Report\n"
         "import matplotlib; before = matplotlib.rcParams.copy()\n"
         "rows = {'dense': Evaluation(10.0, 8, 8, 8)}\n"
-        "grail.page.page(Report({}, {}, {}, evaluation=rows))\n"
+        "grail.report.page.page(Report({}, {}, {}, evaluation=rows))\n"
         "assert matplotlib.rcParams.copy() == before and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,7 +19,7 @@ from grail.errors import InputError, StateError
 from grail.report.page import page
 from grail.report.report import Report
 from grail.report.summary import resumed_sentence
-from grail.run import checkpoint
+from grail.run import checkpoint, resume_folder
 from grail.runtime import state
 from grail.select import greedy
 from tests import processes
@@ -74,7 +74,7 @@ def assert_same(one, other):
 CASES = {
     "llama": ("llama", {"sites": "mlp,heads"}),
     "open loop": ("llama", {"closed_loop": False, "drift_correction": 0}),
-    "biases": ("llama", {"compensate": "both"}),
+    "biases": ("llama", {"fit_bias": True}),
     "folding": ("llama", {"selector": "folding"}),
     "attention": ("llama", {"correct_attention": True}),
     "conv1d": ("gpt2", {"sites": "mlp,heads"}),
@@ -132,7 +132,7 @@ def expected(killed):
 
 def test_a_run_that_ended_gives_its_result_again(killed, expected, monkeypatch):
     killed()
-    monkeypatch.setattr("grail.run.loop.Run.block", None)
+    monkeypatch.setattr("grail.run.block.BlockCompressor.compress", None)
     assert_same(killed(), expected)
 
 
@@ -217,7 +217,7 @@ def test_two_runs_cannot_use_a_folder_at_once(killed, tmp_path):
 def test_too_little_disk_is_refused_before_the_first_block(killed, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1 << 40, 1 << 40, 1 << 10))
-    monkeypatch.setattr("grail.run.loop.Run.block", None)
+    monkeypatch.setattr("grail.run.block.BlockCompressor.compress", None)
     with pytest.raises(StateError, match="free some space"):
         killed()
 
@@ -248,7 +248,7 @@ def test_two_generations_are_kept_and_clear_removes_them_all(killed, tmp_path):
     blocks = [f"block-{number:04}.state" for number in range(3)]
     assert names == [*blocks, "lock", "position-0002.state", "position-0003.state"]
     (tmp_path / "d/mine.txt").touch()
-    checkpoint.clear(tmp_path / "d")
+    resume_folder.clear(tmp_path / "d")
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["mine.txt"]
 
 
@@ -275,7 +275,7 @@ def test_processes_that_were_killed_apart_go_on_together(tiny_batches, tmp_path)
     for one, other in zip(resumed, expected, strict=True):
         assert one["rows"] == other["rows"]
         assert all(map(torch.equal, one["weights"].values(), other["weights"].values()))
-    checkpoint.clear(tmp_path / "d")
+    resume_folder.clear(tmp_path / "d")
     assert not (tmp_path / "d").exists()
 
 
@@ -286,9 +286,9 @@ def folders(tmp_path):
 def test_the_command_line_survives_kills_at_random_moments(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("typer")
-    command = [sys.executable, "-m", "bench.killing", "--trials", "4"]
+    command = [sys.executable, "-m", "bench.reliability.killing", "--trials", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # more threads do not survive a fork
-    subprocess.run([*command, "--output", tmp_path / "killing.csv"], check=True, env=environment)
+    subprocess.run([*command, "--write", tmp_path / "killing.csv"], check=True, env=environment)
     rows = list(csv.DictReader((tmp_path / "killing.csv").open()))
     assert [row["bitwise equal"] for row in rows] == ["yes"] * 4
     deaths = sum(int(row["deaths"]) for row in rows)
@@ -302,7 +302,7 @@ def command(tiny_folder, tmp_path):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from grail.commands import root as commands
+    from grail import commands
 
     (tmp_path / "text.txt").write_text(" ".join(f"w{3 + n % 90}" for n in range(400)))
     fixed = ["compress", tiny_folder, "--calibration", tmp_path / "text.txt", "--tokens", 64]
@@ -319,7 +319,7 @@ def test_a_command_that_was_killed_once_its_output_was_there_is_done(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "clear", die)
+        patch.setattr(resume_folder, "clear", die)
         with pytest.raises(Killed):
             command()
     assert command("--keep", "0.6").exit_code == 2

@@ -148,7 +148,7 @@ def assert_same_weights(model, other):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"keep": 0.5}, {"keep": 0.7, "selector": "wanda", "compensate": "both", "alpha": 1e-3}],
+    [{"keep": 0.5}, {"keep": 0.7, "selector": "wanda", "fit_bias": True, "alpha": 1e-3}],
 )
 def test_what_was_collected_compresses_like_the_batches_themselves(
     settings, collected, tiny_llama, tiny_batches
@@ -284,7 +284,7 @@ def test_the_command_line_collects_and_merges(tiny_folder, tmp_path):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from grail.commands import root as commands
+    from grail import commands
 
     for name, first in (("a", 3), ("b", 50)):
         words = (f"w{first + n % 40}" for n in range(400))

@@ -12,10 +12,10 @@ from grail.algebra.width import HeadWidth
 from grail.calibrate.stream import Stream
 from grail.errors import EmptyCalibrationError, InputError, ModelError, NonFiniteError
 from grail.networks import find
-from grail.statistics.site_statistics import Statistics
-from tests.counting import injected
-
+from grail.recipe import Recipe
+from grail.statistics.site_statistics import SiteStatistics
 from tests.conftest import FAMILIES
+from tests.counting import injected
 
 ALPHA = 1e-2
 
@@ -201,7 +201,7 @@ def test_attention_that_is_not_plain_is_left_alone(change, tiny_llama, tiny_batc
     [
         {"drift_correction": 0},
         {"closed_loop": False},
-        {"compensate": "both"},
+        {"fit_bias": True},
         {"compensate": False},
     ],
     ids=str,
@@ -229,7 +229,9 @@ def test_weighted_fp16_tokens_do_not_overflow(tiny_llama, tiny_batches):
     model = tiny_llama(num_hidden_layers=1)
     stream = Stream(model, find(model).blocks, tiny_batches(count=1))
     ((site,),) = find(model).sites(("mlp",))
-    statistics = Statistics(site.name, site.consumers[0], stream, False, True)
+    statistics = SiteStatistics(
+        site, site.consumers[0], stream, Recipe(alpha=1e-3, drift_correction=0)
+    )
     x = torch.randn(*stream.hidden[0].shape[:-1], site.channels)
     drift, scale = torch.randn_like(stream.hidden[0]), torch.full(x.shape[:-1], 1e3)
     x = (100 * x).half()  # times the scale it is beyond fp16
@@ -586,7 +588,7 @@ def test_a_selector_that_keeps_another_number_is_refused(tiny_llama, tiny_batche
 
 
 def test_a_model_of_no_known_family_is_refused_with_the_known_ones():
-    with pytest.raises(ModelError, match=r"Linear; grail\.sites\.supported\(\) lists"):
+    with pytest.raises(ModelError, match=r"Linear; grail\.networks\.supported\(\) lists"):
         grail.compress(nn.Linear(2, 2), [torch.ones(1, 2, dtype=torch.int64)])
 
 
@@ -690,8 +692,8 @@ def test_a_layer_that_was_forgotten_between_a_site_s_layers_is_found():
     assert network(images[0]).shape == (2, 4, 5, 5)
 
 
-def test_an_unknown_compensation_is_refused(tiny_llama, tiny_batches):
-    with pytest.raises(InputError, match="weights, bias, both; got 'all'"):
+def test_compensation_is_on_or_off(tiny_llama, tiny_batches):
+    with pytest.raises(InputError, match="compensate must be True or False; got str"):
         grail.compress(tiny_llama(), tiny_batches(), compensate="all")
 
 
@@ -754,7 +756,7 @@ def test_llama_is_given_the_biases_that_compensation_wants(
     from transformers import AutoModelForCausalLM
 
     model, batches = tiny_llama(), tiny_batches(count=10)
-    report = grail.compress(model, batches, 0.5, kinds, compensate="both", progress=False)
+    report = grail.compress(model, batches, 0.5, kinds, fit_bias=True, progress=False)
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -771,5 +773,5 @@ def test_biases_that_were_added_go_with_a_run_that_fails(tiny_llama, tiny_batche
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        grail.compress(model, tiny_batches(), compensate="both", selector=fails, progress=False)
+        grail.compress(model, tiny_batches(), fit_bias=True, selector=fails, progress=False)
     assert_untouched(model, before)

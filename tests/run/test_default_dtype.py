@@ -65,8 +65,8 @@ SETTINGS = {
     "defaults": {},
     "heads": {"sites": "mlp,heads"},
     "open": {"closed_loop": False, "drift_correction": 0},
-    "bias": {"compensate": "both"},
-    "channel": {"damping": "channel", "toward": "zero"},
+    "bias": {"fit_bias": True},
+    "zero": {"toward": "zero"},
     "dropping": {"non_finite": "drop"},
 }
 
@@ -150,7 +150,7 @@ def test_the_fit_and_the_kernels(dtype):
         gram, held_out = (grail.Gram(37, "cpu", buffer=1000) for _ in range(2))
         gram.update(x[:2], mask=x[:2, :, 0] > 0, drift=x[:2, :, :5])
         held_out.update(x[2], drift=x[2, :, :5])
-        settings = {"alpha": "auto", "drift_correction": "auto", "affine": True}
+        settings = {"alpha": "auto", "drift_correction": "auto", "fit_bias": True}
         fits = [
             grail.fit(gram, reduction, weight, held_out=held_out, **settings)
             for reduction in (

@@ -12,14 +12,13 @@ import grail
 from grail.errors import ModelError
 from tests.convnets import NETWORKS, SPREADS, images, linearly_gated
 from tests.convnets import network as convnet
+from tests.networks.test_families import CASES, network  # noqa: F401, a fixture
 from tests.reported import (
     assert_alike,
     assert_errors_are_those_of_the_network,
     assert_errors_of_a_run_are_those_of_the_network,
     consumer_outputs,
 )
-
-from tests.networks.test_families import CASES, network  # noqa: F401, a fixture
 
 every_case = pytest.mark.parametrize(("family", "kind"), CASES, ids=[f"{f} {k}" for f, k in CASES])
 PAPER = {"alpha": 1e-3, "toward": "zero", "selector": "wanda"}
@@ -53,7 +52,7 @@ def test_the_errors_of_gates_of_linear_layers_are_the_networks(spread, wide):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"selector": "folding"}, {"compensate": "both"}, {"compensate": False}], ids=str
+    "settings", [{"selector": "folding"}, {"fit_bias": True}, {"compensate": False}], ids=str
 )
 @pytest.mark.parametrize("family", ["llama", "opt", "bert", "vit"])
 def test_errors_hold_for_every_way_of_compensating(family, settings, network):  # noqa: F811

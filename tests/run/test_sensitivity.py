@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import grail
 from grail.errors import InputError, ModelError, NonFiniteError, StateError
-from grail.run import budget, checkpoint
+from grail.run import budget, measurement
 from grail.select import greedy
 from tests import convnets
 from tests.counting import injected
@@ -187,7 +187,7 @@ def test_what_cannot_be_measured_is_refused(settings, message, tiny_llama, tiny_
 @pytest.fixture
 def kill(monkeypatch):
     """`kill(after)`: the next measurement ends once it has kept so many blocks; None: never."""
-    return killing(checkpoint.Measurement, "write", monkeypatch)
+    return killing(measurement.Measurement, "write", monkeypatch)
 
 
 CASES = {
@@ -235,7 +235,7 @@ def test_a_measurement_that_ended_runs_nothing(tiny_llama, tiny_batches, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keep": 0.75}, "keep was 0.5 and is 0.75"),
+        ({"keep": 0.75}, "keep was 0.7 and is 0.75"),
         ({"probes": 2}, "probes was 1 and is 2"),
         ({"batches": slice(2)}, "calibration differs"),
         ({"selector": lambda view: view.width.best(view.gram.diagonal())}, "given by its name"),
@@ -261,7 +261,7 @@ def test_a_damaged_measurement_is_named(tiny_llama, tiny_batches, tmp_path):
     content[-9] ^= 1
     path.write_bytes(content)
     injected("damaged state files")
-    with pytest.raises(StateError, match=r"sensitivity\.state.*Delete it to measure anew"):
+    with pytest.raises(StateError, match=r"sensitivity\.state.*delete it to measure anew"):
         grail.sensitivity(model, batches, **settings)
     path.unlink()
     assert grail.sensitivity(model, batches, **settings).losses == expected.losses
@@ -323,7 +323,7 @@ class Scored(torch.nn.Module):
 def test_what_is_no_prediction_is_compared_as_any_output(shape):
     site = grail.Site(producers=["first"], consumers=["second"])
     model, batches = Scored(shape), [torch.randn(40, 6) for _ in range(3)]
-    loss = grail.sensitivity(model, batches, sites=[site], progress=False).parts[0].loss
+    loss = grail.sensitivity(model, batches, 0.5, [site], progress=False).parts[0].loss
     other = copy.deepcopy(model)
     grail.compress(other, batches[1:], 0.5, [site], drift_correction=0, progress=False)
     with torch.no_grad():

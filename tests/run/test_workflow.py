@@ -1,109 +1,184 @@
-"""What a model is compared with, and what is predicted of it."""
+"""The workflow of the command line as one call from Python."""
 
-import weakref
-from dataclasses import replace
+import json
 
 import pytest
+import torch
 
+import grail
+from grail.errors import InputError
+from grail.files import pretrained
 from grail.recipe import Recipe
-from grail.run import workflow
-from grail.run.workflow import Study, baselines
-from grail.runtime.clock import Stages
+from grail.report.report import Report
+from grail.run import resume_folder, study
+from grail.runtime.settings import Runtime
+
+pytest.importorskip("transformers")
+
+SETTINGS = {"sites": "mlp,heads", "alpha": 1e-3, "seed": 3}
+
+
+@pytest.fixture
+def text(tmp_path):
+    """`text(name, seed)`: a file of words that the tiny tokenizer knows, as a `grail.Text`."""
+
+    def make(name, step, **how):
+        path = tmp_path / name
+        path.write_text(" ".join(f"w{3 + step * n % 90}" for n in range(600)))
+        return grail.Text(str(path), **{"tokens": 128, "sequence_length": 16, **how})
+
+    return make
+
+
+def test_it_writes_the_folder_of_the_command_line(tiny_folder, text, tmp_path):
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from grail import commands
+
+    calibration, heldout = text("a.txt", 7), text("b.txt", 11)
+    report = grail.compress_checkpoint(
+        tiny_folder,
+        tmp_path / "python",
+        calibration,
+        evaluate=grail.Text.held_out(heldout.source, tokens=64, sequence_length=16),
+        recipe=Recipe(0.5),
+        runtime=Runtime(progress=False),
+        **SETTINGS,
+    )
+    options = ["--keep", 0.5, "--sites", "mlp,heads", "--alpha", 1e-3, "--seed", 3]
+    options += ["--tokens", 128, "--sequence-length", 16, "--evaluate", heldout.source]
+    arguments = ["compress", tiny_folder, "--calibration", calibration.source, *options]
+    arguments += ["--evaluate-tokens", 64, "--output", tmp_path / "shell"]
+    done = CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    python, shell = (
+        {path.name: path.read_bytes() for path in (tmp_path / way).iterdir()}
+        for way in ("python", "shell")
+    )
+    assert python.keys() == shell.keys() >= {"recipe.json", "report.html", "README.md"}
+    for name in ("model.safetensors", "config.json", "recipe.json"):
+        assert python[name] == shell[name]
+    assert list(report.evaluation) == ["dense", "pruned", "compensated", "restored"]
+    written = Report.from_json(python["report.json"].decode())
+    assert written == Report.from_json(report.to_json())
+    assert written.provenance["command"].startswith("grail.compress_checkpoint(")
+    other = Report.from_json(shell["report.json"].decode())
+    assert (written.settings, written.sites) == (other.settings, other.sites)
+    assert written.evaluation == other.evaluation
+    recipe = Recipe.load(tmp_path / "python" / "recipe.json")
+    assert recipe == Recipe(0.5, "mlp,heads", alpha=1e-3, seed=3)
+
+
+def test_the_command_line_is_that_call(tiny_folder, text, tmp_path, monkeypatch):
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from grail import commands
+
+    Recipe(0.4, alpha=0.1).save(tmp_path / "recipe.yaml")
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append((args, kwargs))
+        raise InputError("enough")
+
+    monkeypatch.setattr(commands.compress, "compress_checkpoint", call)
+    arguments = ["compress", tiny_folder, "--calibration", text("a.txt", 7).source]
+    arguments += ["--output", tmp_path / "out", "--recipe", tmp_path / "recipe.yaml", "--uneven"]
+    arguments += ["--alpha", 0.2, "--no-progress", "--storage", "cpu", "--batch-size", 2]
+    done = CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
+    assert done.stderr == "grail: enough\n"
+    (((model, output, calibration), settings),) = calls
+    assert (model.source, output) == (str(tiny_folder), tmp_path / "out")
+    assert (calibration.batch_size, calibration.tokens) == (2, 65536)
+    assert settings["recipe"] == Recipe(0.4, alpha=0.2)  # what is given wins over the file
+    assert settings["runtime"] == Runtime(progress=False, storage="cpu")
+    assert settings["uneven"]
+    assert settings["evaluate"] is None
+
+
+def test_statistics_stand_for_a_text(tiny_folder, text, tmp_path):
+    model, tokenizer = grail.load_model(tiny_folder)
+    batches = text("a.txt", 7, seed=0).batches(model, tokenizer)
+    grail.collect(model, batches, output=tmp_path / "sums", progress=False)
+    settings = {"closed_loop": False, "progress": False}
+    for way, calibration in (
+        ("text", text("a.txt", 7)),
+        ("sums", grail.Collected(tmp_path / "sums")),
+    ):
+        grail.compress_checkpoint(tiny_folder, tmp_path / f"{way}-out", calibration, **settings)
+    found = [(tmp_path / f"{way}-out/model.safetensors").read_bytes() for way in ("text", "sums")]
+    assert found[0] == found[1]
+
+
+def test_nothing_is_printed_without_progress(tiny_folder, text, tmp_path, capfd):
+    grail.compress_checkpoint(tiny_folder, tmp_path / "out", text("a.txt", 7), progress=False)
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "Compressing" not in printed.err
+
+
+@pytest.mark.parametrize("when", ["measured", "written"])
+def test_a_killed_call_is_resumed(when, tiny_folder, text, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(*_, **__):
+        raise Killed
+
+    def run(output):
+        runtime = Runtime(resume_dir=tmp_path / "state", progress=False)
+        return grail.compress_checkpoint(
+            tiny_folder, tmp_path / output, text("a.txt", 7), runtime=runtime
+        )
+
+    expected = run("expected")
+    with monkeypatch.context() as patch:
+        at = (study, "export") if when == "measured" else (resume_folder, "clear")
+        patch.setattr(*at, die)
+        with pytest.raises(Killed):
+            run("out")
+    if when == "written":  # then nothing is left to do
+        monkeypatch.setattr(pretrained, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    again = run("out")
+    assert again.sites == expected.sites
+    assert not (tmp_path / "state").exists()
+    weights = [(tmp_path / o / "model.safetensors").read_bytes() for o in ("expected", "out")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(
-    ("settings", "uneven", "expected"),
+    ("given", "said"),
     [
-        ({}, False, {"pruned": ("wanda", False), "compensated": ("wanda", True)}),
-        ({"selector": "wanda"}, False, {"pruned": ("wanda", False)}),
-        ({"selector": "folding"}, False, {"pruned": ("folding", False)}),
-        (
-            {"selector": "magnitude"},
-            True,
-            {"pruned": ("magnitude", False), "compensated": ("magnitude", True)},
-        ),
-        (
-            {"compensate": "bias"},
-            False,
-            {"pruned": ("wanda", False), "compensated": ("wanda", "bias")},
-        ),
-        ({"compensate": False}, False, {}),
+        ({"uneven": True, "compensate": False}, "leave compensate on"),
+        ({"uneven": True, "onload": "cpu"}, "in one process: give no statistics and no onload"),
+        ({"alhpa": 1}, "did you mean 'alpha'"),
+        ({"recipe": "papre"}, "did you mean 'paper'"),
+        ({"evaluate": "missing.txt"}, r"evaluate: missing\.txt: no such file"),
+        ({"calibration": "missing.txt"}, r"calibration: missing\.txt: no such file"),
+        ({"output": "here"}, "is not empty"),
     ],
-    ids=["greedy", "wanda", "folding", "uneven", "bias", "plain"],
 )
-def test_a_model_is_compared_with_its_own_choice_or_wandas(settings, uneven, expected):
-    options = (
-        Recipe(0.6, "mlp", alpha=1e-2, correct_attention=True, **settings)
-        if (settings.get("compensate", True) is True)
-        else Recipe(0.6, "mlp", alpha=1e-2, **settings)
-    )
-    found = baselines(options, uneven=uneven)
-    assert {role: (o.selector, o.compensate) for role, o in found.items()} == expected
-    for role, other in found.items():
-        assert (other.keep, other.sites) == (options.keep, options.sites)
-        if role == "compensated":
-            assert other == replace(options, selector=other.selector)
-
-
-@pytest.mark.parametrize("heldout", [0, 3], ids=["no text", "text"])
-@pytest.mark.parametrize("compare", [False, True], ids=["alone", "compared"])
-def test_every_stage_that_runs_is_predicted(heldout, compare, tiny_llama, tiny_batches, tmp_path):
-    class Tokenizer:
-        def decode(self, row, **_):
-            return " ".join(map(str, row.tolist()))
-
-        def save_pretrained(self, folder):
-            pass
-
-    stages = Stages()
-    with stages(workflow.LOADING):
-        network = tiny_llama()
-    dense, alive = weakref.ref(network), []
-
-    def fresh():
-        alive.append(dense() is not None)
-        return tiny_llama()
-
-    study = Study(
-        network,
-        fresh, Tokenizer(), tiny_batches(), tiny_batches(heldout, seed=1), stages,
-        say=lambda _: None, progress=False,
-    )  # fmt: skip
-    options = Recipe(0.5, "mlp")
-    del network
-    prediction = study.predict(options, compare=compare, uneven=False)
-    study.measure("dense")
-    if compare and heldout:
-        study.compare(options)
-    report = study.run(options)
-    study.write(report, prediction, tmp_path / "out", lambda _: None)
-    assert alive == [False] * len(alive)  # never two networks at once
-    total = report.stages.pop("total")
-    for column in ("predicted", "measured"):
-        times = [row[column] for row in report.stages.values()]  # none is missing
-        assert all(seconds > 0 for seconds in times)
-        assert total[column] == pytest.approx(sum(times))
-    assert total["predicted"] == prediction.total
-    assert report.memory["predicted_peak"] == prediction.peak
-    assert (workflow.RUNS in report.stages) == (compare and heldout > 0)
-    assert bool(report.samples) == bool(heldout)
-
-
-@pytest.mark.parametrize("layers", [2, 3])
-def test_the_stage_of_a_resumed_run_has_the_time_of_the_runs_before(
-    layers, tiny_llama, tiny_batches, tmp_path
+def test_what_shows_before_the_model_is_loaded_is_refused_by_then(
+    given, said, tiny_folder, text, tmp_path, monkeypatch
 ):
-    def stage():
-        stages = Stages()
-        network = tiny_llama(num_hidden_layers=layers)
-        study = Study(network, tiny_llama, None, tiny_batches(), [], stages, progress=False)
-        report = study.run(Recipe(0.5, "mlp"), tmp_path / "state")
-        return report, stages.seconds[workflow.COMPRESSING]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes").write_text("mine")
+    call = {"output": "out", "calibration": text("a.txt", 7), **given}
+    with pytest.raises(InputError, match=said):
+        grail.compress_checkpoint(tiny_folder, progress=False, **call)
+    assert not (tmp_path / "out").exists()
 
-    first, _ = stage()
-    again, seconds = stage()  # nothing is left to do
-    assert first.resumed == {}
-    assert (again.resumed["after"], again.resumed["of"]) == (layers, layers)
-    # All phases of the blocks before, less what the last state took to write.
-    spent = sum(first.seconds[phase] for phase in ("forward", "gram", "select", "solve"))
-    assert seconds > again.resumed["seconds"] >= 0.5 * spent > 0
+
+def test_the_report_has_the_recipe_as_data(tiny_folder, text, tmp_path):
+    report = grail.compress_checkpoint(
+        tiny_folder, tmp_path / "out", text("a.txt", 7), recipe="flap", progress=False
+    )
+    assert Recipe.from_dict(report.settings) == Recipe.named("flap")
+    assert json.loads((tmp_path / "out/recipe.json").read_text()) == report.settings
+    page = (tmp_path / "out/report.html").read_text()
+    assert all(name in page for name in report.settings)
+    assert torch.isfinite(torch.tensor([site.error for site in report.sites])).all()

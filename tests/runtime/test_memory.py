@@ -9,10 +9,8 @@ import torch
 import grail
 from grail.calibrate.stream import Stream
 from grail.errors import GrailError, OutOfMemoryError, StateError
-from grail.run.solver import SiteSolver
 from grail.runtime import memory
 from tests.counting import injected
-
 from tests.run.test_compress import assert_untouched, fingerprint
 
 EXHAUSTED = RuntimeError(
@@ -42,8 +40,8 @@ def failing_after(calls, owner, name, error, monkeypatch):
     [
         (Stream, "run", 5, "smaller batches or shorter sequences"),
         (grail.Gram, "update", 5, "one kind of site at a time"),
-        (SiteSolver, "_reduction", 1, "such as wanda"),
-        ("grail.decide", "fit", 1, "fix alpha and drift_correction"),
+        ("grail.run.solver", "stacked", 1, "such as wanda"),
+        ("grail.run.solver", "fit", 1, "fix alpha and drift_correction"),
     ],
     ids=["forward", "gram", "select", "solve"],
 )
@@ -67,7 +65,7 @@ def test_too_little_memory_names_what_needs_less_and_leaves_the_model_alone(
     [
         (Stream, "run", 1, "smaller batches or shorter sequences"),
         ("grail.select.greedy", "errors", 1, "use a machine with more memory"),
-        ("grail.sensitivity", "_divergence", 1, "fewer of them as probes"),
+        ("grail.run.network_loss", "divergence", 1, "fewer of them as probes"),
     ],
     ids=["forward", "search", "probe"],
 )
@@ -146,7 +144,7 @@ def test_memory_that_runs_out_before_anything_is_added_leaves_the_sums(monkeypat
 LIMITED = """
 import resource, torch, grail
 from transformers import LlamaConfig, LlamaForCausalLM
-from grail.checkpoint import fingerprint
+from grail.run.fingerprint import model_fingerprint
 torch.set_num_threads(1)
 config = LlamaConfig(
     vocab_size=97, hidden_size=256, intermediate_size=4096, num_hidden_layers=2,
@@ -155,7 +153,7 @@ config = LlamaConfig(
 model = LlamaForCausalLM(config).eval()
 small = [torch.randint(97, (1, 64)) for _ in range(2)]
 grail.compress(LlamaForCausalLM(config).eval(), small, keep=0.5, selector="wanda", progress=False)
-before = fingerprint(model)
+before = model_fingerprint(model)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 _, most = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20), most))
@@ -164,7 +162,7 @@ try:
 except grail.errors.OutOfMemoryError as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
-assert fingerprint(model) == before
+assert model_fingerprint(model) == before
 """
 
 

@@ -15,7 +15,6 @@ from grail.recipe import Recipe
 from grail.run import _inspect as plan
 from grail.runtime.onload import Onloader, require_usable
 from tests.convnets import images, network
-
 from tests.run.test_compress import assert_interrupted_and_untouched
 
 CPU = torch.device("cpu")
@@ -62,7 +61,7 @@ def assert_same_bits(model, batches, **settings):
         {},
         {"closed_loop": False},
         {"selector": "wanda++"},
-        {"compensate": "both"},
+        {"fit_bias": True},
         {"selector": "folding", "sites": ("mlp",)},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "default",

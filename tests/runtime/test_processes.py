@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import grail
 from grail.errors import InputError
-from grail.runtime.processes import ProcessGroup, all_reduce
+from grail.run.exchange import Exchange, all_reduce
+from grail.runtime.processes import ProcessGroup
 from tests.counting import injected
 from tests.processes import compressed, network, run
 
@@ -76,7 +77,7 @@ def test_sums_of_different_sites_are_refused_by_all():
 def _sent(number: int) -> int:
     ranks, gram = ProcessGroup(), grail.Gram(1000)
     gram.update(torch.ones(3, 1000))
-    ranks.reduce(gram, owner=0)
+    Exchange(ranks).reduce(gram, owner=0)
     return ranks.sent
 
 

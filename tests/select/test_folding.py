@@ -9,12 +9,12 @@ import grail
 from grail import select
 from grail.algebra.width import ChannelWidth, HeadWidth
 from grail.errors import InputError
-from grail.select.agglomerative import ward
-from grail.select.folding import kmeans
+from grail.select.extra.kmeans import kmeans
+from grail.select.folding import ward
 
 H = 30
-BY_ROWS = ("folding", "folding-agglomerative")
-FOLDINGS = (*BY_ROWS, "folding-activations")
+BY_ROWS = ("folding-kmeans", "folding-agglomerative")
+FOLDINGS = (*BY_ROWS, "folding")
 
 
 def activations() -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_ward_leaves_no_cluster_empty_even_among_copies(clusters):
 
 @pytest.mark.parametrize("kept", [3, 11, 20])
 def test_activations_fold_as_points_in_token_space(kept):
-    labels = select.get("folding-activations")(view(ChannelWidth(H, kept))).labels
+    labels = select.get("folding")(view(ChannelWidth(H, kept))).labels
     expected = fcluster(scipy_ward(activations().double().T.numpy()), kept, "maxclust")
     assert partition(labels) == partition(expected)
 

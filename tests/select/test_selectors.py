@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import grail
-from bench import allocations
+from bench.tools import allocations
 from grail import select
 from grail.algebra.width import ChannelWidth, HeadWidth
 from grail.errors import InputError
@@ -215,10 +215,36 @@ def test_random_depends_on_the_generator_alone_and_keeps_heads_whole():
     assert all(d[0::2] == [c - 1 for c in d[1::2]] and len(d) == 6 for d in draws)
 
 
-def test_names_are_listed_and_unknown_ones_refused():
-    assert {"folding", "gram", "magnitude", "random", "wanda"} <= set(select.names())
+EXTRA = [
+    *("folding-agglomerative", "folding-kmeans"),
+    *("magnitude-both", "magnitude-consumers", "magnitude-l1"),
+]
+
+
+def test_names_are_listed_with_the_extra_ones_last_and_unknown_ones_refused():
+    found = select.names()
+    assert {"folding", "gram", "magnitude", "random", "wanda"} <= set(found)
+    assert found[-len(EXTRA) :] == EXTRA
+    assert found[: -len(EXTRA)] == sorted({*found} - {*EXTRA})
     with pytest.raises(InputError, match=r"'magic'; choose one of .*wanda"):
         select.get("magic")
+
+
+def test_a_selector_is_registered_by_one_decorator(monkeypatch):
+    monkeypatch.setattr(select, "_registry", dict(select._registry))
+
+    @select.register("first")
+    def first(seen: select.View) -> torch.Tensor:
+        return -torch.arange(seen.width.channels, dtype=torch.float32)
+
+    @select.register("halves")
+    def halves(seen: select.View) -> grail.Reduction:
+        return grail.Folding([channel // 2 for channel in range(seen.width.channels)])
+
+    seen = view(ChannelWidth(H, 3))
+    assert select.get("First")(seen).index.tolist() == [0, 1, 2]
+    assert select.get("halves")(seen).kept == (H + 1) // 2
+    assert select.names().index("first") < select.names().index(EXTRA[0])
 
 
 def test_a_callable_is_a_selector():

@@ -55,7 +55,7 @@ def assert_same_norms(ours: nn.Module, theirs: nn.Module) -> None:
 @pytest.mark.parametrize(
     "name", ["torchvision-basic", "torchvision-bottleneck", "pre-activation", "timm-inverted-se"]
 )
-@pytest.mark.parametrize("selector", ["magnitude", "folding"])
+@pytest.mark.parametrize("selector", ["magnitude", "folding-kmeans"])
 def test_repair_resets_norms_to_what_whole_forward_passes_show(name, selector):
     model = network(name)
     reference = narrowed(model, repair=False, selector=selector)

@@ -1,0 +1,214 @@
+"""SmolLM2-135M, compressed and restored: perplexity, by keep ratio, text length and ridge.
+
+    python -m bench.quality.endtoend table          keep × sites: dense, pruned, the paper's, ours
+    python -m bench.quality.endtoend calibration    calibration length × alpha, on two domains
+    python -m bench.quality.endtoend cost           time against bare forward passes; memory
+
+Results are bench/results/smollm2_{table,calibration,cost}.csv. A killed run resumes. The texts are
+described in docs/benches.md.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import grail
+from bench.tools import assets
+from bench.tools.commandline import CommandLine
+from bench.tools.measuring import RESULTS, Table, bare_seconds
+from grail.files.calibration import token_batches
+from grail.files.load import load_model
+from grail.report._evaluate import evaluate
+from grail.report.report import Evaluation, Report
+
+TEXTS = Path(".assets")
+LENGTH = 1024
+# In the order of measuring.
+CELLS = [
+    *((text, "mlp", 0.5) for text in ("documentation", "technical", "passages")),
+    *(("brown", sites, 0.5) for sites in ("mlp", "heads", "mlp,heads")),
+    *((text, "mlp", 0.75) for text in ("documentation", "technical", "passages")),
+    *(("brown", sites, 0.7) for sites in ("mlp", "heads", "mlp,heads")),
+    *(("brown", "mlp", keep) for keep in (0.9, 0.8, 0.6)),
+]
+# Calibration and held-out tokens of a text.
+TOKENS = {
+    "brown": (32 * LENGTH, 17 * LENGTH),
+    "technical": (64 * LENGTH, 12 * LENGTH),
+    "passages": (64 * LENGTH, 12 * LENGTH),
+    "documentation": (256 * LENGTH, 16 * LENGTH),
+}
+# Of these, sequences are drawn at random; of the others the first ones are taken.
+DRAWN = {"documentation": 0}
+SOURCES: dict[str, Callable[[], tuple[list[str], list[str]]]] = {
+    "brown": lambda: assets.split_genres(assets.brown(TEXTS)),
+    "python": lambda: assets.split_topics(assets.python_reference()),
+    "technical": lambda: assets.split_topics(assets.python_reference(), calibration=3),
+    "passages": lambda: assets.split_passages(assets.python_reference(), calibration=5),
+    "documentation": lambda: assets.split_topics(assets.python_documentation(TEXTS), calibration=7),
+}
+# The paper's selector, target and ridge; the defaults.
+PAPER: dict[str, Any] = {"selector": "wanda", "alpha": 1e-3, "drift_correction": 0.0}
+MODELS: dict[str, dict[str, Any]] = {
+    "pruned": {"selector": "wanda", "compensate": False},
+    "paper": PAPER,
+    "restored": {},
+}
+# Of some cells also: widths by the measured cost of narrowing each block; a setting.
+UNEVEN = "restored, uneven widths"
+_MEASURED = (
+    *(("technical", "mlp", 0.5), ("passages", "mlp", 0.5), ("passages", "mlp", 0.75)),
+    *(("technical", "mlp", 0.75), ("brown", "mlp", 0.5)),
+)
+OTHERS: dict[tuple[str, str, float], dict[str, dict[str, Any]]] = {
+    cell: {UNEVEN: {}} for cell in _MEASURED
+}
+OTHERS["passages", "mlp", 0.5]["restored, tokens weighted"] = {"token_weights": True}
+LENGTHS, ALPHAS = (8192, 32768, 131072), (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class Subject:
+    """The dense model, and batches of a text's calibration or held-out half."""
+
+    def __init__(self) -> None:
+        self._written: set[str] = set()
+        self.model, self.tokenizer = load_model(assets.smollm2())
+
+    def batches(self, text: str, half: str, tokens: int) -> list[torch.Tensor]:
+        """Sequences of `LENGTH` tokens, one a batch."""
+        if text not in self._written:
+            assets.write_texts(text, SOURCES[text](), TEXTS)
+            self._written.add(text)
+        return token_batches(
+            TEXTS / f"{text}-{half}.txt",
+            self.tokenizer,
+            tokens=tokens,
+            sequence_length=LENGTH,
+            batch_size=1,
+            seed=DRAWN.get(text),
+        )
+
+    def compressed(self, calibration: list[torch.Tensor], **settings: Any) -> tuple[Any, Report]:
+        """A compressed copy and its report."""
+        model = copy.deepcopy(self.model)
+        return model, grail.compress(model, calibration, progress=sys.stderr.isatty(), **settings)
+
+
+def table() -> None:
+    """Every model of every cell, on held-out text."""
+    out = Table(RESULTS / "smollm2_table.csv", ("text", "sites", "keep", "model"))
+    subject = Subject()
+    for text, sites, keep in CELLS:
+        models = MODELS | OTHERS.get((text, sites, keep), {})
+        missing = [name for name in models if (text, sites, keep, name) not in out]
+        dense_missing = (text, "", 1.0, "dense") not in out
+        if not (missing or dense_missing):  # nor is its text to be fetched and cut
+            continue
+        calibration_tokens, heldout_tokens = TOKENS[text]
+        calibration = subject.batches(text, "calibration", calibration_tokens)
+        heldout = subject.batches(text, "heldout", heldout_tokens)
+        if dense_missing:
+            dense = evaluate(subject.model, heldout, progress=False)
+            out.add(_table_row(text, "", 1.0, "dense", dense, None))
+        for name in missing:
+            kinds = tuple(sites.split(","))
+            chosen = {"keep": keep, "sites": kinds, **models[name]}
+            if name == UNEVEN:
+                of = grail.sensitivity(subject.model, calibration, keep, kinds, progress=False)
+                chosen["keep"] = of.shares()
+            model, report = subject.compressed(calibration, **chosen)
+            result = evaluate(model, heldout, progress=False)
+            out.add(_table_row(text, sites, keep, name, result, report))
+
+
+def _table_row(
+    text: str, sites: str, keep: float, name: str, result: Evaluation, report: Report | None
+) -> dict[str, Any]:
+    errors = [site.error for site in report.sites] if report else []
+    settings = report.settings if report else {}
+    return {
+        "text": text,
+        "sites": sites,
+        "keep": keep,
+        "model": name,
+        "perplexity": round(result.perplexity, 4),
+        "parameters": result.parameters,
+        "bytes": result.bytes,
+        **{k: settings.get(k, "") for k in ("selector", "alpha", "drift_correction", "toward")},
+        "widths": " ".join(f"{k}={v}" for k, v in report.model["widths"]["after"].items())
+        if report
+        else "",
+        "mean_error": round(sum(errors) / len(errors), 5) if errors else "",
+        "calibration_tokens": report.calibration["tokens"] if report else "",
+        "heldout_tokens": result.tokens,
+    }
+
+
+def calibration(keep: float = 0.5, heldout_tokens: int = 8 * LENGTH) -> None:
+    """MLP at one keep ratio: how much text and which ridge, on the text's domain and another."""
+    out = Table(RESULTS / "smollm2_calibration.csv", ("calibration_tokens", "alpha", "toward"))
+    subject = Subject()
+    heldout = {t: subject.batches(t, "heldout", heldout_tokens) for t in ("brown", "python")}
+    todo = [(n, a, "baseline") for n in LENGTHS for a in ALPHAS]
+    todo += [(LENGTHS[1], a, "zero") for a in ALPHAS[3:]]
+    for tokens, alpha, toward in todo:
+        if (tokens, alpha, toward) in out:
+            continue
+        batches = subject.batches("brown", "calibration", tokens)
+        settings = {**PAPER, "keep": keep, "alpha": alpha, "toward": toward}
+        model, report = subject.compressed(batches, **settings)
+        row = {
+            "calibration_tokens": tokens,
+            "alpha": alpha,
+            "toward": toward,
+            "sites": "mlp",
+            "keep": keep,
+            "selector": report.settings["selector"],
+        }
+        for text, held in heldout.items():
+            row[f"perplexity_{text}"] = round(evaluate(model, held, progress=False).perplexity, 4)
+        out.add({**row, "heldout_tokens": heldout_tokens})
+
+
+def cost(tokens: int = 32 * LENGTH, keep: float = 0.5) -> None:
+    """GRAIL's time against one bare forward pass of the same tokens; peak memory."""
+    out = Table(RESULTS / "smollm2_cost.csv", ("sites",))
+    subject = Subject()
+    batches = subject.batches("brown", "calibration", tokens)
+    for sites in ("mlp", "heads", "mlp,heads"):
+        if (sites,) in out:
+            continue
+        bare = bare_seconds(subject.model, batches)
+        _, report = subject.compressed(batches, keep=keep, sites=tuple(sites.split(",")))
+        own = sum(report.seconds[p] for p in ("gram", "select", "solve", "absorb"))
+        out.add(
+            {
+                "sites": sites,
+                "keep": keep,
+                "tokens": tokens,
+                "bare_forward_s": round(bare, 3),
+                **{f"{phase}_s": round(s, 3) for phase, s in report.seconds.items()},
+                "own_work_over_bare": round(own / bare, 4),
+                "total_over_bare": round(report.seconds["total"] / bare, 4),
+                "predicted_peak_bytes": report.memory["predicted_peak"],
+                "measured_peak_bytes": report.memory["measured_peak"],
+            }
+        )
+
+
+def main() -> None:
+    """Measures one part."""
+    parser = CommandLine(
+        __doc__, writes="bench/results/smollm2_*.csv, row by row", takes="hours on 2 cores"
+    )
+    parts = {"table": table, "calibration": calibration, "cost": cost}
+    parser.add_argument("part", choices=parts, help="the experiment to run")
+    parts[parser.read().part]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""Every selector, pruned and compensated, on real networks.
+
+    python -m bench.quality.sweep resnet18            selector × {pruned, + GRAIL, …} × sparsity
+    python -m bench.quality.sweep vit --studies       calibration size, α, the loop, folding
+    python -m bench.quality.sweep smollm2 --only wanda,greedy --keep 0.5
+
+Results are bench/results/selectors_NETWORK.csv and studies_NETWORK.csv. A killed run resumes.
+Networks, scores and variants are described in docs/benches.md.
+"""
+
+import copy
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grail
+from bench.quality import networks, scores
+from bench.quality.endtoend import LENGTH, TEXTS
+from bench.quality.endtoend import Subject as LanguageModel
+from bench.tools import assets
+from bench.tools.commandline import CommandLine
+from bench.tools.measuring import RESULTS, Table
+from grail import select
+from grail.report._evaluate import evaluate
+from grail.run import budget
+from grail.select.flap import flap as flap_scores
+
+KEEPS = (0.5, 0.7, 0.3, 0.9, 0.8, 0.6, 0.4)
+# In the order of measuring; the other selectors come last.
+FIRST = (
+    *(
+        "magnitude",
+        "wanda",
+        "greedy",
+        "folding-kmeans",
+        "flap",
+        "slimgpt",
+        "random",
+        "gram",
+        "cholesky",
+    ),
+    *("wanda++", "backward", "folding-agglomerative", "folding"),
+)
+PAPER: dict[str, Any] = {
+    "alpha": 1e-3,
+    "toward": "zero",
+    "drift_correction": 0.0,
+    "per_tap": False,
+    "exact_folding": False,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "own": {"compensate": False},
+    "grail": PAPER,
+    "both": {**PAPER, "fit_bias": True},
+    "ours": {},
+}
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "flap": {"compensate": False, "fit_bias": True, "drift_correction": 0.0, "alpha": 1e-3},
+    "slimgpt": {"alpha": 0.01, "toward": "baseline", "drift_correction": 0.0},
+}
+SAMPLES = (16, 32, 64, 128, 256, 512, 1024, 2048)
+SEQUENCES = (4, 16, 64)  # of 1024 tokens, for the language model
+ALPHAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# Variants of a mixture: the gain of correcting the drift of the residual stream at experts.
+MIXED: dict[str, dict[str, Any]] = {
+    "own": VARIANTS["own"],
+    "grail": PAPER,
+    "ours, no drift": {"drift_correction": 0.0},
+    "ours": {},
+}
+# Folding's variants: REPAIR resets the statistics of batch norms, for the baseline and for GRAIL.
+FOLDINGS: dict[str, dict[str, Any]] = {
+    "folded": {"compensate": False},
+    "folded + REPAIR": {"compensate": False, "repair": True},
+    "grail": PAPER,
+    "grail + REPAIR": {**PAPER, "repair": True},
+    "exact": {**PAPER, "exact_folding": True, "per_tap": True},
+    "exact + REPAIR": {**PAPER, "exact_folding": True, "per_tap": True, "repair": True},
+    "ours": {},
+    "ours + REPAIR": {"repair": True},
+}
+
+
+# Selector, keep, variant, its settings, and samples or 0 for the subject's own number.
+StudyRow = tuple[str, float, str, dict[str, Any], int]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with its data.
+
+    `calibration`: from a number of samples to batches; `score`: by name, the first the one that
+    tables show; `keeps`, `studied`: of the table and of the studies.
+    """
+
+    network: Any
+    calibration: Callable[[int], list[Any]]
+    score: Callable[[Any], dict[str, float]]
+    samples: int
+    sites: tuple[str, ...]
+    _: KW_ONLY
+    keeps: tuple[float, ...] = KEEPS
+    studied: tuple[float, ...] = (0.5, 0.3)
+    variants: tuple[str, ...] = ("own", "grail", "ours")
+    ours: tuple[str, ...] = ()  # selectors of that variant; default all
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def _fashion(network: Any, sites: tuple[str, ...], kind: Callable[[Tensor], Any]) -> Subject:
+    data = assets.fashion_mnist(TEXTS)
+    test = networks.fashion_inputs(data.test_images[:2000])
+    labels = data.test_labels[:2000].long()
+
+    def calibration(samples: int) -> list[Any]:
+        images = networks.fashion_inputs(data.train_images[:samples])
+        return [kind(part) for part in images.split(128)]
+
+    def score(model: Any) -> dict[str, float]:
+        return {"accuracy": scores.accuracy(model, test, labels)}
+
+    return Subject(
+        network, calibration, score, 512, sites, variants=tuple(VARIANTS), settings={"multiple": 1}
+    )
+
+
+def _resnet18() -> Subject:
+    return _fashion(networks.resnet18_fashion(), ("conv",), lambda images: images)
+
+
+def _vit() -> Subject:
+    return _fashion(networks.vit_fashion(), ("mlp",), lambda images: {"pixel_values": images})
+
+
+def _efficientnet() -> Subject:
+    network = networks.efficientnet_lite0()
+    first, test = assets.photographs(TEXTS, crops=4)
+    # Small batches, whose activations stay in the caches, are twice as fast as large ones here.
+    dense = scores.predictions(network, test, batch=16)
+
+    def score(model: Any) -> dict[str, float]:
+        return {"agreement": scores.accuracy(model, test, dense, batch=16)}
+
+    def calibration(samples: int) -> list[Any]:
+        crops = -(-4 * samples // len(first))  # more of the same photographs where they run out
+        images = first if crops <= 4 else assets.photographs(TEXTS, crops)[0]
+        return list(images[:samples].split(16))
+
+    return Subject(network, calibration, score, 256, ("conv",), studied=(0.5,))
+
+
+def _minilm() -> Subject:
+    encoder = networks.minilm()
+    halves = assets.split_genres(assets.brown(TEXTS))
+    batches = networks.sentence_batches(assets.sentences(halves[1], 256))
+    dense = scores.embed(encoder, batches)
+
+    def calibration(samples: int) -> list[Any]:
+        return networks.sentence_batches(assets.sentences(halves[0], samples))
+
+    def score(model: Any) -> dict[str, float]:
+        embeddings = scores.embed(model, batches)
+        return {
+            "cosine": scores.mean_cosine(embeddings, dense),
+            "rank_correlation": scores.rank_correlation(embeddings, dense),
+        }
+
+    return Subject(encoder, calibration, score, 512, ("mlp",))
+
+
+def _smollm2() -> Subject:
+    return _language(("mlp",), lambda model: model)
+
+
+def _mixture() -> Subject:
+    return _language(("experts",), networks.upcycled)
+
+
+def _language(sites: tuple[str, ...], made: Callable[[Any], Any]) -> Subject:
+    subject = LanguageModel()
+    heldout = subject.batches("technical", "heldout", 8 * LENGTH)
+
+    def score(model: Any) -> dict[str, float]:
+        return {"perplexity": evaluate(model, heldout, progress=False).perplexity}
+
+    return Subject(
+        made(subject.model),
+        lambda samples: subject.batches("technical", "calibration", samples * LENGTH),
+        score,
+        16,
+        sites,
+        keeps=(0.5, 0.8, 0.65),
+        studied=(0.5,),
+        ours=("wanda", "greedy", "slimgpt"),
+    )
+
+
+SUBJECTS = {
+    "resnet18": _resnet18,
+    "vit": _vit,
+    "efficientnet": _efficientnet,
+    "minilm": _minilm,
+    "smollm2": _smollm2,
+    "mixture": _mixture,
+}
+
+
+class Bench:
+    """Measures one subject's rows into a table."""
+
+    def __init__(self, name: str, file: str):
+        self.subject = SUBJECTS[name]()
+        self._batches = functools.cache(self.subject.calibration)
+        self.out = Table(RESULTS / file, ("selector", "keep", "variant", "samples"))
+        if ("", 1.0, "dense", 0) not in self.out:
+            self._add("", 1.0, "dense", 0, self.subject.network, None)
+
+    def __contains__(self, cell: tuple[str, float, str]) -> bool:
+        return (*cell, self.subject.samples) in self.out
+
+    def shares(self, selector: str, keep: float) -> dict[str, float]:
+        """The share of each site by the measured cost of narrowing it."""
+        return grail.sensitivity(
+            self.subject.network,
+            self._batches(self.subject.samples),
+            keep,
+            self.subject.sites,
+            selector,
+            progress=False,
+            **self.subject.settings,
+        ).shares()
+
+    def measure(
+        self, selector: str, keep: float, variant: str, settings: dict[str, Any], samples: int = 0
+    ) -> None:
+        """One row, unless it is there."""
+        samples = samples or self.subject.samples
+        if (selector, keep, variant, samples) in self.out:
+            return
+        network = copy.deepcopy(self.subject.network)
+        chosen = {"keep": keep, "sites": self.subject.sites, **self.subject.settings, **settings}
+        report = grail.compress(
+            network, self._batches(samples), selector=selector, progress=False, **chosen
+        )
+        self._add(selector, keep, variant, samples, network, report)
+
+    def scores(self, of: Callable[[select.View], Tensor]) -> list[Tensor]:
+        """A selector's scores of every site of the dense network."""
+        found: list[Tensor] = []
+
+        def listen(view: select.View) -> Any:
+            found.append(of(view))
+            return view.width.best(found[-1])
+
+        grail.compress(
+            copy.deepcopy(self.subject.network),
+            self._batches(self.subject.samples),
+            keep=0.5,
+            sites=self.subject.sites,
+            selector=listen,
+            compensate=False,
+            closed_loop=False,
+            drift_correction=0.0,
+            progress=False,
+        )
+        return found
+
+    def _add(
+        self, selector: str, keep: float, variant: str, samples: int, network: Any, report: Any
+    ) -> None:
+        start = time.perf_counter()
+        found = self.subject.score(network)
+        # None is that of an expert which saw no token.
+        errors = [row.error for row in report.sites if row.error is not None] if report else []
+        self.out.add(
+            {
+                "selector": selector,
+                "keep": keep,
+                "variant": variant,
+                "samples": samples,
+                **{name: round(value, 5) for name, value in found.items()},
+                "parameters": sum(p.numel() for p in network.parameters()),
+                "mean_error": round(sum(errors) / len(errors), 5) if errors else "",
+                "compress_seconds": round(report.seconds["total"], 2) if report else "",
+                "score_seconds": round(time.perf_counter() - start, 2),
+            }
+        )
+
+
+def table(name: str, only: tuple[str, ...], keeps: tuple[float, ...]) -> None:
+    """Selector × variant × sparsity."""
+    bench = Bench(name, f"selectors_{name}.csv")
+    others = tuple(n for n in select.names() if n not in FIRST)
+    selectors = only or (*FIRST, *others)
+    for keep, selector in itertools.product(keeps or bench.subject.keeps, selectors):
+        for variant in bench.subject.variants:
+            settings = VARIANTS[variant]
+            if variant == "ours" and selector not in (bench.subject.ours or selectors):
+                continue
+            if variant == "own":
+                settings = AS_PUBLISHED.get(selector, settings)
+            bench.measure(selector, keep, variant, settings)
+
+
+def studies(name: str, keeps: tuple[float, ...]) -> None:
+    """Calibration size, α, the loop, folding and budgets, at half of the channels and often 0.3."""
+    bench = Bench(name, f"studies_{name}.csv")
+    for keep in keeps or bench.subject.studied:
+        for row in _mixed(keep) if name == "mixture" else _studies(name, keep):
+            bench.measure(*row)
+        if name != "mixture":
+            for row in _uneven(bench, keep):
+                bench.measure(*row)
+        if name == "smollm2":
+            for selector, variant, settings in _budgets(bench, keep):
+                bench.measure(selector, keep, variant, settings)
+
+
+def _uneven(bench: "Bench", keep: float) -> Iterator[StudyRow]:
+    """The same share of all parameters, with widths by the measured cost of narrowing each site."""
+    for selector in ("wanda", "greedy"):
+        variant = "ours, uneven widths"
+        yield selector, keep, "ours", {}, 0
+        if (selector, keep, variant) not in bench:
+            yield selector, keep, variant, {"keep": bench.shares(selector, keep)}, 0
+
+
+def _budgets(bench: "Bench", keep: float) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """FLAP's and SlimGPT's uneven widths, alone and with grail's defaults."""
+    blocks = bench.subject.network.config.num_hidden_layers
+    shares = {
+        "flap": budget.flap(bench.scores(flap_scores), keep),
+        "slimgpt": budget.slimgpt(blocks, keep),
+    }
+    for selector, even in AS_PUBLISHED.items():
+        uneven = {"keep": {"mlp": shares[selector]}}
+        yield selector, "own", even
+        yield selector, "own, its budget", {**even, **uneven}
+        yield selector, "ours", {}
+        yield selector, "ours, its budget", uneven
+
+
+def _mixed(keep: float) -> Iterator[StudyRow]:
+    for selector, (variant, settings) in itertools.product(("wanda", "greedy"), MIXED.items()):
+        yield selector, keep, variant, settings, 0
+
+
+def _studies(name: str, keep: float) -> Iterator[StudyRow]:
+    default = 0
+    convolutional = name in ("resnet18", "efficientnet")
+    for samples in SEQUENCES if name == "smollm2" else SAMPLES:
+        for variant in ("grail", "ours"):
+            yield "wanda", keep, variant, VARIANTS[variant], samples
+    for alpha in ALPHAS:
+        yield "wanda", keep, f"alpha={alpha:g}", {**PAPER, "alpha": alpha}, default
+        settings = {**PAPER, "alpha": alpha, "toward": "baseline"}
+        yield "wanda", keep, f"alpha={alpha:g} toward baseline", settings, default
+    yield "wanda", keep, "open loop", {**PAPER, "closed_loop": False}, default
+    if convolutional:
+        yield "wanda", keep, "per tap", {**PAPER, "per_tap": True}, default
+    yield "wanda", keep, "drift", {**PAPER, "per_tap": True, "drift_correction": 1.0}, default
+    yield "wanda", keep, "ours, both", {"fit_bias": True}, default
+    if not convolutional:
+        refitted = {"sites": ("mlp", "heads"), "keep": {"mlp": keep, "heads": 1.0}}
+        yield "wanda", keep, "ours, attention's outputs refitted, too", refitted, default
+        for selector in ("wanda", "greedy", "random"):
+            yield selector, keep, "ours", {}, default
+            yield selector, keep, "ours, tokens weighted", {"token_weights": True}, default
+            corrected: dict[str, Any] = {"correct_attention": True}
+            yield selector, keep, "ours, attention corrected", corrected, default
+            corrected = {**corrected, "token_weights": True}
+            yield selector, keep, "ours, attention corrected, tokens weighted", corrected, default
+    for variant, settings in FOLDINGS.items():
+        if name == "resnet18" or "REPAIR" not in variant:
+            yield "folding-kmeans", keep, variant, settings, default
+
+
+def main() -> None:
+    """Measures the table or the studies of a network."""
+    parser = CommandLine(
+        __doc__,
+        writes="bench/results/selectors_NETWORK.csv or studies_NETWORK.csv, row by row",
+        takes="one to twelve hours on one core for a table, up to three for the studies",
+    )
+    parser.add_argument("network", choices=SUBJECTS)
+    parser.add_argument("--studies", action="store_true", help="the studies, not the table")
+    parser.add_argument("--only", default="", help="selectors, separated by commas")
+    parser.add_argument("--keep", dest="keeps", default="", help="ratios, separated by commas")
+    options = parser.read()
+    if options.network == "mixture" and not options.studies:
+        parser.error("the mixture has studies and no table: add --studies")
+    torch.manual_seed(0)
+    keeps = tuple(float(k) for k in options.keeps.split(",") if k)
+    if options.studies:
+        studies(options.network, keeps)
+    else:
+        table(options.network, tuple(filter(None, options.only.split(","))), keeps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Broken data, broken files, killed processes, several processes, hours of work."""

@@ -1,0 +1,1 @@
+"""Figures and pages, drawn and written from the committed CSV files alone, and the demo."""

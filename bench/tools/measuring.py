@@ -1,0 +1,165 @@
+"""What every bench shares: times in turns, the conditions of the machine, rows of CSV."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import functools
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+# Seconds between two calls on a CPU. OpenBLAS's threads spin for up to 2^28 cycles before they
+# sleep: without a pause NumPy and SciPy would take cores from the next provider.
+PAUSE = 0.2
+
+Call = Callable[[Tensor], Tensor]
+Row = dict[str, str]
+
+
+def time_in_turns(
+    calls: dict[str, Call], inputs: list[Tensor], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of each call, every provider once per round, inputs rotating."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_number in range(repeats + 1):
+        for name, call in calls.items():
+            x = inputs[round_number % len(inputs)]
+            if not x.is_cuda:
+                time.sleep(PAUSE)
+            elapsed = seconds_of(call, x)
+            if round_number:  # the first round compiles and allocates
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def seconds_of(call: Call, x: Tensor) -> float:
+    """Seconds of one call, on the clock of the device of `x`."""
+    if not x.is_cuda:
+        start = time.perf_counter()
+        call(x)
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call(x)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def settle(device: str) -> None:
+    """Waits until `device` has finished its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def bare_seconds(model: Any, batches: list[Tensor], device: str = "cpu") -> float:
+    """Seconds of a dense decoder over all batches, without logits, after one that warms up."""
+    with torch.no_grad():
+        model.model(batches[0].to(device), use_cache=False)
+        settle(device)
+        start = time.perf_counter()
+        for batch in batches:
+            model.model(batch.to(device), use_cache=False)
+        settle(device)
+    return time.perf_counter() - start
+
+
+def quantiles(seconds: list[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile."""
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+    return fifths[0], statistics.median(seconds), fifths[3]
+
+
+def percentiles(seconds: list[float]) -> Row:
+    """The columns p20, p50 and p80 of a CSV."""
+    names = ("p20", "p50", "p80")
+    return {n: f"{v:.6g}" for n, v in zip(names, quantiles(seconds), strict=True)}
+
+
+@functools.cache  # the commit whose code was loaded, not that of an hour later
+def commit() -> str:
+    """The commit of this checkout, marked where files differ from it."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
+def machine(device: str) -> Row:
+    """The conditions that belong beside every number."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = ""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.1f}",  # above `threads`, others were using the processor
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Rows as CSV, with a column for every key that one of them has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Table:
+    """A CSV that grows by rows and is never measured twice. `key`: columns that identify a row."""
+
+    def __init__(self, path: Path, key: tuple[str, ...]):
+        self.path, self.key = path, key
+        self.rows = read_rows(path) if path.exists() else []
+
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        return any(tuple(row[k] for k in self.key) == tuple(map(str, key)) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends a row at once, with threads, torch and commit; the first brings the header."""
+        row = row | {
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "commit": commit(),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row if new else self.rows[0]))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        self.rows.append({k: str(v) for k, v in row.items()})
+        print(", ".join(f"{k}={v}" for k, v in row.items()), flush=True)

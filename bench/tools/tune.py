@@ -1,0 +1,384 @@
+"""Searches the launch table on a GPU, and writes the rows of its architecture into it.
+
+    python -m bench.tools.tune                     every row, into grail_kernels/launches.json
+    python -m bench.tools.tune --row gram/16-bit/wide --row absorb/bf16/wide
+    python -m bench.tools.tune --seconds 120       the rows that fit, most important first
+    python -m bench.tools.tune --dry-run           on the CPU, at toy sizes; TRITON_INTERPRET=1 runs
+                                                   the kernels. Writes only where --table names it
+
+A candidate is out that does not compile or fit, is off by 16 eps or more, or gives other bits when
+it runs again. The fastest takes the row if it beats the present one by 2%, summed over the shapes.
+Run `python -m bench.tools.aot` afterwards: it compiles every shipped row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import grail_kernels as gk
+from bench.tools.commandline import CommandLine, save
+from bench.tools.measuring import Row, quantiles, time_in_turns
+from grail_kernels import reference, tuning
+from grail_kernels.backend import interpreting
+from grail_kernels.tuning import AbsorbConfig, Config, GramConfig, Key
+
+# What a candidate has to gain, as a share of the time: less is noise.
+MARGIN = 0.02
+CHECKED = 64
+
+# Tokens, channels, group, warps, stages; by operands, and whether a matrix is narrow. What fits
+# shared memory: two blocks a stage, six where fp32 is in parts.
+TMA_CANDIDATES = {
+    ("16-bit", False): (
+        *((128, 128, group, 8, 3) for group in (4, 8, 12, 16)),
+        *((64, 128, group, 8, 4) for group in (4, 8)),
+        (64, 128, 8, 8, 5),
+        (64, 128, 8, 4, 3),
+        (128, 64, 8, 4, 3),
+        (64, 64, 8, 4, 4),
+    ),
+    ("16-bit", True): tuple(
+        (tokens, 64, 1, 4, stages) for tokens, stages in ((64, 3), (64, 5), (128, 2), (128, 3))
+    ),
+    ("split", False): (
+        *((32, 128, group, 8, stages) for group in (8, 16) for stages in (3, 4)),
+        (64, 128, 8, 8, 2),
+        (32, 64, 8, 4, 3),
+        (64, 64, 8, 4, 2),
+    ),
+    ("split", True): ((32, 64, 1, 4, 3), (32, 64, 1, 4, 4), (64, 64, 1, 4, 2), (64, 64, 1, 4, 3)),
+}
+
+# Tokens of the calls that compile, of the same alignment as those that are timed.
+COMPILED_TOKENS = 2048
+
+# In the order of what a calibration spends its time on.
+ORDER: tuple[Key, ...] = (
+    ("gram_tma", "16-bit", "wide"),
+    ("gram_tma", "16-bit", "middle"),
+    ("absorb", "bf16", "wide"),
+    ("gram_tma", "split", "wide"),
+    ("gram_tma", "16-bit", "narrow"),
+    ("gram", "16-bit", "middle"),
+    ("gram", "16-bit", "wide"),
+    ("gram", "split", "wide"),
+    ("gram", "16-bit", "narrow"),
+    ("gram", "16-bit", "gated"),
+    ("absorb", "bf16", "middle"),
+    ("absorb", "split", "wide"),
+    ("gram", "split", "middle"),
+    ("gram", "16-bit", "scattered"),
+    ("absorb", "split", "middle"),
+    ("gram_tma", "split", "middle"),
+    ("gram_tma", "split", "narrow"),
+    ("gram", "split", "narrow"),
+    ("gram", "split", "gated"),
+    ("gram", "split", "scattered"),
+)
+# Matrices, tokens, channels of each shape class.
+GRAM_SIZES = {
+    "narrow": ((32, 65_536, 64),),
+    "middle": ((1, 65_536, 1024), (32, 65_536, 128)),
+    # As calibration launches them: what one program reads stays in L2 for its neighbours.
+    "wide": ((1, tuning.BUFFER_TOKENS, 4096), (1, tuning.BUFFER_TOKENS, 11_008)),
+    "gated": ((1, 16_384, 11_008),),
+    "scattered": ((1, 32_768, 4001),),
+}
+# Outputs and channels; half of the channels stay.
+ABSORB_SIZES = {"middle": ((576, 1536),), "wide": ((4096, 11_008),)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One shape of a class: a call whose launch is searched, and the error of its result.
+
+    Attributes:
+        name: the shape in words.
+        call: computes the result from nothing, so that it can be compared and repeated.
+        error: the error ratio of a result.
+    """
+
+    name: str
+    call: Callable[[], Tensor]
+    error: Callable[[Tensor], float]
+
+
+def candidates(key: Key) -> list[Config]:
+    """The candidates of a row: a dozen, since each takes seconds to compile."""
+    kernel, operands, shape = key
+    if kernel == "absorb":
+        return [
+            AbsorbConfig(outputs, kept, dropped, 8, 8, stages)
+            for (outputs, kept), (dropped, stages) in itertools.product(
+                ((128, 128), (128, 64), (64, 128), (256, 64)), ((32, 2), (32, 3), (64, 2))
+            )
+        ]
+    if kernel == "gram_tma":
+        return [GramConfig(*values) for values in TMA_CANDIDATES[operands, shape == "narrow"]]
+    if operands == "split":
+        sizes = (((32, 64), 4), ((16, 64), 8), ((64, 64), 8), ((32, 128), 8), ((16, 128), 8))
+        return [
+            GramConfig(*edges, 8, warps, stages)
+            for (edges, warps), stages in itertools.product(sizes, (2, 3))
+        ]
+    sizes = (((64, 128), 8), ((32, 128), 8), ((128, 128), 8), ((64, 64), 4), ((32, 64), 4))
+    groups = [GramConfig(64, 128, group, 8, 3) for group in (4, 16)]
+    return groups + [
+        GramConfig(*edges, 8, warps, stages)
+        for (edges, warps), stages in itertools.product(sizes, (3, 4))
+    ]
+
+
+def works(key: Key, device: str, dry: bool, most: int = 2**31) -> Iterator[Work]:
+    """The shapes that decide a row, of `most` tokens at most; toy ones in a dry run."""
+    kernel, operands, shape = key
+    if kernel == "absorb":
+        for sizes in ABSORB_SIZES[shape]:
+            yield _absorb_work(operands, *((12, 40) if dry else sizes), device)
+        return
+    for matrices, tokens, channels in GRAM_SIZES[shape]:
+        if dry:
+            matrices, tokens, channels = min(matrices, 2), 40, 33 if channels % 16 else 48
+        yield _gram_work(operands, shape, (matrices, min(tokens, most), channels), device)
+
+
+def _gram_work(operands: str, shape: str, size: tuple[int, int, int], device: str) -> Work:
+    matrices, tokens, channels = size
+    # The interpreter gets products of bf16 wrong.
+    half = torch.bfloat16 if device == "cuda" else torch.float16
+    dtype = torch.float32 if operands == "split" else half
+    backend = kernel_backend(device)
+    # A mean, as activations have one; heads lie beside each other within a token.
+    x = (torch.randn(tokens, matrices, channels, device=device) + 0.5).to(dtype).transpose(0, 1)
+    # Of these silu is the identity in every dtype, so that its last bit is nobody's matter.
+    gate = torch.empty_like(x).copy_(torch.arange(channels, device=device) % 8 + 17)
+    first = gate[0] * x[0] if shape == "gated" else x[0]
+
+    def call() -> Tensor:
+        out = torch.zeros(matrices, gk.packed_numel(channels), device=device)
+        if shape == "gated":
+            return gk.gram_swiglu_(out[0], gate[0], x[0], backend=backend)[None]
+        return gk.gram_batched_(out, x, backend=backend)
+
+    def error(result: Tensor) -> float:
+        parts = {0: first, matrices - 1: first if matrices == 1 else x[-1]}
+        return max(_gram_error(result[index], part) for index, part in parts.items())
+
+    many = f"{matrices} x " if matrices > 1 else ""
+    return Work(f"{many}{tokens} tokens x {channels} channels", call, error)
+
+
+def _gram_error(packed: Tensor, x: Tensor) -> float:
+    """The error ratio of the first and the last rows of a Gram matrix."""
+    dense = gk.unpack(packed, x.shape[1])
+    ratios = []
+    for rows in (slice(0, CHECKED), slice(-CHECKED, None)):
+        left, right = x[:, rows].double(), x.double()
+        magnitude = left.abs().T @ right.abs()
+        ratios.append(reference.error_ratio(dense[rows], left.T @ right, magnitude))
+    return max(ratios)
+
+
+def _absorb_work(operands: str, outputs: int, channels: int, device: str) -> Work:
+    # fp16 takes the products of fp32, and the interpreter reads bf16 weights rightly.
+    dtype = torch.bfloat16 if operands == "bf16" else torch.float32
+    packed = torch.zeros(gk.packed_numel(channels), device=device)
+    gk.gram_(packed, torch.randn(1024, channels, device=device) + 0.5)
+    weight = torch.randn(outputs, channels, device=device).to(dtype)
+    keep = torch.randperm(channels, device=device)[: channels // 2]
+
+    def call() -> Tensor:
+        config = tuning.absorb_config(dtype, channels)
+        fused = config.method == "fused"
+        return gk.absorb(weight, packed, keep, kernel_backend(device) if fused else "torch")
+
+    def error(result: Tensor) -> float:
+        dense, rows = gk.unpack(packed, channels), weight[:CHECKED]
+        exact = reference.absorb(rows, dense, keep)
+        magnitude = reference.absorb(rows.abs(), dense.abs(), keep)
+        return reference.error_ratio(result[:CHECKED], exact, magnitude)
+
+    return Work(f"{outputs} outputs x {channels} channels", call, error)
+
+
+def runs_here(device: str) -> bool:
+    """Checks whether `gram_tma` is launched on that device; a dry run searches it anyway."""
+    if device == "cpu":
+        return True
+    from grail_kernels.gram_tma import runs_on
+
+    return runs_on(torch.device(device))
+
+
+def kernel_backend(device: str) -> str:
+    """The backend whose launches are searched; without a GPU or interpreter its twin stands in."""
+    return "triton" if device == "cuda" or interpreting() else "torch"
+
+
+@contextmanager
+def launched_with(key: Key, config: Config) -> Iterator[None]:
+    """A context in which every launch of the kernel of `key` takes `config`."""
+    kernel = key[0]
+    name = {"gram": "gram_config", "gram_tma": "tma_config", "absorb": "absorb_config"}[kernel]
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(tuning, name, return_value=config))
+        if kernel == "gram":
+            # Of the calls that are timed, some would go to the other kernel.
+            never = mock.patch("grail_kernels.gram_tma.runs_on", return_value=False)
+            stack.enter_context(never)
+        yield
+
+
+def compile_ahead(keys: list[Key], device: str) -> None:
+    """Compiles every candidate of those rows into Triton's cache, as many at a time as cores."""
+    jobs = [(key, config, device) for key in keys for config in candidates(key)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        list(pool.map(_compile, jobs))
+
+
+def _compile(job: tuple[Key, Config, str]) -> None:
+    key, config, device = job
+    for work in works(key, device, dry=False, most=COMPILED_TOKENS):
+        with launched_with(key, config), suppress(Exception):  # what does not fit is told later
+            work.call()
+
+
+def judge(key: Key, config: Config, work: Work, repeats: int) -> tuple[float, str]:
+    """The median seconds of a candidate, or infinity and its problem."""
+    try:
+        with launched_with(key, config):
+            result = work.call()
+            ratio = work.error(result)
+            if not ratio < reference.ERROR_LIMIT:
+                return math.inf, f"off by {ratio:.3g} eps"
+            if not torch.equal(result, work.call()):
+                return math.inf, "not the same bits again"
+            timed = time_in_turns({"": lambda _: work.call()}, [result], repeats)[""]
+    except Exception as problem:  # a candidate that does not fit is a result, too
+        return math.inf, str(problem).strip().splitlines()[-1]
+    return quantiles(timed)[1], ""
+
+
+def search(
+    key: Key, present: Config, device: str, dry: bool, deadline: float
+) -> tuple[Config, list[Row]]:
+    """The row that a key should have, and the measurements for it.
+
+    After `deadline` no candidate starts; the measurements until then count.
+    """
+    shapes = list(works(key, device, dry))
+    tried = list(dict.fromkeys([present, *candidates(key)[: 2 if dry else None]]))
+    if isinstance(present, AbsorbConfig):
+        tried.insert(1, replace(present, method="gathered"))
+    rows, scores = [], {}
+    for config in dict.fromkeys(tried):
+        if time.monotonic() > deadline:
+            break
+        found = [judge(key, config, work, 2 if dry else 7) for work in shapes]
+        # Shapes count alike, however long they take.
+        scores[config] = sum(math.log(seconds) for seconds, _ in found)
+        for work, (seconds, problem) in zip(shapes, found, strict=True):
+            rows.append(
+                {"kernel": "tuning", "row": "/".join(key), "shape": work.name}
+                | {"config": str(config), "unit": "s", "problem": problem}
+                | {"p50": "" if problem else f"{seconds:.6g}"}
+            )
+    best = min(scores, key=scores.__getitem__, default=present)
+    gain = len(shapes) * math.log(1 - MARGIN)
+    keeps = best not in scores or not scores[best] < scores[present] + gain
+    return _with_launch(present if keeps else best, scores), rows
+
+
+def _with_launch(chosen: Config, scores: dict[Config, float]) -> Config:
+    """`chosen`; if that is the library's product, with the best launch of the kernel beside it."""
+    fused = {c: s for c, s in scores.items() if getattr(c, "method", "") == "fused"}
+    if getattr(chosen, "method", "") != "gathered" or not fused:
+        return chosen
+    best = min(fused, key=fused.__getitem__)
+    return replace(best, method="gathered") if math.isfinite(fused[best]) else chosen
+
+
+def tune(
+    keys: list[Key], device: str, *, dry: bool, table: Path | None, seconds: float = math.inf
+) -> list[Row]:
+    """Searches rows one after another and writes each to `table` as soon as it is found.
+
+    Args:
+        keys: the rows, in this order.
+        device: "cuda" or "cpu".
+        dry: toy sizes, two candidates a row.
+        table: the file that gets the rows of this architecture; nothing is written if None.
+        seconds: no candidate starts later.
+
+    Returns:
+        Measurements, a row for each candidate and shape.
+    """
+    deadline = time.monotonic() + seconds
+    keys = [key for key in keys if key[0] != "gram_tma" or runs_here(device)]
+    if device == "cuda":
+        compile_ahead(keys, device)
+    architecture = tuning.architecture_of(torch.device(device))
+    measured = []
+    for key in keys:
+        launches = dict(tuning.read_table(table or tuning.TABLE))
+        present = launches.get((architecture, key), launches[tuning.DEFAULT, key])
+        chosen, rows = search(key, present, device, dry, deadline)
+        if not rows:
+            break
+        measured += rows
+        right = sum(not row["problem"] for row in rows)
+        print(f"{'/'.join(key)}: {chosen} ({right} of {len(rows)} are right)", flush=True)
+        if table and right:
+            tuning.write_table(table, launches | {(architecture, key): chosen})
+    return measured
+
+
+def _key(text: str) -> Key:
+    for key in ORDER:
+        if "/".join(key) == text:
+            return key
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map('/'.join, ORDER))}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Searches, prints, writes."""
+    parser = CommandLine(
+        __doc__,
+        *("seconds", "dry_run", "write"),
+        writes="grail_kernels/launches.json or --table; a CSV with --write",
+        takes="minutes on a GPU; --seconds limits it",
+        results="gpu/tuning",
+    )
+    parser.add_argument("--row", action="append", type=_key, help="only this; may be repeated")
+    parser.add_argument("--table", type=Path, help="the file that gets the rows")
+    options = parser.read(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        print("no GPU is visible to torch; --dry-run runs the same code on the CPU")
+        return 2
+    options.device = "cpu" if options.dry_run else "cuda"
+    table = options.table or (None if options.dry_run else tuning.TABLE)
+    keys = options.row or list(ORDER)
+    save(
+        options,
+        tune(keys, options.device, dry=options.dry_run, table=table, seconds=options.seconds),
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,109 @@
+"""Tensors that wait between passes: hidden states, and outputs that need no second computation."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grail.runtime.hooks import replaced_forward
+
+
+class HiddenStates:
+    """One tensor for each batch, in memory that is allocated once.
+
+    Long-lived tensors allocated between those of a forward pass would fragment the allocator's
+    memory: a quarter of a run's peak.
+    """
+
+    def __init__(self, storage: torch.device):
+        self._storage = storage
+        self._tensors: list[Tensor] = []
+
+    def put(self, batch: int, tensor: Tensor) -> None:
+        """Keeps a copy of one batch's tensor; the first ones come in order."""
+        if batch == len(self._tensors):
+            self._tensors.append(tensor.detach().to(self._storage, copy=True))
+        elif self._tensors[batch].shape != tensor.shape:
+            self._tensors[batch] = tensor.detach().to(self._storage, copy=True)
+        else:
+            self._tensors[batch].copy_(tensor)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        return self._tensors[batch]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def copy(self, storage: torch.device | None = None) -> "HiddenStates":
+        """A copy, in the same storage or another."""
+        other = HiddenStates(storage or self._storage)
+        for batch, tensor in enumerate(self._tensors):
+            other.put(batch, tensor)
+        return other
+
+
+class OutputCache:
+    """Outputs of modules that the next pass over the same batches would only compute again.
+
+    Of a tuple only the first entry is kept: attention's second, its weights [B, heads, L, L], is
+    dropped by the blocks of transformers too. A module of another library that returns more runs
+    again. Each recording replaces the one before it and uses its memory.
+
+    Args:
+        device: where the modules run.
+        storage: where their outputs wait.
+    """
+
+    def __init__(self, device: torch.device, storage: torch.device):
+        self._device, self._storage = device, storage
+        self._memory: list[HiddenStates] = []
+        self._outputs: dict[nn.Module, HiddenStates] = {}
+        self._tuple_lengths: dict[nn.Module, int] = {}
+
+    @contextmanager
+    def recording(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Keeps what the modules return."""
+        self._memory += [HiddenStates(self._storage) for _ in modules[len(self._memory) :]]
+        self._outputs = dict(zip(modules, self._memory, strict=False))
+        self._tuple_lengths = {}
+        with ExitStack() as hooks:
+            for module in modules:
+                keep = partial(self._keep, itertools.count())
+                hooks.enter_context(module.register_forward_hook(keep))
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Lets the modules return what was kept, in the same order, each once."""
+        with ExitStack() as replaced:
+            for module, outputs in self._outputs.items():
+                replay = partial(self._next, module, iter(outputs))
+                replaced.enter_context(replaced_forward(module, replay))
+            yield
+
+    def _next(self, module: nn.Module, outputs: Iterator[Tensor], *_: Any, **__: Any) -> Any:
+        # A copy: what reads it may write over it, and it may be replayed again.
+        output = next(outputs).to(self._device, copy=True)
+        if module not in self._tuple_lengths:
+            return output
+        return (output, *[None] * (self._tuple_lengths[module] - 1))
+
+    def _keep(self, batches: Iterator[int], module: nn.Module, args: Any, output: Any) -> None:
+        outputs = self._outputs.get(module)
+        if outputs is None:  # it runs again
+            return
+        if isinstance(output, tuple):
+            self._tuple_lengths[module] = len(output)
+            others = any(entry is not None for entry in output[1:])
+            if others and not type(module).__module__.startswith("transformers."):
+                del self._outputs[module]
+                return
+            output = output[0]
+        outputs.put(next(batches), output)

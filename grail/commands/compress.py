@@ -1,0 +1,190 @@
+"""`grail compress`."""
+
+import os
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TextIO
+
+import typer
+
+from grail.commands.console import phases, print_table, sizes
+from grail.commands.options import READING, Given, Printed, RecipeFile, command
+from grail.commands.root import app, is_closed_pipe
+from grail.errors import InputError
+from grail.files.calibration import Join
+from grail.files.pretrained import Pretrained
+from grail.files.text import EVALUATION_TOKENS, Text
+from grail.recipe import RECIPE, Recipe, merged
+from grail.report.report import Report
+from grail.report.summary import (
+    evaluation_table,
+    headline,
+    labelled,
+    resumed_sentence,
+    size_sentence,
+    stage_table,
+    verdict,
+)
+from grail.run._collect import Collected
+from grail.run.workflow import compress_checkpoint
+from grail.runtime.processes import current_processes, launched
+from grail.runtime.settings import Runtime, setting
+
+_COMPARING = "Comparing on held-out text"
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """The options of `grail compress` beside those of model, text, recipe and runtime."""
+
+    output: Path = setting(
+        ..., "Folder for model, report.json, report.html and recipe.json; new or empty."
+    )
+    calibration: str | None = setting(
+        None,
+        "Text on which activations are collected: .txt, .json, .jsonl, .csv or .parquet, or a "
+        "dataset (NAME, NAME:CONFIG, wikitext2). Take text like the text the model is for.",
+        metavar="TEXT",
+    )
+    statistics: Path | None = setting(
+        None,
+        "Instead of a text, a folder that `grail stats` wrote; with --open-loop.",
+    )
+    uneven: bool = setting(
+        False,
+        "Let blocks keep more or less, by what their narrowing costs the model, --keep of all "
+        "together; OUTPUT is then for grail alone, since stock configurations hold one width for "
+        "all blocks. Not for heads, and on the device alone: no --statistics, --onload, "
+        "--no-compensate, nor several processes.",
+    )
+    evaluate: str | None = setting(
+        None,
+        "Held-out text: compares the dense, the pruned and the restored model on it; with --onload "
+        "on the CPU. wikitext2 is measured as in the literature: all of the test split, joined by "
+        "blank lines, in sequences of 2048 tokens.",
+        metavar="TEXT",
+        panel=_COMPARING,
+    )
+    evaluate_tokens: int | None = setting(
+        None,
+        "Held-out tokens to predict.",
+        shown=f"{EVALUATION_TOKENS}; all of wikitext2",
+        metavar="COUNT",
+        panel=_COMPARING,
+    )
+    evaluate_field: str | None = setting(
+        None, "As --field, for the held-out text.", shown="--field", panel=_COMPARING
+    )
+    evaluate_split: str | None = setting(
+        None, "Split of a held-out dataset.", shown="test, else validation", panel=_COMPARING
+    )
+    evaluate_join: Join | None = setting(
+        None, "As --join, for the held-out text.", shown="--join", panel=_COMPARING
+    )
+    baseline: bool = setting(
+        True, "With --evaluate: also measure plain pruning, in a run of its own.", panel=_COMPARING
+    )
+
+
+# How the held-out text is read, where not as the calibration.
+_EVALUATED = ("tokens", "field", "split", "join")
+
+
+@command(app, Pretrained, CompressOptions, RecipeFile, READING, Recipe, Runtime, Printed)
+def compress(given: Given) -> None:
+    """Compresses MODEL and writes a plain folder that transformers loads.
+
+    Example: `grail compress MODEL --keep 0.7 --calibration text.txt --output out/`
+
+    Add `--evaluate heldout.txt` to see what it cost: perplexity dense, pruned and restored.
+    """
+    asked, model = given.make(CompressOptions), given.make(Pretrained)
+    recipe, _ = merged(given.recipe, None, given.of(Recipe))
+    model = replace(model, device=given.context.with_resource(launched(model.device)))
+    if (asked.calibration is None) == (asked.statistics is None):
+        raise InputError("give either --calibration or --statistics")
+    _refuse_idle_options(given, asked)
+    calibration = Text(asked.calibration or "", **given.of_text(), option="--calibration")
+    evaluate = None
+    if asked.evaluate is not None:
+        own = {name: getattr(asked, f"evaluate_{name}") for name in _EVALUATED}
+        own = {name: value for name, value in own.items() if value is not None}
+        evaluate = calibration.compared_on(asked.evaluate, own, "--evaluate")
+    report = compress_checkpoint(
+        model,
+        asked.output,
+        calibration if asked.statistics is None else Collected(asked.statistics),
+        evaluate=evaluate,
+        baseline=asked.baseline,
+        uneven=asked.uneven,
+        recipe=recipe,
+        runtime=given.runtime(model),
+        command=given.command_line(),
+    )
+    if current_processes().number == 0:
+        _print_result(report, asked.output, given.prints_json)
+
+
+def _refuse_idle_options(given: Given, asked: CompressOptions) -> None:
+    """Raises InputError for options that were given and that nothing would read."""
+    idle = given.options(*(f"evaluate_{name}" for name in _EVALUATED))
+    if idle and asked.evaluate is None:
+        raise InputError(f"{', '.join(idle)} is of the held-out text: give --evaluate with it")
+    if asked.statistics is not None:
+        shared = () if asked.evaluate else ("sequence_length", "field", "join")
+        if idle := given.options("tokens", "split", *shared):
+            raise InputError(
+                f"{', '.join(idle)} is of the calibration text, which --statistics take the place "
+                "of: leave it out"
+            )
+
+
+def _print_result(report: Report, output: Path, as_json: bool) -> None:
+    """Prints what is written by now; where that fails, the run has succeeded all the same."""
+    try:
+        if as_json:
+            typer.echo(report.to_json(), nl=False)
+        else:
+            _print_report(report, output)
+    except OSError as error:
+        if is_closed_pipe(error):
+            raise
+        _discard(sys.stdout)
+        typer.echo(
+            f"grail: the report cannot be printed ({error.strerror}); model and report are "
+            f"complete in {output}",
+            err=True,
+        )
+
+
+def _discard(stream: TextIO) -> None:
+    """Lets what a stream still holds go nowhere: writing it would fail again at the exit."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _print_report(report: Report, output: Path) -> None:
+    if report.evaluation:
+        print_table(*evaluation_table(labelled(report.evaluation)))
+    typer.echo(" ".join(headline(report)))
+    if line := verdict(report):
+        typer.echo(line)
+    print_table(*stage_table(report.stages))
+    if line := resumed_sentence(report):
+        typer.echo(line)
+    typer.echo(f"phases  {phases(report.seconds)}")
+    typer.echo(f"memory  {sizes(report.memory)}")
+    if line := size_sentence(report):
+        typer.echo(f"disk    {line}")
+    for note in report.notes:
+        typer.echo(f"note    {note}")
+    typer.echo(f"model   {output}")
+    for path in sorted(output.glob("report.*")):
+        typer.echo(f"report  {path}")
+    for name, file in (("recipe", RECIPE), ("card", "README.md")):
+        if (output / file).is_file():
+            typer.echo(f"{name:8}{output / file}")

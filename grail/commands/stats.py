@@ -1,0 +1,76 @@
+"""`grail stats collect` and `grail stats merge`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from grail.commands.console import notes_said
+from grail.commands.options import READING, Given, RecipeFile, command, fields
+from grail.commands.root import app
+from grail.files.load import CheckpointWarning
+from grail.files.pretrained import Pretrained
+from grail.files.text import Text
+from grail.recipe import Recipe, merged
+from grail.run._collect import READ
+from grail.run._collect import collect as collect_statistics
+from grail.run._collect import merge as merge_statistics
+from grail.runtime.folder import check_output
+from grail.runtime.settings import Runtime, setting
+
+
+@dataclass(frozen=True)
+class CollectOptions:
+    """The options of `grail stats collect` beside those of model, text, recipe and runtime."""
+
+    calibration: str = setting(..., "Text on which activations are collected.", metavar="TEXT")
+    output: Path = setting(..., "Folder for the statistics; new or empty.")
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """The options of `grail stats merge`."""
+
+    folders: list[Path] = setting(..., "Folders that stats collect wrote.", flag="FOLDERS...")
+    output: Path = setting(..., "Folder; new or empty.", flag="--output -o")
+
+
+stats = typer.Typer(
+    no_args_is_help=True,
+    help="Statistics that are collected in one place, or in several and added.",
+)
+app.add_typer(stats, name="stats")
+
+_RECIPE = fields(Recipe, *READ, "seed")
+_RUNTIME = fields(Runtime, "storage", "onload", "progress")
+
+
+@command(stats, Pretrained, CollectOptions, RecipeFile, READING, _RECIPE, _RUNTIME, name="collect")
+def collect(given: Given) -> None:
+    """Writes the Gram matrices of MODEL's sites on a text, in one pass over the dense model.
+
+    Example: `grail stats collect MODEL --calibration text.txt --output a/`
+    """
+    model, asked = given.make(Pretrained), given.make(CollectOptions)
+    check_output(asked.output)
+    recipe, _ = merged(given.recipe, None, given.of(Recipe))
+    text = Text(asked.calibration, **given.of_text(), seed=recipe.seed, option="--calibration")
+    text = text.checked(model.source)
+    device, runtime = model.computing, given.runtime(model)
+    typer.echo(f"Loading {model.source} …", err=True)
+    with notes_said(CheckpointWarning):
+        network, tokenizer = model.load("cpu" if runtime.onload is not None else device)
+    batches = text.batches(network, tokenizer)
+    collect_statistics(network, batches, output=asked.output, recipe=recipe, runtime=runtime)
+    typer.echo(f"statistics  {asked.output}")
+
+
+@command(stats, MergeOptions, name="merge")
+def merge(given: Given) -> None:
+    """Adds statistics of one model from different texts.
+
+    Example: `grail stats merge a/ b/ -o c/`
+    """
+    asked = given.make(MergeOptions)
+    merge_statistics(asked.folders, asked.output)
+    typer.echo(f"statistics  {asked.output}")

@@ -1,0 +1,301 @@
+"""One checkpoint compressed and compared: dense, pruned and compensated models on the same text.
+
+Every narrowed model starts from the dense network, so a study asks for a fresh one after each run.
+All that a command does is a stage with a predicted and a measured wall time.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from grail.files._export import export
+from grail.files.provenance import text_source
+from grail.networks import find
+from grail.recipe import Recipe
+from grail.report import completions
+from grail.report._evaluate import bfloat16_bytes, evaluate, measure_size
+from grail.report.report import Evaluation, Report, fitted_parts
+from grail.run._collect import Collected
+from grail.run._compress import compress
+from grail.run._inspect import Inspection, inspect
+from grail.run._sensitivity import PROBES, UNDONE, sensitivity
+from grail.runtime.clock import Stages
+from grail.runtime.settings import Runtime
+
+IMPORTING, LOADING, PREDICTING = "importing", "loading", "predicting"
+RUNS = "runs to compare with"
+PERPLEXITY, COMPLETIONS = "perplexity", "completions"
+SENSITIVITY, COMPRESSING, WRITING = "loss by site", "compressing", "writing"
+
+# Bytes a second at which an output is written, read again and compared. A guess: no disk is
+# measured before a run.
+_WRITTEN = 100e6
+
+
+def text_of(source: str, batches: Sequence[Tensor] | Collected) -> dict[str, Any]:
+    """Returns the provenance of a text, or of statistics that were collected from one."""
+    if not isinstance(batches, Collected):
+        return text_source(source, batches)
+    tokens = sum(calibration["tokens"] for calibration in batches.calibrations)
+    return {"source": source, "tokens": tokens, "collected": batches.calibrations}
+
+
+def attribute(report: Report, name: str, origin: Mapping[str, Any]) -> None:
+    """Writes into a report what its model is called and where all of it comes from."""
+    report.model["name"] = name
+    report.calibration["source"] = origin["calibration"]["source"]
+    report.provenance = dict(origin)
+    if files := origin["model"]["files"]:
+        report.model["bytes"]["source"] = sum(file["bytes"] for file in files.values())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Wall seconds of a command by stage, and peak bytes and tokens of the compression itself."""
+
+    seconds: Mapping[str, float]
+    peak: int
+    tokens: int
+    output: int  # bytes of the weights
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
+
+def baselines(recipe: Recipe, *, uneven: bool = False) -> dict[str, Recipe]:
+    """The runs that a model is compared with, by role of their row in a report.
+
+    "pruned" is plain pruning with the selector of `options`, or Wanda's where that is greedy, which
+    selects channels to be compensated. "compensated" is the same selector and widths as "pruned"
+    with compensation, where the model itself has another selector or uneven widths.
+    """
+    if not (recipe.compensate or recipe.fit_bias):
+        return {}
+    same = replace(recipe, selector="wanda") if recipe.selector == "greedy" else recipe
+    plain = replace(
+        same, compensate=False, fit_bias=False, token_weights=False, correct_attention=False
+    )
+    others = same is not recipe or uneven
+    return {"pruned": plain, **({"compensated": same} if others else {})}
+
+
+@dataclass
+class Study:
+    """Compresses fresh copies of one network and keeps what each of them is worth.
+
+    Args:
+        network: the dense network. The study should be all that holds it: a run uses it up.
+        fresh: returns another; called once the last one is gone, for two would double the peak.
+        tokenizer: of the network, for completions; None completes nothing.
+        batches: calibration.
+        heldout: batches of held-out text; none evaluates nothing.
+        stages: counts the time.
+        runtime: how all runs are computed; the network's own run alone is resumed.
+        say: called with what is about to be done.
+    """
+
+    network: Any
+    fresh: Callable[[], Any]
+    tokenizer: Any
+    batches: list[Tensor] | Collected
+    heldout: Sequence[Tensor]
+    stages: Stages
+    runtime: Runtime = Runtime()
+    say: Callable[[str], None] = print
+    rows: dict[str, Evaluation] = field(default_factory=dict)
+    completions: dict[str, Tensor] = field(default_factory=dict)
+
+    def predict(self, recipe: Recipe, *, compare: bool, uneven: bool) -> Prediction:
+        """Wall time of the whole command, from trials on the dense network; it stays as it is."""
+        compare = compare and bool(self.heldout)
+        others = list(baselines(recipe, uneven=uneven).values()) if compare else []
+        with self.stages(PREDICTING):
+            plan = self._inspect(recipe)
+            spent = self.stages.seconds
+            seconds = {IMPORTING: spent[IMPORTING]} if IMPORTING in spent else {}
+            seconds[LOADING] = spent.get(LOADING, 0.0) * (1 + len(others))
+            seconds[PREDICTING] = 0.0  # known when all the rest is
+            models = ("dense" not in self.rows) + len(others) + 1
+            seconds |= self._of_evaluations(models)
+            if others:
+                plans = [self._inspect(other) for other in others]
+                seconds[RUNS] = sum(each.seconds["total"] for each in plans)
+            if uneven:
+                seconds[SENSITIVITY] = self._of_sensitivity(recipe, plan.seconds)
+            seconds[COMPRESSING] = plan.seconds["total"]
+            output = plan.savings[0].bytes
+            seconds[WRITING] = output / _WRITTEN
+        seconds[PREDICTING] = self.stages.seconds[PREDICTING]
+        return Prediction(seconds, plan.memory["peak"], plan.tokens, output)
+
+    def _inspect(self, recipe: Recipe) -> Inspection:
+        assert isinstance(recipe.keep, float | int)
+        rows, length, tokens = 1, 8, 0  # where sums were collected no text runs through the model
+        if not isinstance(self.batches, Collected):
+            (rows, length), tokens = self.batches[0].shape, _count(self.batches)
+        return inspect(
+            self.network,
+            keeps=(recipe.keep,),
+            tokens=tokens,
+            sequence_length=length,
+            batch_size=rows,
+            recipe=recipe,
+            runtime=self.runtime,
+        )
+
+    def _of_evaluations(self, models: int) -> dict[str, float]:
+        """Of models of the network's size, from one sequence and a few new tokens."""
+        if not self.heldout:
+            return {}
+        seconds = {PERPLEXITY: models * _rate(self.network, self.heldout) * _count(self.heldout)}
+        if self._completes():
+            starts = completions.prompts(self.heldout)
+            few, more = (
+                _timed(partial(completions.complete, self.network, starts, new)) for new in (1, 4)
+            )
+            each = max(0.0, more - few) / 3
+            seconds[COMPLETIONS] = models * (few + each * (completions.NEW_TOKENS - 1))
+        return seconds
+
+    def _of_sensitivity(self, recipe: Recipe, run: Mapping[str, float]) -> float:
+        """A pass with the Grams and solves of a run, and a few batches through it for each site."""
+        assert not isinstance(self.batches, Collected)
+        sites = recipe.all_sites(find(self.network, recipe.sites))
+        probed = self.batches[: max(1, len(self.batches) // PROBES)]
+        return run["total"] + (1 + len(sites)) * _rate(self.network, probed) * _count(probed)
+
+    def measure(self, role: str, recipe: Recipe | None = None) -> None:
+        """Adds the row of the network, narrowed by `options`, if there is held-out text."""
+        if not self.heldout:
+            return
+        with self.stages(PERPLEXITY):
+            row = evaluate(self.network, self.heldout, progress=self.runtime.progress)
+        if recipe is not None:
+            row = replace(row, **_made_by(recipe))
+        if self._completes():
+            with self.stages(COMPLETIONS):
+                written = completions.complete(self.network, completions.prompts(self.heldout))
+            self.completions[role] = written
+            if (found := completions.repetition(written)) is not None:
+                row.repetition, row.repetition_error = found
+        self.rows[role] = row
+
+    def compare(self, recipe: Recipe, *, uneven: bool = False) -> None:
+        """Adds the rows of `baselines`; the network is a fresh one afterwards."""
+        for role, other in baselines(recipe, uneven=uneven).items():
+            self.say(f"Measuring the comparison: {_label(other)} …")
+            with self.stages(RUNS):
+                runtime = replace(self.runtime, resume_dir=None)
+                compress(self.network, self.batches, recipe=other, runtime=runtime)
+            self.measure(role, other)
+            self.network = None
+            with self.stages(LOADING):
+                self.network = self.fresh()
+
+    def uneven(self, recipe: Recipe) -> Recipe:
+        """Returns the recipe with a share for each site, by what narrowing it costs the network."""
+        assert not isinstance(self.batches, Collected)
+        with self.stages(SENSITIVITY):
+            measured = sensitivity(self.network, self.batches, recipe=recipe, runtime=self.runtime)
+        undone = UNDONE if recipe.follows_drift else 0.0
+        return replace(recipe, keep=measured.shares(undone=undone))
+
+    def run(self, recipe: Recipe) -> Report:
+        """Compresses the network itself and reports it beside all that was measured."""
+        with self.stages(COMPRESSING):
+            report = compress(self.network, self.batches, recipe=recipe, runtime=self.runtime)
+        self.stages.seconds[COMPRESSING] += report.resumed.get("seconds", 0.0)
+        self.measure("restored" if recipe.compensate or recipe.fit_bias else "pruned", recipe)
+        report.evaluation, report.samples = dict(self.rows), self._samples()
+        report.model["bytes"] = {
+            "after": measure_size(self.network)[1],
+            "bfloat16": bfloat16_bytes(self.network),
+        }
+        return report
+
+    def write(
+        self,
+        report: Report,
+        prediction: Prediction,
+        output: Path,
+        page: Callable[[Report], str | None],
+    ) -> None:
+        """Writes the folder; its report has the time of all stages up to the report itself."""
+        start = time.perf_counter()
+
+        def finished() -> Report:
+            self.stages.seconds[WRITING] = time.perf_counter() - start
+            report.stages = _stages(prediction.seconds, self.stages.seconds)
+            return report
+
+        report.memory["predicted_peak"] = prediction.peak
+        uneven = bool(reasons := report.model["beyond_configuration"])
+        # What the notes advise is done here.
+        report.notes = [note for note in report.notes if not note.startswith(tuple(reasons))]
+        report.notes += [
+            f"{reason}: grail alone loads it, by grail.load_model" for reason in reasons
+        ]
+        export(self.network, self.tokenizer, output, report=finished, page=page, uneven=uneven)
+
+    def _completes(self) -> bool:
+        return self.tokenizer is not None and self.network.can_generate()
+
+    def _samples(self) -> list[dict[str, str]]:
+        """The first completions of each model, "compensated" left out, as text."""
+        shown = {role: rows for role, rows in self.completions.items() if role != "compensated"}
+        if not shown:
+            return []
+        tokens = {"prompt": completions.prompts(self.heldout), **shown}
+        texts = {
+            role: [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+            for role, rows in tokens.items()
+        }
+        count = min(completions.SHOWN, len(texts["prompt"]))
+        return [{role: rows[i] for role, rows in texts.items()} for i in range(count)]
+
+
+def _stages(
+    predicted: Mapping[str, float], measured: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    columns = {"predicted": predicted, "measured": measured}
+    rows = {
+        stage: {column: of[stage] for column, of in columns.items() if stage in of}
+        for stage in [*predicted, *(stage for stage in measured if stage not in predicted)]
+    }
+    return {**rows, "total": {column: sum(of.values()) for column, of in columns.items()}}
+
+
+def _label(recipe: Recipe) -> str:
+    return Evaluation(0.0, 0, 0, 0, **_made_by(recipe)).label
+
+
+def _made_by(recipe: Recipe) -> dict[str, Any]:
+    """Returns the fields of a row that say how `options` narrowed a network."""
+    return {
+        "selector": recipe.as_dict()["selector"],
+        "compensation": fitted_parts(recipe.compensate, recipe.fit_bias),
+        "uneven": isinstance(recipe.keep, Mapping),
+    }
+
+
+def _count(batches: Sequence[Tensor]) -> int:
+    return sum(batch.numel() for batch in batches)
+
+
+def _rate(network: Any, batches: Sequence[Tensor]) -> float:
+    """Seconds a token of evaluating a network, from one sequence."""
+    sequence = batches[0][:1]
+    return _timed(lambda: evaluate(network, [sequence], progress=False)) / sequence.numel()
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
