@@ -117,9 +117,9 @@ def _absorb_torch(
     order: Tensor,  # [K], the column of the result that belongs to each of `kept`
 ) -> Tensor:
     """The torch twin: one or two GEMMs a strip."""
-    by_position = gram.new_zeros(weight.shape[0], kept.numel())
+    by_position = gram.new_zeros(weight.shape[0], kept.numel())  # [O, K]
     # Gathered once: columns of a row-major weight are the slow direction.
-    of_dropped = weight.index_select(1, dropped).to(gram.dtype)
+    of_dropped = weight.index_select(1, dropped).to(gram.dtype)  # [O, D]
     add = _add_dense if gram.dim() == 2 else _add_packed
     with full_fp32(gram.device):
         add(by_position, of_dropped, gram, kept, dropped)
@@ -129,11 +129,7 @@ def _absorb_torch(
 
 
 def _add_packed(
-    result: Tensor,  # [O, K]
-    weight: Tensor,  # [O, D]
-    packed: Tensor,  # [P]
-    kept: Tensor,  # [K], ascending
-    dropped: Tensor,  # [D], ascending
+    result: Tensor, of_dropped: Tensor, packed: Tensor, kept: Tensor, dropped: Tensor
 ) -> None:
     """Adds W_D G_DP strip by strip: a strip couples its rows to the columns before, both ways."""
     every = list(strips(kept.numel() + dropped.numel()))
@@ -150,22 +146,18 @@ def _add_packed(
 
         own_dropped = dropped[dropped_low:dropped_high]
         coupling = rows[own_dropped - strip.low].index_select(1, kept[:kept_high])
-        result[:, :kept_high].addmm_(weight[:, dropped_low:dropped_high], coupling)
+        result[:, :kept_high].addmm_(of_dropped[:, dropped_low:dropped_high], coupling)
 
         own_kept, before = kept[kept_low:kept_high], dropped[:dropped_low]
         coupling = rows[own_kept - strip.low].index_select(1, before)
-        result[:, kept_low:kept_high].addmm_(weight[:, :dropped_low], coupling.mT)
+        result[:, kept_low:kept_high].addmm_(of_dropped[:, :dropped_low], coupling.mT)
 
 
 def _add_dense(
-    result: Tensor,  # [O, K]
-    weight: Tensor,  # [O, D]
-    gram: Tensor,  # [H, H]
-    kept: Tensor,  # [K]
-    dropped: Tensor,  # [D]
+    result: Tensor, of_dropped: Tensor, gram: Tensor, kept: Tensor, dropped: Tensor
 ) -> None:
     """Adds W_D G_DP for a block of dropped channels at a time, so that G_DP is never held whole."""
-    blocks = zip(weight.split(_DROPPED_ROWS, dim=1), dropped.split(_DROPPED_ROWS), strict=True)
+    blocks = zip(of_dropped.split(_DROPPED_ROWS, dim=1), dropped.split(_DROPPED_ROWS), strict=True)
     for columns, rows in blocks:
         coupling = gram.index_select(0, rows).index_select(1, kept)
         result.addmm_(columns, coupling)

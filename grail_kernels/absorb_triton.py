@@ -187,7 +187,7 @@ def _places(gram: Tensor, selected: Tensor, channels: int) -> tuple[Tensor, Tens
 
 
 def constants(config: tuning.AbsorbConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time arguments of the kernel; `bench/aot.py` compiles with the same."""
+    """The compile-time arguments of the kernel; `bench/tools/aot.py` compiles with the same."""
     return {
         "BLOCK_O": config.block_outputs,
         "BLOCK_K": config.block_kept,

@@ -150,11 +150,7 @@ def _chunks(tokens: Tensor) -> list[Tensor]:
 
 
 def _add_tile(
-    out: Tensor,
-    tile: _Tile,
-    left: list[Tensor],
-    right: list[Tensor],
-    memory: NDArray[np.float32],
+    out: Tensor, tile: _Tile, left: list[Tensor], right: list[Tensor], memory: NDArray[np.float32]
 ) -> None:
     """Adds the products of all chunks to one tile of `out`, by way of `memory`."""
     sums = memory[: math.prod(tile.shape)].reshape(tile.shape)

@@ -196,7 +196,7 @@ class Launch:
 
 
 def constants(config: tuning.GramConfig, parts: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time arguments of both kernels; `bench/aot.py` compiles with the same.
+    """The compile-time arguments of both kernels; `bench/tools/aot.py` compiles with the same.
 
     Args:
         config: the launch.

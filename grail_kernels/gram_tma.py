@@ -88,26 +88,18 @@ def _gram_tma_kernel(
 
     if program < collectors:
         channel = (program * BLOCK_H).to(tl.int32)
-        channel_sums = tl.zeros([BLOCK_H], tl.float32)
-        channel_counts = tl.zeros([BLOCK_H], tl.int32)
+        sums = tl.zeros([BLOCK_H], tl.float32)
+        counts = tl.zeros([BLOCK_H], tl.int32)
         for step in range(first_step, end_step):
             x = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
             for part in tl.static_range(PARTS - 1, -1, -1):
                 token = step * BLOCK_T
                 x += _load_block(x_desc, first + part, token, channel, BLOCK_T, BLOCK_H, tl.float32)
             is_finite = tl.abs(x) < float("inf")
-            channel_counts += tl.sum((~is_finite).to(tl.int32), axis=0)
-            channel_sums += tl.sum(x, axis=0)
+            counts += tl.sum((~is_finite).to(tl.int32), axis=0)
+            sums += tl.sum(x, axis=0)
         channels = channel + tl.arange(0, BLOCK_H)
-        add_collected(
-            sums_ptr,
-            nonfinite_ptr,
-            target * H,
-            channel_sums,
-            channel_counts,
-            channels,
-            channels < H,
-        )
+        add_collected(sums_ptr, nonfinite_ptr, target * H, sums, counts, channels, channels < H)
     else:
         tile_row, tile_column = tile_of(program - collectors, tile_rows, GROUP)
         row = (tile_row * BLOCK_H).to(tl.int32)

@@ -55,18 +55,17 @@ def _step_tokens(
     mask_ptr,
     weights_ptr,
     inner,
-    first_token,
-    end_token,
+    first,
+    end,
     steps_each,
-    stride_xo,
-    stride_xt,
     BLOCK_T: tl.constexpr,
     REPEATS: tl.constexpr,
 ):
-    """The offsets of a step's tokens, whether each takes part, and its weight; [BLOCK_T]."""
-    repeat = step // steps_each if REPEATS else 0
-    tokens = first_token + (step - repeat * steps_each) * BLOCK_T + tl.arange(0, BLOCK_T)
-    takes_part = tokens < end_token
+    """The run of a step; its tokens [BLOCK_T] in it, whether they take part, and their weights."""
+    # As a constant, the run could not be returned by every version of Triton.
+    repeat = step // steps_each if REPEATS else step * 0
+    tokens = first + (step - repeat * steps_each) * BLOCK_T + tl.arange(0, BLOCK_T)
+    takes_part = tokens < end
     weights = tl.full([BLOCK_T], 1.0, tl.float32)
     if mask_ptr is not None:
         flags = tl.load(mask_ptr + repeat * inner + tokens, mask=takes_part, other=0)
@@ -74,7 +73,7 @@ def _step_tokens(
     if weights_ptr is not None:
         weights = tl.load(weights_ptr + repeat * inner + tokens, mask=takes_part, other=0.0)
         takes_part = takes_part & (weights != 0.0)
-    return repeat * stride_xo + tokens * stride_xt, takes_part, weights
+    return repeat, tokens, takes_part, weights
 
 
 @triton.jit(do_not_specialize=["matrices", "outer", "span"])
@@ -116,15 +115,15 @@ def _gram_kernel(
         gate_ptr += matrix * stride_xm
 
     if offsets_ptr is None:
-        first_token = tl.zeros([], tl.int64)
-        end_token = tl.zeros([], tl.int64) + inner
-        steps_each = tl.cdiv(end_token, BLOCK_T)
+        first = tl.zeros([], tl.int64)
+        end = tl.zeros([], tl.int64) + inner
+        steps_each = tl.cdiv(end, BLOCK_T)
         first_step = split * span
         end_step = tl.minimum(first_step + span, outer * steps_each)
     else:
-        first_token = tl.load(offsets_ptr + matrix)
-        end_token = tl.load(offsets_ptr + matrix + 1)
-        steps_each = tl.cdiv(end_token - first_token, BLOCK_T)
+        first = tl.load(offsets_ptr + matrix)
+        end = tl.load(offsets_ptr + matrix + 1)
+        steps_each = tl.cdiv(end - first, BLOCK_T)
         first_step = tl.zeros([], tl.int64)
         end_step = steps_each
 
@@ -134,19 +133,10 @@ def _gram_kernel(
         row_sums = tl.zeros([BLOCK_H], tl.float32)
         row_counts = tl.zeros([BLOCK_H], tl.int32)
         for step in range(first_step, end_step):
-            offsets, takes_part, weights = _step_tokens(
-                step,
-                mask_ptr,
-                weights_ptr,
-                inner,
-                first_token,
-                end_token,
-                steps_each,
-                stride_xo,
-                stride_xt,
-                BLOCK_T,
-                REPEATS,
+            repeat, tokens, takes_part, weights = _step_tokens(
+                step, mask_ptr, weights_ptr, inner, first, end, steps_each, BLOCK_T, REPEATS
             )
+            offsets = repeat * stride_xo + tokens * stride_xt
             x = _load_activations(
                 x_ptr,
                 gate_ptr,
@@ -166,19 +156,10 @@ def _gram_kernel(
         total = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
         chain = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
         for step in range(first_step, end_step):
-            offsets, takes_part, weights = _step_tokens(
-                step,
-                mask_ptr,
-                weights_ptr,
-                inner,
-                first_token,
-                end_token,
-                steps_each,
-                stride_xo,
-                stride_xt,
-                BLOCK_T,
-                REPEATS,
+            repeat, tokens, takes_part, weights = _step_tokens(
+                step, mask_ptr, weights_ptr, inner, first, end, steps_each, BLOCK_T, REPEATS
             )
+            offsets = repeat * stride_xo + tokens * stride_xt
             row_x = _load_activations(
                 x_ptr,
                 gate_ptr,
@@ -317,7 +298,7 @@ def _mergeable_shape(x: Tensor) -> tuple[int, int, int, int] | None:
 def constants(
     config: tuning.GramConfig, dtype: torch.dtype, weighted: bool, repeats: bool
 ) -> dict[str, Any]:
-    """The compile-time arguments of the kernel; `bench/aot.py` compiles with the same."""
+    """The compile-time arguments of the kernel; `bench/tools/aot.py` compiles with the same."""
     parts = 1 if tuning.multiplies_natively(dtype, weighted) else 3
     return gram_blocks.constants(config, parts, dtype) | {"REPEATS": repeats}
 

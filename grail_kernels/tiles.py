@@ -58,11 +58,7 @@ def packed_numel(channels: int) -> int:
 
 
 def check_packed(packed: Tensor, channels: int) -> None:
-    """Refuses a packed tensor that does not belong to `channels` channels.
-
-    Raises:
-        InputError: the last dimension is not `packed_numel(channels)`.
-    """
+    """Refuses a packed tensor whose last dimension is not `packed_numel(channels)`."""
     check_tensors(packed=packed)
     expected = packed_numel(channels)
     if packed.dim() < 1 or packed.shape[-1] != expected:

@@ -1,11 +1,12 @@
 """The tile sizes and warps that each kernel launches with: a static table, no autotuning.
 
 `launches.json`, beside this file, has a row for each kernel, operand class and shape class. The
-rows of "default" are complete and serve every architecture that has no row of its own;
-`bench/tune.py` measures candidates on a GPU and writes the rows of its architecture. Every row is
-compiled ahead of time by `bench/aot.py`, whose record says that it fits shared memory. The rows of
-sm_90 were timed on an H100 (bench/results/gpu/tuning.csv, and trials.csv for the wide ones of
-`gram_tma`); those of "default", which nobody has timed, spill two dozen registers at most.
+rows of "default" are complete and serve every architecture that has no row of its own.
+`bench/tools/tune.py` measures candidates on a GPU and writes the rows of its architecture. The
+record of `bench/tools/aot.py`, which compiles every row ahead of time, shows that each fits shared
+memory. The rows of sm_90 were timed on an H100 (bench/results/gpu/tuning.csv, and trials.csv for
+the wide ones of `gram_tma`). Those of "default" were not timed; they spill two dozen registers at
+most.
 """
 
 import functools
@@ -143,11 +144,7 @@ def gram_config(
 
 
 def tma_config(parts: int, channels: int, *, architecture: str = DEFAULT) -> GramConfig:
-    """The launch of the kernel of `gram_tma` for activations in 1 or 3 parts, H = `channels`.
-
-    Raises:
-        LaunchTableError: the table is damaged.
-    """
+    """The launch of the kernel of `gram_tma` for activations in 1 or 3 parts, H = `channels`."""
     operands = "16-bit" if parts == 1 else "split"
     return _row(architecture, ("gram_tma", operands, _width(channels)), GramConfig)
 
@@ -155,11 +152,7 @@ def tma_config(parts: int, channels: int, *, architecture: str = DEFAULT) -> Gra
 def absorb_config(
     dtype: torch.dtype, channels: int = _MIDDLE_CHANNELS + 1, architecture: str = DEFAULT
 ) -> AbsorbConfig:
-    """The way to compute the correction for weights [O, H] of this dtype and H = `channels`.
-
-    Raises:
-        LaunchTableError: the table is damaged.
-    """
+    """The way to compute the correction for weights [O, H] of this dtype and H = `channels`."""
     operands = "bf16" if dtype == torch.bfloat16 else "split"
     shape = "middle" if channels <= _MIDDLE_CHANNELS else "wide"
     return _row(architecture, ("absorb", operands, shape), AbsorbConfig)
