@@ -2,21 +2,21 @@
 
     python bench/on_gpu.py                  all steps, results under bench/results/gpu/
     python bench/on_gpu.py --steps checks   only the named steps
-    python bench/on_gpu.py --dry-run        the same code on the CPU at toy sizes: does it run?
+    python bench/on_gpu.py --dry-run        the same code on the CPU at toy sizes
 
-Steps, in this order, the first three at once, with the seconds that each may take
+Steps, in this order, the first three at once, with the most seconds of each
   tests      150  the tests that need a GPU, and those of the kernels with the Triton backend
   checks     100  each kernel gives the same bits twice and in a new process; more than 2^31
                   elements of activations and of the accumulator; compute-sanitizer, if installed
   accuracy    60  error and bias of the diagonal against the number of tokens, by length of chain
-  tuning     150  bench/tools/tune.py: the launch table's rows for this architecture, written to
+  tuning     150  bench.tools.tune: the launch table's rows for this architecture, written to
                   grail_kernels/launches.json and beside the results
-  bench      130  bench/kernels/gram.py, absorb.py and ridge.py on the real models, with the tuned table
-  calibrate  100  bench/quality/calibrate.py, a whole compression
+  bench      130  bench.kernels.gram, absorb and ridge on the real models, with the tuned table
+  calibrate  100  bench.quality.calibrate, a whole compression
 
 Every step runs in a process of its own, so that one that hangs or takes the GPU down costs only its
-own time. A step that fails is reported with its reason and the others go on; the exit code is 1.
-Each writes its CSV as soon as it ends. Draw the figures with `python -m bench.report.figures`.
+own time. A step that fails is reported with its reason and the others run; the exit code is 1. Each
+writes its CSV as soon as it ends. Draw the figures with `python -m bench.report.figures`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run without an installation
 
 import grail_kernels as gk
 from bench.kernels import absorb as absorb_bench
@@ -50,11 +50,11 @@ from bench.kernels import gram as gram_bench
 from bench.kernels import ridge as ridge_bench
 from bench.quality import calibrate
 from bench.tools import tune
-from bench.tools.measuring import Row, command_line, machine, write_rows
+from bench.tools.commandline import DTYPES, CommandLine
+from bench.tools.measuring import RESULTS, ROOT, Row, machine, write_rows
 from grail_kernels import reference, tuning
 
-ROOT = Path(__file__).resolve().parent.parent
-# Seconds in which a step that is out of time may finish the measurement it is at.
+# Seconds in which a step that is out of time may finish its measurement.
 GRACE = 15.0
 # Nothing is timed in these, so that they run at once.
 UNTIMED = ("tests", "checks", "accuracy")
@@ -124,16 +124,11 @@ def run_tests(run: Run) -> None:
 def launches(run: Run) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """A call for each shipped launch: by kernel, dtype, width, alignment and weights."""
     tokens = run.size(20_000, 300)
-    for (name, dtype), channels in itertools.product(
-        gram_bench.DTYPES.items(), (64, 192, 201, 4096)
-    ):
+    for (name, dtype), channels in itertools.product(DTYPES.items(), (64, 192, 201, 4096)):
         x = activations(tokens, run.size(channels, min(channels, 201)), dtype, run.device)
         yield f"gram {name} {channels}", lambda x=x: packed_gram(x)
         weights = x[:, 0].float().abs()
-        yield (
-            f"gram {name} {channels} weighted",
-            lambda x=x, w=weights: packed_gram(x, weights=w),
-        )
+        yield (f"gram {name} {channels} weighted", lambda x=x, w=weights: packed_gram(x, weights=w))
         yield f"batched {name} {channels}", lambda x=x: _heads(x)
         yield f"ragged {name} {channels}", lambda x=x: _experts(x)
         yield f"swiglu {name} {channels}", lambda x=x: _gated(x)
@@ -174,7 +169,7 @@ def digests(run: Run) -> dict[str, str]:
 
 
 def run_checks(run: Run) -> None:
-    """Repeats, sizes beyond 32 bits, and the sanitizer; what was found is written either way."""
+    """Repeats, sizes beyond 32 bits, and the sanitizer; rows are written also after a failure."""
     rows: list[Row] = []
     try:
         for check in (_repeats, _many_activations, _large_accumulator, _sanitizer):
@@ -298,17 +293,13 @@ def run_bench(run: Run) -> None:
         "absorb": ["--dtype", "bf16", "--dtype", "fp32"],
         "ridge": [],
     }
-    # What is left of the budget: most of it for the Grams.
-    benches = {
-        "absorb": (absorb_bench.main, 0.2),
-        "ridge": (ridge_bench.main, 0.35),
-        "gram": (gram_bench.main, 1.0),
-    }
+    # Shares of the time that is left: most of it for the Grams.
+    benches = {"absorb": (absorb_bench, 0.2), "ridge": (ridge_bench, 0.35), "gram": (gram_bench, 1)}
     failed = []
-    for name, (main_of, share) in benches.items():
+    for name, (bench, share) in benches.items():
         limit = ["--device", run.device, "--seconds", str(share * run.left())]
         case = (toys if run.dry else real)[name]
-        failed += [name] * main_of([*limit, *case, "--csv", str(run.output / f"{name}.csv")])
+        failed += [name] * bench.main([*limit, *case, "--write", str(run.output / f"{name}.csv")])
         _empty_cache()
     if failed:
         raise ArithmeticError(f"a result was wrong, see the tables above: {', '.join(failed)}")
@@ -321,13 +312,13 @@ def run_calibrate(run: Run) -> None:
         return
     toy = ["--blocks", "1", "--tokens", "64", "--sequence-length", "32"] if run.dry else []
     path = str(run.output / "calibrate.csv")
-    if calibrate.main(["--device", run.device, "--repeats", "2", *toy, "--csv", path]):
+    if calibrate.main(["--device", run.device, "--repeats", "2", *toy, "--write", path]):
         raise ArithmeticError("a compensated site was worse than a pruned one, see above")
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step does, and the seconds that it may take."""
+    """The work of a step, and the seconds that it may take."""
 
     work: Callable[[Run], None]
     seconds: float
@@ -344,7 +335,7 @@ STEPS = {
 
 
 def run_step(name: str, run: Run) -> bool:
-    """Run one step here; False, with the reason printed, if it failed."""
+    """Runs one step here; returns False, with the reason printed, if it failed."""
     begin = time.monotonic()
     try:
         STEPS[name].work(run)
@@ -358,7 +349,7 @@ def run_step(name: str, run: Run) -> bool:
 
 
 def run_apart(name: str, options: argparse.Namespace, seconds: float) -> bool:
-    """Run one step in a process of its own, which ends with its time at the latest."""
+    """Runs one step in a process of its own, which ends with its time at the latest."""
     command = [sys.executable, __file__, "--steps", name, "--seconds", str(seconds)]
     command += ["--output", str(options.output)] + ["--dry-run"] * options.dry_run
     process = subprocess.Popen(command, start_new_session=True)
@@ -368,7 +359,7 @@ def run_apart(name: str, options: argparse.Namespace, seconds: float) -> bool:
         print(f"{name}: stopped, it had {seconds:.0f} s", flush=True)
         return False
     finally:
-        # With all that it started, and also where we are interrupted.
+        # With all processes that it started, and also after an interrupt.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -380,18 +371,18 @@ def _empty_cache() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the steps; the exit code is 1 if one of them failed."""
-    parser = command_line(
+    """Runs the steps; the exit code is 1 if one of them failed."""
+    parser = CommandLine(
         __doc__,
+        *("output", "seconds", "dry_run"),
         writes="CSV files into --output; the step tuning grail_kernels/launches.json",
         takes="at most --seconds, 10 minutes",
+        output={"default": RESULTS / "gpu"},
+        seconds={"default": 585, "help": "of all steps (default 585)"},
     )
     parser.add_argument("--steps", nargs="+", choices=[*STEPS], default=[*STEPS])
-    parser.add_argument("--output", type=Path, default=ROOT / "bench/results/gpu")
-    parser.add_argument("--seconds", type=float, default=585, help="of all steps (default 585)")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")
     parser.add_argument("--digests", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         print("no GPU is visible to torch; --dry-run runs the same code on the CPU")
         return 2

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import grail_kernels as gk
+from bench.tools import tiny
+from bench.tools.tiny import VOCABULARY
 from tests import counting
 from tests.counting import (  # noqa: F401, hooks of pytest
     pytest_addoption,
@@ -23,7 +25,6 @@ from tests.counting import (  # noqa: F401, hooks of pytest
     pytest_testnodedown,
 )
 
-VOCABULARY = 97
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DECODERS = (
     *FAMILIES,
@@ -55,20 +56,14 @@ TEXT_ENCODERS = (
     "xlm-roberta",
 )
 VISION_ENCODERS = ("clip_vision_model", "deit", "dinov2", "siglip_vision_model", "vit")
-_SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
-# What a family calls those sizes, or has beside them.
+# Of the sizes of `bench.tools.tiny`, those that every family is given.
+_NAMED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
+)
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 80}
+# Other names of those sizes in a family, or settings of its own.
 _OWN_SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_inner": 80},
     "opt": {"ffn_dim": 80, "word_embed_proj_dim": 48, "init_std": 0.1},
@@ -76,13 +71,8 @@ _OWN_SIZES: dict[str, dict[str, Any]] = {
     "granite": {"residual_multiplier": 0.5},
     "distilbert": {"hidden_dim": 80},
     "mixtral": {"num_local_experts": 4},
-    "qwen2_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 80,
-        "shared_expert_intermediate_size": 32,
-    },
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 80},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": _EXPERTS,
     "dinov2": {"mlp_ratio": 2},
 }
 # Families whose head_dim is hidden_size / heads: 48 / 6 is 8 as well.
@@ -106,7 +96,8 @@ def tiny_model() -> Callable[..., Any]:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipTextModel
 
     def make(family: str, seed: int = 0, **config: Any) -> Any:
-        settings = {**_SIZES, "initializer_range": 0.1, **_OWN_SIZES.get(family, {}), **config}
+        shared = {name: tiny.SIZES[name] for name in _NAMED}
+        settings = {**shared, **_OWN_SIZES.get(family, {}), **config}
         if family in _DERIVED_HEAD_DIM:
             settings.pop("head_dim")
         if family in VISION_ENCODERS:
@@ -114,14 +105,8 @@ def tiny_model() -> Callable[..., Any]:
         kind = AutoModelForCausalLM if family in (*DECODERS, *MIXTURES) else AutoModel
         if family == "siglip_text_model":  # AutoModel does not know it
             kind = SimpleNamespace(from_config=SiglipTextModel)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = kind.from_config(AutoConfig.for_model(family, **settings))
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim == 1:
-                        parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        return model.float().eval()
+        made = AutoConfig.for_model(family, **settings)
+        return tiny.randomised(lambda: kind.from_config(made), seed)
 
     return make
 
@@ -186,19 +171,7 @@ def tiny_tokenizer() -> Callable[[], Any]:
 
     Token i (3 ≤ i < 97) is the word "w<i>", any other word is 0, `<s>` 1 and `</s>` 2.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    def make() -> Any:
-        words = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(3, VOCABULARY))]
-        vocabulary = {word: index for index, word in enumerate(words)}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-        )
-
-    return make
+    return tiny.tokenizer
 
 
 @pytest.fixture

@@ -211,10 +211,7 @@ def test_its_commands_run(tiny_folder, tmp_path, monkeypatch):
 
 
 def test_its_table_is_the_committed_csv():
-    from bench.quality import endtoend
-
-    rows = endtoend.Table(endtoend.RESULTS / "smollm2_table.csv", ()).rows
-    assert endtoend.markdown(rows) in README
+    assert comparison.quality_table(rows_of("smollm2_table.csv")) in README
 
 
 def test_its_files_exist_and_it_stays_short():
@@ -224,8 +221,7 @@ def test_its_files_exist_and_it_stays_short():
 
 
 def test_the_resnets_numbers_are_those_of_the_csv():
-    rows = comparison.Table(comparison.RESULTS / "selectors_resnet18.csv", ()).rows
-    values = comparison.found(rows, "accuracy")
+    values = comparison.found(rows_of("selectors_resnet18.csv"), "accuracy")
     cells = [("", 1.0, "dense"), ("magnitude", 0.5, "own"), ("magnitude", 0.5, "ours")]
     dense, pruned, ours = (f"{100 * values[cell]:.1f}" for cell in cells)
     said = " ".join(README.split())

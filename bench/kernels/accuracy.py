@@ -1,30 +1,30 @@
 """Error and bias of a Gram matrix against the number of tokens, on activations with a mean.
 
-    python -m bench.kernels.accuracy --csv bench/results/accuracy_cpu.csv
+    python -m bench.kernels.accuracy --write     writes bench/results/accuracy_cpu.csv
 
-Every provider gets all tokens in one call. Sums of a positive mean only grow, so that an adder that
+Every provider gets all tokens in one call. Sums of a positive mean only grow, so an adder that
 truncates, or a short accumulator, shows as a bias of the diagonal that grows with the tokens.
 
 Columns of the CSV
-  chain          on a GPU, tokens that a tensor core sums up before it is added to by fp32. Tokens
-                 are not split over programs, as in a matrix too wide for that: the longest chain
+  chain          on a GPU, tokens that a tensor core sums up before fp32 adds the sum. Tokens are
+                 not split over programs, as in a matrix too wide for that: the longest chain
   error          largest |G - G64| / (eps |X|^T|X|), eps = 2^-23, over all elements
   diagonal_bias  mean of (g - g64) / g64 over the diagonal
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 import grail_kernels as gk
-from bench.tools.measuring import Row, command_line, machine, write_rows
+from bench.tools.commandline import CommandLine, save
+from bench.tools.measuring import Row
+from bench.tools.tables import aligned
 from grail_kernels import reference, tuning
 
 CHANNELS = 128
@@ -96,7 +96,7 @@ def measure(
 
 
 def _works(provider: Provider, x: Tensor) -> bool:
-    """Whether a library can make that call here; grail has to."""
+    """Tries the call of a library, which may be absent here; grail has to make it."""
     name, _, dtype, call = provider
     try:
         call(x)
@@ -123,29 +123,26 @@ def _exact(x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, save; the exit code is 1 if grail's sums are biased."""
-    parser = command_line(
+    """Measures, prints, saves; the exit code is 1 if grail's sums are biased."""
+    parser = CommandLine(
         __doc__,
-        writes="a table to the screen; a CSV with --csv",
+        *("device", "threads", "write"),
         takes="minutes on 2 cores; fewer --tokens, less time",
+        results="accuracy{device}",
+        device={"default": "cpu"},
     )
     parser.add_argument("--tokens", type=int, default=MOST_TOKENS, help="the most (default 2^20)")
     parser.add_argument("--channels", type=int, default=CHANNELS, help="default %(default)s")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--csv", type=Path, help="write every number here")
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     rows = measure(options.device, options.tokens, options.channels)
     names = ("provider", "dtype", "chain", "tokens", "error", "diagonal_bias")
-    for row in rows:
-        print(" ".join(f"{row[name]:>13}" for name in names))
-    if options.csv:
-        conditions = machine(options.device)
-        write_rows(options.csv, [row | conditions for row in rows])
+    print(aligned(names, [[row[name] for name in names] for row in rows], words=3))
+    save(options, rows)
     return int(bool(biased(rows)))
 
 
 def biased(rows: list[Row]) -> list[Row]:
-    """The rows in which grail, as it ships, has a bias that grows beyond the target."""
+    """The rows in which grail, with shipped settings, has a bias beyond the target."""
     shipped = ("", str(tuning.CHAIN_TOKENS))
     return [
         row
@@ -157,4 +154,4 @@ def biased(rows: list[Row]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,68 +1,63 @@
-"""How fast, and how exactly, Gram matrices are accumulated: grail_kernels against libraries.
+"""Speed and accuracy of accumulated Gram matrices: grail_kernels against libraries.
 
-    python bench/gram.py                        every model below, on the GPU if there is one
+    python bench/gram.py                        every model, on the GPU if there is one
     python bench/gram.py --model llama-3-8b     the sites of one model
     python bench/gram.py --shape 8192,4096      8192 tokens of 4096 channels; may be repeated
     python bench/gram.py --heads 8192,32,128    8192 tokens of 32 heads of 128 channels
     python bench/gram.py --experts 4096,8,768   4096 tokens among 8 experts of 768 channels
-    python bench/gram.py --dtype bf16 --csv out.csv --plot out.svg
-    python bench/gram.py --predict h100         what the model of time says; needs no GPU
+    python bench/gram.py --dtype bf16 --write out.csv
+    python bench/gram.py --predict h100         the model of time alone; needs no GPU
 
 How to read the table
-  first          milliseconds of the very first call, in which kernels compile and libraries load
-  p20, p50, p80  milliseconds of one call; all providers take turns, so that a slow moment of the
-                 machine hits each alike
-  TF-eq          2*T*H^2 / p50: the FLOPs of a full product, whether they were executed or not
-  x library      how many times faster than the library's own accumulation, p50 against p50: addmm,
-                 for heads and experts a loop of it
+  first          milliseconds of the first call, in which kernels compile and libraries load
+  p20, p50, p80  milliseconds of a call; providers take turns, inputs rotate through the caches
+  TF-eq          2*T*H^2 / p50: FLOPs of a full product, executed or not
+  x library      speed against addmm; for heads and experts, against a loop of it
   % limit        time of the limit / p50. The limit is the larger of T*H*(H + 1) FLOPs at the rate
                  of the library's best product, and one read of x plus one read and write of half of
                  G at the rate of the best copy; both measured in this run
-  model          milliseconds that grail's launch should take at those rates: the FLOPs and bytes of
-                 its tiles, in whole waves of programs; see bench/tools/model.py
-  waves          programs over the places for them on the GPU; a last wave of few is time lost
+  model, waves   of grail, by the model of time at these rates: see bench/tools/model.py
   error          largest error in units of eps = 2^-23 of the summed magnitudes, against fp64, on a
                  sample of channels; a correct fp32 accumulation stays below 16
 
 Providers
   grail          gram_, gram_batched_ for heads, gram_ragged_ for experts
   addmm, loop    torch.addmm into fp32, or one for each head or expert
-  float addmm    a copy in fp32, then the product: today's calibration libraries
+  float addmm    a copy in fp32, then the product, as calibration libraries do
   mm             the product in the dtype of the activations, not accumulated
   bmm            torch.bmm over all heads, or over experts padded to the longest
   numpy syrk, scipy ssyrk, flash-muon, quack    where installed; none of them accumulates
 
-Correctness comes first: where grail's error is 16 or more, that shape gets no times and the exit
-code is 1. A provider that rounds (mm in bf16) keeps its row, and its error stands beside it.
-On a CPU the tokens are fewer. Inputs are random and rotate, so that none of them stays in a cache.
+Where grail's error is 16 or more, a shape gets no times and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import grail_kernels as gk
-from bench.report import figures
+from bench.kernels import cases
 from bench.tools import model
+from bench.tools.commandline import DTYPES, CommandLine, save, sizes
 from bench.tools.measuring import (
     Call,
-    command_line,
-    machine,
+    percentiles,
     quantiles,
     seconds_of,
     settle,
     time_in_turns,
     write_rows,
 )
+from bench.tools.measuring import Row as Record
+from bench.tools.tables import aligned
 from grail_kernels import reference, tuning
 
 # Channels of the sites whose Gram matrices a compression needs: attention heads together, MLP.
@@ -79,7 +74,6 @@ HEADS = {"smollm2-135m": (9, 64), "llama-2-7b": (32, 128), "llama-3-8b": (32, 12
 # Experts and the channels inside each.
 EXPERTS = {"qwen3-30b-a3b": (128, 768)}
 DEFAULT_MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-2-7b", "qwen3-30b-a3b")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GPU_TOKENS = 65_536
 # FLOPs of a full product that one call may take on a CPU: a second or two on a few cores.
 CPU_FLOPS = 1.5e11
@@ -89,11 +83,13 @@ LIBRARY = ("addmm", "loop")
 COLUMNS = dict.fromkeys(
     ("kernel", "provider", "metric", "unit", "dtype", "tokens", "channels", "matrices"), ""
 ) | dict.fromkeys(("p20", "p50", "p80"), "")
+# By kind of case: its kernel, and its matrices in words.
+KINDS = {"gram": "", "gram_batched": " of each of {} heads", "gram_ragged": ", {} experts"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One case: `tokens` activations of `channels` channels; for each head, or among experts.
+    """A case: `tokens` activations of `channels` channels; for each head, or among experts.
 
     With experts the tokens are those of all together.
     """
@@ -127,15 +123,13 @@ class Shape:
 
     def describe(self) -> str:
         """The case in words."""
-        many = {"gram": "", "gram_batched": " of each of {} heads", "gram_ragged": ", {} experts"}
-        return f"{self.tokens} tokens x {self.channels} channels" + many[self.kernel].format(
-            self.matrices
-        )
+        many = KINDS[self.kernel].format(self.matrices)
+        return f"{self.tokens} tokens x {self.channels} channels{many}"
 
 
 @dataclass(frozen=True)
 class Roof:
-    """What the machine does at best: FLOP/s of a large product, byte/s of a large copy."""
+    """Best rates of the machine: FLOP/s of a large product, byte/s of a large copy."""
 
     flops: float
     bandwidth: float
@@ -156,19 +150,20 @@ class Row:
     dtype: str
     shape: Shape
     first: float
-    p20: float
-    p50: float
-    p80: float
+    seconds: list[float]
     limit: float
     error: float
     prediction: model.Prediction | None
 
+    @property
+    def median(self) -> float:
+        """Seconds of the median call."""
+        return quantiles(self.seconds)[1]
+
 
 def shapes_of(model: str, device: str) -> list[Shape]:
     """The cases of a model."""
-    found = [
-        Shape(default_tokens(channels, device), channels) for channels in MODELS.get(model, ())
-    ]
+    found = [Shape(default_tokens(h, device), h) for h in MODELS.get(model, ())]
     if model in HEADS:
         heads, channels = HEADS[model]
         found.append(Shape(default_tokens(heads * channels, device), channels, heads))
@@ -188,7 +183,7 @@ def default_tokens(channels: int, device: str) -> int:
 
 def activations(shape: Shape, dtype: torch.dtype, device: str) -> Tensor:
     """Random activations: [tokens, channels], for heads [heads, tokens, channels] as models lie."""
-    size = (shape.tokens, shape.channels)
+    size: tuple[int, ...] = (shape.tokens, shape.channels)
     if shape.kernel == "gram_batched":
         size = (shape.tokens, shape.matrices, shape.channels)
     # A mean, as activations have one: sums of cancelling terms would hide a biased adder.
@@ -197,20 +192,19 @@ def activations(shape: Shape, dtype: torch.dtype, device: str) -> Tensor:
 
 
 def expert_bounds(shape: Shape) -> list[int]:
-    """Where each expert's tokens begin, and the end: as uneven as routing is, the last has none."""
+    """Bounds of each expert's tokens: as uneven as routing is; the last expert has none."""
     shares = torch.linspace(1, 0, shape.matrices).square()
     ends = (shares.cumsum(0) / shares.sum() * shape.tokens).round().long()
     return [0, *ends.tolist()]
 
 
 def matrices_of(x: Tensor, shape: Shape) -> list[Tensor]:
-    """The activations [T, H] behind every Gram matrix of a case."""
+    """The activations [T, H] of every Gram matrix of a case."""
     if shape.kernel == "gram":
         return [x]
     if shape.kernel == "gram_batched":
         return list(x.unbind(0))
-    bounds = expert_bounds(shape)
-    return [x[low:high] for low, high in pairwise(bounds)]
+    return [x[low:high] for low, high in pairwise(expert_bounds(shape))]
 
 
 def providers(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Call]:
@@ -260,7 +254,7 @@ def _batch_providers(shape: Shape, dtype: torch.dtype, device: str) -> dict[str,
 
 
 def _add_product(dense: Tensor, x: Tensor) -> Tensor:
-    """Add x^T x in fp32: straight from 16 bits on a GPU, which a CPU's library cannot."""
+    """Adds x^T x in fp32: straight from 16 bits on a GPU, which a CPU's library cannot."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.addmm(dense, x.T, x, out_dtype=torch.float32, out=dense)
     x = x.float()
@@ -269,9 +263,7 @@ def _add_product(dense: Tensor, x: Tensor) -> Tensor:
 
 def _cpu_syrks() -> dict[str, Call]:
     """NumPy, which calls syrk for x^T x, and SciPy's BLAS; neither accumulates."""
-    calls: dict[str, Call] = {
-        "numpy syrk": lambda x: torch.from_numpy(x.numpy().T @ x.numpy()),
-    }
+    calls: dict[str, Call] = {"numpy syrk": lambda x: torch.from_numpy(x.numpy().T @ x.numpy())}
     try:
         from scipy.linalg.blas import ssyrk
     except ImportError:
@@ -282,9 +274,9 @@ def _cpu_syrks() -> dict[str, Call]:
 
 
 def _published() -> dict[str, Call]:
-    """Kernels that others published, where they are installed; both write X X^T, none adds to it.
+    """Published kernels, where they are installed; both write X X^T, none adds to it.
 
-    Sources: github.com/nil0x9/flash-muon, which wants rows; github.com/Dao-AILab/quack.
+    Sources: github.com/nil0x9/flash-muon, which reads rows; github.com/Dao-AILab/quack.
     """
     calls: dict[str, Call] = {}
     try:
@@ -373,14 +365,14 @@ def measure_roof(dtype: torch.dtype, device: str) -> Roof:
 
 
 def operand_of(dtype: str, device: str) -> str:
-    """What grail multiplies: a CPU upcasts 16 bits, a GPU takes fp32 apart into bf16."""
+    """The dtype that grail multiplies: a CPU upcasts 16 bits, a GPU splits fp32 into bf16."""
     if device == "cpu":
         return "fp32"
     return "bf16" if dtype == "fp32" else dtype
 
 
 def modelled(dtype: str, device: str, roofs: dict[str, Roof]) -> model.Cpu | model.Gpu:
-    """This machine as the model of time sees it, at the measured rate of what it multiplies."""
+    """This machine in the model of time, at the measured rate of its operands."""
     roof = roofs[operand_of(dtype, device)]
     if device == "cpu":
         return model.Cpu(roof.flops, roof.bandwidth)
@@ -394,87 +386,73 @@ def modelled(dtype: str, device: str, roofs: dict[str, Roof]) -> model.Cpu | mod
 
 
 def measure(
-    shape: Shape,
-    dtype_name: str,
-    device: str,
-    roof: Roof,
-    machine_model: model.Cpu | model.Gpu,
-    repeats: int,
+    shape: Shape, dtype: str, roofs: dict[str, Roof], options: argparse.Namespace
 ) -> list[Row]:
     """The rows of one case.
 
     Raises:
         ArithmeticError: grail's result is wrong, so nothing was timed.
     """
-    dtype = DTYPES[dtype_name]
-    inputs = [activations(shape, dtype, device) for _ in range(2)]
-    calls = providers(shape, dtype, device)
+    of, device = DTYPES[dtype], options.device
+    inputs = [activations(shape, of, device) for _ in range(2)]
+    calls = providers(shape, of, device)
     found = errors(calls, inputs[0], shape)
     ratio, _ = found["grail"]
     if not ratio < reference.ERROR_LIMIT:
-        raise ArithmeticError(f"{dtype_name} {shape.describe()}: grail is off by {ratio:.1f} eps")
-    limit = roof.limit(shape, dtype.itemsize)
-    prediction = machine_model.predict(shape.tokens_of_each, shape.channels, dtype, shape.ragged)
-    rows = []
+        raise ArithmeticError(f"{dtype} {shape.describe()}: grail is off by {ratio:.1f} eps")
+    limit = roofs[dtype].limit(shape, of.itemsize)
+    machine = modelled(dtype, device, roofs)
+    prediction = machine.predict(shape.tokens_of_each, shape.channels, of, shape.ragged)
     working = {name: calls[name] for name in found}
-    for name, seconds in time_in_turns(working, inputs, repeats).items():
-        ratio, first = found[name]
-        times = quantiles(seconds)
-        ours = prediction if name == "grail" else None
-        rows.append(Row(name, dtype_name, shape, first, *times, limit, ratio, ours))
-    return rows
-
-
-def table(rows: list[Row]) -> Iterator[str]:
-    """The rows of one case as lines of text."""
-    columns = ("first", "p20", "p50", "p80", "TF-eq", "x library", "% limit", "error")
-    yield f"\n{rows[0].dtype}  {rows[0].shape.describe()}, ms"
-    yield " ".join([f"{'provider':12}", *(f"{name:>9}" for name in (*columns, "model", "waves"))])
-    library = next((row.p50 for row in rows if row.provider in LIBRARY), float("nan"))
-    for row in rows:
-        seconds = (row.first, row.p20, row.p50, row.p80)
-        times = " ".join(f"{1e3 * value:9.2f}" for value in seconds)
-        yield (
-            f"{row.provider:12} {times} {row.shape.flops / row.p50 / 1e12:9.3f} "
-            f"{library / row.p50:9.2f} {100 * row.limit / row.p50:9.1f} {row.error:9.2f}"
-            f"{_model_columns(row.prediction)}"
+    return [
+        Row(
+            *(name, dtype, shape, found[name][1], seconds, limit, found[name][0]),
+            prediction if name == "grail" else None,
         )
+        for name, seconds in time_in_turns(working, inputs, options.repeats).items()
+    ]
 
 
-def _model_columns(prediction: model.Prediction | None) -> str:
-    if prediction is None:
-        return ""
-    waves = "-" if prediction.waves is None else f"{prediction.waves:.2f}"
-    return f" {1e3 * prediction.seconds:9.2f} {waves:>9}"
+def table(rows: list[Row]) -> str:
+    """The rows of one case as text."""
+    columns = ("first", "p20", "p50", "p80", "TF-eq", "x library", "% limit", "error")
+    library = next((row.median for row in rows if row.provider in LIBRARY), float("nan"))
+    lines = []
+    for row in rows:
+        times = [f"{1e3 * value:.2f}" for value in (row.first, *quantiles(row.seconds))]
+        rates = [f"{row.shape.flops / row.median / 1e12:.3f}", f"{library / row.median:.2f}"]
+        rates += [f"{100 * row.limit / row.median:.1f}", f"{row.error:.2f}"]
+        predicted = ["", ""]
+        if ours := row.prediction:
+            waves = "-" if ours.waves is None else f"{ours.waves:.2f}"
+            predicted = [f"{1e3 * ours.seconds:.2f}", waves]
+        lines.append([row.provider, *times, *rates, *predicted])
+    title = f"\n{rows[0].dtype}  {rows[0].shape.describe()}, ms\n"
+    return title + aligned(("provider", *columns, "model", "waves"), lines)
 
 
-def records(
-    rows: Iterable[Row], roofs: dict[str, Roof], conditions: dict[str, str]
-) -> list[dict[str, str]]:
-    """All that was measured in long format: one record a number, its conditions beside it."""
+def records(rows: Iterable[Row], roofs: dict[str, Roof]) -> list[Record]:
+    """All that was measured in long format: one record a number."""
     found = []
     for dtype, roof in roofs.items():
-        case = COLUMNS | {"kernel": "roof", "provider": "torch", "dtype": dtype} | conditions
+        case = COLUMNS | {"kernel": "roof", "provider": "torch", "dtype": dtype}
         found += numbers(case, [("product", "FLOP/s", roof.flops), ("copy", "B/s", roof.bandwidth)])
     for row in rows:
-        case = case_of(row.shape, row.provider, row.dtype) | conditions
-        times = {name: f"{getattr(row, name):.6g}" for name in ("p20", "p50", "p80")}
-        found.append(case | {"metric": "time", "unit": "s"} | times)
+        case = case_of(row.shape, row.provider, row.dtype)
+        found.append(case | {"metric": "time", "unit": "s"} | percentiles(row.seconds))
         found += numbers(case, [("first call", "s", row.first), ("limit", "s", row.limit)])
         found += numbers(case, [("error", "eps", row.error)])
         found += numbers(case, row.prediction.numbers() if row.prediction else ())
     return found
 
 
-def case_of(shape: Shape, provider: str, dtype: str) -> dict[str, str]:
-    """The columns that say what a number is of."""
-    sizes = {name: str(value) for name, value in asdict(shape).items() if name != "ragged"}
-    return COLUMNS | {"kernel": shape.kernel, "provider": provider, "dtype": dtype} | sizes
+def case_of(shape: Shape, provider: str, dtype: str) -> Record:
+    """The columns that identify a case."""
+    lengths = {name: str(value) for name, value in asdict(shape).items() if name != "ragged"}
+    return COLUMNS | {"kernel": shape.kernel, "provider": provider, "dtype": dtype} | lengths
 
 
-def numbers(
-    case: dict[str, str], measured: Iterable[tuple[str, str, float]]
-) -> list[dict[str, str]]:
+def numbers(case: Record, measured: Iterable[tuple[str, str, float]]) -> list[Record]:
     """A record of `case` for each (metric, unit, value)."""
     return [
         case | {"metric": metric, "unit": unit, "p50": f"{value:.6g}"}
@@ -482,112 +460,68 @@ def numbers(
     ]
 
 
-def predict(gpu: model.Gpu, shapes: Iterable[Shape], dtypes: list[str]) -> list[dict[str, str]]:
-    """Print and return what the model of time says of a GPU that need not be here."""
+def predict(gpu: model.Gpu, shapes: Iterable[Shape], dtypes: list[str]) -> list[Record]:
+    """Prints and returns the predictions of the model of time for a GPU that need not be here."""
+    lines, found = [], []
+    for shape in shapes:
+        for dtype in dtypes:
+            case = (shape.tokens_of_each, shape.channels, DTYPES[dtype])
+            prediction = gpu.predict(*case, ragged=shape.ragged)
+            equivalent = shape.flops / prediction.seconds / 1e12
+            speed = gpu.full_product(*case) / prediction.seconds
+            cells = (f"{1e3 * prediction.seconds:.3f}", f"{equivalent:.1f}", f"{speed:.2f}")
+            shown = (f"{prediction.waves:.2f}", f"{100 * (prediction.busy or 0):.1f}")
+            lines.append((f"{dtype}  {shape.describe()}", *cells, *shown))
+            record = case_of(shape, "model", dtype) | {"device": f"{gpu.name} (predicted)"}
+            found += numbers(record, prediction.numbers())
+            rates = [("TF-eq", "TFLOP/s", equivalent), ("speed", "x addmm", speed)]
+            found += numbers(record, rates)
     print(
         f"\n{gpu.name}, predicted, not measured: {gpu.products / 1e12:.0f} TFLOP/s of 16-bit "
         f"products, {gpu.bandwidth / 1e12:.2f} TB/s; addmm at these rates, without waves"
     )
-    columns = ("ms", "TF-eq", "x addmm", "waves", "% busy")
-    print(" ".join([f"{'':54}", *(f"{name:>9}" for name in columns)]))
-    found = []
-    for shape in shapes:
-        for dtype in dtypes:
-            sizes = (shape.tokens_of_each, shape.channels, DTYPES[dtype])
-            prediction = gpu.predict(*sizes, ragged=shape.ragged)
-            equivalent = shape.flops / prediction.seconds / 1e12
-            speed = gpu.full_product(*sizes) / prediction.seconds
-            print(
-                f"{dtype}  {shape.describe():48} {1e3 * prediction.seconds:9.3f} "
-                f"{equivalent:9.1f} {speed:9.2f} {prediction.waves:9.2f} "
-                f"{100 * prediction.busy:9.1f}"
-            )
-            case = case_of(shape, "model", dtype) | {"device": f"{gpu.name} (predicted)"}
-            found += numbers(case, prediction.numbers())
-            found += numbers(case, [("TF-eq", "TFLOP/s", equivalent), ("speed", "x addmm", speed)])
+    print(aligned(("", "ms", "TF-eq", "x addmm", "waves", "% busy"), lines))
     return found
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with defaults filled in."""
-    parser = command_line(
-        __doc__,
-        writes="a table to the screen; files with --csv and --plot",
-        takes="many minutes on 2 cores; --seconds limits it",
-    )
     models = sorted({*MODELS, *HEADS, *EXPERTS})
-    parser.add_argument(
-        "--predict",
-        action="append",
-        choices=[*model.GPUS],
-        help="measure nothing; what the model of time says of this GPU, for every model",
+    parser = CommandLine(
+        __doc__,
+        *("model", "dtype", "device", "threads", "repeats", "seconds", "write"),
+        takes="many minutes on 2 cores; --seconds limits it",
+        results="gram{device}",
+        model={"choices": models},
+        dtype={"help": "default: fp32 and bf16"},
     )
-    parser.add_argument("--model", action="append", choices=models, help="may be repeated")
     for name, example in (("shape", "T,H"), ("heads", "T,E,H"), ("experts", "T,E,H")):
-        parser.add_argument(
-            f"--{name}",
-            action="append",
-            type=_sizes(example),
-            default=[],
-            metavar=example,
-            help="a case of its own, may be repeated",
-        )
-    parser.add_argument(
-        "--dtype", action="append", choices=[*DTYPES], help="default: fp32 and bf16"
-    )
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="default: the GPU if there is one"
-    )
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default 7)")
-    parser.add_argument("--seconds", type=float, help="no case starts later than this")
-    parser.add_argument("--csv", type=Path, help="write every number here, in long format")
-    parser.add_argument("--plot", type=Path, help="draw %% of the limit here (needs matplotlib)")
-    options = parser.parse_args(arguments)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        case: dict[str, object] = {"type": sizes(example), "metavar": example, "default": []}
+        parser.add_argument(f"--{name}", action="append", help="a case, may be repeated", **case)
+    told = "measure nothing; the model of time for this GPU, for every model"
+    parser.add_argument("--predict", action="append", choices=[*model.GPUS], help=told)
+    options = parser.read(arguments)
     options.dtype = options.dtype or ["fp32", "bf16"]
-    options.shapes = [Shape(*sizes) for sizes in options.shape]
-    options.shapes += [Shape(tokens, h, heads) for tokens, heads, h in options.heads]
-    options.shapes += [Shape(tokens, h, e, ragged=True) for tokens, e, h in options.experts]
+    shapes = [Shape(*lengths) for lengths in options.shape]
+    shapes += [Shape(tokens, h, heads) for tokens, heads, h in options.heads]
+    shapes += [Shape(tokens, h, e, ragged=True) for tokens, e, h in options.experts]
     usual = models if options.predict else DEFAULT_MODELS
-    for name in options.model or (() if options.shapes else usual):
-        options.shapes += shapes_of(name, "cuda" if options.predict else options.device)
-    options.shapes = list(dict.fromkeys(options.shapes))
-    if options.repeats < 2:
-        parser.error("--repeats: percentiles need at least 2 rounds")
-    if options.predict and options.plot:
-        parser.error("--plot: what is predicted has no figure")
+    for name in options.model or (() if shapes else usual):
+        shapes += shapes_of(name, "cuda" if options.predict else options.device)
+    options.shapes = list(dict.fromkeys(shapes))
     return options
 
 
-def _sizes(example: str) -> Callable[[str], tuple[int, ...]]:
-    """Reads as many positive numbers with commas between as `example` has, for argparse."""
-
-    def read(text: str) -> tuple[int, ...]:
-        numbers = tuple(int(part) if part.isdecimal() else 0 for part in text.split(","))
-        if len(numbers) != len(example.split(",")) or min(numbers) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {example}, each of them positive")
-        return numbers
-
-    return read
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, save; the exit code is 1 if a result was wrong."""
+    """Measures, prints, saves; the exit code is 1 if a result was wrong."""
     options = parse(arguments)
     if options.predict:
-        found = [
-            number
-            for name in options.predict
-            for number in predict(model.GPUS[name], options.shapes, options.dtype)
-        ]
-        if options.csv:
-            write_rows(options.csv, found)
+        gpus = [model.GPUS[name] for name in options.predict]
+        found = [n for gpu in gpus for n in predict(gpu, options.shapes, options.dtype)]
+        if options.write:
+            write_rows(options.write, found)
         return 0
-    deadline = time.monotonic() + (options.seconds or float("inf"))
-    conditions = machine(options.device)
-    print(", ".join(f"{name} {value}" for name, value in conditions.items() if value))
-    rows: list[Row] = []
-    failed = False
+    cases.announce(options.device)
     operands = (operand_of(dtype, options.device) for dtype in options.dtype)
     roofs = {
         dtype: measure_roof(DTYPES[dtype], options.device)
@@ -595,29 +529,15 @@ def main(arguments: list[str] | None = None) -> int:
     }
     for dtype, roof in roofs.items():
         print(f"roof {dtype}: {roof.flops / 1e12:.3f} TFLOP/s, {roof.bandwidth / 1e9:.0f} GB/s")
-    machines = {dtype: modelled(dtype, options.device, roofs) for dtype in options.dtype}
-    for shape in options.shapes:
-        for dtype, machine_model in machines.items():
-            if time.monotonic() > deadline:
-                print(f"{dtype} {shape.describe()}: left out, --seconds are over")
-                continue
-            try:
-                found = measure(
-                    shape, dtype, options.device, roofs[dtype], machine_model, options.repeats
-                )
-            except ArithmeticError as wrong:
-                print(wrong)
-                failed = True
-                continue
-            rows += found
-            print("\n".join(table(found)), flush=True)
-    written = records(rows, roofs, conditions)
-    if options.csv:
-        write_rows(options.csv, written)
-    if options.plot:
-        figures.save(options.plot, figures.roof(written))
+    todo = [
+        (f"{dtype} {shape.describe()}", partial(measure, shape, dtype, roofs, options))
+        for shape in options.shapes
+        for dtype in options.dtype
+    ]
+    rows, failed = cases.run(todo, table, options.seconds)
+    save(options, records(rows, roofs))
     return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

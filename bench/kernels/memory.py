@@ -1,31 +1,31 @@
-"""Memory of one site's statistics against its channels: grail's accumulator beside a dense fp32 G.
+"""Memory of one site's statistics against its channels: grail's accumulator and a dense fp32 G.
 
-    python -m bench.kernels.memory --csv bench/results/memory_cpu.csv
+    python -m bench.kernels.memory --write     writes bench/results/memory_cpu.csv
 
-Bytes that torch allocates, so they are exact and the same on every machine of a kind.
+Bytes that torch allocates: exact, and the same on every machine of a kind.
 
 Providers
   grail            grail.Gram: the packed lower triangle, sums, counts
-  grail, buffered  the same, which collects 8192 tokens before it touches G, as it does on a GPU
+  grail, buffered  the same with a buffer of 8192 tokens before G, as on a GPU
   dense            G [H, H] fp32, to which every batch is added in place, upcast
 Metrics
-  accumulator  what is held between batches, once there are tokens
+  accumulator  held between batches, once there are tokens
   peak         the most while batches of 512 bf16 tokens come in, beside the batch itself
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import grail
 from bench.tools.allocations import peak_bytes
-from bench.tools.measuring import Row, command_line, machine, write_rows
+from bench.tools.commandline import CommandLine, save
+from bench.tools.measuring import Row
+from bench.tools.tables import aligned
 from grail_kernels.tuning import BUFFER_TOKENS
 
 CHANNELS = (576, 1536, 2560, 4096, 8192, 11_008)
@@ -85,27 +85,26 @@ def measure(channels: int, device: str) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, save."""
-    parser = command_line(
+    """Measures, prints, saves."""
+    parser = CommandLine(
         __doc__,
-        writes="a table to the screen; a CSV with --csv",
+        *("device", "write"),
         takes="minutes on 2 cores",
+        results="memory{device}",
+        device={"default": "cpu"},
     )
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--csv", type=Path, help="write every number here, in long format")
-    options = parser.parse_args(arguments)
-    conditions = machine(options.device)
-    rows = []
-    for channels in options.channels:
-        for row in measure(channels, options.device):
-            share = int(row["p50"]) / (4 * channels**2)
-            print(f"{channels:7} {row['provider']:16} {row['metric']:12} {share:6.3f} of 4H²")
-            rows.append(row | conditions)
-    if options.csv:
-        write_rows(options.csv, rows)
+    options = parser.read(arguments)
+    rows = [row for channels in options.channels for row in measure(channels, options.device)]
+    shares = (f"{int(row['p50']) / (4 * int(row['channels']) ** 2):.3f}" for row in rows)
+    names = ("provider", "metric", "channels")
+    lines = [
+        [*(row[name] for name in names), share] for row, share in zip(rows, shares, strict=True)
+    ]
+    print(aligned((*names, "of 4H²"), lines, words=2))
+    save(options, rows)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,70 +1,56 @@
-"""One site's ridge and absorb: grail against the way of today's libraries.
+"""One site's ridge and absorb: grail against published code.
 
-    python -m bench.kernels.ridge                        MLP sites of real models at half of the channels
+    python -m bench.kernels.ridge                        MLP sites of real models, half of them kept
     python -m bench.kernels.ridge --model llama-3-8b --keep 0.7
-    python -m bench.kernels.ridge --shape 4096,11008     O consumer rows, H channels; may be repeated
+    python -m bench.kernels.ridge --shape 4096,11008     O consumer rows, H channels; repeatable
 
 From a Gram matrix and a consumer W [O, H] to the narrow weight [O, K], toward zero, so that all
-providers answer the same question: W' = W G_:P (G_PP + λI)⁻¹.
+providers solve one problem: W' = W G_:P (G_PP + λI)⁻¹.
 
 How to read the table
   grail          grail.fit: absorb, then solve in fp64 (in refined fp32 on GPUs that are slow at
-                 fp64), and with both errors of the site, which the others do not have
-  grail solve    the same without the errors: V G Rᵀ and grail.ridge.solve
+                 fp64), and with both errors of the site, which the others do not compute
+  grail solve    the same without the errors: V G Rᵀ and the solver of grail.algebra.ridge
   reference      fp32 torch.linalg.solve for B [H, K], then W @ B: H right-hand sides, as published
                  code does it
-  p20, p50, p80  milliseconds; providers take turns, so that a slow moment hits each alike
-  x reference    how many times faster than the reference, p50 against p50
-  GFLOP          what a provider has to compute, by count; grail's is in fp64
+  p20, p50, p80  milliseconds; providers take turns
+  x ref.         speed against the reference
+  GFLOP          FLOPs of a provider, by count; grail's are fp64
   memory         MB that torch allocates at the peak, beside the packed Gram and W
   ratio          backward error of W' in units of eps = 2^-24: ‖T − W'A‖ / (‖A‖ ‖W'‖ K eps) with
                  T = W G_:P and A damped, in the 1-norm (LAPACK's xPOT02); below 30 is correct
   error          ‖W' − W'64‖ / ‖W'64‖ against the closed form in fp64, for information
 
-Correctness comes first: where a ratio of grail's is 30 or more, that shape gets no times and the
-exit code is 1. The reference keeps its row, and its ratio stands beside it.
+Where a ratio of grail's is 30 or more, a shape gets no times and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import grail
-from bench.report import figures
+from bench.kernels import cases
 from bench.tools.allocations import peak_bytes
-from bench.tools.measuring import command_line, machine, quantiles, time_in_turns, write_rows
+from bench.tools.commandline import CommandLine, save, sizes
+from bench.tools.measuring import Call, quantiles, time_in_turns
+from bench.tools.measuring import Row as Record
+from bench.tools.tables import aligned
 from grail.algebra import ridge
 
-# (consumer rows O, channels H) of the MLP sites.
-MODELS = {
-    "smollm2-135m": (576, 1536),
-    "qwen3-0.6b": (1024, 3072),
-    "llama-2-7b-quarter": (1024, 2752),
-    "llama-2-7b": (4096, 11008),
-    "llama-3-8b": (4096, 14336),
-}
-# A minute on two cores; the quarter has Llama-2-7B's proportions.
+# A minute on two cores.
 CPU_MODELS = ("smollm2-135m", "llama-2-7b-quarter")
-GPU_MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-2-7b", "llama-3-8b")
 ALPHA = 1e-3
 RATIO_LIMIT = 30.0
-MEGA = 1e6
-
-Call = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Site:
-    """A case: a consumer [O, H], the Gram of what it reads, and the channels that stay."""
+    """A case: a consumer [O, H], the Gram of its inputs, and the kept channels."""
 
     weight: Tensor
     gram: grail.Gram
@@ -141,7 +127,7 @@ def providers(case: Site) -> dict[str, Call]:
 
 
 def flops(outputs: int, channels: int, kept: int) -> dict[str, float]:
-    """What each provider has to compute, by count."""
+    """FLOPs of each provider, by count."""
     lost = channels - kept
     solve = kept**3 / 3 + 2 * outputs * kept**2
     return {
@@ -187,106 +173,55 @@ def measure(case: Site, repeats: int) -> list[Row]:
 
 
 def show(rows: list[Row]) -> str:
-    """The rows of one case as a table."""
+    """The rows of one case as text."""
     first = rows[0]
-    names = ("p20", "p50", "p80", "x ref.", "GFLOP", "memory", "ratio", "error")
-    lines = [
-        f"\n{first.outputs} outputs x {first.channels} channels, {first.kept} kept; ms, MB",
-        " ".join([f"{'provider':12}", *(f"{name:>9}" for name in names)]),
-    ]
     rival = next(row.p50 for row in rows if row.provider == "reference")
+    lines = []
     for row in rows:
-        times = " ".join(f"{1e3 * value:9.2f}" for value in (row.p20, row.p50, row.p80))
-        lines.append(
-            f"{row.provider:12} {times} {rival / row.p50:9.2f} {row.flops / 1e9:9.2f} "
-            f"{row.memory / MEGA:9.1f} {row.ratio:9.2g} {row.error:9.1e}"
-        )
-    return "\n".join(lines)
+        times = (f"{1e3 * value:.2f}" for value in (row.p20, row.p50, row.p80))
+        rates = (f"{rival / row.p50:.2f}", f"{row.flops / 1e9:.2f}", f"{row.memory / 1e6:.1f}")
+        lines.append((row.provider, *times, *rates, f"{row.ratio:.2g}", f"{row.error:.1e}"))
+    names = ("p20", "p50", "p80", "x ref.", "GFLOP", "memory", "ratio", "error")
+    title = f"\n{first.outputs} outputs x {first.channels} channels, {first.kept} kept; ms, MB\n"
+    return title + aligned(("provider", *names), lines)
 
 
-def records(rows: Iterable[Row], conditions: dict[str, str]) -> list[dict[str, str]]:
-    """One record a row, its conditions beside it; times in seconds, memory in bytes."""
-    return [
-        {"kernel": "ridge", "alpha": str(ALPHA)}
-        | {
-            name: f"{value:.6g}" if isinstance(value, float) else str(value)
-            for name, value in asdict(row).items()
-        }
-        | conditions
-        for row in rows
-    ]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, save; the exit code is 1 if a result was wrong."""
-    options = parse(arguments)
-    deadline = time.monotonic() + (options.seconds or float("inf"))
-    conditions = machine(options.device)
-    print(", ".join(f"{name} {value}" for name, value in conditions.items() if value))
-    rows: list[Row] = []
-    failed = False
-    for outputs, channels in options.shape:
-        if time.monotonic() > deadline:
-            print(f"{outputs} x {channels}: left out, --seconds are over")
-            continue
-        try:
-            found = measure(site(outputs, channels, options.keep, options.device), options.repeats)
-        except ArithmeticError as wrong:
-            print(wrong)
-            failed = True
-            continue
-        rows += found
-        print(show(found), flush=True)
-    if options.csv and rows:
-        write_rows(options.csv, records(rows, conditions))
-    if options.plot and rows:
-        figures.save(options.plot, figures.ridge(records(rows, conditions)))
-    return int(failed)
+def record(row: Row) -> Record:
+    """A row of the CSV; times in seconds, memory in bytes."""
+    return {"kernel": "ridge", "alpha": str(ALPHA)} | {
+        name: f"{value:.6g}" if isinstance(value, float) else str(value)
+        for name, value in asdict(row).items()
+    }
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with defaults filled in."""
-    parser = command_line(
+    parser = CommandLine(
         __doc__,
-        writes="a table to the screen; files with --csv and --plot",
+        *("model", "keep", "device", "threads", "repeats", "seconds", "write"),
         takes="many minutes on 2 cores; --seconds limits it",
+        results="ridge{device}",
+        model={"choices": [*cases.MLP_SITES]},
     )
-    parser.add_argument("--model", action="append", choices=[*MODELS], help="may be repeated")
-    parser.add_argument(
-        "--shape",
-        action="append",
-        type=_shape,
-        metavar="O,H",
-        help="a case of its own, may be repeated",
-    )
-    parser.add_argument("--keep", type=float, default=0.5, help="share of channels (default 0.5)")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="default: the GPU if there is one"
-    )
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default 7)")
-    parser.add_argument("--seconds", type=float, help="no case starts later than this")
-    parser.add_argument("--csv", type=Path, help="write every number here")
-    parser.add_argument("--plot", type=Path, help="draw the times here (needs matplotlib)")
-    options = parser.parse_args(arguments)
-    if not 0 < options.keep < 1 or options.repeats < 2:
-        parser.error("--keep lies between 0 and 1, --repeats is at least 2")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.shape = options.shape or []
-    if options.model or not options.shape:
-        default = CPU_MODELS if options.device == "cpu" else GPU_MODELS
-        options.shape += [MODELS[model] for model in options.model or default]
+    parser.add_argument("--shape", action="append", type=sizes("O,H"), metavar="O,H", default=[])
+    options = parser.read(arguments)
+    options.shapes = cases.mlp_shapes(options, CPU_MODELS)
     return options
 
 
-def _shape(text: str) -> tuple[int, int]:
-    try:
-        outputs, channels = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not O,H such as 4096,11008") from None
-    if outputs < 1 or channels < 2:
-        raise argparse.ArgumentTypeError(f"{text!r}: at least 1 output and 2 channels")
-    return outputs, channels
+def main(arguments: list[str] | None = None) -> int:
+    """Measures, prints, saves; the exit code is 1 if a result was wrong."""
+    options = parse(arguments)
+    cases.announce(options.device)
+
+    def measured(outputs: int, channels: int) -> list[Row]:
+        return measure(site(outputs, channels, options.keep, options.device), options.repeats)
+
+    todo = [(f"{o} x {h}", partial(measured, o, h)) for o, h in options.shapes]
+    rows, failed = cases.run(todo, show, options.seconds)
+    save(options, [record(row) for row in rows])
+    return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

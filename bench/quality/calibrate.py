@@ -1,8 +1,9 @@
-"""A whole compression of a model's shape, by phase, against bare forward passes of the same tokens.
+"""A whole compression of a model's shape by phase, against bare forward passes of the same tokens.
 
-    python -m bench.quality.calibrate                       SmolLM2-135M on a CPU, Llama-2-7B on a GPU
-    python -m bench.quality.calibrate --model smollm2-135m --tokens 32768 --sites mlp,heads --keep 0.7
+    python -m bench.quality.calibrate      SmolLM2-135M on a CPU, Llama-2-7B on a GPU
+    python -m bench.quality.calibrate --model smollm2-135m --tokens 32768 --sites mlp,heads
     python -m bench.quality.calibrate --blocks 2 --tokens 1024      a trial of seconds
+    python -m bench.quality.calibrate --write                       bench/results/calibrate_cpu.csv
 
 Weights and tokens are random: nothing is downloaded, and time and memory do not depend on them.
 Every round builds the model anew, runs its decoder over all tokens, and then compresses it.
@@ -10,52 +11,38 @@ Every round builds the model anew, runs its decoder over all tokens, and then co
 How to read the table
   bare forward   the dense decoder over the calibration tokens, without logits
   forward        the blocks inside grail.compress, without the statistics
-  gram, select, solve, absorb, other    what grail adds
+  gram, select, solve, absorb, other    the work that grail adds
   total          all of grail.compress
   p20, p50, p80  seconds, over the rounds
-  % of bare      p50 against the bare forward's; what grail costs on top is total's minus 100
+  % of bare      p50 against the bare forward's; grail adds total's minus 100
   peak           bytes of memory as predicted before the work, and as measured: on a GPU the
                  allocator's, on a CPU the process's resident set
 
-Correctness comes first: where a site's error is not finite, or above plain pruning's, nothing is
-reported and the exit code is 1.
+Where a site's error is not finite, or above plain pruning's, nothing is reported and the exit code
+is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import grail
-from bench.report import figures
-from bench.tools.measuring import command_line, machine, quantiles, settle, write_rows
+from bench.kernels import cases
+from bench.quality.shapes import LLAMAS
+from bench.tools.commandline import CommandLine, save
+from bench.tools.measuring import Row, bare_seconds, percentiles, quantiles
+from bench.tools.tables import aligned
 from grail.report.report import Report
 
 MODELS: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
+    "smollm2-135m": LLAMAS["smollm2-135m"] | {"vocab_size": 49152, "tie_word_embeddings": True},
+    "llama-2-7b": LLAMAS["llama-2-7b"] | {"vocab_size": 32000},
 }
 # By device: the model, its dtype, tokens, sequence length.
 DEFAULTS = {
@@ -83,18 +70,6 @@ def build(shape: dict[str, Any], options: argparse.Namespace) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=options.dtype).eval()
 
 
-def bare_seconds(model: Any, batches: list[Tensor], device: str) -> float:
-    """The dense decoder over all batches, after one that warms up."""
-    with torch.no_grad():
-        model.model(batches[0].to(device), use_cache=False)
-        settle(device)
-        start = time.perf_counter()
-        for batch in batches:
-            model.model(batch.to(device), use_cache=False)
-        settle(device)
-    return time.perf_counter() - start
-
-
 def run_round(shape: dict[str, Any], batches: list[Tensor], options: argparse.Namespace) -> Round:
     """Builds a model, times its bare passes, compresses it.
 
@@ -117,7 +92,7 @@ def run_round(shape: dict[str, Any], batches: list[Tensor], options: argparse.Na
 
 
 def check(report: Report) -> None:
-    """Refuses a run in which compensation hurt: shrunk toward the baseline it cannot.
+    """Refuses a run in which compensation hurt: toward the baseline it cannot.
 
     Raises:
         ArithmeticError: it did, or an error is not finite.
@@ -130,43 +105,37 @@ def check(report: Report) -> None:
             raise ArithmeticError(f"{row.name}: error {row.error}, pruned {row.baseline_error}")
 
 
-def summary(rounds: list[Round]) -> dict[str, tuple[float, float, float]]:
-    """p20, p50, p80 of every phase."""
-    return {phase: quantiles([r.seconds[phase] for r in rounds]) for phase in PHASES}
-
-
 def show(rounds: list[Round]) -> str:
-    """The rounds as a table."""
-    times = summary(rounds)
+    """The rounds as text."""
+    times = {phase: quantiles([r.seconds[phase] for r in rounds]) for phase in PHASES}
     bare = times["bare forward"][1]
-    lines = [" ".join([f"{'':12}", *(f"{name:>9}" for name in ("p20", "p50", "p80", "% of bare"))])]
-    for phase, seconds in times.items():
-        columns = " ".join(f"{value:9.3f}" for value in seconds)
-        lines.append(f"{phase:12} {columns} {100 * seconds[1] / bare:9.1f}")
+    lines = [
+        [phase, *(f"{value:.3f}" for value in seconds), f"{100 * seconds[1] / bare:.1f}"]
+        for phase, seconds in times.items()
+    ]
     last = rounds[-1]
-    lines.append(
-        f"peak         predicted {last.predicted_peak / 1e6:.0f} MB, "
-        f"measured {last.measured_peak / 1e6:.0f} MB"
+    return (
+        aligned(("", "p20", "p50", "p80", "% of bare"), lines)
+        + f"\npeak  predicted {last.predicted_peak / 1e6:.0f} MB, "
+        + f"measured {last.measured_peak / 1e6:.0f} MB"
     )
-    return "\n".join(lines)
 
 
-def records(rounds: list[Round], conditions: dict[str, str]) -> list[dict[str, str]]:
-    """One record a number, its conditions beside it; seconds and bytes."""
+def records(rounds: list[Round]) -> list[Row]:
+    """A record a number; seconds and bytes."""
     rows = [
-        {"metric": phase, "unit": "s"}
-        | {name: f"{v:.6g}" for name, v in zip(("p20", "p50", "p80"), values, strict=True)}
-        for phase, values in summary(rounds).items()
+        {"metric": phase, "unit": "s"} | percentiles([r.seconds[phase] for r in rounds])
+        for phase in PHASES
     ]
     rows += [
         {"metric": metric, "unit": "B", "p50": str(getattr(rounds[-1], metric))}
         for metric in ("predicted_peak", "measured_peak")
     ]
-    return [{"kernel": "calibrate"} | row | conditions for row in rows]
+    return [{"kernel": "calibrate"} | row for row in rows]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, save; the exit code is 1 if a result was wrong."""
+    """Measures, prints, saves; the exit code is 1 if a result was wrong."""
     options = parse(arguments)
     shape = dict(MODELS[options.model])
     shape["num_hidden_layers"] = options.blocks or shape["num_hidden_layers"]
@@ -174,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     size = (options.batch_size, options.sequence_length)
     count = -(-options.tokens // (size[0] * size[1]))
     batches = [torch.randint(shape["vocab_size"], size, generator=generator) for _ in range(count)]
-    conditions = {
+    of = {
         "model": options.model,
         "blocks": str(shape["num_hidden_layers"]),
         "dtype": str(options.dtype).removeprefix("torch."),
@@ -183,55 +152,46 @@ def main(arguments: list[str] | None = None) -> int:
         "sites": "+".join(options.sites),
         "selector": options.selector,
         "keep": str(options.keep),
-        **machine(options.device),
     }
-    print(", ".join(f"{name} {value}" for name, value in conditions.items() if value), flush=True)
+    print(", ".join(f"{name} {value}" for name, value in of.items()), end=", ")
+    cases.announce(options.device)
     try:
         rounds = [run_round(shape, batches, options) for _ in range(options.repeats)]
     except ArithmeticError as wrong:
         print(wrong)
         return 1
     print(show(rounds))
-    if options.csv:
-        write_rows(options.csv, records(rounds, conditions))
-    if options.plot:
-        figures.save(options.plot, figures.phases(records(rounds, conditions)))
+    save(options, [row | of for row in records(rounds)])
     return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with defaults filled in."""
-    parser = command_line(
+    parser = CommandLine(
         __doc__,
-        writes="a table to the screen; files with --csv and --plot",
+        *("keep", "device", "threads", "repeats", "write"),
         takes="about 4 minutes on 2 cores with the defaults",
+        results="calibrate{device}",
+        repeats={"default": 3, "help": "rounds (default 3)"},
     )
-    parser.add_argument("--model", choices=[*MODELS], help="default: what suits the device")
+    parser.add_argument("--model", choices=[*MODELS], help="default: by device")
     parser.add_argument("--blocks", type=int, help="fewer blocks than the model has")
     parser.add_argument("--tokens", type=int, help="default: 8192 on a CPU, 262144 on a GPU")
     parser.add_argument("--sequence-length", type=int, help="default: 1024 on a CPU, 2048 on a GPU")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences a batch (default 1)")
     parser.add_argument("--sites", default="mlp", help="mlp, heads or mlp,heads (default mlp)")
     parser.add_argument("--selector", default="greedy", help="see grail.select (default greedy)")
-    parser.add_argument("--keep", type=float, default=0.5, help="share of channels (default 0.5)")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="default: the GPU if there is one"
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
-    parser.add_argument("--csv", type=Path, help="write every number here, in long format")
-    parser.add_argument("--plot", type=Path, help="draw the phases here (needs matplotlib)")
-    options = parser.parse_args(arguments)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.read(arguments)
     model, options.dtype, tokens, length = DEFAULTS[options.device]
     options.model = options.model or model
     options.tokens = options.tokens or tokens
     options.sequence_length = options.sequence_length or min(length, options.tokens)
     options.sites = tuple(options.sites.split(","))
     numbers = (options.tokens, options.sequence_length, options.batch_size, options.blocks or 1)
-    if min(numbers) < 1 or options.repeats < 2 or not 0 < options.keep < 1:
-        parser.error("sizes are at least 1, --repeats at least 2, --keep lies between 0 and 1")
+    if min(numbers) < 1:
+        parser.error("sizes are at least 1")
     return options
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,25 +1,26 @@
-"""What compressing models that do not fit here would take: a simulation, not a measurement.
+"""A simulation, not a measurement, of compressing models that do not fit here.
 
-    python -m bench.quality.simulate                 all models; results in bench/results/simulated.csv
-    python -m bench.quality.simulate --models llama-2-7b
+    python -m bench.quality.simulate                          all models
+    python -m bench.quality.simulate --models llama-2-7b --write FILE.csv
+    python -m bench.quality.simulate --write                  bench/results/simulated.csv
 
-One block of a model's shape, shrunk by a whole number, is really compressed, by the driver, with
-the settings of a user who sets nothing. Of each phase its FLOPs and seconds are counted: their
-quotient is the measured rate. FLOPs are then scaled to the full shape, those of forward passes and
-Grams by tokens and the square of the widths, those of selections and solves by the cube of the
-widths, and times the number of blocks. Small matrices are slower than large ones, and products
-among a search's candidates grow by the square only, so this overestimates; products of queries with
-keys and of their weights with values are left out.
+The driver compresses one block of a model's shape, shrunk by a whole number, with the defaults.
+FLOPs and seconds of each phase are counted; their quotient is the measured rate. FLOPs are then
+scaled to the full shape (forward passes and Grams by tokens and the square of the widths,
+selections and solves by the cube of the widths) and multiplied by the number of blocks. Small
+matrices are slower than large ones, and products among a search's candidates grow by the square
+only, so this overestimates; products of queries with keys and of their weights with values are
+left out.
 
-Two bases stand beside each other
+Two bases
   measured   seconds at the rates of this machine
   assumed    seconds at rates that one H100 SXM is assumed to sustain, from its data sheet; nothing
              of it was measured
 
 Bytes moved are those of one device that onloads block by block: every block there and back, and the
 hidden states as often as the driver reads and writes them (counted in the same run). Peak memory on
-the device is `grail.plan.demand`. `smollm2-135m` is simulated, too, and measured (the columns
-`measured_…_s`), which tells what the simulation is worth.
+the device is the predicted one. `smollm2-135m` is simulated and also measured (the columns
+`measured_…_s`), which shows the error of the simulation.
 """
 
 from __future__ import annotations
@@ -30,14 +31,20 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.tools.measuring import Row, command_line, machine, write_rows
+import grail
+from bench.quality.shapes import LLAMAS, MIXTRAL
+from bench.tools import assets
+from bench.tools.commandline import CommandLine
+from bench.tools.measuring import RESULTS as FOLDER
+from bench.tools.measuring import Row, machine, write_rows
+from bench.tools.tables import markdown as as_markdown
 from grail.calibrate.stream import HiddenStates, Stream
+from grail.files.load import load_model
 from grail.networks import find
 from grail.recipe import Recipe
 from grail.run import _inspect as plan
@@ -46,7 +53,7 @@ from grail.runtime.clock import Clock
 from grail.runtime.onload import largest_block
 from grail.runtime.transaction import Transaction, eval_no_grad
 
-RESULTS = Path(__file__).parents[1] / "results" / "simulated.csv"
+RESULTS = FOLDER / "simulated.csv"
 TOKENS, LENGTH = 131072, 2048
 TRIAL = 1024  # tokens of one of the two sequences of the shrunk block
 # How FLOPs grow with the widths, by phase; and with tokens.
@@ -71,60 +78,13 @@ class Shape:
     shrink: int
 
 
-# Widths from the models' published configurations.
 SHAPES = {
-    "smollm2-135m": Shape(
-        "llama",
-        {
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-        },
-        ("mlp",),
-        3,
-    ),
-    "llama-2-7b": Shape(
-        "llama",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-        },
-        ("mlp",),
-        4,
-    ),
-    "llama-2-70b": Shape(
-        "llama",
-        {
-            "hidden_size": 8192,
-            "intermediate_size": 28672,
-            "num_hidden_layers": 80,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-        },
-        ("mlp",),
-        8,
-    ),
-    "mixtral-8x22b": Shape(
-        "mixtral",
-        {
-            "hidden_size": 6144,
-            "intermediate_size": 16384,
-            "num_hidden_layers": 56,
-            "num_attention_heads": 48,
-            "num_key_value_heads": 8,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-        },
-        ("experts",),
-        8,
-    ),
+    "smollm2-135m": Shape("llama", LLAMAS["smollm2-135m"], ("mlp",), 3),
+    "llama-2-7b": Shape("llama", LLAMAS["llama-2-7b"], ("mlp",), 4),
+    "llama-2-70b": Shape("llama", LLAMAS["llama-2-70b"], ("mlp",), 8),
+    "mixtral-8x22b": Shape("mixtral", MIXTRAL, ("experts",), 8),
 }
-# Divided by `Shape.shrink`; what else a configuration says stays.
+# Divided by `Shape.shrink`.
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
@@ -146,7 +106,7 @@ class Counting(Clock):
 
 @dataclass
 class Trial:
-    """What compressing the shrunk block took, by phase, and how often it moved hidden states."""
+    """Cost of compressing the shrunk block by phase, and how often it moved hidden states."""
 
     seconds: dict[str, float]
     flops: dict[str, float]
@@ -204,16 +164,16 @@ def _run_block(model: Any, options: Recipe, batches: list[torch.Tensor], clock: 
 
 @contextmanager
 def _counted_moves() -> Iterator[Counter[str]]:
-    """Counts the bytes that go to shelves and come from there."""
+    """Counts the bytes of hidden states that are stored and fetched."""
     moved: Counter[str] = Counter()
     put, get = HiddenStates.put, HiddenStates.__getitem__
 
-    def putting(shelf: HiddenStates, batch: int, tensor: torch.Tensor) -> None:
+    def putting(states: HiddenStates, batch: int, tensor: torch.Tensor) -> None:
         moved["bytes"] += tensor.nbytes
-        put(shelf, batch, tensor)
+        put(states, batch, tensor)
 
-    def getting(shelf: HiddenStates, batch: int) -> torch.Tensor:
-        tensor = get(shelf, batch)
+    def getting(states: HiddenStates, batch: int) -> torch.Tensor:
+        tensor = get(states, batch)
         moved["bytes"] += tensor.nbytes
         return tensor
 
@@ -225,7 +185,7 @@ def _counted_moves() -> Iterator[Counter[str]]:
 
 
 def _linear_algebra() -> dict[Any, Any]:
-    """FLOPs of what torch's own counter does not know."""
+    """FLOPs of operators that torch's own counter does not know."""
     aten = torch.ops.aten
 
     def cholesky(a: Any, *_: Any, **__: Any) -> int:
@@ -271,7 +231,7 @@ def rows(name: str, tokens: int = TOKENS) -> list[Row]:
     element = next(model.parameters()).element_size()
     weights = sum(p.nbytes for block in architecture.blocks for p in block.parameters())
     hidden = tokens * shape.config["hidden_size"] * element
-    narrowed = plan.demand(architecture, options, tokens, LENGTH)["weights"]  # what comes back
+    narrowed = plan.demand(architecture, options, tokens, LENGTH)["weights"]  # the way back
     moved = weights + narrowed + small.moves * hidden * blocks
     measured = {phase: small.flops[phase] / small.seconds[phase] for phase in POWERS}
     common: Row = {
@@ -308,14 +268,10 @@ def rows(name: str, tokens: int = TOKENS) -> list[Row]:
 
 def markdown(found: list[Row]) -> str:
     """The table of docs/scale.md: models that were not run."""
-    lines = [
-        "| model | parameters | sites | largest block | peak on the device | bytes moved | "
-        "this CPU, measured rates | one H100, assumed rates |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
     by_model: dict[str, dict[str, Row]] = {}
     for row in found:
         by_model.setdefault(row["model"], {})[row["simulated on"]] = row
+    lines = []
     for name, of_model in by_model.items():
         if "assumed H100 rates" not in of_model:
             continue
@@ -325,20 +281,15 @@ def markdown(found: list[Row]) -> str:
             for basis, unit in (("measured rates", 3600), ("assumed H100 rates", 60))
         )
         sizes = (row[f"{part}_bytes"] for part in ("largest_block", "device_peak", "moved"))
-        block, peak, moved = (f"{int(size) / 1e9:.1f} GB" for size in sizes)
-        lines.append(
-            f"| {name} | {int(row['parameters']) / 1e9:.1f}B | {row['sites']} | {block} | {peak} | "
-            f"{moved} | {hours:,.0f} h | {minutes:.0f} min |"
-        )
-    return "\n".join(lines)
+        parts = (f"{int(size) / 1e9:.1f} GB" for size in sizes)
+        count = f"{int(row['parameters']) / 1e9:.1f}B"
+        lines.append([name, count, row["sites"], *parts, f"{hours:,.0f} h", f"{minutes:.0f} min"])
+    header = ["model", "parameters", "sites", "largest block", "peak on the device", "bytes moved"]
+    return as_markdown([*header, "this CPU, measured rates", "one H100, assumed rates"], lines)
 
 
 def measured_seconds(tokens: int) -> dict[str, float]:
-    """SmolLM2-135M really compressed, by phase, at as many tokens."""
-    import grail
-    from bench.tools import assets
-    from grail.files.load import load_model
-
+    """Seconds by phase of compressing the real SmolLM2-135M with as many tokens."""
     model, _ = load_model(assets.smollm2())
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(1000, (1, TRIAL), generator=generator) for _ in range(tokens // TRIAL)]
@@ -346,18 +297,14 @@ def measured_seconds(tokens: int) -> dict[str, float]:
     return report.seconds
 
 
-def main() -> None:
-    """Command line of this file."""
-    parser = command_line(
-        __doc__,
-        writes="--output",
-        takes="many minutes on 2 cores; a model alone, minutes",
-    )
+def main(arguments: list[str] | None = None) -> None:
+    """Simulates, prints, saves after each model."""
+    takes = "many minutes on 2 cores; a model alone, minutes"
+    parser = CommandLine(__doc__, "write", takes=takes, results="simulated")
     parser.add_argument("--models", default=",".join(SHAPES), help="separated by commas")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    options = parser.read(arguments)
     found: list[Row] = []
-    for name in arguments.models.split(","):
+    for name in options.models.split(","):
         start = time.perf_counter()
         if name == "smollm2-135m":
             few = 8 * TRIAL
@@ -369,7 +316,9 @@ def main() -> None:
         found += of_model
         print(f"{name}: {of_model[0]['total_s']} s at measured rates", flush=True)
         print(f"  simulated in {time.perf_counter() - start:.0f} s", flush=True)
-        write_rows(arguments.output, found)
+        if options.write:
+            write_rows(options.write, found)
+    print(markdown(found))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Every selector, pruned and compensated, on real networks.
 
-    python -m bench.quality.sweep resnet18            # selector × {pruned, + GRAIL, …} × sparsity
-    python -m bench.quality.sweep vit --studies       # calibration size, α, the loop, folding
+    python -m bench.quality.sweep resnet18            selector × {pruned, + GRAIL, …} × sparsity
+    python -m bench.quality.sweep vit --studies       calibration size, α, the loop, folding
     python -m bench.quality.sweep smollm2 --only wanda,greedy --keep 0.5
 
-Networks, and what is reported of each, on data that calibration has not seen
+Networks, and the score of each on data that calibration has not seen
   resnet18      Fashion-MNIST, convolutions inside its blocks: accuracy on 2000 test images
   vit           Fashion-MNIST, MLP: accuracy on 2000 test images
   efficientnet  EfficientNet-lite0, expanded channels: agreement with the dense network's own
@@ -17,13 +17,13 @@ Networks, and what is reported of each, on data that calibration has not seen
 Variants
   own       the selector alone, one share kept at every site: FLAP with its biases, SlimGPT with its
             weight update (ridge toward the baseline, α = 0.01), all others without an update
-  grail     the paper's way: α = 1e-3 toward zero, the block's own output as target, the same map
-            of channels at every tap of a convolution, folding as if it commuted
-  both      the paper's way, and a bias fitted with it
-  ours      what a user gets who sets nothing but the selector
+  grail     the paper's way: α = 1e-3 toward zero, the block's own output as target, one map of
+            channels for all taps of a convolution, folding with the Gram of the folded channels
+  both      the paper's way, with a fitted bias
+  ours      the defaults
 
 Results are bench/results/selectors_NETWORK.csv and studies_NETWORK.csv. A row is written as soon as
-it is measured and never measured again: kill it and run it again to go on. Never part of the tests.
+it is measured and never measured again: a run that was killed resumes. Never part of the tests.
 """
 
 import copy
@@ -39,15 +39,18 @@ from torch import Tensor
 
 import grail
 from bench.quality import networks, scores
-from bench.quality.endtoend import LENGTH, RESULTS, TEXTS, Table, conditions
+from bench.quality.endtoend import LENGTH, TEXTS
+from bench.quality.endtoend import Subject as LanguageModel
 from bench.tools import assets
-from bench.tools.measuring import command_line
+from bench.tools.commandline import CommandLine
+from bench.tools.measuring import RESULTS, Table
 from grail import select
+from grail.report._evaluate import evaluate
 from grail.run import budget
 from grail.select.flap import flap as flap_scores
 
 KEEPS = (0.5, 0.7, 0.3, 0.9, 0.8, 0.6, 0.4)
-# In the order of measuring; what grail.select knows beside them comes last.
+# In the order of measuring; the other selectors come last.
 FIRST = (
     *("magnitude", "wanda", "greedy", "folding", "flap", "slimgpt", "random", "gram", "cholesky"),
     *("wanda++", "backward", "folding-agglomerative", "folding-activations"),
@@ -72,7 +75,7 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
 SAMPLES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 SEQUENCES = (4, 16, 64)  # of 1024 tokens, for the language model
 ALPHAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-# Variants of a mixture: what undoing the drift of the residual stream is worth to experts.
+# Variants of a mixture: the gain of correcting the drift of the residual stream at experts.
 MIXED: dict[str, dict[str, Any]] = {
     "own": VARIANTS["own"],
     "grail": PAPER,
@@ -130,13 +133,7 @@ def _fashion(network: Any, sites: tuple[str, ...], kind: Callable[[Tensor], Any]
         return {"accuracy": scores.accuracy(model, test, labels)}
 
     return Subject(
-        network,
-        calibration,
-        score,
-        512,
-        sites,
-        variants=tuple(VARIANTS),
-        settings={"multiple": 1},
+        network, calibration, score, 512, sites, variants=tuple(VARIANTS), settings={"multiple": 1}
     )
 
 
@@ -193,9 +190,6 @@ def _mixture() -> Subject:
 
 
 def _language(sites: tuple[str, ...], made: Callable[[Any], Any]) -> Subject:
-    from bench.quality.endtoend import Subject as LanguageModel
-    from grail.report._evaluate import evaluate
-
     subject = LanguageModel()
     heldout = subject.batches("technical", "heldout", 8 * LENGTH)
 
@@ -238,7 +232,7 @@ class Bench:
         return (*cell, self.subject.samples) in self.out
 
     def shares(self, selector: str, keep: float) -> dict[str, float]:
-        """The share of each site by what its narrowing costs the network."""
+        """The share of each site by the measured cost of narrowing it."""
         return grail.sensitivity(
             self.subject.network,
             self._batches(self.subject.samples),
@@ -302,7 +296,6 @@ class Bench:
                 "mean_error": round(sum(errors) / len(errors), 5) if errors else "",
                 "compress_seconds": round(report.seconds["total"], 2) if report else "",
                 "score_seconds": round(time.perf_counter() - start, 2),
-                **conditions(),
             }
         )
 
@@ -337,7 +330,7 @@ def studies(name: str, keeps: tuple[float, ...]) -> None:
 
 
 def _uneven(bench: "Bench", keep: float) -> Iterator[StudyRow]:
-    """The same share of all parameters, dealt out by what each site's narrowing costs."""
+    """The same share of all parameters, with widths by the measured cost of narrowing each site."""
     for selector in ("wanda", "greedy"):
         variant = "ours, uneven widths"
         yield selector, keep, "ours", {}, 0
@@ -396,8 +389,8 @@ def _studies(name: str, keep: float) -> Iterator[StudyRow]:
 
 
 def main() -> None:
-    """Command line of this file."""
-    parser = command_line(
+    """Measures the table or the studies of a network."""
+    parser = CommandLine(
         __doc__,
         writes="bench/results/selectors_NETWORK.csv or studies_NETWORK.csv, row by row",
         takes="one to twelve hours on one core for a table, up to three for the studies",
@@ -405,16 +398,16 @@ def main() -> None:
     parser.add_argument("network", choices=SUBJECTS)
     parser.add_argument("--studies", action="store_true", help="the studies, not the table")
     parser.add_argument("--only", default="", help="selectors, separated by commas")
-    parser.add_argument("--keep", default="", help="keep ratios, separated by commas")
-    arguments = parser.parse_args()
-    if arguments.network == "mixture" and not arguments.studies:
+    parser.add_argument("--keep", dest="keeps", default="", help="ratios, separated by commas")
+    options = parser.read()
+    if options.network == "mixture" and not options.studies:
         parser.error("the mixture has studies and no table: add --studies")
     torch.manual_seed(0)
-    keeps = tuple(float(k) for k in arguments.keep.split(",") if k)
-    if arguments.studies:
-        studies(arguments.network, keeps)
+    keeps = tuple(float(k) for k in options.keeps.split(",") if k)
+    if options.studies:
+        studies(options.network, keeps)
     else:
-        table(arguments.network, tuple(filter(None, arguments.only.split(","))), keeps)
+        table(options.network, tuple(filter(None, options.only.split(","))), keeps)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Trains the Fashion-MNIST networks of the benchmarks: `python -m bench.quality.train resnet18`.
+"""Trains the Fashion-MNIST networks of the benchmarks.
 
-Every epoch draws its order, crops and flips from a generator seeded by (seed, epoch), so a run
-that was stopped goes on from its last epoch to the same weights. The last epoch is the one that is
-kept: the test images choose nothing.
+    python -m bench.quality.train resnet18
+
+Every epoch draws its order, crops and flips from a generator seeded by (seed, epoch), so a run that
+was stopped resumes after its last epoch and reaches the same weights. The last epoch is kept: the
+test images choose nothing.
 """
 
 import csv
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from bench.quality import networks
 from bench.quality.scores import accuracy
 from bench.tools import assets
-from bench.tools.measuring import command_line
+from bench.tools.commandline import CommandLine
+from bench.tools.measuring import RESULTS
 from grail.errors import InputError
 
 BATCH = 128
@@ -165,7 +168,7 @@ def train(
     log: Path,
     again: float | None = None,
 ) -> None:
-    """Trains one network, or goes on with it, and writes a row of `log` after every epoch.
+    """Trains one network, or resumes, and writes a row of `log` after every epoch.
 
     Args:
         again: the scale of the learning rates in a further cycle from the stored weights.
@@ -214,42 +217,24 @@ def _append(log: Path, row: tuple[Any, ...]) -> None:
 
 
 def main() -> None:
-    """Command line of this file."""
-    parser = command_line(
+    """Trains one network."""
+    parser = CommandLine(
         __doc__,
         writes="weights into --weights, checkpoints into --cache, rows into --log",
         takes="about 40 minutes for resnet18, 70 for vit, on 2 cores",
     )
-    parser.add_argument("network", choices=("resnet18", "vit"), help="which one to train")
+    parser.add_argument("name", metavar="network", choices=("resnet18", "vit"))
     parser.add_argument("--epochs", type=int, default=10, help="passes over the 60 000 images")
-    parser.add_argument(
-        "--again",
-        type=float,
-        nargs="?",
-        const=0.2,
-        metavar="SCALE",
-        help="a further cycle from the stored weights, its learning rates scaled (by 0.2)",
-    )
+    again = "a further cycle from the stored weights, its learning rates scaled (by 0.2)"
+    parser.add_argument("--again", type=float, nargs="?", const=0.2, metavar="SCALE", help=again)
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, crops and flips")
-    parser.add_argument(
-        "--cache", type=Path, default=Path(".assets"), help="folder for data and checkpoints"
-    )
-    parser.add_argument(
-        "--weights", type=Path, default=networks.WEIGHTS, help="folder for the trained weights"
-    )
+    for name, folder in (("cache", Path(".assets")), ("weights", networks.WEIGHTS)):
+        parser.add_argument(f"--{name}", type=Path, default=folder, help="folder (%(default)s)")
     parser.add_argument("--log", type=Path, help="CSV (default: bench/results/train_NETWORK.csv)")
-    options = parser.parse_args()
-    log = options.log or Path("bench/results") / f"train_{options.network}.csv"
+    options = parser.read()
+    options.log = options.log or RESULTS / f"train_{options.name}.csv"
     try:
-        train(
-            options.network,
-            options.epochs,
-            options.seed,
-            options.cache,
-            options.weights,
-            log,
-            options.again,
-        )
+        train(**vars(options))
     except InputError as error:
         parser.exit(2, f"{error}\n")
 

@@ -1,22 +1,23 @@
-"""What a fit does with broken or barely solvable data: ours beside the usual calibration loop.
+"""Fits of broken or barely solvable data: ours beside the usual calibration loop.
 
-    python -m bench.reliability.failsafe          # run every case, write bench/results/failsafe.csv, print it
-    python -m bench.reliability.failsafe --show   # print the committed table
+    python -m bench.reliability.failsafe            run every case and print the table
+    python -m bench.reliability.failsafe --write    write bench/results/failsafe.csv, too
+    python -m bench.reliability.failsafe --show     print the committed table
 
 Every problem is small, random and corrupted in one way. A method may refuse it with an error,
-answer and say that it had to change the problem ("flagged": a larger damping, a fallback that
-warns), or solve it; what it then returns is compared with fp64 least squares on the data itself:
+answer and report that it had to change the problem ("flagged": a larger damping, a fallback that
+warns), or solve it. Its answer is compared with fp64 least squares on the data itself:
 
     ‖(W' − W*) R X‖ ≤ (√(16·eps32) + u·‖|W*| |R X|‖/‖T‖) · ‖T‖,  T = W X + βδ
 
 An fp32 Gram is known to 16·eps32 (see `grail_kernels.gram`), a squared error read from it to no
-more than that, hence the root; u is the unit roundoff of the weight's dtype. All else, also a
-result where the data hold NaN, is silently wrong.
+more than that, hence the root; u is the unit roundoff of the weight's dtype. All else, also an
+answer where the data hold NaN, is silently wrong.
 
 The usual loop is that of GPTQ-style libraries: a running mean Hessian in fp32, masked tokens
 multiplied by 0, dead channels set to 1, 1% of the mean diagonal as damping, one Cholesky, and where
-that fails the identity in its place (nothing is compensated) with a warning. It is compared with
-its own 1% ridge, not with the strength that a problem asks of ours, and knows no drift or biases.
+that fails plain pruning with a warning. It is compared with its own 1% ridge, and knows no drift or
+biases.
 """
 
 import itertools
@@ -25,17 +26,19 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import grail
-from bench.tools.measuring import Row, command_line, read_rows, write_rows
+from bench.tools.commandline import CommandLine
+from bench.tools.measuring import RESULTS as FOLDER
+from bench.tools.measuring import Row, read_rows, write_rows
+from bench.tools.tables import markdown
 from grail.algebra._fit import Toward
 from grail.errors import GrailError
 
-RESULTS = Path(__file__).parents[1] / "results" / "failsafe.csv"
+RESULTS = FOLDER / "failsafe.csv"
 OUTCOMES = ("refused", "flagged", "solved", "silent")
 REPEATS = 30  # problems of each case
 CHUNK = 24  # tokens of a batch
@@ -47,7 +50,7 @@ class Trial:
     """One problem.
 
     `x` [T, H], `mask` [T] or None, `drift` [T, O] or None; `weight` [O, H]; `kept` [K].
-    `solvable`: whether the counted data are finite and there is a token, so that an answer exists.
+    `solvable`: the counted data are finite and there is a token, so an answer exists.
     """
 
     x: Tensor
@@ -63,9 +66,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method returns.
+    """The answer of a method.
 
-    `weight` [O, K]; `shift` [O], what the bias gets; `flagged`: the method says that it had to
+    `weight` [O, K]; `shift` [O], added to the bias; `flagged`: the method reports that it had to
     change the problem; `error`: ‖T − W'RX‖/‖T‖ as the method reports it, if it does.
     """
 
@@ -77,17 +80,10 @@ class Answer:
 
 Case = Callable[[Trial, torch.Generator], Trial]
 Method = Callable[[Trial], Answer]
-CASES: dict[str, Case] = {}
-
-
-def case(change: Case) -> Case:
-    """Registers a corruption under its function's name."""
-    CASES[change.__name__.replace("_", " ").strip()] = change
-    return change
 
 
 def healthy(generator: torch.Generator) -> Trial:
-    """Correlated channels, T = 200, H = 32, K = 20, O = 8; what every case starts from."""
+    """Correlated channels, T = 200, H = 32, K = 20, O = 8: the start of every case."""
     tokens, channels, outputs, kept = 200, 32, 8, 20
     mixing = torch.randn(channels, channels, generator=generator)
     x = torch.randn(tokens, channels, generator=generator) @ mixing
@@ -126,7 +122,7 @@ def ours(trial: Trial) -> Answer:
 
 
 def usual_loop(trial: Trial) -> Answer:
-    """What calibration libraries do; see above."""
+    """The loop of calibration libraries, as described above."""
     channels, seen = trial.x.shape[-1], 0
     hessian = torch.zeros(channels, channels)
     for x, mask, _ in _batches(trial):
@@ -155,7 +151,7 @@ METHODS: dict[str, Method] = {"grail": ours, "usual loop": usual_loop}
 
 
 def outcome(method: Method, trial: Trial) -> tuple[str, float]:
-    """How a method fares with a problem, and its error in units of the bound (NaN without one)."""
+    """The outcome of a method on a problem, and its error over the bound (NaN without one)."""
     refusals = GrailError if method is ours else Exception
     try:
         answer = method(trial)
@@ -228,287 +224,154 @@ def _set(x: Tensor, generator: torch.Generator, value: float) -> Tensor:
     return x
 
 
-def _loudness(trial: Trial, energies: float, generator: torch.Generator) -> Tensor:
+def _loudness(energies: float, generator: torch.Generator) -> Tensor:
     """Factors [H] that spread the channels' energies over a ratio, in random order."""
-    decades = torch.log10(torch.tensor(energies)) / 2
-    factors = torch.logspace(0, -float(decades), trial.x.shape[1])
+    factors = torch.logspace(0, -float(torch.log10(torch.tensor(energies)) / 2), 32)
     return factors[torch.randperm(len(factors), generator=generator)]
 
 
-@case
-def _nothing_wrong(trial: Trial, generator: torch.Generator) -> Trial:
-    return trial
+def _nan_in_masked(t: Trial, g: torch.Generator) -> Trial:
+    mask = torch.rand(len(t.x), generator=g) < 0.7
+    return replace(t, x=torch.where(mask[:, None], t.x, float("nan")), mask=mask)
 
 
-@case
-def _nan_activation(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=_set(trial.x, generator, float("nan")), solvable=False)
-
-
-@case
-def _infinite_activation(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=_set(trial.x, generator, float("-inf")), solvable=False)
-
-
-@case
-def _fp16_activation_overflowed(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=_set(trial.x, generator, 1e5).half(), solvable=False)
-
-
-@case
-def _nan_in_masked_tokens(trial: Trial, generator: torch.Generator) -> Trial:
-    mask = torch.rand(len(trial.x), generator=generator) < 0.7
-    x = torch.where(mask[:, None], trial.x, float("nan"))
-    return replace(trial, x=x, mask=mask)
-
-
-@case
-def _mask_lets_one_nan_through(trial: Trial, generator: torch.Generator) -> Trial:
-    trial = _nan_in_masked_tokens(trial, generator)
-    assert trial.mask is not None
-    mask = trial.mask.clone()
+def _one_masked_nan_let_through(t: Trial, g: torch.Generator) -> Trial:
+    t = _nan_in_masked(t, g)
+    assert t.mask is not None
+    mask = t.mask.clone()
     mask[(~mask).nonzero()[0]] = True
-    return replace(trial, mask=mask, solvable=False)
+    return replace(t, mask=mask, solvable=False)
 
 
-@case
-def _everything_masked(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, mask=torch.zeros(len(trial.x), dtype=torch.bool), solvable=False)
+def _nan_in_masked_drift(t: Trial, g: torch.Generator) -> Trial:
+    t = _nan_in_masked(t, g)
+    assert t.mask is not None
+    return replace(t, drift=torch.where(t.mask[:, None], _noise(t, g), float("nan")))
 
 
-@case
-def _nan_weight(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, weight=_set(trial.weight, generator, float("nan")), solvable=False)
+def _rank_deficient(t: Trial, g: torch.Generator, **settings: float) -> Trial:
+    return replace(t, x=t.x[:, :6] @ torch.randn(6, 32, generator=g), **settings)
 
 
-@case
-def _infinite_weight(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, weight=_set(trial.weight, generator, float("inf")), solvable=False)
+def _nearly_singular(t: Trial, g: torch.Generator) -> Trial:
+    # From what an fp32 Gram distinguishes from a singular one, to what it does not.
+    t = _rank_deficient(t, g, alpha=0.0)
+    size = 10 ** (1 - 6 * torch.rand((), generator=g))
+    return replace(t, x=t.x + size * torch.randn(t.x.shape, generator=g))
 
 
-@case
-def _no_token(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x[:0], solvable=False)
+def _loud_weights(t: Trial, g: torch.Generator) -> Trial:
+    factors = _loudness(1e12, g)
+    return replace(t, x=t.x * factors, weight=t.weight / factors, alpha=0.0)
 
 
-@case
-def _one_token(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x[:1])
+def _louder(t: Trial, g: torch.Generator, **settings: float) -> Trial:
+    factors = torch.ones(len(t.x), 1)
+    factors[torch.randint(len(t.x), (), generator=g)] = 1e6
+    return replace(t, x=t.x * factors, **settings)
 
 
-@case
-def _two_tokens(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x[:2])
+def _constant_channels(t: Trial, g: torch.Generator, **settings: float) -> Trial:
+    constant = torch.rand(32, generator=g) < 0.4
+    return replace(t, x=torch.where(constant, t.x[:1] + 3, t.x), affine=True, **settings)
 
 
-@case
-def _two_tokens_undamped(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x[:2], alpha=0.0)
+def _large_means(t: Trial, g: torch.Generator, **settings: float) -> Trial:
+    means = 10 ** (5 * torch.rand(32, generator=g))
+    return replace(t, x=t.x + means, affine=True, **settings)
 
 
-@case
-def _one_token_with_bias(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x[:1], affine=True)
-
-
-@case
-def _fewer_tokens_than_channels(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x[:12])
-
-
-@case
-def _fewer_tokens_undamped(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x[:12], alpha=0.0)
-
-
-@case
-def _rank_deficient(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x[:, :6] @ torch.randn(6, 32, generator=generator))
-
-
-@case
-def _rank_deficient_undamped(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(_rank_deficient(trial, generator), alpha=0.0)
-
-
-@case
-def _nearly_singular_undamped(trial: Trial, generator: torch.Generator) -> Trial:
-    # From what an fp32 Gram tells from a singular one, to what it does not.
-    trial = _rank_deficient_undamped(trial, generator)
-    size = 10 ** (1 - 6 * torch.rand((), generator=generator))
-    return replace(trial, x=trial.x + size * torch.randn(trial.x.shape, generator=generator))
-
-
-@case
-def _duplicated_channels(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x[:, torch.randint(8, (32,), generator=generator)])
-
-
-@case
-def _duplicated_channels_undamped(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(_duplicated_channels(trial, generator), alpha=0.0)
-
-
-@case
-def _dead_channels(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x * (torch.rand(32, generator=generator) < 0.5))
-
-
-@case
-def _dead_channels_undamped(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(_dead_channels(trial, generator), alpha=0.0)
-
-
-@case
-def _all_channels_dead(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=torch.zeros_like(trial.x))
-
-
-@case
-def _all_kept_channels_dead(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x.index_fill(1, trial.kept, 0.0))
-
-
-@case
-def _energies_1e8_apart(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x * _loudness(trial, 1e8, generator))
-
-
-@case
-def _energies_1e12_apart(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x * _loudness(trial, 1e12, generator))
-
-
-@case
-def _energies_1e12_apart_undamped(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(_energies_1e12_apart(trial, generator), alpha=0.0)
-
-
-@case
-def _loud_weights_on_quiet_channels(trial: Trial, generator: torch.Generator) -> Trial:
-    factors = _loudness(trial, 1e12, generator)
-    return replace(trial, x=trial.x * factors, weight=trial.weight / factors, alpha=0.0)
-
-
-@case
-def _squares_overflow_fp32(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x * 1e20)
-
-
-@case
-def _sums_overflow_fp32(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x / trial.x.abs().max() * 1.8e19)
-
-
-@case
-def _sums_overflow_fp16(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=(trial.x / trial.x.abs().max() * 6e4).half())
-
-
-@case
-def _activations_of_1e18(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x * 1e17)
-
-
-@case
-def _activations_of_1e_minus_18(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x * 1e-18)
-
-
-@case
-def _squares_underflow_fp32(trial: Trial, generator: torch.Generator) -> Trial:
-    # From rms 1e-18, where little is lost, to 1e-24, where nothing is left.
-    return replace(trial, x=trial.x * 10 ** -(19 + 6 * torch.rand((), generator=generator)))
-
-
-@case
-def _denormal_activations(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=trial.x * 1e-40)
-
-
-@case
-def _denormal_fp16_activations(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, x=(trial.x * 1e-6).half())
-
-
-@case
-def _one_token_1e6_louder(trial: Trial, generator: torch.Generator) -> Trial:
-    x = trial.x.clone()
-    x[torch.randint(len(x), (), generator=generator)] *= 1e6
-    return replace(trial, x=x)
-
-
-@case
-def _one_token_1e6_louder_undamped(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(_one_token_1e6_louder(trial, generator), alpha=0.0)
-
-
-@case
-def _constant_channels_with_bias(trial: Trial, generator: torch.Generator) -> Trial:
-    constant = torch.rand(32, generator=generator) < 0.4
-    return replace(trial, x=torch.where(constant, trial.x[:1] + 3, trial.x), affine=True)
-
-
-@case
-def _constant_channels_with_bias_undamped(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(_constant_channels_with_bias(trial, generator), alpha=0.0)
-
-
-@case
-def _large_means_with_bias(trial: Trial, generator: torch.Generator) -> Trial:
-    means = 10 ** (5 * torch.rand(32, generator=generator))
-    return replace(trial, x=trial.x + means, affine=True)
-
-
-@case
-def _large_means_with_bias_undamped(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(_large_means_with_bias(trial, generator), alpha=0.0)
-
-
-@case
-def _fp16_weight_overflows(trial: Trial, generator: torch.Generator) -> Trial:
-    # The kept channels are so quiet that what they are to say needs weights beyond fp16.
-    factors = torch.ones(32).index_fill(0, trial.kept, 1e-6)
-    return replace(trial, x=trial.x * factors, weight=trial.weight.half(), alpha=0.0)
-
-
-@case
-def _bf16_weight(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, weight=trial.weight.bfloat16(), toward="zero")
-
-
-@case
-def _drift_with_nan(trial: Trial, generator: torch.Generator) -> Trial:
-    drift = torch.randn(len(trial.x), 8, generator=generator)
-    return replace(trial, drift=_set(drift, generator, float("nan")), solvable=False)
-
-
-@case
-def _infinite_drift_of_silent_tokens(trial: Trial, generator: torch.Generator) -> Trial:
-    drift = torch.randn(len(trial.x), 8, generator=generator)
+def _infinite_drift(t: Trial, g: torch.Generator) -> Trial:
+    drift = _noise(t, g)
     drift[3, 5] = float("inf")
-    x = trial.x.index_fill(0, torch.tensor(3), 0.0)
-    return replace(trial, x=x, drift=drift, solvable=False)
+    x = t.x.index_fill(0, torch.tensor(3), 0.0)
+    return replace(t, x=x, drift=drift, solvable=False)
 
 
-@case
-def _nan_in_masked_drift(trial: Trial, generator: torch.Generator) -> Trial:
-    trial = _nan_in_masked_tokens(trial, generator)
-    assert trial.mask is not None
-    drift = torch.randn(len(trial.x), 8, generator=generator)
-    return replace(trial, drift=torch.where(trial.mask[:, None], drift, float("nan")))
+def _noise(t: Trial, g: torch.Generator) -> Tensor:
+    return torch.randn(len(t.x), 8, generator=g)
 
 
-@case
-def _drift_whose_squares_overflow(trial: Trial, generator: torch.Generator) -> Trial:
-    return replace(trial, drift=1e25 * torch.randn(len(trial.x), 8, generator=generator))
+def _duplicated(t: Trial, g: torch.Generator) -> Tensor:
+    return t.x[:, torch.randint(8, (32,), generator=g)]
+
+
+def _partly_dead(t: Trial, g: torch.Generator) -> Tensor:
+    return t.x * (torch.rand(32, generator=g) < 0.5)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+# Names seed the generators. `t`: a healthy problem.
+CASES: dict[str, Case] = {
+    "nothing wrong": lambda t, g: t,
+    "nan activation": lambda t, g: replace(t, x=_set(t.x, g, NAN), solvable=False),
+    "infinite activation": lambda t, g: replace(t, x=_set(t.x, g, -INFINITY), solvable=False),
+    "fp16 activation overflowed": lambda t, g: replace(
+        t, x=_set(t.x, g, 1e5).half(), solvable=False
+    ),
+    "nan in masked tokens": _nan_in_masked,
+    "mask lets one nan through": _one_masked_nan_let_through,
+    "everything masked": lambda t, g: replace(
+        t, mask=torch.zeros(len(t.x), dtype=torch.bool), solvable=False
+    ),
+    "nan weight": lambda t, g: replace(t, weight=_set(t.weight, g, NAN), solvable=False),
+    "infinite weight": lambda t, g: replace(t, weight=_set(t.weight, g, INFINITY), solvable=False),
+    "no token": lambda t, g: replace(t, x=t.x[:0], solvable=False),
+    "one token": lambda t, g: replace(t, x=t.x[:1]),
+    "two tokens": lambda t, g: replace(t, x=t.x[:2]),
+    "two tokens undamped": lambda t, g: replace(t, x=t.x[:2], alpha=0.0),
+    "one token with bias": lambda t, g: replace(t, x=t.x[:1], affine=True),
+    "fewer tokens than channels": lambda t, g: replace(t, x=t.x[:12]),
+    "fewer tokens undamped": lambda t, g: replace(t, x=t.x[:12], alpha=0.0),
+    "rank deficient": _rank_deficient,
+    "rank deficient undamped": lambda t, g: _rank_deficient(t, g, alpha=0.0),
+    "nearly singular undamped": _nearly_singular,
+    "duplicated channels": lambda t, g: replace(t, x=_duplicated(t, g)),
+    "duplicated channels undamped": lambda t, g: replace(t, x=_duplicated(t, g), alpha=0.0),
+    "dead channels": lambda t, g: replace(t, x=_partly_dead(t, g)),
+    "dead channels undamped": lambda t, g: replace(t, x=_partly_dead(t, g), alpha=0.0),
+    "all channels dead": lambda t, g: replace(t, x=torch.zeros_like(t.x)),
+    "all kept channels dead": lambda t, g: replace(t, x=t.x.index_fill(1, t.kept, 0.0)),
+    "energies 1e8 apart": lambda t, g: replace(t, x=t.x * _loudness(1e8, g)),
+    "energies 1e12 apart": lambda t, g: replace(t, x=t.x * _loudness(1e12, g)),
+    "energies 1e12 apart undamped": lambda t, g: replace(t, x=t.x * _loudness(1e12, g), alpha=0.0),
+    "loud weights on quiet channels": _loud_weights,
+    "squares overflow fp32": lambda t, g: replace(t, x=t.x * 1e20),
+    "sums overflow fp32": lambda t, g: replace(t, x=t.x / t.x.abs().max() * 1.8e19),
+    "sums overflow fp16": lambda t, g: replace(t, x=(t.x / t.x.abs().max() * 6e4).half()),
+    "activations of 1e18": lambda t, g: replace(t, x=t.x * 1e17),
+    "activations of 1e minus 18": lambda t, g: replace(t, x=t.x * 1e-18),
+    # From rms 1e-18, where little is lost, to 1e-24, where nothing is left.
+    "squares underflow fp32": lambda t, g: replace(
+        t, x=t.x * 10 ** -(19 + 6 * torch.rand((), generator=g))
+    ),
+    "denormal activations": lambda t, g: replace(t, x=t.x * 1e-40),
+    "denormal fp16 activations": lambda t, g: replace(t, x=(t.x * 1e-6).half()),
+    "one token 1e6 louder": _louder,
+    "one token 1e6 louder undamped": lambda t, g: _louder(t, g, alpha=0.0),
+    "constant channels with bias": _constant_channels,
+    "constant channels with bias undamped": lambda t, g: _constant_channels(t, g, alpha=0.0),
+    "large means with bias": _large_means,
+    "large means with bias undamped": lambda t, g: _large_means(t, g, alpha=0.0),
+    # The kept channels are so quiet that their weights would have to exceed fp16.
+    "fp16 weight overflows": lambda t, g: replace(
+        t,
+        x=t.x * torch.ones(32).index_fill(0, t.kept, 1e-6),
+        weight=t.weight.half(),
+        alpha=0.0,
+    ),
+    "bf16 weight": lambda t, g: replace(t, weight=t.weight.bfloat16(), toward="zero"),
+    "drift with nan": lambda t, g: replace(t, drift=_set(_noise(t, g), g, NAN), solvable=False),
+    "infinite drift of silent tokens": _infinite_drift,
+    "nan in masked drift": _nan_in_masked_drift,
+    "drift whose squares overflow": lambda t, g: replace(t, drift=1e25 * _noise(t, g)),
+}
 
 
 def measure(repeats: int = REPEATS) -> list[Row]:
-    """A row for each case and method.
+    """A row for each case and method: problems, outcomes, and the worst error among the solved.
 
-    How many problems, how many of each outcome, and the worst error among the solved, in units of
-    the bound.
+    The error is in units of the bound.
     """
     found: dict[tuple[str, str], list[tuple[str, float]]] = {}
     for name, trial in trials(repeats):
@@ -527,20 +390,17 @@ def _row(name: str, method: str, results: list[tuple[str, float]]) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown: for each case what became of its problems, a total last."""
+    """The rows as Markdown: the outcomes of each case, a total last."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = [
-        "| case | problems | " + " | ".join(methods) + " |",
-        "|---|---|" + "---|" * len(methods),
-    ]
-    by_case: dict[str, list[Row]] = {}
+    by_case: dict[str, dict[str, Row]] = {}
     for row in [*rows, *(_total(rows, method) for method in methods)]:
-        by_case.setdefault(row["case"], []).append(row)
-    for name, group in by_case.items():
-        cells = {row["method"]: _shares(row) for row in group}
-        shown = " | ".join(cells.get(method, "–") for method in methods)
-        lines.append(f"| {name} | {group[0]['problems']} | {shown} |")
-    return "\n".join(lines)
+        by_case.setdefault(row["case"], {})[row["method"]] = row
+    lines = [
+        [name, next(iter(group.values()))["problems"]]
+        + [_shares(group[method]) if method in group else "–" for method in methods]
+        for name, group in by_case.items()
+    ]
+    return markdown(["case", "problems", *methods], lines)
 
 
 def _total(rows: list[Row], method: str) -> Row:
@@ -550,28 +410,28 @@ def _total(rows: list[Row], method: str) -> Row:
 
 
 def _shares(row: Row) -> str:
-    problems = int(row["problems"])
-    shares = {kind: int(row[kind]) / problems for kind in OUTCOMES if int(row[kind])}
+    shares = {kind: int(row[kind]) / int(row["problems"]) for kind in OUTCOMES if int(row[kind])}
     return ", ".join(
         f"**{share:.0%} silently wrong**" if kind == "silent" else f"{share:.0%} {kind}"
         for kind, share in shares.items()
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs or shows."""
-    parser = command_line(
-        __doc__,
-        writes="bench/results/failsafe.csv; with --show nothing",
-        takes="less than a minute",
-    )
+    parser = CommandLine(__doc__, "write", takes="less than a minute", results="failsafe")
     parser.add_argument("--show", action="store_true", help="print the committed table")
-    if not parser.parse_args().show:
+    options = parser.read(arguments)
+    if options.show:
+        rows = read_rows(RESULTS)
+    else:
         torch.set_num_threads(1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            write_rows(RESULTS, measure())
-    print(table(read_rows(RESULTS)))
+            rows = measure()
+    if options.write:
+        write_rows(options.write, rows)
+    print(table(rows))
 
 
 if __name__ == "__main__":

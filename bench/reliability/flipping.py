@@ -1,8 +1,8 @@
-"""Damages files of state at random, and counts what the reader finds.
+"""Damages files of state at random, and counts the damages that the reader finds.
 
-    python -m bench.reliability.flipping --trials 1000
+    python -m bench.reliability.flipping --trials 1000 --write     bench/results/flipping.csv
 
-Beside it stands safetensors' own reader, which checks sizes and no content.
+Beside it: safetensors' own reader, which checks sizes and no content.
 """
 
 import random
@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load
 
 import grail
-from bench.tools.measuring import Row, command_line, machine, write_rows
+from bench.tools.commandline import CommandLine, save
+from bench.tools.measuring import Row
+from bench.tools.tables import aligned
 from grail.errors import StateError
 
 PAGE = 4096
@@ -24,7 +26,7 @@ DAMAGES = ("flipped bit", "truncation", "zeroed page", "bytes behind")
 
 
 def flipped(data: bytes, place: int) -> bytes:
-    """The data with one bit, the `place`-th, turned over."""
+    """The data with one bit, the `place`-th, flipped."""
     changed = bytearray(data)
     changed[place // 8] ^= 1 << place % 8
     return bytes(changed)
@@ -45,25 +47,24 @@ def damaged(data: bytes, kind: str, draw: random.Random) -> bytes:
 
 
 def main() -> None:
-    """Writes a row for each kind of damage."""
-    parser = command_line(
+    """Prints and writes a row for each kind of damage."""
+    parser = CommandLine(
         __doc__,
-        writes="--output",
+        *("trials", "write"),
         takes="minutes on one core",
+        results="flipping",
+        trials={"default": 1000, "help": "of each kind of damage (default 1000)"},
     )
-    parser.add_argument("--trials", type=int, default=1000, help="of each kind of damage")
     parser.add_argument("--channels", type=int, default=300)
-    parser.add_argument("--output", type=Path, default=Path("bench/results/flipping.csv"))
-    arguments = parser.parse_args()
+    options = parser.read()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "gram.state"
-        gram = grail.Gram(arguments.channels, name="model.layers.3.mlp")
-        gram.update(torch.randn(4096, arguments.channels))
+        gram = grail.Gram(options.channels, name="model.layers.3.mlp")
+        gram.update(torch.randn(4096, options.channels))
         gram.save(path)
-        rows = [_row(path, kind, arguments.trials) for kind in DAMAGES]
-    write_rows(arguments.output, [{**row, **machine("cpu")} for row in rows])
-    for row in rows:
-        print(row)
+        rows = [_row(path, kind, options.trials) for kind in DAMAGES]
+    print(aligned(list(rows[0]), [list(row.values()) for row in rows]))
+    save(options, rows)
 
 
 def _row(path: Path, kind: str, trials: int) -> Row:

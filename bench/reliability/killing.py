@@ -1,7 +1,7 @@
-"""Kills a compression with SIGKILL, starts it again, and compares the bits of what it writes.
+"""Kills a compression with SIGKILL, starts it again, and compares the bits of its output.
 
-    python -m bench.reliability.killing --trials 100
-    python -m bench.reliability.killing --uneven --trials 30 --output bench/results/killing_uneven.csv
+    python -m bench.reliability.killing --trials 100 --write     bench/results/killing.csv
+    python -m bench.reliability.killing --uneven --trials 30 --write killing_uneven.csv
 
 Every run is the real command line, in a process of its own that is forked from this one, so that
 torch and transformers are imported once. Runs die at a random moment, or at a random step of saving
@@ -23,40 +23,41 @@ from pathlib import Path
 
 import torch
 
-from bench.tools.measuring import Row, command_line, machine, write_rows
+from bench.tools import tiny
+from bench.tools.commandline import CommandLine, save
+from bench.tools.measuring import Row
 from grail.commands import app as grail
 
 LAYERS = 4
-STEPS = {Path: ("open", "replace", "unlink"), os: ("fsync",)}  # of which a save consists
+STEPS = {Path: ("open", "replace", "unlink"), os: ("fsync",)}  # the parts of a save
 
 
 def main() -> int:
-    """Writes a row for each trial; returns how many did not end with the same bits."""
-    parser = command_line(
+    """Prints and writes a row a trial; returns how many did not end with the same bits."""
+    parser = CommandLine(
         __doc__,
-        writes="--output",
+        *("trials", "write"),
         takes="tens of minutes on 2 cores for 100 trials",
+        results="killing",
+        trials={"default": 100},
     )
-    parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--uneven", action="store_true", help="runs that measure widths first")
-    parser.add_argument("--output", type=Path, default=Path("bench/results/killing.csv"))
-    arguments = parser.parse_args()
+    options = parser.read()
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     with tempfile.TemporaryDirectory() as folder:
-        trials = Trials(Path(folder), random.Random(arguments.seed), arguments.uneven)
-        rows = [trials.row(number) for number in range(arguments.trials)]
-    conditions = {"seed": str(arguments.seed), **machine("cpu")}
-    write_rows(arguments.output, [{**row, **conditions} for row in rows])
+        trials = Trials(Path(folder), random.Random(options.seed), options.uneven)
+        rows = [trials.row(number) for number in range(options.trials)]
+    save(options, [row | {"seed": str(options.seed)} for row in rows])
     good = sum(row["bitwise equal"] == "yes" for row in rows)
     deaths = sum(int(row["deaths"]) for row in rows)
     resumed = sum(int(row["resumed at block"]) > 0 for row in rows)
-    print(f"{good} of {len(rows)} bitwise equal; {deaths} deaths, {resumed} runs that went on")
+    print(f"{good} of {len(rows)} bitwise equal; {deaths} deaths, {resumed} runs that resumed")
     return len(rows) - good
 
 
 class Trials:
-    """Trials on one tiny model and text in a folder, against one run that nobody disturbed."""
+    """Trials on one tiny model and text in a folder, against one undisturbed run."""
 
     def __init__(self, folder: Path, draw: random.Random, uneven: bool):
         self.folder, self._draw, self._uneven = folder, draw, uneven
@@ -71,7 +72,7 @@ class Trials:
         self._steps = self._count_steps()
 
     def row(self, number: int) -> Row:
-        """Kills a run once or more, lets it end, and says how that went."""
+        """Kills a run once or more, lets it end, and returns the outcome."""
         name, inside = f"trial-{number}", number % 2 == 1
         deaths = [self._kill(name, inside) for _ in range(self._draw.randint(1, 3))]
         state = self.folder / f"{name}.resume"
@@ -88,7 +89,7 @@ class Trials:
         }
 
     def _kill(self, name: str, inside: bool) -> bool:
-        """Starts a run and kills it; whether it died before its end."""
+        """Starts a run and kills it; returns False if it ended before."""
         if inside:
             process = self._start(name, _dying_at(self._draw.randrange(self._steps)))
         else:
@@ -96,7 +97,7 @@ class Trials:
             time.sleep(self._draw.uniform(0, self._seconds))
             os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
-        # All was done, or death came after the last step, when the state had been let go of.
+        # All was done, or death came after the last step, when the state was deleted.
         output, state = self.folder / name, self.folder / f"{name}.resume/command.state"
         ended = not os.WIFSIGNALED(status) or (output.exists() and not state.exists())
         if ended:
@@ -142,7 +143,7 @@ class Trials:
         return *(path.read_bytes() for path in files), json.dumps(rows).encode()
 
     def _count_steps(self) -> int:
-        """How many steps of saving an undisturbed run takes."""
+        """Steps of saving in an undisturbed run."""
         counter = self.folder / "steps"
         counter.touch()
         count = partial(_before_each_step, lambda _: _grow(counter))
@@ -164,14 +165,14 @@ def _grow(counter: Path) -> None:
     os.close(handle)
 
 
-def _before_each_step(hear: Callable[[int], None]) -> None:
-    """Calls `hear` with the number of each step of saving in this process, before it is done."""
+def _before_each_step(callback: Callable[[int], None]) -> None:
+    """Calls `callback` with the number of each step of saving in this process, before the step."""
     count = 0
 
-    def heard(step: Callable[..., object]) -> Callable[..., object]:
+    def counted(step: Callable[..., object]) -> Callable[..., object]:
         def call(*args: object, **kwargs: object) -> object:
             nonlocal count
-            hear(count)
+            callback(count)
             count += 1
             return step(*args, **kwargs)
 
@@ -179,36 +180,22 @@ def _before_each_step(hear: Callable[[int], None]) -> None:
 
     for owner, names in STEPS.items():
         for name in names:
-            setattr(owner, name, heard(getattr(owner, name)))
+            setattr(owner, name, counted(getattr(owner, name)))
 
 
 def _write_model(folder: Path) -> None:
     """A tiny Llama and a tokenizer of words, as the tests have them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=8,
-        max_position_embeddings=128,
-    )
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
+    names += ("num_key_value_heads", "max_position_embeddings")
+    sizes = {name: tiny.SIZES[name] for name in names} | {"num_hidden_layers": LAYERS}
+    config = AutoConfig.for_model("llama", **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    words = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(3, 97))]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
 
 
 if __name__ == "__main__":

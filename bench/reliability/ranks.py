@@ -1,10 +1,10 @@
 """One model compressed by 1, 2 and 4 processes of one machine: weights, wall time, bytes sent.
 
-    python -m bench.reliability.ranks     # writes bench/results/ranks.csv
+    python -m bench.reliability.ranks --write     bench/results/ranks.csv
 
-Each process has one thread. `bytes` is what all processes together give to the collectives: packed
-sums on the way to an owner, rewritten weights on the way back; not what a collective relays. On a
-machine with fewer free cores than processes the time says nothing about scaling: see `load`.
+Each process has one thread. `bytes` counts the data that all processes together hand to the
+collectives: packed sums to an owner, rewritten weights back; not the data that a collective relays.
+On a machine with fewer free cores than processes the time is no measure of scaling: see `load`.
 """
 
 import multiprocessing
@@ -19,17 +19,17 @@ from torch.multiprocessing.spawn import start_processes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grail
-from bench.tools.measuring import Row, command_line, machine, write_rows
+from bench.quality.shapes import llama
+from bench.tools.commandline import CommandLine, save
+from bench.tools.measuring import Row
+from bench.tools.tables import aligned
 
-RESULTS = Path(__file__).parents[1] / "results" / "ranks.csv"
 COUNTS = (1, 2, 4)
 
 
 def _network() -> Any:
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 2}
-    heads: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 3}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=997, **shape, **heads)).eval()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=997, **llama(192, 512, 2, 6, 3))).eval()
 
 
 def _work(number: int, count: int, place: str) -> None:
@@ -77,20 +77,18 @@ def measure() -> list[Row]:
                 "bytes": str(sum(f["sent"] for f in found)),
                 "apart": f"{apart:.2g}",  # relative, from one process, the largest of a weight
                 "all equal": str(equal),
-                **machine("cpu"),
             }
         )
     return rows
 
 
 def main() -> None:
-    """Command line of this file."""
-    command_line(
-        __doc__, writes="bench/results/ranks.csv", takes="a minute on 2 cores"
-    ).parse_args()
+    """Measures, prints, saves."""
+    options = CommandLine(__doc__, "write", takes="a minute on 2 cores", results="ranks").read()
     multiprocessing.set_forkserver_preload(["bench.reliability.ranks"])
-    write_rows(RESULTS, measure())
-    print(RESULTS.read_text())
+    rows = measure()
+    print(aligned(list(rows[0]), [list(row.values()) for row in rows]))
+    save(options, rows)
 
 
 if __name__ == "__main__":

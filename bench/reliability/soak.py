@@ -1,11 +1,10 @@
-"""Continuous work through every path of the library, with the memory that it holds.
+"""Continuous work through every path of the library, and the memory that it holds.
 
-    python -m bench.reliability.soak --minutes 30 --csv bench/results/soak.csv
+    python -m bench.reliability.soak --minutes 30 --write     bench/results/soak.csv
 
 One process updates, merges, saves and loads Grams, fits and compresses small networks, over and
-over. Once a minute a row says how many rounds were done, the resident set, and how many tensors
-are alive. Exits with 1 if the last third of the rows holds more than 5% above the first, after a
-warm-up.
+over. A row a minute: rounds done, resident set, live tensors. Exits with 1 if the last third of the
+rows holds more than 5% above the first, after a warm-up.
 """
 
 import gc
@@ -20,7 +19,8 @@ from torch import nn
 
 import grail
 from bench.quality.networks import ResNet
-from bench.tools.measuring import Row, command_line, machine, write_rows
+from bench.tools.commandline import CommandLine, save
+from bench.tools.measuring import Row
 from grail.algebra.drift import Drift
 from grail.runtime import memory
 
@@ -46,16 +46,8 @@ def one_round(generator: torch.Generator, folder: Path) -> None:
     weight = torch.randn(40, 192, generator=generator)
     for reduction in (grail.Selection(range(0, 192, 2), 192), grail.Folding([*range(96)] * 2)):
         for affine in (False, True):
-            grail.fit(
-                loaded,
-                reduction,
-                weight,
-                alpha="auto",
-                drift_correction="auto",
-                toward="baseline",
-                affine=affine,
-                held_out=grams[1],
-            )
+            settings = {"alpha": "auto", "drift_correction": "auto", "toward": "baseline"}
+            grail.fit(loaded, reduction, weight, affine=affine, held_out=grams[1], **settings)
     network = ResNet(channels=1, width=4)
     images = [torch.randn(8, 1, 28, 28, generator=generator) for _ in range(2)]
     for selector in ("greedy", "folding"):
@@ -66,43 +58,32 @@ def one_round(generator: torch.Generator, folder: Path) -> None:
 
 
 def tensors() -> int:
-    """How many are alive."""
+    """The number of live tensors."""
     gc.collect()
     return sum(issubclass(type(found), (torch.Tensor, Drift)) for found in gc.get_objects())
 
 
 def main() -> None:
-    """Command line of this file."""
-    parser = command_line(
-        __doc__,
-        writes="rows to the screen; a CSV with --csv",
-        takes="--minutes",
-    )
+    """Works, prints and writes a row a minute."""
+    parser = CommandLine(__doc__, "write", takes="--minutes", results="soak")
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--csv", type=Path, help="file for the rows; default: only shown")
-    arguments = parser.parse_args()
+    options = parser.read()
     generator = torch.Generator().manual_seed(0)
     rows: list[Row] = []
     start, rounds = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
-        while len(rows) < arguments.minutes:
+        while len(rows) < options.minutes:
             one_round(generator, Path(folder))
             rounds += 1
-            if time.monotonic() - start < 60 * (len(rows) + 1):
+            minutes = (time.monotonic() - start) / 60
+            if minutes < len(rows) + 1:
                 continue
-            rows.append(
-                {
-                    "minute": round((time.monotonic() - start) / 60, 1),
-                    "rounds": rounds,
-                    "resident_bytes": memory.in_use(torch.device("cpu")),
-                    "tensors": tensors(),
-                    **machine("cpu"),
-                }
-            )
-            print(", ".join(f"{k}={v}" for k, v in list(rows[-1].items())[:4]), flush=True)
-            if arguments.csv:
-                write_rows(arguments.csv, rows)
-    if flat := growth([int(str(row["resident_bytes"])) for row in rows]):
+            resident = memory.in_use(torch.device("cpu"))
+            row = {"minute": round(minutes, 1), "rounds": rounds, "resident_bytes": resident}
+            rows.append({k: str(v) for k, v in (row | {"tensors": tensors()}).items()})
+            print(", ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
+            save(options, rows)
+    if flat := growth([int(row["resident_bytes"]) for row in rows]):
         print(f"memory of the last third over the first: {flat:.3f}")
         sys.exit(flat > LIMIT)
 

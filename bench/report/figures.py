@@ -1,35 +1,33 @@
-"""Every figure of the benches, drawn from the committed CSV alone.
+"""Every figure of the benches, drawn from its CSV alone, beside it.
 
     python -m bench.report.figures              draw all of bench/results again
     python -m bench.report.figures FILE.csv     draw one
 
-What makes the CSV; a GPU's come from `python bench/on_gpu.py`, under bench/results/gpu
-  gram_cpu       python bench/gram.py --csv bench/results/gram_cpu.csv
-  ridge_cpu      python -m bench.kernels.ridge --csv bench/results/ridge_cpu.csv
-  calibrate_cpu  python -m bench.quality.calibrate --csv bench/results/calibrate_cpu.csv
-  accuracy_cpu   python -m bench.kernels.accuracy --csv bench/results/accuracy_cpu.csv
-  memory_cpu     python -m bench.kernels.memory --csv bench/results/memory_cpu.csv
+The bench of a CSV is named on its page; a GPU's come from `python bench/on_gpu.py`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from bench.kernels.accuracy import BIAS_LIMIT
-from bench.tools.measuring import Row, command_line, read_rows
+from bench.report.comparison import NETWORKS, VARIANTS, found, has_axes
+from bench.tools.commandline import CommandLine
+from bench.tools.measuring import RESULTS, Row, read_rows
+from grail.report.report import recovered
 from grail_kernels.reference import ERROR_LIMIT
 
-RESULTS = Path(__file__).parents[1] / "results"
 MEMORY_TARGET = 0.55
+PERPLEXITIES = (40, 50, 70, 100, 150, 200, 300, 500, 1000, 2000, 3000)
 
 
-def accuracy(rows: list[Row]) -> Any:
-    """Error, and bias of the diagonal, against tokens: `bench/kernels/accuracy.py`."""
+def accuracy(rows: list[Row], _: str) -> Any:
+    """Error, and bias of the diagonal, against tokens: `bench.kernels.accuracy`."""
     figure, (error, bias) = _panels(1, 2)
-    for key in _distinct(rows, "provider", "dtype", "chain"):
+    for key in dict.fromkeys(_values(row, "provider", "dtype", "chain") for row in rows):
         provider, dtype, chain = key
         ours = [row for row in rows if _values(row, "provider", "dtype", "chain") == key]
         tokens = [int(row["tokens"]) for row in ours]
@@ -50,10 +48,10 @@ def accuracy(rows: list[Row]) -> Any:
     return figure
 
 
-def roof(rows: list[Row]) -> Any:
-    """Share of the limit that each provider reaches, by shape and dtype: `bench/kernels/gram.py`.
+def roof(rows: list[Row], _: str = "") -> Any:
+    """Share of the limit that each provider reaches, by shape and dtype: `bench.kernels.gram`.
 
-    100 is what the machine's best product and copy allow a symmetric accumulation.
+    100 is the limit of a symmetric accumulation at the machine's best product and copy.
     """
     shares: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
@@ -67,15 +65,15 @@ def roof(rows: list[Row]) -> Any:
     for panel, dtype in zip(panels, dtypes, strict=False):
         cases = list(dict.fromkeys(key[1:-1] for key in shares if key[0] == dtype))
         for index, name in enumerate(names):
-            found = {
+            reached = {
                 position: 100 * share["limit"] / share["time"]
                 for position, case in enumerate(cases)
                 if (share := shares.get((dtype, *case, name)))
             }
-            if found:
+            if reached:
                 width = 0.8 / len(names)
-                places = [position + (index - len(names) / 2 + 0.5) * width for position in found]
-                panel.bar(places, found.values(), width, label=name, color=f"C{index}")
+                places = [position + (index - len(names) / 2 + 0.5) * width for position in reached]
+                panel.bar(places, reached.values(), width, label=name, color=f"C{index}")
         panel.axhline(100, color="grey", linestyle=":")
         panel.set_xticks(range(len(cases)), [_case_label(*case) for case in cases], fontsize=8)
         panel.set(title=f"{dtype}, {rows[0]['device']}", ylabel="% of the measured roof")
@@ -90,8 +88,8 @@ def _case_label(kernel: str, tokens: str, channels: str, matrices: str) -> str:
     return f"H {channels}\nT {tokens}" + many.get(kernel, "")
 
 
-def ridge(rows: list[Row]) -> Any:
-    """Times of every provider by channels: `bench/kernels/ridge.py`."""
+def ridge(rows: list[Row], _: str) -> Any:
+    """Times of every provider by channels: `bench.kernels.ridge`."""
     figure, (panel,) = _panels(1, 1)
     for name in dict.fromkeys(row["provider"] for row in rows):
         ours = [row for row in rows if row["provider"] == name]
@@ -104,8 +102,8 @@ def ridge(rows: list[Row]) -> Any:
     return figure
 
 
-def phases(rows: list[Row]) -> Any:
-    """Where the time of a whole calibration goes, beside bare forward passes: `calibrate.py`."""
+def phases(rows: list[Row], _: str) -> Any:
+    """Seconds of a whole calibration by phase, beside bare forward passes: `calibrate`."""
     figure, (panel,) = _panels(1, 1, width=9, height=2.4)
     seconds = {row["metric"]: float(row["p50"]) for row in rows if row["unit"] == "s"}
     bare = seconds.pop("bare forward")
@@ -113,8 +111,7 @@ def phases(rows: list[Row]) -> Any:
     panel.barh("bare forward", bare, color="lightgrey")
     left = 0.0
     for name, value in seconds.items():
-        label = f"{name} {value:.2g} s"
-        panel.barh("grail.compress", value, left=left, label=label)
+        panel.barh("grail.compress", value, left=left, label=f"{name} {value:.2g} s")
         left += value
     first = rows[0]
     panel.set_title(
@@ -127,23 +124,20 @@ def phases(rows: list[Row]) -> Any:
     return figure
 
 
-def memory(rows: list[Row]) -> Any:
-    """Bytes of the statistics of one site against channels, over a dense fp32 G: `memory.py`."""
+def memory(rows: list[Row], _: str) -> Any:
+    """Bytes of the statistics of one site against channels, over a dense fp32 G: `memory`."""
     figure, (panel,) = _panels(1, 1, width=7)
+    styles = {"accumulator": {"marker": "o"}, "peak": {"marker": "x"}, "formula": {}}
     for index, provider in enumerate(dict.fromkeys(row["provider"] for row in rows)):
-        for metric, style in (
-            ("accumulator", {"marker": "o", "linestyle": "none"}),
-            ("peak", {"marker": "x", "linestyle": "none"}),
-            ("formula", {"linestyle": "-"}),
-        ):
+        for metric, marker in styles.items():
             ours = [
                 (int(row["channels"]), int(row["p50"]))
                 for row in rows
                 if _values(row, "provider", "metric") == (provider, metric)
             ]
             shares = [value / (4 * channels**2) for channels, value in ours]
-            label = f"{provider}: {metric}"
-            panel.plot([c for c, _ in ours], shares, color=f"C{index}", label=label, **style)
+            style = {"linestyle": "none" if marker else "-", "color": f"C{index}", **marker}
+            panel.plot([c for c, _ in ours], shares, label=f"{provider}: {metric}", **style)
     panel.axhline(MEMORY_TARGET, color="grey", linestyle=":", label=f"target {MEMORY_TARGET}")
     panel.set(xscale="log", yscale="log", xlabel="channels H", ylabel="bytes / 4H²")
     panel.set_title("statistics of one site over a dense fp32 G")
@@ -151,6 +145,121 @@ def memory(rows: list[Row]) -> Any:
     _tick_channels(panel, rows)
     panel.legend(fontsize=8)
     return figure
+
+
+def selectors(rows: list[Row], name: str) -> Any:
+    """Score against keep ratio, a panel for each variant, a line for each selector: `sweep`."""
+    title, score, _ = NETWORKS[name]
+    values = found(rows, score)
+    variants = [v for v in VARIANTS if any(w == v for _, _, w in values)]
+    figure, panels = _panels(1, len(variants), 3.4, 3.6, layout="constrained", sharey=True)
+    for panel, variant in zip(panels, variants, strict=True):
+        names = dict.fromkeys(row["selector"] for row in rows if row["selector"])
+        for number, selector in enumerate(names):
+            points = ((k, v) for (s, k, w), v in values.items() if (s, w) == (selector, variant))
+            style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+            _line(panel, points, marker=".", label=selector, **style)
+        panel.axhline(values["", 1.0, "dense"], color="grey", linestyle=":")
+        panel.set(title=VARIANTS[variant], xlabel="channels kept")
+        if score == "perplexity":
+            panel.set(yscale="log", ylim=(None, 1e3))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(score)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def studies(rows: list[Row], name: str) -> Any:
+    """Score against calibration size and against α, a line for each keep ratio: `sweep`."""
+    title, score, _ = NETWORKS[name]
+    figure, (sizes, alphas) = _panels(1, 2, 4.5, 3.6, layout="constrained", sharey=True)
+    for number, keep in enumerate(sorted({r["keep"] for r in rows if r["selector"]}, reverse=True)):
+        at = [r for r in rows if r["keep"] == keep and r["selector"] == "wanda"]
+        colour = f"C{number}"
+        for variant, style in (("grail", "o--"), ("ours", "o-")):
+            points = ((int(r["samples"]), float(r[score])) for r in at if r["variant"] == variant)
+            label = f"{VARIANTS[variant]}, keep {keep}"
+            _line(sizes, points, style, color=colour, label=label)
+        for toward, style in (("zero", "o--"), ("baseline", "o-")):
+            suffix = " toward baseline" if toward == "baseline" else ""
+            points = (
+                (float(r["variant"].removeprefix("alpha=").removesuffix(suffix)), float(r[score]))
+                for r in at
+                if r["variant"].startswith("alpha=")
+                and r["variant"].endswith("baseline") == bool(suffix)
+            )
+            _line(alphas, points, style, color=colour, label=f"toward {toward}, keep {keep}")
+    sizes.set(xscale="log", xlabel="calibration samples", ylabel=score, title="wanda")
+    alphas.set(xscale="log", xlabel="α", title="wanda, the paper's way")
+    for panel in (sizes, alphas):
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    figure.suptitle(title)
+    return figure
+
+
+def keep_ratios(rows: list[Row], _: str) -> Any:
+    """Perplexity against keep ratio, a panel for each set of sites: `endtoend table`."""
+    brown = [r for r in rows if r["text"] == "brown"]
+    by_cell = {(r["sites"], float(r["keep"]), r["model"]): float(r["perplexity"]) for r in brown}
+    dense = by_cell["", 1.0, "dense"]
+    names = ("mlp", "heads", "mlp,heads")
+    figure, panels = _panels(1, 3, 10 / 3, 3.6, layout="constrained", sharey=True)
+    for panel, sites in zip(panels, names, strict=True):
+        for model, label, colour in (
+            ("pruned", "pruned", "#c44e52"),
+            ("paper", "the paper's way", "#dd8452"),
+            ("restored", "grail", "#4c72b0"),
+        ):
+            points = ((k, v) for (s, k, m), v in by_cell.items() if (s, m) == (sites, model))
+            _line(panel, points, "o-", color=colour, label=label)
+        for keep in sorted(k for s, k, m in by_cell if (s, m) == (sites, "restored")):
+            pruned, restored = (by_cell[sites, keep, m] for m in ("pruned", "restored"))
+            if (share := recovered(dense, pruned, restored)) is not None:
+                style = {"textcoords": "offset points", "xytext": (5, -3), "fontsize": 8}
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                place = (keep, math.sqrt(pruned * restored))
+                panel.annotate(f"{share:.0%}", place, bbox=box, **style)
+        panel.axhline(dense, color="gray", linestyle=":", label="dense")
+        panel.set(title=sites.replace(",", " and "), xlabel="channels kept", yscale="log")
+        ticks = [t for t in PERPLEXITIES if t <= max(by_cell.values())]
+        panel.set_yticks(ticks, [str(t) for t in ticks])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("perplexity, held-out Brown text")
+    panels[0].legend()
+    figure.suptitle("SmolLM2-135M: pruned and restored (share of the lost log-perplexity won back)")
+    return figure
+
+
+def calibration(rows: list[Row], _: str) -> Any:
+    """Perplexity against α: a line for each amount of text, a panel a domain: `endtoend`."""
+    figure, panels = _panels(1, 2, 5, 3.6, layout="constrained")
+    domains = (("brown", "Brown (the calibration's domain)"), ("python", "Python reference"))
+    lengths = sorted({int(r["calibration_tokens"]) for r in rows if r["alpha"]})
+    for panel, (text, title) in zip(panels, domains, strict=True):
+        for length in lengths:
+            for toward, style in (("baseline", "o-"), ("zero", "x:")):
+                points = (
+                    (float(r["alpha"]), float(r[f"perplexity_{text}"]))
+                    for r in rows
+                    if (r["calibration_tokens"], r["toward"]) == (str(length), toward)
+                    and r["alpha"]
+                )
+                label = f"{length // 1024}k tokens, toward {toward}"
+                _line(panel, points, style, label=label)
+        panel.set(title=title, xlabel="alpha", ylabel="perplexity, held-out", xscale="log")
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.suptitle("SmolLM2-135M, MLP at 0.5, calibrated on Brown text")
+    return figure
+
+
+def _line(panel: Any, points: Iterable[tuple[float, float]], *style: str, **settings: Any) -> None:
+    """Points in their order along the axis, joined; nothing where there are none."""
+    if line := sorted(points):
+        panel.plot(*zip(*line, strict=True), *style, **settings)
 
 
 def _tick_channels(panel: Any, rows: list[Row]) -> None:
@@ -163,68 +272,76 @@ def _values(row: Row, *names: str) -> tuple[str, ...]:
     return tuple(row.get(name, "") for name in names)
 
 
-def _distinct(rows: list[Row], *names: str) -> list[tuple[str, ...]]:
-    return list(dict.fromkeys(_values(row, *names) for row in rows))
-
-
-def _panels(rows: int, columns: int, width: float = 6, height: float = 4) -> tuple[Any, list[Any]]:
+def _panels(
+    rows: int,
+    columns: int,
+    width: float = 6,
+    height: float = 4,
+    layout: str | None = None,
+    sharey: bool = False,
+) -> tuple[Any, list[Any]]:
     """A figure, and its panels from top left on; matplotlib is imported where it is used."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    # The same CSV gives the same file.
-    matplotlib.rcParams["svg.hashsalt"] = "grail"
-    from matplotlib import pyplot
-
-    size = (width * columns, height * rows)
-    figure, panels = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
-    return figure, list(panels.flat)
+    figure = Figure(figsize=(width * columns, height * rows), layout=layout)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
 
 
 def save(path: Path, figure: Any) -> None:
-    """Write a figure and let it go."""
-    from matplotlib import pyplot
+    """Writes a figure; the same numbers give the same file."""
+    import matplotlib
 
-    figure.tight_layout()
-    metadata = {"Date": None} if path.suffix == ".svg" else {}
-    figure.savefig(path, dpi=150, metadata=metadata)
-    pyplot.close(figure)
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
+    with matplotlib.rc_context({"svg.hashsalt": "grail"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
-FIGURES: dict[str, Callable[[list[Row]], Any]] = {
+# By the name of a CSV, or its first word: the other words are passed on.
+FIGURES: dict[str, Callable[[list[Row], str], Any]] = {
     "accuracy": accuracy,
     "gram": roof,
     "ridge": ridge,
     "calibrate": phases,
     "memory": memory,
+    "selectors": selectors,
+    "studies": studies,
+    "smollm2_table": keep_ratios,
+    "smollm2_calibration": calibration,
 }
+
+
+def kind(path: Path) -> tuple[str, str]:
+    """The figure of a CSV, "" if it has none, and the network that it is of."""
+    if path.stem in FIGURES:
+        return path.stem, ""
+    first, _, name = path.stem.partition("_")
+    measured = name == "cpu" or name in NETWORKS
+    return (first, name) if first in FIGURES and measured else ("", "")
 
 
 def drawable(folder: Path) -> list[Path]:
     """The CSV files under `folder` that have a figure."""
-    return [path for path in sorted(folder.rglob("*.csv")) if _kind(path) in FIGURES]
-
-
-def _kind(path: Path) -> str:
-    return path.stem.removesuffix("_cpu")
+    return [
+        path
+        for path in sorted(folder.rglob("*.csv"))
+        if (of := kind(path)[0]) and (of != "studies" or has_axes(read_rows(path)))
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw; each figure lies beside its CSV."""
-    parser = command_line(
-        __doc__,
-        writes="an SVG beside every CSV",
-        takes="less than a minute",
-    )
+    """Draws; each figure lies beside its CSV."""
+    takes = "less than a minute"
+    parser = CommandLine(__doc__, writes="an SVG beside every CSV", takes=takes)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.csv")
-    for path in parser.parse_args(arguments).files or drawable(RESULTS):
-        if _kind(path) not in FIGURES:
+    for path in parser.read(arguments).files or drawable(RESULTS):
+        of, name = kind(path)
+        if not of:
             parser.error(f"{path.name} has no figure; those with one: {', '.join(FIGURES)}")
-        target = path.with_suffix(".svg")
-        save(target, FIGURES[_kind(path)](read_rows(path)))
-        print(target)
+        save(path.with_suffix(".svg"), FIGURES[of](read_rows(path), name))
+        print(path.with_suffix(".svg"))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""How much memory a call takes, by what torch allocates: exact, and the same on every machine."""
+"""Peak memory of a call by torch's allocations: exact, and the same on every machine."""
 
 import itertools
 from collections.abc import Callable

@@ -1,14 +1,14 @@
-"""What every shipped Triton kernel compiles to, without a GPU.
+"""Resources of every shipped Triton kernel, compiled without a GPU.
 
-    python -m bench.tools.aot            compile everything, compare with the record, say what differs
+    python -m bench.tools.aot            compile everything, print differences from the record
     python -m bench.tools.aot --write    compile everything and write the record
 
 A kernel is compiled for each architecture, dtype, alignment, launch configuration and set of fused
-features that `grail_kernels` launches. The record, bench/results/aot.json, holds what decides its
-speed: registers, stack, shared memory, tensor-core instructions, wide and narrow loads, atomics.
-Numbers differ between versions of Triton, so they are compared with the record of the same version
-only; the limits of `violations` hold for all of them, those of speed for launches that nobody
-measured.
+features that `grail_kernels` launches. The record, bench/results/aot.json, holds the numbers that
+decide its speed: registers, stack, shared memory, tensor-core instructions, wide and narrow loads,
+atomics. They differ between versions of Triton, so they are compared with the record of the same
+version only; the limits of `violations` hold for all versions, those of speed for launches that
+nobody measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,10 +29,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.tools.measuring import command_line
+from bench.tools.commandline import CommandLine
+from bench.tools.measuring import RESULTS
 from grail_kernels import absorb_triton, gram_tma, gram_triton, tuning
 
-RECORD = Path(__file__).parents[1] / "results" / "aot.json"
+RECORD = RESULTS / "aot.json"
 Resources = dict[str, int]
 
 TARGETS = {
@@ -144,7 +144,7 @@ class TmaCase:
 
     @property
     def aligned(self) -> bool:
-        """Whether threads load 16 bytes at once, of the tile of G: blocks come by the engine."""
+        """Whether threads load 16 bytes of G at once; the engine loads the blocks of x."""
         return self.channels > 1
 
     @property
@@ -154,7 +154,7 @@ class TmaCase:
 
     @property
     def parts(self) -> int:
-        """Into how many of bf16 the activations were taken apart."""
+        """The number of bf16 parts of an activation."""
         return 3 if self.dtype == torch.float32 else 1
 
     @property
@@ -254,7 +254,7 @@ def _tuned_apart(target: str) -> Iterator[Case]:
 
 
 def compile_case(case: Case) -> Resources:
-    """What `case` compiles to; nothing is read from or left in Triton's cache."""
+    """The resources of a case; nothing is read from or left in Triton's cache."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         compiled = triton.compile(
@@ -356,12 +356,12 @@ def violations(case: Case, found: Resources) -> list[str]:
 
 
 def differences(recorded: dict[str, Resources], found: dict[str, Resources]) -> list[str]:
-    """What changed since the record, one line a number."""
+    """Differences from the record, one line a number."""
     lines = []
     for name in sorted(recorded.keys() | found.keys()):
         before, now = recorded.get(name), found.get(name)
         if before is None or now is None:
-            lines.append(f"{name}: {'not recorded' if before is None else 'no longer compiled'}")
+            lines.append(f"{name}: {'not recorded' if before is None else 'not compiled'}")
             continue
         changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
         if changed:
@@ -388,14 +388,14 @@ def check() -> list[str]:
 
 
 def main() -> int:
-    """Run from the command line; the exit code is 1 if anything is wrong."""
-    parser = command_line(
+    """Compiles, compares or writes; the exit code is 1 if anything is wrong."""
+    parser = CommandLine(
         __doc__,
         writes="nothing; with --write bench/results/aot.json",
         takes="minutes on 2 cores; no GPU is needed",
     )
-    parser.add_argument("--write", action="store_true", help="write the record")
-    if parser.parse_args().write:
+    parser.add_argument("--write", action="store_true", dest="record", help="write the record")
+    if parser.read().record:
         found = compile_all()
         problems = [line for case, row in found.items() for line in violations(case, row)]
         rows = {case.name: row for case, row in found.items()}
@@ -409,4 +409,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -11,8 +11,10 @@
 | Fashion-MNIST, 70 000 grey images of 10 classes | `dataset-fashion-mnist` (Debian) | MIT |
 | 238 photographs: animals, buildings, tools … | `gcompris-qt-data` (Debian) | CC BY-SA and freer |
 
-Nothing of it is stored in this repository. `python -m bench.tools.assets --output .assets/` writes each
-text as a calibration and a held-out half: disjoint documents, and every genre in both.
+Nothing of it is stored in this repository.
+
+    python -m bench.tools.assets     writes each text into .assets as a calibration and a held-out
+                                     half: disjoint documents, and every genre in both
 """
 
 import gzip
@@ -35,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.tools.measuring import command_line
+from bench.tools.commandline import CommandLine
 from grail.errors import InputError
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ def efficientnet_lite0() -> Path:
 
 
 def _installed(requirement: str, package: str, size: str) -> Path:
-    # Located without an import: the packages' own dependencies are not wanted here.
+    # Located without an import, which would need the packages' own dependencies.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         name = requirement.partition("==")[0]
@@ -272,8 +274,8 @@ def _without_repeats(documents: Mapping[str, str]) -> dict[str, str]:
 def python_documentation(cache: str | Path) -> dict[str, str]:
     """Pages of the Python documentation as their authors write them, by path without suffix.
 
-    What is new, release by release, is left out, for it says again what the other pages say; and
-    each paragraph is kept in the first page that has it.
+    The pages of releases repeat the others and are left out; each paragraph is kept in the first
+    page that has it.
 
     Args:
         cache: folder that keeps the pages (11 MB), in a folder of their own.
@@ -417,7 +419,7 @@ def _run_apt(package: str, command: Sequence[str], folder: str) -> None:
 
 
 def _read_idx(path: Path) -> Tensor:
-    """Bytes of a gzipped IDX file: 0, 0, 8 (uint8), the rank, each size in 4 bytes, the values."""
+    """Reads a gzipped IDX file: 0, 0, 8 (uint8), the rank, each size in 4 bytes, the values."""
     try:
         raw = gzip.decompress(path.read_bytes())
         sizes = np.frombuffer(raw, ">u4", count=raw[3], offset=4).tolist()
@@ -443,7 +445,7 @@ def _join(words: Iterable[str]) -> str:
         # Formulas and symbols that the corpus left out stand as "Af", "Aj" or "**yc".
         word = re.sub(r"\*\*\w+", "", word)
         # The tagged edition writes clause-final "?", "!" and ";" twice, and the full stop of "hr."
-        # and the inch mark of "2''" once more as a token of their own.
+        # and the inch mark of "2''" again as a token of their own.
         doubled = word in _DOUBLED and previous.endswith(word)
         if doubled or word in {"", "Af", "Aj"}:
             continue
@@ -459,14 +461,15 @@ _CLOSING = {"''", ")", "]", ",", ".", ";", ":", "?", "!"}
 
 
 def main() -> None:
-    """Command line of this file."""
-    parser = command_line(
+    """Writes the texts."""
+    parser = CommandLine(
         __doc__,
+        "output",
         writes="text files and archives into --output",
         takes="less than a minute after the downloads",
+        output={"default": Path(".assets")},
     )
-    parser.add_argument("--output", default=".assets", help="folder for texts and archives")
-    folder = parser.parse_args().output
+    folder = parser.read().output
     sources = {
         "python": lambda: split_topics(python_reference()),
         "brown": lambda: split_genres(brown(folder)),

@@ -1,10 +1,10 @@
-"""What every bench shares: times in turns, the machine's name, rows of CSV."""
+"""What every bench shares: times in turns, the conditions of the machine, rows of CSV."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import datetime
+import functools
 import os
 import platform
 import statistics
@@ -12,28 +12,19 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
 # Seconds between two calls on a CPU. OpenBLAS's threads spin for up to 2^28 cycles before they
-# sleep: without a pause NumPy and SciPy would take cores from whoever comes next.
+# sleep: without a pause NumPy and SciPy would take cores from the next provider.
 PAUSE = 0.2
 
 Call = Callable[[Tensor], Tensor]
 Row = dict[str, str]
-
-
-def command_line(doc: str | None, *, writes: str, takes: str) -> argparse.ArgumentParser:
-    """The parser of a bench; its help adds to the docstring what is written and how long it takes.
-
-    Call it before any work, so that `--help` touches nothing.
-    """
-    return argparse.ArgumentParser(
-        description=doc,
-        epilog=f"writes: {writes}\ntakes: {takes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def time_in_turns(
@@ -53,7 +44,7 @@ def time_in_turns(
 
 
 def seconds_of(call: Call, x: Tensor) -> float:
-    """How long one call takes, on the clock of the device of `x`."""
+    """Seconds of one call, on the clock of the device of `x`."""
     if not x.is_cuda:
         start = time.perf_counter()
         call(x)
@@ -67,15 +58,40 @@ def seconds_of(call: Call, x: Tensor) -> float:
 
 
 def settle(device: str) -> None:
-    """Wait until `device` has done all that it was asked to."""
+    """Waits until `device` has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def bare_seconds(model: Any, batches: list[Tensor], device: str = "cpu") -> float:
+    """Seconds of a dense decoder over all batches, without logits, after one that warms up."""
+    with torch.no_grad():
+        model.model(batches[0].to(device), use_cache=False)
+        settle(device)
+        start = time.perf_counter()
+        for batch in batches:
+            model.model(batch.to(device), use_cache=False)
+        settle(device)
+    return time.perf_counter() - start
 
 
 def quantiles(seconds: list[float]) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile."""
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")
     return fifths[0], statistics.median(seconds), fifths[3]
+
+
+def percentiles(seconds: list[float]) -> Row:
+    """The columns p20, p50 and p80 of a CSV."""
+    names = ("p20", "p50", "p80")
+    return {n: f"{v:.6g}" for n, v in zip(names, quantiles(seconds), strict=True)}
+
+
+@functools.cache  # the commit whose code was loaded, not that of an hour later
+def commit() -> str:
+    """The commit of this checkout, marked where files differ from it."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 def machine(device: str) -> Row:
@@ -86,8 +102,6 @@ def machine(device: str) -> Row:
         triton_version = triton.__version__
     except ImportError:
         triton_version = ""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
@@ -95,7 +109,7 @@ def machine(device: str) -> Row:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
-        "commit": commit,
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -121,3 +135,31 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a CSV file."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+class Table:
+    """A CSV that grows by rows and is never measured twice. `key`: columns that identify a row."""
+
+    def __init__(self, path: Path, key: tuple[str, ...]):
+        self.path, self.key = path, key
+        self.rows = read_rows(path) if path.exists() else []
+
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        return any(tuple(row[k] for k in self.key) == tuple(map(str, key)) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends a row at once, with threads, torch and commit; the first brings the header."""
+        row = row | {
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "commit": commit(),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row if new else self.rows[0]))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        self.rows.append({k: str(v) for k, v in row.items()})
+        print(", ".join(f"{k}={v}" for k, v in row.items()), flush=True)

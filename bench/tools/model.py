@@ -1,4 +1,4 @@
-"""How long the Gram kernels should take: executed FLOPs, bytes, and the waves that programs run in.
+"""A model of the time of the Gram kernels: executed FLOPs, bytes, and waves of programs.
 
 A GPU's prediction is the time of the launch that the table picks, had every program the full rate
 of a large product:
@@ -8,7 +8,7 @@ of a large product:
            place has its share of the rate, whether or not the others have a program; so a last
            wave holds up its launch however few they are
   bytes    the channels that a wave's programs read, once a wave: they walk the tokens together;
-           what the copy engine cannot read as it lies, fp32 above all, is laid out before. A
+           activations that the copy engine cannot read, fp32 above all, are laid out before. A
            launch reads and writes each tile once, and takes `tuning.LAUNCHED_TOKENS` at most.
            Tokens that are split over programs add the passes over a workspace, launches of their
            own
@@ -25,27 +25,27 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 import grail_kernels as gk
+from bench.tools.measuring import RESULTS
 from grail_kernels import tuning
 
-# What the shipped launches compile to; its registers and shared memory decide how many fit.
-COMPILED = Path(__file__).parents[1] / "results" / "aot.json"
+# Resources of the shipped launches: registers and shared memory decide how many programs fit.
+COMPILED = RESULTS / "aot.json"
 # Of a multiprocessor: its 32-bit registers, its bytes of shared memory, and those that CUDA itself
 # takes for a program (CUDA programming guide, compute capabilities 8.0, 9.0 and 10.0).
 _REGISTERS, _RESERVED_SHARED = 65_536, 1024
 _SHARED = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472}
-# What `gram_triton` multiplies instead of one product of fp32.
+# Products of bf16 parts in `gram_triton` for one product of fp32.
 _PRODUCTS_OF_PARTS = 6
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a call should take.
+    """The predicted cost of a call.
 
     Attributes:
         flops: executed FLOPs.
@@ -192,13 +192,9 @@ class Gpu:
         return self.architecture == "sm_90" and not ragged
 
     def resident(
-        self,
-        config: tuning.GramConfig,
-        channels: int,
-        dtype: torch.dtype,
-        ragged: bool = False,
+        self, config: tuning.GramConfig, channels: int, dtype: torch.dtype, ragged: bool = False
     ) -> int:
-        """How many programs fit one multiprocessor; 1 where no record of CUDA's says more."""
+        """Programs that fit one multiprocessor; 1 where nothing is recorded for it."""
         record = json.loads(COMPILED.read_text())["cases"]
         name = f"{self.architecture}/{_DTYPES[dtype]}/"
         if self._reads_by_tma(ragged):
@@ -256,7 +252,7 @@ def programs(
 
 
 def makespan(lengths: list[int], places: int) -> int:
-    """When the last of `places` is done, each taking the next of `lengths` as it gets free."""
+    """End of the last of `places`, each taking the next of `lengths` as it gets free."""
     free = [0] * places
     for length in lengths:
         heapq.heapreplace(free, free[0] + length)
@@ -264,11 +260,7 @@ def makespan(lengths: list[int], places: int) -> int:
 
 
 def _activation_bytes(
-    launched: list[Program],
-    places: int,
-    channels: int,
-    config: tuning.GramConfig,
-    itemsize: int,
+    launched: list[Program], places: int, channels: int, config: tuning.GramConfig, itemsize: int
 ) -> float:
     elements = 0
     for start in range(0, len(launched), places):

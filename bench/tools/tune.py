@@ -1,19 +1,19 @@
-"""Search the launch table on a GPU, and write the rows of its architecture where launches find it.
+"""Searches the launch table on a GPU, and writes the rows of its architecture into it.
 
-    python -m bench.tools.tune                     every row, written to grail_kernels/launches.json
+    python -m bench.tools.tune                     every row, into grail_kernels/launches.json
     python -m bench.tools.tune --row gram/16-bit/wide --row absorb/bf16/wide
-    python -m bench.tools.tune --seconds 120       the rows that fit into that, most important first
-    python -m bench.tools.tune --dry-run           on the CPU, at toy sizes; TRITON_INTERPRET=1 runs the
-                                             kernels. Writes only where --table says
+    python -m bench.tools.tune --seconds 120       the rows that fit, most important first
+    python -m bench.tools.tune --dry-run           on the CPU, at toy sizes; TRITON_INTERPRET=1 runs
+                                                   the kernels. Writes only where --table names it
 
-For every row, all candidates and the row that launches now do the same work, on one or two shapes
-of its class. A candidate that does not compile or fit, whose error is 16 eps or more, or whose bits
-differ when it runs again, is out. The fastest takes the row if it beats the present one by 2%,
-summed over the shapes. For absorb the library's product on gathered operands competes too. All
-candidates are compiled first, on every core of the machine.
+For every row, all candidates and the present launch do the same work, on one or two shapes of its
+class. A candidate that does not compile or fit, whose error is 16 eps or more, or whose bits differ
+when it runs again, is out. The fastest takes the row if it beats the present one by 2%, summed over
+the shapes. For absorb the library's product on gathered operands competes too. All candidates are
+compiled first, on every core of the machine.
 
-`git diff` shows what was written. Run `python -m bench.tools.aot` afterwards: the gate compiles every row
-that ships; `--write` records it.
+`git diff` shows the written rows. Run `python -m bench.tools.aot` afterwards: it compiles every
+shipped row; `--write` records it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -36,7 +35,8 @@ import torch
 from torch import Tensor
 
 import grail_kernels as gk
-from bench.tools.measuring import Row, command_line, machine, quantiles, time_in_turns, write_rows
+from bench.tools.commandline import CommandLine, save
+from bench.tools.measuring import Row, quantiles, time_in_turns
 from grail_kernels import reference, tuning
 from grail_kernels.backend import interpreting
 from grail_kernels.tuning import AbsorbConfig, Config, GramConfig, Key
@@ -109,7 +109,7 @@ ABSORB_SIZES = {"middle": ((576, 1536),), "wide": ((4096, 11_008),)}
 
 @dataclass(frozen=True)
 class Work:
-    """One shape of a class: a call whose launch is searched, and what it has to give.
+    """One shape of a class: a call whose launch is searched, and the error of its result.
 
     Attributes:
         name: the shape in words.
@@ -123,7 +123,7 @@ class Work:
 
 
 def candidates(key: Key) -> list[Config]:
-    """The launches that are worth a try for a row: a dozen, for each takes seconds to compile."""
+    """The candidates of a row: a dozen, since each takes seconds to compile."""
     kernel, operands, shape = key
     if kernel == "absorb":
         return [
@@ -221,7 +221,7 @@ def _absorb_work(operands: str, outputs: int, channels: int, device: str) -> Wor
 
 
 def runs_here(device: str) -> bool:
-    """Whether the kernel of `gram_tma` is launched on that device; in a dry run, as if it were."""
+    """Checks whether `gram_tma` is launched on that device; a dry run searches it anyway."""
     if device == "cpu":
         return True
     from grail_kernels.gram_tma import runs_on
@@ -249,7 +249,7 @@ def launched_with(key: Key, config: Config) -> Iterator[None]:
 
 
 def compile_ahead(keys: list[Key], device: str) -> None:
-    """Compile every candidate of those rows into Triton's cache, as many at a time as cores."""
+    """Compiles every candidate of those rows into Triton's cache, as many at a time as cores."""
     jobs = [(key, config, device) for key in keys for config in candidates(key)]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
@@ -264,7 +264,7 @@ def _compile(job: tuple[Key, Config, str]) -> None:
 
 
 def judge(key: Key, config: Config, work: Work, repeats: int) -> tuple[float, str]:
-    """The median seconds of a candidate, or infinity and what is wrong with it."""
+    """The median seconds of a candidate, or infinity and its problem."""
     try:
         with launched_with(key, config):
             result = work.call()
@@ -282,9 +282,9 @@ def judge(key: Key, config: Config, work: Work, repeats: int) -> tuple[float, st
 def search(
     key: Key, present: Config, device: str, dry: bool, deadline: float
 ) -> tuple[Config, list[Row]]:
-    """The row that a key should have, and what was measured for it.
+    """The row that a key should have, and the measurements for it.
 
-    After `deadline` no candidate starts; what was found until then counts.
+    After `deadline` no candidate starts; the measurements until then count.
     """
     shapes = list(works(key, device, dry))
     tried = list(dict.fromkeys([present, *candidates(key)[: 2 if dry else None]]))
@@ -321,7 +321,7 @@ def _with_launch(chosen: Config, scores: dict[Config, float]) -> Config:
 def tune(
     keys: list[Key], device: str, *, dry: bool, table: Path | None, seconds: float = math.inf
 ) -> list[Row]:
-    """Search rows one after another and write each to `table` as soon as it is found.
+    """Searches rows one after another and writes each to `table` as soon as it is found.
 
     Args:
         keys: the rows, in this order.
@@ -331,7 +331,7 @@ def tune(
         seconds: no candidate starts later.
 
     Returns:
-        What was measured, a row for each candidate and shape.
+        Measurements, a row for each candidate and shape.
     """
     deadline = time.monotonic() + seconds
     keys = [key for key in keys if key[0] != "gram_tma" or runs_here(device)]
@@ -361,30 +361,29 @@ def _key(text: str) -> Key:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Search, print, write."""
-    parser = command_line(
+    """Searches, prints, writes."""
+    parser = CommandLine(
         __doc__,
-        writes="grail_kernels/launches.json or --table; a CSV with --csv",
+        *("seconds", "dry_run", "write"),
+        writes="grail_kernels/launches.json or --table; a CSV with --write",
         takes="minutes on a GPU; --seconds limits it",
+        results="gpu/tuning",
     )
     parser.add_argument("--row", action="append", type=_key, help="only this; may be repeated")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing later")
     parser.add_argument("--table", type=Path, help="the file that gets the rows")
-    parser.add_argument("--csv", type=Path, help="write every candidate here")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         print("no GPU is visible to torch; --dry-run runs the same code on the CPU")
         return 2
-    device = "cpu" if options.dry_run else "cuda"
+    options.device = "cpu" if options.dry_run else "cuda"
     table = options.table or (None if options.dry_run else tuning.TABLE)
     keys = options.row or list(ORDER)
-    rows = tune(keys, device, dry=options.dry_run, table=table, seconds=options.seconds)
-    if options.csv:
-        conditions = machine(device)
-        write_rows(options.csv, [row | conditions for row in rows])
+    save(
+        options,
+        tune(keys, options.device, dry=options.dry_run, table=table, seconds=options.seconds),
+    )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

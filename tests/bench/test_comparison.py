@@ -45,19 +45,19 @@ def test_a_cell_shows_published_paper_and_defaults_with_their_shares():
 
 
 def test_cells_that_got_worse_are_counted_and_the_worst_is_named():
-    worse = "GRAIL, the paper's way: no worse than alone in 1 of {}, at worst {} for {}."
-    said = comparison._summary(ROWS, "accuracy")
+    worse = "GRAIL, the paper's way: no worse than alone in 1 of {}, at worst {} instead of {}."
+    said = comparison.summary(ROWS, "accuracy")
     assert worse.format("2 cells", "70.0", "80.0") in said
     further = [row("flap", 0.5, "own", 0.85), row("flap", 0.5, "grail", 0.6)]
-    said = comparison._summary(ROWS + further, "accuracy")
+    said = comparison.summary(ROWS + further, "accuracy")
     assert worse.format("3 cells", "60.0", "85.0") in said
     assert "GRAIL, grail's defaults: no worse than alone in 1 of 1 cells." in said
 
 
 def test_less_perplexity_is_better():
     rows = [row(r["selector"], r["keep"], r["variant"], r["accuracy"], "perplexity") for r in ROWS]
-    said = comparison._summary(rows, "perplexity")
-    assert "no worse than alone in 1 of 2 cells, at worst 0.7 for 0.5." in said
+    said = comparison.summary(rows, "perplexity")
+    assert "no worse than alone in 1 of 2 cells, at worst 0.7 instead of 0.5." in said
 
 
 def test_growth_is_that_of_the_last_third_over_the_first_after_the_warm_up():
@@ -81,5 +81,5 @@ def test_a_study_shows_rows_of_one_size_and_what_is_not_measured():
         "| wanda | grail | 70.0 | – |",
         "| folding | exact | – | 40.0 |",
     ]
-    assert comparison._has_axes(studied)
-    assert not comparison._has_axes(studied[:3])
+    assert comparison.has_axes(studied)
+    assert not comparison.has_axes(studied[:3])

@@ -13,6 +13,7 @@ import torch
 import grail_kernels as gk
 from bench.kernels import gram
 from bench.tools import model
+from bench.tools.commandline import DTYPES
 
 
 def run(*arguments: str) -> int:
@@ -26,7 +27,7 @@ def known_roof(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_number_is_written_with_its_conditions(tmp_path: Path) -> None:
     path = tmp_path / "gram.csv"
-    assert run("--dtype", "fp32", "--csv", str(path)) == 0
+    assert run("--dtype", "fp32", "--write", str(path)) == 0
     rows = list(csv.DictReader(path.open()))
     ours = {row["metric"]: row for row in rows if row["provider"] == "grail"}
     assert ours.keys() == {"first call", "time", "limit", "error", "model", "executed", "moved"}
@@ -43,7 +44,7 @@ def test_the_model_of_time_stands_beside_every_row_of_grail(
     gpu = model.Gpu("a GPU", "sm_90", 132, 1e11, 1e10)
     monkeypatch.setattr(gram, "modelled", lambda dtype, device, roofs: gpu)
     path = tmp_path / "gram.csv"
-    assert run("--dtype", "fp32", "--csv", str(path)) == 0
+    assert run("--dtype", "fp32", "--write", str(path)) == 0
     expected = gpu.predict([70], 33, torch.float32)
     found = {
         row["metric"]: float(row["p50"])
@@ -75,7 +76,7 @@ def test_a_prediction_is_labelled_and_measures_nothing(
 ) -> None:
     monkeypatch.setattr(gram, "measure_roof", None)
     path = tmp_path / "predicted.csv"
-    assert run("--predict", "h200", "--dtype", "bf16", "--csv", str(path)) == 0
+    assert run("--predict", "h200", "--dtype", "bf16", "--write", str(path)) == 0
     assert "H200, predicted, not measured" in capsys.readouterr().out
     rows = list(csv.DictReader(path.open()))
     assert {(row["provider"], row["device"]) for row in rows} == {("model", "H200 (predicted)")}
@@ -92,7 +93,7 @@ def test_a_prediction_is_of_every_model_unless_one_is_named() -> None:
     assert set(options.shapes) == {s for name in every for s in gram.shapes_of(name, "cuda")}
 
 
-@pytest.mark.parametrize("dtype", gram.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_is_measured(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--dtype", dtype) == 0
     assert "\ngrail " in capsys.readouterr().out
@@ -104,7 +105,7 @@ def test_a_wrong_result_is_not_timed(
     right = gk.gram_
     monkeypatch.setattr(gk, "gram_", lambda out, x: right(out, x).mul_(1.0001))
     path = tmp_path / "gram.csv"
-    assert run("--dtype", "fp32", "--csv", str(path)) == 1
+    assert run("--dtype", "fp32", "--write", str(path)) == 1
     assert "grail is off by" in capsys.readouterr().out
     assert all(row["kernel"] == "roof" for row in csv.DictReader(path.open()))
 
@@ -123,7 +124,7 @@ def test_batches_are_measured_against_a_loop_and_bmm(
     option: str, kernel: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "gram.csv"
-    case = [option, "60,5,20", "--dtype", "bf16", "--csv", str(path)]
+    case = [option, "60,5,20", "--dtype", "bf16", "--write", str(path)]
     assert gram.main(["--device", "cpu", "--repeats", "2", *case]) == 0
     rows = [row for row in csv.DictReader(path.open()) if row["metric"] == "error"]
     assert {(row["kernel"], row["provider"]) for row in rows} == {
@@ -205,13 +206,6 @@ def test_a_library_that_fails_is_left_out(
     assert "addmm left out: not on this machine" in output
     assert "\naddmm  " not in output
     assert "\ngrail " in output
-
-
-def test_a_plot_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "gram.png"
-    assert run("--dtype", "fp32", "--plot", str(path)) == 0
-    assert path.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("text", ["8192", "0,5", "a,b"])

@@ -1,0 +1,66 @@
+"""Shapes of real models, and the loop over cases that stops at a deadline and counts failures."""
+
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from bench.tools.measuring import machine
+
+Measured = TypeVar("Measured")
+
+# Consumer rows O and channels H of MLP sites; the quarter has Llama-2-7B's proportions.
+MLP_SITES = {
+    "smollm2-135m": (576, 1536),
+    "qwen3-0.6b": (1024, 3072),
+    "llama-2-7b-quarter": (1024, 2752),
+    "llama-2-7b": (4096, 11008),
+    "llama-3-8b": (4096, 14336),
+}
+GPU_MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-2-7b", "llama-3-8b")
+
+
+def mlp_shapes(options: argparse.Namespace, on_cpu: tuple[str, ...]) -> list[tuple[int, int]]:
+    """O and H of the cases that `--shape` and `--model` name, or of the usual ones."""
+    usual = on_cpu if options.device == "cpu" else GPU_MODELS
+    models = options.model or (() if options.shape else usual)
+    return [*options.shape, *(MLP_SITES[model] for model in models)]
+
+
+def announce(device: str) -> None:
+    """Prints the conditions of the machine."""
+    print(", ".join(f"{name} {value}" for name, value in machine(device).items() if value))
+
+
+def run(
+    cases: Iterable[tuple[str, Callable[[], list[Measured]]]],
+    show: Callable[[list[Measured]], str],
+    seconds: float,
+) -> tuple[list[Measured], bool]:
+    """Measures case by case and prints each.
+
+    Args:
+        cases: a name each, and a call that measures its rows. It raises ArithmeticError where a
+            result is wrong: nothing is timed then.
+        show: the rows of a case as text.
+        seconds: no case starts later.
+
+    Returns:
+        All rows, and whether a result was wrong.
+    """
+    deadline = time.monotonic() + seconds
+    rows: list[Measured] = []
+    failed = False
+    for name, measure in cases:
+        if time.monotonic() > deadline:
+            print(f"{name}: left out, --seconds are over")
+            continue
+        try:
+            found = measure()
+        except ArithmeticError as wrong:
+            print(wrong)
+            failed = True
+            continue
+        rows += found
+        print(show(found), flush=True)
+    return rows, failed
