@@ -4,19 +4,8 @@
     python bench/on_gpu.py --steps checks   only the named steps
     python bench/on_gpu.py --dry-run        the same code on the CPU at toy sizes
 
-Steps, in this order, the first three at once, with the most seconds of each
-  tests      150  the tests that need a GPU, and those of the kernels with the Triton backend
-  checks     100  each kernel gives the same bits twice and in a new process; more than 2^31
-                  elements of activations and of the accumulator; compute-sanitizer, if installed
-  accuracy    60  error and bias of the diagonal against the number of tokens, by length of chain
-  tuning     150  bench.tools.tune: the launch table's rows for this architecture, written to
-                  grail_kernels/launches.json and beside the results
-  bench      130  bench.kernels.gram, absorb and ridge on the real models, with the tuned table
-  calibrate  100  bench.quality.calibrate, a whole compression
-
-Every step runs in a process of its own, so that one that hangs or takes the GPU down costs only its
-own time. A step that fails is reported with its reason and the others run; the exit code is 1. Each
-writes its CSV as soon as it ends. Draw the figures with `python -m bench.report.figures`.
+Each step runs in a process of its own and writes its CSV as soon as it ends. The exit code is 1 if
+one failed. Steps, with the most seconds of each:
 """
 
 from __future__ import annotations
@@ -372,8 +361,12 @@ def _empty_cache() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the steps; the exit code is 1 if one of them failed."""
+    steps = (
+        f"  {name:10} {step.seconds:3.0f}  {(step.work.__doc__ or '').splitlines()[0]}"
+        for name, step in STEPS.items()
+    )
     parser = CommandLine(
-        __doc__,
+        "\n".join([__doc__ or "", *steps]),
         *("output", "seconds", "dry_run"),
         writes="CSV files into --output; the step tuning grail_kernels/launches.json",
         takes="at most --seconds, 10 minutes",

@@ -4,23 +4,7 @@
     python -m bench.kernels.absorb --model llama-3-8b --keep 0.7
     python -m bench.kernels.absorb --shape 4096,11008    O consumer rows, H channels; repeatable
 
-Every provider starts from the packed accumulator, as calibration leaves it.
-
-How to read the table
-  fused          the Triton kernel, which gathers G inside the product; on a GPU or interpreted
-  gathered       its torch twin: a strip of G gathered at a time, then the library's GEMM
-  permuted       G unpacked, G_DP formed whole, then the library's GEMM: the obvious way
-  full           G unpacked, all rows multiply: (W G)[:, P]
-  p20, p50, p80  milliseconds; providers take turns
-  GFLOP/s        2*O*D*K / p50: the FLOPs that the answer needs
-  x permuted     speed against the obvious way
-  error          largest error in units of eps = 2^-23 of the summed magnitudes, against fp64, on a
-                 sample of consumer rows
-Below the table: the method of the launch table on this device, and the FLOPs of the two orders to
-W': absorb then solve, for O right-hand sides, or solve then absorb, for D of them. (grail.fit needs
-W_D G_DP for its errors in any case.)
-
-Where a provider of grail is off by 16 or more, a shape gets no times and the exit code is 1.
+How to read the table: docs/benches.md.
 """
 
 from __future__ import annotations

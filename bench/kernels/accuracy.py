@@ -1,15 +1,8 @@
 """Error and bias of a Gram matrix against the number of tokens, on activations with a mean.
 
-    python -m bench.kernels.accuracy --write     writes bench/results/accuracy_cpu.csv
+python -m bench.kernels.accuracy --write     writes bench/results/accuracy_cpu.csv
 
-Every provider gets all tokens in one call. Sums of a positive mean only grow, so an adder that
-truncates, or a short accumulator, shows as a bias of the diagonal that grows with the tokens.
-
-Columns of the CSV
-  chain          on a GPU, tokens that a tensor core sums up before fp32 adds the sum. Tokens are
-                 not split over programs, as in a matrix too wide for that: the longest chain
-  error          largest |G - G64| / (eps |X|^T|X|), eps = 2^-23, over all elements
-  diagonal_bias  mean of (g - g64) / g64 over the diagonal
+Columns and providers: docs/benches.md.
 """
 
 from __future__ import annotations

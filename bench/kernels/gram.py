@@ -5,30 +5,10 @@
     python bench/gram.py --shape 8192,4096      8192 tokens of 4096 channels; may be repeated
     python bench/gram.py --heads 8192,32,128    8192 tokens of 32 heads of 128 channels
     python bench/gram.py --experts 4096,8,768   4096 tokens among 8 experts of 768 channels
-    python bench/gram.py --dtype bf16 --write out.csv
     python bench/gram.py --predict h100         the model of time alone; needs no GPU
 
-How to read the table
-  first          milliseconds of the first call, in which kernels compile and libraries load
-  p20, p50, p80  milliseconds of a call; providers take turns, inputs rotate through the caches
-  TF-eq          2*T*H^2 / p50: FLOPs of a full product, executed or not
-  x library      speed against addmm; for heads and experts, against a loop of it
-  % limit        time of the limit / p50. The limit is the larger of T*H*(H + 1) FLOPs at the rate
-                 of the library's best product, and one read of x plus one read and write of half of
-                 G at the rate of the best copy; both measured in this run
-  model, waves   of grail, by the model of time at these rates: see bench/tools/model.py
-  error          largest error in units of eps = 2^-23 of the summed magnitudes, against fp64, on a
-                 sample of channels; a correct fp32 accumulation stays below 16
-
-Providers
-  grail          gram_, gram_batched_ for heads, gram_ragged_ for experts
-  addmm, loop    torch.addmm into fp32, or one for each head or expert
-  float addmm    a copy in fp32, then the product, as calibration libraries do
-  mm             the product in the dtype of the activations, not accumulated
-  bmm            torch.bmm over all heads, or over experts padded to the longest
-  numpy syrk, scipy ssyrk, flash-muon, quack    where installed; none of them accumulates
-
-Where grail's error is 16 or more, a shape gets no times and the exit code is 1.
+% limit: of the machine's best product and copy. error: in eps = 2^-23, wrong from 16 on; then there
+are no times, and the exit code is 1. All columns and providers: docs/benches.md.
 """
 
 from __future__ import annotations

@@ -1,16 +1,8 @@
 """Memory of one site's statistics against its channels: grail's accumulator and a dense fp32 G.
 
-    python -m bench.kernels.memory --write     writes bench/results/memory_cpu.csv
+python -m bench.kernels.memory --write     writes bench/results/memory_cpu.csv
 
-Bytes that torch allocates: exact, and the same on every machine of a kind.
-
-Providers
-  grail            grail.Gram: the packed lower triangle, sums, counts
-  grail, buffered  the same with a buffer of 8192 tokens before G, as on a GPU
-  dense            G [H, H] fp32, to which every batch is added in place, upcast
-Metrics
-  accumulator  held between batches, once there are tokens
-  peak         the most while batches of 512 bf16 tokens come in, beside the batch itself
+Columns and providers: docs/benches.md.
 """
 
 from __future__ import annotations

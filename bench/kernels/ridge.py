@@ -1,27 +1,10 @@
-"""One site's ridge and absorb: grail against published code.
+"""One site's ridge and absorb, W' = W G_:P (G_PP + λI)⁻¹: grail against published code.
 
     python -m bench.kernels.ridge                        MLP sites of real models, half of them kept
     python -m bench.kernels.ridge --model llama-3-8b --keep 0.7
     python -m bench.kernels.ridge --shape 4096,11008     O consumer rows, H channels; repeatable
 
-From a Gram matrix and a consumer W [O, H] to the narrow weight [O, K], toward zero, so that all
-providers solve one problem: W' = W G_:P (G_PP + λI)⁻¹.
-
-How to read the table
-  grail          grail.fit: absorb, then solve in fp64 (in refined fp32 on GPUs that are slow at
-                 fp64), and with both errors of the site, which the others do not compute
-  grail solve    the same without the errors: V G Rᵀ and the solver of grail.algebra.ridge
-  reference      fp32 torch.linalg.solve for B [H, K], then W @ B: H right-hand sides, as published
-                 code does it
-  p20, p50, p80  milliseconds; providers take turns
-  x ref.         speed against the reference
-  GFLOP          FLOPs of a provider, by count; grail's are fp64
-  memory         MB that torch allocates at the peak, beside the packed Gram and W
-  ratio          backward error of W' in units of eps = 2^-24: ‖T − W'A‖ / (‖A‖ ‖W'‖ K eps) with
-                 T = W G_:P and A damped, in the 1-norm (LAPACK's xPOT02); below 30 is correct
-  error          ‖W' − W'64‖ / ‖W'64‖ against the closed form in fp64, for information
-
-Where a ratio of grail's is 30 or more, a shape gets no times and the exit code is 1.
+How to read the table: docs/benches.md.
 """
 
 from __future__ import annotations

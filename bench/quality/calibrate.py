@@ -3,23 +3,9 @@
     python -m bench.quality.calibrate      SmolLM2-135M on a CPU, Llama-2-7B on a GPU
     python -m bench.quality.calibrate --model smollm2-135m --tokens 32768 --sites mlp,heads
     python -m bench.quality.calibrate --blocks 2 --tokens 1024      a trial of seconds
-    python -m bench.quality.calibrate --write                       bench/results/calibrate_cpu.csv
 
-Weights and tokens are random: nothing is downloaded, and time and memory do not depend on them.
-Every round builds the model anew, runs its decoder over all tokens, and then compresses it.
-
-How to read the table
-  bare forward   the dense decoder over the calibration tokens, without logits
-  forward        the blocks inside grail.compress, without the statistics
-  gram, select, solve, absorb, other    the work that grail adds
-  total          all of grail.compress
-  p20, p50, p80  seconds, over the rounds
-  % of bare      p50 against the bare forward's; grail adds total's minus 100
-  peak           bytes of memory as predicted before the work, and as measured: on a GPU the
-                 allocator's, on a CPU the process's resident set
-
-Where a site's error is not finite, or above plain pruning's, nothing is reported and the exit code
-is 1.
+Weights and tokens are random: time and memory do not depend on them. How to read the table:
+docs/benches.md.
 """
 
 from __future__ import annotations

@@ -4,18 +4,8 @@
     python -m bench.quality.endtoend calibration    calibration length × alpha, on two domains
     python -m bench.quality.endtoend cost           time against bare forward passes; memory
 
-Results are bench/results/smollm2_{table,calibration,cost}.csv.
-
-Texts of the table, with calibration and held-out tokens:
-  brown          disjoint halves of the Brown corpus (32k, 17k)
-  technical      three quarters and a quarter of the topics of the Python language reference (64k,
-                 12k)
-  passages       five and one of six passages of every topic (64k, 12k)
-  documentation  seven eighths and an eighth of the pages of the Python documentation, sequences
-                 drawn at random from each (256k, 16k)
-
-A row is written as soon as it is measured and never measured again: a run that was killed resumes.
-Hours on two cores; never part of the tests.
+Results are bench/results/smollm2_{table,calibration,cost}.csv. A killed run resumes. The texts are
+described in docs/benches.md.
 """
 
 import copy

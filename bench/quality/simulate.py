@@ -1,26 +1,10 @@
 """A simulation, not a measurement, of compressing models that do not fit here.
 
-    python -m bench.quality.simulate                          all models
-    python -m bench.quality.simulate --models llama-2-7b --write FILE.csv
-    python -m bench.quality.simulate --write                  bench/results/simulated.csv
+    python -m bench.quality.simulate                 all models
+    python -m bench.quality.simulate --models llama-2-7b
+    python -m bench.quality.simulate --write         writes bench/results/simulated.csv
 
-The driver compresses one block of a model's shape, shrunk by a whole number, with the defaults.
-FLOPs and seconds of each phase are counted; their quotient is the measured rate. FLOPs are then
-scaled to the full shape (forward passes and Grams by tokens and the square of the widths,
-selections and solves by the cube of the widths) and multiplied by the number of blocks. Small
-matrices are slower than large ones, and products among a search's candidates grow by the square
-only, so this overestimates; products of queries with keys and of their weights with values are
-left out.
-
-Two bases
-  measured   seconds at the rates of this machine
-  assumed    seconds at rates that one H100 SXM is assumed to sustain, from its data sheet; nothing
-             of it was measured
-
-Bytes moved are those of one device that onloads block by block: every block there and back, and the
-hidden states as often as the driver reads and writes them (counted in the same run). Peak memory on
-the device is the predicted one. `smollm2-135m` is simulated and also measured (the columns
-`measured_…_s`), which shows the error of the simulation.
+`smollm2-135m` is simulated and also measured. The method is described in docs/benches.md.
 """
 
 from __future__ import annotations

@@ -4,26 +4,8 @@
     python -m bench.quality.sweep vit --studies       calibration size, α, the loop, folding
     python -m bench.quality.sweep smollm2 --only wanda,greedy --keep 0.5
 
-Networks, and the score of each on data that calibration has not seen
-  resnet18      Fashion-MNIST, convolutions inside its blocks: accuracy on 2000 test images
-  vit           Fashion-MNIST, MLP: accuracy on 2000 test images
-  efficientnet  EfficientNet-lite0, expanded channels: agreement with the dense network's own
-                predictions on photographs
-  minilm        all-MiniLM-L6-v2, MLP: mean cosine to the dense embeddings of 256 Brown sentences
-                (and the rank correlation of their similarities)
-  smollm2       SmolLM2-135M, MLP: perplexity on 8k held-out tokens of technical text
-  mixture       the same network as a mixture of experts (`networks.upcycled`); studies only
-
-Variants
-  own       the selector alone, one share kept at every site: FLAP with its biases, SlimGPT with its
-            weight update (ridge toward the baseline, α = 0.01), all others without an update
-  grail     the paper's way: α = 1e-3 toward zero, the block's own output as target, one map of
-            channels for all taps of a convolution, folding with the Gram of the folded channels
-  both      the paper's way, with a fitted bias
-  ours      the defaults
-
-Results are bench/results/selectors_NETWORK.csv and studies_NETWORK.csv. A row is written as soon as
-it is measured and never measured again: a run that was killed resumes. Never part of the tests.
+Results are bench/results/selectors_NETWORK.csv and studies_NETWORK.csv. A killed run resumes.
+Networks, scores and variants are described in docs/benches.md.
 """
 
 import copy

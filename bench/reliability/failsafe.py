@@ -4,20 +4,7 @@
     python -m bench.reliability.failsafe --write    write bench/results/failsafe.csv, too
     python -m bench.reliability.failsafe --show     print the committed table
 
-Every problem is small, random and corrupted in one way. A method may refuse it with an error,
-answer and report that it had to change the problem ("flagged": a larger damping, a fallback that
-warns), or solve it. Its answer is compared with fp64 least squares on the data itself:
-
-    ‖(W' − W*) R X‖ ≤ (√(16·eps32) + u·‖|W*| |R X|‖/‖T‖) · ‖T‖,  T = W X + βδ
-
-An fp32 Gram is known to 16·eps32 (see `grail_kernels.gram`), a squared error read from it to no
-more than that, hence the root; u is the unit roundoff of the weight's dtype. All else, also an
-answer where the data hold NaN, is silently wrong.
-
-The usual loop is that of GPTQ-style libraries: a running mean Hessian in fp32, masked tokens
-multiplied by 0, dead channels set to 1, 1% of the mean diagonal as damping, one Cholesky, and where
-that fails plain pruning with a warning. It is compared with its own 1% ridge, and knows no drift or
-biases.
+Outcomes, their bound and the usual loop are described in docs/benches.md.
 """
 
 import itertools
@@ -122,7 +109,7 @@ def ours(trial: Trial) -> Answer:
 
 
 def usual_loop(trial: Trial) -> Answer:
-    """The loop of calibration libraries, as described above."""
+    """The loop of GPTQ-style libraries."""
     channels, seen = trial.x.shape[-1], 0
     hessian = torch.zeros(channels, channels)
     for x, mask, _ in _batches(trial):

@@ -1,12 +1,10 @@
 """Kills a compression with SIGKILL, starts it again, and compares the bits of its output.
 
     python -m bench.reliability.killing --trials 100 --write     bench/results/killing.csv
-    python -m bench.reliability.killing --uneven --trials 30 --write killing_uneven.csv
+    python -m bench.reliability.killing --uneven --trials 30 --write FILE.csv
 
-Every run is the real command line, in a process of its own that is forked from this one, so that
-torch and transformers are imported once. Runs die at a random moment, or at a random step of saving
-(a file opened, flushed to the disk, renamed, deleted): half of the trials each, up to three deaths
-in one. Then the same command runs to its end.
+Every run is the real command line, in a process that is forked from this one, so that torch and
+transformers are imported once.
 """
 
 import json

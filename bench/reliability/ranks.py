@@ -2,9 +2,7 @@
 
     python -m bench.reliability.ranks --write     bench/results/ranks.csv
 
-Each process has one thread. `bytes` counts the data that all processes together hand to the
-collectives: packed sums to an owner, rewritten weights back; not the data that a collective relays.
-On a machine with fewer free cores than processes the time is no measure of scaling: see `load`.
+Each process has one thread. With fewer free cores than processes the time is no measure of scaling.
 """
 
 import multiprocessing

@@ -1,14 +1,10 @@
 """Resources of every shipped Triton kernel, compiled without a GPU.
 
     python -m bench.tools.aot            compile everything, print differences from the record
-    python -m bench.tools.aot --write    compile everything and write the record
+    python -m bench.tools.aot --write    compile everything and write bench/results/aot.json
 
-A kernel is compiled for each architecture, dtype, alignment, launch configuration and set of fused
-features that `grail_kernels` launches. The record, bench/results/aot.json, holds the numbers that
-decide its speed: registers, stack, shared memory, tensor-core instructions, wide and narrow loads,
-atomics. They differ between versions of Triton, so they are compared with the record of the same
-version only; the limits of `violations` hold for all versions, those of speed for launches that
-nobody measured.
+The record is compared where it is of the same version of Triton. The limits of `violations` hold
+for all versions, those of speed for launches that nobody measured.
 """
 
 from __future__ import annotations

@@ -1,21 +1,8 @@
 """A model of the time of the Gram kernels: executed FLOPs, bytes, and waves of programs.
 
-A GPU's prediction is the time of the launch that the table picks, had every program the full rate
-of a large product:
-  FLOPs    all of a tile, its half above the diagonal and its padding too; six products where fp32
-           is split into bf16 parts
-  waves    programs over the places for them, multiprocessors times the programs that fit one. Each
-           place has its share of the rate, whether or not the others have a program; so a last
-           wave holds up its launch however few they are
-  bytes    the channels that a wave's programs read, once a wave: they walk the tokens together;
-           activations that the copy engine cannot read, fp32 above all, are laid out before. A
-           launch reads and writes each tile once, and takes `tuning.LAUNCHED_TOKENS` at most.
-           Tokens that are split over programs add the passes over a workspace, launches of their
-           own
-  seconds  the longer of products and bytes, plus those passes
-Not in it: the latency of a launch and of a program's first loads, and splitting fp32 into parts.
-
-A CPU's prediction has no waves: the strips of the packed triangle, x once, and G once to and fro.
+A GPU's prediction is the time of the launch that the table picks, had every program its share of
+the rate of a large product: the longer of products and bytes, plus passes over a workspace. A CPU's
+has no waves: the strips of the packed triangle, x once, G once to and fro. See docs/benches.md.
 """
 
 from __future__ import annotations

@@ -6,14 +6,9 @@
     python -m bench.tools.tune --dry-run           on the CPU, at toy sizes; TRITON_INTERPRET=1 runs
                                                    the kernels. Writes only where --table names it
 
-For every row, all candidates and the present launch do the same work, on one or two shapes of its
-class. A candidate that does not compile or fit, whose error is 16 eps or more, or whose bits differ
-when it runs again, is out. The fastest takes the row if it beats the present one by 2%, summed over
-the shapes. For absorb the library's product on gathered operands competes too. All candidates are
-compiled first, on every core of the machine.
-
-`git diff` shows the written rows. Run `python -m bench.tools.aot` afterwards: it compiles every
-shipped row; `--write` records it.
+A candidate is out that does not compile or fit, is off by 16 eps or more, or gives other bits when
+it runs again. The fastest takes the row if it beats the present one by 2%, summed over the shapes.
+Run `python -m bench.tools.aot` afterwards: it compiles every shipped row.
 """
 
 from __future__ import annotations
