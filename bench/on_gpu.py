@@ -161,13 +161,13 @@ def run_checks(run: Run) -> None:
     """Repeats, sizes beyond 32 bits, and the sanitizer; rows are written also after a failure."""
     rows: list[Row] = []
     try:
-        for check in (_repeats, _many_activations, _large_accumulator, _sanitizer):
+        for check in (repeats, _many_activations, _large_accumulator, _sanitizer):
             rows += check(run)
     finally:
         run.write("checks", rows)
 
 
-def _repeats(run: Run) -> list[Row]:
+def repeats(run: Run) -> list[Row]:
     """Every launch, all of which gave the same bits three times, once elsewhere."""
     first = digests(run)
     command = [sys.executable, __file__, "--digests"] + ["--dry-run"] * run.dry

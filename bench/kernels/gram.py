@@ -201,7 +201,7 @@ def providers(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Call]:
         calls["mm"] = lambda x: x.T @ x
         if device == "cuda":
             calls["float addmm"] = lambda x: _add_product(upcast, x.float())
-            calls |= _published()
+            calls |= published()
     elif device == "cpu":
         calls |= _cpu_syrks()
     return calls
@@ -253,7 +253,7 @@ def _cpu_syrks() -> dict[str, Call]:
     return calls
 
 
-def _published() -> dict[str, Call]:
+def published() -> dict[str, Call]:
     """Published kernels, where they are installed; both write X X^T, none adds to it.
 
     Sources: github.com/nil0x9/flash-muon, which reads rows; github.com/Dao-AILab/quack.

@@ -267,12 +267,12 @@ def minilm() -> "BertModel":
 
 
 def fashion_inputs(images: Tensor) -> Tensor:
-    """What both Fashion-MNIST networks want: [N, 28, 28] bytes → [N, 1, 28, 28], mean 0, std 1."""
+    """Inputs of both Fashion-MNIST networks: [N, 28, 28] bytes → [N, 1, 28, 28], mean 0, std 1."""
     return images.float().div(255).sub(0.2860).div(0.3530).unsqueeze(1)
 
 
 def sentence_batches(sentences: Sequence[str], size: int = 64) -> list[dict[str, Tensor]]:
-    """What `minilm` wants: tokens and mask [size, length] a batch, as arguments by name.
+    """Inputs of `minilm`: tokens and mask [size, length] a batch, as arguments by name.
 
     Raises:
         InputError: the package with the tokenizer is not installed.

@@ -1,4 +1,4 @@
-"""What a compressed network still can: accuracy, and agreement with the dense network.
+"""Scores of a compressed network: accuracy, and agreement with the dense network.
 
 | network | score |
 |---|---|

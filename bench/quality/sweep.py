@@ -129,14 +129,6 @@ def _fashion(network: Any, sites: tuple[str, ...], kind: Callable[[Tensor], Any]
     )
 
 
-def _resnet18() -> Subject:
-    return _fashion(networks.resnet18_fashion(), ("conv",), lambda images: images)
-
-
-def _vit() -> Subject:
-    return _fashion(networks.vit_fashion(), ("mlp",), lambda images: {"pixel_values": images})
-
-
 def _efficientnet() -> Subject:
     network = networks.efficientnet_lite0()
     first, test = assets.photographs(TEXTS, crops=4)
@@ -173,14 +165,6 @@ def _minilm() -> Subject:
     return Subject(encoder, calibration, score, 512, ("mlp",))
 
 
-def _smollm2() -> Subject:
-    return _language(("mlp",), lambda model: model)
-
-
-def _mixture() -> Subject:
-    return _language(("experts",), networks.upcycled)
-
-
 def _language(sites: tuple[str, ...], made: Callable[[Any], Any]) -> Subject:
     subject = LanguageModel()
     heldout = subject.batches("technical", "heldout", 8 * LENGTH)
@@ -200,13 +184,13 @@ def _language(sites: tuple[str, ...], made: Callable[[Any], Any]) -> Subject:
     )
 
 
-SUBJECTS = {
-    "resnet18": _resnet18,
-    "vit": _vit,
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "resnet18": lambda: _fashion(networks.resnet18_fashion(), ("conv",), lambda images: images),
+    "vit": lambda: _fashion(networks.vit_fashion(), ("mlp",), lambda x: {"pixel_values": x}),
     "efficientnet": _efficientnet,
     "minilm": _minilm,
-    "smollm2": _smollm2,
-    "mixture": _mixture,
+    "smollm2": lambda: _language(("mlp",), lambda model: model),
+    "mixture": lambda: _language(("experts",), networks.upcycled),
 }
 
 

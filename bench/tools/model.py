@@ -171,11 +171,11 @@ class Gpu:
         return tuning.gram_config(dtype, channels, aligned=aligned, architecture=self.architecture)
 
     def _lays_out(self, channels: int, dtype: torch.dtype, ragged: bool) -> bool:
-        """Whether the copy engine cannot read the activations as they lie."""
+        """Returns True where the copy engine cannot read the activations without a copy."""
         return self._reads_by_tma(ragged) and (dtype == torch.float32 or channels % 8 != 0)
 
     def _reads_by_tma(self, ragged: bool) -> bool:
-        """Whether the kernel of `gram_tma` takes a call."""
+        """Returns True where the kernel of `gram_tma` takes a call."""
         return self.architecture == "sm_90" and not ragged
 
     def resident(

@@ -168,7 +168,7 @@ def photograph_files(tmp_path):
     """A cache folder whose six resource files hold eight photographs, and other things."""
     folder = tmp_path / "gcompris-qt-data"
     folder.mkdir()
-    for seed, name in enumerate(assets._PHOTOGRAPH_FILES):
+    for seed, name in enumerate(assets.PHOTOGRAPH_FILES):
         (folder / name).write_bytes(b"qres" + webp((240, 320), seed) + b"\0text")
     more = [
         webp((300, 200), 10),
@@ -177,7 +177,7 @@ def photograph_files(tmp_path):
         webp((300, 300), 12, mode="RGBA"),
         webp((300, 199), 13),
     ]
-    path = folder / assets._PHOTOGRAPH_FILES[-1]
+    path = folder / assets.PHOTOGRAPH_FILES[-1]
     path.write_bytes(path.read_bytes() + b"\0".join(more))
     return tmp_path
 
@@ -203,7 +203,7 @@ def test_photographs_are_cut_the_same_every_time(photograph_files):
 
 def test_the_first_crop_is_the_central_seven_eighths(photograph_files):
     image = pytest.importorskip("PIL.Image")
-    path = photograph_files / "gcompris-qt-data" / assets._PHOTOGRAPH_FILES[0]
+    path = photograph_files / "gcompris-qt-data" / assets.PHOTOGRAPH_FILES[0]
     whole = assets.read_photographs(path)[0]
     # 240 × 320: the central 210 × 210.
     cut = whole.crop((15, 55, 225, 265)).resize((224, 224), image.Resampling.BICUBIC)
@@ -217,7 +217,7 @@ def test_the_first_crop_is_the_central_seven_eighths(photograph_files):
 
 @pytest.mark.parametrize("stored", [b"qres", webp((240, 320), 0)[:-999]], ids=["empty", "cut"])
 def test_photographs_name_a_damaged_file(photograph_files, stored):
-    name = assets._PHOTOGRAPH_FILES[2]
+    name = assets.PHOTOGRAPH_FILES[2]
     (photograph_files / "gcompris-qt-data" / name).write_bytes(stored)
     with pytest.raises(InputError, match=f"{name} .*delete it and run again"):
         assets.photographs(photograph_files)

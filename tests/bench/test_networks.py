@@ -84,7 +84,7 @@ def test_efficientnet_lite0_recognises_animals():
     except InputError as error:
         pytest.skip(str(error))
     photos = assets.read_photographs(CACHE / "gcompris-qt-data" / "explore_world_animals.rcc")
-    inputs = torch.stack([assets._crop(photo, 0) for photo in photos])
+    inputs = torch.stack([assets.crop(photo, 0) for photo in photos])
     found = set(scores.predictions(network, inputs).tolist())
     # ImageNet's indices of what the file shows: wallaby, crocodile, porcupine (for a hedgehog),
     # macaw, koala, ring-tailed lemur, Komodo dragon, polar bear, bison and panda. A thousand

@@ -80,7 +80,7 @@ def test_a_wrong_result_fails_its_step_and_what_was_found_is_kept(
 ) -> None:
     right = gk.gram_
     monkeypatch.setattr(gk, "gram_", lambda out, x, **_: right(out, x).mul_(1.0001))
-    monkeypatch.setattr(on_gpu, "_repeats", lambda run: [{"check": "repeats", "result": "yes"}])
+    monkeypatch.setattr(on_gpu, "repeats", lambda run: [{"check": "repeats", "result": "yes"}])
     run = on_gpu.Run("cpu", True, tmp_path, deadline=float("inf"))
     assert not on_gpu.run_step("checks", run)
     assert "off by" in capfd.readouterr().err
