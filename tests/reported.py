@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import grail
 from grail.networks import BoundSite, CalibrationPoint, find
-from grail.statistics.collector import watch
+from grail.statistics.observing import watch
 from tests import counting
 
 # Squared errors are differences of sums over fp32 Grams, of which each is 1e-7 off, times what W x

@@ -35,7 +35,7 @@ from grail.runtime.clock import Clock
 from grail.runtime.folder import complete
 from grail.runtime.onload import Onloader, computing_device
 from grail.runtime.transaction import Transaction, eval_no_grad
-from grail.statistics.site_statistics import HELD_OUT, Statistics
+from grail.statistics.site_statistics import SiteStatistics, without_held_out
 
 _INDEX, _KIND = "index.state", "statistics"
 
@@ -150,7 +150,7 @@ class Collected:
             raise InputError(f"{self.folder} holds no statistics of {', '.join(unknown)}")
         return _Past(model, architecture.blocks, self._index["calibrations"], device)
 
-    def statistics(self, site: BoundSite, recipe: Recipe, stream: Stream) -> list[Statistics]:
+    def statistics(self, site: BoundSite, recipe: Recipe, stream: Stream) -> list[SiteStatistics]:
         """Those of each consumer of a site; where nothing is to be held out, of all sequences."""
         assert isinstance(stream, _Past)
         by_consumer: list[dict[str, Gram]] = [{} for _ in site.consumers]
@@ -159,21 +159,9 @@ class Collected:
             by_consumer[int(consumer)][name] = Gram.load(self.folder / file, stream.device)
         stream.held_out_tokens += sum(grams["held_out"].tokens for grams in by_consumer)
         if not recipe.holds_out:
-            for grams in by_consumer:
-                for name, held_out in HELD_OUT.items():
-                    if name in grams:
-                        grams[name].merge(grams[held_out])
-                        grams[held_out] = Gram(grams[name].channels, stream.device, site.name)
+            by_consumer = [without_held_out(grams, site.name) for grams in by_consumer]
         return [
-            Statistics(
-                site.name,
-                consumer,
-                stream,
-                recipe.holds_out,
-                per_tap=self._index["per_tap"],
-                partial=site.group is not None,
-                grams=grams,
-            )
+            SiteStatistics(site, consumer, stream, recipe, grams)
             for consumer, grams in zip(site.consumers, by_consumer, strict=True)
         ]
 

@@ -62,7 +62,7 @@ from grail.runtime.transaction import Transaction
 from grail.statistics.batchnorm import reset_norm
 from grail.statistics.collector import Advance, Calls, Collector, ignore
 from grail.statistics.gradient import regional_gradient
-from grail.statistics.site_statistics import Statistics
+from grail.statistics.site_statistics import SiteStatistics
 
 ROUNDING = 1e-4  # of its norm: what a narrow site's activation may be off in fp32
 Rows = dict[str, list[SiteReport]]  # by name of site, one for each of its consumers
@@ -93,7 +93,7 @@ class Run:
         clock: Clock,
         checkpoint: Checkpoint | None = None,
         onload: Onloader | None = None,
-        known: Callable[[Any], list[Statistics]] | None = None,
+        known: Callable[[Any], list[SiteStatistics]] | None = None,
     ):
         self.architecture, self.recipe, self.stream = architecture, recipe, stream
         self.transaction, self.clock, self._checkpoint = transaction, clock, checkpoint
@@ -103,9 +103,6 @@ class Run:
         self._passes = Collector(recipe, stream, clock, known)
         self._memo = OutputCache(stream.device, stream.storage)
         self._processes = stream.processes
-        # What the dense network holds where sites land within a block; every block uses the memory
-        # again.
-        self._shelves: list[HiddenStates] = []
         self.notes: list[str] = []  # what a person should know
         self.inputs: list[InputReport] = []
         # Consumers of a residual stream that read what others of its consumers write.
@@ -175,7 +172,7 @@ class Run:
     def _streams(self) -> list[Stream]:
         return [stream for stream in (self.stream, self._dense) if stream is not None]
 
-    def statistics(self, progress: bool) -> Iterator[tuple[BoundSite, list[Statistics]]]:
+    def statistics(self, progress: bool) -> Iterator[tuple[BoundSite, list[SiteStatistics]]]:
         """What the consumers of each site read in the dense network, site by site."""
         self._learn_orders()
         with self._progress(len(self.sites), progress) as bar:
@@ -250,9 +247,7 @@ class Run:
             )
         targets: dict[CalibrationPoint, HiddenStates] = {}
         if self._dense is not None:
-            held = self._passes.follow(
-                self._dense, block, [*entries, *sites], self._shelves, advance
-            )
+            held = self._passes.follow(self._dense, block, [*entries, *sites], advance)
             targets = {p: target for p, target in held.items() if p.can_aim(self.recipe.per_tap)}
         for entry in entries:
             self._correct(entry, targets, advance)
@@ -354,7 +349,7 @@ class Run:
 
     def _narrowed(
         self,
-        collected: Mapping[BoundSite, Sequence[Statistics]],
+        collected: Mapping[BoundSite, Sequence[SiteStatistics]],
         gradients: Mapping[BoundSite, Tensor],
     ) -> Rows:
         decided = self._decided(collected, self._decider.decide, gradients.get)
@@ -362,8 +357,8 @@ class Run:
 
     def _decided(
         self,
-        collected: Mapping[AnyPoint, Sequence[Statistics]],
-        decide: Callable[[AnyPoint, Sequence[Statistics], Tensor | None], Decision],
+        collected: Mapping[AnyPoint, Sequence[SiteStatistics]],
+        decide: Callable[[AnyPoint, Sequence[SiteStatistics], Tensor | None], Decision],
         gradient: Callable[[AnyPoint], Tensor | None],
     ) -> Iterator[tuple[AnyPoint, Decision]]:
         """What becomes of each place, by the tokens of all processes; made when it is asked for."""
@@ -508,7 +503,7 @@ class Run:
         if target is not None and share == 1:
             return target, 1.0, share
         with self._memo.replaying():
-            own = self._passes.follow(self.stream.fork(), site.block, [site], [], ignore)[site]
+            own = self._passes.follow(self.stream.fork(), site.block, [site], ignore)[site]
         if target is not None and share > 0:
             for batch, dense in enumerate(target):
                 # Where it runs, so that the bits do not hang on where hidden states wait.

@@ -20,7 +20,7 @@ from grail.recipe import ALPHA, Recipe
 from grail.report.report import SiteReport
 from grail.runtime.clock import Clock
 from grail.runtime.processes import Decision
-from grail.statistics.site_statistics import Statistics
+from grail.statistics.site_statistics import SiteStatistics
 from grail_kernels.arguments import as_vector
 
 
@@ -50,7 +50,7 @@ class SiteSolver:
         self.done: Sequence[SiteReport] = ()
 
     def decide(
-        self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
+        self, site: BoundSite, collected: Sequence[SiteStatistics], gradient: Tensor | None
     ) -> Decision:
         """What becomes of a site, by what each of its consumers reads.
 
@@ -65,7 +65,7 @@ class SiteSolver:
     def fitted(
         self,
         site: BoundSite,
-        collected: Sequence[Statistics],
+        collected: Sequence[SiteStatistics],
         reduction: Reduction,
         correction: float | Auto | None = None,
     ) -> Decision:
@@ -89,7 +89,7 @@ class SiteSolver:
             ),
         )
 
-    def corrected(self, collected: Statistics) -> Decision:
+    def corrected(self, collected: SiteStatistics) -> Decision:
         """The M of layers that read the stream, by what they read and its drift (`grail.loop`)."""
         channels = collected.train.channels
         everything = Selection(range(channels), channels)
@@ -98,7 +98,7 @@ class SiteSolver:
         return Decision(everything, (fitted,), (collected.tokens,))
 
     def view(
-        self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
+        self, site: BoundSite, collected: Sequence[SiteStatistics], gradient: Tensor | None
     ) -> select.View:
         """What a selector is shown of a site."""
         # Seeded by the site as well, so that a block's draw depends on no other block.
@@ -122,7 +122,7 @@ class SiteSolver:
 
     def _fit_consumer(
         self,
-        statistics: Statistics,
+        statistics: SiteStatistics,
         consumer: Consumer,
         reduction: Reduction,
         correction: float | Auto | None,
@@ -135,7 +135,7 @@ class SiteSolver:
 
     def _fit(
         self,
-        statistics: Statistics,
+        statistics: SiteStatistics,
         weight: Tensor,
         reduction: Reduction,
         toward: Toward,
@@ -168,7 +168,7 @@ class SiteSolver:
             )
 
     def _reduction(
-        self, site: BoundSite, collected: Sequence[Statistics], gradient: Tensor | None
+        self, site: BoundSite, collected: Sequence[SiteStatistics], gradient: Tensor | None
     ) -> Reduction:
         width = self._widths[site.name]
         if width.kept == site.channels:
@@ -184,7 +184,7 @@ class SiteSolver:
             )
         return reduction
 
-    def _expected_share(self, site: BoundSite, collected: Sequence[Statistics]) -> float:
+    def _expected_share(self, site: BoundSite, collected: Sequence[SiteStatistics]) -> float:
         """The share of drift that a choice of channels is to reckon with.
 
         Where held-out tokens choose it, after the channels, it is what they chose a block earlier:

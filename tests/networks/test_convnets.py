@@ -406,11 +406,11 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
 
 def landed(model: nn.Module, site: grail.networks.BoundSite, batch: Tensor) -> Tensor:
     """What the driver would see where a site lands."""
-    from grail.statistics.collector import ignore, watch
+    from grail.statistics.observing import watch
 
     shown: list[Tensor] = []
     block = find(model).blocks[site.block]
-    with watch(site, block, ignore, lambda x: shown.append(x.clone())), torch.no_grad():
+    with watch(site, block, None, lambda x: shown.append(x.clone())), torch.no_grad():
         model(batch)
     return shown[0]
 

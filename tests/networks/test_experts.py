@@ -191,7 +191,8 @@ def test_experts_that_undo_nothing_for_want_of_tokens_do_not_speak_for_their_lay
 
 def test_held_out_sequences_stay_held_out_in_every_expert(tiny_model, tiny_batches):
     from grail.calibrate.stream import Stream
-    from grail.statistics.site_statistics import Statistics
+    from grail.recipe import Recipe
+    from grail.statistics.site_statistics import SiteStatistics
 
     model, batches = tiny_model("mixtral"), tiny_batches(count=5, length=24)
     architecture = find(model)
@@ -199,7 +200,7 @@ def test_held_out_sequences_stay_held_out_in_every_expert(tiny_model, tiny_batch
     sites = architecture.sites(("experts",))[0]
     for site in sites[:2]:
         (consumer,) = site.consumers
-        statistics = Statistics(site.name, consumer, stream, True, True, partial=True)
+        statistics = SiteStatistics(site, consumer, stream, Recipe())
         chosen = []
         experts = model.model.layers[0].mlp.experts
         note = experts.register_forward_pre_hook(lambda _, args, c=chosen: c.append(args[1]))

@@ -13,7 +13,7 @@ import grail
 from grail.errors import InputError, ModelError
 from grail.networks import find, supported
 from grail.networks.transformer import HeadSite
-from grail.statistics.collector import watch
+from grail.statistics.observing import watch
 
 from tests.conftest import DECODERS, MIXTURES, TEXT_ENCODERS, VISION_ENCODERS
 

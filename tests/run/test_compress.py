@@ -12,7 +12,8 @@ from grail.algebra.width import HeadWidth
 from grail.calibrate.stream import Stream
 from grail.errors import EmptyCalibrationError, InputError, ModelError, NonFiniteError
 from grail.networks import find
-from grail.statistics.site_statistics import Statistics
+from grail.recipe import Recipe
+from grail.statistics.site_statistics import SiteStatistics
 from tests.counting import injected
 
 from tests.conftest import FAMILIES
@@ -229,7 +230,7 @@ def test_weighted_fp16_tokens_do_not_overflow(tiny_llama, tiny_batches):
     model = tiny_llama(num_hidden_layers=1)
     stream = Stream(model, find(model).blocks, tiny_batches(count=1))
     ((site,),) = find(model).sites(("mlp",))
-    statistics = Statistics(site.name, site.consumers[0], stream, False, True)
+    statistics = SiteStatistics(site, site.consumers[0], stream, Recipe(alpha=1e-3, drift_correction=0))
     x = torch.randn(*stream.hidden[0].shape[:-1], site.channels)
     drift, scale = torch.randn_like(stream.hidden[0]), torch.full(x.shape[:-1], 1e3)
     x = (100 * x).half()  # times the scale it is beyond fp16
