@@ -76,7 +76,7 @@ class OutputCache:
         with ExitStack() as hooks:
             for module in modules:
                 keep = partial(self._keep, itertools.count())
-                hooks.callback(module.register_forward_hook(keep).remove)
+                hooks.enter_context(module.register_forward_hook(keep))
             yield
 
     @contextmanager

@@ -126,8 +126,8 @@ def block_outputs(
     with ExitStack() as hooks:
         hooks.enter_context(without_cache(model))
         for block in blocks:
-            handle = block.register_forward_hook(lambda _, __, output: outputs.append(output))
-            hooks.callback(handle.remove)
+            note = block.register_forward_hook(lambda _, __, output: outputs.append(output))
+            hooks.enter_context(note)
         model(*args, **kwargs)
     return outputs
 

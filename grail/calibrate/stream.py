@@ -6,7 +6,6 @@ library passes. Blocks are then run one at a time by their own forward with thos
 """
 
 import copy
-import functools
 import inspect
 import itertools
 from collections.abc import Iterable, Sequence
@@ -43,7 +42,8 @@ class Stream:
         room: bytes that hidden states may take in `storage`; beyond, all of them move to the CPU.
 
     `tokens`: how many count, in all processes; samples, where a sample has no tokens (images).
-    `own_tokens`: those of this process.
+    `own_tokens`: those of this process. `samples`: sequences or images, in all processes.
+    `holds_out`: whether any of them is held out.
 
     Raises:
         EmptyCalibrationError: no batch, or no token.
@@ -53,6 +53,8 @@ class Stream:
 
     tokens: int
     own_tokens: int
+    samples: int
+    holds_out: bool
 
     def __init__(
         self,
@@ -102,17 +104,25 @@ class Stream:
         own = range(len(self))
         self.own_tokens = sum(map(self.tokens_of, own))
         self.tokens = int(self.processes.total(torch.tensor(self.own_tokens, dtype=torch.int64)))
-        # Of all batches: [B] bool, the samples of which a token counts.
-        self._counting = self.processes.interleaved([self._counts(batch) for batch in own])
+        counting = self.processes.interleaved([self._counting(batch) for batch in own])
         if self.tokens == 0:
             raise EmptyCalibrationError(
                 "calibration holds no token; pass at least one batch of token ids"
             )
-        if len(self._counting) < self.processes.count:
+        if len(counting) < self.processes.count:
             raise InputError(
-                f"{self.processes.count} processes share {len(self._counting)} batches: pass at "
+                f"{self.processes.count} processes share {len(counting)} batches: pass at "
                 "least one for each, smaller ones if need be"
             )
+        held_out = _every_fifth(counting)
+        self.samples = sum(map(len, held_out))
+        self.holds_out = any(bool(held.any()) for held in held_out)
+        self._held_out = tuple(self.processes.share(held_out))
+
+    def _counting(self, batch: int) -> Tensor:
+        """[B] bool on the CPU, the samples of one batch with a token that counts."""
+        mask, samples = self.masks[batch].tokens, len(self.hidden[batch])
+        return torch.ones(samples, dtype=torch.bool) if mask is None else mask.any(1)
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -200,40 +210,13 @@ class Stream:
         """Whether hidden states have an axis of tokens: [B, L, _], or token ids [B, L]."""
         return hidden.dim() == 3 or (hidden.dim() == 2 and not hidden.is_floating_point())
 
-    @property
-    def samples(self) -> int:
-        """The number of sequences, or of images."""
-        return sum(map(len, self._counting))
-
     def held_out(self, batch: int) -> Tensor | None:
         """[B] bool on the CPU: every fifth sequence of all batches is held out; of fewer, the last.
 
         Sequences without a token that counts are skipped. None where the batch has none held out.
         """
-        held = self._own_held_out[batch]
+        held = self._held_out[batch]
         return held if bool(held.any()) else None
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether any sequence is held out, in any process."""
-        return any(bool(held.any()) for held in self._held_out)
-
-    @functools.cached_property
-    def _own_held_out(self) -> tuple[Tensor, ...]:
-        return tuple(self.processes.share(self._held_out))
-
-    @functools.cached_property
-    def _held_out(self) -> tuple[Tensor, ...]:
-        """[B] of all batches."""
-        counts = torch.cat(self._counting)
-        step = max(1, min(HELD_OUT_EVERY, int(counts.sum())))
-        held = counts & (counts.cumsum(0) % step == 0) & (step > 1)
-        return held.split([len(counting) for counting in self._counting])
-
-    def _counts(self, batch: int) -> Tensor:
-        """[B] bool on the CPU, the samples of one batch with a token that counts."""
-        mask, size = self.masks[batch].tokens, self.hidden[batch].shape[0]
-        return torch.ones(size, dtype=torch.bool) if mask is None else mask.any(1)
 
     def fork(self) -> "Stream":
         """A second stream of the same batches at the same block, which then moves on its own."""
@@ -261,3 +244,11 @@ class Stream:
                 "pass on more than hidden states; find the sites by sites=grail.trace(model), or "
                 "name them: sites=[grail.Site(…)]"
             )
+
+
+def _every_fifth(counting: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """[B] bool for each batch, the samples that are held out among those that count."""
+    counts = torch.cat(list(counting))
+    step = max(1, min(HELD_OUT_EVERY, int(counts.sum())))
+    held = counts & (counts.cumsum(0) % step == 0) & (step > 1)
+    return held.split([len(of_batch) for of_batch in counting])

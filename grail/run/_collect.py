@@ -152,12 +152,11 @@ class Collected:
 
     def statistics(self, site: BoundSite, recipe: Recipe, stream: Stream) -> list[SiteStatistics]:
         """Those of each consumer of a site; where nothing is to be held out, of all sequences."""
-        assert isinstance(stream, _Past)
         by_consumer: list[dict[str, Gram]] = [{} for _ in site.consumers]
         for file in self._index["sites"][site.name]:
             _, consumer, name, _ = file.split(".")
             by_consumer[int(consumer)][name] = Gram.load(self.folder / file, stream.device)
-        stream.held_out_tokens += sum(grams["held_out"].tokens for grams in by_consumer)
+        stream.holds_out |= any(grams["held_out"].tokens for grams in by_consumer)
         if not recipe.holds_out:
             by_consumer = [without_held_out(grams, site.name) for grams in by_consumer]
         return [
@@ -167,7 +166,10 @@ class Collected:
 
 
 class _Past(Stream):
-    """A calibration that ran through the network before: its counts, no batches."""
+    """A calibration that was collected before: its counts, no batches.
+
+    `holds_out`: whether the statistics read so far hold a token of a held-out sequence.
+    """
 
     def __init__(
         self,
@@ -177,19 +179,14 @@ class _Past(Stream):
         device: torch.device,
     ):
         self._calibrations = calibrations
-        self.held_out_tokens = 0  # of the sites so far
         super().__init__(model, blocks, (), device=device)
 
     def _count(self) -> None:
-        self.own_tokens, self.tokens = 0, sum(past["tokens"] for past in self._calibrations)
-
-    @property
-    def samples(self) -> int:
-        return sum(past["sequences"] for past in self._calibrations)
-
-    @property
-    def holds_out(self) -> bool:
-        return self.held_out_tokens > 0
+        self.own_tokens, self.holds_out = 0, False
+        self.tokens, self.samples = (
+            sum(calibration[count] for calibration in self._calibrations)
+            for count in ("tokens", "sequences")
+        )
 
 
 def merge(folders: Sequence[str | Path], output: str | Path) -> Path:

@@ -164,8 +164,8 @@ class Collector:
         with ExitStack() as hooks, self._clock("forward"):
             for consumer, of_consumer in calls.items():
                 record = partial(_record_call, of_consumer)
-                handle = consumer.module.register_forward_hook(record, with_kwargs=True)
-                hooks.callback(handle.remove)
+                hook = consumer.module.register_forward_hook(record, with_kwargs=True)
+                hooks.enter_context(hook)
             self._stream.run(site.block, batch)
         return calls
 
@@ -190,8 +190,8 @@ class Collector:
         ran: dict[nn.Module, None] = {}
         with ExitStack() as hooks, self._clock("forward"):
             for module in modules:
-                handle = module.register_forward_pre_hook(lambda m, _: ran.setdefault(m))
-                hooks.callback(handle.remove)
+                note = module.register_forward_pre_hook(lambda m, _: ran.setdefault(m))
+                hooks.enter_context(note)
             self._stream.run(block, 0)
         return list(ran)
 
@@ -203,8 +203,7 @@ class Collector:
             inputs.append(args[0])
             raise Stop
 
-        with ExitStack() as hooks, self._clock("forward"):
-            hooks.callback(module.register_forward_pre_hook(read).remove)
+        with module.register_forward_pre_hook(read), self._clock("forward"):
             for batch in range(len(self._stream)):
                 with suppress(Stop):
                     self._stream.run(block, batch)

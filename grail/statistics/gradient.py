@@ -1,7 +1,6 @@
-"""Regional gradients: how strongly a block's output hangs on each weight of a site's consumers.
+"""Regional gradients: the sensitivity of a block's output to each weight of a site's consumers.
 
-One backward pass from the block's output to the consumer's, sequence by sequence, at the inputs
-that calibration gives the block; nothing is trained.
+One backward pass for each batch, from the block's output to the consumers'. Nothing is trained.
 
 Source: Yang et al., "Wanda++: pruning large language models via regional gradients" (Findings of
 ACL 2025): √(1/N Σ_n (∂‖f(X_n)‖₂/∂W)²) over N sequences X_n.
@@ -26,12 +25,16 @@ from grail.networks.layers import Consumer
 def regional_gradient(
     stream: Stream, site: BoundSite, drops: bool = False, holds_out: bool = False
 ) -> Tensor:
-    """The root mean square, over sequences, of ∂‖f(X)‖₂/∂W of a site's consumers: [O, H] fp32.
+    """Returns the root mean square, over sequences, of ∂‖f(X)‖₂/∂W of a site's consumers.
 
     Args:
-        stream: at the entry of the site's block. Tokens that its masks leave out do not count.
+        stream: at the entry of the site's block. Tokens outside its masks do not count.
         site: its consumers are stacked along O.
         drops: whether a sequence whose gradient holds NaN or Inf is left out, not refused.
+        holds_out: whether held-out sequences are left out.
+
+    Returns:
+        [O, H] fp32.
 
     Raises:
         InputError: a site of experts.
@@ -48,13 +51,12 @@ def regional_gradient(
     count = 0
     for batch in range(len(stream)):
         for gradients in _of_sequences(stream, batch, site, holds_out):
-            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
-                if not drops:
-                    raise _non_finite(site, gradients)
-                continue
-            count += 1
-            for square, gradient in zip(squares, gradients, strict=True):
-                square += gradient.square()
+            if all(bool(gradient.isfinite().all()) for gradient in gradients):
+                count += 1
+                for square, gradient in zip(squares, gradients, strict=True):
+                    square += gradient.square()
+            elif not drops:
+                raise _non_finite(site, gradients)
     total = max(1, int(stream.processes.total(torch.tensor(count, dtype=torch.int64))))
     return torch.cat(
         [
@@ -67,7 +69,7 @@ def regional_gradient(
 def _of_sequences(
     stream: Stream, batch: int, site: BoundSite, holds_out: bool
 ) -> Iterator[list[Tensor]]:
-    """For each sequence of a batch with a token that counts, the gradient of each weight, fp32."""
+    """Yields the gradient of each consumer's weight, fp32, for each sequence that counts."""
     inputs: dict[nn.Module, Tensor] = {}
     probes: dict[nn.Module, Tensor] = {}
 
@@ -79,49 +81,59 @@ def _of_sequences(
     modules = [consumer.module for consumer in site.consumers]
     with ExitStack() as hooks, torch.enable_grad():
         for module in modules:
-            hooks.callback(module.register_forward_hook(probe).remove)
+            hooks.enter_context(module.register_forward_hook(probe))
         for parameter in stream.blocks[site.block].parameters():
             if parameter.requires_grad:  # else what runs before the probes is kept for autograd
                 hooks.callback(parameter.requires_grad_, True)
                 parameter.requires_grad_(False)
-        returned = stream.run(site.block, batch)
-        output = first_tensor(returned)
-        if output is None:
-            raise ModelError(
-                f"{site.name}: its block returns {type(returned).__name__}, in which there is no "
-                "tensor to take a gradient of; choose another selector"
-            )
-        output = output.float()
-        mask = stream.output_mask(batch)
-        counts = torch.ones(len(output), dtype=torch.bool)
-        if mask is not None:
-            counts = mask.any(1).cpu()
-            if mask.shape == output.shape[:-1]:
-                output = output.where(mask.unsqueeze(-1), 0)
-        held = stream.held_out(batch) if holds_out else None
-        if held is not None:
-            counts &= ~held
-        # No sequence hears of another, so that the gradient of the sum holds those of all.
+        output = _block_output(stream, batch, site)
+        # Sequences do not mix, so the gradient of the sum holds the gradient of each.
         norms = output.flatten(1).norm(dim=1).sum()
-        gradients = torch.autograd.grad(norms, [probes[module] for module in modules])
-    for sequence in counts.nonzero().flatten().tolist():
+        slopes = torch.autograd.grad(norms, [probes[module] for module in modules])
+    samples = len(output)
+    for sequence in _counting(stream, batch, samples, holds_out):
         yield [
             _of_weight(
                 consumer,
-                _rows(inputs[consumer.module], len(counts), sequence).float(),
-                _rows(gradient, len(counts), sequence).float(),
+                _rows(inputs[consumer.module], samples, sequence).float(),
+                _rows(slope, samples, sequence).float(),
             )
-            for consumer, gradient in zip(site.consumers, gradients, strict=True)
+            for consumer, slope in zip(site.consumers, slopes, strict=True)
         ]
 
 
+def _block_output(stream: Stream, batch: int, site: BoundSite) -> Tensor:
+    """What the site's block returns, fp32; 0 for tokens that do not count."""
+    returned = stream.run(site.block, batch)
+    output = first_tensor(returned)
+    if output is None:
+        raise ModelError(
+            f"{site.name}: its block returns {type(returned).__name__}, in which there is no "
+            "tensor to take a gradient of; choose another selector"
+        )
+    output, mask = output.float(), stream.output_mask(batch)
+    if mask is None or mask.shape != output.shape[:-1]:
+        return output
+    return output.where(mask.unsqueeze(-1), 0)
+
+
+def _counting(stream: Stream, batch: int, samples: int, holds_out: bool) -> list[int]:
+    """The sequences of a batch that count."""
+    mask = stream.output_mask(batch)
+    counts = torch.ones(samples, dtype=torch.bool) if mask is None else mask.any(1).cpu()
+    held = stream.held_out(batch) if holds_out else None
+    counts = counts if held is None else counts & ~held
+    found: list[int] = counts.nonzero().flatten().tolist()
+    return found
+
+
 def _rows(tensor: Tensor, sequences: int, sequence: int) -> Tensor:
-    """What a tensor holds of one sequence; some layers see all tokens of a batch in one row."""
+    """The part of a tensor of one sequence; some layers see all tokens of a batch in one row."""
     return tensor.reshape(sequences, -1, *tensor.shape[1:])[sequence]
 
 
 def _of_weight(consumer: Consumer, x: Tensor, slope: Tensor) -> Tensor:
-    """Gradient of a layer's weight from its input and that of its output, in the weight's shape."""
+    """The gradient of a layer's weight, from its input and the gradient of its output."""
     module: Any = consumer.module
     if isinstance(module, MAPS):
         return _of_map(module, x, slope)
@@ -130,7 +142,7 @@ def _of_weight(consumer: Consumer, x: Tensor, slope: Tensor) -> Tensor:
 
 
 def _of_map(module: Any, x: Tensor, slope: Tensor) -> Tensor:
-    """Gradient of a convolution's weight, whatever its padding."""
+    """The gradient of a convolution's weight, for any padding."""
     own = {key: value.detach().float() for key, value in module.named_parameters(recurse=False)}
     with torch.enable_grad():
         weight = own["weight"].requires_grad_()

@@ -48,10 +48,10 @@ class _Watch:
             return
         module = probe.module or block
         if probe.module is None or probe.output:
-            handle = module.register_forward_hook(lambda _, __, output: self._shown(output))
+            hook = module.register_forward_hook(lambda _, __, output: self._shown(output))
         else:
-            handle = module.register_forward_pre_hook(lambda _, args: self._shown(args))
-        hooks.callback(handle.remove)
+            hook = module.register_forward_pre_hook(lambda _, args: self._shown(args))
+        hooks.enter_context(hook)
 
     def _consumed(self, consumer: Consumer, x: Tensor, routed: Routed | None) -> None:
         self._observes = True
