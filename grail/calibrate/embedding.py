@@ -1,4 +1,4 @@
-"""Checks of token ids against the rows of a model's input embedding."""
+"""The check of token ids against the rows of a model's input embedding."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,16 +12,16 @@ _SHOWN = 4  # ids that a message names
 
 
 def check_token_ids(model: Any, batch: Any, tokenizer: Any = None) -> None:
-    """Refuses token ids that the model's input embedding has no row for.
+    """Checks that the model's input embedding has a row for each token id.
 
     Args:
-        model: a network; one without an input embedding takes any batch.
+        model: a network; without an input embedding it takes any batch.
         batch: token ids, a tuple that begins with them, or keyword arguments of the model.
-        tokenizer: that made the ids, for the message.
+        tokenizer: which made the ids, for the message.
 
     Raises:
-        InputError: an id is negative, or not less than the embedding's rows. On a device the
-            forward pass would fail with an assertion that ends the process.
+        InputError: an id is negative, or not less than the embedding's rows. On a GPU the forward
+            pass would fail with an assertion that ends the process.
     """
     rows = _embedding_rows(model)
     if rows is None:

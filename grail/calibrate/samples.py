@@ -1,8 +1,8 @@
-"""Tokens of a layer's input: which sample each belongs to, and which mask says whether it counts.
+"""Samples and masks: the sample that each token of a layer's input belongs to, and if it counts.
 
 A layer of an unknown network may read [B, L, H], [L, B, H], or all tokens in one row, sample by
-sample or position by position. Sizes cannot tell these apart (least of all B = L), so the network
-is asked: one sample of a batch is replaced by another, and the tokens that change belong to it.
+sample or position by position. Sizes do not distinguish these, so the network is tried: one sample
+of a batch is replaced by another, and the tokens that change belong to it.
 """
 
 import inspect
@@ -19,9 +19,9 @@ from grail.errors import InputError
 Key = TypeVar("Key")
 Change = Callable[[str, Tensor], Tensor]  # of an argument, by its name
 
-_TRIES = 4  # samples that are replaced before the order is given up
-_RTOL = 1e-3  # of the largest value: a token that changed by less may be rounded otherwise
-_IGNORED = -100  # a label that pads
+_TRIES = 4  # samples that are replaced at most
+_RTOL = 1e-3  # of the largest value: a token that changed by less may only be rounded otherwise
+_IGNORED = -100  # the label of padding
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
@@ -63,24 +63,51 @@ def find_orders(
     plain = observe(lambda name, tensor: tensor)
     if any(tokens.dim() < 2 for tokens in plain.values()):
         raise InputError(
-            "a layer that is to be narrowed reads one vector, without an axis of samples; give "
+            "a layer that would be narrowed reads one vector, without an axis of samples; give "
             "batches of samples along the first axis, x[None] for one"
         )
-    fits = {key: [True, True, False] for key in plain}  # either order, and whether a token changed
+    orders = {key: _Orders(samples) for key in plain}
     for sample in range(min(samples, _TRIES)):
         found = observe(_replaced(samples, sample, (sample + 1) % samples))
         for key, tokens in plain.items():
-            _compare(fits[key], _changed(tokens, found[key]), samples, sample)
-        if all(changed and first != last for first, last, changed in fits.values()):
+            orders[key].compare(sample, _changed(tokens, found[key]))
+        if all(of_key.found is not None for of_key in orders.values()):
             break
     return {
-        key: _decided(*fit, one_each=_is_one_each(plain[key].shape[:-1], samples))
-        for key, fit in fits.items()
+        # One token a sample is in either order.
+        key: True if shape[0] == shape.numel() == samples else orders[key].found
+        for key, shape in ((key, tokens.shape[:-1]) for key, tokens in plain.items())
     }
 
 
+@dataclass
+class _Orders:
+    """The orders of tokens that fit the changes so far."""
+
+    samples: int
+    first: bool = True
+    last: bool = True
+    changed: bool = False
+
+    def compare(self, sample: int, changed: Tensor) -> None:
+        """Drops the orders in which a token that changed, [...] bool, is another sample's."""
+        places, shape = changed.flatten().nonzero().flatten(), changed.shape
+        if not len(places):
+            return
+        per_sample = changed.numel() // self.samples
+        self.changed = True
+        self.first &= shape[0] % self.samples == 0 and bool((places // per_sample == sample).all())
+        divides = len(shape) <= 2 and shape[-1] % self.samples == 0
+        self.last &= divides and bool((places % self.samples == sample).all())
+
+    @property
+    def found(self) -> bool | None:
+        """Whether samples come first; None if that is open."""
+        return self.first if self.changed and self.first != self.last else None
+
+
 def first_tensor(output: Any) -> Tensor | None:
-    """The first floating-point tensor, with an axis of samples, of what a network returns."""
+    """Returns the first floating-point tensor with an axis of samples of a network's output."""
     found = tuple(output.values()) if isinstance(output, Mapping) else output
     for value in found if isinstance(found, (tuple, list)) else (found,):
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
@@ -104,31 +131,8 @@ def changed_arguments(
     )
 
 
-def _decided(first: bool, last: bool, changed: bool, *, one_each: bool) -> bool | None:
-    """The order that fits the changes; `one_each`: one token a sample is in either order."""
-    if one_each:
-        return True
-    return first if changed and first != last else None
-
-
-def _is_one_each(shape: torch.Size, samples: int) -> bool:
-    return shape[0] == shape.numel() == samples
-
-
-def _compare(fit: list[bool], changed: Tensor, samples: int, sample: int) -> None:
-    """Drops the orders in which a token that changed is another sample's."""
-    places, count = changed.flatten().nonzero().flatten(), changed.numel()
-    if not len(places):
-        return
-    per_sample = count // samples
-    fit[0] &= changed.shape[0] % samples == 0 and bool((places // per_sample == sample).all())
-    last = changed.dim() <= 2 and changed.shape[-1] % samples == 0
-    fit[1] &= last and bool((places % samples == sample).all())
-    fit[2] = True
-
-
 def _changed(tokens: Tensor, others: Tensor) -> Tensor:
-    """[...] bool, the tokens [..., H] that are others."""
+    """[...] bool, the tokens [..., H] that differ."""
     tokens, others = tokens.nan_to_num(), others.nan_to_num()
     return (tokens - others).abs().amax(-1) > _RTOL * tokens.abs().amax()
 
@@ -151,9 +155,9 @@ def _replaced(samples: int, sample: int, other: int) -> Change:
 class Masks:
     """The tokens of one batch that count, [B, L] bool; None where all do.
 
-    `tokens`: of the model's input. `decoder`: of what its decoder reads, if it has one beside an
-    encoder (`decodes`). `frames`: makes a mask [B, frames] of that of an input that the model
-    shortens first, such as sound.
+    `tokens`: of the model's input. `decoder`: of its decoder's input, if the model has an encoder
+    and a decoder (`decodes`). `frames`: makes a mask [B, frames] from the mask of an input that the
+    model shortens first, such as sound.
     """
 
     tokens: Tensor | None = None
@@ -162,17 +166,17 @@ class Masks:
     frames: Callable[[int, Tensor], Tensor] | None = None
 
     def cpu(self) -> "Masks":
-        """The same on the CPU."""
+        """The same masks on the CPU."""
         tokens, decoder = (None if m is None else m.cpu() for m in (self.tokens, self.decoder))
         return replace(self, tokens=tokens, decoder=decoder)
 
     @property
     def of_output(self) -> Tensor | None:
-        """The mask of what the model returns."""
+        """The mask of the model's output."""
         return self.decoder if self.decodes else self.tokens
 
     def of(self, decoder: bool, length: int | None = None) -> Tensor | None:
-        """The mask of the layers of one side, for tokens [B, length]."""
+        """Returns the mask of the layers of one side, for tokens [B, length]."""
         mask = self.decoder if decoder else self.tokens
         if mask is None or decoder or self.frames is None or length in (None, mask.shape[1]):
             return mask
@@ -181,7 +185,7 @@ class Masks:
 
 
 def masks_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Masks:
-    """The masks of a batch, by the arguments of the model's forward.
+    """Returns the masks of a batch, from the arguments of the model's forward.
 
     Raises:
         InputError: a mask that is not [B, L].
@@ -200,7 +204,7 @@ def masks_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
-    """The decoder of an encoder-decoder of transformers, which may be a part of the model."""
+    """Returns the decoder of an encoder-decoder of transformers, which may be part of a model."""
     for module in model.modules():
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
             find = getattr(module, "get_decoder", None)
@@ -211,14 +215,13 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
 
 
 def change_decoder_inputs(name: str, tensor: Tensor) -> Tensor:
-    """Moves what a decoder reads, or what a model makes of it, by a token; a `Change`."""
-    return (
-        tensor.roll(1, 1) if name in (*_DECODER_INPUTS, "labels") and tensor.dim() > 1 else tensor
-    )
+    """Shifts a decoder's inputs, or the labels that a model makes them of, by a token."""
+    is_input = name in (*_DECODER_INPUTS, "labels") and tensor.dim() > 1
+    return tensor.roll(1, 1) if is_input else tensor
 
 
 def _decoder_mask(given: Mapping[str, Any], tokens: Tensor | None) -> Tensor | None:
-    """The mask of the decoder's inputs; if there are none, a model makes them of other tokens."""
+    """The mask of the decoder's inputs; without any, a model makes them of labels or tokens."""
     if given.get("decoder_attention_mask") is not None:
         return _mask(given, "decoder_attention_mask")
     if any(given.get(name) is not None for name in _DECODER_INPUTS):

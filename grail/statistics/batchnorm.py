@@ -1,7 +1,7 @@
-"""Batch norm's statistics, made anew for a network that was changed: the reset of REPAIR.
+"""Batch norm statistics of a changed network, measured again: the reset of REPAIR.
 
-Averages of filters have less variance than filters, so behind a folded layer the statistics that
-batch norm remembers are too wide, and the signal fades from layer to layer.
+Averages of filters have less variance than filters. After a folded layer the running statistics of
+batch norm are therefore too wide, and the signal fades from layer to layer.
 
 Source: Jordan et al., "REPAIR: renormalizing permuted activations for interpolation repair" (ICLR
 2023); without labels or gradients, from the calibration's own forward passes.
@@ -22,10 +22,15 @@ def reset_norm(
     change: Transaction,
     total: Callable[[Tensor], Tensor],
 ) -> None:
-    """Sets the running mean and variance of a batch norm to those of its inputs [N, C, ...].
+    """Sets the running mean and variance of a batch norm to those of its inputs.
 
-    As torch does, the variance is the unbiased one. Two reads, for a variance without cancellation.
-    `total` adds the sums of other processes, which read other inputs.
+    The variance is the unbiased one, as in torch.
+
+    Args:
+        norm: a batch norm with running statistics.
+        inputs: yields its inputs [N, C, ...]; called twice, for a variance without cancellation.
+        change: through which the norm is changed.
+        total: adds the sums of other processes, which read other inputs.
     """
     mean = torch.zeros_like(norm.running_mean, dtype=torch.float64)
     squares, seen = torch.zeros_like(mean), 0

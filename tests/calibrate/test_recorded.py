@@ -10,7 +10,6 @@ import grail
 from grail.calibrate.recorded import state_of
 from grail.calibrate.stream import Stream
 from grail.errors import ModelError
-
 from tests.conftest import VOCABULARY
 
 
