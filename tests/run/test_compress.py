@@ -14,9 +14,8 @@ from grail.errors import EmptyCalibrationError, InputError, ModelError, NonFinit
 from grail.networks import find
 from grail.recipe import Recipe
 from grail.statistics.site_statistics import SiteStatistics
-from tests.counting import injected
-
 from tests.conftest import FAMILIES
+from tests.counting import injected
 
 ALPHA = 1e-2
 
@@ -230,7 +229,9 @@ def test_weighted_fp16_tokens_do_not_overflow(tiny_llama, tiny_batches):
     model = tiny_llama(num_hidden_layers=1)
     stream = Stream(model, find(model).blocks, tiny_batches(count=1))
     ((site,),) = find(model).sites(("mlp",))
-    statistics = SiteStatistics(site, site.consumers[0], stream, Recipe(alpha=1e-3, drift_correction=0))
+    statistics = SiteStatistics(
+        site, site.consumers[0], stream, Recipe(alpha=1e-3, drift_correction=0)
+    )
     x = torch.randn(*stream.hidden[0].shape[:-1], site.channels)
     drift, scale = torch.randn_like(stream.hidden[0]), torch.full(x.shape[:-1], 1e3)
     x = (100 * x).half()  # times the scale it is beyond fp16
