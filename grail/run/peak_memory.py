@@ -9,7 +9,8 @@ search of a selector (`peak_bytes` of its registration) and the fit (`grail.alge
 Blocks of the same shapes are rehearsed once, the widest after narrowing. What waits grows with the
 number of tokens, narrowed layers with the number of blocks.
 
-Not counted: scratch memory inside of one operation on a CPU (see `grail.runtime.memory.Meter`).
+Not counted: scratch memory inside of one operation on a CPU (see `grail.runtime.memory.Meter`); on
+a GPU, what more tokens wait for a Gram in the run than two batches have.
 """
 
 import dataclasses
@@ -244,6 +245,7 @@ class _Rehearsal:
         weight: Tensor,
         *,
         fit_bias: bool,
+        held_out: Gram | None,
         **_: Any,
     ) -> Fit:
         """Returns a plain fit in the place of `grail.fit`, and records what that would take.
@@ -251,6 +253,9 @@ class _Rehearsal:
         Of the tokens of two batches an expert may get too few, of those of the run enough.
         """
         outputs = len(weight)
+        for each in (gram, held_out):
+            if each is not None:
+                each.parts()  # adds the tokens that wait on a GPU, as a fit does first
         self._record(
             peak_bytes(
                 reduction.channels,
@@ -291,6 +296,7 @@ class _Search:
         peak = getattr(self._selector, "peak_bytes", None)
         if peak is None and self._known:
             return self._selector(view)
+        view.gram.parts()  # adds the tokens that wait on a GPU, as a search does first
         self._record(0 if peak is None else peak(view))
         channels, kept = view.width.channels, view.width.kept
         if getattr(self._selector, "folds", False) and isinstance(view.width, ChannelWidth):
