@@ -126,20 +126,12 @@ def compress(
     return Report(
         settings=recipe.as_dict(),
         model={
-            "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
-            "class": type(model).__name__,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            **_described(model),
             "device": str(device),
             **{key: {"before": before[key], "after": after[key]} for key in before},
             "beyond_configuration": architecture.beyond_configuration(dense, widths),
         },
-        calibration={
-            "tokens": stream.tokens,
-            "sequences": stream.samples,
-            "sequence_length": max(
-                (h.shape[1] if stream.has_sequences(h) else 1 for h in stream.hidden), default=None
-            ),
-        },
+        calibration=_counted(stream),
         sites=rows,
         inputs=run.inputs,
         seconds={**clock.seconds, "total": sum(clock.seconds.values())},
@@ -246,6 +238,25 @@ def _size(model: nn.Module, sites: Sequence[BoundSite]) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "widths": plan.by_kind((site, site.channels) for site in sites),
+    }
+
+
+def _described(model: nn.Module) -> dict[str, str]:
+    """The name, class and dtype of a model."""
+    return {
+        "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
+        "class": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def _counted(stream: Stream) -> dict[str, int | None]:
+    """The size of a calibration."""
+    lengths = (h.shape[1] if stream.has_sequences(h) else 1 for h in stream.hidden)
+    return {
+        "tokens": stream.tokens,
+        "sequences": stream.samples,
+        "sequence_length": max(lengths, default=None),
     }
 
 
