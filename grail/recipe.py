@@ -170,15 +170,8 @@ class Recipe:
         for name in ("alpha", "drift_correction", "multiple", "seed"):
             object.__setattr__(self, name, plain(getattr(self, name)))
         self._check_channels()
-        require_switches(
-            compensate=self.compensate,
-            fit_bias=self.fit_bias,
-            correct_attention=self.correct_attention,
-            closed_loop=self.closed_loop,
-            per_tap=self.per_tap,
-            exact_folding=self.exact_folding,
-            repair=self.repair,
-        )
+        switches = [field.name for field in dataclasses.fields(self) if field.type is bool]
+        require_switches(**{name: getattr(self, name) for name in switches})
         check_settings(self.alpha, self.toward, self.drift_correction)
         self._check_drift()
         if self.repair and not self.closed_loop:
