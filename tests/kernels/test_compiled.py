@@ -49,6 +49,6 @@ def test_a_changed_number_is_named() -> None:
     now = {"a": {"registers": 120, "stack": 0}, "c": {"registers": 1, "stack": 0}}
     assert aot.differences(before, now) == [
         "a: registers 100 -> 120",
-        "b: no longer compiled",
+        "b: not compiled",
         "c: not recorded",
     ]
