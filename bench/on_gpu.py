@@ -8,8 +8,6 @@ Each step runs in a process of its own and writes its CSV as soon as it ends. Th
 one failed. Steps, with the most seconds of each:
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

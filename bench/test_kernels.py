@@ -1,7 +1,5 @@
 """The cases of the kernel benches under pytest-benchmark: pytest bench --benchmark-only."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

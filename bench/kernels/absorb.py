@@ -7,8 +7,6 @@
 How to read the table: docs/benches.md.
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from functools import partial

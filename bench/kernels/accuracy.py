@@ -5,8 +5,6 @@ python -m bench.kernels.accuracy --write     writes bench/results/accuracy_cpu.c
 Columns and providers: docs/benches.md.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from unittest import mock

@@ -11,8 +11,6 @@
 are no times, and the exit code is 1. All columns and providers: docs/benches.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Iterable

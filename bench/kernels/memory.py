@@ -5,8 +5,6 @@ python -m bench.kernels.memory --write     writes bench/results/memory_cpu.csv
 Columns and providers: docs/benches.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

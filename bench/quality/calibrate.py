@@ -8,8 +8,6 @@ Weights and tokens are random: time and memory do not depend on them. How to rea
 docs/benches.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from dataclasses import dataclass

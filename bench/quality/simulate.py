@@ -7,8 +7,6 @@
 `smollm2-135m` is simulated and also measured. The method is described in docs/benches.md.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections import Counter

@@ -5,8 +5,6 @@
 The text of the page is in bench/report/results.md.j2; its numbers come from the CSV files.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property

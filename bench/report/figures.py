@@ -6,8 +6,6 @@
 The bench of a CSV is named on its page; a GPU's come from `python bench/on_gpu.py`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path

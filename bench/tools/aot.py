@@ -7,8 +7,6 @@ The record is compared where it is of the same version of Triton. The limits of 
 for all versions, those of speed for launches that nobody measured.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

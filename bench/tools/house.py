@@ -19,8 +19,6 @@ Rows of the table
   private        reaches of tests into names with an underscore, of modules and objects
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import csv

@@ -1,7 +1,5 @@
 """Shared by every bench: times in turns, the conditions of the machine, rows of CSV."""
 
-from __future__ import annotations
-
 import csv
 import datetime
 import functools

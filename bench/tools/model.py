@@ -5,8 +5,6 @@ the rate of a large product: the longer of products and bytes, plus passes over 
 has no waves: the strips of the packed triangle, x once, G once to and fro. See docs/benches.md.
 """
 
-from __future__ import annotations
-
 import heapq
 import json
 import math

@@ -11,8 +11,6 @@ it runs again. The fastest takes the row if it beats the present one by 2%, summ
 Run `python -m bench.tools.aot` afterwards: it compiles every shipped row.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math
