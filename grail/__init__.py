@@ -20,8 +20,7 @@ from grail.run._inspect import Inspection, inspect
 from grail.run._sensitivity import Sensitivity, sensitivity
 from grail.run.workflow import compress_checkpoint
 from grail.runtime.settings import Runtime
-
-__version__ = "0.1.0"
+from grail.version import __version__ as __version__
 
 __all__ = [
     "Collected",

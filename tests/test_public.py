@@ -453,30 +453,10 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callable[[str], dict]:
-    """Arguments with which a function works, by its name."""
-    folder = tmp_path_factory.mktemp("valid")
-    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    grail.save(network, folder / "saved")
-    gram, numbers = gram_of(torch.ones(4, H)), itertools.count()
-    gram.save(folder / "gram.state")
-    grail.collect(tiny_llama(), tiny_batches(), output=folder / "collected", progress=False)
-    text = folder / "text.txt"
-    text.write_text("w3 w4 w5 " * 60)
-    packed = torch.zeros(gk.packed_numel(H))
-    activations = torch.ones(2, 4, H)
-    calibration = {"batches": tiny_batches(), "progress": False}
-
-    def new() -> Any:
-        return folder / f"new{next(numbers)}"
-
-    def model_folder() -> Any:
-        tiny_llama().save_pretrained(folder / "model")
-        tiny_tokenizer().save_pretrained(folder / "model")
-        return folder / "model"
-
-    makers: dict[str, Callable[[], dict[str, Any]]] = {
+def of_kernels() -> dict[str, Callable[[], dict[str, Any]]]:
+    """The same for the functions of grail_kernels."""
+    packed, activations = torch.zeros(gk.packed_numel(H)), torch.ones(2, 4, H)
+    return {
         "gk.absorb": lambda: {"weight": torch.ones(O, H), "gram": torch.eye(H), "keep": [1, 2]},
         "gk.add_products": lambda: {
             "total": torch.zeros(3, H),
@@ -506,10 +486,36 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "gk.packed_numel": lambda: {"channels": H},
         "gk.resolve_backend": lambda: {"x": activations},
         "gk.unpack": lambda: {"packed": packed, "channels": H},
+    }
+
+
+@pytest.fixture(scope="module")
+def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callable[[str], dict]:
+    """Arguments with which a function works, by its name."""
+    folder = tmp_path_factory.mktemp("valid")
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    grail.save(network, folder / "saved")
+    gram, numbers = gram_of(torch.ones(4, H)), itertools.count()
+    gram.save(folder / "gram.state")
+    grail.collect(tiny_llama(), tiny_batches(), output=folder / "collected", progress=False)
+    text = folder / "text.txt"
+    text.write_text("w3 w4 w5 " * 60)
+    calibration = {"batches": tiny_batches(), "progress": False}
+
+    def new() -> Any:
+        return folder / f"new{next(numbers)}"
+
+    def model_folder() -> Any:
+        tiny_llama().save_pretrained(folder / "model")
+        tiny_tokenizer().save_pretrained(folder / "model")
+        return folder / "model"
+
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        **of_kernels(),
         "grail.Collected": lambda: {"folder": folder / "collected"},
         "grail.Folding": lambda: {"labels": [0, 1, 0]},
         "grail.Gram": lambda: {"channels": H},
-        "grail.Gram.update": lambda: {"self": grail.Gram(H), "x": activations[0]},
+        "grail.Gram.update": lambda: {"self": grail.Gram(H), "x": torch.ones(4, H)},
         "grail.Gram.merge": lambda: {"self": grail.Gram(H), "other": gram},
         "grail.Gram.save": lambda: {"self": gram, "path": folder / "gram.state"},
         "grail.Gram.load": lambda: {"path": folder / "gram.state"},

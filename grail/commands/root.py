@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from grail import __version__
 from grail.commands.options import DEBUG
 from grail.errors import GrailError, one_line
 from grail.runtime.memory import ran_out
+from grail.version import __version__
 
 # The option class's error; typer does not export it.
 _UsageError: Any = typer.BadParameter.__base__

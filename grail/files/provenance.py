@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import grail
 from grail.runtime.folder import file_hash
+from grail.version import __version__
 
 # In the order in which transformers looks for them, then files of other libraries.
 _WEIGHTS = ("model", ".safetensors"), ("pytorch_model", ".bin"), ("", ".safetensors"), ("", ".gguf")
@@ -39,7 +39,7 @@ def provenance(command: str, source: str) -> dict[str, Any]:
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "grail": grail.__version__,
+        "grail": __version__,
         "commit": commit(),
         "model": {"source": source, "files": files},
     }

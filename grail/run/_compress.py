@@ -27,6 +27,7 @@ from grail.run.blocks import Blocks
 from grail.run.checkpoint import Checkpoint
 from grail.run.fingerprint import HashedBatches, run_fingerprint, with_calibration
 from grail.run.loop import Run
+from grail.run.peak_memory import PeakMemory
 from grail.runtime import memory
 from grail.runtime.clock import Clock
 from grail.runtime.onload import Onloader, computing_device
@@ -125,13 +126,10 @@ def compress(
         if recipe.fit_bias:
             architecture.ensure_biases(dense.sites, transaction)
         peak.update()
-        onloads = runtime.onload is not None
         predicted = peak_memory.predict(
-            architecture, recipe, stream, clock, onloads=onloads, known=known
+            architecture, recipe, stream, clock, onloads=runtime.onload is not None, known=known
         )
-        if not onloads and runtime.storage == "auto" and stream.storage.type != "cpu":
-            held = sum(hidden.nbytes for hidden in stream.hidden)
-            stream.rest_on(peak_memory.waiting_place(predicted, device, held))
+        _place(stream, runtime, predicted)
         blocks = Blocks(architecture, recipe, stream, clock, onloader, known)
         run = Run(BlockCompressor(blocks, transaction), checkpoint)
         run.compress(runtime.progress)
@@ -145,9 +143,7 @@ def compress(
         inputs=run.inputs,
         seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         memory={
-            "predicted_peak": in_use + predicted.total(stream.storage.type == device.type)
-            if predicted
-            else 0,
+            "predicted_peak": _total(in_use, predicted, stream),
             "measured_peak": peak.bytes,
             **({"sent": processes.sent} if processes.count > 1 else {}),
         },
@@ -226,6 +222,20 @@ def _stream(
     if processes.count > 1:
         processes.require_equal("the model", checksum(model.parameters()))
     return Stream(model, architecture.blocks, batches, storage, processes, device, room)
+
+
+def _place(stream: Stream, runtime: Runtime, predicted: PeakMemory | None) -> None:
+    """Moves hidden states to the host if the run does not fit beside them."""
+    if runtime.onload is None and runtime.storage == "auto" and stream.storage.type != "cpu":
+        held = sum(hidden.nbytes for hidden in stream.hidden)
+        stream.rest_on(peak_memory.waiting_place(predicted, stream.device, held))
+
+
+def _total(in_use: int, predicted: PeakMemory | None, stream: Stream) -> int:
+    """Returns the predicted peak with what was in use before the run; 0 without a prediction."""
+    if predicted is None:
+        return 0
+    return in_use + predicted.total(hidden_states=stream.storage.type == stream.device.type)
 
 
 def _require_places(recipe: Recipe, architecture: Architecture, sites: Sequence[BoundSite]) -> None:

@@ -10,7 +10,9 @@ FOUND = {package: house.modules(house.ROOT / package) for package in house.PACKA
 @pytest.mark.parametrize("package", house.PACKAGES)
 def test_no_function_is_longer_than_the_limit(package):
     functions = [f for module in FOUND[package].values() for f in module.functions()]
-    assert [(f.name, f.code) for f in functions if f.code > house.CODE_LINES] == []
+    assert [
+        (f.name, f.code) for f in functions if f.code > house.CODE_LINES and not f.is_kernel
+    ] == []
 
 
 @pytest.mark.parametrize("package", house.PACKAGES)
