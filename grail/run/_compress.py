@@ -142,11 +142,7 @@ def compress(
         sites=run.rows,
         inputs=run.inputs,
         seconds={**clock.seconds, "total": sum(clock.seconds.values())},
-        memory={
-            "predicted_peak": _total(in_use, predicted, stream),
-            "measured_peak": peak.bytes,
-            **({"sent": processes.sent} if processes.count > 1 else {}),
-        },
+        memory=_memory(in_use, predicted, peak.bytes, stream),
         resumed=run.resumed,
         notes=[
             *_notes(recipe, dense.asked, stream, run.rows),
@@ -231,11 +227,17 @@ def _place(stream: Stream, runtime: Runtime, predicted: PeakMemory | None) -> No
         stream.rest_on(peak_memory.waiting_place(predicted, stream.device, held))
 
 
-def _total(in_use: int, predicted: PeakMemory | None, stream: Stream) -> int:
-    """Returns the predicted peak with what was in use before the run; 0 without a prediction."""
-    if predicted is None:
-        return 0
-    return in_use + predicted.total(hidden_states=stream.storage.type == stream.device.type)
+def _memory(
+    in_use: int, predicted: PeakMemory | None, measured: int, stream: Stream
+) -> dict[str, int]:
+    """Returns the bytes of the report; both peaks include what was in use before the run."""
+    here = stream.storage.type == stream.device.type
+    found = {
+        "predicted_peak": 0 if predicted is None else in_use + predicted.total(here),
+        "measured_peak": measured,
+    }
+    processes = stream.processes
+    return found | ({"sent": processes.sent} if processes.count > 1 else {})
 
 
 def _require_places(recipe: Recipe, architecture: Architecture, sites: Sequence[BoundSite]) -> None:
