@@ -585,7 +585,7 @@ def test_a_selector_that_keeps_another_number_is_refused(tiny_llama, tiny_batche
 
 
 def test_a_model_of_no_known_family_is_refused_with_the_known_ones():
-    with pytest.raises(ModelError, match=r"Linear; grail\.sites\.supported\(\) lists"):
+    with pytest.raises(ModelError, match=r"Linear; grail\.networks\.supported\(\) lists"):
         grail.compress(nn.Linear(2, 2), [torch.ones(1, 2, dtype=torch.int64)])
 
 
