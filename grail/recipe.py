@@ -494,7 +494,7 @@ def _parsed(text: str, suffix: str) -> Any:
 
 def _yaml_loader(yaml: Any) -> Any:
     """PyYAML's safe loader, to which 1e-3 is a number as well, not only 1.0e-3."""
-    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     return loader
