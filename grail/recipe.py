@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -486,9 +487,17 @@ def _parsed(text: str, suffix: str) -> Any:
     yaml = None if suffix == ".json" else _yaml()
     faults = (ValueError,) if yaml is None else (ValueError, yaml.YAMLError)
     try:
-        return json.loads(text) if yaml is None else yaml.safe_load(text)
+        return json.loads(text) if yaml is None else yaml.load(text, _yaml_loader(yaml))
     except faults as error:
         raise InputError(f"no {suffix[1:].upper()}: {one_line(error)}") from error
+
+
+def _yaml_loader(yaml: Any) -> Any:
+    """PyYAML's safe loader, to which 1e-3 is a number as well, not only 1.0e-3."""
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return loader
 
 
 def _yaml() -> Any:

@@ -86,7 +86,7 @@ def test_a_saved_recipe_is_loaded_as_it_was(name, suffix, tmp_path):
 
 
 def test_settings_that_a_file_leaves_out_have_their_defaults(tmp_path):
-    (tmp_path / "few.yaml").write_text("keep: 0.5\nsites: mlp, heads\nalpha: 1.0e-3\n")
+    (tmp_path / "few.yaml").write_text("keep: 0.5\nsites: mlp, heads\nalpha: 1e-3\n")
     loaded = Recipe.load(tmp_path / "few.yaml")
     assert loaded == Recipe(0.5, ("mlp", "heads"), alpha=1e-3)
 

@@ -1,3 +1,12 @@
 """Models and texts on disk: loads, saves and exports the ones, reads and packs the others."""
 
-__all__ = ["alignment", "calibration", "load", "provenance", "saving", "texts"]
+__all__ = [
+    "alignment",
+    "calibration",
+    "load",
+    "pretrained",
+    "provenance",
+    "saving",
+    "text",
+    "texts",
+]

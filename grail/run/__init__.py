@@ -13,8 +13,10 @@ __all__ = [
     "measurement",
     "narrower",
     "network_loss",
+    "peak_memory",
     "resume_folder",
     "site_check",
     "solver",
+    "study",
     "workflow",
 ]
