@@ -1,4 +1,4 @@
-"""The kernels' own tests once more, with Triton in its interpreter.
+"""The tests of the kernels, their search and their model once more, in Triton's interpreter.
 
 Triton reads TRITON_INTERPRET when it decorates a kernel, so this takes a process of its own.
 """
@@ -15,6 +15,7 @@ import pytest
 from grail_kernels.backend import interpreting
 
 FOLDER = Path(__file__).parent
+BENCHES = [str(FOLDER.parent / "bench" / f"test_{name}.py") for name in ("tune", "model")]
 
 
 @pytest.mark.skipif(interpreting(), reason="this process interprets already")
@@ -25,6 +26,7 @@ def test_triton_kernels_in_the_interpreter() -> None:
         "-m",
         "pytest",
         str(FOLDER),
+        *BENCHES,
         "-q",
         "-k",
         "triton",
