@@ -5,8 +5,8 @@ from grail.algebra.gram import Gram
 from grail.algebra.reduction import Folding, Reduction, Selection
 from grail.errors import GrailError
 from grail.files._export import export
-from grail.files.calibration import token_batches
 from grail.files.load import load_model
+from grail.files.packing import token_batches
 from grail.files.pretrained import Pretrained
 from grail.files.saving import load, save
 from grail.files.text import Text

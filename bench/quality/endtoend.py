@@ -20,8 +20,8 @@ import grail
 from bench.tools import assets
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, Table, bare_seconds
-from grail.files.calibration import token_batches
 from grail.files.load import load_model
+from grail.files.packing import token_batches
 from grail.report._evaluate import evaluate
 from grail.report.report import Evaluation, Report
 

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 from bench.tools.assets import python_reference, smollm2, split_topics, write_texts
 from bench.tools.commandline import CommandLine
 from grail.commands.console import print_table
-from grail.files.calibration import token_batches
 from grail.files.load import length_of_sequences, load_model
+from grail.files.packing import token_batches
 from grail.files.provenance import provenance
 from grail.recipe import Recipe
 from grail.report.formatting import format_seconds

@@ -13,7 +13,7 @@ from grail.commands.console import phases, print_table, sizes
 from grail.commands.options import READING, Given, Printed, RecipeFile, command
 from grail.commands.root import app, is_closed_pipe
 from grail.errors import InputError
-from grail.files.calibration import Join
+from grail.files.packing import Join
 from grail.files.pretrained import Pretrained
 from grail.files.text import EVALUATION_TOKENS, Text
 from grail.recipe import RECIPE, Recipe, merged

@@ -4,9 +4,9 @@ __all__ = [
     "alignment",
     "calibration",
     "load",
+    "packing",
     "pretrained",
     "provenance",
     "saving",
     "text",
-    "texts",
 ]

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from grail.calibrate.embedding import check_token_ids
 from grail.errors import InputError
-from grail.files.calibration import Join, require_text, token_batches
-from grail.files.load import length_before_loading, length_of_sequences, positions
-from grail.files.texts import (
+from grail.files.documents import (
     HELD_OUT_SPLITS,
     Split,
     full_name,
@@ -21,6 +19,8 @@ from grail.files.texts import (
     is_wikitext2,
     split_of,
 )
+from grail.files.load import length_before_loading, length_of_sequences, positions
+from grail.files.packing import Join, require_text, token_batches
 from grail.report._evaluate import require_causal
 from grail.runtime.folder import file_hash
 from grail.runtime.settings import documented, setting

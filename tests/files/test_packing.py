@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from grail.errors import EmptyCalibrationError, InputError
-from grail.files.calibration import require_text, token_batches
-from grail.files.texts import load_texts
+from grail.files.documents import load_texts
+from grail.files.packing import require_text, token_batches
 
 END = 2  # </s> of the tiny tokenizer
 
@@ -146,7 +146,7 @@ def test_a_text_file_comes_whole_and_in_pieces(tmp_path, monkeypatch, name):
     text = "".join(f"line {index} – naïve\n" for index in range(100))
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert list(load_texts(tmp_path / name)) == [text]
-    monkeypatch.setattr("grail.files.texts._PIECE", 100)
+    monkeypatch.setattr("grail.files.documents._PIECE", 100)
     pieces = list(load_texts(tmp_path / name))
     assert "".join(pieces) == text
     assert 10 < len(pieces) < 100
@@ -301,7 +301,7 @@ def test_joining_stops_where_it_has_enough(byte_tokenizer, tokens):
 
 
 def test_stretches_of_joined_documents_keep_their_separator(byte_tokenizer, monkeypatch):
-    monkeypatch.setattr("grail.files.calibration._CHARACTERS", 1)  # too few: several stretches
+    monkeypatch.setattr("grail.files.packing._CHARACTERS", 1)  # too few: several stretches
     options = {"tokens": 64, "sequence_length": 16, "join": "blank"}
     found = token_batches(["ab", "c"] * 50, byte_tokenizer, **options)
     text = byte_tokenizer.decode(torch.cat(found).flatten(), clean_up_tokenization_spaces=False)
@@ -329,7 +329,7 @@ def test_a_text_file_is_one_document_however_it_is_read(
     (tmp_path / "a.txt").write_text("".join(lines))
     options = {"tokens": None, "sequence_length": 43, "join": join, "batch_size": 99}
     found = token_batches(tmp_path / "a.txt", tiny_tokenizer(), **options)[0]
-    monkeypatch.setattr("grail.files.texts._PIECE", 50)
+    monkeypatch.setattr("grail.files.documents._PIECE", 50)
     again = token_batches(tmp_path / "a.txt", tiny_tokenizer(), **options)[0]
     assert torch.equal(found, again)
     assert found.shape == ((7 if join == "eos" else 6), 43)  # 300 tokens, with the end 301 = 7 · 43

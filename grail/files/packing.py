@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grail.arguments import require_whole
 from grail.errors import EmptyCalibrationError, InputError, one_line
-from grail.files.texts import (
+from grail.files.documents import (
     Document,
     Split,
     has_lines_for_rows,

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from grail.errors import InputError
-from grail.files.texts import HELD_OUT_SPLITS, has_lines_for_rows, load_texts, split_of
+from grail.files.documents import HELD_OUT_SPLITS, has_lines_for_rows, load_texts, split_of
 
 CHAT = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
 TEXTS = ["one,\n“two”\t3", "four"]
