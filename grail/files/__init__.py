@@ -2,7 +2,7 @@
 
 __all__ = [
     "alignment",
-    "calibration",
+    "documents",
     "load",
     "packing",
     "pretrained",
