@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench.allocations import peak_bytes
 
 import grail
 import grail_kernels as gk
+from bench.tools.allocations import peak_bytes
 from grail import select
 from grail.algebra.width import ChannelWidth, HeadWidth
 from grail.calibrate.stream import Stream
