@@ -51,7 +51,7 @@ def network(family, tiny_model):
     return model.bfloat16() if family.endswith("bf16") else model
 
 
-def calibration(family, tiny_batches, count=12):
+def calibration(family, tiny_batches, count=6):
     if family in CONVNETS:
         return convnets.images(count, rows=8, size=32)
     if family == "vit":
