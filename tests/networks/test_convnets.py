@@ -649,7 +649,9 @@ def test_a_pointwise_convolution_reads_pixels_whatever_its_padding_is_called(pad
     assert torch.equal(consumer.patches(x).flatten(0, 1), pixels(x))
 
 
-def test_a_block_aims_at_its_own_landing_whatever_the_one_before_it_landed_on(monkeypatch):
+def test_a_block_aims_at_its_own_landing_whatever_the_one_before_it_landed_on(
+    monkeypatch, no_rehearsal
+):
     blocks = nn.Sequential(PreBasic(8, 8, 1), Basic(8, 8, 1))  # its output; before its last ReLU
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     model = randomised(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), blocks, head))
