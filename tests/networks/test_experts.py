@@ -311,7 +311,7 @@ def test_experts_of_a_layer_are_collected_in_one_pass(tiny_model, tiny_batches):
 
 
 def test_tokens_of_all_experts_can_wait_for_one_launch(
-    monkeypatch, ragged_launches, tiny_model, tiny_batches
+    monkeypatch, ragged_launches, tiny_model, tiny_batches, no_rehearsal
 ):
     model, batches = tiny_model("qwen3_moe"), padded(tiny_batches(count=12, length=24))
     at_once, later = copy.deepcopy(model), model
