@@ -51,7 +51,7 @@ def network(family, tiny_model):
     return model.bfloat16() if family.endswith("bf16") else model
 
 
-def calibration(family, tiny_batches, count=12):
+def calibration(family, tiny_batches, count=6):
     if family in CONVNETS:
         return convnets.images(count, rows=8, size=32)
     if family == "vit":
@@ -127,8 +127,8 @@ def test_the_predicted_peak_is_within_a_tenth_of_what_torch_allocates(
         ("llama", {**TWO_KINDS, "onload": "cpu"}),
         ("llama", {"selector": "folding"}),
         ("llama", {"selector": "folding", "drift_correction": 0}),
-        ("llama", {"selector": "folding-kmeans", "exact_folding": False}),
         ("llama", {"selector": "folding", "exact_folding": False}),
+        ("llama", {"selector": "folding-kmeans", "exact_folding": False}),
         ("qwen2_moe", {"closed_loop": False}),
         ("qwen2_moe", {"sites": ("heads", "shared_experts", "experts")}),
         ("bert", {**TWO_KINDS, "correct_attention": True}),
@@ -206,11 +206,11 @@ def test_of_brought_blocks_the_peak_does_not_grow_with_their_number(tiny_model, 
 
 def test_blocks_of_one_shape_are_rehearsed_once(tiny_model, tiny_batches, monkeypatch):
     rehearsed = []
-    block = BlockCompressor.compress
+    compress = BlockCompressor.compress
     monkeypatch.setattr(
         BlockCompressor,
         "compress",
-        lambda run, n, advance: rehearsed.append(n) or block(run, n, advance),
+        lambda compressor, n, advance: rehearsed.append(n) or compress(compressor, n, advance),
     )
     batches = calibration("llama", tiny_batches)
     predicted(tiny_model("llama", **{**SIZES, "num_hidden_layers": 5}), batches)
