@@ -73,7 +73,7 @@ class Recipe:
         None,
         "Kinds of sites to narrow: mlp, heads, experts, shared_experts, conv; several as "
         "mlp,heads. In Python and in a recipe file also a grail.Site, which names layers.",
-        shown="what there is of mlp, experts and conv",
+        shown="experts of mixtures, conv of convolutional networks, else mlp",
         metavar="KINDS",
     )
     selector: str | select.Selector = setting(
