@@ -31,7 +31,7 @@ Sites = Sequence[str | Site] | None
 
 Made = TypeVar("Made", Site, Fused)
 
-RECIPE = "recipe.json"  # beside every output
+RECIPE = "recipe.json"  # in every output folder
 _MOST_SEED = (1 << 63) - 1
 _FORMATS = (".json", ".yaml", ".yml")
 
@@ -64,16 +64,16 @@ class Recipe:
 
     keep: Keep = setting(
         0.7,
-        "Share of each site's channels that stays, in (0, 1]. In Python and in a recipe file also "
-        'one for each kind or site, {"mlp": 0.5, "heads": 0.7}, or for each block of a kind, '
-        '{"mlp": [0.9, 0.8, …]}. The nearest width that the structure allows is used and reported.',
+        "Share of each site's channels that stays, in (0, 1]. The nearest width that the structure "
+        "allows is used and reported. In Python and in a recipe file also one share for each kind "
+        'or site, {"mlp": 0.5, "heads": 0.7}, or for each block of a kind, {"mlp": [0.9, 0.8, …]}.',
         metavar="SHARE",
     )
     sites: Sites = setting(
         None,
         "Kinds of sites to narrow: mlp, heads, experts, shared_experts, conv; several as "
-        "mlp,heads. In Python and in a recipe file also grail.Site, which names layers.",
-        shown="what there is of mlp, experts and conv",
+        "mlp,heads. In Python and in a recipe file also a grail.Site, which names layers.",
+        shown="experts of mixtures, conv of convolutional networks, else mlp",
         metavar="KINDS",
     )
     selector: str | select.Selector = setting(
@@ -84,19 +84,20 @@ class Recipe:
     )
     compensate: bool = setting(
         True,
-        "Fit the consumers' weights to the kept channels. Without: plain pruning or folding.",
+        "Refit the layers that read a site, its consumers, to the channels that stay. Without: "
+        "plain pruning or folding.",
         panel="Restoring",
     )
     fit_bias: bool = setting(
         False,
-        "Also fit output biases to the mean of the removed signal; Llama gets biases. With "
-        "compensate both are fitted at once, without it biases alone, as FLAP does.",
+        "Also fit output biases to the mean of the removed signal; a model without biases gets "
+        "them. Without compensate biases alone are fitted, as FLAP does.",
         panel="Restoring",
     )
     alpha: float | Auto = setting(
         "auto",
         "Ridge strength, relative to the mean diagonal of the kept channels' Gram. auto chooses it "
-        f"at each site by held-out sequences (every fifth), and is {ALPHA:g} where there are none.",
+        f"for each site on held-out sequences (every fifth), and is {ALPHA:g} if there are none.",
         metavar="FLOAT|auto",
         panel="Restoring",
     )
@@ -107,58 +108,59 @@ class Recipe:
     )
     drift_correction: float | Auto = setting(
         "auto",
-        "Share in [0, 1] of the drift from the dense network that each consumer also corrects. 0 "
-        "is the paper; auto chooses by held-out sequences. Costs a pass of the dense blocks.",
+        "Share in [0, 1] of the drift from the dense network, accumulated in the blocks before, "
+        "that each consumer also corrects. 0 is the paper; auto chooses it on held-out sequences. "
+        "Costs a pass of the dense blocks.",
         metavar="FLOAT|auto",
         panel="Restoring",
     )
     correct_attention: bool = setting(
         False,
-        "Also rewrite the projections to queries, keys and values, so that they compute from the "
-        "compressed stream what they did from the dense one; their widths stay. Needs drift to be "
-        "followed. Worth it for text encoders; for decoders, measure.",
+        "Also correct drift in the projections to queries, keys and values; their widths stay. "
+        "Needs drift correction. Improves text encoders; measure it for decoders.",
         panel="Restoring",
     )
     token_weights: bool | Auto = setting(
         "auto",
-        "Weight each token's error by the inverse size of the dense residual stream, as norms see "
-        "it; the paper weights all alike. Needs drift to be followed and no biases to be fitted.",
+        "Weight each token's error by the inverse size of the dense residual stream, as norms do; "
+        "the paper weights all tokens alike. Needs drift correction, and excludes fit_bias.",
         shown="where heads alone are narrowed",
         panel="Restoring",
     )
     closed_loop: bool = setting(
         True,
-        "Calibrate each block on the output of the already compressed ones, or on the dense model.",
+        "Closed: calibrate each block on the outputs of the compressed blocks before it. Open: on "
+        "those of the dense model.",
         flag="--closed-loop/--open-loop",
         panel="Restoring",
     )
     multiple: int | None = setting(
         None,
-        "Round widths in channels to a multiple of this.",
+        "Round widths to a multiple of so many channels.",
         shown="128 from 4096 channels up, 8 from 64, else 1",
     )
     seed: int = setting(
         0,
-        "Seed of random scores; on the command line also of the calibration sequences.",
+        "Seed of selectors that draw at random; on the command line and in "
+        "grail.compress_checkpoint also of the choice of calibration sequences.",
         most=_MOST_SEED,
         panel="Running",
     )
     per_tap: bool = setting(
         True,
-        "Fit every tap of a convolution. Without: the paper's map of channels, the same at every "
-        "tap, which needs less data.",
+        "Fit every tap of a convolution separately. Without: as in the paper, one map of channels "
+        "for all taps, which needs less data.",
         flag=None,  # the command line narrows language models
     )
     exact_folding: bool = setting(
         True,
-        "Fit a folding to the output of the folded producers, at the cost of one more pass. "
-        "Without: as in the paper, which folds the dense activations.",
+        "Fit a folding to the outputs of the folded layers, at the cost of one more pass. "
+        "Without: to the folded dense activations, as in the paper.",
         panel="Restoring",
     )
     repair: bool = setting(
         False,
-        "Set the batch norms of each block to the statistics of their inputs once its sites are "
-        "done, as REPAIR does.",
+        "Reset the batch norms of each block to statistics of their new inputs, as REPAIR does.",
         flag=None,
     )
     non_finite: NonFinite = setting(
@@ -183,7 +185,7 @@ class Recipe:
         require_seed(self.seed)
 
     def _check_channels(self) -> None:
-        """Checks which channels of which sites stay, and gives these fields their one form."""
+        """Checks keep, sites and selector, and converts them to one form."""
         object.__setattr__(self, "keep", _plain_shares(self.keep))
         if isinstance(self.sites, str):
             kinds = self.sites.lower().replace(",", " ").split()
@@ -297,7 +299,7 @@ class Recipe:
 
     @property
     def follows_drift(self) -> bool:
-        """Whether the dense network's stream is carried beside the compressed one's."""
+        """Whether the dense network's stream is carried along with the compressed one's."""
         return self.compensate and self.closed_loop and self.drift_correction != 0
 
     @property
@@ -546,5 +548,5 @@ def _plain_shares(keep: Any) -> Any:
 
 
 def _are_several(keep: object) -> bool:
-    """Whether shares of channels are one for each block."""
+    """Returns True for a sequence of shares, one for each block."""
     return isinstance(keep, Sequence) and not isinstance(keep, (str, bytes))

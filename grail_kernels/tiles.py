@@ -95,7 +95,7 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """The packed accumulator of a symmetric matrix, of which only the lower triangle is read.
+    """The packed accumulator of a symmetric matrix; only its lower triangle is read.
 
     Args:
         matrix: [..., H, H].

@@ -72,8 +72,8 @@ def solve(
         NonFiniteError: NaN or Inf in A or C.
         SolveError: still indefinite after the last retry.
 
-    Memory: 8·(K² + O·K) bytes a problem, refined 12·K² + 40·O·K, beside A (if given as a tensor)
-    and C. X is part of it.
+    Memory: 8·(K² + O·K) bytes a problem, refined 12·K² + 40·O·K, in addition to A (if given as a
+    tensor) and C. X is part of it.
     """
     if precision not in get_args(Precision):
         raise InputError(f"precision must be one of {', '.join(get_args(Precision))}")
@@ -176,8 +176,8 @@ def _refined(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tens
     """Solves as `_direct`, by an fp32 factor and refinement; scales `system` in place.
 
     A step's correction d measures the error e before it, and with the rate r = ‖d‖/‖d before‖ what
-    is left is r·‖d‖: a row is done when that is below eps·‖row‖. (As LAPACK's dsposv, which goes on
-    to fp64's eps; the fp32 Gram behind a system knows no more.)
+    is left is r·‖d‖: a row is done when that is below eps·‖row‖. (As LAPACK's dsposv, which
+    continues to fp64's eps; the system comes from an fp32 Gram, which is no more exact.)
     """
     eps = torch.finfo(torch.float32).eps
     diagonal = system.diagonal(dim1=-2, dim2=-1)

@@ -188,7 +188,7 @@ class HeadWidth:
 class GroupWidth(HeadWidth):
     """Channels of a grouped convolution: equally many of each group.
 
-    For a selector those are heads of one channel, of which every group stays.
+    For a selector those are heads of one channel; every group stays.
     """
 
     @classmethod

@@ -132,7 +132,7 @@ def read_model(
 
 
 def runs_own_code(model: Any) -> bool:
-    """Whether a model's class is code that came with it and was trusted."""
+    """Returns True if a model's class is trusted code that came with it."""
     return type(model).__module__.startswith("transformers_modules")
 
 
