@@ -24,10 +24,10 @@ _NAMES: dict[Any, str] = {
         num_experts_per_tok num_experts_per_token moe_k moe_topk linear_num_key_heads
         pad_token_id eos_token_id""",
     6: """num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads
-        num_heads mamba_n_heads mamba_num_heads""",
+        num_heads linear_num_heads mamba_n_heads mamba_num_heads""",
     3: "num_key_value_heads",
     8: """head_dim kv_channels global_head_dim swa_head_dim qk_rope_head_dim sliding_window
-        mamba_d_state linear_key_head_dim linear_value_head_dim""",
+        mamba_d_state linear_head_dim linear_key_head_dim linear_value_head_dim""",
     12: "v_head_dim qk_nope_head_dim",
     20: "q_lora_rank kv_lora_rank",
     4: """num_experts num_local_experts n_routed_experts moe_num_experts
