@@ -14,8 +14,8 @@ VOCABULARY = 97
 _NAMES: dict[Any, str] = {
     VOCABULARY: "vocab_size vocab_size_per_layer_input",
     48: "hidden_size d_model n_embd dim conv_dim embedding_size word_embed_proj_dim",
-    80: """intermediate_size ffn_dim d_ff decoder_ffn_dim encoder_ffn_dim ffn_hidden_size n_inner
-        intermediate_size_mlp""",
+    80: """intermediate_size dff ffn_dim d_ff decoder_ffn_dim encoder_ffn_dim ffn_hidden_size
+        n_inner intermediate_size_mlp""",
     16: "moe_intermediate_size mamba_d_head mamba_head_dim",
     32: "expert_ffn_hidden_size",
     24: """shared_expert_intermediate_size moe_shared_expert_intermediate_size
