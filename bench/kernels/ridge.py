@@ -7,7 +7,6 @@
 How to read the table: docs/benches.md.
 """
 
-import argparse
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -17,7 +16,7 @@ from torch import Tensor
 import grail
 from bench.kernels import cases
 from bench.tools.allocations import peak_bytes
-from bench.tools.commandline import CommandLine, save, sizes
+from bench.tools.commandline import save
 from bench.tools.measuring import Call, quantiles, time_in_turns
 from bench.tools.measuring import Row as Record
 from bench.tools.tables import aligned
@@ -175,24 +174,11 @@ def record(row: Row) -> Record:
     }
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, with defaults filled in."""
-    parser = CommandLine(
-        __doc__,
-        *("model", "keep", "device", "threads", "repeats", "seconds", "write"),
-        takes="many minutes on 2 cores; --seconds limits it",
-        results="ridge{device}",
-        model={"choices": [*cases.MLP_SITES]},
-    )
-    parser.add_argument("--shape", action="append", type=sizes("O,H"), metavar="O,H", default=[])
-    options = parser.read(arguments)
-    options.shapes = cases.mlp_shapes(options, CPU_MODELS)
-    return options
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, saves; the exit code is 1 if a result was wrong."""
-    options = parse(arguments)
+    takes = "many minutes on 2 cores; --seconds limits it"
+    of = (__doc__, arguments, CPU_MODELS)
+    options = cases.parse_mlp(*of, takes=takes, results="ridge{device}")
     cases.announce(options.device)
 
     def measured(outputs: int, channels: int) -> list[Row]:

@@ -44,6 +44,17 @@ TENSOR_CORE = {
     "sm_100": r"tcgen05\.mma",
     "gfx942": r"v_mfma",
 }
+# Bytes of an asynchronous copy stand in its operands, those of a plain load in its name.
+_CUDA = {
+    "wide_loads": r"cp\.async\.[^;]*, 0x10,|ld\.global[^ ]*\.v4\.b32|ld\.global[^ ]*\.v2\.b64",
+    "narrow_loads": r"cp\.async\.[^;]*, 0x[48],|ld\.global[^ ]*\.b16 ",
+    "atomics": r"\b(?:atom|red)\.global",
+}
+_HIP = {
+    "wide_loads": r"(?:global|buffer)_load_dwordx4",
+    "narrow_loads": r"(?:global|buffer)_load_(?:ushort|short_d16)",
+    "atomics": r"(?:global|buffer)_atomic",
+}
 # Bytes of spilled registers that are accepted: two dozen registers, where a tile that does not fit
 # spills a kilobyte.
 STACK_LIMIT = 96
@@ -106,14 +117,10 @@ class GramCase:
         present = FEATURES[self.feature]
         types: dict[str, Any] = {"out_ptr": "*fp32", "x_ptr": f"*{x}"}
         types |= {n: t.format(x=x) if n in present else None for n, t in POINTERS.items()}
-        types |= dict.fromkeys(("H", "inner", "outer", "matrices", "span"), "i32")
-        types |= dict.fromkeys(("stride_xm", "stride_xo"), "i32")
-        types |= {"out_stride": "i64"} | ({"H": 1} if self.channels == 1 else {})
-        types |= (
-            {"stride_xt": 1, "stride_xc": "i32"}
-            if by_pixels
-            else {"stride_xt": "i32", "stride_xc": 1}
-        )
+        sizes = ("H", "inner", "outer", "matrices", "span", "stride_xm", "stride_xo")
+        types |= dict.fromkeys((*sizes, "stride_xt", "stride_xc"), "i32") | {"out_stride": "i64"}
+        types |= {"stride_xt" if by_pixels else "stride_xc": 1}
+        types |= {"H": 1} if self.channels == 1 else {}
         weighted = self.feature == "weighted"
         types |= gram_triton.constants(self.config, self.dtype, weighted, repeats=by_pixels)
         # An allocation is aligned; a view into one, like its width and strides, is if the caller's
@@ -223,28 +230,22 @@ def cases() -> Iterator[Case]:
         yield GramCase(target, torch.bfloat16, True, 64, "collecting")  # heads
         for dtype in TYPES:
             yield AbsorbCase(target, dtype)
-        yield from _tuned_apart(target)
+        for dtype in TYPES:
+            yield from _middle(GramCase(target, dtype, True, 4096, "plain"))
+            yield from _middle(AbsorbCase(target, dtype))
     yield TmaCase("sm_90", torch.bfloat16, 1)
     for dtype in TYPES:
         yield TmaCase("sm_90", dtype, 4096)
         yield TmaCase("sm_90", dtype, 4096, "collecting")
         yield TmaCase("sm_90", dtype, 64)
-        if TmaCase("sm_90", dtype, 1024).config != TmaCase("sm_90", dtype, 4096).config:
-            yield TmaCase("sm_90", dtype, 1024)
+        yield from _middle(TmaCase("sm_90", dtype, 4096))
 
 
-def _tuned_apart(target: str) -> Iterator[Case]:
-    """The rows of matrices of middle width, where they are not those of wide ones."""
-    for dtype in TYPES:
-        for wide, middle in (
-            (
-                GramCase(target, dtype, True, 4096, "plain"),
-                GramCase(target, dtype, True, 1024, "plain"),
-            ),
-            (AbsorbCase(target, dtype), AbsorbCase(target, dtype, 1024)),
-        ):
-            if middle.config != wide.config:
-                yield middle
+def _middle(wide: Case) -> Iterator[Case]:
+    """The case of a matrix of middle width, where its row is not that of a wide one."""
+    middle = replace(wide, channels=1024)
+    if middle.config != wide.config:
+        yield middle
 
 
 def compile_case(case: Case) -> Resources:
@@ -282,27 +283,9 @@ def _resources(target: str, compiled: Any) -> Resources:
     is_cuda = "cubin" in compiled.asm
     assembly = compiled.asm["ptx" if is_cuda else "amdgcn"]
     used = _cuda_usage(compiled.asm["cubin"]) if is_cuda else _hip_usage(assembly)
-    wide, narrow, atomic = (
-        # Bytes of an asynchronous copy stand in its operands, those of a plain load in its name.
-        (
-            r"cp\.async\.[^;]*, 0x10,|ld\.global[^ ]*\.v4\.b32|ld\.global[^ ]*\.v2\.b64",
-            r"cp\.async\.[^;]*, 0x[48],|ld\.global[^ ]*\.b16 ",
-            r"\b(?:atom|red)\.global",
-        )
-        if is_cuda
-        else (
-            r"(?:global|buffer)_load_dwordx4",
-            r"(?:global|buffer)_load_(?:ushort|short_d16)",
-            r"(?:global|buffer)_atomic",
-        )
-    )
-    return used | {
-        "shared": compiled.metadata.shared,
-        "tensor_core": len(re.findall(TENSOR_CORE[target], assembly)),
-        "wide_loads": len(re.findall(wide, assembly)),
-        "narrow_loads": len(re.findall(narrow, assembly)),
-        "atomics": len(re.findall(atomic, assembly)),
-    }
+    patterns = {"tensor_core": TENSOR_CORE[target], **(_CUDA if is_cuda else _HIP)}
+    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in patterns.items()}
+    return used | {"shared": compiled.metadata.shared} | counts
 
 
 def _cuda_usage(cubin: bytes) -> Resources:
@@ -334,9 +317,9 @@ def violations(case: Case, found: Resources) -> list[str]:
     limit = SHARED_LIMITS[case.target]
     # What a launch of the architecture's own spills or reads in pieces was in its measured time.
     tuned = replace(case, target=tuning.DEFAULT).config != case.config
+    too_much = f"takes {found['shared']} B of shared memory, the limit is {limit}"
     rules = {
-        f"takes {found['shared']} B of shared memory, the limit is {limit}": found["shared"]
-        > limit,
+        too_much: found["shared"] > limit,
         f"spills {found['stack']} B": not tuned and found["stack"] > STACK_LIMIT,
         "uses no tensor cores": found["tensor_core"] == 0,
         "has atomics, so its bits may vary": found["atomics"] > 0,
@@ -370,13 +353,16 @@ def compile_all() -> dict[Case, Resources]:
         return dict(zip(everything, pool.map(compile_case, everything, chunksize=4), strict=True))
 
 
-def check() -> list[str]:
-    """Everything wrong with what the kernels compile to now; empty if nothing is."""
+def check(write: bool = False) -> list[str]:
+    """Everything wrong with what the kernels compile to now, which may become the record."""
     found = compile_all()
     problems = [line for case, resources in found.items() for line in violations(case, resources)]
+    now = {case.name: resources for case, resources in found.items()}
+    if write:
+        record = {"triton": triton.__version__, "cases": now}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
     record = json.loads(RECORD.read_text())
     if record["triton"] == triton.__version__:
-        now = {case.name: resources for case, resources in found.items()}
         problems += differences(record["cases"], now)
     return problems
 
@@ -389,15 +375,7 @@ def main() -> int:
         takes="minutes on 2 cores; no GPU is needed",
     )
     parser.add_argument("--write", action="store_true", dest="record", help="write the record")
-    if parser.read().record:
-        found = compile_all()
-        problems = [line for case, row in found.items() for line in violations(case, row)]
-        rows = {case.name: row for case, row in found.items()}
-        RECORD.write_text(
-            json.dumps({"triton": triton.__version__, "cases": rows}, indent=1) + "\n"
-        )
-    else:
-        problems = check()
+    problems = check(write=parser.read().record)
     print("\n".join(problems) or "nothing to report")
     return int(bool(problems))
 
