@@ -80,27 +80,33 @@ FEATURES = {
 
 
 @dataclass(frozen=True)
-class GramCase:
-    """One compilation of the Gram kernel."""
+class Case:
+    """One compilation of a kernel.
+
+    `name`: its key in the record; `config`: the launch that the shipped table picks; `source()`:
+    the kernel with the argument types and the alignment that Triton sees in a launch.
+    """
 
     gathers: ClassVar[bool] = False
 
     target: str
     dtype: torch.dtype
-    aligned: bool
-    channels: int
-    feature: str
+    channels: int = 4096
+    feature: str = "plain"
+    aligned: bool = True  # threads load 16 bytes at once
+
+
+class GramCase(Case):
+    """One compilation of the Gram kernel."""
 
     @property
     def name(self) -> str:
-        """The key of this case in the record."""
         alignment = "aligned" if self.aligned else "unaligned"
         width = WIDTHS[self.channels]
         return f"gram/{self.target}/{TYPES[self.dtype]}/{alignment}/{width}/{self.feature}"
 
     @property
     def config(self) -> tuning.GramConfig:
-        """The launch that the shipped table picks."""
         return tuning.gram_config(
             self.dtype,
             self.channels,
@@ -111,7 +117,6 @@ class GramCase:
         )
 
     def source(self) -> ASTSource:
-        """The kernel with the argument types and the alignment that Triton sees in a launch."""
         by_pixels = self.feature == "pixels"
         x = TYPES[self.dtype]
         present = FEATURES[self.feature]
@@ -132,25 +137,14 @@ class GramCase:
         return _source(gram_triton._gram_kernel, types, sixteen)
 
 
-@dataclass(frozen=True)
-class TmaCase:
-    """One compilation of the Gram kernel that reads through the tensor memory accelerator."""
+class TmaCase(Case):
+    """One compilation of the Gram kernel that reads through the tensor memory accelerator.
 
-    gathers: ClassVar[bool] = False
-
-    target: str
-    dtype: torch.dtype
-    channels: int
-    feature: str = "plain"
-
-    @property
-    def aligned(self) -> bool:
-        """Whether threads load 16 bytes of G at once; the engine loads the blocks of x."""
-        return self.channels > 1
+    The engine loads the blocks of x; `aligned` is the load of G.
+    """
 
     @property
     def name(self) -> str:
-        """The key of this case in the record."""
         return f"gram_tma/{self.target}/{TYPES[self.dtype]}/{WIDTHS[self.channels]}/{self.feature}"
 
     @property
@@ -160,11 +154,9 @@ class TmaCase:
 
     @property
     def config(self) -> tuning.GramConfig:
-        """The launch that the shipped table picks."""
         return tuning.tma_config(self.parts, self.channels, architecture=self.target)
 
     def source(self) -> ASTSource:
-        """The kernel with the argument types and the alignment that Triton sees in a launch."""
         laid = torch.bfloat16 if self.parts == 3 else self.dtype
         config, collects = self.config, self.feature == "collecting"
         block = [1, config.block_tokens, config.block_channels]
@@ -179,30 +171,21 @@ class TmaCase:
         return _source(gram_tma._gram_tma_kernel, types, sixteen)
 
 
-@dataclass(frozen=True)
-class AbsorbCase:
+class AbsorbCase(Case):
     """One compilation of the absorb kernel, which copies its weights and so has them aligned."""
 
-    gathers: ClassVar[bool] = True
-    aligned: ClassVar[bool] = True
-
-    target: str
-    dtype: torch.dtype
-    channels: int = 4096
+    gathers = True
 
     @property
     def name(self) -> str:
-        """The key of this case in the record."""
         width = "" if self.channels > 1024 else "/middle"
         return f"absorb/{self.target}/{TYPES[self.dtype]}{width}"
 
     @property
     def config(self) -> tuning.AbsorbConfig:
-        """The launch that the shipped table picks."""
         return tuning.absorb_config(self.dtype, self.channels, self.target)
 
     def source(self) -> ASTSource:
-        """The kernel with the argument types and the alignment that Triton sees in a launch."""
         kernel = absorb_triton._absorb_kernel
         pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
         types: dict[str, Any] = dict.fromkeys(pointers, "*i64") | dict.fromkeys("OKD", "i32")
@@ -211,34 +194,31 @@ class AbsorbCase:
         return _source(kernel, types, [*pointers, "D"])
 
 
-Case = GramCase | TmaCase | AbsorbCase
-
-
 def cases() -> Iterator[Case]:
     """Every launch configuration, and every fused feature with the activations it is meant for."""
     for target in TARGETS:
         for dtype in TYPES:
-            yield GramCase(target, dtype, True, 4096, "plain")
-            yield GramCase(target, dtype, True, 64, "plain")
-            yield GramCase(target, dtype, False, 4096, "collecting")
-        yield GramCase(target, torch.bfloat16, False, 1, "plain")  # a width that is a constant
+            yield GramCase(target, dtype)
+            yield GramCase(target, dtype, 64)
+            yield GramCase(target, dtype, feature="collecting", aligned=False)
+        yield GramCase(target, torch.bfloat16, 1, aligned=False)  # a width that is a constant
         for feature in FEATURES:
             if feature != "plain":
-                yield GramCase(target, torch.bfloat16, True, 4096, feature)
+                yield GramCase(target, torch.bfloat16, feature=feature)
         for feature in ("collecting", "swiglu", "pixels"):
-            yield GramCase(target, torch.float32, True, 4096, feature)
-        yield GramCase(target, torch.bfloat16, True, 64, "collecting")  # heads
+            yield GramCase(target, torch.float32, feature=feature)
+        yield GramCase(target, torch.bfloat16, 64, "collecting")  # heads
         for dtype in TYPES:
             yield AbsorbCase(target, dtype)
         for dtype in TYPES:
-            yield from _middle(GramCase(target, dtype, True, 4096, "plain"))
+            yield from _middle(GramCase(target, dtype))
             yield from _middle(AbsorbCase(target, dtype))
-    yield TmaCase("sm_90", torch.bfloat16, 1)
+    yield TmaCase("sm_90", torch.bfloat16, 1, aligned=False)
     for dtype in TYPES:
-        yield TmaCase("sm_90", dtype, 4096)
-        yield TmaCase("sm_90", dtype, 4096, "collecting")
+        yield TmaCase("sm_90", dtype)
+        yield TmaCase("sm_90", dtype, feature="collecting")
         yield TmaCase("sm_90", dtype, 64)
-        yield from _middle(TmaCase("sm_90", dtype, 4096))
+        yield from _middle(TmaCase("sm_90", dtype))
 
 
 def _middle(wide: Case) -> Iterator[Case]:
