@@ -70,14 +70,7 @@ def check_packed(packed: Tensor, channels: int) -> None:
 
 
 def unpack(packed: Tensor, channels: int) -> Tensor:
-    """The dense matrix of a packed accumulator, bitwise symmetric.
-
-    Args:
-        packed: [..., P], P = packed_numel(channels).
-        channels: H.
-
-    Returns:
-        [..., H, H] in the dtype of `packed`; the upper triangle is a copy of the lower.
+    """The dense matrix [..., H, H] of a packed accumulator [..., P], bitwise symmetric.
 
     Raises:
         InputError: `packed` belongs to another number of channels.
@@ -95,13 +88,9 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """The packed accumulator of a symmetric matrix; only its lower triangle is read.
+    """The packed accumulator [..., P] of a symmetric matrix [..., H, H], zero above the diagonal.
 
-    Args:
-        matrix: [..., H, H].
-
-    Returns:
-        [..., packed_numel(H)] in the dtype of `matrix`, zero above the diagonal.
+    Only the lower triangle is read.
 
     Raises:
         InputError: `matrix` is not square.

@@ -3,8 +3,9 @@
 import argparse
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from bench.tools.commandline import CommandLine, sizes
 from bench.tools.measuring import machine
 
 Measured = TypeVar("Measured")
@@ -20,11 +21,22 @@ MLP_SITES = {
 GPU_MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-2-7b", "llama-3-8b")
 
 
-def mlp_shapes(options: argparse.Namespace, on_cpu: tuple[str, ...]) -> list[tuple[int, int]]:
-    """O and H of the cases that `--shape` and `--model` name, or of the usual ones."""
+def parse_mlp(
+    doc: str | None,
+    arguments: list[str] | None,
+    on_cpu: tuple[str, ...],
+    *shared: str,
+    **settings: Any,
+) -> argparse.Namespace:
+    """The options of a bench of MLP sites; `shapes`: O and H of those named, or of usual ones."""
+    names = ("model", "keep", *shared, "device", "threads", "repeats", "seconds", "write")
+    parser = CommandLine(doc, *names, model={"choices": [*MLP_SITES]}, **settings)
+    parser.add_argument("--shape", action="append", type=sizes("O,H"), metavar="O,H", default=[])
+    options = parser.read(arguments)
     usual = on_cpu if options.device == "cpu" else GPU_MODELS
     models = options.model or (() if options.shape else usual)
-    return [*options.shape, *(MLP_SITES[model] for model in models)]
+    options.shapes = [*options.shape, *(MLP_SITES[model] for model in models)]
+    return options
 
 
 def announce(device: str) -> None:

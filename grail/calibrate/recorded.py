@@ -21,15 +21,7 @@ from grail.errors import ModelError
 
 _VALUES = (type(None), bool, int, float, complex, str, bytes)
 # Other objects that cannot change, or whose changes are not those of an argument.
-_FIXED = (
-    torch.dtype,
-    torch.device,
-    type,
-    FunctionType,
-    MethodType,
-    BuiltinFunctionType,
-    nn.Module,
-)
+_FIXED = (torch.dtype, torch.device, type, FunctionType, MethodType, BuiltinFunctionType, nn.Module)
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,7 @@ from grail.report.summary import (
 )
 
 # CSS variable of a row's colour, by its role.
-_COLOURS = {
-    "dense": "dense",
-    "pruned": "pruned",
-    "compensated": "restored",
-    "restored": "restored",
-}
+_COLOURS = {"dense": "dense", "pruned": "pruned", "compensated": "restored", "restored": "restored"}
 _PHASES = {
     "forward": "forward passes",
     "gram": "Gram matrices",
@@ -67,11 +62,6 @@ class _Bar:
 
 
 _Bars = tuple[str, list[_Bar]]  # with their title
-
-
-def save_page(report: Report, path: str | Path) -> None:
-    """Writes `page(report)` to `path`."""
-    Path(path).write_text(page(report), encoding="utf-8")
 
 
 def page(report: Report) -> str:
