@@ -45,7 +45,7 @@ def strips(channels: int) -> Iterator[Strip]:
 
 
 def packed_numel(channels: int) -> int:
-    """Number of fp32 elements that the packed accumulator of `channels` channels takes.
+    """Returns the number of fp32 elements that the packed accumulator of `channels` channels takes.
 
     Raises:
         InputError: `channels` is below 1.
@@ -70,7 +70,7 @@ def check_packed(packed: Tensor, channels: int) -> None:
 
 
 def unpack(packed: Tensor, channels: int) -> Tensor:
-    """The dense matrix of a packed accumulator, bitwise symmetric.
+    """Returns the dense matrix of a packed accumulator, bitwise symmetric.
 
     Args:
         packed: [..., P], P = packed_numel(channels).
@@ -95,7 +95,7 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """The packed accumulator of a symmetric matrix; only its lower triangle is read.
+    """Returns the packed accumulator of a symmetric matrix; only its lower triangle is read.
 
     Args:
         matrix: [..., H, H].
@@ -118,7 +118,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def diagonal(packed: Tensor, channels: int) -> Tensor:
-    """The diagonal [..., H] of a packed accumulator, without unpacking it.
+    """Returns the diagonal [..., H] of a packed accumulator, without unpacking it.
 
     Raises:
         InputError: `packed` belongs to another number of channels.
