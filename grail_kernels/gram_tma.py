@@ -37,9 +37,6 @@ from grail_kernels.gram_call import GramCall
 _ALIGNMENT = 16
 _REACH = 2**40
 
-# Tokens that are laid out at a time: enough to make up for reading G again.
-_LAID_TOKENS = tuning.BUFFER_TOKENS
-
 # The block of activations that one program lays out.
 _LAID_BLOCK = (32, 128)
 
@@ -207,8 +204,9 @@ def add_tokens(
     if mask is None and outer == 1 and _is_laid(x):
         _add_laid(launch, x[:, 0])
         return
-    for first in range(0, outer * inner, _LAID_TOKENS):
-        tokens = min(_LAID_TOKENS, outer * inner - first)
+    at_once = tuning.BUFFER_TOKENS  # enough to make up for reading G again
+    for first in range(0, outer * inner, at_once):
+        tokens = min(at_once, outer * inner - first)
         _add_laid(launch, _lay(x, mask, first, tokens))
 
 

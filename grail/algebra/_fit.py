@@ -6,6 +6,7 @@ weight's dtype.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -282,7 +283,7 @@ def _require_finite(weight: Tensor, name: str) -> None:
 
 def check_settings(alpha: float | str, toward: str, drift_correction: float | str) -> None:
     """Raises InputError for a setting of `fit` that is not allowed."""
-    if alpha != "auto" and not (is_number(alpha) and 0 <= alpha < math.inf):
+    if alpha != "auto" and not (is_number(alpha) and 0 <= alpha <= sys.float_info.max):
         raise InputError(f"alpha must be a finite number ≥ 0, or 'auto'; got {alpha!r}")
     if drift_correction != "auto" and not (
         is_number(drift_correction) and 0 <= drift_correction <= 1

@@ -96,8 +96,8 @@ def solve(
         a.diagonal(dim1=-2, dim2=-1).add_(added[todo])
         return method(a, _picked(c, todo), least[todo])
 
-    fast = _fp64_is_fast(c.device) if precision == "auto" else precision == "fp64"
-    method = _direct if fast else _refined
+    chosen = precision_of(c.device) if precision == "auto" else precision
+    method = _direct if chosen == "fp64" else _refined
     retries = torch.zeros_like(lam, dtype=torch.int64)
     x, good = attempt(torch.arange(len(c), device=c.device))
     for _ in range(ATTEMPTS):
@@ -114,6 +114,18 @@ def solve(
         )
     x[empty] = 0
     return Solution(x.reshape(right.shape), lam.reshape(batch), retries.reshape(batch))
+
+
+def precision_of(device: torch.device) -> Precision:
+    """Returns the precision that "auto" stands for on a device."""
+    if device.type != "cuda":
+        fast = True
+    elif torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        fast = name.split(":")[0] in ("gfx90a", "gfx942")
+    else:
+        fast = torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
+    return "fp64" if fast else "refined"
 
 
 def _made(normal: Tensor | Callable[[], Tensor]) -> Tensor:
@@ -145,15 +157,6 @@ def _require_finite(values: Tensor, what: str) -> None:
     if bool(bad.any()):
         channels = bad.flatten(0, -2).any(0).nonzero().flatten().tolist()
         raise NonFiniteError(what, channels, int(bad.sum()))
-
-
-def _fp64_is_fast(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return True
-    if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(device).gcnArchName
-        return name.split(":")[0] in ("gfx90a", "gfx942")
-    return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
 
 
 def _direct(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from grail_kernels import check_kind
 LENGTH = 1024  # tokens of a calibration sequence, if the model has positions for so many
 
 # Models that count positions from after the padding token's: the first rows are unused.
-_POSITIONS_AFTER_PADDING = (
+POSITIONS_AFTER_PADDING = (
     "camembert",
     "data2vec-text",
     "roberta",
@@ -157,7 +157,7 @@ def _positions(config: Any) -> int | None:
     found = getattr(config, "max_position_embeddings", None)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         return None  # XLNet has −1
-    if config.model_type in _POSITIONS_AFTER_PADDING:
+    if config.model_type in POSITIONS_AFTER_PADDING:
         found -= (config.pad_token_id or 0) + 1
     return found
 

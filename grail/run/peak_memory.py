@@ -175,7 +175,8 @@ class _Rehearsal:
         with ExitStack() as stack:
             self._created = stack.enter_context(created_hidden_states())
             stack.enter_context(self._meter)
-            stream = self._whole.part(_sample(self._whole)) if len(self._whole) else self._whole
+            with self._clock("forward"):  # what smaller batches make smaller
+                stream = self._whole.part(_sample(self._whole)) if len(self._whole) else self._whole
             own = sum(hidden.nbytes for hidden in stream.hidden)
             self._growth = entry / own if own else 0.0
             transaction = stack.enter_context(Transaction())

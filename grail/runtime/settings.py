@@ -109,9 +109,9 @@ class Runtime:
 
     def __post_init__(self) -> None:
         if self.storage != "auto":
-            require_usable(self.storage)
+            require_usable(self.storage, "storage")
         if self.onload is not None:
-            require_usable(self.onload)
+            require_usable(self.onload, "onload")
         if self.resume_dir is not None:
             object.__setattr__(self, "resume_dir", as_path("resume_dir", self.resume_dir))
         require_switches(progress=self.progress)

@@ -940,7 +940,7 @@ def test_a_full_disk_behind_the_printing_does_not_hide_the_output(
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(commands.compress, "_print_report", full)
+    monkeypatch.setattr(commands.compress, "headline", full)
     result = grail(*arguments)
     assert result.exit_code == 0
     assert f"complete in {tmp_path / 'out'}" in result.stderr
