@@ -45,7 +45,7 @@ def strips(channels: int) -> Iterator[Strip]:
 
 
 def packed_numel(channels: int) -> int:
-    """Number of fp32 elements that the packed accumulator of `channels` channels takes.
+    """Returns the number of fp32 elements that the packed accumulator of `channels` channels takes.
 
     Raises:
         InputError: `channels` is below 1.
@@ -70,7 +70,7 @@ def check_packed(packed: Tensor, channels: int) -> None:
 
 
 def unpack(packed: Tensor, channels: int) -> Tensor:
-    """The dense matrix [..., H, H] of a packed accumulator [..., P], bitwise symmetric.
+    """Returns the dense matrix [..., H, H] of a packed accumulator [..., P], bitwise symmetric.
 
     Raises:
         InputError: `packed` belongs to another number of channels.
@@ -88,7 +88,7 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """The packed accumulator [..., P] of a symmetric matrix [..., H, H], zero above the diagonal.
+    """Returns the packed accumulator [..., P] of a symmetric matrix [..., H, H], 0 above its diagonal.
 
     Only the lower triangle is read.
 
@@ -107,7 +107,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def diagonal(packed: Tensor, channels: int) -> Tensor:
-    """The diagonal [..., H] of a packed accumulator, without unpacking it.
+    """Returns the diagonal [..., H] of a packed accumulator, without unpacking it.
 
     Raises:
         InputError: `packed` belongs to another number of channels.

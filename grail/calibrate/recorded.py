@@ -45,7 +45,7 @@ class Call:
         return state_of((self.args, self.kwargs))
 
     def to(self, device: torch.device) -> "Call":
-        """The same call with its tensors on a device."""
+        """Returns the same call with its tensors on a device."""
         return Call(on_device(self.args, device), on_device(self.kwargs, device), self.key)
 
     def equals(self, other: "Call") -> bool:

@@ -77,7 +77,7 @@ def draw_errors(sites: Sequence[SiteReport], compensated: bool = True) -> Drawin
     """Draws a panel for each kind of site: error before and after by block, joined by a stem.
 
     Args:
-        sites: of a report; one at least knows both errors.
+        sites: of a report; at least one has both errors.
         compensated: whether there is an error after.
     """
     from matplotlib.ticker import MaxNLocator

@@ -70,9 +70,9 @@ class Prediction:
 
 
 def baselines(recipe: Recipe, *, uneven: bool = False) -> dict[str, Recipe]:
-    """The runs that a model is compared with, by role of their row in a report.
+    """Returns the runs that a model is compared with, by role of their row in a report.
 
-    "pruned" is plain pruning with the selector of `options`, or Wanda's where that is greedy, which
+    "pruned" is plain pruning with the selector of `recipe`, or Wanda's where that is greedy, which
     selects channels to be compensated. "compensated" is the same selector and widths as "pruned"
     with compensation, where the model itself has another selector or uneven widths.
     """
@@ -113,7 +113,7 @@ class Study:
     completions: dict[str, Tensor] = field(default_factory=dict)
 
     def predict(self, recipe: Recipe, *, compare: bool, uneven: bool) -> Prediction:
-        """Wall time of the whole command, from trials on the dense network; it stays as it is."""
+        """Predicts the time of the whole command from trials on the dense network."""
         compare = compare and bool(self.heldout)
         others = list(baselines(recipe, uneven=uneven).values()) if compare else []
         with self.stages(PREDICTING):
@@ -151,7 +151,7 @@ class Study:
         )
 
     def _of_evaluations(self, models: int) -> dict[str, float]:
-        """Of models of the network's size, from one sequence and a few new tokens."""
+        """Predicts evaluations of models of the network's size from one sequence and few tokens."""
         if not self.heldout:
             return {}
         seconds = {PERPLEXITY: models * _rate(self.network, self.heldout) * _count(self.heldout)}
@@ -165,14 +165,14 @@ class Study:
         return seconds
 
     def _of_sensitivity(self, recipe: Recipe, run: Mapping[str, float]) -> float:
-        """A pass with the Grams and solves of a run, and a few batches through it for each site."""
+        """Predicts a pass with the Grams and solves of a run, and a few batches for each site."""
         assert not isinstance(self.batches, Collected)
         sites = recipe.all_sites(find(self.network, recipe.sites))
         probed = self.batches[: max(1, len(self.batches) // PROBES)]
         return run["total"] + (1 + len(sites)) * _rate(self.network, probed) * _count(probed)
 
     def measure(self, role: str, recipe: Recipe | None = None) -> None:
-        """Adds the row of the network, narrowed by `options`, if there is held-out text."""
+        """Adds the row of the network, narrowed by `recipe`, if there is held-out text."""
         if not self.heldout:
             return
         with self.stages(PERPLEXITY):
@@ -248,7 +248,7 @@ class Study:
         return self.tokenizer is not None and self.network.can_generate()
 
     def _samples(self) -> list[dict[str, str]]:
-        """The first completions of each model, "compensated" left out, as text."""
+        """Returns the first completions of each model, "compensated" left out, as text."""
         shown = {role: rows for role, rows in self.completions.items() if role != "compensated"}
         if not shown:
             return []
