@@ -88,9 +88,9 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """Returns the packed accumulator [..., P] of a symmetric matrix [..., H, H], 0 above its diagonal.
+    """Returns the packed accumulator [..., P] of a symmetric matrix [..., H, H].
 
-    Only the lower triangle is read.
+    Only the lower triangle is read; values above the diagonal are 0.
 
     Raises:
         InputError: `matrix` is not square.

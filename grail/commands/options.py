@@ -138,7 +138,8 @@ class Given:
     @property
     def recipe(self) -> str:
         """The recipe that options override."""
-        return str(self.context.params["recipe"] or "default")
+        recipe = self.context.params["recipe"]
+        return "default" if recipe is None else str(recipe)
 
     @property
     def prints_json(self) -> bool:

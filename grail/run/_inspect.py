@@ -19,7 +19,7 @@ from grail.arguments import require_model, require_whole
 from grail.calibrate.stream import Stream
 from grail.files.load import positions
 from grail.networks import Architecture, BoundSite, find
-from grail.recipe import AnyRecipe, Recipe, merged
+from grail.recipe import AnyRecipe, Keep, Recipe, merged
 from grail.run import peak_memory
 from grail.run.block import BlockCompressor
 from grail.run.blocks import Blocks
@@ -47,7 +47,7 @@ class SiteKind:
 class Saving:
     """The model at one keep ratio: widths in words by kind, parameters and bytes."""
 
-    keep: float
+    keep: Any  # a ratio, or one for each kind or site
     widths: dict[str, str]
     parameters: int
     bytes: int
@@ -82,7 +82,7 @@ class Inspection:
 def inspect(
     model: nn.Module,
     *,
-    keeps: Sequence[float] = KEEPS,
+    keeps: Sequence[Keep] = KEEPS,
     tokens: int = 65536,
     sequence_length: int = 1024,
     batch_size: int = 1,
@@ -93,7 +93,7 @@ def inspect(
     """Lists a model's sites and predicts what a run costs.
 
     Args:
-        keeps: ratios for the table of savings.
+        keeps: shares for the table of savings, each in a form that `grail.Recipe` takes.
         tokens, sequence_length, batch_size: the calibration set; sequences no longer than what the
             model has positions for.
         recipe, runtime, overrides: of the predicted run, see `grail.compress`; default the default
@@ -152,10 +152,11 @@ def _saving(
     architecture: Architecture,
     recipe: Recipe,
     sites: Sequence[BoundSite],
-    keep: float,
+    keep: Keep,
 ) -> Saving:
     """Returns a row of the table of savings, for a model with the biases of the run."""
-    widths = [(site, site.width(keep, recipe.multiple)) for site in sites]
+    recipe = replace(recipe, keep=keep)
+    widths = [(site, site.width(recipe.keep_of(site), recipe.multiple)) for site in sites]
     parameters, size = _size(model)
     saved = _saved(widths)
     return Saving(

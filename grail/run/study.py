@@ -136,7 +136,6 @@ class Study:
         return Prediction(seconds, plan.memory["peak"], plan.tokens, output)
 
     def _inspect(self, recipe: Recipe) -> Inspection:
-        assert isinstance(recipe.keep, float | int)
         rows, length, tokens = 1, 8, 0  # where sums were collected no text runs through the model
         if not isinstance(self.batches, Collected):
             (rows, length), tokens = self.batches[0].shape, _count(self.batches)
@@ -178,7 +177,7 @@ class Study:
         with self.stages(PERPLEXITY):
             row = evaluate(self.network, self.heldout, progress=self.runtime.progress)
         if recipe is not None:
-            row = replace(row, **_made_by(recipe))
+            row = replace(row, **self._made_by(recipe))
         if self._completes():
             with self.stages(COMPLETIONS):
                 written = completions.complete(self.network, completions.prompts(self.heldout))
@@ -190,7 +189,7 @@ class Study:
     def compare(self, recipe: Recipe, *, uneven: bool = False) -> None:
         """Adds the rows of `baselines`; the network is a fresh one afterwards."""
         for role, other in baselines(recipe, uneven=uneven).items():
-            self.say(f"Measuring the comparison: {_label(other)} …")
+            self.say(f"Measuring the comparison: {self._label(other)} …")
             with self.stages(RUNS):
                 runtime = replace(self.runtime, resume_dir=None)
                 compress(self.network, self.batches, recipe=other, runtime=runtime)
@@ -244,6 +243,20 @@ class Study:
         ]
         export(self.network, self.tokenizer, output, report=finished, page=page, uneven=uneven)
 
+    def _label(self, recipe: Recipe) -> str:
+        return Evaluation(0.0, 0, 0, 0, **self._made_by(recipe)).label
+
+    def _made_by(self, recipe: Recipe) -> dict[str, Any]:
+        """Returns the fields of a row that describe how a recipe narrowed the network."""
+        shares = recipe.keep if isinstance(recipe.keep, Mapping) else {}
+        kinds = find(self.network, recipe.sites).kinds
+        return {
+            "selector": recipe.as_dict()["selector"],
+            "compensation": fitted_parts(recipe.compensate, recipe.fit_bias),
+            "uneven": not shares.keys() <= set(kinds)
+            or any(isinstance(share, Sequence) for share in shares.values()),
+        }
+
     def _completes(self) -> bool:
         return self.tokenizer is not None and self.network.can_generate()
 
@@ -270,19 +283,6 @@ def _stages(
         for stage in [*predicted, *(stage for stage in measured if stage not in predicted)]
     }
     return {**rows, "total": {column: sum(of.values()) for column, of in columns.items()}}
-
-
-def _label(recipe: Recipe) -> str:
-    return Evaluation(0.0, 0, 0, 0, **_made_by(recipe)).label
-
-
-def _made_by(recipe: Recipe) -> dict[str, Any]:
-    """Returns the fields of a row that describe how a recipe narrows a network."""
-    return {
-        "selector": recipe.as_dict()["selector"],
-        "compensation": fitted_parts(recipe.compensate, recipe.fit_bias),
-        "uneven": isinstance(recipe.keep, Mapping),
-    }
 
 
 def _count(batches: Sequence[Tensor]) -> int:

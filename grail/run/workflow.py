@@ -6,7 +6,7 @@ load → calibrate → predict → [dense] → [pruned, compensated] → [uneven
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -172,6 +172,11 @@ class _Call:
         if self.uneven and not self.recipe.compensate:
             raise InputError(
                 "uneven measures what sites cost once compensated: leave compensate on"
+            )
+        if self.uneven and isinstance(self.recipe.keep, Mapping):
+            raise InputError(
+                f"uneven divides one share among the blocks; got keep={self.recipe.keep!r}: give "
+                "one share, or leave uneven out to use these"
             )
         if collected and self.recipe.closed_loop:
             raise InputError(
