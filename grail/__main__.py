@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 def main() -> int:
-    """Runs the command line, and says what to install where its packages are missing."""
+    """Runs the command line; names the packages to install if some are missing."""
     # Read when those libraries are imported; their warnings are for programmers.
     for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(variable, "error")
@@ -39,8 +39,8 @@ def _leave(status: int) -> NoReturn:
     """Ends one of several processes at once, without taking the interpreter down step by step.
 
     All is written by then. A rare abort at that point, "terminate called without an active
-    exception", is most likely a worker of torch.distributed that an ending interpreter stops while
-    it waits for it to let go of a tensor.
+    exception", most likely comes from a worker of torch.distributed that the interpreter stops at
+    exit while it waits for the release of a tensor.
     """
     sys.stdout.flush()
     sys.stderr.flush()

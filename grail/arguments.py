@@ -4,6 +4,7 @@ import difflib
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -90,13 +91,23 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def plain(value: Any) -> Any:
-    """Returns a number or array of numpy as Python's; anything else unchanged."""
-    return value.tolist() if isinstance(value, (np.number, np.ndarray)) else value
+    """Returns a scalar or array of numpy, or a number such as a fraction, as Python's own.
+
+    Anything else is returned unchanged, also a number too large for a float.
+    """
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+        with suppress(OverflowError):
+            return float(value)
+    return value
 
 
 def as_path(name: str, value: object) -> Path:
     """Returns a path given as a string or a path."""
     check_kind(name, value, (str, os.PathLike), "a path")
+    if not str(value) or "\0" in str(value):
+        raise InputError(f"{name} must be a path; got {value!r}")
     return Path(str(value))
 
 
@@ -105,9 +116,9 @@ def is_quantised(module: nn.Module) -> bool:
     return any(hasattr(module, mark) for mark in _QUANTISED)
 
 
-def require_usable(device: torch.device | str) -> torch.device:
+def require_usable(device: torch.device | str, name: str = "device") -> torch.device:
     """Returns a device of this machine; raises InputError for any other."""
-    check_kind("device", device, (str, torch.device), "the name of a device, such as 'cuda'")
+    check_kind(name, device, (str, torch.device), "the name of a device, such as 'cuda'")
     try:
         found = torch.device(device)
         if found.type == "meta":
@@ -139,8 +150,9 @@ def _why_not(device: str, error: Exception) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question with the known name that is nearest to another one; nothing where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
+    in_any_case = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), in_any_case, n=1)
+    return f"did you mean {in_any_case[near[0]]!r}? " if near else ""
 
 
 def as_paths(name: str, paths: object) -> list[Path]:

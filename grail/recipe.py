@@ -3,8 +3,9 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 from grail import select
 from grail.algebra._fit import ALPHA, Auto, Toward, check_settings
 from grail.algebra.gram import NonFinite, check_non_finite
-from grail.algebra.width import Width, check_keep
+from grail.algebra.width import Width, check_keep, check_multiple
 from grail.arguments import as_path, did_you_mean, plain, require_seed, require_switches
 from grail.errors import InputError, ModelError, one_line
 from grail.networks import Architecture, BoundSite, Fused, Site
@@ -31,7 +32,7 @@ Sites = Sequence[str | Site] | None
 
 Made = TypeVar("Made", Site, Fused)
 
-RECIPE = "recipe.json"  # beside every output
+RECIPE = "recipe.json"  # in every output folder
 _MOST_SEED = (1 << 63) - 1
 _FORMATS = (".json", ".yaml", ".yml")
 
@@ -64,16 +65,16 @@ class Recipe:
 
     keep: Keep = setting(
         0.7,
-        "Share of each site's channels that stays, in (0, 1]. In Python and in a recipe file also "
-        'one for each kind or site, {"mlp": 0.5, "heads": 0.7}, or for each block of a kind, '
-        '{"mlp": [0.9, 0.8, …]}. The nearest width that the structure allows is used and reported.',
+        "Share of each site's channels that stays, in (0, 1]. The nearest width that the structure "
+        "allows is used and reported. In Python and in a recipe file also one share for each kind "
+        'or site, {"mlp": 0.5, "heads": 0.7}, or for each block of a kind, {"mlp": [0.9, 0.8, …]}.',
         metavar="SHARE",
     )
     sites: Sites = setting(
         None,
         "Kinds of sites to narrow: mlp, heads, experts, shared_experts, conv; several as "
-        "mlp,heads. In Python and in a recipe file also grail.Site, which names layers.",
-        shown="what there is of mlp, experts and conv",
+        "mlp,heads. In Python and in a recipe file also a grail.Site, which names layers.",
+        shown="experts of mixtures, conv of convolutional networks, else mlp",
         metavar="KINDS",
     )
     selector: str | select.Selector = setting(
@@ -84,19 +85,20 @@ class Recipe:
     )
     compensate: bool = setting(
         True,
-        "Fit the consumers' weights to the kept channels. Without: plain pruning or folding.",
+        "Refit the layers that read a site, its consumers, to the channels that stay. Without: "
+        "plain pruning or folding.",
         panel="Restoring",
     )
     fit_bias: bool = setting(
         False,
-        "Also fit output biases to the mean of the removed signal; Llama gets biases. With "
-        "compensate both are fitted at once, without it biases alone, as FLAP does.",
+        "Also fit output biases to the mean of the removed signal; a model without biases gets "
+        "them. Without compensate biases alone are fitted, as FLAP does.",
         panel="Restoring",
     )
     alpha: float | Auto = setting(
         "auto",
         "Ridge strength, relative to the mean diagonal of the kept channels' Gram. auto chooses it "
-        f"at each site by held-out sequences (every fifth), and is {ALPHA:g} where there are none.",
+        f"for each site on held-out sequences (every fifth), and is {ALPHA:g} if there are none.",
         metavar="FLOAT|auto",
         panel="Restoring",
     )
@@ -107,58 +109,59 @@ class Recipe:
     )
     drift_correction: float | Auto = setting(
         "auto",
-        "Share in [0, 1] of the drift from the dense network that each consumer also corrects. 0 "
-        "is the paper; auto chooses by held-out sequences. Costs a pass of the dense blocks.",
+        "Share in [0, 1] of the drift from the dense network, accumulated in the blocks before, "
+        "that each consumer also corrects. 0 is the paper; auto chooses it on held-out sequences. "
+        "Costs a pass of the dense blocks.",
         metavar="FLOAT|auto",
         panel="Restoring",
     )
     correct_attention: bool = setting(
         False,
-        "Also rewrite the projections to queries, keys and values, so that they compute from the "
-        "compressed stream what they did from the dense one; their widths stay. Needs drift to be "
-        "followed. Worth it for text encoders; for decoders, measure.",
+        "Also correct drift in the projections to queries, keys and values; their widths stay. "
+        "Needs drift correction. Improves text encoders; measure it for decoders.",
         panel="Restoring",
     )
     token_weights: bool | Auto = setting(
         "auto",
-        "Weight each token's error by the inverse size of the dense residual stream, as norms see "
-        "it; the paper weights all alike. Needs drift to be followed and no biases to be fitted.",
+        "Weight each token's error by the inverse size of the dense residual stream, as norms do; "
+        "the paper weights all tokens alike. Needs drift correction, and excludes fit_bias.",
         shown="where heads alone are narrowed",
         panel="Restoring",
     )
     closed_loop: bool = setting(
         True,
-        "Calibrate each block on the output of the already compressed ones, or on the dense model.",
+        "Closed: calibrate each block on the outputs of the compressed blocks before it. Open: on "
+        "those of the dense model.",
         flag="--closed-loop/--open-loop",
         panel="Restoring",
     )
     multiple: int | None = setting(
         None,
-        "Round widths in channels to a multiple of this.",
+        "Round widths to a multiple of so many channels.",
         shown="128 from 4096 channels up, 8 from 64, else 1",
     )
     seed: int = setting(
         0,
-        "Seed of random scores; on the command line also of the calibration sequences.",
+        "Seed of selectors that draw at random; on the command line and in "
+        "grail.compress_checkpoint also of the choice of calibration sequences.",
         most=_MOST_SEED,
         panel="Running",
     )
     per_tap: bool = setting(
         True,
-        "Fit every tap of a convolution. Without: the paper's map of channels, the same at every "
-        "tap, which needs less data.",
+        "Fit every tap of a convolution separately. Without: as in the paper, one map of channels "
+        "for all taps, which needs less data.",
         flag=None,  # the command line narrows language models
     )
     exact_folding: bool = setting(
         True,
-        "Fit a folding to the output of the folded producers, at the cost of one more pass. "
-        "Without: as in the paper, which folds the dense activations.",
+        "Fit a folding to the outputs of the folded layers, at the cost of one more pass. "
+        "Without: to the folded dense activations, as in the paper.",
         panel="Restoring",
     )
     repair: bool = setting(
         False,
-        "Set the batch norms of each block to the statistics of their inputs once its sites are "
-        "done, as REPAIR does.",
+        "Reset the batch norms of each block to statistics of their new inputs, as REPAIR does.",
         flag=None,
     )
     non_finite: NonFinite = setting(
@@ -168,8 +171,8 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "drift_correction", "multiple", "seed"):
-            object.__setattr__(self, name, plain(getattr(self, name)))
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, plain(value))
         self._check_channels()
         switches = [field.name for field in dataclasses.fields(self) if field.type is bool]
         require_switches(**{name: getattr(self, name) for name in switches})
@@ -180,25 +183,19 @@ class Recipe:
         check_non_finite(self.non_finite)
         if self.repair and self.non_finite == "drop":
             raise InputError("repair counts every pixel, so it cannot drop those that hold NaN")
+        if self.multiple is not None:
+            check_multiple(self.multiple)
         require_seed(self.seed)
 
+    def __hash__(self) -> int:
+        """Of all settings but `keep`, which may be a mapping."""
+        return hash(tuple(value for name, value in vars(self).items() if name != "keep"))
+
     def _check_channels(self) -> None:
-        """Checks which channels of which sites stay, and gives these fields their one form."""
-        object.__setattr__(self, "keep", _plain_shares(self.keep))
-        if isinstance(self.sites, str):
-            kinds = self.sites.lower().replace(",", " ").split()
-            object.__setattr__(self, "sites", tuple(dict.fromkeys(kinds)))
-        elif isinstance(self.sites, Site):
-            object.__setattr__(self, "sites", (self.sites,))
+        """Checks keep, sites and selector, and converts them to one form."""
+        object.__setattr__(self, "keep", _checked_shares(self.keep))
         if self.sites is not None:
-            check_kind("sites", self.sites, Iterable, "a list of kinds or of grail.Site")
-            object.__setattr__(self, "sites", tuple(self.sites))
-        if odd := [site for site in self.sites or () if not isinstance(site, (str, Site))]:
-            raise InputError(f"sites must be kinds, such as 'mlp', or grail.Site; got {odd[0]!r}")
-        keeps: Any = self.keep.values() if isinstance(self.keep, Mapping) else ([self.keep],)
-        for keep in keeps:
-            for share in keep if _are_several(keep) else (keep,):
-                check_keep(share)
+            object.__setattr__(self, "sites", _checked_sites(self.sites))
         if not (isinstance(self.selector, str) or callable(self.selector)):
             raise InputError(f"selector must be a name or a function; got {kind_of(self.selector)}")
         if isinstance(self.selector, str):
@@ -210,7 +207,7 @@ class Recipe:
             raise InputError(
                 "drift_correction needs the closed loop: an open one sees no drift to correct"
             )
-        if self.token_weights not in (True, False, "auto"):
+        if not (isinstance(self.token_weights, bool) or self.token_weights == "auto"):
             raise InputError(
                 f"token_weights must be True, False or 'auto'; got {self.token_weights!r}"
             )
@@ -232,6 +229,7 @@ class Recipe:
         Raises:
             InputError: an unknown name; the message has the nearest known one.
         """
+        check_kind("recipe", name, str, "the name of one")
         if name not in PRESETS:
             raise InputError(
                 f"unknown recipe {name!r}; {did_you_mean(str(name), PRESETS)}choose one of "
@@ -263,12 +261,14 @@ class Recipe:
         """
         path = _recipe_file(path)
         try:
-            text = path.read_text(encoding="utf-8")
-            return cls.from_dict(_parsed(text, path.suffix))
+            text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin with a mark
+            return cls.from_dict(_parsed(text, path.suffix.lower()))
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such recipe file") from error
         except OSError as error:
             raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is no text in UTF-8: {one_line(error)}") from error
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
@@ -276,19 +276,27 @@ class Recipe:
         """Writes the recipe for `load`, JSON or YAML by its suffix.
 
         Raises:
-            InputError: a selector that is a function, another suffix, YAML without PyYAML.
+            InputError: a selector that is a function, another suffix, YAML without PyYAML, a file
+                that cannot be written.
         """
+        path = _recipe_file(path)
+        text = self._text(path.suffix.lower())
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {one_line(error)}") from error
+
+    def _text(self, suffix: str) -> str:
+        """The text of a recipe file."""
         if not isinstance(self.selector, str):
             raise InputError(
                 f"selector is {self.selector!r}, and no file holds a function; a recipe can be "
                 "saved with the name of a selector"
             )
-        path, data = _recipe_file(path), self.as_dict()
-        if path.suffix == ".json":
-            text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-        else:
-            text = _yaml().safe_dump(data, sort_keys=False, allow_unicode=True)
-        path.write_text(text, encoding="utf-8")
+        data = self.as_dict()
+        if suffix == ".json":
+            return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        return str(_yaml().safe_dump(data, sort_keys=False, allow_unicode=True))
 
     def as_dict(self) -> dict[str, Any]:
         """Returns all settings as JSON-ready data; a selector that is a function as its repr."""
@@ -297,7 +305,7 @@ class Recipe:
 
     @property
     def follows_drift(self) -> bool:
-        """Whether the dense network's stream is carried beside the compressed one's."""
+        """Whether the dense network's stream is carried along with the compressed one's."""
         return self.compensate and self.closed_loop and self.drift_correction != 0
 
     @property
@@ -430,7 +438,8 @@ def as_recipe(recipe: AnyRecipe) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     check_kind("recipe", recipe, (str, Path), "a grail.Recipe, the name of one, or a path")
-    if recipe in PRESETS or not (Path(recipe).suffix in _FORMATS or Path(recipe).is_file()):
+    is_file = Path(recipe).suffix.lower() in _FORMATS or os.path.isfile(recipe)
+    if str(recipe) in PRESETS or not is_file:
         return Recipe.named(str(recipe))
     return Recipe.load(recipe)
 
@@ -473,28 +482,46 @@ def save_beside(settings_of_run: Mapping[str, Any], folder: Path) -> None:
     Nothing is written of settings that no recipe has, nor where the selector is a function.
     """
     if settings_of_run.keys() == set(settings()) and settings_of_run["selector"] in select.names():
-        Recipe.from_dict(settings_of_run).save(folder / RECIPE)
+        text = Recipe.from_dict(settings_of_run)._text(".json")
+        (folder / RECIPE).write_text(text, encoding="utf-8")
 
 
 def _recipe_file(path: str | Path) -> Path:
     path = as_path("path", path)
-    if path.suffix not in _FORMATS:
+    if path.suffix.lower() not in _FORMATS:
         raise InputError(f"{path}: a recipe file ends in {', '.join(_FORMATS)}; rename it")
     return path
 
 
 def _parsed(text: str, suffix: str) -> Any:
     yaml = None if suffix == ".json" else _yaml()
-    faults = (ValueError,) if yaml is None else (ValueError, yaml.YAMLError)
+    faults = () if yaml is None else (yaml.YAMLError,)
     try:
-        return json.loads(text) if yaml is None else yaml.load(text, _yaml_loader(yaml))
-    except faults as error:
+        if yaml is None:
+            return json.loads(text, object_pairs_hook=_each_once)
+        return yaml.load(text, _yaml_loader(yaml))
+    except InputError:
+        raise
+    except (ValueError, RecursionError, *faults) as error:
         raise InputError(f"no {suffix[1:].upper()}: {one_line(error)}") from error
 
 
+def _each_once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The mapping of names and values, refused where it gives one twice."""
+    for number, (name, _) in enumerate(pairs):
+        if name in [earlier for earlier, _ in pairs[:number]]:
+            raise InputError(f"{name!r} is given twice; leave one out")
+    return dict(pairs)
+
+
 def _yaml_loader(yaml: Any) -> Any:
-    """PyYAML's safe loader, to which 1e-3 is a number as well, not only 1.0e-3."""
-    loader: Any = type("Loader", (yaml.SafeLoader,), {})
+    """PyYAML's safe loader, which refuses keys given twice and reads 1e-3 as a number, too."""
+
+    def construct_mapping(self: Any, node: Any, deep: bool = False) -> Any:
+        _each_once([(str(key.value), None) for key, _ in node.value])
+        return yaml.SafeLoader.construct_mapping(self, node, deep)
+
+    loader: Any = type("Loader", (yaml.SafeLoader,), {"construct_mapping": construct_mapping})
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     return loader
@@ -537,14 +564,41 @@ def _made(kind: type[Made], data: Mapping[str, Any]) -> Made:
     return kind(**data)
 
 
-def _plain_shares(keep: Any) -> Any:
-    """Shares of channels in Python's numbers."""
-    if isinstance(keep, Mapping):
-        return {name: _plain_shares(shares) for name, shares in keep.items()}
-    keep = plain(keep)
-    return [plain(share) for share in keep] if _are_several(keep) else keep
+def _checked_shares(keep: Any) -> Any:
+    """Shares of channels in Python's numbers, one or by name, each one or one for each block."""
+    if not isinstance(keep, Mapping):
+        check_keep(keep)
+        return keep
+    if odd := [name for name in keep if not isinstance(name, str)]:
+        raise InputError(f"keep must name kinds, such as 'mlp', or sites; got {odd[0]!r}")
+    found = {str(name): plain(shares) for name, shares in keep.items()}
+    for name, shares in found.items():
+        several = _are_several(shares)
+        found[name] = [plain(share) for share in shares] if several else shares
+        for share in found[name] if several else (shares,):
+            check_keep(share)
+    if not found or [] in found.values():
+        raise InputError(f"keep must give shares, such as {{'mlp': 0.5}}; got {keep!r}")
+    return found
+
+
+def _checked_sites(sites: Any) -> tuple[str | Site, ...]:
+    """Kinds in lower case, each once, or sites that name layers."""
+    if isinstance(sites, str):
+        sites = sites.replace(",", " ").split()
+    elif isinstance(sites, Site):
+        sites = [sites]
+    elif isinstance(sites, Set):  # which is in no order
+        sites = sorted(sites, key=str)
+    if isinstance(sites, Mapping) or not isinstance(sites, Iterable):
+        raise InputError(f"sites must be a list of kinds or of grail.Site; got {kind_of(sites)}")
+    sites = tuple(sites)
+    if odd := [site for site in sites if not isinstance(site, (str, Site))]:
+        raise InputError(f"sites must be kinds, such as 'mlp', or grail.Site; got {odd[0]!r}")
+    kinds = [site.strip().lower() if isinstance(site, str) else site for site in sites]
+    return tuple(kinds if any(isinstance(site, Site) for site in sites) else dict.fromkeys(kinds))
 
 
 def _are_several(keep: object) -> bool:
-    """Whether shares of channels are one for each block."""
+    """Returns True for a sequence of shares, one for each block."""
     return isinstance(keep, Sequence) and not isinstance(keep, (str, bytes))

@@ -6,7 +6,7 @@ from grail_kernels.backend import resolve_backend
 from grail_kernels.checks import check_activations
 from grail_kernels.errors import BackendError, GrailError, InputError
 from grail_kernels.gram import gram_, gram_batched_, gram_ragged_, gram_swiglu_
-from grail_kernels.operators import KERNELS
+from grail_kernels.operators import OPERATOR_FUNCTIONS
 from grail_kernels.precision import full_fp32
 from grail_kernels.products import add_products
 from grail_kernels.tiles import STRIP_ROWS, diagonal, pack, packed_numel, unpack
@@ -14,7 +14,7 @@ from grail_kernels.tuning import BUFFER_TOKENS
 
 __all__ = [
     "BUFFER_TOKENS",
-    "KERNELS",
+    "OPERATOR_FUNCTIONS",
     "STRIP_ROWS",
     "BackendError",
     "GrailError",

@@ -164,7 +164,7 @@ def _add_dense(
 
 
 def _check(weight: Tensor, gram: Tensor, keep: Tensor) -> None:
-    """Refuses arguments by what their shapes, dtypes and devices tell."""
+    """Refuses arguments by their shapes, dtypes and devices."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise InputError(
             f"weight must be a floating point [outputs, channels]; got {weight.dtype} "

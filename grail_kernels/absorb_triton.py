@@ -17,8 +17,8 @@ the left one from there. Neighbours walk a group of tile rows, so that they find
 
 fp32 quality on tensor cores: G is the sum of three bf16 (8 + 8 + 8 bits, exact from 2⁻¹¹⁰ up). A
 bf16 W is exact as it is, which makes three products; fp16 and fp32 take the Gram kernel's six. A
-step's products are summed apart and added to the tile by ordinary additions, which round to nearest
-where tensor cores truncate. The result is fp32: the ridge solve comes before W's own rounding.
+step's products are summed first and added to the tile by ordinary additions, which round to
+nearest; tensor cores truncate. The result is fp32: the ridge solve comes before W's own rounding.
 
 FLOPs: 2·O·D·K of the answer, three or six times that in bf16. Bytes: W read once and W_D written,
 O·(H + D)·itemsize; of the triangle at most 2·H², for channels between the gathered ones share

@@ -62,7 +62,9 @@ _held = threading.Lock()
 _ROW_MAJOR, _LOWER, _AS_IS, _TRANSPOSED = 101, 122, 111, 112
 
 
-class _OpenBlas(NamedTuple):
+class OpenBlas(NamedTuple):
+    """The calls into the library."""
+
     gemm: Callable[..., None]
     syrk: Callable[..., None]
     get_threads: Callable[[], int]
@@ -84,7 +86,7 @@ class _Tile(NamedTuple):
 
 def takes(tokens: Tensor) -> bool:
     """Returns whether `add_gram` can run on tokens [T, H], T > 0."""
-    return tokens.device.type == "cpu" and tokens.shape[0] > 0 and _openblas() is not None
+    return tokens.device.type == "cpu" and tokens.shape[0] > 0 and openblas() is not None
 
 
 def add_gram(out: Tensor, rows: Tensor, columns: Tensor) -> None:
@@ -176,7 +178,7 @@ def _add_to_strips(out: Tensor, channels: int, tile: _Tile, sums: NDArray[np.flo
 
 def _multiply(tile: _Tile, rows: Tensor, columns: Tensor, sums: int) -> None:
     """Adds the product of a chunk to the sums of a tile [R, C] fp32, given by their address."""
-    library = _openblas()
+    library = openblas()
     assert library is not None
     height, width = tile.shape
     tokens = rows.shape[0]
@@ -217,7 +219,7 @@ if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
 
 
 @functools.cache
-def _openblas() -> _OpenBlas | None:
+def openblas() -> OpenBlas | None:
     """The calls into NumPy's OpenBLAS; None if NumPy has another library."""
     core = getattr(np, "_core", None) or np.core
     try:
@@ -237,14 +239,14 @@ def _openblas() -> _OpenBlas | None:
         gemm.argtypes = [*[choice] * 3, *[size] * 3, scale, *matrix, *matrix, scale, *matrix]
         syrk.argtypes = [*[choice] * 3, *[size] * 2, scale, *matrix, scale, *matrix]
         gemm.restype = syrk.restype = set_threads.restype = None
-        return _OpenBlas(gemm, syrk, get_threads, set_threads)
+        return OpenBlas(gemm, syrk, get_threads, set_threads)
     return None
 
 
 @contextmanager
 def _single_threaded() -> Iterator[None]:
     """OpenBLAS multiplies on the calling thread alone; put back afterwards."""
-    library = _openblas()
+    library = openblas()
     assert library is not None
     with _held:
         before = library.get_threads()

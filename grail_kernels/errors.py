@@ -2,7 +2,7 @@
 
 
 class GrailError(Exception):
-    """Something the caller can act on: the message says what came, what is allowed, what to do."""
+    """An error that the caller can act on. Message: what came; what is allowed; what to do."""
 
 
 class InputError(GrailError, ValueError):

@@ -33,12 +33,9 @@ from grail_kernels.gram_blocks import (
 )
 from grail_kernels.gram_call import GramCall
 
-# Bytes of which a descriptor's addresses and strides are multiples, and how far it reaches.
+# A descriptor's addresses and strides are multiples of so many bytes; and its range in bytes.
 _ALIGNMENT = 16
 _REACH = 2**40
-
-# Tokens that are laid out at a time: enough to make up for reading G again.
-_LAID_TOKENS = tuning.BUFFER_TOKENS
 
 
 @triton.jit
@@ -115,7 +112,7 @@ def _gram_tma_kernel(
                 col_mid = _load_block(x_desc, first + 1, token, column, BLOCK_T, BLOCK_H, OPERAND)
                 low = _load_block(x_desc, first + 2, token, row, BLOCK_T, BLOCK_H, OPERAND).T
                 col_low = _load_block(x_desc, first + 2, token, column, BLOCK_T, BLOCK_H, OPERAND)
-                # A step's products are summed apart from the long chain.
+                # A step's products are summed before they join the long chain.
                 total += six_products(high, mid, low, col_high, col_mid, col_low)
         add_tile(out_ptr + target * out_stride, total, tile_row, tile_column, H, STRIP, BLOCK_H)
 
@@ -198,8 +195,9 @@ def add_tokens(
     if mask is None and outer == 1 and _is_laid(x):
         _add_laid(launch, x[:, 0])
         return
-    for first in range(0, outer * inner, _LAID_TOKENS):
-        tokens = min(_LAID_TOKENS, outer * inner - first)
+    at_once = tuning.BUFFER_TOKENS  # enough to make up for reading G again
+    for first in range(0, outer * inner, at_once):
+        tokens = min(at_once, outer * inner - first)
         _add_laid(launch, _lay(x, mask, first, tokens))
 
 

@@ -8,8 +8,9 @@ square patch of channels, whose tokens stay in L2.
 Accumulation is fp32. Tensor cores, which truncate, sum chains of a few steps; ordinary additions,
 which round to nearest, sum the chains. A batch of matrices is one launch.
 
-fp32 activations, and weighted ones, become three bf16 parts each (8 + 8 + 8 bits, exact), of which
-the six products above 2⁻²⁴ are taken. Two parts would leave 2⁻¹⁷, a hundred times fp32's rounding.
+fp32 activations, and weighted ones, become three bf16 parts each (8 + 8 + 8 bits, exact). Of
+their products the six above 2⁻²⁴ are taken. Two parts would leave 2⁻¹⁷, a hundred times the
+rounding of fp32.
 
 Bytes: each tile row reads T·H·itemsize once per tile in it, from L2; the matrix moves 4·H² a
 launch. Bound by the tensor cores from about 500 channels on. On GPUs with a tensor memory
@@ -176,7 +177,7 @@ def _gram_kernel(
             else:
                 if weights_ptr is not None:
                     row_x = row_x.to(tl.float32) * weights[None, :]
-                # Summed apart, so that the long chain of additions gets one a step, not six.
+                # Summed separately, so that the long chain of additions gets one a step, not six.
                 total += products_of_parts(row_x.to(tl.float32), col_x.to(tl.float32), OPERAND)
         add_tile(out_ptr + target * out_stride, total, tile_row, tile_column, H, STRIP, BLOCK_H)
 

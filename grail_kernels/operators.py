@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # By name, the functions that operators run: a tool that watches torch's operations sees into them.
-KERNELS: dict[str, Callable[..., Any]] = {}
+OPERATOR_FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
 def operator(
@@ -24,7 +24,7 @@ def operator(
     """
 
     def register(kernel: Callable[..., Any]) -> Any:
-        KERNELS[name] = kernel
+        OPERATOR_FUNCTIONS[name] = kernel
         defined = torch.library.custom_op(name, kernel, mutates_args=mutates_args, schema=schema)
 
         @functools.cache

@@ -32,7 +32,7 @@ def add_products(
 ) -> None:
     """Adds leftᵀ right to `total`: to 2⁻¹⁷ of each product on tensor cores, else in fp32."""
     check_tensors(total=total, left=left, right=right)
-    if right.dtype == torch.float32 or not _has_tensor_cores(total.device):
+    if right.dtype == torch.float32 or not has_tensor_cores(total.device):
         with full_fp32(total.device):
             total.addmm_(left.float().mT, right.float())
         return
@@ -56,7 +56,7 @@ def bf16_parts(values: Tensor, count: int) -> list[Tensor]:
     return parts
 
 
-def _has_tensor_cores(device: torch.device) -> bool:
+def has_tensor_cores(device: torch.device) -> bool:
     """Returns whether the library multiplies bf16 into fp32 there."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False

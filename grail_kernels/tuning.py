@@ -1,6 +1,6 @@
 """The tile sizes and warps that each kernel launches with: a static table, no autotuning.
 
-`launches.json`, beside this file, has a row for each kernel, operand class and shape class. The
+`launches.json`, next to this file, has a row for each kernel, operand class and shape class. The
 rows of "default" are complete and serve every architecture that has no row of its own.
 `bench/tools/tune.py` measures candidates on a GPU and writes the rows of its architecture. The
 record of `bench/tools/aot.py`, which compiles every row ahead of time, shows that each fits shared
@@ -35,13 +35,12 @@ CHAIN_TOKENS = 256
 # Tokens worth waiting for before a launch: G is read and written once for all of them.
 BUFFER_TOKENS = 8192
 
-# The most tokens of a launch. Programs start together and drift apart: over many more, an H100 was
-# a third slower, as what one reads has probably left L2 before its neighbours come for it; and the
-# sums of a tile get long for fp32.
+# The most tokens of a launch. Over many more, an H100 was a third slower: programs start together,
+# drift apart and probably lose L2 reuse. Long sums of a tile are also less exact in fp32.
 LAUNCHED_TOKENS = 2 * BUFFER_TOKENS
 
-# The most channels of a "narrow" matrix, one tile of which holds it, and of a "middle" one, which
-# fills a GPU only together with others: heads, experts.
+# The most channels of a "narrow" matrix, which one tile holds, and of a "middle" one, which fills a
+# GPU only together with others: heads, experts.
 _NARROW_CHANNELS, _MIDDLE_CHANNELS = 64, 2048
 
 # Programs per multiprocessor at which a launch stops splitting the tokens of small matrices.
@@ -248,7 +247,7 @@ def _config(kind: type[Config], values: Any, name: str) -> Config:
 
 
 def _rule(field: str, value: Any) -> tuple[bool, str]:
-    """Whether a field can have that value, and the values that it can have."""
+    """Returns True if a field can have that value, and the allowed values in words."""
     if field == "method":
         return value in _METHODS, " or ".join(_METHODS)
     if not isinstance(value, int) or isinstance(value, bool):

@@ -183,3 +183,9 @@ def tiny_folder(
     tiny_llama().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def no_rehearsal(monkeypatch):
+    """Lets runs start without the rehearsal that predicts their memory, to count calls once."""
+    monkeypatch.setattr("grail.run.peak_memory.predict", lambda *_, **__: None)

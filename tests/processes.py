@@ -1,4 +1,4 @@
-"""Runs a function in several processes of a gloo group, for the tests of `grail.distributed`."""
+"""Runs a function in several processes of a gloo group, as `grail.runtime.processes` needs them."""
 
 import multiprocessing
 import tempfile

@@ -38,7 +38,7 @@ def test_what_can_be_solved_is_not_refused(name):
 
 
 def test_what_only_rounding_keeps_from_being_singular_is_flagged():
-    # Without the least pivot of `grail.ridge.solve` the Cholesky succeeds, 1.4 bounds off.
+    # Without the least pivot of `grail.algebra.ridge.solve` the Cholesky succeeds, 1.4 bounds off.
     trial = problem("nearly singular undamped", 34)
     assert outcome(failsafe.ours, trial)[0] == "flagged"
 

@@ -48,7 +48,7 @@ def test_its_library_block_runs_as_pasted_and_the_narrow_layer_too(capsys):
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec(BLOCKS[1], names)
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
     torch.manual_seed(0)
     up, down = nn.Linear(64, 256), nn.Linear(256, 64)  # the dense ones, as the block made them
     tokens = torch.randn(8, 1000, 64)
@@ -62,6 +62,16 @@ def test_its_library_block_runs_as_pasted_and_the_narrow_layer_too(capsys):
     assert float(lost.norm() / dense.norm()) == pytest.approx(fit.error, rel=1e-4)
     assert fit.error < fit.baseline_error
     assert capsys.readouterr().out.split(" → ") == [str(fit.baseline_error), f"{fit.error}\n"]
+
+
+def test_its_recipe_block_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"grail": grail, "model": tiny_llama(), "batches": tiny_batches()}
+    exec(BLOCKS[2], names)
+    report = names["report"]
+    assert report.settings == names["recipe"].as_dict()
+    assert all(site.kept == site.channels // 2 for site in report.sites)
+    assert list(Path("state").iterdir())
 
 
 def test_the_networks_page_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch):

@@ -1,10 +1,14 @@
 """A recipe as data, what it asks of an architecture, and what it refuses."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import re
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,12 +110,129 @@ def test_settings_that_a_file_leaves_out_have_their_defaults(tmp_path):
         ("a.yaml", "keep: [", r"a\.yaml: no YAML: "),
         ("a.yaml", "", "must be a mapping of settings; got None"),
         ("a.toml", "keep = 1", r"a\.toml: a recipe file ends in \.json, \.yaml, \.yml"),
+        ("a.json", '{"keep": 0.5, "keep": 0.6}', r"a\.json: 'keep' is given twice; leave one out"),
+        ("a.json", '{"keep": {"mlp": 0.5, "mlp": 0.6}}', "'mlp' is given twice"),
+        ("a.yaml", "keep: 0.5\nseed: 1\nkeep: 0.6", r"a\.yaml: 'keep' is given twice; leave one"),
+        ("a.yaml", "keep: {mlp: 0.5, mlp: 0.6}", "'mlp' is given twice"),
+        ("a.yaml", "[a, b]: 0.5", r"a\.yaml: no YAML: .* unhashable key"),
+        ("a.yaml", "keep: &a {mlp: *a}", r"a\.yaml: keep must be a fraction"),
+        ("a.yaml", "sites: {mlp: 0.5}", "sites must be a list of kinds .*; got dict"),
+        ("a.yaml", "PAPER: 1", "unknown setting 'PAPER'; choose of"),
+        ("a.yaml", "KEEP: 1", "unknown setting 'KEEP'; did you mean 'keep'"),
+        ("a.json", "[" * 100_000, r"a\.json: no JSON: .*recursion"),
+        ("a.yaml", "keep: " + "[" * 2_000, r"a\.yaml: no YAML: .*recursion"),
+        ("a.json", b'{"selector": "\xe9"}', r"a\.json is no text in UTF-8"),
+        ("a.yaml", "keep: 0.5".encode("utf-16"), r"a\.yaml is no text in UTF-8"),
     ],
 )
 def test_files_that_hold_no_recipe_are_refused(name, text, said, tmp_path):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=said):
         Recipe.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.JSON", "a.json", "a.Yaml", "a.yaml"])
+def test_a_file_with_a_byte_order_mark_and_a_suffix_in_any_case_is_read(name, tmp_path):
+    (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"keep": 0.5}\n')
+    assert Recipe.load(tmp_path / name) == merged(tmp_path / name, None, {})[0] == Recipe(0.5)
+
+
+def test_yaml_may_merge_mappings_and_override_what_they_hold(tmp_path):
+    (tmp_path / "a.yaml").write_text("keep:\n  <<: {mlp: 0.5, heads: 0.6}\n  mlp: 0.7\n")
+    assert Recipe.load(tmp_path / "a.yaml").keep == {"mlp": 0.7, "heads": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("x" * 5000, "unknown recipe 'xxx"),
+        ("x" * 5000 + ".json", "cannot be read"),
+        ("a\0.json", "path must be a path; got"),
+        ({"keep": 0.5}, "recipe must be a grail.Recipe, the name of one, or a path; got dict"),
+    ],
+    ids=["long", "long path", "null byte", "mapping"],
+)
+def test_what_names_no_recipe_is_refused(recipe, said):
+    with pytest.raises(InputError, match=said):
+        merged(recipe, None, {})
+
+
+@pytest.mark.parametrize("path", ["no/such.json", "folder.json"])
+def test_a_recipe_that_cannot_be_written_is_refused(path, tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        Recipe().save(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"multiple": "8"}, "multiple must be a positive integer"),
+        ({"multiple": 0}, "multiple must be a positive integer"),
+        ({"multiple": True}, "multiple must be a positive integer"),
+        ({"multiple": 10**400}, "multiple must be a positive integer less than"),
+        ({"alpha": 10**400}, "alpha must be a finite number"),
+        ({"token_weights": 1}, "token_weights must be True, False or 'auto'; got 1"),
+        ({"keep": {}}, "keep must give shares"),
+        ({"keep": {"mlp": []}}, "keep must give shares"),
+        ({"keep": {1: 0.5}}, "keep must name kinds, such as 'mlp', or sites; got 1"),
+        ({"keep": {"mlp": {"a": 0.5}}}, "keep must be a fraction"),
+        ({"sites": {"mlp": 0.5}}, "sites must be a list of kinds or of grail.Site; got dict"),
+    ],
+)
+def test_settings_are_checked_when_a_recipe_is_made(settings, said):
+    with pytest.raises(InputError, match=said):
+        Recipe(**settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"keep": Fraction(1, 2)}, {"keep": 0.5}),
+        ({"keep": {"mlp": np.array([0.5, 0.25])}}, {"keep": {"mlp": [0.5, 0.25]}}),
+        ({"compensate": np.False_}, {"compensate": False}),
+        ({"token_weights": np.True_}, {"token_weights": True}),
+        ({"multiple": np.int64(8)}, {"multiple": 8}),
+        ({"sites": np.array(["MLP", "mlp"])}, {"sites": ("mlp",)}),
+        ({"sites": ["MLP", " heads"]}, {"sites": "mlp, heads"}),
+        ({"sites": {"mlp", "heads", "conv"}}, {"sites": ("conv", "heads", "mlp")}),
+        (
+            {"sites": [grail.Site([grail.Fused("a", np.int64(2))], ["b"])]},
+            {"sites": [grail.Site([grail.Fused("a")], ["b"])]},
+        ),
+    ],
+)
+def test_values_of_other_libraries_are_stored_as_pythons(given, plain, tmp_path):
+    made = Recipe(**given)
+    assert repr(made) == repr(Recipe(**plain))
+    for name in ("a.json", "a.yaml"):
+        made.save(tmp_path / name)
+        assert Recipe.load(tmp_path / name) == made
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_compared_copied_and_hashed_by_value(name):
+    recipe = RECIPES[name]
+    for copied in (pickle.loads(pickle.dumps(recipe)), copy.deepcopy(recipe)):
+        assert copied == recipe
+        assert hash(copied) == hash(recipe)
+    assert len({recipe, dataclasses.replace(recipe), dataclasses.replace(recipe, seed=99)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"storage": None}, "storage must be the name of a device"),
+        ({"onload": True}, "onload must be the name of a device, such as 'cuda'; got bool"),
+        ({"resume_dir": ""}, "resume_dir must be a path; got ''"),
+        ({"resume_dir": "a\0b"}, "resume_dir must be a path"),
+        ({"resume_dir": 5}, "resume_dir must be a path; got int"),
+        ({"progress": 1}, "progress must be True or False; got int"),
+    ],
+)
+def test_wrong_ways_of_computing_are_refused_by_their_name(settings, said):
+    with pytest.raises(InputError, match=said):
+        Runtime(**settings)
 
 
 def test_a_recipe_file_that_is_not_there_is_refused(tmp_path):

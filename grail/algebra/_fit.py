@@ -1,10 +1,12 @@
 """The fit: a site's Gram, a reduction and the consumer's weight in, the rewritten weight out.
 
-The mathematics is in `grail.problem`, the choice of the ridge strength and of the drift correction
-by held-out tokens in `grail.heldout`. fp64 throughout, one rounding into the weight's dtype.
+The mathematics is in `grail.algebra.problem`, the choice of the ridge strength and of the drift
+correction by held-out tokens in `grail.algebra.heldout`. fp64 throughout, one rounding into the
+weight's dtype.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -35,11 +37,11 @@ class Fit:
     """A site's rewritten consumers and how well they rebuild the dense output.
 
     `weights`: one [O, K] per consumer given; of a layer in the form in which it stores its own, as
-    [K, O] for a Conv1D or [O, K, 1, 1] for a convolution. `shifts`: where biases are fitted, what
-    is to be added to each consumer's, [O] fp64, else None. `error` and `baseline_error`:
+    [K, O] for a Conv1D or [O, K, 1, 1] for a convolution. `shifts`: where biases are fitted, the
+    change of each consumer's bias, [O] fp64, else None. `error` and `baseline_error`:
     ‖T − W'RX‖/‖T‖ with compensation and without any, no bias either, over all consumers, measured
-    on the rounded weights; T is WX, or what the dense network's stream asks for where the Gram
-    knows its drift. `alpha` and `drift_correction`: as given or chosen; an infinite alpha is plain
+    on the rounded weights; T is WX, or the dense network's stream where the Gram
+    has its drift. `alpha` and `drift_correction`: as given or chosen; an infinite alpha is plain
     pruning or folding. `damping`: the λ used. `retries`: how often it had to grow.
     """
 
@@ -90,10 +92,10 @@ def fit(
             serves all. Each a tensor, a numpy array or a layer: a Linear, a Conv1D of transformers,
             a convolution of one tap. Layers are read, not changed.
         compensate: fits the weights. Without, they are the baseline W₀: plain pruning or folding.
-        fit_bias: also fits what is to be added to the consumers' biases, from centred sums: the fit
-            returns its `shifts`. Where W₀ stays, without compensation or with an infinite ridge
-            toward the baseline, the shift is the mean of the removed signal, (W − W₀R) s/N: the
-            bias compensation of FLAP (An et al., AAAI 2024).
+        fit_bias: also fits shifts of the consumers' biases, from centred sums; see `Fit.shifts`.
+            Where W₀ stays, without compensation or with an infinite ridge toward the baseline, the
+            shift is the mean of the removed signal, (W − W₀R) s/N: the bias compensation of FLAP
+            (An et al., AAAI 2024).
         alpha: ridge strength ≥ 0, relative to the mean diagonal of R G Rᵀ, centred where biases are
             fitted.
         toward: what a strong ridge shrinks to: "baseline" (plain pruning or folding) or "zero" (the
@@ -111,7 +113,7 @@ def fit(
         InputError: shapes that do not fit, or a setting that is not allowed.
         NonFiniteError: NaN or Inf in a weight or in the Gram, or a result beyond the weight's
             dtype.
-        SolveError: see `grail.ridge.solve`.
+        SolveError: see `grail.algebra.ridge.solve`.
 
     Memory: `peak_bytes`.
     """
@@ -137,7 +139,7 @@ def fit(
 
     dense = torch.cat([w.detach().to(gram.device, torch.float64) for w in weights])
     consumer = Consumer(dense, reduction, fit_bias)
-    del dense  # large, and no longer needed
+    del dense  # large
     problem = Problem(consumer, gram)
     if held_out is not None:
         other = Problem(consumer, held_out)
@@ -212,7 +214,7 @@ def peak_bytes(
     affine: bool = False,
     weight_bytes: int = 4,
 ) -> int:
-    """Returns the most memory that `fit` takes beside its arguments, if the ridge solves in fp64.
+    """Returns the peak of the memory that `fit` adds to its arguments, if the ridge solves in fp64.
 
     Args:
         channels, kept, outputs: H, K, and O of all consumers.
@@ -281,7 +283,7 @@ def _require_finite(weight: Tensor, name: str) -> None:
 
 def check_settings(alpha: float | str, toward: str, drift_correction: float | str) -> None:
     """Raises InputError for a setting of `fit` that is not allowed."""
-    if alpha != "auto" and not (is_number(alpha) and 0 <= alpha < math.inf):
+    if alpha != "auto" and not (is_number(alpha) and 0 <= alpha <= sys.float_info.max):
         raise InputError(f"alpha must be a finite number ≥ 0, or 'auto'; got {alpha!r}")
     if drift_correction != "auto" and not (
         is_number(drift_correction) and 0 <= drift_correction <= 1

@@ -3,12 +3,12 @@
 With A = R G Rᵀ, λ = α·mean(diag A), W₀ the consumer of plain pruning or folding, and V = W − W₀R
 what that leaves out (for a selection: the dropped columns of W, nothing else),
 
-    Q  = V G Rᵀ + β C Rᵀ                     what the kept channels can still say
+    Q  = V G Rᵀ + β C Rᵀ                     the part that the kept channels can predict
     W' = W₀ + Q (A + λI)⁻¹                   toward the baseline: λ→∞ is W₀
     W' = W₀ + (Q − λ W₀)(A + λI)⁻¹            toward zero; the paper's W G Rᵀ (A + λI)⁻¹ at β = 0
 
-C = Σ δ xᵀ is the drift's share (`grail.drift`): the consumer then aims at W x + β δ, at β = 1 at
-what the dense network's stream holds after it. W' is linear in β.
+C = Σ δ xᵀ is the drift's share (`grail.algebra.drift`). The target is W x + β δ; at β = 1 it is the
+dense network's stream after the consumer. W' is linear in β.
 
 The errors come from the same products, before a weight is touched. Their target is T = W x + δ,
 or W x where no drift was recorded; Q₁ is Q at β = 1:
@@ -23,8 +23,8 @@ holds of K+1 channels as it stands, sums over different tokens included:
 
     A → [A  r; rᵀ N],   Q → [Q, V s + β d],   W₀ → [W₀, 0],   Δ → [Δ, b]
 
-with r = R s, s = Σ x, d = Σ δ. Only the solve eliminates the constant beforehand, which is to
-centre (λ is then that of the centred A), and what it adds to the bias follows:
+with r = R s, s = Σ x, d = Σ δ. The solve eliminates the constant first: it centres the sums
+and takes λ from the centred A. The bias follows:
 
     A − r rᵀ/N,   Q − (V s + βd) rᵀ/N,   b = (V s + β d − Δ r)/N = ((W − W'R) s + β d)/N
 
@@ -79,7 +79,7 @@ class Problem:
 
     Args:
         consumer: W₀ and V.
-        gram: G; s and N; and C, d and Σ|δ|² if the consumer is to undo some of a drift.
+        gram: G; s and N; and C, d and Σ|δ|² if the consumer corrects drift.
 
     K+ in shapes: K, of an affine consumer K+1.
     """
@@ -142,7 +142,7 @@ class Problem:
     def solve(self, alpha: float, toward: str, correction: float) -> tuple[Tensor, float, int]:
         """Returns Δ [O, K] at β = `correction`, the final damping, and the number of retries.
 
-        An infinite `alpha` gives 0, plain pruning or folding, whatever `toward` says.
+        An infinite `alpha` gives 0, plain pruning or folding, whatever `toward` is.
         """
         outputs, kept = len(self.baseline), self._reduction.kept
         # 2·D·K² FLOPs to solve for the D lost channels and 2·O·D·K to absorb them, or 2·O·K².

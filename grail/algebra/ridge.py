@@ -72,8 +72,8 @@ def solve(
         NonFiniteError: NaN or Inf in A or C.
         SolveError: still indefinite after the last retry.
 
-    Memory: 8·(K² + O·K) bytes a problem, refined 12·K² + 40·O·K, beside A (if given as a tensor)
-    and C. X is part of it.
+    Memory: 8·(K² + O·K) bytes a problem, refined 12·K² + 40·O·K, in addition to A (if given as a
+    tensor) and C. X is part of it.
     """
     if precision not in get_args(Precision):
         raise InputError(f"precision must be one of {', '.join(get_args(Precision))}")
@@ -96,8 +96,8 @@ def solve(
         a.diagonal(dim1=-2, dim2=-1).add_(added[todo])
         return method(a, _picked(c, todo), least[todo])
 
-    fast = _fp64_is_fast(c.device) if precision == "auto" else precision == "fp64"
-    method = _direct if fast else _refined
+    chosen = precision_of(c.device) if precision == "auto" else precision
+    method = _direct if chosen == "fp64" else _refined
     retries = torch.zeros_like(lam, dtype=torch.int64)
     x, good = attempt(torch.arange(len(c), device=c.device))
     for _ in range(ATTEMPTS):
@@ -114,6 +114,18 @@ def solve(
         )
     x[empty] = 0
     return Solution(x.reshape(right.shape), lam.reshape(batch), retries.reshape(batch))
+
+
+def precision_of(device: torch.device) -> Precision:
+    """Returns the precision that "auto" stands for on a device."""
+    if device.type != "cuda":
+        fast = True
+    elif torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        fast = name.split(":")[0] in ("gfx90a", "gfx942")
+    else:
+        fast = torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
+    return "fp64" if fast else "refined"
 
 
 def _made(normal: Tensor | Callable[[], Tensor]) -> Tensor:
@@ -147,15 +159,6 @@ def _require_finite(values: Tensor, what: str) -> None:
         raise NonFiniteError(what, channels, int(bad.sum()))
 
 
-def _fp64_is_fast(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return True
-    if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(device).gcnArchName
-        return name.split(":")[0] in ("gfx90a", "gfx942")
-    return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
-
-
 def _direct(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     """Solves X·system = right, [n, O, K] in fp64; also returns the mask [n] of success.
 
@@ -173,8 +176,8 @@ def _refined(system: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tens
     """Solves as `_direct`, by an fp32 factor and refinement; scales `system` in place.
 
     A step's correction d measures the error e before it, and with the rate r = ‖d‖/‖d before‖ what
-    is left is r·‖d‖: a row is done when that is below eps·‖row‖. (As LAPACK's dsposv, which goes on
-    to fp64's eps; the fp32 Gram behind a system knows no more.)
+    is left is r·‖d‖: a row is done when that is below eps·‖row‖. (As LAPACK's dsposv, which
+    continues to fp64's eps; the system comes from an fp32 Gram, which is no more exact.)
     """
     eps = torch.finfo(torch.float32).eps
     diagonal = system.diagonal(dim1=-2, dim2=-1)

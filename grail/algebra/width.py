@@ -28,6 +28,12 @@ def check_keep(keep: float) -> None:
         )
 
 
+def check_multiple(multiple: int) -> None:
+    """Raises InputError unless `multiple` is a positive integer of 63 bits."""
+    if not is_whole(multiple) or not 0 < multiple < 1 << 63:
+        raise InputError(f"multiple must be a positive integer less than 2**63; got {multiple!r}")
+
+
 def usual_multiple(channels: int) -> int:
     """Returns 128 from 4096 channels up, 8 from 64, else 1."""
     return next(multiple for least, multiple in MULTIPLES.items() if channels >= least)
@@ -55,8 +61,7 @@ class ChannelWidth:
             return cls(channels, channels)
         if multiple is None:
             multiple = usual_multiple(channels)
-        if not is_whole(multiple) or multiple < 1:
-            raise InputError(f"multiple must be a positive integer; got {multiple!r}")
+        check_multiple(multiple)
         kept = min(int(keep * channels / multiple + 0.5) * multiple, channels)
         if kept == 0:
             least = f"keep at least {multiple / channels:.3g}, or choose a smaller multiple"
@@ -188,7 +193,7 @@ class HeadWidth:
 class GroupWidth(HeadWidth):
     """Channels of a grouped convolution: equally many of each group.
 
-    For a selector those are heads of one channel, of which every group stays.
+    For a selector those are heads of one channel; every group stays.
     """
 
     @classmethod

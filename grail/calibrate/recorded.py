@@ -49,7 +49,7 @@ class Call:
         return Call(on_device(self.args, device), on_device(self.kwargs, device), self.key)
 
     def equals(self, other: "Call") -> bool:
-        """Whether another call has equal arguments."""
+        """Returns True if another call has equal arguments."""
         return _equal((self.args, self.kwargs, self.key), (other.args, other.kwargs, other.key))
 
 

@@ -50,7 +50,7 @@ class Recorder:
 
     def learn_tuples(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Runs a batch to learn which blocks return tuples; returns whether any does."""
-        with suppress(Exception):  # the error of the recording before says what is wrong
+        with suppress(Exception):  # the first recording's error names the cause
             outputs = block_outputs(self.model, self.blocks, args, kwargs)
             for number, output in enumerate(outputs):
                 if isinstance(output, tuple):
@@ -111,7 +111,7 @@ class _Recording:
         return hidden if length is None else (hidden, *[None] * (length - 1))
 
     def _was_passed(self, hidden: Tensor) -> bool:
-        """Whether hidden states are those that the block before returned, unchanged."""
+        """Returns True for the hidden states that the block before returned, unchanged."""
         if self._passed is None:
             return False
         tensor, version = self._passed

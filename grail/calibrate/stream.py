@@ -207,7 +207,7 @@ class Stream:
 
     @staticmethod
     def has_sequences(hidden: Tensor) -> bool:
-        """Whether hidden states have an axis of tokens: [B, L, _], or token ids [B, L]."""
+        """Returns True for hidden states with an axis of tokens: [B, L, _], or token ids [B, L]."""
         return hidden.dim() == 3 or (hidden.dim() == 2 and not hidden.is_floating_point())
 
     def held_out(self, batch: int) -> Tensor | None:

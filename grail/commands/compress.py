@@ -15,7 +15,7 @@ from grail.commands.root import app, is_closed_pipe
 from grail.errors import InputError
 from grail.files.packing import Join
 from grail.files.pretrained import Pretrained
-from grail.files.text import EVALUATION_TOKENS, Text
+from grail.files.text import EVALUATION_TOKENS, SOURCES, Text
 from grail.recipe import RECIPE, Recipe, merged
 from grail.report.report import Report
 from grail.report.summary import (
@@ -37,39 +37,38 @@ _COMPARING = "Comparing on held-out text"
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """The options of `grail compress` beside those of model, text, recipe and runtime."""
+    """The options of `grail compress` itself; model, text, recipe and runtime add theirs."""
 
     output: Path = setting(
         ..., "Folder for model, report.json, report.html and recipe.json; new or empty."
     )
     calibration: str | None = setting(
         None,
-        "Text on which activations are collected: .txt, .json, .jsonl, .csv or .parquet, or a "
-        "dataset (NAME, NAME:CONFIG, wikitext2). Take text like the text the model is for.",
+        f"Text to collect activations on: {SOURCES}. It should resemble the text that the model is "
+        "used for.",
         metavar="TEXT",
     )
     statistics: Path | None = setting(
         None,
-        "Instead of a text, a folder that `grail stats` wrote; with --open-loop.",
+        "Folder that grail stats wrote, instead of --calibration; needs --open-loop.",
     )
     uneven: bool = setting(
         False,
-        "Let blocks keep more or less, by what their narrowing costs the model, --keep of all "
-        "together; OUTPUT is then for grail alone, since stock configurations hold one width for "
-        "all blocks. Not for heads, and on the device alone: no --statistics, --onload, "
-        "--no-compensate, nor several processes.",
+        "Choose each block's width by the measured cost of narrowing it, at the total size that "
+        "--keep gives. Only grail loads OUTPUT then: stock configurations hold one width for all "
+        "blocks. Not with heads, --statistics, --onload, --no-compensate or several processes.",
     )
     evaluate: str | None = setting(
         None,
-        "Held-out text: compares the dense, the pruned and the restored model on it; with --onload "
-        "on the CPU. wikitext2 is measured as in the literature: all of the test split, joined by "
-        "blank lines, in sequences of 2048 tokens.",
+        "Held-out text on which the dense, the pruned and the restored model are compared; with "
+        "--onload on the CPU. wikitext2 is measured as in the literature: all of the test split, "
+        "joined by blank lines, in sequences of 2048 tokens.",
         metavar="TEXT",
         panel=_COMPARING,
     )
     evaluate_tokens: int | None = setting(
         None,
-        "Held-out tokens to predict.",
+        "Tokens of the held-out text to predict.",
         shown=f"{EVALUATION_TOKENS}; all of wikitext2",
         metavar="COUNT",
         panel=_COMPARING,
@@ -98,7 +97,7 @@ def compress(given: Given) -> None:
 
     Example: `grail compress MODEL --keep 0.7 --calibration text.txt --output out/`
 
-    Add `--evaluate heldout.txt` to see what it cost: perplexity dense, pruned and restored.
+    Add `--evaluate heldout.txt` for the perplexity of the dense, pruned and restored model.
     """
     asked, model = given.make(CompressOptions), given.make(Pretrained)
     recipe, _ = merged(given.recipe, None, given.of(Recipe))

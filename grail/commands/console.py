@@ -55,7 +55,7 @@ def phases(seconds: Mapping[str, float]) -> str:
 
 
 def sizes(memory: Mapping[str, int]) -> str:
-    """Returns sizes as a line; a platform that does not tell its memory use leaves zeros out."""
+    """Returns sizes as a line; leaves out zeros, of a platform without measures of memory."""
     known = {name.replace("_", " "): value for name, value in memory.items() if value}
     return ", ".join(f"{name} {format_bytes(value)}" for name, value in known.items())
 

@@ -9,7 +9,7 @@ from grail.commands.options import Given, Printed, command, fields
 from grail.commands.root import app
 from grail.files.load import CheckpointWarning
 from grail.files.pretrained import Pretrained
-from grail.files.text import Text
+from grail.files.text import SOURCES, Text
 from grail.report._evaluate import evaluate as evaluate_model
 from grail.report.report import strict_json
 from grail.report.summary import evaluation_table
@@ -18,11 +18,12 @@ from grail.runtime.settings import setting
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The options of `grail evaluate` beside those of model and text."""
+    """The options of `grail evaluate` itself; model and text add theirs."""
 
     text: str = setting(
         ...,
-        "Held-out text, see compress; wikitext2 is measured as in the literature.",
+        f"Held-out text: {SOURCES}. wikitext2 is measured as in the literature: all of the test "
+        "split, in sequences of 2048 tokens.",
         metavar="TEXT",
     )
     tokens: int | None = setting(

@@ -22,18 +22,29 @@ from grail.runtime.settings import Runtime, setting
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """The options of `grail inspect` beside those of model, text, recipe and runtime."""
+    """The options of `grail inspect` itself; model, text, recipe and runtime add theirs."""
 
     keep: list[float] | None = setting(
         None,
-        "Share that stays, or several: 0.5,0.7.",
+        "Share of channels that stays, in (0, 1]; several as 0.5,0.7. Memory and time are "
+        "predicted for the first given, else for the share of the recipe.",
         shown=", ".join(map(str, KEEPS)),
         metavar="SHARES",
     )
-    sites: str | None = setting(None, "Kinds of sites, see compress.", shown="all")
+    sites: str | None = setting(
+        None,
+        "Kinds of sites to narrow: mlp, heads, experts, shared_experts; several as mlp,heads.",
+        shown="all",
+        metavar="KINDS",
+    )
+    tokens: int | None = setting(
+        CALIBRATION_TOKENS,
+        "Calibration tokens of the run whose memory and time are predicted, such as 65536 or 64k.",
+        metavar="COUNT",
+    )
 
 
-_READING = fields(Text, "tokens", "sequence_length", "batch_size")
+_READING = fields(Text, "sequence_length", "batch_size")
 _RUNTIME = fields(Runtime, "storage", "onload")
 
 

@@ -1,8 +1,8 @@
 """Options of the command line, made from the fields of settings.
 
 A command names dataclasses of settings and gets their options, each with the field's own help text
-and default. Every option's value is None where it was not given, so that what was given wins over a
-recipe, and what was not has the field's default.
+and default. An option that was not given has the value None: the recipe's value, or the field's
+default, then applies.
 """
 
 import dataclasses
@@ -101,12 +101,12 @@ _PARSERS: dict[str | None, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """Where settings come from that no option gives."""
+    """The source of settings that no option gives."""
 
     recipe: str | None = setting(
         None,
-        f"A preset ({', '.join(PRESETS)}) or the path of a recipe file, JSON or YAML, as every "
-        "output has one; options that are given win over it.",
+        f"A preset ({', '.join(PRESETS)}) or a recipe file, JSON or YAML, such as the "
+        "recipe.json of an output. Options override its settings.",
         shown="default",
         metavar="NAME|FILE",
     )
@@ -121,7 +121,7 @@ class Printed:
 
 @dataclass(frozen=True)
 class Given:
-    """What a command was given."""
+    """The arguments and options of a command."""
 
     context: typer.Context
 
@@ -137,7 +137,7 @@ class Given:
 
     @property
     def recipe(self) -> str:
-        """The recipe over which options win."""
+        """The recipe that options override."""
         return str(self.context.params["recipe"] or "default")
 
     @property

@@ -98,8 +98,8 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """Removes channels and heads from a trained model and recovers most of the lost accuracy.
+    """Removes channels and attention heads from a model and recovers most of the lost accuracy.
 
-    By a closed-form least-squares fit: no gradients, no labels, no fine-tuning, a few forward
+    Uses a closed-form least-squares fit: no gradients, no labels, no fine-tuning, a few forward
     passes over plain text.
     """

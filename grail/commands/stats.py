@@ -10,7 +10,7 @@ from grail.commands.options import READING, Given, RecipeFile, command, fields
 from grail.commands.root import app
 from grail.files.load import CheckpointWarning
 from grail.files.pretrained import Pretrained
-from grail.files.text import Text
+from grail.files.text import SOURCES, Text
 from grail.recipe import Recipe, merged
 from grail.run._collect import READ
 from grail.run._collect import collect as collect_statistics
@@ -21,9 +21,9 @@ from grail.runtime.settings import Runtime, setting
 
 @dataclass(frozen=True)
 class CollectOptions:
-    """The options of `grail stats collect` beside those of model, text, recipe and runtime."""
+    """The options of `grail stats collect` itself; model, text and recipe add theirs."""
 
-    calibration: str = setting(..., "Text on which activations are collected.", metavar="TEXT")
+    calibration: str = setting(..., f"Text to collect activations on: {SOURCES}.", metavar="TEXT")
     output: Path = setting(..., "Folder for the statistics; new or empty.")
 
 
@@ -31,13 +31,13 @@ class CollectOptions:
 class MergeOptions:
     """The options of `grail stats merge`."""
 
-    folders: list[Path] = setting(..., "Folders that stats collect wrote.", flag="FOLDERS...")
-    output: Path = setting(..., "Folder; new or empty.", flag="--output -o")
+    folders: list[Path] = setting(..., "Folders that grail stats wrote.", flag="FOLDERS...")
+    output: Path = setting(..., "Folder for the sum; new or empty.", flag="--output -o")
 
 
 stats = typer.Typer(
     no_args_is_help=True,
-    help="Statistics that are collected in one place, or in several and added.",
+    help="Collects statistics of a dense model, and adds those of several texts or machines.",
 )
 app.add_typer(stats, name="stats")
 
@@ -67,7 +67,7 @@ def collect(given: Given) -> None:
 
 @command(stats, MergeOptions, name="merge")
 def merge(given: Given) -> None:
-    """Adds statistics of one model from different texts.
+    """Adds statistics of one model that were collected on different texts.
 
     Example: `grail stats merge a/ b/ -o c/`
     """

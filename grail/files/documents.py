@@ -120,7 +120,7 @@ def _builder(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def is_file(source: object) -> bool:
-    """Whether a source is read as one file, which may be missing."""
+    """Returns True for a source that is read as one file, which may be missing."""
     if not isinstance(source, str | Path):
         return False
     path = Path(source)
@@ -131,20 +131,20 @@ def is_file(source: object) -> bool:
 
 
 def is_plain_text(source: object) -> bool:
-    """Whether a source is a file of one document, which is read in pieces."""
+    """Returns True for a file of one document, which is read in pieces."""
     if not (is_file(source) and isinstance(source, str | Path)):
         return False
     return Path(source).suffix.lower() not in _ROWS
 
 
 def is_wikitext2(source: object) -> bool:
-    """Whether a source is the short name of the raw WikiText-2, not a file or folder."""
+    """Returns True for the short name of the raw WikiText-2, if it is no file or folder."""
     named = isinstance(source, str) and re.fullmatch(r"wikitext-?2(-raw-v1)?", source.lower())
     return bool(named) and not Path(str(source)).exists()
 
 
 def has_lines_for_rows(source: object) -> bool:
-    """Whether the rows of a dataset are lines of documents, as in WikiText and Penn Treebank."""
+    """Returns True for datasets whose rows are lines of documents: WikiText, Penn Treebank."""
     if not isinstance(source, str | Path):
         return False
     name = full_name(str(source)).partition(":")[0]
@@ -152,7 +152,7 @@ def has_lines_for_rows(source: object) -> bool:
 
 
 def is_chat(document: object) -> bool:
-    """Whether a document is a list of messages, each with a role and content."""
+    """Returns True for a list of messages, each with a role and content."""
     return (
         isinstance(document, Sequence)
         and not isinstance(document, str)

@@ -20,7 +20,7 @@ from grail_kernels import check_kind
 LENGTH = 1024  # tokens of a calibration sequence, if the model has positions for so many
 
 # Models that count positions from after the padding token's: the first rows are unused.
-_POSITIONS_AFTER_PADDING = (
+POSITIONS_AFTER_PADDING = (
     "camembert",
     "data2vec-text",
     "roberta",
@@ -132,7 +132,7 @@ def read_model(
 
 
 def runs_own_code(model: Any) -> bool:
-    """Whether a model's class is code that came with it and was trusted."""
+    """Returns True if a model's class is trusted code that came with it."""
     return type(model).__module__.startswith("transformers_modules")
 
 
@@ -157,7 +157,7 @@ def _positions(config: Any) -> int | None:
     found = getattr(config, "max_position_embeddings", None)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         return None  # XLNet has −1
-    if config.model_type in _POSITIONS_AFTER_PADDING:
+    if config.model_type in POSITIONS_AFTER_PADDING:
         found -= (config.pad_token_id or 0) + 1
     return found
 

@@ -1,4 +1,4 @@
-"""`Pretrained`: a model as a person names it, and how it is loaded."""
+"""`Pretrained`: the name of a model, with the settings of loading it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +25,15 @@ class Pretrained:
     )
     device: str = setting(
         "auto",
-        "Where the model runs: cpu, cuda, cuda:1; auto takes a GPU if there is one.",
+        "Device that runs the model: cpu, cuda, cuda:1; auto is a GPU if there is one.",
         panel="Running",
     )
     dtype: Dtype = setting(
-        "auto", "Dtype of the weights; auto is the checkpoint's own.", panel="Running"
+        "auto", "Dtype of the weights; auto is that of the checkpoint.", panel="Running"
     )
     trust_remote_code: bool = setting(
         False,
-        "Run the Python code that MODEL brings along, with your rights: read it first.",
+        "Run the Python code that comes with MODEL, with all your rights: read it first.",
         flag="--trust-remote-code",
         panel="Running",
     )

@@ -29,6 +29,8 @@ from grail_kernels import check_kind
 CALIBRATION_TOKENS, EVALUATION_TOKENS = 65536, 16384
 # Perplexity on WikiText-2 as in the literature: windows of so many tokens, and all of them.
 _WIKITEXT2_WINDOW = 2048
+# What a text can be, in help texts.
+SOURCES = "a .txt, .json, .jsonl, .csv or .parquet file or a dataset (NAME, NAME:CONFIG, wikitext2)"
 _MOST_AT_A_TIME = 1 << 31  # sequences of a batch, or tokens of a sequence
 
 
@@ -39,31 +41,31 @@ class Text:
 
     source: str = setting(
         ...,
-        "Text: .txt, .json, .jsonl, .csv or .parquet, or a dataset (NAME, NAME:CONFIG, wikitext2).",
+        f"Text: {SOURCES}.",
         metavar="TEXT",
     )
     tokens: int | None = setting(
         CALIBRATION_TOKENS,
-        "Tokens to read, such as 65536, 64k or 1M. More is better up to about 10⁵.",
+        "Tokens to read, such as 65536, 64k or 1M. Results improve up to about 10⁵.",
         metavar="COUNT",
     )
     field: str | None = setting(
         None,
-        "Field or column of the text in JSON, CSV, Parquet and datasets: a text, or a chat as a "
-        "list of messages, which the tokenizer's chat template renders.",
+        "Field or column of JSON, CSV, Parquet and datasets: a text, or a chat as a list of "
+        "messages, which the tokenizer's chat template renders.",
         shown="text, else messages",
         panel="Reading text",
     )
     split: Split | None = setting(None, "Split of a dataset.", shown="train", panel="Reading text")
     join: Join | None = setting(
         None,
-        "Between documents: eos the end-of-text token, blank a blank line, none nothing.",
+        "Separator of documents: eos is the end-of-text token, blank a blank line.",
         shown="eos; blank for WikiText, whose rows are lines",
         panel="Reading text",
     )
     sequence_length: int | None = setting(
         None,
-        "Tokens in a sequence; nothing is padded.",
+        "Tokens per sequence; nothing is padded.",
         shown="1024, or all that the model has positions for",
         least=2,
         most=_MOST_AT_A_TIME,
@@ -71,7 +73,7 @@ class Text:
     )
     batch_size: int = setting(
         4,
-        "Sequences that go through the model at a time.",
+        "Sequences per forward pass.",
         least=1,
         most=_MOST_AT_A_TIME,
         panel="Running",
@@ -79,9 +81,7 @@ class Text:
     seed: int | None = setting(
         None, "Seed that draws the sequences at random.", shown="the first ones"
     )
-    option: str = setting(
-        "calibration", "What the text is for: the first word of messages about it."
-    )
+    option: str = setting("calibration", "Purpose of the text, with which messages about it begin.")
 
     def __post_init__(self) -> None:
         check_kind("source", self.source, str, "the name of a file or dataset")

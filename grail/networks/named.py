@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from grail.algebra.width import Width
-from grail.arguments import is_whole
+from grail.arguments import is_whole, plain
 from grail.errors import InputError, ModelError
 from grail.networks.configuration import has_configuration, not_held
 from grail.networks.layers import Consumer, Producer
@@ -32,6 +32,7 @@ class Fused:
     def __post_init__(self) -> None:
         check_kind("name", self.name, str, "the name of a layer")
         check_kind("interleaved", self.interleaved, bool, "True or False")
+        object.__setattr__(self, "parts", plain(self.parts))
         if not is_whole(self.parts) or self.parts < 2:
             raise InputError(f"parts must be an integer of at least 2; got {self.parts!r}")
 
@@ -62,6 +63,7 @@ class Site:
     name: str = ""
 
     def __post_init__(self) -> None:
+        check_kind("name", self.name, str, "the name of a site")
         for field in ("producers", "consumers", "along"):
             names = getattr(self, field)
             if isinstance(names, (str, Fused)):

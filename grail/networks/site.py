@@ -23,7 +23,7 @@ NORM_EPS = 1e-6  # added to the mean square of a token, as in RMSNorm
 
 @dataclass(frozen=True, eq=False)
 class ResidualProbe:
-    """The place where drift is measured: where a consumer's output has joined the stream.
+    """The point where drift is measured: a consumer's output has joined the stream there.
 
     Args:
         module: the module whose input is read; None is the block's output.

@@ -151,7 +151,7 @@ class Trial:
         """Raises NarrowsNot for experts that cannot be narrowed or observed."""
         sites = self._bound(layout, "experts")
         if getattr(module, "has_post_expert_norm", False):
-            raise NarrowsNot(f"{path} has a norm behind each expert")
+            raise NarrowsNot(f"{path} has a norm after each expert")
         self._require_observable(sites, module)
         chosen: dict[BoundSite, Selection] = {}
         for site in sites:

@@ -1,3 +1,3 @@
-"""What a compression did: its data, its evaluation, and the page, card and tables that show it."""
+"""The result of a compression: data, evaluation, and the page, card and tables that show them."""
 
 __all__ = ["card", "completions", "formatting", "page", "plots", "report", "summary"]

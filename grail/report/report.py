@@ -35,7 +35,7 @@ def recovered_in_words(share: float) -> str:
 
 
 def fitted_parts(compensate: bool, fit_bias: bool) -> str | None:
-    """What of the consumers a run fitted: "weights", "bias" or "both"; None is nothing."""
+    """Returns the fitted part of the consumers: "weights", "bias" or "both"; None is nothing."""
     if compensate:
         return "both" if fit_bias else "weights"
     return "bias" if fit_bias else None

@@ -208,7 +208,7 @@ def resumed_sentence(report: Report) -> str:
 
 
 def compensates(report: Report) -> bool:
-    """Whether a run fitted anything, instead of plain pruning."""
+    """Returns True if a run fitted weights or biases, False for plain pruning."""
     settings = report.settings
     return bool(settings.get("compensate", True) or settings.get("fit_bias", False))
 

@@ -247,7 +247,7 @@ def _require_places(recipe: Recipe, architecture: Architecture, sites: Sequence[
         raise InputError(f"repair resets batch norms; {architecture.name} has none")
     if recipe.token_weights is True and not any(s.probe and s.probe.normalised for s in sites):
         raise InputError(
-            f"token_weights is for sites behind which norms read the stream, token by token; "
+            f"token_weights is for sites after which norms read the stream, token by token; "
             f"{architecture.name} has none"
         )
     if recipe.correct_attention and not any(map(architecture.attention_inputs, blocks)):

@@ -45,7 +45,7 @@ class SiteKind:
 
 @dataclass(frozen=True)
 class Saving:
-    """What one keep ratio leaves: widths in words by kind; the model's parameters and bytes."""
+    """The model at one keep ratio: widths in words by kind, parameters and bytes."""
 
     keep: float
     widths: dict[str, str]
@@ -206,7 +206,7 @@ def _cost(
 
 
 def _saved(widths: Sequence[tuple[BoundSite, Width]]) -> int:
-    """How many parameters fewer a model has at these widths of its sites."""
+    """Returns the number of parameters that a model loses at these widths of its sites."""
     total = sum(site.parameters_saved(width) for site, width in widths)
     writers = {p.module: width for site, width in widths for p in site.producers}
     for site, width in widths:

@@ -51,7 +51,7 @@ class AttentionCorrection:
     def correct(
         self, point: AttentionInput, target: HiddenStates, advance: Advance, report: BlockReport
     ) -> None:
-        """Fits M at one point and rewrites its layers; a note says where that is not possible.
+        """Fits M at one point and rewrites its layers; the report notes where it cannot.
 
         Args:
             target: what the dense network's layers read there.

@@ -3,8 +3,8 @@
 The blocks are rehearsed: the loop of the run itself compresses them on two of its batches, then
 everything is taken back. Measured so, by a meter on torch's allocations: activations, statistics,
 hidden states that wait, narrowed layers. Two steps would take as long as in the run. They are left
-out, and each adds the peak that it states beside its own code to what is in use when it is due: the
-search of a selector (`peak_bytes` of its registration) and the fit (`grail.algebra._fit`).
+out: the search of a selector (`peak_bytes` of its registration) and the fit (`grail.algebra._fit`).
+Each adds the peak that it states next to its own code to the memory in use when it starts.
 
 Blocks of the same shapes are rehearsed once, the widest after narrowing. What waits grows with the
 number of tokens, narrowed layers with the number of blocks.
@@ -54,7 +54,7 @@ class _Stage:
     """Bytes during the blocks of one shape.
 
     `waiting`: hidden states. `narrowed`: layers of the other blocks that are narrow by the last of
-    them. `held`: the most in use when a site is decided, beside both. `peak`: the same at any time.
+    them. In addition, `held`: the most in use when a site is decided; `peak`: at any time.
     """
 
     waiting: int
@@ -175,7 +175,8 @@ class _Rehearsal:
         with ExitStack() as stack:
             self._created = stack.enter_context(created_hidden_states())
             stack.enter_context(self._meter)
-            stream = self._whole.part(_sample(self._whole)) if len(self._whole) else self._whole
+            with self._clock("forward"):  # what smaller batches make smaller
+                stream = self._whole.part(_sample(self._whole)) if len(self._whole) else self._whole
             own = sum(hidden.nbytes for hidden in stream.hidden)
             self._growth = entry / own if own else 0.0
             transaction = stack.enter_context(Transaction())
@@ -185,7 +186,7 @@ class _Rehearsal:
             blocks.learn_orders()
             compressor = BlockCompressor(blocks, transaction, self._fit)
             stages = self._stages(compressor, transaction)
-            # The rehearsal's own, which is more only where a run has few batches.
+            # The rehearsal's own peak, which is higher only where a run has few batches.
             stages.append(_Stage(int(entry), 0, 0, self._highest))
         largest = 2 * largest_block(self._architecture.blocks) if self._brought_to else 0
         return PeakMemory(largest, tuple(stages))

@@ -98,7 +98,7 @@ class Study:
         heldout: batches of held-out text; none evaluates nothing.
         stages: counts the time.
         runtime: how all runs are computed; the network's own run alone is resumed.
-        say: called with what is about to be done.
+        say: called with the name of the next step.
     """
 
     network: Any
@@ -208,7 +208,7 @@ class Study:
         return replace(recipe, keep=measured.shares(undone=undone))
 
     def run(self, recipe: Recipe) -> Report:
-        """Compresses the network itself and reports it beside all that was measured."""
+        """Compresses the network itself and reports it with all measurements."""
         with self.stages(COMPRESSING):
             report = compress(self.network, self.batches, recipe=recipe, runtime=self.runtime)
         self.stages.seconds[COMPRESSING] += report.resumed.get("seconds", 0.0)
@@ -277,7 +277,7 @@ def _label(recipe: Recipe) -> str:
 
 
 def _made_by(recipe: Recipe) -> dict[str, Any]:
-    """Returns the fields of a row that say how `options` narrowed a network."""
+    """Returns the fields of a row that describe how a recipe narrows a network."""
     return {
         "selector": recipe.as_dict()["selector"],
         "compensation": fitted_parts(recipe.compensate, recipe.fit_bias),

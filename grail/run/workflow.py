@@ -58,22 +58,22 @@ def compress_checkpoint(
     recipe.json, and is written only after it has reloaded to bitwise the same logits.
 
     Args:
-        source: a transformers folder, a hub name or a .gguf file; a `grail.Pretrained` says how it
-            is loaded.
+        source: a transformers folder, a hub name or a .gguf file; a `grail.Pretrained` also has
+            device and dtype.
         output: folder to create; one that exists must be empty.
-        calibration: a text (`grail.Text` says how it is read), or statistics of the dense network,
-            `grail.Collected(folder)`, for the open loop.
+        calibration: a text, as a `grail.Text` with the way to read it; or statistics of the dense
+            network, `grail.Collected(folder)`, for the open loop.
         evaluate: held-out text, on which the dense, the pruned and the restored model are compared;
             with `onload` on the CPU. Read as the calibration, 16,384 tokens of it; wikitext2 is
             measured as in the literature: all of the test split, joined by blank lines, in
             sequences of 2048 tokens.
         baseline: with `evaluate`, also measures plain pruning, in a run of its own.
-        uneven: lets blocks keep more or less, by what their narrowing costs the model, `keep` of
-            all together; `grail.load_model` alone then reads the folder.
+        uneven: chooses each block's width by the measured cost of narrowing it, at the total size
+            that `keep` gives; only `grail.load_model` then reads the folder.
         recipe, runtime, overrides: see `grail.compress`. `progress` also prints what is done on
             stderr. With `resume_dir` the same call resumes after a crash; the state is deleted once
             the model is written.
-        command: what the report says made it; default this call.
+        command: the origin that the report names; default this call.
 
     Returns:
         The report that is written. In an initialised `torch.distributed` group all processes call
@@ -120,7 +120,7 @@ def _texts(
 
 @dataclass(frozen=True)
 class _Call:
-    """What `compress_checkpoint` was asked."""
+    """The arguments of `compress_checkpoint`."""
 
     source: Pretrained
     output: Path
@@ -150,7 +150,7 @@ class _Call:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What tells this call from others."""
+        """The description by which a resumed call is recognised."""
         return {"call": repr(self)}
 
     def checked(self) -> "_Call":
@@ -273,7 +273,7 @@ class _Work:
         return batches
 
     def _predicted(self, study: Study) -> Prediction:
-        """The cost of all that follows, said before it begins; refused where the disk is full."""
+        """Predicts and prints the cost of the run; refuses it where the disk is full."""
         call, recipe = self.call, self.call.recipe
         prediction = study.predict(recipe, compare=call.baseline, uneven=call.uneven)
         check_output(call.output, prediction.output)

@@ -86,7 +86,7 @@ def _check_output(output: Path, size: int, apart: Path | None) -> Path:
     if apart is not None and _overlap(final, apart.resolve()):
         raise InputError(
             f"the output {output} and the folder {apart} of the run's state lie inside one "
-            "another; name two that are apart"
+            "another; name two separate ones"
         )
     if final.is_mount():
         raise InputError(f"the output {output} is a mount point; name a folder inside it")

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grail.errors import OutOfMemoryError
-from grail_kernels import KERNELS
+from grail_kernels import OPERATOR_FUNCTIONS
 
 _C = ctypes.CDLL(None)
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -125,7 +125,7 @@ class _Results(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = {storage._cdata for storage in self._storages((args, kwargs))}
-        kernel = KERNELS.get(func._schema.name)
+        kernel = OPERATOR_FUNCTIONS.get(func._schema.name)
         if kernel is None:
             result = func(*args, **kwargs)
         else:  # with what it allocates inside

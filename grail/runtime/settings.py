@@ -37,7 +37,7 @@ def setting(
     Args:
         default: its value; `...` is none, and the setting must be given.
         help: what it does, in sentences.
-        shown: the default in words, where the value alone says too little.
+        shown: the default in words, where the value alone is unclear.
         flag: on the command line; "" is made from the name, None is no flag.
         metavar: of its value in the help of the command line.
         panel: the heading under which that help shows it.
@@ -84,19 +84,19 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
 @documented
 @dataclass(frozen=True)
 class Runtime:
-    """How a run is computed: nothing here changes its result. Wrong values raise InputError."""
+    """Settings of how a run is computed; none changes its result. Wrong values raise InputError."""
 
     storage: torch.device | str = setting(
         "auto",
-        "Device on which the hidden states of the calibration set wait between blocks. auto is "
-        "the GPU that holds the model, if the run fits beside them, else the host.",
+        "Device that holds the hidden states of the calibration set between blocks. auto is the "
+        "model's GPU if the run fits there with them, else the host.",
         metavar="DEVICE",
         panel="Running",
     )
     onload: torch.device | str | None = setting(
         None,
-        "Bring the blocks of a model on the CPU one at a time to this device, for models larger "
-        "than a GPU. On the command line a switch, to --device.",
+        "Copy the blocks of a model on the CPU one at a time to this device, for models larger "
+        "than a GPU. On the command line a switch: the device is --device.",
         panel="Running",
     )
     resume_dir: str | Path | None = setting(
@@ -109,9 +109,9 @@ class Runtime:
 
     def __post_init__(self) -> None:
         if self.storage != "auto":
-            require_usable(self.storage)
+            require_usable(self.storage, "storage")
         if self.onload is not None:
-            require_usable(self.onload)
+            require_usable(self.onload, "onload")
         if self.resume_dir is not None:
             object.__setattr__(self, "resume_dir", as_path("resume_dir", self.resume_dir))
         require_switches(progress=self.progress)

@@ -91,7 +91,7 @@ def register(
 
     Args:
         needs_gradient: whether it reads `View.gradient`.
-        peak_bytes: the peak memory of its search beside the view.
+        peak_bytes: the peak memory of its search, without the view.
         folds: whether it returns a `Folding`.
     """
 

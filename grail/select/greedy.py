@@ -83,7 +83,7 @@ def forward(gram: Tensor, seen: Tensor, kept: int, block: int = pivots.BLOCK) ->
         seen: Aᵀ [H, O] fp64, G·Wᵀ without drift; overwritten.
         block: channels chosen between two updates of all scores; 1 is the exact greedy order.
     """
-    order = pivots.pivots(gram, seen, kept, _gain, block)
+    order = pivots.pivots(gram, seen, kept, gain, block)
     energy = gram.diagonal().clone()
     energy[order] = -1  # no gain is left: the rest is filled up by energy
     rest = energy.argsort(descending=True, stable=True)[: kept - len(order)]
@@ -117,7 +117,7 @@ def errors(gram: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])
 
 
-def _gain(squares: Tensor, left: Tensor, energy: Tensor) -> Tensor:
+def gain(squares: Tensor, left: Tensor, energy: Tensor) -> Tensor:
     """Returns ‖A_:j‖² / S_jj by channel; -inf where it is 0 or the channel is explained."""
-    gain = squares / left
-    return gain.where((gain > 0) & (left > NOISE * energy), -math.inf)
+    gained = squares / left
+    return gained.where((gained > 0) & (left > NOISE * energy), -math.inf)

@@ -36,7 +36,7 @@ Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def working_numbers(channels: int, count: int, outputs: int) -> int:
-    """Returns the most fp64 numbers held beside S, A and V while `count` channels are chosen."""
+    """Returns the most fp64 numbers held while `count` channels are chosen, without S, A and V."""
     h, o, pool = channels, outputs, min(POOL * BLOCK, channels)
     # The candidates' columns of A or rows of V and two matrices among them, or two forms of a
     # block's columns. In both cases also the previous block's, and the vectors by channel.

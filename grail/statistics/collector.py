@@ -42,7 +42,7 @@ class Collector:
     """The passes of one run.
 
     Args:
-        recipe: what is collected, and of which tokens.
+        recipe: determines the statistics and their tokens.
         stream: the calibration set, at a block's entry.
         clock: phases "forward" (blocks, without the statistics) and "gram".
         known: the statistics of points that were collected before, where the stream is empty.

@@ -103,7 +103,7 @@ def _of_sequences(
 
 
 def _block_output(stream: Stream, batch: int, site: BoundSite) -> Tensor:
-    """What the site's block returns, fp32; 0 for tokens that do not count."""
+    """Returns the output of the site's block, fp32; 0 for tokens that do not count."""
     returned = stream.run(site.block, batch)
     output = first_tensor(returned)
     if output is None:

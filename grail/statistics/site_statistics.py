@@ -171,7 +171,7 @@ class SiteStatistics:
         return list(self._grams.values())
 
     def underdetermined(self, kept: int) -> bool:
-        """Whether a layer that gets only some tokens got too few of them to fit `kept` channels."""
+        """Returns True if a layer that gets only some tokens got too few to fit `kept` channels."""
         return self._partial and self.train.tokens < kept
 
     @property

@@ -119,15 +119,13 @@ def test_the_memory_is_what_the_docstring_says(precision, formula):
 
 
 def test_devices_that_are_good_at_fp64_use_it(monkeypatch):
-    calls = []
-    monkeypatch.setattr(ridge, "_refined", lambda *args: calls.append("refined"))
-    ridge.solve(*problem(), 0.0)
-    assert not calls
+    auto, *others = (ridge.solve(*problem(), 0.0, precision=p).x for p in ("auto", *PRECISIONS))
+    assert [torch.equal(auto, other) for other in others] == [p == "fp64" for p in PRECISIONS]
     monkeypatch.setattr(torch.version, "hip", None)
     cuda = torch.device("cuda")
     for capability, fast in {(8, 0): True, (8, 9): False, (9, 0): True, (12, 0): False}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert ridge._fp64_is_fast(cuda) == fast
+        assert ridge.precision_of(cuda) == ("fp64" if fast else "refined")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -70,7 +70,7 @@ def test_the_committed_simulation_covers_all_shapes_and_fits_one_card():
     assert simulate.markdown(rows) in page
     (known,) = (row for row in rows if row.get("measured_total_s"))
     ratio = float(known["total_s"]) / float(known["measured_total_s"])
-    assert f"SmolLM2-135M comes out {ratio:.1f} times" in page
+    assert f"SmolLM2-135M it predicts {ratio:.1f} times the measured time" in page
     for row in rows:
         assert row["simulated on"] in ("measured rates", "assumed H100 rates")
         assert int(row["device_peak_bytes"]) < 80e9

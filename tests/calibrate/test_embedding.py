@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-import grail.calibrate.embedding
+import grail
 from grail.calibrate.embedding import check_token_ids
 from grail.errors import InputError
-from grail.report._evaluate import evaluate
 
 
 @pytest.mark.parametrize("bad", [97, 98, 5000, -1])
@@ -44,6 +43,10 @@ def test_other_networks_take_any_batch(batch):
 
 
 def test_evaluation_refuses_them_too(tiny_llama):
+    batches = [torch.tensor([[5, 6]]), torch.tensor([[5, 97]])]
     with pytest.raises(InputError, match="embedding of 97 rows"):
-        evaluate(tiny_llama(), [torch.tensor([[5, 6]]), torch.tensor([[5, 97]])], progress=False)
-    assert grail.calibrate.embedding._token_ids({"labels": torch.ones(1)}) == []
+        grail.evaluate(tiny_llama(), batches, progress=False)
+
+
+def test_numbers_by_another_name_are_no_token_ids(tiny_llama):
+    check_token_ids(tiny_llama(), {"labels": torch.full((2, 3), 900)})

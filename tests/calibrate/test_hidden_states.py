@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from grail.calibrate.hidden_states import HiddenStates, OutputCache
+from grail.calibrate.hidden_states import HiddenStates, OutputCache, created_hidden_states
 
 CPU = torch.device("cpu")
 
@@ -70,13 +70,15 @@ def test_a_module_that_returns_more_than_its_first_output_runs_again():
 def test_a_second_recording_replaces_the_first_in_its_memory():
     first, second, x = nn.Linear(2, 2), nn.Linear(2, 2), torch.ones(1, 2)
     cache = OutputCache(CPU, CPU)
-    with torch.no_grad():
+    with torch.no_grad(), created_hidden_states() as created:
         with cache.recording([first]):
             first(x)
-        (before,) = cache._memory
+        (outputs,) = created
+        place = outputs[0].data_ptr()
         with cache.recording([second]):
             expected = second(x)
-        assert cache._memory == [before]
+        assert list(created) == [outputs]
+        assert outputs[0].data_ptr() == place
         with cache.replaying():
             assert torch.equal(second(0 * x), expected)
             assert torch.equal(first(0 * x), first.bias[None])  # runs again

@@ -14,8 +14,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grail
+from grail import export
 from grail.errors import ExportError, InputError
-from grail.files._export import export
 from grail.files.load import load_model
 from grail.report.card import card
 from grail.report.report import Evaluation, Report
@@ -260,16 +260,15 @@ def test_a_failure_while_writing_leaves_nothing(tiny_llama, tmp_path, monkeypatc
 
 
 _SLOW_EXPORT = """
-import sys, time
+import pathlib, sys, time
 import grail
 from transformers import AutoModelForCausalLM
-module = sys.modules["grail.files._export"]
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 def wait(*_):
     print("written", flush=True)
     time.sleep(60)
-module._verify = wait
-module.export(model, None, sys.argv[2])
+pathlib.Path.rename = wait
+grail.export(model, None, sys.argv[2])
 """
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from grail import export
 from grail.errors import InputError, ModelError
-from grail.files._export import export
 from grail.files.load import (
-    _POSITIONS_AFTER_PADDING,
+    POSITIONS_AFTER_PADDING,
     CheckpointWarning,
     length_before_loading,
     load_model,
@@ -208,7 +208,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("padding", [0, 1, 5])
-@pytest.mark.parametrize("family", ["bert", "electra", "opt", "gpt2", *_POSITIONS_AFTER_PADDING])
+@pytest.mark.parametrize("family", ["bert", "electra", "opt", "gpt2", *POSITIONS_AFTER_PADDING])
 def test_positions_are_those_that_a_sequence_can_use(family, padding, tmp_path):
     own = {"is_decoder": True, "max_position_embeddings": 37, "pad_token_id": padding}
     config = AutoConfig.for_model(family, **SMALL, **own)

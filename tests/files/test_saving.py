@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import grail
+from grail import export
 from grail.errors import ExportError, InputError
-from grail.files._export import export
 from grail.files.load import read_model
 
 

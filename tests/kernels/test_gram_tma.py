@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,40 +19,63 @@ gram_tma = pytest.importorskip("grail_kernels.gram_tma")
 runs = pytest.mark.parametrize("runner", [b for b in BACKENDS if b != "torch"], indirect=True)
 
 
-def strided(dtype: torch.dtype, start: int = 0, width: int = 64) -> Tensor:
+def strided(dtype: torch.dtype, start: int = 0, width: int = 64) -> Callable[[Tensor], Tensor]:
     """[1, 1, 10, 48] out of rows of `width`, from `start` on."""
-    return torch.zeros(10, width, dtype=dtype)[None, None, :, start : start + 48]
+    return lambda x: x[: 10 * width].to(dtype).view(1, 1, 10, width)[..., start : start + 48]
 
 
+# Activations out of a flat tensor of enough numbers, and whether they are read in place.
 IN_PLACE = {
     "contiguous": (strided(torch.bfloat16, width=48), True),
     "columns of wider rows": (strided(torch.float16, start=8), True),
-    "heads beside each other": (torch.zeros(10, 3, 8).half().transpose(0, 1)[:, None], True),
+    "heads beside each other": (
+        lambda x: x[:240].half().view(10, 3, 8).transpose(0, 1)[:, None],
+        True,
+    ),
     "a base between two addresses": (strided(torch.bfloat16, start=3), False),
     "rows of a width of their own": (strided(torch.bfloat16, width=49), False),
-    "channels apart": (torch.zeros(48, 10).half().T[None, None], False),
-    "one token for all": (torch.zeros(1, 48).half().expand(10, -1)[None, None], False),
+    "channels apart": (lambda x: x[:480].half().view(48, 10).T[None, None], False),
+    "one token for all": (lambda x: x[:48].half().expand(1, 1, 10, 48), False),
     "fp32": (strided(torch.float32), False),
 }
 
 
-@pytest.mark.parametrize("case", IN_PLACE)
-def test_only_rows_of_aligned_16_bits_are_read_in_place(case: str) -> None:
-    x, expected = IN_PLACE[case]
-    assert gram_tma._is_laid(x) == expected
+def what_is_read(x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    """The tensors [E * parts, T, H or more] that launches read of `x` [E, outer, inner, H]."""
+    read: list[Tensor] = []
+    launch = SimpleNamespace(
+        batch=SimpleNamespace(x=x),
+        config=SimpleNamespace(block_tokens=16, block_channels=16),
+        add=lambda *_, x_desc, **__: read.append(x_desc.base),
+    )
+    gram_tma.add_tokens(launch, x, None if mask is None else mask.view(torch.uint8))
+    return read
 
 
 @runs
-def test_fp32_is_laid_out_as_three_parts_and_masked_tokens_as_zeros(runner: Runner) -> None:
+@pytest.mark.parametrize("case", IN_PLACE)
+def test_only_rows_of_aligned_16_bits_are_read_in_place(case: str, runner: Runner) -> None:
+    make, expected = IN_PLACE[case]
+    x = make(torch.randn(640, device=runner.device))
+    (read,) = what_is_read(x)
+    assert (read.data_ptr() == x.data_ptr()) == expected
+    parts = read.unflatten(0, (len(x), -1))[..., : x.shape[-1]]
+    assert torch.equal(parts.float().flip(1).sum(1), x[:, 0].float())
+
+
+@runs
+def test_fp32_is_laid_out_as_three_parts_and_masked_tokens_as_zeros(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grail_kernels.tuning.BUFFER_TOKENS", 40)
     x = torch.randn(2, 3, 20, 67, device=runner.device) * 1e3
     mask = torch.rand(60, device=runner.device) > 0.4
-    laid = gram_tma._lay(x, mask.view(torch.uint8), first=7, tokens=40)
-    assert laid.shape == (6, 40, 72)
-    parts = laid.unflatten(0, (2, 3)).float()
-    expected = x.flatten(1, 2)[:, 7:47] * mask[7:47, None]
-    assert torch.equal(parts[..., :67].flip(1).sum(1), expected)
+    laid = what_is_read(x, mask)
+    assert [part.shape for part in laid] == [(6, 40, 72), (6, 20, 72)]
+    assert {part.dtype for part in laid} == {torch.bfloat16}
+    parts = torch.cat(laid, dim=1).unflatten(0, (2, 3)).float()
+    assert torch.equal(parts[..., :67].flip(1).sum(1), x.flatten(1, 2) * mask[:, None])
     assert not parts[..., 67:].any()
-    assert laid.dtype == torch.bfloat16
 
 
 @runs
@@ -66,7 +92,7 @@ def test_a_launch_takes_some_of_the_tokens(
 
     monkeypatch.setattr(gram_tma.Launch, "add", spy)
     monkeypatch.setattr("grail_kernels.tuning.LAUNCHED_TOKENS", 50)
-    monkeypatch.setattr(gram_tma, "_LAID_TOKENS", 50)
+    monkeypatch.setattr("grail_kernels.tuning.BUFFER_TOKENS", 50)
     x = positive(130, channels).half()
     sums = torch.zeros(channels, device=runner.device)
     out = torch.zeros(gk.packed_numel(channels), device=runner.device)
@@ -82,13 +108,18 @@ def test_a_launch_takes_some_of_the_tokens(
 def test_launches_take_every_token_once_and_not_too_many(
     outer: int, inner: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from grail_kernels.gram_triton import _launches
+    launched: list[Tensor] = []
 
+    def noted(*_: object, x_ptr: Tensor, weights_ptr: Tensor, **__: object) -> None:
+        assert torch.equal(x_ptr.flatten(), weights_ptr)
+        launched.append(weights_ptr)
+
+    monkeypatch.setattr(gram_tma.Launch, "add", noted)
     monkeypatch.setattr("grail_kernels.tuning.LAUNCHED_TOKENS", 100)
-    x = torch.arange(outer * inner).view(1, outer, inner, 1)
-    seen = []
-    for part, tokens in _launches(x):
-        assert torch.equal(x[part].flatten(), torch.arange(outer * inner)[tokens])
-        assert 0 < x[part].numel() <= 100
-        seen += x[part].flatten().tolist()
-    assert seen == list(range(outer * inner))
+    monkeypatch.setattr("grail_kernels.gram.resolve_backend", lambda x, backend: "triton")
+    numbers = torch.arange(outer * inner).float().view(outer, inner)
+    x = torch.zeros(outer, inner + 1, 1)[:, :inner]  # no view has one dimension for all tokens
+    x[..., 0] = numbers
+    gk.gram_(torch.zeros(gk.packed_numel(1)), x, weights=numbers)
+    assert all(0 < len(tokens) <= 100 for tokens in launched)
+    assert torch.equal(torch.cat(launched), numbers.flatten())

@@ -66,7 +66,7 @@ def test_compiled_code_gives_the_same_bits(
     function: Callable[[Tensor], tuple[Tensor, ...]], backend: str
 ) -> None:
     x = positive(50, CHANNELS)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(function, backend=backend, fullgraph=True)
     for expected, got in zip(function(x), compiled(x), strict=True):
         assert torch.equal(got, expected)

@@ -28,7 +28,7 @@ def tensor_cores(monkeypatch):
         calls.append(None)
         return ADDMM(total, left.to(out_dtype), right.to(out_dtype), out=out)
 
-    monkeypatch.setattr(products, "_has_tensor_cores", lambda device: True)
+    monkeypatch.setattr(products, "has_tensor_cores", lambda device: True)
     monkeypatch.setattr(torch, "addmm", addmm)
     return calls
 

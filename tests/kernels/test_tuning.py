@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import grail_kernels as gk
 from grail_kernels import GrailError, tuning
@@ -136,10 +137,23 @@ def test_a_correction_takes_the_method_of_its_row(
     # As on a GPU, where "auto" means Triton.
     absorb = importlib.import_module("grail_kernels._absorb")
     monkeypatch.setattr(absorb, "resolve_backend", lambda x, backend: "triton")
-    weight, gram = torch.zeros(3, 4096, dtype=torch.bfloat16), torch.zeros(1)
-    assert absorb._resolve(weight, gram, "auto") == backend
-    assert absorb._resolve(weight, gram, "triton") == "triton"
-    assert absorb._resolve(weight[:, :2048], gram, "auto") == "triton"
+    launched: list[int] = []
+
+    def noted(weight: Tensor, gram: Tensor, kept: Tensor, *_: Tensor) -> Tensor:
+        launched.append(weight.shape[1])
+        return gram.new_zeros(len(weight), len(kept))
+
+    absorb_triton = pytest.importorskip("grail_kernels.absorb_triton")
+    monkeypatch.setattr(absorb_triton, "launch_absorb", noted)
+    for channels, asked, taken in (
+        (4096, "auto", backend),
+        (4096, "triton", "triton"),
+        (2048, "auto", "triton"),
+    ):
+        del launched[:]
+        weight = torch.zeros(3, channels, dtype=torch.bfloat16)
+        gk.absorb(weight, torch.zeros(gk.packed_numel(channels)), [0], backend=asked)
+        assert launched == ([channels] if taken == "triton" else [])
 
 
 def test_triton_launches_with_the_row_of_its_own_architecture(

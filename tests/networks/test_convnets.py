@@ -649,21 +649,21 @@ def test_a_pointwise_convolution_reads_pixels_whatever_its_padding_is_called(pad
     assert torch.equal(consumer.patches(x).flatten(0, 1), pixels(x))
 
 
-def test_a_block_aims_at_its_own_landing_whatever_the_one_before_it_landed_on(monkeypatch):
+def test_the_target_of_a_block_is_its_own_whatever_the_one_before_it_was_measured_at(monkeypatch):
     blocks = nn.Sequential(PreBasic(8, 8, 1), Basic(8, 8, 1))  # its output; before its last ReLU
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     model = randomised(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), blocks, head))
-    batches, aims, drift = images(count=3), [], grail.networks.BoundSite.drift
+    batches, targets, drift = images(count=3), [], grail.networks.BoundSite.drift
     dense = seen(model, "1.1.relu", batches, call=1)
 
-    def noting(site, aim, landed):
+    def noting(site, target, observed):
         if site.block == 1:
-            aims.append(aim.double())
-        return drift(site, aim, landed)
+            targets.append(target.double())
+        return drift(site, target, observed)
 
     monkeypatch.setattr(grail.networks.BoundSite, "drift", noting)
     grail.compress(model, batches, 0.5, drift_correction=1.0, progress=False)
-    assert torch.equal(torch.cat(aims), dense)
+    assert torch.equal(torch.cat(targets)[-len(dense) :], dense)  # after those of a rehearsal
 
 
 def test_blocks_that_a_chain_of_attributes_holds_are_found_like_those_of_a_list():

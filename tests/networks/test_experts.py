@@ -248,9 +248,9 @@ def test_an_expert_without_enough_tokens_is_only_pruned_and_says_so(tiny_model, 
 
 def test_a_run_leaves_the_way_in_which_experts_run_as_it_was(tiny_model, tiny_batches):
     model = tiny_model("mixtral")
-    chosen = model.config._experts_implementation
+    chosen = model.get_experts_implementation()
     grail.compress(model, tiny_batches(), keep=0.5, progress=False)
-    assert model.config._experts_implementation == chosen
+    assert model.get_experts_implementation() == chosen
     assert all("forward" not in layer.mlp.experts.__dict__ for layer in model.model.layers)
     assert {layer.mlp.experts.intermediate_dim for layer in model.model.layers} == {40}
 
@@ -311,7 +311,7 @@ def test_experts_of_a_layer_are_collected_in_one_pass(tiny_model, tiny_batches):
 
 
 def test_tokens_of_all_experts_can_wait_for_one_launch(
-    monkeypatch, ragged_launches, tiny_model, tiny_batches
+    monkeypatch, ragged_launches, tiny_model, tiny_batches, no_rehearsal
 ):
     model, batches = tiny_model("qwen3_moe"), padded(tiny_batches(count=12, length=24))
     at_once, later = copy.deepcopy(model), model

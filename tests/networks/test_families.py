@@ -236,7 +236,7 @@ def test_attention_is_corrected_where_its_projections_read_one_tensor(family, ne
     architecture = find(model)
     for number in range(len(architecture.blocks)):
         read = []
-        (entry,) = architecture.entries(number)
+        (entry,) = architecture.attention_inputs(number)
         with ExitStack() as hooks:
             for layer in entry.layers:
                 hooks.enter_context(layer.watch(lambda x, _, read=read: read.append(x)))

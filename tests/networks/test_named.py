@@ -411,7 +411,7 @@ def test_attention_that_is_not_known_cannot_be_corrected():
 
 
 def test_token_weights_are_refused_where_no_norm_reads_the_stream():
-    with pytest.raises(InputError, match="token_weights is for sites behind which norms read"):
+    with pytest.raises(InputError, match="token_weights is for sites after which norms read"):
         grail.compress(network(), images(), 0.5, [CONV], token_weights=True, progress=False)
 
 

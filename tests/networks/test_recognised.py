@@ -10,12 +10,11 @@ from torch import nn
 import grail
 from bench.quality import families
 from grail.errors import InputError, ModelError
-from grail.networks import find, structure, supported
-from grail.networks.decoders import LAYOUTS as DECODERS
-from grail.networks.encoders import LAYOUTS as ENCODERS
+from grail.networks import decoders, encoders, find, structure, supported
 from grail.statistics.observing import watch
 from tests.conftest import DECODERS as DECODER_FAMILIES
 from tests.conftest import MIXTURES
+from tests.hooks import hooks_of
 from tests.reported import (
     assert_errors_are_those_of_the_network,
     assert_errors_of_a_run_are_those_of_the_network,
@@ -26,7 +25,7 @@ ROWS = re.findall(
 )
 CELLS = {name: [cell.strip() for cell in rest.split(" | ")] for name, rest in ROWS}
 NARROWED = {name: cells for name, cells in CELLS.items() if len(cells) == len(families.KINDS) + 1}
-RECOGNISED = [name for name in NARROWED if name not in {*DECODERS, *ENCODERS}]
+RECOGNISED = [name for name in NARROWED if name not in {*decoders.LAYOUTS, *encoders.LAYOUTS}]
 # What takes a name: heads in one matrix of all projections, or those of layers called otherwise.
 NOT_FOUND = {family: {"heads"} for family in ("gpt2", "gpt_neox", "phi3")}
 CASES = [
@@ -52,7 +51,7 @@ def test_the_page_names_every_type_once_and_all_that_are_supported():
     assert sorted([*CELLS, *untried]) == families.model_types()
     assert len(CELLS) == len(ROWS)
     assert set(structure.LAYOUTS) <= set(supported())
-    known = {*DECODERS, *ENCODERS} & {*families.model_types()}
+    known = {*decoders.LAYOUTS, *encoders.LAYOUTS} & {*families.model_types()}
     assert known <= {*NARROWED}
 
 
@@ -74,7 +73,8 @@ def test_reported_errors_are_those_of_the_network(model_type, kind):
 
 def without_names(monkeypatch):
     """Lets only the form of a model's blocks decide."""
-    monkeypatch.setattr(grail.networks, "_FAMILIES", (structure,))
+    for listed in (decoders, encoders):
+        monkeypatch.setattr(listed, "LAYOUTS", {})
 
 
 def seen_by(model, block, site, batch):
@@ -179,8 +179,7 @@ def test_finding_sites_leaves_a_model_as_it_was(tiny_model, monkeypatch):
         assert {k: v for k, v in after.items() if isinstance(v, int)} == {
             k: v for k, v in attributes[name].items() if isinstance(v, int)
         }
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+        assert not hooks_of(module)
 
 
 def test_settings_that_experts_share_are_written_when_all_are_narrow(tmp_path):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import grail
+from grail import merge
 from grail.errors import InputError, NonFiniteError, StateError
-from grail.run._collect import merge
 from tests.convnets import images, network
 
 

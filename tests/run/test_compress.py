@@ -16,6 +16,7 @@ from grail.recipe import Recipe
 from grail.statistics.site_statistics import SiteStatistics
 from tests.conftest import FAMILIES
 from tests.counting import injected
+from tests.hooks import hooks_of
 
 ALPHA = 1e-2
 
@@ -459,7 +460,7 @@ def fingerprint(model: nn.Module) -> tuple:
     return (
         {n: (id(p), p.detach().clone()) for n, p in model.named_parameters()},
         model.config.to_dict(),
-        [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        [(m.training, hooks_of(m)) for m in model.modules()],
         [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)],
         [m.num_key_value_groups for m in model.modules() if hasattr(m, "num_key_value_groups")],
         [m for m in model.modules() if "forward" in m.__dict__],

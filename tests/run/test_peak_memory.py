@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench.allocations import peak_bytes
 
 import grail
 import grail_kernels as gk
+from bench.tools.allocations import peak_bytes
 from grail import select
 from grail.algebra.width import ChannelWidth, HeadWidth
 from grail.calibrate.stream import Stream
@@ -16,7 +16,7 @@ from grail.errors import InputError
 from grail.networks import find
 from grail.recipe import Recipe
 from grail.run import peak_memory
-from grail.run.loop import Run
+from grail.run.block import BlockCompressor
 from grail.runtime import memory
 from grail.runtime.clock import Clock
 from grail.runtime.transaction import Transaction, eval_no_grad
@@ -51,7 +51,7 @@ def network(family, tiny_model):
     return model.bfloat16() if family.endswith("bf16") else model
 
 
-def calibration(family, tiny_batches, count=12):
+def calibration(family, tiny_batches, count=6):
     if family in CONVNETS:
         return convnets.images(count, rows=8, size=32)
     if family == "vit":
@@ -71,7 +71,7 @@ def predicted(model, batches, onload=None, **settings):
     architecture = find(model, recipe.sites)
     device = CPU if onload is None else torch.device(onload)
     with eval_no_grad(model), Transaction() as transaction:
-        if recipe.shifts_bias:
+        if recipe.fit_bias:
             architecture.ensure_biases(recipe.all_sites(architecture), transaction)
         stream = Stream(model, architecture.blocks, batches, device=device)
         onloads = onload is not None
@@ -122,13 +122,13 @@ def test_the_predicted_peak_is_within_a_tenth_of_what_torch_allocates(
         ("llama", {"selector": "slimgpt"}),
         ("llama", {"selector": "cholesky"}),
         ("llama", {"selector": "wanda++"}),
-        ("llama", {"selector": "flap", "compensate": "bias"}),
-        ("llama", {"compensate": "both"}),
+        ("llama", {"selector": "flap", "compensate": False, "fit_bias": True}),
+        ("llama", {"fit_bias": True}),
         ("llama", {**TWO_KINDS, "onload": "cpu"}),
         ("llama", {"selector": "folding"}),
         ("llama", {"selector": "folding", "drift_correction": 0}),
         ("llama", {"selector": "folding", "exact_folding": False}),
-        ("llama", {"selector": "folding-activations", "exact_folding": False}),
+        ("llama", {"selector": "folding-kmeans", "exact_folding": False}),
         ("qwen2_moe", {"closed_loop": False}),
         ("qwen2_moe", {"sites": ("heads", "shared_experts", "experts")}),
         ("bert", {**TWO_KINDS, "correct_attention": True}),
@@ -150,7 +150,7 @@ def test_the_peak_is_predicted_for_every_recipe(family, settings, tiny_model, ti
         {},
         {"sites": ("mlp", "heads"), "correct_attention": True},
         {"selector": "folding"},
-        {"compensate": "both"},
+        {"fit_bias": True},
         {"keep": {"mlp": [0.3, 0.8, 0.5]}},
         {"onload": "cpu"},
     ],
@@ -206,9 +206,11 @@ def test_of_brought_blocks_the_peak_does_not_grow_with_their_number(tiny_model, 
 
 def test_blocks_of_one_shape_are_rehearsed_once(tiny_model, tiny_batches, monkeypatch):
     rehearsed = []
-    block = Run.block
+    compress = BlockCompressor.compress
     monkeypatch.setattr(
-        Run, "block", lambda run, n, advance: rehearsed.append(n) or block(run, n, advance)
+        BlockCompressor,
+        "compress",
+        lambda compressor, n, advance: rehearsed.append(n) or compress(compressor, n, advance),
     )
     batches = calibration("llama", tiny_batches)
     predicted(tiny_model("llama", **{**SIZES, "num_hidden_layers": 5}), batches)
@@ -222,7 +224,7 @@ def test_a_rehearsal_that_is_refused_predicts_nothing(tiny_model, tiny_batches, 
     def refuse(*_):
         raise InputError("no")
 
-    monkeypatch.setattr(Run, "block", refuse)
+    monkeypatch.setattr(BlockCompressor, "compress", refuse)
     model = tiny_model("llama")
     before = fingerprint(model)
     assert predicted(model, tiny_batches()) is None

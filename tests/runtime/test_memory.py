@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import grail
+import grail_kernels as gk
+from grail.algebra.drift import Drift
 from grail.calibrate.stream import Stream
 from grail.errors import GrailError, OutOfMemoryError, StateError
 from grail.runtime import memory
@@ -101,18 +103,16 @@ def test_other_errors_pass_as_they_are():
     assert caught.value is error
 
 
-@pytest.mark.parametrize("stage", ["_add", "_add_drift"])
-def test_a_gram_whose_update_ended_half_way_gives_nothing_out(stage, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("owner", "name"), [(gk, "gram_"), (Drift, "update")], ids=["product", "drift"]
+)
+def test_a_gram_whose_update_ended_half_way_gives_nothing_out(owner, name, monkeypatch, tmp_path):
     gram = grail.Gram(H)
     x, drift = torch.randn(5, H), torch.randn(5, 2)
     gram.update(x, drift=drift)
 
-    def fails(*args):
-        injected("allocations that fail")
-        raise EXHAUSTED
-
     with monkeypatch.context() as patch:
-        patch.setattr(grail.Gram, stage, fails)
+        failing_after(0, owner, name, EXHAUSTED, patch)
         with pytest.raises(RuntimeError, match="can't allocate"):
             gram.update(x, drift=drift)
     for use in (
@@ -133,7 +133,7 @@ def test_memory_that_runs_out_before_anything_is_added_leaves_the_sums(monkeypat
     gram.update(x)
     before = gram.matrix()
     with monkeypatch.context() as patch:
-        patch.setattr(grail.Gram, "_finite_sums", lambda *args: (_ for _ in ()).throw(EXHAUSTED))
+        failing_after(0, torch.Tensor, "sum", EXHAUSTED, patch)
         with pytest.raises(RuntimeError, match="can't allocate"):
             gram.update(x)
     assert torch.equal(gram.matrix(), before)

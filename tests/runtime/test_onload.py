@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 import weakref
 from contextlib import contextmanager
 
@@ -83,33 +84,55 @@ def test_experts_become_the_same(family, tiny_model, tiny_batches):
     assert_same_bits(tiny_model(family), tiny_batches(), sites=("experts",))
 
 
-def test_two_blocks_are_on_the_device_at_most(tiny_llama, tiny_batches, monkeypatch):
+@pytest.fixture
+def copied(monkeypatch):
+    """`copied(blocks)`: lists, by address on the host, weights that are copied; how many are held.
+
+    With the list comes a condition to wait for it to grow.
+    """
+    to = torch.Tensor.to
+
+    def watch(blocks):
+        homes = {parameter.data_ptr() for parameter in blocks.parameters()}
+        held, seen, grown = weakref.WeakSet(), [], threading.Condition()
+
+        def noted(tensor, *args, **options):
+            made = to(tensor, *args, **options)
+            if options.get("copy") and tensor.data_ptr() in homes:
+                with grown:
+                    held.add(made)
+                    seen.append((tensor.data_ptr(), len(held)))
+                    grown.notify_all()
+            return made
+
+        monkeypatch.setattr(torch.Tensor, "to", noted)
+        return seen, grown
+
+    return watch
+
+
+def test_two_blocks_are_on_the_device_at_most(tiny_llama, tiny_batches, copied):
     model = tiny_llama(num_hidden_layers=5)
-    copies = weakref.WeakSet()
-    seen = []
-    fetch = Onloader._copy
-
-    def fetched(self, tensors):
-        found = fetch(self, tensors)
-        copies.update(found.copies.values())
-        seen.append(len(copies))
-        return found
-
-    monkeypatch.setattr(Onloader, "_copy", fetched)
-    grail.compress(model, tiny_batches(), keep=0.5, progress=False, onload="cpu")
+    seen, _ = copied(model.model.layers)
     each = len(list(model.model.layers[0].parameters()))
-    assert seen == [each, *(2 * each for _ in range(4))]
+    grail.compress(model, tiny_batches(), keep=0.5, progress=False, onload="cpu")
+    homes, held = zip(*seen, strict=True)
+    assert max(held) == 2 * each
+    # One block of the five is rehearsed, then each weight comes once.
+    assert len(homes) == 6 * each
+    assert len(set(homes[each:])) == 5 * each
+    assert held[each - 1 :: each] == (each, each, *(2 * each for _ in range(4)))
 
 
-def test_the_next_block_is_on_its_way_while_one_works(tiny_llama):
+def test_the_next_block_is_on_its_way_while_one_works(tiny_llama, copied):
     blocks = tiny_llama(num_hidden_layers=3).model.layers
+    seen, grown = copied(blocks)
+    first, second = ({p.data_ptr() for p in block.parameters()} for block in blocks[:2])
     bring = Onloader(blocks, CPU)
-    with bring(0):
-        (ahead,) = bring._ahead.items()
-        assert ahead[0] == 1
-        assert ahead[1].result(timeout=30).copies.keys() == set(blocks[1].parameters())
+    with bring(0), grown:
+        assert grown.wait_for(lambda: {home for home, _ in seen} == first | second, timeout=30)
     with bring(1), bring(2):
-        assert not bring._ahead
+        assert len(seen) == 3 * len(first)  # each weight once
 
 
 @pytest.mark.usefixtures("apart")

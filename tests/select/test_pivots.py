@@ -5,7 +5,7 @@ import torch
 
 from grail.select import pivots
 from grail.select.elimination import cheapness
-from grail.select.greedy import _gain
+from grail.select.greedy import gain
 
 H, O = 60, 17
 
@@ -41,7 +41,7 @@ def by_definition(matrix, outputs, count: int, score, block: int) -> tuple[list[
 
 
 @pytest.mark.parametrize("block", [1, 3, 16])
-@pytest.mark.parametrize("score", [_gain, cheapness], ids=["gain", "cheapness"])
+@pytest.mark.parametrize("score", [gain, cheapness], ids=["gain", "cheapness"])
 def test_choices_and_corrections_are_those_of_one_channel_after_another(score, block):
     matrix, outputs = problem()
     expected, corrected = by_definition(matrix, outputs, 40, score, block)
@@ -56,5 +56,5 @@ def test_choices_and_corrections_are_those_of_one_channel_after_another(score, b
 def test_the_search_stops_before_a_score_of_minus_infinity(block):
     matrix, outputs = problem()
     matrix[10:], matrix[:, 10:] = 0, 0
-    order = pivots.pivots(matrix, outputs.T.contiguous(), 40, _gain, block)
+    order = pivots.pivots(matrix, outputs.T.contiguous(), 40, gain, block)
     assert sorted(order) == list(range(10))

@@ -10,6 +10,7 @@ from grail.recipe import Recipe
 from grail.runtime.clock import Clock
 from grail.statistics.collector import Collector, ignore
 from grail.statistics.observing import watch
+from tests.hooks import hooks_of
 
 PLAIN = Recipe(alpha=1e-3, drift_correction=0)
 
@@ -97,7 +98,7 @@ def test_a_consumer_that_runs_twice_is_refused_in_every_mode():
     for targets in ({}, {point: batches()}):
         with pytest.raises(ModelError, match="down runs more than once for a batch"):
             collector.collect(0, [point], targets, ignore, finish=False)
-    assert not block.down._forward_pre_hooks
+    assert not hooks_of(block.down)
 
 
 @torch.no_grad()

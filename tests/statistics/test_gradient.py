@@ -161,6 +161,6 @@ def test_scores_of_nan_choose_nothing(tiny_llama, tiny_batches):
     def broken(view):
         return view.gram.energy.log() * torch.nan
 
-    scored = select._Scored("broken", broken, False)
+    scored = select.Registered("broken", broken)
     with pytest.raises(NonFiniteError, match="scores of selector 'broken'"):
         grail.compress(tiny_llama(), tiny_batches(), 0.5, selector=scored, progress=False)
