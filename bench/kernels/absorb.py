@@ -15,7 +15,7 @@ from torch import Tensor
 
 import grail_kernels as gk
 from bench.kernels import cases
-from bench.tools.commandline import DTYPES, save
+from bench.tools.commandline import DTYPES
 from bench.tools.measuring import Call, Row, percentiles, time_in_turns
 from bench.tools.tables import aligned
 from grail_kernels import reference, tuning
@@ -167,9 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
         for outputs, channels in options.shapes
         for dtype in options.dtype or ["fp32"]
     ]
-    rows, failed = cases.run(todo, partial(show, options.device), options.seconds)
-    save(options, rows)
-    return int(failed)
+    return cases.run(options, todo, partial(show, options.device))
 
 
 if __name__ == "__main__":

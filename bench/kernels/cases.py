@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from bench.tools.commandline import CommandLine, sizes
-from bench.tools.measuring import machine
+from bench.tools.commandline import CommandLine, save, sizes
+from bench.tools.measuring import Row, machine
 
 Measured = TypeVar("Measured")
 
@@ -45,22 +45,24 @@ def announce(device: str) -> None:
 
 
 def run(
+    options: argparse.Namespace,
     cases: Iterable[tuple[str, Callable[[], list[Measured]]]],
     show: Callable[[list[Measured]], str],
-    seconds: float,
-) -> tuple[list[Measured], bool]:
-    """Measures case by case and prints each.
+    records: Callable[[list[Measured]], list[Row]] = list,
+) -> int:
+    """Measures case by case until `--seconds` are over, prints each, and saves all.
 
     Args:
+        options: of the command line.
         cases: a name each, and a call that measures its rows. It raises ArithmeticError where a
             result is wrong: nothing is timed then.
         show: the rows of a case as text.
-        seconds: no case starts later.
+        records: all rows as those of a CSV; default: they are.
 
     Returns:
-        All rows, and whether a result was wrong.
+        The exit code: 1 if a result was wrong.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + options.seconds
     rows: list[Measured] = []
     failed = False
     for name, measure in cases:
@@ -75,4 +77,5 @@ def run(
             continue
         rows += found
         print(show(found), flush=True)
-    return rows, failed
+    save(options, records(rows))
+    return int(failed)

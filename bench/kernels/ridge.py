@@ -16,7 +16,6 @@ from torch import Tensor
 import grail
 from bench.kernels import cases
 from bench.tools.allocations import peak_bytes
-from bench.tools.commandline import save
 from bench.tools.measuring import Call, Row, percentiles, time_in_turns
 from bench.tools.tables import aligned
 from grail.algebra import ridge
@@ -170,9 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         return measure(site(outputs, channels, options.keep, options.device), options.repeats)
 
     todo = [(f"{o} x {h}", partial(measured, o, h)) for o, h in options.shapes]
-    rows, failed = cases.run(todo, show, options.seconds)
-    save(options, rows)
-    return int(failed)
+    return cases.run(options, todo, show)
 
 
 if __name__ == "__main__":
