@@ -84,14 +84,11 @@ def activations(tokens: int, channels: int, dtype: torch.dtype, device: str) -> 
     return torch.randn(size, generator=generator, device=device).add_(0.5).to(dtype)
 
 
-def packed_gram(x: Tensor, **options: Tensor) -> Tensor:
-    """The packed Gram of `x`, zero where it is scratch."""
-    out = torch.zeros(gk.packed_numel(x.shape[-1]), device=x.device)
-    return _without_scratch(gk.gram_(out, x, **options), x.shape[-1])
-
-
-def _without_scratch(packed: Tensor, channels: int) -> Tensor:
-    return gk.pack(gk.unpack(packed, channels))
+def packed(add: Callable[[Tensor], Tensor], x: Tensor, *matrices: int) -> Tensor:
+    """The packed Grams that `add` makes of zeros, zero where they are scratch."""
+    channels = x.shape[-1]
+    out = torch.zeros(*matrices, gk.packed_numel(channels), device=x.device)
+    return gk.pack(gk.unpack(add(out), channels))
 
 
 def run_tests(run: Run) -> None:
@@ -113,38 +110,26 @@ def launches(run: Run) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     tokens = run.size(20_000, 300)
     for (name, dtype), channels in itertools.product(DTYPES.items(), (64, 192, 201, 4096)):
         x = activations(tokens, run.size(channels, min(channels, 201)), dtype, run.device)
-        yield f"gram {name} {channels}", lambda x=x: packed_gram(x)
-        weights = x[:, 0].float().abs()
-        yield (f"gram {name} {channels} weighted", lambda x=x, w=weights: packed_gram(x, weights=w))
-        yield f"batched {name} {channels}", lambda x=x: _heads(x)
-        yield f"ragged {name} {channels}", lambda x=x: _experts(x)
-        yield f"swiglu {name} {channels}", lambda x=x: _gated(x)
-        yield f"absorb {name} {channels}", lambda x=x: _absorbed(x)
+        for kernel, call in _calls(x).items():
+            yield kernel.format(f"{name} {channels}"), call
 
 
-def _heads(x: Tensor) -> Tensor:
-    """Three heads, each a third of the tokens' neighbours: strided as a model's heads are."""
-    heads = x[: len(x) // 3 * 3].view(-1, 3, x.shape[1]).transpose(0, 1)
-    out = torch.zeros(3, gk.packed_numel(x.shape[1]), device=x.device)
-    return _without_scratch(gk.gram_batched_(out, heads), x.shape[1])
-
-
-def _experts(x: Tensor) -> Tensor:
-    """Three experts, of which one has no token."""
-    offsets = torch.tensor([0, len(x) // 3, len(x) // 3, len(x)])
-    out = torch.zeros(3, gk.packed_numel(x.shape[1]), device=x.device)
-    return _without_scratch(gk.gram_ragged_(out, x, offsets), x.shape[1])
-
-
-def _gated(x: Tensor) -> Tensor:
-    out = torch.zeros(gk.packed_numel(x.shape[1]), device=x.device)
-    return _without_scratch(gk.gram_swiglu_(out, x.flip(0), x), x.shape[1])
-
-
-def _absorbed(x: Tensor) -> Tensor:
-    """The correction for a consumer of 100 rows when every other channel stays."""
-    keep = torch.arange(0, x.shape[1], 2, device=x.device)
-    return gk.absorb(x[:100], packed_gram(x), keep, tune.kernel_backend(x.device.type))
+def _calls(x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    count, weights = len(x), x[:, 0].float().abs()
+    heads = x[: count // 3 * 3].view(-1, 3, x.shape[1]).transpose(0, 1)  # strided as a model's are
+    offsets = torch.tensor([0, count // 3, count // 3, count])  # of the experts, one has no token
+    keep = torch.arange(0, x.shape[1], 2, device=x.device)  # of a consumer of 100 rows
+    backend = tune.kernel_backend(x.device.type)
+    return {
+        "gram {}": lambda: packed(lambda out: gk.gram_(out, x), x),
+        "gram {} weighted": lambda: packed(lambda out: gk.gram_(out, x, weights=weights), x),
+        "batched {}": lambda: packed(lambda out: gk.gram_batched_(out, heads), x, 3),
+        "ragged {}": lambda: packed(lambda out: gk.gram_ragged_(out, x, offsets), x, 3),
+        "swiglu {}": lambda: packed(lambda out: gk.gram_swiglu_(out, x.flip(0), x), x),
+        "absorb {}": lambda: gk.absorb(
+            x[:100], packed(lambda out: gk.gram_(out, x), x), keep, backend
+        ),
+    }
 
 
 def digests(run: Run) -> dict[str, str]:
@@ -185,7 +170,7 @@ def _many_activations(run: Run) -> list[Row]:
     tokens, channels = run.size(2**17 + 64, 200), run.size(2**14 + 16, 130)
     x = torch.zeros(tokens, channels, dtype=torch.bfloat16, device=run.device)
     x[-50:] = activations(50, channels, x.dtype, run.device)
-    result = gk.unpack(packed_gram(x), channels)
+    result = gk.unpack(packed(lambda out: gk.gram_(out, x), x), channels)
     for rows in (slice(0, 64), slice(-64, None)):
         _assert_error(result[rows], x[-50:, rows], x[-50:])
     return [{"check": f"{x.numel()} activations", "result": "matches fp64"}]

@@ -57,5 +57,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names; rooms and private modules are found by import."""
+    """Returns the public names; rooms and private modules are found by import."""
     return [*__all__, "__version__"]

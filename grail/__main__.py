@@ -38,7 +38,7 @@ def main() -> int:
 def _leave(status: int) -> NoReturn:
     """Ends one of several processes at once, without taking the interpreter down step by step.
 
-    All is written by then. A rare abort at that point, "terminate called without an active
+    All output is written before. A rare abort at that point, "terminate called without an active
     exception", most likely comes from a worker of torch.distributed that the interpreter stops at
     exit while it waits for the release of a tensor.
     """

@@ -149,7 +149,7 @@ def _why_not(device: str, error: Exception) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question with the known name that is nearest to another one; nothing where none is near."""
+    """Returns a question with the known name nearest to an unknown one; "" if none is near."""
     in_any_case = {each.lower(): each for each in known}
     near = difflib.get_close_matches(name.lower(), in_any_case, n=1)
     return f"did you mean {in_any_case[near[0]]!r}? " if near else ""

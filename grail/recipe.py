@@ -338,7 +338,7 @@ class Recipe:
         return self.compensate and automatic
 
     def sites_of(self, architecture: Architecture) -> list[list[BoundSite]]:
-        """For each block the sites to be narrowed, in the order in which they run."""
+        """Returns for each block the sites to narrow, in the order in which they run."""
         sites = architecture.default if self.sites is None else self.sites
         kinds = [site for site in sites if isinstance(site, str)]
         if len(kinds) < len(sites):
@@ -366,11 +366,11 @@ class Recipe:
                         )
 
     def all_sites(self, architecture: Architecture) -> list[BoundSite]:
-        """The sites of all blocks, in the order in which they run."""
+        """Returns the sites of all blocks, in the order in which they run."""
         return list(itertools.chain(*self.sites_of(architecture)))
 
     def keep_of(self, site: BoundSite) -> float:
-        """The share of that site's channels that stays."""
+        """Returns the share of that site's channels that stays."""
         if not isinstance(self.keep, Mapping):
             return self.keep
         keep = self.keep.get(site.name, self.keep.get(site.kind))
@@ -388,7 +388,7 @@ class Recipe:
         return keep[site.block]
 
     def widths(self, architecture: Architecture) -> dict[str, Width]:
-        """The feasible width of each site, by its name."""
+        """Returns the feasible width of each site, by its name."""
         sites = self.all_sites(architecture)
         self._require_own_weights(architecture, sites)
         self._check_keep_names(architecture, sites)
@@ -413,9 +413,9 @@ class Recipe:
                 )
 
     def active(self, sites: Sequence[BoundSite], widths: Mapping[str, Width]) -> list[BoundSite]:
-        """The sites of a block that a run works on, in order: those that become narrower.
+        """Returns the sites of a block that a run works on, in order: those to narrow.
 
-        Where drift is followed the others join them: a consumer of full width can undo it, too.
+        With drift correction also the others: a consumer of full width can correct drift, too.
         """
         narrowed = [site for site in sites if widths[site.name].kept < site.channels]
         return list(sites) if narrowed and self.follows_drift else narrowed
@@ -528,7 +528,7 @@ def _yaml_loader(yaml: Any) -> Any:
 
 
 def _yaml() -> Any:
-    """The YAML library, which comes with transformers."""
+    """Returns the YAML library, which comes with transformers."""
     try:
         import yaml
     except ImportError as error:
@@ -548,7 +548,7 @@ def _data(value: Any) -> Any:
 
 
 def _site(data: Any) -> Any:
-    """A site of a recipe file: a kind, or a `grail.Site` by its fields."""
+    """Returns a site of a recipe file: a kind, or a `grail.Site` by its fields."""
     if not isinstance(data, Mapping):
         return data
     producers = data.get("producers", ())

@@ -25,7 +25,7 @@ _DROPPED_ROWS = 1024
 def absorb(
     weight: Tensor, gram: Tensor, keep: Tensor | Sequence[int], backend: str = "auto"
 ) -> Tensor:
-    """The correction of a consumer for its dropped channels: W_D G_DP.
+    """Returns the correction of a consumer for its dropped channels: W_D G_DP.
 
     Args:
         weight: [O, H], floating point, any strides.

@@ -101,11 +101,8 @@ def _absorb_kernel(
             dropped = step * BLOCK_D + tl.arange(0, BLOCK_D)
             dropped_rows = tl.load(dropped_rows_ptr + dropped)
             dropped_cols = tl.load(dropped_cols_ptr + dropped)
-            weights = tl.load(
-                weight_ptr + (rows[:, None] * D + dropped[None, :]),
-                mask=row_mask[:, None],
-                other=0.0,
-            )
+            weight_ptrs = weight_ptr + (rows[:, None] * D + dropped[None, :])
+            weights = tl.load(weight_ptrs, mask=row_mask[:, None], other=0.0)
             if run == 0:
                 gram = tl.load(gram_ptr + (kept_rows[:, None] + dropped_cols[None, :]))
             elif run == 1:
@@ -153,18 +150,11 @@ def launch_absorb(
     mirrored = mirrored if gram.dim() == 1 else torch.zeros_like(kept)
     tile_rows = math.ceil(outputs / config.block_outputs)
     tile_columns = math.ceil(kept.numel() / config.block_kept)
+    places = (*_places(gram, padded, channels), *_places(gram, kept, channels))
     with torch.cuda.device_of(weight):
         _absorb_kernel[(tile_rows * tile_columns,)](
-            result,
-            of_dropped,
-            gram,
-            *_places(gram, padded, channels),
-            *_places(gram, kept, channels),
-            mirrored,
-            order,
-            outputs,
-            kept.numel(),
-            padded.numel(),
+            *(result, of_dropped, gram, *places, mirrored, order),
+            *(outputs, kept.numel(), padded.numel()),
             **constants(config, weight.dtype),
             num_warps=config.warps,
             num_stages=config.stages,

@@ -17,7 +17,7 @@ def check_kind(name: str, value: object, kinds: type | tuple[type, ...], wanted:
 
 
 def kind_of(value: object) -> str:
-    """The name of a value's type; None is None."""
+    """Returns the name of a value's type; None is None."""
     return "None" if value is None else type(value).__name__
 
 
@@ -39,7 +39,7 @@ def check_count(name: str, value: object) -> None:
 
 
 def as_tensor(name: str, value: object) -> Tensor:
-    """A tensor as it is, a numpy array copied into one; refuses anything else."""
+    """Returns a tensor as it is, a numpy array copied into one; refuses anything else."""
     if isinstance(value, Tensor):
         return value
     check_kind(name, value, np.ndarray, "a torch.Tensor or a numpy array")

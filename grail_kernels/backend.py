@@ -20,7 +20,7 @@ def interpreting() -> bool:
 
 
 def resolve_backend(x: Tensor, backend: str = "auto") -> str:
-    """The backend that a call on `x` uses: "torch" or "triton".
+    """Returns the backend that a call on `x` uses: "torch" or "triton".
 
     Args:
         x: the activations.

@@ -162,10 +162,7 @@ class Launch:
     def add(self, count: int, steps: int, **read: Any) -> None:
         """Launches a program for each tile of each matrix, and each block of channels to collect.
 
-        Args:
-            count: the tokens of each matrix.
-            steps: the steps that they take.
-            read: the arguments of the kernel that describe the activations.
+        Each matrix has `count` tokens, in `steps` steps; `read` describes them to the kernel.
         """
         matrices, channels = self.batch.out.shape[0], self.batch.x.shape[-1]
         targets = {name: t for name, t in self.batch.targets.items() if t is not None}
@@ -196,12 +193,9 @@ class Launch:
 
 
 def constants(config: tuning.GramConfig, parts: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time arguments of both kernels; `bench/tools/aot.py` compiles with the same.
+    """The compile-time arguments of both kernels, with products of 1 or 3 `parts`.
 
-    Args:
-        config: the launch.
-        parts: 3 where products are those of bf16 parts, else 1.
-        dtype: of the activations.
+    `bench/tools/aot.py` compiles with the same.
     """
     operand = tl.float16 if parts == 1 and dtype == torch.float16 else tl.bfloat16
     return {

@@ -37,22 +37,13 @@ from grail_kernels.gram_call import GramCall
 _ALIGNMENT = 16
 _REACH = 2**40
 
-# The block of activations that one program lays out.
-_LAID_BLOCK = (32, 128)
-
 
 @triton.jit
 def _load_block(
-    x_desc,
-    matrix,
-    token,
-    channel,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    OPERAND: tl.constexpr,
+    x, matrix, token, channel, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, OPERAND: tl.constexpr
 ):
     """A block [BLOCK_T, BLOCK_H] of one matrix as OPERAND, zeros beyond its end."""
-    return x_desc.load([matrix, token, channel]).reshape(BLOCK_T, BLOCK_H).to(OPERAND)
+    return x.load([matrix, token, channel]).reshape(BLOCK_T, BLOCK_H).to(OPERAND)
 
 
 @triton.jit(do_not_specialize=["matrices", "span"])
@@ -227,22 +218,10 @@ def _lay(x: Tensor, mask: Tensor | None, first: int, tokens: int) -> Tensor:
     parts, dtype = _laid_form(x.dtype)
     width = math.ceil(channels * dtype.itemsize / _ALIGNMENT) * _ALIGNMENT // dtype.itemsize
     laid = x.new_empty(matrices * parts, tokens, width, dtype=dtype)
-    block_tokens, block_channels = _LAID_BLOCK
-    grid = (matrices * math.ceil(tokens / block_tokens), math.ceil(width / block_channels))
-    _lay_kernel[grid](
-        laid,
-        x,
-        mask,
-        channels,
-        width,
-        inner,
-        first,
-        tokens,
-        *x.stride(),
-        BLOCK_T=block_tokens,
-        BLOCK_H=block_channels,
-        PARTS=parts,
-    )
+    block = {"BLOCK_T": 32, "BLOCK_H": 128}  # that one program lays out
+    grid = (matrices * math.ceil(tokens / block["BLOCK_T"]), math.ceil(width / block["BLOCK_H"]))
+    sizes = (channels, width, inner, first, tokens)
+    _lay_kernel[grid](laid, x, mask, *sizes, *x.stride(), **block, PARTS=parts)
     return laid
 
 

@@ -138,12 +138,9 @@ def _gram_kernel(
                 step, mask_ptr, weights_ptr, inner, first, end, steps_each, BLOCK_T, REPEATS
             )
             offsets = repeat * stride_xo + tokens * stride_xt
-            x = _load_activations(
-                x_ptr,
-                gate_ptr,
-                offsets[:, None] + rows[None, :] * stride_xc,
-                takes_part[:, None] & row_mask[None, :],
-            ).to(tl.float32)
+            places = offsets[:, None] + rows[None, :] * stride_xc
+            mask = takes_part[:, None] & row_mask[None, :]
+            x = _load_activations(x_ptr, gate_ptr, places, mask).to(tl.float32)
             is_finite = tl.abs(x) < float("inf")
             row_counts += tl.sum((~is_finite).to(tl.int32), axis=0)
             row_sums += tl.sum(x * weights[:, None], axis=0)
@@ -161,20 +158,14 @@ def _gram_kernel(
                 step, mask_ptr, weights_ptr, inner, first, end, steps_each, BLOCK_T, REPEATS
             )
             offsets = repeat * stride_xo + tokens * stride_xt
-            row_x = _load_activations(
-                x_ptr,
-                gate_ptr,
-                rows[:, None] * stride_xc + offsets[None, :],
-                row_mask[:, None] & takes_part[None, :],
-            )
+            places = rows[:, None] * stride_xc + offsets[None, :]
+            mask = row_mask[:, None] & takes_part[None, :]
+            row_x = _load_activations(x_ptr, gate_ptr, places, mask)
             # On the diagonal this is the same block; one load for both operands would be
             # transposed element by element.
-            col_x = _load_activations(
-                x_ptr,
-                gate_ptr,
-                offsets[:, None] + cols[None, :] * stride_xc,
-                takes_part[:, None] & col_mask[None, :],
-            )
+            places = offsets[:, None] + cols[None, :] * stride_xc
+            mask = takes_part[:, None] & col_mask[None, :]
+            col_x = _load_activations(x_ptr, gate_ptr, places, mask)
             if PARTS == 1:
                 link = (step - first_step) % CHAIN
                 if link == 0:

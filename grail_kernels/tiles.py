@@ -45,7 +45,7 @@ def strips(channels: int) -> Iterator[Strip]:
 
 
 def packed_numel(channels: int) -> int:
-    """Number of fp32 elements that the packed accumulator of `channels` channels takes.
+    """Returns the number of fp32 elements that the packed accumulator of `channels` channels takes.
 
     Raises:
         InputError: `channels` is below 1.
@@ -70,14 +70,7 @@ def check_packed(packed: Tensor, channels: int) -> None:
 
 
 def unpack(packed: Tensor, channels: int) -> Tensor:
-    """The dense matrix of a packed accumulator, bitwise symmetric.
-
-    Args:
-        packed: [..., P], P = packed_numel(channels).
-        channels: H.
-
-    Returns:
-        [..., H, H] in the dtype of `packed`; the upper triangle is a copy of the lower.
+    """Returns the dense matrix [..., H, H] of a packed accumulator [..., P], bitwise symmetric.
 
     Raises:
         InputError: `packed` belongs to another number of channels.
@@ -95,13 +88,9 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """The packed accumulator of a symmetric matrix; only its lower triangle is read.
+    """Returns the packed accumulator [..., P] of a symmetric matrix [..., H, H].
 
-    Args:
-        matrix: [..., H, H].
-
-    Returns:
-        [..., packed_numel(H)] in the dtype of `matrix`, zero above the diagonal.
+    Only the lower triangle is read; values above the diagonal are 0.
 
     Raises:
         InputError: `matrix` is not square.
@@ -118,7 +107,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def diagonal(packed: Tensor, channels: int) -> Tensor:
-    """The diagonal [..., H] of a packed accumulator, without unpacking it.
+    """Returns the diagonal [..., H] of a packed accumulator, without unpacking it.
 
     Raises:
         InputError: `packed` belongs to another number of channels.

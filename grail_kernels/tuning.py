@@ -124,15 +124,9 @@ def gram_config(
     aligned: bool = True,
     architecture: str = DEFAULT,
 ) -> GramConfig:
-    """The launch of the Gram kernel for one call.
+    """The launch of the Gram kernel for activations of `dtype` with H = `channels`.
 
-    Args:
-        dtype: of the activations.
-        channels: H.
-        weighted: whether tokens have weights; products are then split like those of fp32.
-        gated: whether activations are multiplied from two tensors on the way in.
-        aligned: whether 16 bytes of activations can be read at once.
-        architecture: as `architecture_of` names it.
+    Weighted products are split like those of fp32; `aligned` activations allow reads of 16 bytes.
 
     Raises:
         LaunchTableError: the table is damaged.

@@ -7,7 +7,6 @@
 How to read the table: docs/benches.md.
 """
 
-import argparse
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import grail_kernels as gk
 from bench.kernels import cases
-from bench.tools.commandline import DTYPES, CommandLine, save, sizes
+from bench.tools.commandline import DTYPES
 from bench.tools.measuring import Call, Row, percentiles, time_in_turns
 from bench.tools.tables import aligned
 from grail_kernels import reference, tuning
@@ -149,25 +148,14 @@ def taken(dtype: str, channels: int, device: str) -> str:
     return tuning.absorb_config(getattr(torch, dtype), channels, architecture).method
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, with defaults filled in."""
-    parser = CommandLine(
-        __doc__,
-        *("model", "keep", "dtype", "device", "threads", "repeats", "seconds", "write"),
-        takes="minutes on 2 cores; --seconds limits it",
-        results="absorb{device}",
-        model={"choices": [*cases.MLP_SITES]},
-        dtype={"choices": ["fp32", "bf16"], "help": "of W; default: fp32"},
-    )
-    parser.add_argument("--shape", action="append", type=sizes("O,H"), metavar="O,H", default=[])
-    options = parser.read(arguments)
-    options.shapes = cases.mlp_shapes(options, CPU_MODELS)
-    return options
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, saves; the exit code is 1 if a result was wrong."""
-    options = parse(arguments)
+    options = cases.parse_mlp(
+        *(__doc__, arguments, CPU_MODELS, "dtype"),
+        takes="minutes on 2 cores; --seconds limits it",
+        results="absorb{device}",
+        dtype={"choices": ["fp32", "bf16"], "help": "of W; default: fp32"},
+    )
     cases.announce(options.device)
 
     def measured(outputs: int, channels: int, dtype: str) -> list[Row]:
@@ -179,9 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
         for outputs, channels in options.shapes
         for dtype in options.dtype or ["fp32"]
     ]
-    rows, failed = cases.run(todo, partial(show, options.device), options.seconds)
-    save(options, rows)
-    return int(failed)
+    return cases.run(options, todo, partial(show, options.device))
 
 
 if __name__ == "__main__":

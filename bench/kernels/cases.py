@@ -3,9 +3,10 @@
 import argparse
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from bench.tools.measuring import machine
+from bench.tools.commandline import CommandLine, save, sizes
+from bench.tools.measuring import Row, machine
 
 Measured = TypeVar("Measured")
 
@@ -20,11 +21,22 @@ MLP_SITES = {
 GPU_MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-2-7b", "llama-3-8b")
 
 
-def mlp_shapes(options: argparse.Namespace, on_cpu: tuple[str, ...]) -> list[tuple[int, int]]:
-    """O and H of the cases that `--shape` and `--model` name, or of the usual ones."""
+def parse_mlp(
+    doc: str | None,
+    arguments: list[str] | None,
+    on_cpu: tuple[str, ...],
+    *shared: str,
+    **settings: Any,
+) -> argparse.Namespace:
+    """The options of a bench of MLP sites; `shapes`: O and H of those named, or of usual ones."""
+    names = ("model", "keep", *shared, "device", "threads", "repeats", "seconds", "write")
+    parser = CommandLine(doc, *names, model={"choices": [*MLP_SITES]}, **settings)
+    parser.add_argument("--shape", action="append", type=sizes("O,H"), metavar="O,H", default=[])
+    options = parser.read(arguments)
     usual = on_cpu if options.device == "cpu" else GPU_MODELS
     models = options.model or (() if options.shape else usual)
-    return [*options.shape, *(MLP_SITES[model] for model in models)]
+    options.shapes = [*options.shape, *(MLP_SITES[model] for model in models)]
+    return options
 
 
 def announce(device: str) -> None:
@@ -33,22 +45,24 @@ def announce(device: str) -> None:
 
 
 def run(
+    options: argparse.Namespace,
     cases: Iterable[tuple[str, Callable[[], list[Measured]]]],
     show: Callable[[list[Measured]], str],
-    seconds: float,
-) -> tuple[list[Measured], bool]:
-    """Measures case by case and prints each.
+    records: Callable[[list[Measured]], list[Row]] = list,
+) -> int:
+    """Measures case by case until `--seconds` are over, prints each, and saves all.
 
     Args:
+        options: of the command line.
         cases: a name each, and a call that measures its rows. It raises ArithmeticError where a
             result is wrong: nothing is timed then.
         show: the rows of a case as text.
-        seconds: no case starts later.
+        records: all rows as those of a CSV; default: they are.
 
     Returns:
-        All rows, and whether a result was wrong.
+        The exit code: 1 if a result was wrong.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + options.seconds
     rows: list[Measured] = []
     failed = False
     for name, measure in cases:
@@ -63,4 +77,5 @@ def run(
             continue
         rows += found
         print(show(found), flush=True)
-    return rows, failed
+    save(options, records(rows))
+    return int(failed)

@@ -24,7 +24,7 @@ from torch import Tensor
 import grail_kernels as gk
 from bench.kernels import cases
 from bench.tools import model
-from bench.tools.commandline import DTYPES, CommandLine, save, sizes
+from bench.tools.commandline import DTYPES, CommandLine, sizes
 from bench.tools.measuring import (
     Call,
     percentiles,
@@ -409,7 +409,7 @@ def table(rows: list[Row]) -> str:
     return title + aligned(("provider", *columns, "model", "waves"), lines)
 
 
-def records(rows: Iterable[Row], roofs: dict[str, Roof]) -> list[Record]:
+def records(roofs: dict[str, Roof], rows: Iterable[Row]) -> list[Record]:
     """All that was measured in long format: one record a number."""
     found = []
     for dtype, roof in roofs.items():
@@ -512,9 +512,7 @@ def main(arguments: list[str] | None = None) -> int:
         for shape in options.shapes
         for dtype in options.dtype
     ]
-    rows, failed = cases.run(todo, table, options.seconds)
-    save(options, records(rows, roofs))
-    return int(failed)
+    return cases.run(options, todo, table, partial(records, roofs))
 
 
 if __name__ == "__main__":

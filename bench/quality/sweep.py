@@ -27,6 +27,7 @@ from bench.tools import assets
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, Table
 from grail import select
+from grail.recipe import PRESETS
 from grail.report._evaluate import evaluate
 from grail.run import budget
 from grail.select.flap import flap as flap_scores
@@ -34,26 +35,11 @@ from grail.select.flap import flap as flap_scores
 KEEPS = (0.5, 0.7, 0.3, 0.9, 0.8, 0.6, 0.4)
 # In the order of measuring; the other selectors come last.
 FIRST = (
-    *(
-        "magnitude",
-        "wanda",
-        "greedy",
-        "folding-kmeans",
-        "flap",
-        "slimgpt",
-        "random",
-        "gram",
-        "cholesky",
-    ),
-    *("wanda++", "backward", "folding-agglomerative", "folding"),
+    *("magnitude", "wanda", "greedy", "folding-kmeans", "flap", "slimgpt", "random", "gram"),
+    *("cholesky", "wanda++", "backward", "folding-agglomerative", "folding"),
 )
-PAPER: dict[str, Any] = {
-    "alpha": 1e-3,
-    "toward": "zero",
-    "drift_correction": 0.0,
-    "per_tap": False,
-    "exact_folding": False,
-}
+# The paper's way with any selector.
+PAPER = {name: value for name, value in PRESETS["paper"].items() if name != "selector"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "own": {"compensate": False},
     "grail": PAPER,

@@ -342,10 +342,7 @@ CASES: dict[str, Case] = {
     "large means with bias undamped": lambda t, g: _large_means(t, g, alpha=0.0),
     # The kept channels are so quiet that their weights would have to exceed fp16.
     "fp16 weight overflows": lambda t, g: replace(
-        t,
-        x=t.x * torch.ones(32).index_fill(0, t.kept, 1e-6),
-        weight=t.weight.half(),
-        alpha=0.0,
+        t, x=t.x * torch.ones(32).index_fill(0, t.kept, 1e-6), weight=t.weight.half(), alpha=0.0
     ),
     "bf16 weight": lambda t, g: replace(t, weight=t.weight.bfloat16(), toward="zero"),
     "drift with nan": lambda t, g: replace(t, drift=_set(_noise(t, g), g, NAN), solvable=False),

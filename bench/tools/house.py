@@ -3,7 +3,7 @@
     python -m bench.tools.house                          this checkout
     python -m bench.tools.house 761d63c af25464          commits, beside the checkout
     python -m bench.tools.house --tree PATH              another checkout
-    python -m bench.tools.house COMMIT --write bench/results/house.csv
+    python -m bench.tools.house COMMIT --write           bench/results/house.csv
 
 Rows of the table
   lines, code    as `wc -l` counts; without comments, docstrings and blank lines
@@ -20,9 +20,7 @@ Rows of the table
   private        reaches of tests into names with an underscore, of modules and objects
 """
 
-import argparse
 import ast
-import csv
 import io
 import math
 import re
@@ -35,22 +33,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.tools.commandline import CommandLine
+from bench.tools.measuring import ROOT, Row, commit, write_rows
+from bench.tools.tables import aligned
+
 PACKAGES = ("grail", "grail_kernels", "bench", "tests")
 # In their order of dependency: a room imports from itself and from those before it.
 ROOMS = {
     "grail": (
-        *(
-            "version",
-            "errors",
-            "arguments",
-            "runtime",
-            "algebra",
-            "select",
-            "calibrate",
-            "networks",
-        ),
-        *("recipe", "statistics", "report", "files", "run", "__init__", "commands", "__main__"),
+        *("version", "errors", "arguments", "runtime", "algebra", "select", "calibrate"),
+        *("networks", "recipe", "statistics", "report", "files", "run"),
+        *("__init__", "commands", "__main__"),
     ),
     "bench": ("tools", "kernels", "quality", "reliability", "report"),
 }
@@ -60,7 +53,6 @@ PARAMETERS = 10
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Graph = dict[str, set[str]]
-Row = dict[str, str]
 _BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.match_case)
 _NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
@@ -354,43 +346,20 @@ def measure_commit(commit: str) -> list[Row]:
         return measure_tree(Path(folder), commit)
 
 
-def described(tree: Path) -> str:
-    """The commit of a checkout, marked where files differ from it."""
-    git = ["git", "-C", str(tree), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-
-
-def show(rows: list[Row]) -> str:
-    """A line for each measure, a column for each row."""
-    names = list(rows[0])
-    widths = [max(map(len, names)), *(max(map(len, row.values())) for row in rows)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-        for cells in ([name, *(row[name] for row in rows)] for name in names)
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, writes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="writes: a table to the screen; a CSV with --write\ntakes: half a minute a tree",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandLine(__doc__, "write", takes="half a minute a tree", results="house")
     parser.add_argument("commits", nargs="*", metavar="COMMIT", help="measured before the tree")
     parser.add_argument("--tree", type=Path, default=ROOT, help="default: this checkout")
-    parser.add_argument("--write", type=Path, metavar="FILE.csv", help="write the rows here")
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     rows = [row for commit in options.commits for row in measure_commit(commit)]
-    rows += measure_tree(options.tree, described(options.tree))
+    rows += measure_tree(options.tree, commit(options.tree))
     for package in PACKAGES:
         if of_package := [row for row in rows if row["package"] == package]:
-            print(show(of_package), end="\n\n")
+            first, *others = ([name, *(row[name] for row in of_package)] for name in rows[0])
+            print(aligned(first, others, words=len(first)), end="\n\n")
     if options.write:
-        with options.write.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(options.write, rows)
     return 0
 
 

@@ -86,9 +86,9 @@ def percentiles(seconds: list[float]) -> Row:
 
 
 @functools.cache  # the commit whose code was loaded, not that of an hour later
-def commit() -> str:
-    """The commit of this checkout, marked where files differ from it."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+def commit(tree: Path = ROOT) -> str:
+    """The commit of a checkout, marked where files differ from it."""
+    git = ["git", "-C", str(tree), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 

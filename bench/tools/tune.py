@@ -11,13 +11,12 @@ it runs again. The fastest takes the row if it beats the present one by 2%, summ
 Run `python -m bench.tools.aot` afterwards: it compiles every shipped row.
 """
 
-import argparse
 import itertools
 import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -65,28 +64,14 @@ TMA_CANDIDATES = {
 COMPILED_TOKENS = 2048
 
 # In the order of what a calibration spends its time on.
-ORDER: tuple[Key, ...] = (
-    ("gram_tma", "16-bit", "wide"),
-    ("gram_tma", "16-bit", "middle"),
-    ("absorb", "bf16", "wide"),
-    ("gram_tma", "split", "wide"),
-    ("gram_tma", "16-bit", "narrow"),
-    ("gram", "16-bit", "middle"),
-    ("gram", "16-bit", "wide"),
-    ("gram", "split", "wide"),
-    ("gram", "16-bit", "narrow"),
-    ("gram", "16-bit", "gated"),
-    ("absorb", "bf16", "middle"),
-    ("absorb", "split", "wide"),
-    ("gram", "split", "middle"),
-    ("gram", "16-bit", "scattered"),
-    ("absorb", "split", "middle"),
-    ("gram_tma", "split", "middle"),
-    ("gram_tma", "split", "narrow"),
-    ("gram", "split", "narrow"),
-    ("gram", "split", "gated"),
-    ("gram", "split", "scattered"),
-)
+_ORDER = """
+    gram_tma/16-bit/wide  gram_tma/16-bit/middle  absorb/bf16/wide  gram_tma/split/wide
+    gram_tma/16-bit/narrow  gram/16-bit/middle  gram/16-bit/wide  gram/split/wide
+    gram/16-bit/narrow  gram/16-bit/gated  absorb/bf16/middle  absorb/split/wide  gram/split/middle
+    gram/16-bit/scattered  absorb/split/middle  gram_tma/split/middle  gram_tma/split/narrow
+    gram/split/narrow  gram/split/gated  gram/split/scattered
+"""
+ORDER: tuple[Key, ...] = tuple(tuple(name.split("/")) for name in _ORDER.split())
 # Matrices, tokens, channels of each shape class.
 GRAM_SIZES = {
     "narrow": ((32, 65_536, 64),),
@@ -129,16 +114,14 @@ def candidates(key: Key) -> list[Config]:
         return [GramConfig(*values) for values in TMA_CANDIDATES[operands, shape == "narrow"]]
     if operands == "split":
         sizes = (((32, 64), 4), ((16, 64), 8), ((64, 64), 8), ((32, 128), 8), ((16, 128), 8))
-        return [
-            GramConfig(*edges, 8, warps, stages)
-            for (edges, warps), stages in itertools.product(sizes, (2, 3))
-        ]
+        return _gram_configs(sizes, (2, 3))
     sizes = (((64, 128), 8), ((32, 128), 8), ((128, 128), 8), ((64, 64), 4), ((32, 64), 4))
-    groups = [GramConfig(64, 128, group, 8, 3) for group in (4, 16)]
-    return groups + [
-        GramConfig(*edges, 8, warps, stages)
-        for (edges, warps), stages in itertools.product(sizes, (3, 4))
-    ]
+    return [GramConfig(64, 128, group, 8, 3) for group in (4, 16)] + _gram_configs(sizes, (3, 4))
+
+
+def _gram_configs(sizes: Iterable[tuple[tuple[int, int], int]], stages: tuple[int, int]) -> list:
+    pairs = itertools.product(sizes, stages)
+    return [GramConfig(*edges, 8, warps, number) for (edges, warps), number in pairs]
 
 
 def works(key: Key, device: str, dry: bool, most: int = 2**31) -> Iterator[Work]:
@@ -346,13 +329,6 @@ def tune(
     return measured
 
 
-def _key(text: str) -> Key:
-    for key in ORDER:
-        if "/".join(key) == text:
-            return key
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map('/'.join, ORDER))}")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Searches, prints, writes."""
     parser = CommandLine(
@@ -362,7 +338,8 @@ def main(arguments: list[str] | None = None) -> int:
         takes="minutes on a GPU; --seconds limits it",
         results="gpu/tuning",
     )
-    parser.add_argument("--row", action="append", type=_key, help="only this; may be repeated")
+    rows = {"choices": ["/".join(key) for key in ORDER], "metavar": "KERNEL/OPERANDS/SHAPE"}
+    parser.add_argument("--row", action="append", help="only this; may be repeated", **rows)
     parser.add_argument("--table", type=Path, help="the file that gets the rows")
     options = parser.read(arguments)
     if not options.dry_run and not torch.cuda.is_available():
@@ -370,11 +347,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options.device = "cpu" if options.dry_run else "cuda"
     table = options.table or (None if options.dry_run else tuning.TABLE)
-    keys = options.row or list(ORDER)
-    save(
-        options,
-        tune(keys, options.device, dry=options.dry_run, table=table, seconds=options.seconds),
-    )
+    keys = [key for key in ORDER if not options.row or "/".join(key) in options.row]
+    dry, seconds = options.dry_run, options.seconds
+    save(options, tune(keys, options.device, dry=dry, table=table, seconds=seconds))
     return 0
 
 

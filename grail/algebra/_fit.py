@@ -152,7 +152,7 @@ def fit(
 
 
 def _as_given(fit: Fit, given: Sequence[object]) -> Fit:
-    """A fit whose weights have the form in which the layers among its consumers store theirs."""
+    """Returns a fit whose weights have the forms in which the given layers store theirs."""
     pairs = zip(fit.weights, given, strict=True)
     return replace(fit, weights=tuple(as_given(weight, layer) for weight, layer in pairs))
 
@@ -177,7 +177,7 @@ def _chosen(
 def _solved(
     problem: Problem, weights: tuple[Tensor, ...], alpha: float, toward: str, correction: float
 ) -> Fit:
-    """The fit of consumers of the shapes, dtypes and devices of `weights`, rounded once."""
+    """Returns the fit of consumers of the shapes, dtypes and devices of `weights`, rounded once."""
     fitted, damping, retries = problem.solve(alpha, toward, correction)
     fitted.add_(problem.plain)
     outputs = [len(w) for w in weights]

@@ -70,8 +70,8 @@ def _counted(tokens: Tensor, mask: Tensor) -> Tensor:
     """Returns the tokens [T, N] that a mask [T] counts; on a GPU all, the others as zeros."""
     if tokens.device.type == "cpu":
         return tokens[mask]
-    # How many there are is not asked, which would stall the stream. Not by multiplying: what is
-    # masked may hold NaN.
+    # Their number is not read, which would stall the stream. Masked values may be NaN, so they are
+    # replaced, not multiplied by 0.
     return tokens.where(mask[:, None], 0)
 
 

@@ -74,7 +74,7 @@ class Gram:
     def over(
         cls, sums: Sums, channels: int, name: str = "", non_finite: NonFinite = "refuse"
     ) -> "Gram":
-        """A Gram of `channels` channels whose tokens are added to `sums`."""
+        """Returns a Gram of `channels` channels whose tokens are added to `sums`."""
         gram = cls(channels, name=name, non_finite=non_finite)
         gram._count_for(sums)
         return gram
@@ -129,7 +129,7 @@ class Gram:
         mask: Tensor | np.ndarray | None,
         drift: Tensor | np.ndarray | None,
     ) -> _Tokens:
-        """The arguments of `update` as tensors whose forms fit."""
+        """Returns the arguments of `update` as tensors whose forms fit."""
         x = gk.as_tensor("x", x)
         mask = None if mask is None else gk.as_tensor("mask", mask)
         drift = None if drift is None else gk.as_tensor("drift", drift)
@@ -153,7 +153,7 @@ class Gram:
         return _Tokens(x.detach(), mask, drift)
 
     def _on_device(self, tokens: _Tokens) -> _Tokens:
-        """The tokens on the device of the sums, which are there from the first update on."""
+        """Returns the tokens on the device of the sums, which the first update determines."""
         x, mask, drift = tokens
         device = self._started(x.device).packed.device
         if device.type == "cuda" and x.device.type == "cpu":
@@ -166,7 +166,7 @@ class Gram:
         return _Tokens(x, mask, drift)
 
     def _without_non_finite(self, tokens: _Tokens) -> _Tokens:
-        """The tokens with a mask that leaves out those with NaN or Inf; counts those."""
+        """Returns the tokens with a mask that leaves out those with NaN or Inf; counts those."""
         x, mask, drift = tokens
         values = [t for t in (x, drift) if t is not None]
         on_cpu = x.device.type == "cpu"  # where looking at a sum stalls nothing
@@ -238,7 +238,7 @@ class Gram:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Gram":
-        """The Gram that `save` wrote, bit for bit.
+        """Returns the Gram that `save` wrote, bit for bit.
 
         Raises:
             StateError: no such file, or one that is damaged, or of another kind or version.
@@ -259,7 +259,7 @@ class Gram:
         return gram
 
     def parts(self, outputs: int = 0) -> dict[str, Tensor]:
-        """All sums and counts, by name, to be changed in place: they add up where Grams do.
+        """Returns all sums and counts, by name, to be changed in place: they add up where Grams do.
 
         Args:
             outputs: of the drift of another Gram, for which this one makes a place.
@@ -284,7 +284,7 @@ class Gram:
         }
 
     def matrix(self) -> Tensor:
-        """G [H, H], fp32, bitwise symmetric.
+        """Returns G [H, H], fp32, bitwise symmetric.
 
         Raises:
             EmptyCalibrationError: no token was counted.
@@ -319,7 +319,7 @@ class Gram:
         return 0 if self._sums is None else int(self._dropped)
 
     def _started(self, device: torch.device | None = None) -> Sums:
-        """The sums, which are made on `device`, or on the CPU, where there are none yet."""
+        """Returns the sums, which are made on `device`, or on the CPU, where there are none yet."""
         if self._sums is None:
             device = device or self.device
             default = 0 if device.type == "cpu" else gk.BUFFER_TOKENS
@@ -342,7 +342,7 @@ class Gram:
             )
 
     def _readable(self) -> Sums:
-        """The sums with the tokens that waited, if there were any and all is finite."""
+        """Returns the sums with the tokens that waited, if there were any and all is finite."""
         self._refuse_torn()
         if self.tokens == 0:
             lost = f" ({self.dropped} with NaN or Inf were dropped)" if self.dropped else ""
@@ -395,13 +395,13 @@ class Gram:
 
 
 def check_buffer(buffer: int | None) -> None:
-    """Raises InputError for what is no number of tokens that can wait."""
+    """Raises InputError unless `buffer` is a number of tokens or None."""
     if buffer is not None and (not is_whole(buffer) or buffer < 0):
         raise InputError(f"buffer must be a number of tokens ≥ 0; got {buffer!r}")
 
 
 def check_non_finite(non_finite: str) -> None:
-    """Raises InputError for what is no way to treat tokens with NaN or Inf."""
+    """Raises InputError for an unknown treatment of tokens with NaN or Inf."""
     if non_finite not in get_args(NonFinite):
         raise InputError(
             f"non_finite must be one of {', '.join(get_args(NonFinite))}; got {non_finite!r}"

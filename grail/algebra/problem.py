@@ -197,7 +197,7 @@ class Problem:
         return _relative(after, total), _relative(before, total)
 
     def _right(self, alpha: float, toward: str, correction: float) -> Tensor:
-        """Q or Q − λ W₀ [O, K], centred."""
+        """Returns Q or Q − λ W₀ [O, K], centred."""
         right = self._own
         if correction and self._drifted is not None:
             right = right + correction * self._drifted
@@ -214,7 +214,7 @@ class Problem:
         return self._centred(_appended(coupling.double(), self._sum[self._lost]))
 
     def _ridge(self, right: Tensor, alpha: float) -> ridge.Solution:
-        """X [.., K] of X (A + λI) = `right`, centred."""
+        """Returns X [.., K] of X (A + λI) = `right`, centred."""
         if math.isinf(alpha):
             zero = right.new_zeros(())
             return ridge.Solution(right.new_zeros(right.shape, dtype=torch.float64), zero, zero)

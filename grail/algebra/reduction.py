@@ -1,7 +1,7 @@
 """Reductions: the linear map R [K, H] from a site's H channels to the K that stay.
 
-A selection keeps rows of the identity; a folding averages clusters. Each is stored as what it is
-(an index, labels), never as a dense R, and knows the products that everything else is built from.
+A selection keeps rows of the identity; a folding averages clusters. Each is stored as an
+index or as labels, never as a dense R, and computes the products that the fit is built from.
 """
 
 from abc import ABC, abstractmethod

@@ -2,11 +2,11 @@
 
     A [.., K, K] symmetric positive semi-definite, C [.., O, K]  →  X = C (A + λI)⁻¹ [.., O, K]
 
-K³/3 + 2·O·K² FLOPs a problem, in fp64 where the device is good at it: a Gram's condition number is
-its data matrix's squared, so fp32 loses half of what the fp32 Gram still knows. Elsewhere the
-factor is an fp32 one of the scaled system D (A + λI) D, D = diag(A + λI)^-½, and refinement brings
-X to fp32's precision: each step is one fp64 product of 2·O·K² FLOPs, and the first is mostly
-enough. What does not converge is solved in fp64.
+K³/3 + 2·O·K² FLOPs a problem, in fp64 on devices that are fast at it: a Gram's condition number is
+its data matrix's squared, so fp32 loses half of the digits of an fp32 Gram. Elsewhere the factor is
+an fp32 one of the scaled system D (A + λI) D, D = diag(A + λI)^-½, and refinement brings X to
+fp32's precision: each step is one fp64 product of 2·O·K² FLOPs, and the first is mostly enough. A
+problem that does not converge is solved in fp64.
 """
 
 from collections.abc import Callable
@@ -58,9 +58,9 @@ def solve(
             function returns is overwritten, so that a large problem needs no second K·K matrix.
         right: C [.., O, K].
         damping: λ ≥ 0, a number or [..].
-        rounding: [.., K], what rounding may have left on the diagonal of A; zeros by default. What
-            a pivot below it stands for, a channel that the ones before it explain but for
-            rounding, would be fitted to noise.
+        rounding: [.., K], what rounding may have left on the diagonal of A; zeros by default. A
+            pivot below it belongs to a channel that the ones before it explain up to rounding; its
+            fit would be to noise.
         precision: "fp64"; "refined", fp32 with refinement to a relative error of 6e-8; "auto", fp64
             on CPUs and on GPUs of compute capability 8.0 and 9.0, gfx90a and gfx942, else refined.
 

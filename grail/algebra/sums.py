@@ -63,7 +63,7 @@ class Sums:
 def zeros(
     shape: tuple[int, ...], channels: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """G packed, Σ x and counts of NaN and Inf, with leading dimensions of `shape`."""
+    """Returns G packed, Σ x and counts of NaN and Inf, with leading dimensions of `shape`."""
     return (
         torch.zeros(*shape, gk.packed_numel(channels), dtype=torch.float32, device=device),
         torch.zeros(*shape, channels, dtype=torch.float32, device=device),
@@ -95,7 +95,7 @@ class Buffer:
         self._used = place.stop
 
     def content(self) -> tuple[Tensor, Tensor | None]:
-        """The tokens [T, H], and their mask [T] if any batch had one."""
+        """Returns the tokens [T, H], and their mask [T] if any batch had one."""
         filled = slice(self._used)
         return self._tokens[filled], self._counts[filled] if self._masked else None
 

@@ -33,7 +33,7 @@ class HiddenStates:
         return sum(tensor.nbytes for tensor in self._tensors)
 
     def put(self, batch: int, tensor: Tensor) -> None:
-        """Keeps a copy of one batch's tensor; the first ones come in order."""
+        """Keeps a copy of one batch's tensor; new batches must come in order."""
         if batch == len(self._tensors):
             self._tensors.append(tensor.detach().to(self._storage, copy=True))
         elif self._tensors[batch].shape != tensor.shape:
@@ -51,7 +51,7 @@ class HiddenStates:
         return len(self._tensors)
 
     def copy(self, storage: torch.device | None = None) -> "HiddenStates":
-        """A copy, in the same storage or another."""
+        """Returns a copy, in the same storage or another."""
         other = HiddenStates(storage or self._storage)
         for batch, tensor in enumerate(self._tensors):
             other.put(batch, tensor)

@@ -21,15 +21,7 @@ from grail.errors import ModelError
 
 _VALUES = (type(None), bool, int, float, complex, str, bytes)
 # Other objects that cannot change, or whose changes are not those of an argument.
-_FIXED = (
-    torch.dtype,
-    torch.device,
-    type,
-    FunctionType,
-    MethodType,
-    BuiltinFunctionType,
-    nn.Module,
-)
+_FIXED = (torch.dtype, torch.device, type, FunctionType, MethodType, BuiltinFunctionType, nn.Module)
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class Call:
         return state_of((self.args, self.kwargs))
 
     def to(self, device: torch.device) -> "Call":
-        """The same call with its tensors on a device."""
+        """Returns the same call with its tensors on a device."""
         return Call(on_device(self.args, device), on_device(self.kwargs, device), self.key)
 
     def equals(self, other: "Call") -> bool:

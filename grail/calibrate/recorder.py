@@ -133,7 +133,7 @@ def block_outputs(
 
 
 def _version(tensor: Tensor) -> int:
-    """The count of in-place changes; torch counts none of inference mode."""
+    """Returns the count of in-place changes; torch counts none of inference mode."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -132,7 +132,7 @@ def changed_arguments(
 
 
 def _changed(tokens: Tensor, others: Tensor) -> Tensor:
-    """[...] bool, the tokens [..., H] that differ."""
+    """Returns [...] bool, the tokens [..., H] that differ."""
     tokens, others = tokens.nan_to_num(), others.nan_to_num()
     return (tokens - others).abs().amax(-1) > _RTOL * tokens.abs().amax()
 
@@ -166,7 +166,7 @@ class Masks:
     frames: Callable[[int, Tensor], Tensor] | None = None
 
     def cpu(self) -> "Masks":
-        """The same masks on the CPU."""
+        """Returns the same masks on the CPU."""
         tokens, decoder = (None if m is None else m.cpu() for m in (self.tokens, self.decoder))
         return replace(self, tokens=tokens, decoder=decoder)
 
@@ -221,7 +221,7 @@ def change_decoder_inputs(name: str, tensor: Tensor) -> Tensor:
 
 
 def _decoder_mask(given: Mapping[str, Any], tokens: Tensor | None) -> Tensor | None:
-    """The mask of the decoder's inputs; without any, a model makes them of labels or tokens."""
+    """Returns the mask of the decoder's inputs, which a model may make of labels or tokens."""
     if given.get("decoder_attention_mask") is not None:
         return _mask(given, "decoder_attention_mask")
     if any(given.get(name) is not None for name in _DECODER_INPUTS):

@@ -120,7 +120,7 @@ class Stream:
         self._held_out = tuple(self.processes.share(held_out))
 
     def _counting(self, batch: int) -> Tensor:
-        """[B] bool on the CPU, the samples of one batch with a token that counts."""
+        """Returns [B] bool on the CPU, the samples of one batch with a token that counts."""
         mask, samples = self.masks[batch].tokens, len(self.hidden[batch])
         return torch.ones(samples, dtype=torch.bool) if mask is None else mask.any(1)
 
@@ -171,7 +171,7 @@ class Stream:
             self.hidden, self.storage = self.hidden.copy(storage), storage
 
     def observed(self, number: int) -> HiddenStates:
-        """The memory for what is observed within a block; every block uses it again."""
+        """Returns the memory for what is observed within a block; every block uses it again."""
         while len(self._observed) <= number:
             self._observed.append(HiddenStates(self.storage))
         return self._observed[number]
@@ -193,7 +193,7 @@ class Stream:
         return None if mask is None else mask.to(self.device)
 
     def tokens_of(self, batch: int) -> int:
-        """The number of one batch's tokens that count; of its samples, if they have no tokens."""
+        """Returns the number of a batch's tokens that count; of its samples, if they have none."""
         mask, hidden = self.masks[batch].tokens, self.hidden[batch]
         if mask is not None and self.has_sequences(hidden):
             return int(mask.sum())
@@ -211,7 +211,7 @@ class Stream:
         return hidden.dim() == 3 or (hidden.dim() == 2 and not hidden.is_floating_point())
 
     def held_out(self, batch: int) -> Tensor | None:
-        """[B] bool on the CPU: every fifth sequence of all batches is held out; of fewer, the last.
+        """Returns [B] bool on the CPU: each fifth sequence of all is held out; of fewer, the last.
 
         Sequences without a token that counts are skipped. None where the batch has none held out.
         """
@@ -219,13 +219,13 @@ class Stream:
         return held if bool(held.any()) else None
 
     def fork(self) -> "Stream":
-        """A second stream of the same batches at the same block, which then moves on its own."""
+        """Returns a second stream of the same batches at the same block, which moves separately."""
         other = copy.copy(self)
         other.hidden, other._observed = self.hidden.copy(), []
         return other
 
     def part(self, batches: Sequence[int]) -> "Stream":
-        """A stream of some batches of this process alone; a batch may come twice."""
+        """Returns a stream of some batches of this process alone; a batch may come twice."""
         other = copy.copy(self)
         other.processes, other.hidden, other._observed = Processes(), HiddenStates(self.storage), []
         for number, batch in enumerate(batches):
@@ -258,7 +258,7 @@ class Stream:
 
 
 def _every_fifth(counting: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """[B] bool for each batch, the samples that are held out among those that count."""
+    """Returns [B] bool for each batch, the samples that are held out among those that count."""
     counts = torch.cat(list(counting))
     step = max(1, min(HELD_OUT_EVERY, int(counts.sum())))
     held = counts & (counts.cumsum(0) % step == 0) & (step > 1)

@@ -18,7 +18,7 @@ _WORDS = 12  # to which a column of text may shrink, for its lines to stay reada
 
 
 def print_table(header: list[str], rows: list[list[str]], words: int = 1) -> None:
-    """A table whose first `words` columns are text and the others numbers.
+    """Prints a table whose first `words` columns are text and the others numbers.
 
     Text is wrapped where the terminal is too narrow for the table. Where that is not enough, each
     row becomes a list of its cells, one a line: no number is ever cut.

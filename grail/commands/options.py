@@ -138,7 +138,8 @@ class Given:
     @property
     def recipe(self) -> str:
         """The recipe that options override."""
-        return str(self.context.params["recipe"] or "default")
+        recipe = self.context.params["recipe"]
+        return "default" if recipe is None else str(recipe)
 
     @property
     def prints_json(self) -> bool:
@@ -226,7 +227,7 @@ READING = fields(Text, "tokens", "field", "split", "join", "sequence_length", "b
 
 
 def _option(field: Field, hint: Any) -> inspect.Parameter:
-    """The parameter of a command from which typer makes the option of a field."""
+    """Returns the parameter of a command from which typer makes the option of a field."""
     about = field.metadata
     parser, required = _PARSERS.get(about["metavar"]), field.default is dataclasses.MISSING
     kind = Any if parser else _plain_type(hint)
@@ -251,7 +252,7 @@ def _option(field: Field, hint: Any) -> inspect.Parameter:
 
 
 def _plain_type(hint: Any) -> Any:
-    """The type of an option: a switch, a choice, a whole number, a path, or else text."""
+    """Returns the type of an option: a switch, a choice, a whole number, a path, or else text."""
     parts = _parts(hint)
     # A device that may be None is one that --device names, used or not.
     if bool in parts or (torch.device in parts and NoneType in parts):
@@ -263,12 +264,12 @@ def _plain_type(hint: Any) -> Any:
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, or the only one."""
+    """Returns the types of a union, or the only one."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _shown(field: Field, flag: str | None) -> str:
-    """The default of an option in words; of a switch the flag that is in force."""
+    """Returns the default of an option in words; of a switch the flag that is in force."""
     if field.default is None and not field.metadata["shown"]:
         return ""
     if not isinstance(field.default, bool):

@@ -32,10 +32,7 @@ _ROWS = (*_JSON, ".csv", ".tsv", ".parquet")  # a document each
 
 
 def load_texts(
-    source: str | Path | Iterable[Document],
-    *,
-    field: str | None = None,
-    split: Split | None = None,
+    source: str | Path | Iterable[Document], *, field: str | None = None, split: Split | None = None
 ) -> Iterator[Document]:
     """Reads the documents of a source: texts, or chats as lists of messages.
 

@@ -21,9 +21,7 @@ class Pretrained:
     """A causal language model of transformers and its tokenizer, not loaded yet."""
 
     source: str = setting(
-        ...,
-        "A folder that save_pretrained wrote, a hub name, or a .gguf file.",
-        flag="MODEL",
+        ..., "A folder that save_pretrained wrote, a hub name, or a .gguf file.", flag="MODEL"
     )
     device: str = setting(
         "auto",

@@ -98,8 +98,8 @@ class Text:
         return (_WikiText2 if literature else Text)(**{"source": source, **how, "split": split})
 
     def compared_on(self, source: str, given: Mapping[str, Any], option: str) -> "Text":
-        """Returns the held-out text of a calibration: where `given` says nothing, read alike."""
-        literature = is_wikitext2(source)  # has its own way, whatever the calibration's is
+        """Returns the held-out text of a calibration, read in the same way except for `given`."""
+        literature = is_wikitext2(source)  # is read in a fixed way, whatever the calibration's is
         how: dict[str, Any] = {"batch_size": self.batch_size, "option": option}
         if not literature:
             how |= {"tokens": EVALUATION_TOKENS, "join": self.join}

@@ -107,11 +107,7 @@ class Named(Architecture):
         names = [str(site) for site in sites]
         if _repeated(names):
             raise InputError(f"sites must have different names; got {', '.join(names)}")
-        for field, does in (
-            ("written", "written"),
-            ("along", "run along"),
-            ("consumers", "read"),
-        ):
+        for field, does in (("written", "written"), ("along", "run along"), ("consumers", "read")):
             if twice := _repeated([name for site in sites for name in getattr(site, field)]):
                 raise InputError(f"two sites are {does} by {twice[0]!r}; it can belong to one")
         self.sites(self.kinds)

@@ -21,10 +21,7 @@ _LOGITS = 1 << 24  # logits held at a time, 64 MiB of fp32: 16 sequences × 1024
 
 
 def evaluate(
-    model: Any,
-    batches: Iterable[Tensor | Mapping[str, Tensor]],
-    *,
-    progress: bool = True,
+    model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]], *, progress: bool = True
 ) -> Evaluation:
     """Measures the perplexity of next-token predictions inside each sequence.
 
@@ -60,10 +57,7 @@ def evaluate(
         )
     parameters, size = measure_size(model)
     return Evaluation(
-        perplexity=_exp(loss / predicted),
-        tokens=predicted,
-        parameters=parameters,
-        bytes=size,
+        perplexity=_exp(loss / predicted), tokens=predicted, parameters=parameters, bytes=size
     )
 
 

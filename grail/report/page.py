@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from typing import TYPE_CHECKING, Any
 
 from grail.report import completions
 from grail.report.formatting import format_bytes, format_count, format_number, format_seconds
@@ -29,13 +27,11 @@ from grail.report.summary import (
     verdict,
 )
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 # CSS variable of a row's colour, by its role.
-_COLOURS = {
-    "dense": "dense",
-    "pruned": "pruned",
-    "compensated": "restored",
-    "restored": "restored",
-}
+_COLOURS = {"dense": "dense", "pruned": "pruned", "compensated": "restored", "restored": "restored"}
 _PHASES = {
     "forward": "forward passes",
     "gram": "Gram matrices",
@@ -67,11 +63,6 @@ class _Bar:
 
 
 _Bars = tuple[str, list[_Bar]]  # with their title
-
-
-def save_page(report: Report, path: str | Path) -> None:
-    """Writes `page(report)` to `path`."""
-    Path(path).write_text(page(report), encoding="utf-8")
 
 
 def page(report: Report) -> str:
@@ -107,7 +98,9 @@ def page(report: Report) -> str:
 
 
 @cache
-def _template() -> Template:
+def _template() -> "Template":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # not for `import grail`
+
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

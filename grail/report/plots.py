@@ -23,13 +23,7 @@ if TYPE_CHECKING:
 # Placeholder drawn by matplotlib → CSS variable of the page.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
 _PRUNED, _RESTORED = "#050505", "#060606"
-_VARIABLES = {
-    _INK: "ink",
-    _MUTED: "muted",
-    _GRID: "grid",
-    _PRUNED: "pruned",
-    _RESTORED: "restored",
-}
+_VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _PRUNED: "pruned", _RESTORED: "restored"}
 _KINDS = {
     "mlp": "MLP channels",
     "heads": "attention heads",
@@ -83,7 +77,7 @@ def draw_errors(sites: Sequence[SiteReport], compensated: bool = True) -> Drawin
     """Draws a panel for each kind of site: error before and after by block, joined by a stem.
 
     Args:
-        sites: of a report; one at least knows both errors.
+        sites: of a report; at least one has both errors.
         compensated: whether there is an error after.
     """
     from matplotlib.ticker import MaxNLocator
@@ -103,11 +97,7 @@ def draw_errors(sites: Sequence[SiteReport], compensated: bool = True) -> Drawin
         axes.grid(axis="y", color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)
     panels[0].legend(
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        ncols=2,
-        frameon=False,
-        labelcolor=_INK,
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, labelcolor=_INK
     )
     pairs = error_pairs(sites)
     before, after = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -138,7 +138,7 @@ class Report:
     # Of a resumed run: blocks that were done "after" which it resumed, "of" how many, and "seconds"
     # of the earlier runs; `seconds` and the stage "compressing" count those as well.
     resumed: dict[str, float] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)  # see `grail.provenance`
+    provenance: dict[str, Any] = field(default_factory=dict)  # see `grail.files.provenance`
     notes: list[str] = field(default_factory=list)  # for a person: rounding, fallbacks
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA

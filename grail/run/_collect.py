@@ -84,7 +84,7 @@ def collect(
     onloader = Onloader(architecture.blocks, None if runtime.onload is None else device)
     index: dict[str, Any] = {
         "model": model_fingerprint(model),
-        "per_tap": recipe.per_tap,
+        "per_tap": recipe.per_tap and _have_taps(recipe.all_sites(architecture)),
         "sites": {},
     }
     with complete(output, StateError) as folder, eval_no_grad(model):
@@ -127,6 +127,11 @@ def _save_grams(folder: Path, number: int, parts: Sequence[SiteStatistics]) -> l
     return list(grams)
 
 
+def _have_taps(sites: Iterable[BoundSite]) -> bool:
+    """Returns whether a consumer reads several values of a channel at once."""
+    return any(consumer.taps > 1 for site in sites for consumer in site.consumers)
+
+
 class Collected:
     """SiteStatistics that `collect` or `merge` wrote, for `grail.compress` in place of batches.
 
@@ -157,9 +162,11 @@ class Collected:
         Raises:
             InputError: statistics of another model or other sites, or settings that need batches.
         """
+        sites = recipe.all_sites(architecture)
+        per_tap = self._index["per_tap"]
         needs = {
             "closed_loop=False": recipe.closed_loop,
-            f"per_tap={self._index['per_tap']}": recipe.per_tap != self._index["per_tap"],
+            f"per_tap={per_tap}": recipe.per_tap != per_tap and _have_taps(sites),
             "a selector without gradients": recipe.needs_gradient,
         }
         for setting, missing in needs.items():
@@ -169,7 +176,7 @@ class Collected:
                 )
         if self._index["model"] != model_fingerprint(model):
             raise InputError(f"{self.folder} holds statistics of another model")
-        names = [site.name for site in recipe.all_sites(architecture)]
+        names = [site.name for site in sites]
         if unknown := [name for name in names if name not in self._index["sites"]]:
             raise InputError(f"{self.folder} holds no statistics of {', '.join(unknown)}")
         return _Past(model, architecture.blocks, self._index["calibrations"], device)

@@ -221,7 +221,7 @@ def _stream(
 
 
 def _place(stream: Stream, runtime: Runtime, predicted: PeakMemory | None) -> None:
-    """Moves hidden states to the host if the run does not fit beside them."""
+    """Moves hidden states to the host if they and the run do not fit on the device."""
     if runtime.onload is None and runtime.storage == "auto" and stream.storage.type != "cpu":
         held = sum(hidden.nbytes for hidden in stream.hidden)
         stream.rest_on(peak_memory.waiting_place(predicted, stream.device, held))

@@ -19,7 +19,7 @@ from grail.arguments import require_model, require_whole
 from grail.calibrate.stream import Stream
 from grail.files.load import positions
 from grail.networks import Architecture, BoundSite, find
-from grail.recipe import AnyRecipe, Recipe, merged
+from grail.recipe import AnyRecipe, Keep, Recipe, merged
 from grail.run import peak_memory
 from grail.run.block import BlockCompressor
 from grail.run.blocks import Blocks
@@ -47,7 +47,7 @@ class SiteKind:
 class Saving:
     """The model at one keep ratio: widths in words by kind, parameters and bytes."""
 
-    keep: float
+    keep: Any  # a ratio, or one for each kind or site
     widths: dict[str, str]
     parameters: int
     bytes: int
@@ -82,7 +82,7 @@ class Inspection:
 def inspect(
     model: nn.Module,
     *,
-    keeps: Sequence[float] = KEEPS,
+    keeps: Sequence[Keep] = KEEPS,
     tokens: int = 65536,
     sequence_length: int = 1024,
     batch_size: int = 1,
@@ -93,7 +93,7 @@ def inspect(
     """Lists a model's sites and predicts what a run costs.
 
     Args:
-        keeps: ratios for the table of savings.
+        keeps: shares for the table of savings, each in a form that `grail.Recipe` takes.
         tokens, sequence_length, batch_size: the calibration set; sequences no longer than what the
             model has positions for.
         recipe, runtime, overrides: of the predicted run, see `grail.compress`; default the default
@@ -142,7 +142,7 @@ def inspect(
 
 
 def _size(model: nn.Module) -> tuple[int, int]:
-    """Number and bytes of the parameters."""
+    """Returns number and bytes of the parameters."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 
@@ -152,10 +152,11 @@ def _saving(
     architecture: Architecture,
     recipe: Recipe,
     sites: Sequence[BoundSite],
-    keep: float,
+    keep: Keep,
 ) -> Saving:
-    """One row of the table of savings, of a model that has room for the biases of the run."""
-    widths = [(site, site.width(keep, recipe.multiple)) for site in sites]
+    """Returns a row of the table of savings, for a model with the biases of the run."""
+    recipe = replace(recipe, keep=keep)
+    widths = [(site, site.width(recipe.keep_of(site), recipe.multiple)) for site in sites]
     parameters, size = _size(model)
     saved = _saved(widths)
     return Saving(
@@ -175,7 +176,7 @@ def _cost(
     batch_size: int,
     onload: torch.device | str | None,
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Memory and seconds of an `Inspection`."""
+    """Returns memory and seconds of an `Inspection`."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if not hasattr(embeddings, "num_embeddings") or not architecture.trusted:
         return {}, {}
@@ -219,7 +220,7 @@ def _saved(widths: Sequence[tuple[BoundSite, Width]]) -> int:
 
 
 def by_kind(values: Iterable[tuple[BoundSite, Any]]) -> dict[str, Any]:
-    """One value for each kind of site where it is the same for all, else one for each site."""
+    """Returns one value for each kind of site if it is the same for all, else one a site."""
     found: dict[str, dict[str, Any]] = {}
     for site, value in values:
         found.setdefault(site.kind, {})[site.name] = value
@@ -238,7 +239,7 @@ def _of_kinds(widths: Iterable[tuple[BoundSite, Width]]) -> dict[str, list[Width
 
 
 def _width_in_words(widths: Sequence[Width]) -> str:
-    """The width of a kind of site; its range and mean share where it is not the same for all."""
+    """Returns the width of a kind of site; its range and mean share if widths differ."""
     if len(set(widths)) == 1:
         return str(widths[0])
     kept, channels = ([getattr(w, name) for w in widths] for name in ("kept", "channels"))
@@ -246,7 +247,7 @@ def _width_in_words(widths: Sequence[Width]) -> str:
 
 
 def _structure_in_words(widths: Sequence[Width]) -> str:
-    """The same of a kind before narrowing."""
+    """Returns the same of a kind before narrowing."""
     if len(set(widths)) == 1:
         return widths[0].structure
     channels = [width.channels for width in widths]
@@ -259,7 +260,7 @@ def _range(values: Sequence[int]) -> str:
 
 
 def _trial(model: Any, batch_size: int, sequence_length: int) -> list[torch.Tensor]:
-    """Made-up token ids: two batches, so that there is one to hold out."""
+    """Returns random token ids: two batches, so that one can be held out."""
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, sequence_length)

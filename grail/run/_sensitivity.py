@@ -174,12 +174,12 @@ def sensitivity(
     Args:
         model, sites, selector, recipe, runtime, overrides: see `grail.compress`. Of the recipe
             `keep`, `sites`, `selector`, `multiple`, `seed` and `non_finite` are read. Sites of
-            single channels only: whole heads and groups lose in steps that no curve of channels
-            knows. A `grail.compress` may use the same `resume_dir` afterwards.
+            single channels only, since no curve by channels describes whole heads and groups. A
+            `grail.compress` may use the same `resume_dir` afterwards.
         batches: as for `grail.compress`; all of them are held at once.
         keep: the share at which each site is tried, in (0, 1), one for all.
-        probes: how many of the batches, the first ones, the network's loss is measured on; sites
-            are fitted to the others. Default one in sixteen. Of a single batch both are done.
+        probes: the number of batches, the first ones, on which the network's loss is measured;
+            sites are fitted to the others. Default one in sixteen. Of a single batch both are done.
 
     Raises:
         InputError: sites of heads or groups, keep outside (0, 1), probes that leave no batch or

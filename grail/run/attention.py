@@ -37,7 +37,7 @@ class AttentionCorrection:
     ):
         self._blocks, self._solver = blocks, solver
         self._exchange, self._transaction = exchange, transaction
-        # Nothing drifts before the first block in which anything becomes narrower.
+        # There is no drift before the first narrowed block.
         self._first = next((n for n, sites in enumerate(blocks.active) if sites), 0)
 
     def applies_to(self, block: int) -> bool:

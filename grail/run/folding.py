@@ -34,8 +34,8 @@ class ExactFolding:
     ) -> Decision:
         """Folds a site and returns the fit of its consumer.
 
-        The fit undoes a drift: from the hidden states of the block before the site was folded, and
-        from those of the dense network as far as drift is corrected.
+        The fit corrects the drift from the block's hidden states before the site was folded and, if
+        drift is corrected, from those of the dense network.
 
         Args:
             target: the dense network's hidden states at the site's probe, if it corrects drift.

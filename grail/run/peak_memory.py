@@ -131,10 +131,10 @@ def predict(
 
 
 def waiting_place(predicted: PeakMemory | None, device: torch.device, held: int) -> torch.device:
-    """Returns the device where hidden states wait: the model's GPU if the run fits beside them.
+    """Returns the device where hidden states wait: the model's GPU if the run fits there as well.
 
-    Else, or without a prediction, the host. A run copies them eight times a block: from pageable
-    memory of the host that takes longer than an H100 takes for the block.
+    Else, or without a prediction, the host. A run copies them eight times a block; from pageable
+    host memory that takes longer than an H100 takes for the block.
 
     Args:
         held: bytes of what is predicted that are on the device already.
@@ -306,7 +306,7 @@ class _Search:
 
 
 def _sample(stream: Stream) -> list[int]:
-    """The numbers of the largest batch and of one that has what it lacks: samples held out, or not.
+    """Returns the largest batch and one with what it lacks, samples held out or not, by number.
 
     So the second pass finds all statistics of both in use.
     """
@@ -320,5 +320,5 @@ def _sample(stream: Stream) -> list[int]:
 
 
 def _form(block: nn.Module) -> tuple[Any, ...]:
-    """The shapes and dtypes of a block's parameters."""
+    """Returns the shapes and dtypes of a block's parameters."""
     return type(block), tuple((name, p.shape, p.dtype) for name, p in block.named_parameters())

@@ -103,10 +103,7 @@ def _require_plain_outputs(calls: Calls) -> None:
 
 
 def _require_reads(
-    site: BoundSite,
-    reduction: Reduction,
-    before: Calls,
-    reads: Mapping[Consumer, Sequence[Tensor]],
+    site: BoundSite, reduction: Reduction, before: Calls, reads: Mapping[Consumer, Sequence[Tensor]]
 ) -> None:
     """Raises ModelError unless every consumer reads R x of the x that it read before."""
     for consumer in site.consumers:

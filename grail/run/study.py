@@ -70,9 +70,9 @@ class Prediction:
 
 
 def baselines(recipe: Recipe, *, uneven: bool = False) -> dict[str, Recipe]:
-    """The runs that a model is compared with, by role of their row in a report.
+    """Returns the runs that a model is compared with, by role of their row in a report.
 
-    "pruned" is plain pruning with the selector of `options`, or Wanda's where that is greedy, which
+    "pruned" is plain pruning with the selector of `recipe`, or Wanda's where that is greedy, which
     selects channels to be compensated. "compensated" is the same selector and widths as "pruned"
     with compensation, where the model itself has another selector or uneven widths.
     """
@@ -113,7 +113,7 @@ class Study:
     completions: dict[str, Tensor] = field(default_factory=dict)
 
     def predict(self, recipe: Recipe, *, compare: bool, uneven: bool) -> Prediction:
-        """Wall time of the whole command, from trials on the dense network; it stays as it is."""
+        """Predicts the time of the whole command from trials on the dense network."""
         compare = compare and bool(self.heldout)
         others = list(baselines(recipe, uneven=uneven).values()) if compare else []
         with self.stages(PREDICTING):
@@ -136,7 +136,6 @@ class Study:
         return Prediction(seconds, plan.memory["peak"], plan.tokens, output)
 
     def _inspect(self, recipe: Recipe) -> Inspection:
-        assert isinstance(recipe.keep, float | int)
         rows, length, tokens = 1, 8, 0  # where sums were collected no text runs through the model
         if not isinstance(self.batches, Collected):
             (rows, length), tokens = self.batches[0].shape, _count(self.batches)
@@ -151,7 +150,7 @@ class Study:
         )
 
     def _of_evaluations(self, models: int) -> dict[str, float]:
-        """Of models of the network's size, from one sequence and a few new tokens."""
+        """Predicts evaluations of models of the network's size from one sequence and few tokens."""
         if not self.heldout:
             return {}
         seconds = {PERPLEXITY: models * _rate(self.network, self.heldout) * _count(self.heldout)}
@@ -165,20 +164,20 @@ class Study:
         return seconds
 
     def _of_sensitivity(self, recipe: Recipe, run: Mapping[str, float]) -> float:
-        """A pass with the Grams and solves of a run, and a few batches through it for each site."""
+        """Predicts a pass with the Grams and solves of a run, and a few batches for each site."""
         assert not isinstance(self.batches, Collected)
         sites = recipe.all_sites(find(self.network, recipe.sites))
         probed = self.batches[: max(1, len(self.batches) // PROBES)]
         return run["total"] + (1 + len(sites)) * _rate(self.network, probed) * _count(probed)
 
     def measure(self, role: str, recipe: Recipe | None = None) -> None:
-        """Adds the row of the network, narrowed by `options`, if there is held-out text."""
+        """Adds the row of the network, narrowed by `recipe`, if there is held-out text."""
         if not self.heldout:
             return
         with self.stages(PERPLEXITY):
             row = evaluate(self.network, self.heldout, progress=self.runtime.progress)
         if recipe is not None:
-            row = replace(row, **_made_by(recipe))
+            row = replace(row, **self._made_by(recipe))
         if self._completes():
             with self.stages(COMPLETIONS):
                 written = completions.complete(self.network, completions.prompts(self.heldout))
@@ -190,7 +189,7 @@ class Study:
     def compare(self, recipe: Recipe, *, uneven: bool = False) -> None:
         """Adds the rows of `baselines`; the network is a fresh one afterwards."""
         for role, other in baselines(recipe, uneven=uneven).items():
-            self.say(f"Measuring the comparison: {_label(other)} …")
+            self.say(f"Measuring the comparison: {self._label(other)} …")
             with self.stages(RUNS):
                 runtime = replace(self.runtime, resume_dir=None)
                 compress(self.network, self.batches, recipe=other, runtime=runtime)
@@ -244,11 +243,25 @@ class Study:
         ]
         export(self.network, self.tokenizer, output, report=finished, page=page, uneven=uneven)
 
+    def _label(self, recipe: Recipe) -> str:
+        return Evaluation(0.0, 0, 0, 0, **self._made_by(recipe)).label
+
+    def _made_by(self, recipe: Recipe) -> dict[str, Any]:
+        """Returns the fields of a row that describe how a recipe narrowed the network."""
+        shares = recipe.keep if isinstance(recipe.keep, Mapping) else {}
+        kinds = find(self.network, recipe.sites).kinds
+        return {
+            "selector": recipe.as_dict()["selector"],
+            "compensation": fitted_parts(recipe.compensate, recipe.fit_bias),
+            "uneven": not shares.keys() <= set(kinds)
+            or any(isinstance(share, Sequence) for share in shares.values()),
+        }
+
     def _completes(self) -> bool:
         return self.tokenizer is not None and self.network.can_generate()
 
     def _samples(self) -> list[dict[str, str]]:
-        """The first completions of each model, "compensated" left out, as text."""
+        """Returns the first completions of each model, "compensated" left out, as text."""
         shown = {role: rows for role, rows in self.completions.items() if role != "compensated"}
         if not shown:
             return []
@@ -270,19 +283,6 @@ def _stages(
         for stage in [*predicted, *(stage for stage in measured if stage not in predicted)]
     }
     return {**rows, "total": {column: sum(of.values()) for column, of in columns.items()}}
-
-
-def _label(recipe: Recipe) -> str:
-    return Evaluation(0.0, 0, 0, 0, **_made_by(recipe)).label
-
-
-def _made_by(recipe: Recipe) -> dict[str, Any]:
-    """Returns the fields of a row that describe how a recipe narrows a network."""
-    return {
-        "selector": recipe.as_dict()["selector"],
-        "compensation": fitted_parts(recipe.compensate, recipe.fit_bias),
-        "uneven": isinstance(recipe.keep, Mapping),
-    }
 
 
 def _count(batches: Sequence[Tensor]) -> int:

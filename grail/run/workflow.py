@@ -6,7 +6,7 @@ load → calibrate → predict → [dense] → [pruned, compensated] → [uneven
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -105,7 +105,7 @@ def compress_checkpoint(
 def _texts(
     calibration: str | Path | Text | Collected, evaluate: str | Path | Text | None, recipe: Recipe
 ) -> tuple[Text | Collected, Text | None]:
-    """The texts of a call, the sequences of the calibration drawn by the recipe's seed."""
+    """Returns the texts of a call, the sequences of the calibration drawn by the recipe's seed."""
     if isinstance(calibration, (str, Path)):
         calibration = Text(str(calibration))
     check_kind("calibration", calibration, (Text, Collected), "a text or grail.Collected")
@@ -173,6 +173,11 @@ class _Call:
             raise InputError(
                 "uneven measures what sites cost once compensated: leave compensate on"
             )
+        if self.uneven and isinstance(self.recipe.keep, Mapping):
+            raise InputError(
+                f"uneven divides one share among the blocks; got keep={self.recipe.keep!r}: give "
+                "one share, or leave uneven out to use these"
+            )
         if collected and self.recipe.closed_loop:
             raise InputError(
                 "statistics are of the dense network: give --open-loop (closed_loop=False)"
@@ -231,7 +236,7 @@ class _Work:
         return report
 
     def _study(self) -> Study:
-        """The model and its texts, loaded."""
+        """Returns the model and its texts, loaded."""
         call = self.call
         with self.stages(IMPORTING), suppress(ImportError):  # once, where a network is loaded often
             import_module("transformers.modeling_utils")
@@ -263,7 +268,7 @@ class _Work:
         )
 
     def _batches(self, network: Any, tokenizer: Any) -> list[Tensor] | Collected:
-        """The calibration of the network."""
+        """Returns the calibration of the network."""
         text = self.call.calibration
         if isinstance(text, Collected):
             self._origin["calibration"] = text_of(str(text.folder), text)

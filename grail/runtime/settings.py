@@ -32,7 +32,7 @@ def setting(
     least: int | None = None,
     most: int | None = None,
 ) -> Any:
-    """A field of a dataclass of settings.
+    """Declares a field of a dataclass of settings.
 
     Args:
         default: its value; `...` is none, and the setting must be given.

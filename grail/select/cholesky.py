@@ -20,7 +20,7 @@ def peak_bytes(view: View) -> int:
 
 @register("cholesky", peak_bytes=peak_bytes)
 def pivoted_cholesky(view: View) -> Tensor:
-    """S_hh at the step at which channel h is chosen [H]."""
+    """Returns S_hh at the step at which channel h is chosen [H]."""
     gram = view.gram.matrix().double()
     left = gram.diagonal().clone()
     score = torch.zeros_like(left)

@@ -58,7 +58,7 @@ def eliminate(view: View, damping: float, block_cost: BlockCost) -> Selection:
 def peak_bytes(view: View) -> int:
     """Returns the peak memory of `eliminate`."""
     h, o, dropped = view.width.channels, len(view.consumer), view.width.channels - view.width.kept
-    solving = 3 * h * h  # the identity, the factor of M and its inverse, beside G
+    solving = 3 * h * h  # the identity, the factor of M and its inverse, in addition to G
     # V; the inverse is in G's place.
     searching = h * dropped + pivots.working_numbers(h, dropped, o)
     return 8 * (h * h + h * o + max(solving, searching))

@@ -19,7 +19,7 @@ from grail.select import View, register
 
 @register("flap")
 def flap(view: View) -> Tensor:
-    """Σ (x_h − mean)² · Σ_o W_oh² [H]."""
+    """Returns Σ (x_h − mean)² · Σ_o W_oh² [H]."""
     gram = view.gram
     energy = gram.energy.double()
     fluctuation = energy - gram.sum.double().square() / gram.tokens

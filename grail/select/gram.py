@@ -7,5 +7,5 @@ from grail.select import View, register
 
 @register("gram")
 def gram_energy(view: View) -> Tensor:
-    """G_hh [H]."""
+    """Returns G_hh [H]."""
     return view.gram.energy

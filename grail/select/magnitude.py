@@ -12,5 +12,5 @@ from grail.select import View, register
 
 @register("magnitude")
 def magnitude(view: View) -> Tensor:
-    """‖producer row h‖₂ [H]."""
+    """Returns ‖producer row h‖₂ [H]."""
     return torch.linalg.vector_norm(view.rows, dim=1)

@@ -88,11 +88,7 @@ def pivots(
 
 
 def _chosen_among(
-    schur: Tensor,
-    products: Tensor,
-    state: tuple[Tensor, Tensor],
-    count: int,
-    score: Score,
+    schur: Tensor, products: Tensor, state: tuple[Tensor, Tensor], count: int, score: Score
 ) -> tuple[list[int], Tensor]:
     """Chooses up to `count` of p candidates, exactly one after another.
 

@@ -8,7 +8,7 @@ from grail.select import View, register
 
 @register("random")
 def random(view: View) -> Tensor:
-    """Independent uniform scores [H]; whole heads get one score."""
+    """Returns independent uniform scores [H]; whole heads get one score."""
     width = view.width
     block = getattr(width, "head_dim", 1)
     drawn = torch.rand(width.channels // block, generator=view.generator, dtype=torch.float32)

@@ -12,6 +12,6 @@ from grail.select import View, register
 
 @register("wanda")
 def wanda(view: View) -> Tensor:
-    """Σ_o |W_oh| · ‖x_h‖₂ [H]."""
+    """Returns Σ_o |W_oh| · ‖x_h‖₂ [H]."""
     weight = view.consumer.abs().sum(0, dtype=view.gram.energy.dtype)
     return weight * view.gram.energy.sqrt().to(weight.device)

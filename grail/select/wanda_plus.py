@@ -17,7 +17,7 @@ ALPHA = 100.0
 
 @register("wanda++", needs_gradient=True)
 def wanda_plus(view: View) -> Tensor:
-    """Σ_o (100·gradient_oh + ‖x_h‖₂)·|W_oh| [H].
+    """Returns Σ_o (100·gradient_oh + ‖x_h‖₂)·|W_oh| [H].
 
     Raises:
         InputError: a gradient of another shape than the consumer's.

@@ -85,8 +85,7 @@ class Collector:
         Args:
             block: where the stream is.
             points: of the block.
-            targets: what the network should hold at the probe of a point, for those that undo
-                drift.
+            targets: the dense hidden states at the probes of the points that correct drift.
             advance: called with the tokens of each batch.
             finish: whether the stream moves to the block's output; without, a batch ends as soon
                 as all points are done.
@@ -107,7 +106,7 @@ class Collector:
         return collected
 
     def _empty(self, step: Sequence[AnyPoint]) -> dict[AnyPoint, list[SiteStatistics]]:
-        """Empty statistics of points that run together; experts' Grams share their launches."""
+        """Returns empty statistics of points that run together; experts' Grams share launches."""
         if self._known is not None:
             return {point: self._known(point) for point in step}
         shared: dict[str, tuple[Gram, ...]] = {}
@@ -257,7 +256,7 @@ class _BatchPass:
     def _read(
         self, point: CalibrationPoint, consumer: Consumer, x: Tensor, routed: Routed | None
     ) -> None:
-        """Called with what a consumer reads."""
+        """Takes the input of a consumer; a hook."""
         if consumer in self._seen:
             raise ModelError(
                 f"{consumer.name} runs more than once for a batch, in chunks or for several "
@@ -269,7 +268,7 @@ class _BatchPass:
             self._add(point, consumer)
 
     def _observe(self, point: CalibrationPoint, observed: Tensor) -> None:
-        """Called with what the probe of a point with a target shows."""
+        """Takes the hidden states at a probe; a hook."""
         key = point.group or point
         if key not in self._lacking:
             with self._clock("gram"):
@@ -320,6 +319,6 @@ def _replay_call(
 
 
 def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The input among a layer's arguments."""
+    """Returns the input among a layer's arguments."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x

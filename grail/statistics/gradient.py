@@ -118,7 +118,7 @@ def _block_output(stream: Stream, batch: int, site: BoundSite) -> Tensor:
 
 
 def _counting(stream: Stream, batch: int, samples: int, holds_out: bool) -> list[int]:
-    """The sequences of a batch that count."""
+    """Returns the sequences of a batch that count."""
     mask = stream.output_mask(batch)
     counts = torch.ones(samples, dtype=torch.bool) if mask is None else mask.any(1).cpu()
     held = stream.held_out(batch) if holds_out else None
@@ -128,12 +128,12 @@ def _counting(stream: Stream, batch: int, samples: int, holds_out: bool) -> list
 
 
 def _rows(tensor: Tensor, sequences: int, sequence: int) -> Tensor:
-    """The part of a tensor of one sequence; some layers see all tokens of a batch in one row."""
+    """Returns one sequence's part of a tensor; some layers read all tokens in one row."""
     return tensor.reshape(sequences, -1, *tensor.shape[1:])[sequence]
 
 
 def _of_weight(consumer: Consumer, x: Tensor, slope: Tensor) -> Tensor:
-    """The gradient of a layer's weight, from its input and the gradient of its output."""
+    """Returns the gradient of a layer's weight, from its input and the gradient of its output."""
     module: Any = consumer.module
     if isinstance(module, MAPS):
         return _of_map(module, x, slope)
@@ -142,7 +142,7 @@ def _of_weight(consumer: Consumer, x: Tensor, slope: Tensor) -> Tensor:
 
 
 def _of_map(module: Any, x: Tensor, slope: Tensor) -> Tensor:
-    """The gradient of a convolution's weight, for any padding."""
+    """Returns the gradient of a convolution's weight, for any padding."""
     own = {key: value.detach().float() for key, value in module.named_parameters(recurse=False)}
     with torch.enable_grad():
         weight = own["weight"].requires_grad_()

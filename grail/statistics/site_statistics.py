@@ -136,7 +136,7 @@ class SiteStatistics:
         return mask, None if held is None else held.to(samples_of.device)[samples_of]
 
     def _mask_of(self, shape: torch.Size, mask: Tensor | None, samples: int) -> Tensor | None:
-        """The mask of tokens that may lie in one row, or be one of each sample."""
+        """Returns the mask of tokens that may lie in one row, or be one of each sample."""
         if mask is None or mask.shape == shape:
             return mask
         if shape == (samples,):
@@ -150,7 +150,7 @@ class SiteStatistics:
         return mask.flatten()
 
     def _held_of(self, shape: torch.Size, held: Tensor | None, samples: int) -> Tensor | None:
-        """The rows of tokens that belong to samples held out."""
+        """Returns the rows of tokens that belong to samples held out."""
         if held is None or shape[0] == samples:
             return held
         if shape[0] % samples:
@@ -162,7 +162,7 @@ class SiteStatistics:
         return held.repeat_interleave(shape[0] // samples)
 
     def named_grams(self) -> Mapping[str, Gram]:
-        """Every Gram once, by name, those without tokens too."""
+        """Returns every Gram once, by name, those without tokens too."""
         return self._grams
 
     @property
@@ -201,7 +201,7 @@ def without_held_out(grams: Mapping[str, Gram], name: str) -> dict[str, Gram]:
 
 
 def _factor(scale: Tensor, tokens: Tensor, routed: Routed | None) -> Tensor:
-    """The scale [..., 1] of tokens [..., H], in their dtype; fp16 would overflow in products."""
+    """Returns the scale [..., 1] of tokens [..., H], in their dtype, without overflow in fp16."""
     scale = scale.flatten() if routed is None else scale.flatten()[routed.places]
     scale = scale.reshape(*tokens.shape[:-1], 1)
     return scale.to(torch.promote_types(tokens.dtype, torch.bfloat16))

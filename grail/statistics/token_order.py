@@ -71,7 +71,7 @@ def _require_order(
 
 
 def _decoding(stream: Stream, block: int, consumers: Sequence[Consumer]) -> set[Consumer]:
-    """The consumers that read tokens of a decoder: those that its inputs change.
+    """Returns the consumers that read tokens of a decoder: those that its inputs change.
 
     Where a model makes its decoder's inputs itself, the layers of its decoder.
     """

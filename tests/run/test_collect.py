@@ -219,6 +219,24 @@ def test_convolutions_compress_from_what_was_collected(per_tap, tmp_path):
     assert_same_weights(model, other)
 
 
+def test_sums_of_taps_are_not_those_of_channels(tmp_path):
+    model = network("torchvision-basic")
+    folder = grail.collect(model, images(), output=tmp_path / "a", progress=False)
+    with pytest.raises(InputError, match="give per_tap=True"):
+        grail.compress(model, grail.Collected(folder), 0.5, **OPEN, per_tap=False)
+
+
+def test_without_convolutions_taps_make_no_difference(
+    collected, tiny_llama, tiny_batches, tmp_path
+):
+    halves = tiny_batches(count=6)[:3], tiny_batches(count=6)[3:]
+    folders = collected("a", halves[0]), collected("b", halves[1], per_tap=False)
+    for per_tap in (True, False):
+        collection = grail.Collected(folders[per_tap])  # collected with the other
+        grail.compress(tiny_llama(), collection, 0.5, **OPEN, per_tap=per_tap)
+    merge(folders, tmp_path / "c")
+
+
 def test_where_nothing_is_held_out_all_samples_choose_channels(tmp_path):
     # Every fifth image says of other channels that they are loud.
     batches = [
@@ -248,7 +266,6 @@ def test_experts_compress_from_what_was_collected(tiny_model, tiny_batches, tmp_
     ("settings", "message"),
     [
         ({"closed_loop": True}, "give closed_loop=False"),
-        ({"per_tap": False}, "give per_tap=True"),
         ({"selector": "wanda++"}, "a selector without gradients"),
         ({"sites": ("mlp", "heads")}, r"no statistics of model\.layers\.0\.self_attn, model"),
         ({"resume_dir": "state"}, "without resume_dir"),

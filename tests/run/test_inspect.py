@@ -56,6 +56,14 @@ def test_an_uneven_model_is_inspected_by_kind(layers, tiny_llama, tiny_batches):
     assert half["heads"].startswith("3 of 6 heads")
 
 
+def test_savings_of_shares_by_name_are_what_a_run_leaves(tiny_llama, tiny_batches):
+    model, keep = tiny_llama(), {"mlp": [0.5, 0.8], "heads": 0.7}
+    inspected = grail.inspect(model, keeps=[keep], keep=keep, sites="mlp,heads", tokens=32)
+    report = grail.compress(model, tiny_batches(), keep, "mlp,heads", progress=False)
+    assert inspected.savings[0].parameters == report.model["parameters"]["after"]
+    assert inspected.savings[0].keep == inspected.keep == keep
+
+
 def test_inspecting_changes_nothing(tiny_llama):
     model = tiny_llama().train()
     before, state = fingerprint(model), torch.random.get_rng_state()

@@ -152,6 +152,7 @@ def test_a_killed_call_is_resumed(when, tiny_folder, text, tmp_path, monkeypatch
     ("given", "said"),
     [
         ({"uneven": True, "compensate": False}, "leave compensate on"),
+        ({"uneven": True, "keep": {"mlp": 0.5}}, "leave uneven out to use these"),
         ({"uneven": True, "onload": "cpu"}, "in one process: give no statistics and no onload"),
         ({"alhpa": 1}, "did you mean 'alpha'"),
         ({"recipe": "papre"}, "did you mean 'paper'"),
@@ -171,6 +172,48 @@ def test_what_shows_before_the_model_is_loaded_is_refused_by_then(
     with pytest.raises(InputError, match=said):
         grail.compress_checkpoint(tiny_folder, progress=False, **call)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("keep", "label"),
+    [
+        ({"mlp": 0.5, "heads": 0.7}, "compensated (wanda)"),
+        ({"mlp": [0.5, 0.9], "heads": 0.7}, "compensated (wanda, uneven)"),
+        ({"mlp": 0.5, "model.layers.1.mlp": 0.9, "heads": 1}, "compensated (wanda, uneven)"),
+    ],
+    ids=["kinds", "blocks", "sites"],
+)
+def test_shares_by_name_run_through_the_workflow(keep, label, tiny_folder, text, tmp_path):
+    settings = {"sites": "mlp,heads", "selector": "wanda", "multiple": 4, "alpha": 1e-3}
+    report = grail.compress_checkpoint(
+        tiny_folder,
+        tmp_path / "out",
+        text("a.txt", 7),
+        evaluate=text("b.txt", 11),
+        keep=keep,
+        progress=False,
+        **settings,
+    )
+    assert report.evaluation["restored"].label == label
+    path = tmp_path / "out" / "recipe.json"
+    assert Recipe.load(path).keep == keep
+    grail.compress_checkpoint(
+        tiny_folder, tmp_path / "again", text("a.txt", 7), recipe=path, progress=False
+    )
+    weights = [(tmp_path / o / "model.safetensors").read_bytes() for o in ("out", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_the_recipe_of_uneven_widths_gives_the_same_bits_alone(tiny_folder, text, tmp_path):
+    call = {"runtime": Runtime(progress=False), "multiple": 2}
+    calibration = text("a.txt", 7, batch_size=2)
+    grail.compress_checkpoint(
+        tiny_folder, tmp_path / "out", calibration, uneven=True, keep=0.5, **call
+    )
+    path = tmp_path / "out" / "recipe.json"
+    grail.compress_checkpoint(tiny_folder, tmp_path / "again", calibration, recipe=path, **call)
+    weights = [(tmp_path / o / "model.safetensors").read_bytes() for o in ("out", "again")]
+    assert weights[0] == weights[1]
 
 
 def test_the_report_has_the_recipe_as_data(tiny_folder, text, tmp_path):

@@ -15,17 +15,17 @@ from grail.select import View, register
 
 @register("magnitude-l1")
 def magnitude_l1(view: View) -> Tensor:
-    """‖producer row h‖₁ [H]."""
+    """Returns ‖producer row h‖₁ [H]."""
     return torch.linalg.vector_norm(view.rows, ord=1, dim=1)
 
 
 @register("magnitude-consumers")
 def magnitude_consumers(view: View) -> Tensor:
-    """‖consumer column h‖₂ [H]."""
+    """Returns ‖consumer column h‖₂ [H]."""
     return torch.linalg.vector_norm(view.consumer.float().T, dim=1)
 
 
 @register("magnitude-both")
 def magnitude_both(view: View) -> Tensor:
-    """‖producer row h, consumer column h‖₂ [H]."""
+    """Returns ‖producer row h, consumer column h‖₂ [H]."""
     return torch.linalg.vector_norm(torch.cat([view.rows, view.consumer.float().T], 1), dim=1)
