@@ -670,7 +670,7 @@ def test_chats_need_a_template(arguments, tmp_path):
 
 def test_sequences_longer_than_a_model_has_positions_for_are_refused(arguments, folder, tmp_path):
     text = folder / "heldout.txt"
-    said = "reads sequences of at most 128 tokens, not of 256: give --sequence-length 128"
+    said = "reads sequences of at most 128 tokens, not of 256; give --sequence-length 128"
     model, longer = folder / "model", ["--sequence-length", "256", "--tokens", "512"]
     for command in (
         ["compress", model, *arguments[2:], *longer],
