@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
 
+from grail.arguments import is_whole
 from grail.calibrate.embedding import check_token_ids
 from grail.errors import InputError
 from grail.files.documents import (
@@ -37,7 +39,10 @@ _MOST_AT_A_TIME = 1 << 31  # sequences of a batch, or tokens of a sequence
 @documented
 @dataclass(frozen=True)
 class Text:
-    """A text, and how it becomes sequences of tokens. Wrong values raise InputError once read."""
+    """A text, and how it becomes sequences of tokens.
+
+    Values of another kind raise InputError at once, other wrong ones when the text is read.
+    """
 
     source: str = setting(
         ...,
@@ -85,6 +90,11 @@ class Text:
 
     def __post_init__(self) -> None:
         check_kind("source", self.source, str, "the name of a file or dataset")
+        check_kind("field", self.field, (str, NoneType), "the name of a field")
+        for name in ("tokens", "sequence_length", "batch_size"):
+            value = getattr(self, name)
+            if not (value is None or is_whole(value)):
+                raise InputError(f"{name} must be a whole number; got {value!r}")
 
     @classmethod
     def held_out(cls, source: str, **how: Any) -> "Text":

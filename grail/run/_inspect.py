@@ -178,7 +178,9 @@ def _cost(
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Returns memory and seconds of an `Inspection`."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if not hasattr(embeddings, "num_embeddings") or not architecture.trusted:
+    generates = getattr(model, "can_generate", lambda: False)()
+    decodes = generates and not getattr(model.config, "is_encoder_decoder", False)
+    if not hasattr(embeddings, "num_embeddings") or not (architecture.trusted or decodes):
         return {}, {}
     device = computing_device(model, onload)
     in_use = memory.in_use(device)

@@ -58,10 +58,29 @@ def test_an_uneven_model_is_inspected_by_kind(layers, tiny_llama, tiny_batches):
 
 def test_savings_of_shares_by_name_are_what_a_run_leaves(tiny_llama, tiny_batches):
     model, keep = tiny_llama(), {"mlp": [0.5, 0.8], "heads": 0.7}
-    inspected = grail.inspect(model, keeps=[keep], keep=keep, sites="mlp,heads", tokens=32)
+    found = grail.inspect(model, keeps=[keep], keep=keep, sites="mlp,heads", tokens=32)
     report = grail.compress(model, tiny_batches(), keep, "mlp,heads", progress=False)
-    assert inspected.savings[0].parameters == report.model["parameters"]["after"]
-    assert inspected.savings[0].keep == inspected.keep == keep
+    assert found.savings[0].parameters == report.model["parameters"]["after"]
+    assert found.savings[0].keep == found.keep == keep
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
+def test_the_cost_of_named_sites_is_predicted_where_token_ids_are_all_that_is_read(
+    kind, tiny_llama
+):
+    transformers = pytest.importorskip("transformers")
+    if kind == "LlamaForCausalLM":
+        model, writes, reads = tiny_llama(), ["gate_proj", "up_proj"], "down_proj"
+        mlp = "model.layers.0.mlp"
+    else:
+        config = transformers.T5Config(
+            vocab_size=97, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+        )
+        model, writes, reads = transformers.T5ForConditionalGeneration(config), ["wi"], "wo"
+        mlp = "encoder.block.0.layer.1.DenseReluDense"
+    site = grail.Site([f"{mlp}.{name}" for name in writes], [f"{mlp}.{reads}"])
+    found = grail.inspect(model, sites=[site], tokens=64, sequence_length=16)
+    assert bool(found.memory) == bool(found.seconds) == (kind == "LlamaForCausalLM")
 
 
 def test_inspecting_changes_nothing(tiny_llama):

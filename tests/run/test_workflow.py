@@ -175,6 +175,21 @@ def test_what_shows_before_the_model_is_loaded_is_refused_by_then(
 
 
 @pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"tokens": "2k"}, "tokens must be a whole number; got '2k'"),
+        ({"sequence_length": "64"}, "sequence_length must be a whole number; got '64'"),
+        ({"batch_size": 4.0}, "batch_size must be a whole number; got 4.0"),
+        ({"field": 5}, "field must be the name of a field; got int"),
+        ({"source": 5}, "source must be the name of a file or dataset; got int"),
+    ],
+)
+def test_values_of_another_kind_make_no_text(how, said):
+    with pytest.raises(InputError, match=said):
+        grail.Text(**{"source": "a.txt", **how})
+
+
+@pytest.mark.parametrize(
     ("keep", "label"),
     [
         ({"mlp": 0.5, "heads": 0.7}, "compensated (wanda)"),
@@ -202,6 +217,22 @@ def test_shares_by_name_run_through_the_workflow(keep, label, tiny_folder, text,
     )
     weights = [(tmp_path / o / "model.safetensors").read_bytes() for o in ("out", "again")]
     assert weights[0] == weights[1]
+
+
+def test_a_recipe_that_names_layers_runs_through_the_workflow(tiny_folder, text, tmp_path):
+    layers = [f"model.layers.{block}.mlp" for block in range(2)]
+    sites = [
+        grail.Site([f"{mlp}.gate_proj", f"{mlp}.up_proj"], [f"{mlp}.down_proj"], name=mlp)
+        for mlp in layers
+    ]
+    Recipe(0.5, sites).save(path := tmp_path / "recipe.yaml")
+    report = grail.compress_checkpoint(
+        tiny_folder, tmp_path / "out", text("a.txt", 7), recipe=path, progress=False
+    )
+    assert [site.name for site in report.sites] == layers
+    assert Recipe.load(tmp_path / "out" / "recipe.json") == Recipe(0.5, sites)
+    assert report.memory["predicted_peak"] > 0
+    assert report.stages["compressing"].keys() == {"predicted", "measured"}
 
 
 def test_the_recipe_of_uneven_widths_gives_the_same_bits_alone(tiny_folder, text, tmp_path):
