@@ -129,24 +129,25 @@ def _absorb_kernel(
 
 
 def launch_absorb(
-    weight: Tensor,  # [O, H] bf16, fp16 or fp32
+    weight: Tensor,  # [O, D] bf16, fp16 or fp32
     gram: Tensor,  # [P] or [H, H] fp32
-    kept: Tensor,  # [K], ascending
-    dropped: Tensor,  # [D], ascending
-    order: Tensor,  # [K], the column of the result that belongs to each of `kept`
+    keep: Tensor,  # [K]
+    drop: Tensor,  # [D]
 ) -> Tensor:
     """W_D G_DP [O, K] of the checked arguments of `absorb`."""
-    outputs, channels = weight.shape
+    outputs = weight.shape[0]
+    channels = tiles.channels_of(gram) if gram.dim() == 1 else gram.shape[0]
     config = tuning.absorb_config(weight.dtype, channels, tuning.architecture_of(weight.device))
-    result = gram.new_empty(outputs, kept.numel())
-    if not outputs or not dropped.numel():
+    result = gram.new_empty(outputs, keep.numel())
+    if not outputs or not drop.numel():
         return result.zero_()
-    padding = -dropped.numel() % config.block_dropped
+    kept, order = keep.sort()
+    dropped, columns = drop.sort()
+    padding = -drop.numel() % config.block_dropped
     padded = torch.cat([dropped, dropped[-1:].expand(padding)])
-    of_dropped = weight.index_select(1, padded)
-    of_dropped[:, dropped.numel() :] = 0.0
-    # Of the channels before a kept one, those that are not kept themselves.
-    mirrored = kept - torch.arange(kept.numel(), device=kept.device)
+    of_dropped = weight.index_select(1, torch.cat([columns, columns[-1:].expand(padding)]))
+    of_dropped[:, drop.numel() :] = 0.0
+    mirrored = torch.searchsorted(dropped, kept)
     mirrored = mirrored if gram.dim() == 1 else torch.zeros_like(kept)
     tile_rows = math.ceil(outputs / config.block_outputs)
     tile_columns = math.ceil(kept.numel() / config.block_kept)

@@ -79,6 +79,13 @@ def _share_memory(first: Tensor, second: Tensor) -> bool:
 
 
 def _address_range(tensor: Tensor) -> tuple[int, int]:
-    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
-    return start, start + (reach + 1) * tensor.element_size()
+    return start, start + reach(tensor)
+
+
+def reach(tensor: Tensor) -> int:
+    """The bytes from the first element of a tensor to the end of its last; 0 without elements."""
+    if not tensor.numel():
+        return 0
+    steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.element_size()

@@ -5,7 +5,8 @@ With X [T, H] the update is the BLAS routine syrk, G += Xᵀ diag(w) X. Only the
 of its accumulator traffic. Products of 16-bit inputs are exact in fp32; the sums are fp32.
 
 One operator, `torch.ops.grail.gram_`, serves four public functions: a matrix, a batch of matrices,
-a batch of uneven experts, and the hidden activation of a gated MLP.
+a batch of uneven experts, and the hidden activation of a gated MLP. Where nothing compiles, traces
+or watches a call, they skip it.
 """
 
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from grail_kernels.arguments import check_optional, check_tensors
-from grail_kernels.backend import check_backend, resolve_backend
+from grail_kernels.backend import check_backend
 from grail_kernels.errors import InputError
 from grail_kernels.gram_call import GramCall
-from grail_kernels.operators import operator
+from grail_kernels.gram_serve import serve
+from grail_kernels.operators import mark_written, needs_operator, operator
 
 
 def gram_(
@@ -50,8 +52,7 @@ def gram_(
             argument. Nothing was changed.
         BackendError: the backend asked for cannot run. Nothing was changed.
     """
-    check_tensors(out=out, x=x)
-    return _run(GramCall(out, x.detach(), mask, weights, sums, nonfinite, backend=backend))
+    return _run(GramCall(out, x, mask, weights, sums, nonfinite, backend=backend))
 
 
 def gram_batched_(
@@ -78,8 +79,7 @@ def gram_batched_(
 
     Returns and raises: as `gram_`.
     """
-    check_tensors(out=out, x=x)
-    call = GramCall(out, x.detach(), mask, weights, sums, nonfinite, backend=backend)
+    call = GramCall(out, x, mask, weights, sums, nonfinite, backend=backend)
     return _run(call, "matrices")
 
 
@@ -109,8 +109,8 @@ def gram_ragged_(
 
     Raises: as `gram_`; InputError also where the offsets decrease or leave [0, T].
     """
-    check_tensors(out=out, x=x, offsets=offsets)
-    call = GramCall(out, x.detach(), None, None, sums, nonfinite, None, offsets, backend)
+    check_tensors(offsets=offsets)
+    call = GramCall(out, x, None, None, sums, nonfinite, None, offsets, backend)
     return _run(call, "experts")
 
 
@@ -141,14 +141,19 @@ def gram_swiglu_(
     Numerics:
         silu and the product are rounded to the dtype of `gate`, each, as eager models round them.
     """
-    check_tensors(out=out, gate=gate, up=up)
-    gated = gate.detach()
-    return _run(GramCall(out, up.detach(), mask, weights, sums, nonfinite, gated, backend=backend))
+    check_tensors(gate=gate)
+    return _run(GramCall(out, up, mask, weights, sums, nonfinite, gate, backend=backend))
 
 
 def _run(call: GramCall, *leading: str) -> Tensor:
-    """Calls the operator, if `out` has the leading dimensions and a last one of packed elements."""
-    check_optional(**call.per_token, sums=call.sums, nonfinite=call.nonfinite)
+    """Serves a call if `out` has the leading dimensions and a last one of packed elements."""
+    written = (call.out, call.sums, call.nonfinite)
+    through_operator = needs_operator(call.tensors, written)
+    if through_operator or call.out is None or call.x is None:
+        check_tensors(out=call.out, **call.activations)
+        check_optional(
+            **call.per_token, sums=call.sums, nonfinite=call.nonfinite, offsets=call.offsets
+        )
     check_backend(call.backend)
     axes = (*leading, "packed_numel(channels)")
     if call.out.dim() != len(axes):
@@ -156,7 +161,12 @@ def _run(call: GramCall, *leading: str) -> Tensor:
             f"out must have shape [{', '.join(axes)}], a packed accumulator for each matrix; got "
             f"{tuple(call.out.shape)}: allocate it with torch.zeros(..., dtype=torch.float32)"
         )
-    _gram_op(*call)
+    if through_operator:
+        gate = None if call.gate is None else call.gate.detach()
+        _gram_op(*call._replace(x=call.x.detach(), gate=gate))
+    else:
+        serve(call)
+        mark_written(written)
     return call.out
 
 
@@ -173,16 +183,8 @@ def _gram_op(*arguments: Any) -> None:
     `GramCall` names the arguments; any of them go together.
     """
     call = GramCall(*arguments)
-    call.check_forms()
-    call.check_values()
-    if resolve_backend(call.x, call.backend) == "triton":
-        from grail_kernels.gram_triton import launch_gram
-
-        launch_gram(call)
-    else:
-        from grail_kernels.gram_torch import add_gram
-
-        add_gram(call)
+    call.check_forms()  # of what has no addresses as well
+    serve(call)
 
 
 @_gram_op.register_fake

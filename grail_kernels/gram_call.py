@@ -26,6 +26,11 @@ class GramCall(NamedTuple):
     backend: str = "auto"
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors, in the order of the schema."""
+        return self[:-1]
+
+    @property
     def activations(self) -> dict[str, Tensor]:
         """The activations, by their names in the public functions."""
         return {"x": self.x} if self.gate is None else {"gate": self.gate, "up": self.x}
@@ -92,10 +97,13 @@ class GramCall(NamedTuple):
             checks.check_vector("offsets", self.offsets, (self.out.shape[0] + 1,), torch.int64)
         checks.check_devices(**self.targets, **self.activations, **self.per_token)
 
-    def check_values(self) -> None:
-        """Refuses arguments by what they contain and where in memory they are."""
+    def check_overlap(self) -> None:
+        """Refuses a written tensor that shares memory with another argument."""
         read = {**self.activations, **self.per_token, "offsets": self.offsets}
         checks.check_no_overlap(written=self.targets, read=read)
+
+    def check_offsets(self) -> None:
+        """Refuses offsets that decrease or leave the tokens."""
         if self.offsets is None:
             return
         bounds = self.offsets.tolist()

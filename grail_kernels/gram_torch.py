@@ -8,15 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grail_kernels import cpu_blas
+from grail_kernels.cpu_blas import block_tokens
 from grail_kernels.gram_call import GramCall
 from grail_kernels.precision import full_fp32
 from grail_kernels.tiles import strips
-
-# Activations copied at a time where they must be upcast, gathered or weighted: 32 MB of fp32 stay
-# near the cache. The bounds limit the accumulator's traffic (4·H² bytes a block) and the number of
-# GEMMs.
-_BLOCK_ELEMENTS = 2**23
-_FEWEST_TOKENS, _MOST_TOKENS = 1024, 8192
 
 # With fewer rows than this a GEMM adds all tokens in one chain (MKL: an error of 35 eps at 4097
 # tokens, 800 at 200k, instead of 3 and 13): so few rows are summed in fp64.
@@ -48,15 +43,14 @@ def ungated_blocks(call: GramCall) -> Iterator[GramCall]:
 def _add_single(call: GramCall) -> None:
     """Adds the Gram matrix of `x`, which no gate multiplies."""
     for tokens, scales in _token_blocks(call.x, call.mask, call.weights):
-        weighted = tokens if scales is None else tokens * scales[:, None]
         if call.sums is not None or call.nonfinite is not None:
-            _collect(tokens, weighted.sum(0), call.sums, call.nonfinite)
+            weighted = tokens if scales is None else tokens * scales[:, None]
+            sums = weighted.sum(0, dtype=torch.float32)
+            _collect(tokens, sums, call.sums, call.nonfinite)
         if cpu_blas.takes(tokens):
-            cpu_blas.add_gram(call.out, weighted, tokens)
-            continue
-        for strip in strips(call.x.shape[-1]):
-            rows = weighted[:, strip.low : strip.high]
-            _add_products(strip.view(call.out), rows, tokens[:, : strip.high])
+            cpu_blas.add_gram(call.out, tokens, scales)
+        else:
+            _add_strips(call.out, tokens, scales)
 
 
 def _collect(
@@ -68,6 +62,18 @@ def _collect(
     # A NaN or an infinity always shows in the sum of its channel, so a clean block is not searched.
     if nonfinite is not None and not torch.isfinite(token_sums).all():
         nonfinite += (~torch.isfinite(tokens)).sum(0)
+
+
+def _add_strips(out: Tensor, tokens: Tensor, scales: Tensor | None) -> None:
+    """Adds tokensᵀ diag(scales) tokens to the packed `out` by a library's products."""
+    channels = tokens.shape[1]
+    step = tokens.shape[0] if tokens.dtype == torch.float32 else block_tokens(channels)
+    for first in range(0, tokens.shape[0], max(step, 1)):
+        columns = tokens[first : first + step].float()
+        rows = columns if scales is None else columns * scales[first : first + step, None]
+        for strip in strips(channels):
+            part = rows[:, strip.low : strip.high]
+            _add_products(strip.view(out), part, columns[:, : strip.high])
 
 
 def _add_products(target: Tensor, rows: Tensor, columns: Tensor) -> None:
@@ -83,28 +89,27 @@ def _add_products(target: Tensor, rows: Tensor, columns: Tensor) -> None:
 def _token_blocks(
     x: Tensor, mask: Tensor | None, weights: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The tokens that take part, as GEMM operands [t, H] fp32, with their weights [t] fp32.
+    """The tokens that take part [t, H], with their weights [t] fp32.
 
-    Activations that a GEMM can read where they lie come whole; others are copied block by block.
+    Where all take part and `x` is a view of that shape they come whole, else block by block, each
+    a copy.
     """
     x = _merge_tokens(x)
     takes_part = None if mask is None else mask.reshape(x.shape[:-1])
     if weights is not None:
         weights = weights.reshape(x.shape[:-1])
         takes_part = (weights != 0) if takes_part is None else takes_part & (weights != 0)
-    elif takes_part is None and _is_gemm_operand(x):
+    elif takes_part is None and x.dim() == 2:
         yield x, None
         return
-    most = block_tokens(x.shape[-1])
-    buffer = x.new_empty(min(math.prod(x.shape[:-1]), most), x.shape[-1], dtype=torch.float32)
-    for index in _block_indices(x.shape[:-1], most):
+    for index in _block_indices(x.shape[:-1], block_tokens(x.shape[-1])):
         part = x[index].reshape(-1, x.shape[-1])
         scales = None if weights is None else weights[index].flatten().float()
         if takes_part is not None:
             kept = takes_part[index].flatten().nonzero().flatten()
             part = part.index_select(0, kept)
             scales = None if scales is None else scales.index_select(0, kept)
-        yield buffer[: part.shape[0]].copy_(part), scales
+        yield part, scales
 
 
 def _merge_tokens(x: Tensor) -> Tensor:
@@ -113,22 +118,6 @@ def _merge_tokens(x: Tensor) -> Tensor:
         return x.view(-1, x.shape[-1])
     except RuntimeError:
         return x
-
-
-def _is_gemm_operand(x: Tensor) -> bool:
-    """Returns whether a GEMM reads `x` without a copy: fp32 with contiguous rows or columns."""
-    if x.dtype != torch.float32 or x.dim() != 2:
-        return False
-    (tokens, channels), (token_stride, channel_stride) = x.shape, x.stride()
-    by_rows = channel_stride == 1 and token_stride >= channels
-    by_columns = token_stride == 1 and channel_stride >= tokens
-    return by_rows or by_columns
-
-
-def block_tokens(channels: int) -> int:
-    """The number of tokens that are copied at a time: whole chunks of a product."""
-    most = max(_FEWEST_TOKENS, min(_BLOCK_ELEMENTS // channels, _MOST_TOKENS))
-    return most - most % cpu_blas.CHUNK_TOKENS
 
 
 def _block_indices(shape: torch.Size, most: int) -> Iterator[tuple[int | slice, ...]]:

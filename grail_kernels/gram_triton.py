@@ -10,33 +10,33 @@ which round to nearest, sum the chains. A batch of matrices is one launch.
 
 fp32 activations, and weighted ones, become three bf16 parts each (8 + 8 + 8 bits, exact). Of
 their products the six above 2⁻²⁴ are taken. Two parts would leave 2⁻¹⁷, a hundred times the
-rounding of fp32.
+rounding of fp32. Weighted bf16 needs parts for w·x only: x is its own first part, and the other
+three products are zero.
 
 Bytes: each tile row reads T·H·itemsize once per tile in it, from L2; the matrix moves 4·H² a
-launch. Bound by the tensor cores from about 500 channels on. On GPUs with a tensor memory
-accelerator `gram_tma` takes calls without offsets, gate and weights.
+launch. Bound by the tensor cores from about 500 channels on.
 """
 
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from grail_kernels import gram_blocks, gram_tma, tuning
+from grail_kernels import gram_blocks, tuning
 from grail_kernels.gram_blocks import (
     Launch,
     add_collected,
     add_tile,
     products_of_parts,
+    products_of_rows,
     program_of,
     tile_of,
 )
 from grail_kernels.gram_call import GramCall
-from grail_kernels.gram_torch import ungated_blocks
+from grail_kernels.gram_gate import silu_product
+from grail_kernels.gram_plan import Plan
 
 
 @triton.jit
@@ -44,9 +44,7 @@ def _load_activations(x_ptr, gate_ptr, offsets, mask):
     """A block of activations; with a gate, silu(gate) * x rounded as the model rounds it."""
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     if gate_ptr is not None:
-        gate = tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        gate = (gate / (1.0 + tl.exp(-gate))).to(x.dtype)
-        x = (gate.to(tl.float32) * x.to(tl.float32)).to(x.dtype)
+        x = silu_product(tl.load(gate_ptr + offsets, mask=mask, other=0.0), x)
     return x
 
 
@@ -104,7 +102,9 @@ def _gram_kernel(
     CHAIN: tl.constexpr,
     PARTS: tl.constexpr,
     OPERAND: tl.constexpr,
+    STORES: tl.constexpr,
     REPEATS: tl.constexpr,
+    EXACT_COLUMNS: tl.constexpr,
 ):
     """One tile of one matrix over an expert's tokens (offsets), or `span` steps of them all."""
     collects: tl.constexpr = sums_ptr is not None or nonfinite_ptr is not None
@@ -144,7 +144,9 @@ def _gram_kernel(
             is_finite = tl.abs(x) < float("inf")
             row_counts += tl.sum((~is_finite).to(tl.int32), axis=0)
             row_sums += tl.sum(x * weights[:, None], axis=0)
-        add_collected(sums_ptr, nonfinite_ptr, target * H, row_sums, row_counts, rows, row_mask)
+        add_collected(
+            sums_ptr, nonfinite_ptr, target * H, row_sums, row_counts, rows, row_mask, STORES
+        )
     else:
         tile_row, tile_column = tile_of(program - collectors, tile_rows, GROUP)
         rows = tile_row * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -175,50 +177,28 @@ def _gram_kernel(
                 if (link == CHAIN - 1) | (step == end_step - 1):
                     total += chain
             else:
+                row_x = row_x.to(tl.float32)
                 if weights_ptr is not None:
-                    row_x = row_x.to(tl.float32) * weights[None, :]
+                    row_x *= weights[None, :]
                 # Summed separately, so that the long chain of additions gets one a step, not six.
-                total += products_of_parts(row_x.to(tl.float32), col_x.to(tl.float32), OPERAND)
-        add_tile(out_ptr + target * out_stride, total, tile_row, tile_column, H, STRIP, BLOCK_H)
+                if EXACT_COLUMNS:
+                    total += products_of_rows(row_x, col_x.to(OPERAND), OPERAND)
+                else:
+                    total += products_of_parts(row_x, col_x.to(tl.float32), OPERAND)
+        out_ptr += target * out_stride
+        add_tile(out_ptr, total, tile_row, tile_column, H, STRIP, BLOCK_H, STORES)
 
 
-def launch_gram(call: GramCall) -> None:
-    """Adds the Gram matrices of a checked call."""
-    if not call.x.numel() or not call.out.numel():
-        return
-    if call.gate is not None and call.gate.stride() != call.x.stride():
-        for single in call.single_matrices():
-            for ungated in ungated_blocks(single):
-                launch_gram(ungated)
-        return
-    batch = call.as_batch()
-    with torch.cuda.device_of(batch.x):
-        if gram_tma.takes(batch):
-            launch = gram_tma.launch_of(batch)
-            for part in _parts(batch):
-                gram_tma.add_tokens(launch, part.x, part.mask)
-        elif batch.offsets is not None:
-            # Each expert sees all tokens and takes its own.
-            batch = batch._replace(offsets=batch.offsets.to(batch.x.device))
-            _add_parts([_flat(batch, lambda x: x.expand(batch.out.shape[0], 1, -1, -1))])
-        else:
-            _add_parts(list(_parts(batch)))
+def takes(part: GramCall) -> bool:
+    """Returns True: this kernel serves every call whose gate, if any, has the strides of x."""
+    return True
 
 
-def _add_parts(parts: list[GramCall]) -> None:
-    """Launches the pointer kernel for each part of a call, all in the way that suits the first."""
+def add(plan: Plan, parts: list[GramCall], config: tuning.GramConfig) -> None:
+    """Adds a launch of the kernel for each part of a call, all in the way that suits the first."""
     batch, first = parts[0], parts[0].x
-    dtype, is_weighted = first.dtype, batch.weights is not None
-    config = tuning.gram_config(
-        dtype,
-        first.shape[-1],
-        weighted=is_weighted,
-        gated=batch.gate is not None,
-        aligned=_is_aligned(first),
-        architecture=tuning.architecture_of(first.device),
-    )
-    fixed = constants(config, dtype, is_weighted, repeats=first.shape[1] > 1)
-    launch = Launch(_gram_kernel, config, fixed, batch, splits_tokens=batch.offsets is None)
+    fixed = constants(config, first.dtype, batch.weights is not None, repeats=first.shape[1] > 1)
+    launch = Launch(plan, _gram_kernel, config, fixed, batch, splits_tokens=batch.offsets is None)
     strides = ("stride_xm", "stride_xo", "stride_xt", "stride_xc")
     for part in parts:
         _, outer, inner, _ = part.x.shape
@@ -236,68 +216,11 @@ def _add_parts(parts: list[GramCall]) -> None:
         )
 
 
-def _parts(batch: GramCall) -> Iterator[GramCall]:
-    """A flat call for each launch: views that a kernel can walk, of no more tokens than suit it."""
-    shape = _mergeable_shape(batch.x)
-    if shape is None:
-        for index in range(batch.x.shape[1]):
-            yield from _parts(
-                batch.at((slice(None), index), "x", "gate").at(index, *batch.per_token)
-            )
-        return
-    flat = _flat(batch, lambda x: x.view(shape))
-    for part, tokens in _launches(flat.x):
-        yield flat.at(part, "x", "gate").at(tokens, *flat.per_token)
-
-
-def _flat(batch: GramCall, view: Callable[[Tensor], Tensor]) -> GramCall:
-    """The call with x and gate as `view` makes them, [E, outer, inner, H], and flat tokens [T]."""
-    return batch._replace(
-        x=view(batch.x),
-        gate=None if batch.gate is None else view(batch.gate),
-        mask=None if batch.mask is None else batch.mask.reshape(-1).view(torch.uint8),
-        weights=None if batch.weights is None else batch.weights.reshape(-1).float(),
-    )
-
-
-def _launches(x: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
-    """The index into `x` [E, outer, inner, H] of each launch, and the slice of its tokens."""
-    _, outer, inner, _ = x.shape
-    most = tuning.LAUNCHED_TOKENS
-    each = max(1, most // inner)
-    for first in range(0, outer, each):
-        of_outer = slice(first, min(first + each, outer))
-        for start in range(0, inner, most):  # more than one only where `each` is 1
-            of_inner = slice(start, min(start + most, inner))
-            end = (of_outer.stop - 1) * inner + of_inner.stop
-            yield (slice(None), of_outer, of_inner), slice(first * inner + start, end)
-
-
-def _mergeable_shape(x: Tensor) -> tuple[int, int, int, int] | None:
-    """[E, outer, inner, H] such that `x` [E, ..., H] has that view; None if more are needed."""
-    matrices, channels = x.shape[0], x.shape[-1]
-    tokens = x.numel() // (matrices * channels)
-    for outer in (1, x.shape[1]):
-        shape = (matrices, outer, tokens // outer, channels)
-        try:
-            x.view(shape)
-        except RuntimeError:
-            continue
-        return shape
-    return None
-
-
 def constants(
     config: tuning.GramConfig, dtype: torch.dtype, weighted: bool, repeats: bool
 ) -> dict[str, Any]:
     """The compile-time arguments of the kernel; `bench/tools/aot.py` compiles with the same."""
     parts = 1 if tuning.multiplies_natively(dtype, weighted) else 3
-    return gram_blocks.constants(config, parts, dtype) | {"REPEATS": repeats}
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """Returns whether the kernel can read 16 bytes of `x` [E, outer, inner, H] at once."""
-    _, _, inner, channels = x.shape
-    run = channels if x.stride(3) == 1 else inner if x.stride(2) == 1 else 1
-    lengths = (run, *(stride for stride in x.stride() if stride != 1))
-    return x.data_ptr() % 16 == 0 and all(length % 16 == 0 for length in lengths)
+    exact = weighted and dtype == torch.bfloat16
+    fixed = {"REPEATS": repeats, "EXACT_COLUMNS": exact}
+    return gram_blocks.constants(config, parts, dtype) | fixed

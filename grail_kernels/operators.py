@@ -2,13 +2,63 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # By name, the functions that operators run: a tool that watches torch's operations sees into them.
 OPERATOR_FUNCTIONS: dict[str, Callable[..., Any]] = {}
+
+_C: Any = torch._C
+
+# The types and the dispatch keys of tensors in memory of a CPU or a GPU that nothing wraps, views
+# as negated or watches.
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _plain_keys() -> frozenset[int]:
+    key, every = _C.DispatchKey, []
+    for device in ("CPU", "CUDA"):
+        own = _C.DispatchKeySet(getattr(key, device))
+        autograd = _C.DispatchKeySet(key.ADInplaceOrView) | _C.DispatchKeySet(
+            getattr(key, f"Autograd{device}")
+        )
+        autocast = _C.DispatchKeySet(getattr(key, f"Autocast{device}"))
+        every += [own, own | autograd, own | autocast, own | autograd | autocast]
+    return frozenset(keys.raw_repr() for keys in every)
+
+
+_PLAIN_KEYS = _plain_keys()
+
+
+def needs_operator(tensors: Iterable[Any], written: Iterable[Any]) -> bool:
+    """Returns whether a call has to go through its operator, not straight to the kernel.
+
+    It has to where torch compiles, traces or transforms the call or a mode watches it, and for
+    tensors of other kinds or written ones that require gradients. The operator takes 50 µs.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if _C._len_torch_dispatch_stack() or _C._len_torch_function_stack():
+        return True
+    if _C._functorch.peek_interpreter_stack() is not None or _C._get_tracing_state() is not None:
+        return True
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES
+            or _C._dispatch_keys(tensor).raw_repr() not in _PLAIN_KEYS
+        ):
+            return True
+    return any(tensor is not None and tensor.requires_grad for tensor in written)
+
+
+def mark_written(tensors: Iterable[Tensor | None]) -> None:
+    """Tells autograd that those tensors were changed, as operators do."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def operator(

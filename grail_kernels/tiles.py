@@ -8,6 +8,7 @@ diagonal block of a strip are scratch: GEMMs write them, nothing reads them. All
 leading batch dimensions.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -57,6 +58,25 @@ def packed_numel(channels: int) -> int:
     return STRIP_ROWS * STRIP_ROWS * full * (full + 1) // 2 + rest * channels
 
 
+def channels_of(packed: Tensor) -> int:
+    """Returns H of a packed accumulator [..., packed_numel(H)].
+
+    Raises:
+        InputError: no number of channels has so many elements.
+    """
+    elements = packed.shape[-1]
+    full = (math.isqrt(8 * (elements // STRIP_ROWS**2) + 1) - 1) // 2
+    wide = STRIP_ROWS * full
+    rest = elements - STRIP_ROWS * wide * (full + 1) // 2  # r·(wide + r) in the last strip
+    channels = wide + (math.isqrt(wide**2 + 4 * rest) - wide) // 2
+    if not channels or packed_numel(channels) != elements:
+        raise InputError(
+            f"a packed accumulator has packed_numel(channels) elements in its last dimension; "
+            f"{elements} is no such number; allocate it with torch.zeros(packed_numel(channels))"
+        )
+    return channels
+
+
 def check_packed(packed: Tensor, channels: int) -> None:
     """Refuses a packed tensor whose last dimension is not `packed_numel(channels)`."""
     check_tensors(packed=packed)
@@ -67,24 +87,6 @@ def check_packed(packed: Tensor, channels: int) -> None:
             f"dimension; got shape {tuple(packed.shape)}; allocate it with "
             f"torch.zeros(packed_numel({channels}), dtype=torch.float32)"
         )
-
-
-def unpack(packed: Tensor, channels: int) -> Tensor:
-    """Returns the dense matrix [..., H, H] of a packed accumulator [..., P], bitwise symmetric.
-
-    Raises:
-        InputError: `packed` belongs to another number of channels.
-    """
-    check_packed(packed, channels)
-    matrix = packed.new_empty(*packed.shape[:-1], channels, channels)
-    for strip in strips(channels):
-        rows = slice(strip.low, strip.high)
-        stored = strip.view(packed)
-        below, block = stored[..., : strip.low], stored[..., strip.low :]
-        matrix[..., rows, : strip.low] = below
-        matrix[..., : strip.low, rows] = below.mT
-        matrix[..., rows, rows] = block.tril() + block.tril(-1).mT
-    return matrix
 
 
 def pack(matrix: Tensor) -> Tensor:

@@ -1,12 +1,17 @@
-"""The tile sizes and warps that each kernel launches with: a static table, no autotuning.
+"""The kernel, tile sizes and warps that each call launches with: a static table, no autotuning.
 
-`launches.json`, next to this file, has a row for each kernel, operand class and shape class. The
-rows of "default" are complete and serve every architecture that has no row of its own.
+`launches.json`, next to this file, has a row for each operation, operand class and shape class. A
+row of Grams lists launches, the fastest first; each names its kernel. A call takes the first whose
+kernel can serve it, and the last of a row serves every call. The rows of "default" are complete and
+serve every architecture that has no row of its own.
+
 `bench/tools/tune.py` measures candidates on a GPU and writes the rows of its architecture. The
-record of `bench/tools/aot.py`, which compiles every row ahead of time, shows that each fits shared
-memory. The rows of sm_90 were timed on an H100 (bench/results/gpu/tuning.csv, and trials.csv for
-the wide ones of `gram_tma`). Those of "default" were not timed; they spill two dozen registers at
-most.
+record of `bench/tools/aot.py`, which compiles every launch ahead of time, shows that each fits
+shared memory. The rows of sm_90 were timed on an H100 (bench/results/gpu/tuning.csv, and trials.csv
+for the wide ones of "tma"). Their order is that of tuning.csv: over 65,536 tokens of fp32, 32
+matrices of 64 channels take 2.42 ms by "tma" and 0.69 by "pointers", 32 of 128 take 2.20 and 1.43,
+one of 1024 takes 1.89 and 1.57. The rows of "default" were not timed; they spill two dozen
+registers at most.
 """
 
 import functools
@@ -15,7 +20,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 
@@ -51,6 +56,11 @@ _FEWEST_SPLIT_TOKENS = 1024
 
 _METHODS = ("fused", "gathered")
 
+# Of Grams: `gram_triton`, which serves every call but gates of other strides, `gram_tma`,
+# `gram_halves` and `gram_wide`; and `gram_gate`, which stores silu(gate)·up for another kernel.
+EVERY_CALL, FORMED = "pointers", "formed"
+_KERNELS = (EVERY_CALL, "tma", "halves", "wide", FORMED)
+
 
 class LaunchTableError(GrailError, ValueError):
     """The launch table cannot be read, lacks a row, or holds one that no kernel can launch with."""
@@ -61,12 +71,15 @@ class GramConfig:
     """The launch of a Gram kernel.
 
     Attributes:
+        kernel: the kernel's name in `gram_launch.KERNELS`.
         block_tokens: tokens that one step of a program multiplies.
         block_channels: edge of the square tile that a program owns; divides `tiles.STRIP_ROWS`.
+            Of "wide", edge of the pair of tiles beside the diagonal.
         group: tile rows that neighbouring programs share, so that their tokens meet in the cache.
-        warps, stages: as Triton takes them.
+        warps, stages: as Triton takes them. Of "wide", slots of shared memory for rows.
     """
 
+    kernel: str
     block_tokens: int
     block_channels: int
     group: int
@@ -97,17 +110,20 @@ class AbsorbConfig:
     method: str = "fused"
 
 
+# How the activation of gates with strides of their own is stored: bound by memory.
+FORMING = GramConfig(FORMED, block_tokens=32, block_channels=128, group=1, warps=4, stages=1)
+
 Config = GramConfig | AbsorbConfig
-AnyConfig = TypeVar("AnyConfig", GramConfig, AbsorbConfig)
-Key = tuple[str, str, str]  # kernel, operand class, shape class
+Launches = tuple[GramConfig, ...]  # the first whose kernel takes a call serves it
+Row = Launches | AbsorbConfig
+Key = tuple[str, str, str]  # operation, operand class, shape class
 
 # Every row that "default" has to have. Operands are split into three bf16 parts where tensor cores
 # do not take them as they are; "gated" and "scattered" activations are loaded in their own way.
 ROWS: dict[Key, type[Config]] = {
-    (kernel, operands, shape): kind
-    for kernel, kind, operand_classes, shapes in (
+    (operation, operands, shape): kind
+    for operation, kind, operand_classes, shapes in (
         ("gram", GramConfig, "16-bit split", "narrow middle wide gated scattered"),
-        ("gram_tma", GramConfig, "16-bit split", "narrow middle wide"),
         ("absorb", AbsorbConfig, "bf16 split", "middle wide"),
     )
     for operands in operand_classes.split()
@@ -115,7 +131,7 @@ ROWS: dict[Key, type[Config]] = {
 }
 
 
-def gram_config(
+def gram_launches(
     dtype: torch.dtype,
     channels: int,
     *,
@@ -123,8 +139,8 @@ def gram_config(
     gated: bool = False,
     aligned: bool = True,
     architecture: str = DEFAULT,
-) -> GramConfig:
-    """The launch of the Gram kernel for activations of `dtype` with H = `channels`.
+) -> Launches:
+    """The launches for activations of `dtype` with H = `channels`, the fastest first.
 
     Weighted products are split like those of fp32; `aligned` activations allow reads of 16 bytes.
 
@@ -133,13 +149,9 @@ def gram_config(
     """
     operands = "16-bit" if multiplies_natively(dtype, weighted) else "split"
     shape = "scattered" if not aligned else "gated" if gated else _width(channels)
-    return _row(architecture, ("gram", operands, shape), GramConfig)
-
-
-def tma_config(parts: int, channels: int, *, architecture: str = DEFAULT) -> GramConfig:
-    """The launch of the kernel of `gram_tma` for activations in 1 or 3 parts, H = `channels`."""
-    operands = "16-bit" if parts == 1 else "split"
-    return _row(architecture, ("gram_tma", operands, _width(channels)), GramConfig)
+    launches = _row(architecture, ("gram", operands, shape))
+    assert isinstance(launches, tuple)
+    return launches
 
 
 def absorb_config(
@@ -148,7 +160,9 @@ def absorb_config(
     """The way to compute the correction for weights [O, H] of this dtype and H = `channels`."""
     operands = "bf16" if dtype == torch.bfloat16 else "split"
     shape = "middle" if channels <= _MIDDLE_CHANNELS else "wide"
-    return _row(architecture, ("absorb", operands, shape), AbsorbConfig)
+    config = _row(architecture, ("absorb", operands, shape))
+    assert isinstance(config, AbsorbConfig)
+    return config
 
 
 @functools.cache
@@ -174,7 +188,7 @@ def token_splits(tiles: int, tokens: int, processors: int) -> int:
 
 
 @functools.cache
-def read_table(path: Path) -> Mapping[tuple[str, Key], Config]:
+def read_table(path: Path) -> Mapping[tuple[str, Key], Row]:
     """Every row of the table in `path`, by architecture and key.
 
     Raises:
@@ -189,19 +203,20 @@ def read_table(path: Path) -> Mapping[tuple[str, Key], Config]:
         name = "/".join((architecture, *key))
         if key not in ROWS:
             raise LaunchTableError(f"{path}: {name} is no row that a kernel asks for")
-        table[architecture, key] = _config(ROWS[key], values, f"{path}: {name}")
+        table[architecture, key] = _read_row(ROWS[key], values, f"{path}: {name}")
     missing = ["/".join(key) for key in ROWS if (DEFAULT, key) not in table]
     if missing:
         raise LaunchTableError(f"{path}: {DEFAULT} lacks {', '.join(missing)}")
     return table
 
 
-def write_table(path: Path, table: Mapping[tuple[str, Key], Config]) -> None:
-    """Writes a table that `read_table` reads, a line a row; the file is replaced as a whole."""
+def write_table(path: Path, table: Mapping[tuple[str, Key], Row]) -> None:
+    """Writes a table that `read_table` reads, a line a launch; the file is replaced as a whole."""
     document: dict[str, Any] = {}
-    for (architecture, (kernel, operands, shape)), config in table.items():
-        rows = document.setdefault(architecture, {}).setdefault(kernel, {}).setdefault(operands, {})
-        rows[shape] = asdict(config)
+    for (architecture, (operation, operands, shape)), row in table.items():
+        rows = document.setdefault(architecture, {}).setdefault(operation, {})
+        values = [asdict(c) for c in row] if isinstance(row, tuple) else asdict(row)
+        rows.setdefault(operands, {})[shape] = values
     written = path.with_name(path.name + ".new")
     text = json.dumps(document, indent=1)
     text = re.sub(r"\{[^{}]*\}", lambda row: json.dumps(json.loads(row[0])), text)
@@ -210,11 +225,9 @@ def write_table(path: Path, table: Mapping[tuple[str, Key], Config]) -> None:
     read_table.cache_clear()
 
 
-def _row(architecture: str, key: Key, kind: type[AnyConfig]) -> AnyConfig:
+def _row(architecture: str, key: Key) -> Row:
     table = read_table(TABLE)
-    config = table.get((architecture, key)) or table[DEFAULT, key]
-    assert isinstance(config, kind)
-    return config
+    return table.get((architecture, key)) or table[DEFAULT, key]
 
 
 def _width(channels: int) -> str:
@@ -234,6 +247,21 @@ def _flatten(document: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, K
         raise LaunchTableError(f"the launch table has no names under {'/'.join(path) or 'its top'}")
 
 
+def _read_row(kind: type[Config], values: Any, name: str) -> Row:
+    """The row `values`: a configuration, or launches that every call finds one of."""
+    if kind is AbsorbConfig:
+        return cast(AbsorbConfig, _config(AbsorbConfig, values, name))
+    if not isinstance(values, list) or not values:
+        raise LaunchTableError(f"{name} must list launches, the fastest first; it has {values}")
+    launches = [cast(GramConfig, _config(GramConfig, each, name)) for each in values]
+    if launches[-1].kernel != EVERY_CALL:
+        raise LaunchTableError(
+            f"{name} must end with a launch of {EVERY_CALL!r}, which serves every call; "
+            f"it ends with {launches[-1].kernel!r}"
+        )
+    return tuple(launches)
+
+
 def _config(kind: type[Config], values: Any, name: str) -> Config:
     """The row `values` as a `kind`, refused under `name` if the kernel could not launch with it."""
     names = {field.name for field in fields(kind)}
@@ -250,6 +278,8 @@ def _rule(field: str, value: Any) -> tuple[bool, str]:
     """Returns True if a field can have that value, and the allowed values in words."""
     if field == "method":
         return value in _METHODS, " or ".join(_METHODS)
+    if field == "kernel":
+        return value in _KERNELS, " or ".join(_KERNELS)
     if not isinstance(value, int) or isinstance(value, bool):
         return False, "an integer"
     if field.startswith("block_"):  # Triton's ranges are powers of two, its products of 16 at least

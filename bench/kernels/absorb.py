@@ -23,7 +23,7 @@ from grail_kernels.backend import interpreting
 
 CPU_MODELS = ("smollm2-135m", "qwen3-0.6b")
 CHECKED_ROWS = 32
-OURS = ("fused", "gathered")
+OURS = ("fused", "gathered", "gathered fp64")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,15 @@ def providers(case: Problem) -> dict[str, Call]:
         gram = gk.unpack(packed, channels)
         return (weight.index_fill(1, keep, 0.0).float() @ gram)[:, keep]
 
+    def ours(weight: Tensor, backend: str, dtype: torch.dtype) -> Tensor:
+        of_dropped = weight.index_select(1, dropped)
+        return gk.absorb(of_dropped, packed, keep, backend, drop=dropped, dtype=dtype)
+
     calls: dict[str, Call] = {}
     if packed.is_cuda or interpreting():
-        calls["fused"] = lambda weight: gk.absorb(weight, packed, keep, backend="triton")
-    calls["gathered"] = lambda weight: gk.absorb(weight, packed, keep, backend="torch")
+        calls["fused"] = partial(ours, backend="triton", dtype=torch.float32)
+    calls["gathered"] = partial(ours, backend="torch", dtype=torch.float32)
+    calls["gathered fp64"] = partial(ours, backend="torch", dtype=torch.float64)
     return calls | {"permuted": permuted, "full": full}
 
 

@@ -50,7 +50,7 @@ def run(
     show: Callable[[list[Measured]], str],
     records: Callable[[list[Measured]], list[Row]] = list,
 ) -> int:
-    """Measures case by case until `--seconds` are over, prints each, and saves all.
+    """Measures case by case until `--seconds` are over, prints each, and saves it at once.
 
     Args:
         options: of the command line.
@@ -65,6 +65,7 @@ def run(
     deadline = time.monotonic() + options.seconds
     rows: list[Measured] = []
     failed = False
+    save(options, records(rows))
     for name, measure in cases:
         if time.monotonic() > deadline:
             print(f"{name}: left out, --seconds are over")
@@ -77,5 +78,5 @@ def run(
             continue
         rows += found
         print(show(found), flush=True)
-    save(options, records(rows))
+        save(options, records(rows))
     return int(failed)

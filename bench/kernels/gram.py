@@ -5,6 +5,7 @@
     python bench/gram.py --shape 8192,4096      8192 tokens of 4096 channels; may be repeated
     python bench/gram.py --heads 8192,32,128    8192 tokens of 32 heads of 128 channels
     python bench/gram.py --experts 4096,8,768   4096 tokens among 8 experts of 768 channels
+    python bench/gram.py --calls 4096,256,1536  4096 tokens by 256 a call, then the dense matrix
     python bench/gram.py --predict h100         the model of time alone; needs no GPU
 
 % limit: of the machine's best product and copy. error: in eps = 2^-23, wrong from 16 on; then there
@@ -12,12 +13,15 @@ are no times, and the exit code is 1. All columns and providers: docs/benches.md
 """
 
 import argparse
+import ctypes
+import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,28 +62,43 @@ CPU_FLOPS = 1.5e11
 CHECKED_CHANNELS = 64
 CHECKED_MATRICES = 3
 LIBRARY = ("addmm", "loop")
+# Tokens together, tokens of a call and channels: what a calibration library does with small calls.
+CALLS = [
+    (tokens, call, channels)
+    for channels in (576, 1536, 4096)
+    for tokens, call in ((1024, 64), (4096, 256), (4096, 1024), (4096, 2048), (8192, 8192))
+]
 COLUMNS = dict.fromkeys(
-    ("kernel", "provider", "metric", "unit", "dtype", "tokens", "channels", "matrices"), ""
+    ("kernel", "provider", "metric", "unit", "dtype", "tokens", "channels", "matrices", "call"), ""
 ) | dict.fromkeys(("p20", "p50", "p80"), "")
 # By kind of case: its kernel, and its matrices in words.
-KINDS = {"gram": "", "gram_batched": " of each of {} heads", "gram_ragged": ", {} experts"}
+KINDS = {
+    "gram": "",
+    "gram_batched": " of each of {} heads",
+    "gram_ragged": ", {} experts",
+    "gram_readout": " by {} a call, with the read-out",
+}
 
 
 @dataclass(frozen=True)
 class Shape:
     """A case: `tokens` activations of `channels` channels; for each head, or among experts.
 
-    With experts the tokens are those of all together.
+    With experts the tokens are those of all together. With `call` they come by so many a call, and
+    the dense matrix is read out at the end.
     """
 
     tokens: int
     channels: int
     matrices: int = 1
     ragged: bool = False
+    call: int = 0
 
     @property
     def kernel(self) -> str:
         """The function of `grail_kernels` that is measured."""
+        if self.call:
+            return "gram_readout"
         return "gram_ragged" if self.ragged else "gram_batched" if self.matrices > 1 else "gram"
 
     @property
@@ -101,7 +120,7 @@ class Shape:
 
     def describe(self) -> str:
         """The case in words."""
-        many = KINDS[self.kernel].format(self.matrices)
+        many = KINDS[self.kernel].format(self.call or self.matrices)
         return f"{self.tokens} tokens x {self.channels} channels{many}"
 
 
@@ -178,7 +197,7 @@ def expert_bounds(shape: Shape) -> list[int]:
 
 def matrices_of(x: Tensor, shape: Shape) -> list[Tensor]:
     """The activations [T, H] of every Gram matrix of a case."""
-    if shape.kernel == "gram":
+    if shape.kernel in ("gram", "gram_readout"):
         return [x]
     if shape.kernel == "gram_batched":
         return list(x.unbind(0))
@@ -187,6 +206,8 @@ def matrices_of(x: Tensor, shape: Shape) -> list[Tensor]:
 
 def providers(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Call]:
     """Every way to accumulate, each adding to an accumulator of its own that it returns."""
+    if shape.call:
+        return _call_providers(shape, device)
     if shape.kernel != "gram":
         return _batch_providers(shape, dtype, device)
     packed = torch.zeros(gk.packed_numel(shape.channels), device=device)
@@ -203,6 +224,24 @@ def providers(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Call]:
     elif device == "cpu":
         calls |= _cpu_syrks()
     return calls
+
+
+def _call_providers(shape: Shape, device: str) -> dict[str, Call]:
+    """Calls into an accumulator and its read-out into a matrix, and calls into a dense matrix."""
+    packed = torch.zeros(gk.packed_numel(shape.channels), device=device)
+    matrix, dense = torch.zeros(2, shape.channels, shape.channels, device=device)
+
+    def grail(x: Tensor) -> Tensor:
+        for part in x.split(shape.call):
+            gk.gram_(packed, part)
+        return gk.unpack(packed, shape.channels, out=matrix)
+
+    def addmm(x: Tensor) -> Tensor:
+        for part in x.split(shape.call):
+            _add_product(dense, part)
+        return dense
+
+    return {"grail": grail, "addmm": addmm}
 
 
 def _batch_providers(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Call]:
@@ -290,7 +329,7 @@ def errors(calls: dict[str, Call], x: Tensor, shape: Shape) -> dict[str, tuple[f
             settle(x.device.type)
             first = time.perf_counter() - start
             ratio = max(
-                check.ratio(result if shape.kernel == "gram" else result[index])
+                check.ratio(result[index] if shape.matrices > 1 else result)
                 for index, check in checks.items()
             )
         except Exception as problem:
@@ -340,6 +379,18 @@ def measure_roof(dtype: torch.dtype, device: str) -> Roof:
     target = torch.empty_like(source)
     copied = min(seconds_of(target.copy_, source) for _ in range(10))
     return Roof(2.0 * size**3 / best, 2.0 * source.numel() * source.element_size() / copied)
+
+
+def openblas_kernels() -> str:
+    """The processor whose kernels NumPy's OpenBLAS has chosen; OPENBLAS_CORETYPE sets another."""
+    core = getattr(np, "_core", None) or np.core
+    library = ctypes.CDLL(core._multiarray_umath.__file__)
+    for prefix, suffix in itertools.product(("scipy_", ""), ("64_", "")):
+        call = getattr(library, f"{prefix}openblas_get_corename{suffix}", None)
+        if call is not None:
+            call.restype = ctypes.c_char_p
+            return str(call().decode())
+    return "none"
 
 
 def operand_of(dtype: str, device: str) -> str:
@@ -409,7 +460,7 @@ def table(rows: list[Row]) -> str:
     return title + aligned(("provider", *columns, "model", "waves"), lines)
 
 
-def records(roofs: dict[str, Roof], rows: Iterable[Row]) -> list[Record]:
+def records(device: str, roofs: dict[str, Roof], rows: Iterable[Row]) -> list[Record]:
     """All that was measured in long format: one record a number."""
     found = []
     for dtype, roof in roofs.items():
@@ -421,12 +472,14 @@ def records(roofs: dict[str, Roof], rows: Iterable[Row]) -> list[Record]:
         found += numbers(case, [("first call", "s", row.first), ("limit", "s", row.limit)])
         found += numbers(case, [("error", "eps", row.error)])
         found += numbers(case, row.prediction.numbers() if row.prediction else ())
-    return found
+    library = {"openblas": openblas_kernels()} if device == "cpu" else {}
+    return [record | library for record in found]
 
 
 def case_of(shape: Shape, provider: str, dtype: str) -> Record:
     """The columns that identify a case."""
     lengths = {name: str(value) for name, value in asdict(shape).items() if name != "ragged"}
+    lengths["call"] = lengths["call"] if shape.call else ""
     return COLUMNS | {"kernel": shape.kernel, "provider": provider, "dtype": dtype} | lengths
 
 
@@ -468,12 +521,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = CommandLine(
         __doc__,
         *("model", "dtype", "device", "threads", "repeats", "seconds", "write"),
-        takes="many minutes on 2 cores; --seconds limits it",
+        takes="about 5 minutes on 2 cores; --seconds limits it",
         results="gram{device}",
         model={"choices": models},
+        repeats={"default": 5},
         dtype={"help": "default: fp32 and bf16"},
     )
-    for name, example in (("shape", "T,H"), ("heads", "T,E,H"), ("experts", "T,E,H")):
+    cases_of = {"shape": "T,H", "heads": "T,E,H", "experts": "T,E,H", "calls": "T,C,H"}
+    for name, example in cases_of.items():
         case: dict[str, object] = {"type": sizes(example), "metavar": example, "default": []}
         parser.add_argument(f"--{name}", action="append", help="a case, may be repeated", **case)
     told = "measure nothing; the model of time for this GPU, for every model"
@@ -483,10 +538,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     shapes = [Shape(*lengths) for lengths in options.shape]
     shapes += [Shape(tokens, h, heads) for tokens, heads, h in options.heads]
     shapes += [Shape(tokens, h, e, ragged=True) for tokens, e, h in options.experts]
-    usual = models if options.predict else DEFAULT_MODELS
+    calls = options.calls
+    if not (options.model or shapes or calls or options.predict or options.device == "cuda"):
+        calls = CALLS
+    called = [Shape(tokens, h, call=call) for tokens, call, h in calls]
+    usual = () if options.calls else models if options.predict else DEFAULT_MODELS
     for name in options.model or (() if shapes else usual):
         shapes += shapes_of(name, "cuda" if options.predict else options.device)
-    options.shapes = list(dict.fromkeys(shapes))
+    options.shapes = list(dict.fromkeys([*shapes, *called]))
     return options
 
 
@@ -500,6 +559,8 @@ def main(arguments: list[str] | None = None) -> int:
             write_rows(options.write, found)
         return 0
     cases.announce(options.device)
+    if options.device == "cpu":
+        print(f"OpenBLAS of NumPy: kernels for {openblas_kernels()}")
     operands = (operand_of(dtype, options.device) for dtype in options.dtype)
     roofs = {
         dtype: measure_roof(DTYPES[dtype], options.device)
@@ -512,7 +573,7 @@ def main(arguments: list[str] | None = None) -> int:
         for shape in options.shapes
         for dtype in options.dtype
     ]
-    return cases.run(options, todo, table, partial(records, roofs))
+    return cases.run(options, todo, table, partial(records, options.device, roofs))
 
 
 if __name__ == "__main__":

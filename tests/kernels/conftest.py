@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from grail_kernels import tuning
+from grail_kernels import gram_serve, tuning
 from grail_kernels.backend import interpreting
 
 
@@ -40,7 +40,7 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> R
     if request.param == "torch":
         return Runner("torch", "cpu", tokens=1300)
     if request.param in POINTERS:
-        monkeypatch.setattr("grail_kernels.gram_tma.runs_on", lambda device: False)
+        monkeypatch.setattr("grail_kernels.gram_tma.takes", lambda part: False)
     if interpreting():
         return Runner("triton", "cpu", tokens=180)
     return Runner("triton", "cuda", tokens=1300)
@@ -63,6 +63,12 @@ def leave_to_fp16(dtype: torch.dtype) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_forms() -> None:
+    """Each test finds kernels for the forms of its calls again, by its own table and patches."""
+    gram_serve.forget_forms()
 
 
 @pytest.fixture

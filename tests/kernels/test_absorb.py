@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import grail_kernels as gk
-from grail_kernels import reference
+from grail_kernels import _absorb, reference
 from tests.kernels.cases import LAYOUTS
 from tests.kernels.conftest import Runner
 
@@ -215,3 +215,142 @@ def test_the_callers_mode_changes_no_bit(
     expected = gk.absorb(weight, gram, keep, backend=runner.backend)
     with context():
         assert torch.equal(gk.absorb(weight, gram, keep, backend=runner.backend), expected)
+
+
+def truncated_product(
+    total: Tensor, left: Tensor, right: Tensor, *, out: Tensor, out_dtype: torch.dtype
+) -> None:
+    """As tensor cores add: 16 exact products at a time to a sum that is cut off at 24 bits."""
+    assert left.dtype == right.dtype == torch.bfloat16
+    sums = torch.zeros_like(total)
+    for step in zip(left.split(16, -1), right.split(16, -2), strict=True):
+        exact = sums.double() + step[0].double() @ step[1].double()
+        sums = exact.float()
+        is_larger = sums.double().abs() > exact.abs()
+        sums = torch.where(is_larger, torch.nextafter(sums, torch.zeros_like(sums)), sums)
+    torch.add(total, sums, out=out)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the CPU take the path of tensor cores."""
+    monkeypatch.setattr(_absorb, "has_tensor_cores", lambda device: True)
+    monkeypatch.setattr(torch, "addmm", truncated_product)
+    monkeypatch.setattr(torch, "baddbmm", truncated_product)
+
+
+@both_layouts
+def test_parts_on_tensor_cores_are_as_exact_as_fp32(
+    tensor_cores: None, dtype: torch.dtype, packed: bool
+) -> None:
+    weight, gram, keep = problem(1500, 40, outputs=5)
+    # Of one sign, so that what truncation takes away adds up.
+    weight, gram = weight.abs().to(dtype), gram.abs()
+    result = gk.absorb(weight, gk.pack(gram) if packed else gram, keep)
+    exact = reference.absorb(weight, gram, keep)
+    ratio = reference.error_ratio(result, exact, exact)
+    assert 1 < ratio < reference.ERROR_LIMIT  # the stand-in does truncate
+
+
+def test_parts_of_a_batch_are_those_of_its_matrices(tensor_cores: None) -> None:
+    weight, gram, keep, drop = batch()
+    packed = gk.pack(gram)
+    result = gk.absorb(weight, packed, keep, drop=drop)
+    for matrix, given in enumerate(zip(weight, packed, keep, drop, strict=True)):
+        assert torch.equal(result[matrix], gk.absorb(*given[:3], drop=given[3]))
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Three weights [O, D], symmetric matrices [H, H], kept and dropped channels."""
+    gram = torch.randn(3, 300, 300)
+    order = torch.rand(3, 300).argsort(-1)
+    keep, drop = order[:, :120], order[:, 120:280]
+    return torch.randn(3, 9, 160), gram + gram.mT, keep, drop
+
+
+@both_layouts
+@pytest.mark.parametrize("result_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("single", [False, True])
+def test_named_channels_and_batches(
+    runner: Runner, packed: bool, result_dtype: torch.dtype, single: bool
+) -> None:
+    weight, gram, keep, drop = (t[0] if single else t for t in batch())
+    exact = torch.empty(*weight.shape[:-1], keep.shape[-1], dtype=torch.float64)
+    magnitude = torch.empty_like(exact)
+    for number in range(1 if single else 3):
+        at = (...,) if single else (number,)
+        coupling = gram[at].double()[drop[at]][:, keep[at]]
+        exact[at] = weight[at].double() @ coupling
+        magnitude[at] = weight[at].double().abs() @ coupling.abs()
+    given = (t.to(runner.device) for t in (weight, gk.pack(gram) if packed else gram, keep, drop))
+    weight, gram, keep, drop = given
+    result = gk.absorb(weight, gram, keep, drop=drop, dtype=result_dtype).cpu()
+    assert result.dtype == result_dtype
+    if result_dtype == torch.float64:
+        assert bool(
+            ((result - exact).abs() <= 160 * torch.finfo(torch.float64).eps * magnitude).all()
+        )
+    else:
+        assert reference.error_ratio(result, exact, magnitude) < reference.ERROR_LIMIT
+
+
+def test_the_fused_kernel_takes_named_channels(runner: Runner) -> None:
+    weight, gram, keep, drop = (t[0] for t in batch())
+    keep = torch.cat([keep, drop[:7]])  # what V G Vᵀ needs: dropped channels among the columns
+    given = (t.to(runner.device) for t in (weight, gk.pack(gram), keep, drop))
+    weight_, packed, keep_, drop_ = given
+    result = gk.absorb(weight_, packed, keep_, runner.backend, drop=drop_).cpu()
+    coupling = gram.double()[drop][:, keep]
+    exact, magnitude = weight.double() @ coupling, weight.double().abs() @ coupling.abs()
+    assert reference.error_ratio(result, exact, magnitude) < reference.ERROR_LIMIT
+
+
+def test_a_batch_finds_what_each_matrix_drops() -> None:
+    _, gram, keep, _ = batch()
+    weight = torch.randn(3, 9, 300)
+    result = gk.absorb(weight, gk.pack(gram), keep)
+    for each in zip(result, weight, gk.pack(gram), keep, strict=True):
+        assert torch.equal(each[0], gk.absorb(*each[1:]))
+    keep[1, 3] = keep[1, 4]
+    with pytest.raises(gk.InputError, match="more than once"):
+        gk.absorb(weight, gk.pack(gram), keep)
+
+
+@pytest.mark.parametrize("cores", [False, True], ids=["fp32", "parts"])
+def test_nothing_is_read_where_dropped_channels_are_named(
+    cores: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_absorb, "has_tensor_cores", lambda device: cores)
+    added: list[torch.dtype] = []
+    monkeypatch.setattr(
+        _absorb, "_add_product", lambda total, left, right: added.append(right.dtype)
+    )
+    weight, gram, keep, drop = batch()
+    # A tensor without values refuses to be read.
+    given = [tensor.to("meta") for tensor in (weight, gk.pack(gram), keep)]
+    result = gk.OPERATOR_FUNCTIONS["grail::absorb"](*given, "auto", drop.to("meta"), None)
+    assert result.shape == (3, 9, 120)
+    assert set(added) == {torch.bfloat16 if cores else torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("the columns of drop alone, 3", {"drop": torch.tensor([1, 2, 3])}),
+        ("drop must be a 1-D int64", {"drop": torch.ones(20)}),
+        ("keep must be a 1-D int64", {"keep": torch.tensor([[0, 1]])}),
+        ("is no such number", {"drop": torch.arange(20), "packed": torch.ones(19)}),
+        ("one for each weight", {"packed": torch.ones(2, 400)}),
+        ("dtype must be float32", {"dtype": torch.float16}),
+        ("drop must be a torch.Tensor", {"drop": [1, 2]}),
+    ],
+)
+def test_bad_named_channels_are_refused(message: str, changes: dict[str, object]) -> None:
+    arguments = {
+        "weight": torch.ones(3, 20),
+        "packed": torch.ones(gk.packed_numel(20)),
+        "keep": torch.tensor([0, 1]),
+    } | changes
+    weight, packed, keep = (arguments.pop(name) for name in ("weight", "packed", "keep"))
+    with pytest.raises(gk.InputError, match=message):
+        gk.absorb(weight, packed, keep, **arguments)

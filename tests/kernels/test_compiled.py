@@ -44,6 +44,15 @@ def test_each_limit_is_reported(resource: str, value: int, message: str) -> None
     assert [line for line in aot.violations(case, found) if message in line]
 
 
+def test_reductions_are_for_the_wide_kernel_alone_and_its_chains_do_not_wait() -> None:
+    case = next(case for case in aot.cases() if isinstance(case, aot.WideCase))
+    found = json.loads(aot.RECORD.read_text())["cases"][case.name]
+    assert found["atomics"] > 0
+    assert not aot.violations(case, found)
+    (waits,) = aot.violations(case, found | {"full_waits": found["full_waits"] + 1})
+    assert "inside a chain" in waits
+
+
 def test_a_changed_number_is_named() -> None:
     before = {"a": {"registers": 100, "stack": 0}, "b": {"registers": 1, "stack": 0}}
     now = {"a": {"registers": 120, "stack": 0}, "c": {"registers": 1, "stack": 0}}

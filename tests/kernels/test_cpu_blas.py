@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import grail_kernels as gk
 from grail_kernels import cpu_blas
@@ -186,19 +187,51 @@ def test_concurrent_callers_leave_openblas_as_they_found_it():
 def test_a_forked_child_has_threads_of_its_own():
     x = torch.randn(1024, 700)
     expected, out = (torch.zeros(gk.packed_numel(700)) for _ in range(2))
-    cpu_blas.add_gram(expected, x, x)
+    cpu_blas.add_gram(expected, x)
     child = os.fork()
     if child == 0:  # NumPy alone from here on: torch's own threads do not survive a fork
         signal.alarm(20)  # ends a child that waits for its parent's threads
-        cpu_blas.add_gram(out, x, x)
+        cpu_blas.add_gram(out, x)
         os._exit(0 if (out.numpy() == expected.numpy()).all() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-# As OpenBLAS's cblas.h names it; the first two multiply.
+@needs_openblas
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_no_copy_is_so_long_that_torch_shares_it_among_its_threads(weighted, monkeypatch):
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__ in ("copy_", "mul"):
+                sizes.append(args[0].numel())
+            return function(*args, **kwargs or {})
+
+    # A mode sees its own thread alone.
+    monkeypatch.setattr(cpu_blas, "share", lambda work, units, _: [work(unit) for unit in units])
+    out, x = torch.zeros(gk.packed_numel(300)), torch.randn(1000, 300).bfloat16()
+    with Watch():
+        cpu_blas.add_gram(out, x, torch.ones(1000) if weighted else None)
+    assert len(sizes) >= 10
+    assert max(sizes) < 32768
+    torch.testing.assert_close(gk.unpack(out, 300), gram_of(x), rtol=1e-4, atol=1e-3)
+
+
+@needs_openblas
+def test_copies_stay_usable_after_a_call_in_inference_mode():
+    cpu_blas._copies.clear()
+    x = torch.randn(300, 90).bfloat16()
+    with torch.inference_mode():
+        expected = gram_of(x)
+    assert torch.equal(gram_of(x), expected)
+
+
+# As OpenBLAS's cblas.h names it; the first three compute.
 C_INTERFACE = (
     "cblas_sgemm",
     "cblas_ssyrk",
+    "cblas_somatcopy",
     "openblas_get_config",
     "openblas_get_num_threads",
     "openblas_set_num_threads",
@@ -230,8 +263,8 @@ def unloadable(_: str) -> None:
 
 
 LIBRARIES = {
-    "of another kind": lambda _: library_of(("cblas_sgemm", "cblas_ssyrk")),
-    "without its C interface": lambda _: library_of(C_INTERFACE[2:]),
+    "of another kind": lambda _: library_of(C_INTERFACE[:3]),
+    "without its C interface": lambda _: library_of(C_INTERFACE[3:]),
     "that cannot be opened": unloadable,
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import grail_kernels as gk
 from grail_kernels import reference
 from tests.kernels.cases import CHANNELS, LAYOUTS, TOKENS, positive
-from tests.kernels.conftest import Runner, every_runner, leave_to_fp16
+from tests.kernels.conftest import BACKENDS, Runner, every_runner, leave_to_fp16
 
 
 def accumulate(x: Tensor, runner: Runner, **options: Tensor | None) -> Tensor:
@@ -348,3 +348,12 @@ def test_many_launches_match_fp64(
     mask = torch.rand(x.shape[:-1]) < 0.7
     weights = torch.rand(x.shape[:-1]) if weighted else None
     assert_matches_fp64(matrix(x, runner, mask=mask, weights=weights), x, mask, weights)
+
+
+@pytest.mark.parametrize("runner", [b for b in BACKENDS if b != "torch"], indirect=True)
+def test_weighted_bf16_leaves_out_only_products_that_are_zero(runner: Runner) -> None:
+    x, weights = positive(150, 80).bfloat16(), torch.rand(150)
+    result = matrix(x, runner, weights=weights)
+    assert_matches_fp64(result, x, weights=weights)
+    # fp32 takes all six: the same bits.
+    assert torch.equal(result, matrix(x.float(), runner, weights=weights))

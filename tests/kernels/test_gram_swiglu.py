@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import grail_kernels as gk
-from grail_kernels import reference
+from grail_kernels import gram_serve, reference, tuning
 from grail_kernels.backend import interpreting
 from tests.kernels.cases import positive
-from tests.kernels.conftest import Runner
+from tests.kernels.conftest import BACKENDS, Runner
 
 CHANNELS = 67
 
@@ -56,6 +58,40 @@ def test_all_layouts_match_fp64(layout: str, dtype: torch.dtype, runner: Runner)
     roundings = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     limit = reference.ERROR_LIMIT + roundings
     assert reference.error_ratio(sums.cpu(), exact, magnitude) < limit
+
+
+@pytest.mark.parametrize("runner", [b for b in BACKENDS if b != "torch"], indirect=True)
+@pytest.mark.parametrize("form", ["matrix", "batch", "experts"])
+def test_a_row_that_forms_the_activation_first_gives_the_same(
+    form: str, runner: Runner, own_table: Path
+) -> None:
+    up, gate = (positive(2, 60, CHANNELS).to(runner.device) for _ in range(2))
+    offsets = None
+    out = torch.zeros(2, gk.packed_numel(CHANNELS), device=runner.device)
+    if form == "matrix":
+        out = out[0]
+    if form == "experts":
+        up, gate = up.flatten(0, 1), gate.flatten(0, 1)
+        offsets = torch.tensor([0, 50, 110])
+    mask = torch.rand(60 if form == "batch" else up.shape[:-1], device=runner.device) < 0.7
+    call = (up, mask.expand(up.shape[out.dim() - 1 : -1]) if offsets is None else mask, None)
+    found = []
+    for formed in (False, True):
+        if formed:
+            table = dict(tuning.read_table(own_table))
+            for key, row in table.items():
+                if key[1][2] in ("gated", "scattered"):
+                    table[key] = (tuning.FORMING, *row)
+            tuning.write_table(own_table, table)
+            gram_serve.forget_forms()
+        written = out.clone(), torch.zeros(*out.shape[:-1], CHANNELS, device=runner.device)
+        torch.ops.grail.gram_(
+            written[0], *call, written[1], None, gate, offsets, backend=runner.backend
+        )
+        found.append((gk.unpack(written[0], CHANNELS), written[1]))
+    for loaded, formed in zip(*found, strict=True):
+        # Sums of other lengths: the activations are the same.
+        assert torch.allclose(loaded, formed, rtol=3e-6, atol=1e-5)
 
 
 def test_the_torch_twin_is_the_gram_of_the_hidden_activation_bit_for_bit() -> None:

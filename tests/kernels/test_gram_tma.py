@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 import grail_kernels as gk
 from grail_kernels import reference
+from grail_kernels.gram_call import GramCall
+from grail_kernels.gram_plan import Plan
 from tests.kernels.cases import positive
 from tests.kernels.conftest import BACKENDS, Runner
 
@@ -40,16 +43,36 @@ IN_PLACE = {
 }
 
 
-def what_is_read(x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-    """The tensors [E * parts, T, H or more] that launches read of `x` [E, outer, inner, H]."""
-    read: list[Tensor] = []
-    launch = SimpleNamespace(
-        batch=SimpleNamespace(x=x),
-        config=SimpleNamespace(block_tokens=16, block_channels=16),
-        add=lambda *_, x_desc, **__: read.append(x_desc.base),
-    )
-    gram_tma.add_tokens(launch, x, None if mask is None else mask.view(torch.uint8))
-    return read
+class Reader:
+    """Stands for a kernel, and keeps what its launches would read."""
+
+    arg_names = ("x_desc",)
+
+    def __init__(self) -> None:
+        self.read: list[Tensor] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def note(x_desc: Any) -> None:
+            is_laid = x_desc.base.data_ptr() != self.given.data_ptr()
+            self.read.append(x_desc.base.clone() if is_laid else x_desc.base)
+
+        return note
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """The tensors [E * parts, T, H or more] that launches read of `x` [E, outer, inner, H]."""
+        self.given = x
+        flags = None if mask is None else mask.view(torch.uint8)
+        call = GramCall(torch.zeros(1, device=x.device), x, mask, None, None, None)
+        plan = Plan(call)
+        launch = SimpleNamespace(
+            plan=plan,
+            batch=call,
+            config=SimpleNamespace(block_tokens=16, block_channels=16),
+            add=lambda *_, x_desc, **__: plan.launch(self, (1,), x_desc=x_desc),
+        )
+        gram_tma.add_tokens(launch, x, flags)
+        plan(call, [0 if t is None else t.data_ptr() for t in call.tensors])
+        return self.read
 
 
 @runs
@@ -57,7 +80,7 @@ def what_is_read(x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
 def test_only_rows_of_aligned_16_bits_are_read_in_place(case: str, runner: Runner) -> None:
     make, expected = IN_PLACE[case]
     x = make(torch.randn(640, device=runner.device))
-    (read,) = what_is_read(x)
+    (read,) = Reader()(x)
     assert (read.data_ptr() == x.data_ptr()) == expected
     parts = read.unflatten(0, (len(x), -1))[..., : x.shape[-1]]
     assert torch.equal(parts.float().flip(1).sum(1), x[:, 0].float())
@@ -70,7 +93,7 @@ def test_fp32_is_laid_out_as_three_parts_and_masked_tokens_as_zeros(
     monkeypatch.setattr("grail_kernels.tuning.BUFFER_TOKENS", 40)
     x = torch.randn(2, 3, 20, 67, device=runner.device) * 1e3
     mask = torch.rand(60, device=runner.device) > 0.4
-    laid = what_is_read(x, mask)
+    laid = Reader()(x, mask)
     assert [part.shape for part in laid] == [(6, 40, 72), (6, 20, 72)]
     assert {part.dtype for part in laid} == {torch.bfloat16}
     parts = torch.cat(laid, dim=1).unflatten(0, (2, 3)).float()
@@ -116,7 +139,7 @@ def test_launches_take_every_token_once_and_not_too_many(
 
     monkeypatch.setattr(gram_tma.Launch, "add", noted)
     monkeypatch.setattr("grail_kernels.tuning.LAUNCHED_TOKENS", 100)
-    monkeypatch.setattr("grail_kernels.gram.resolve_backend", lambda x, backend: "triton")
+    monkeypatch.setattr("grail_kernels.gram_serve.resolve_backend", lambda x, backend: "triton")
     numbers = torch.arange(outer * inner).float().view(outer, inner)
     x = torch.zeros(outer, inner + 1, 1)[:, :inner]  # no view has one dimension for all tokens
     x[..., 0] = numbers
