@@ -1,0 +1,1 @@
+"""Benchmarks of the adapters; each runs in the environment of its library."""
