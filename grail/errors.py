@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from grail_kernels import BackendError, GrailError, InputError
 
 __all__ = [
+    "AdapterError",
     "BackendError",
     "EmptyCalibrationError",
     "ExportError",
@@ -22,6 +23,10 @@ __all__ = [
 
 class ModelError(GrailError):
     """A model that cannot be read, or whose architecture has no known sites."""
+
+
+class AdapterError(GrailError):
+    """Another library that is not installed, or that lacks what an adapter attaches to."""
 
 
 class EmptyCalibrationError(InputError):

@@ -7,6 +7,7 @@ Each fixture is a factory, so that a test says what it needs:
         batches = tiny_batches(count=2)
 """
 
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,8 @@ def pytest_configure(config):
     counting.count_refusals()
     if share := getattr(config, "workerinput", None):  # several processes share the cores
         torch.set_num_threads(max(1, torch.get_num_threads() // share["workercount"]))
+    # A command that a test starts rounds as the test itself does.
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
 @pytest.fixture(scope="session")

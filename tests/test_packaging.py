@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from bench.tools.adapters import LIBRARIES
+
 tomllib = pytest.importorskip("tomllib", reason="comes with Python 3.11")
 
 ROOT = Path(__file__).parents[1]
@@ -22,12 +24,19 @@ def requirements(lines):
 
 def test_every_dependency_is_pinned_within_its_range():
     pins = requirements((ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
-    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    extras = PROJECT["optional-dependencies"]
+    extras = [line for name, lines in extras.items() if name not in LIBRARIES for line in lines]
     for name, requirement in requirements([*PROJECT["dependencies"], *extras]).items():
         (pin,) = pins[name].specifier
         assert pin.operator == "=="
         assert pin.version in requirement.specifier
         assert "+" not in pin.version  # a local version would bind everyone to one build
+
+
+def test_every_library_with_an_adapter_has_an_extra_that_takes_the_tested_version():
+    for name, library in LIBRARIES.items():
+        extra = requirements(PROJECT["optional-dependencies"][name])
+        assert library.version in extra[library.package].specifier
 
 
 def test_core_needs_five_packages():

@@ -1,8 +1,10 @@
 """Public calls: light to import, plain arguments accepted, other kinds refused by name."""
 
+import ast
 import inspect
 import itertools
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from torch import nn
 import grail
 import grail_kernels as gk
 from grail.errors import InputError
+from tests.serving.gguf_files import dense_file
 
 H, O = 11, 5
 KEPT = [7, 0, 3]
@@ -40,7 +43,9 @@ def weight() -> torch.Tensor:
 
 def test_importing_grail_imports_no_library_of_models_or_data():
     heavy = ("transformers", "datasets", "accelerate", "typer", "rich", "matplotlib", "scipy")
-    code = f"import sys, grail; print([name for name in {heavy} if name in sys.modules])"
+    code = (
+        f"import sys; from grail import *; print([name for name in {heavy} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -69,6 +74,35 @@ def test_a_name_stays_a_function_whatever_is_imported_after_it(imported):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True"]
+
+
+def test_names_are_imported_when_they_are_asked_for():
+    code = (
+        "import sys, grail; early = 'torch' in sys.modules; grail.Selection; "
+        "print(early, 'torch' in sys.modules, grail.select.names.__module__, grail.errors.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "grail.select", "grail.errors"]
+    assert "__getattr__" in vars(grail)
+    with pytest.raises(AttributeError, match="module 'grail' has no attribute 'nonsense'"):
+        grail.nonsense  # noqa: B018
+
+
+def test_type_checkers_find_each_name_where_it_is_imported_from():
+    tree = ast.parse(inspect.getsource(grail))
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {alias.name: node.module for node in checked.body for alias in node.names}
+    assert told == grail._MODULES
+    assert sorted(told) == grail.__all__
+    for name, module in told.items():
+        assert getattr(grail, name) is getattr(sys.modules[module], name)
+
+
+def test_everything_public_is_imported_by_a_star():
+    names: dict[str, object] = {}
+    exec("from grail import *", names)
+    assert names.keys() - {"__builtins__"} == set(grail.__all__)
+    assert pickle.loads(pickle.dumps(names["Recipe"](keep=0.5))) == grail.Recipe(keep=0.5)
 
 
 # What is accepted.
@@ -314,14 +348,37 @@ OBJECTS = {"recipe": ["text", "nowhere.json", 5, OBJECT], "runtime": ["text", 5,
 # By name of function, and of its parameter, what it must refuse.
 KERNEL_TARGETS = {"sums": NOT_TENSORS, "nonfinite": NOT_TENSORS, "backend": ANY}
 WRONG: dict[str, dict[str, list[Any]]] = {
-    "gk.absorb": {"weight": ANY, "gram": ANY, "keep": [*NOT_VECTORS, [2.5]], "backend": ANY},
+    "gk.absorb": {
+        "weight": ANY,
+        "gram": ANY,
+        "keep": [*NOT_VECTORS, [2.5]],
+        "backend": ANY,
+        "drop": NOT_TENSORS,
+        "dtype": [*NOT_TENSORS, torch.float16],
+    },
     "gk.add_products": {"total": ANY, "left": ANY, "right": ANY},
+    "gk.Products": {"total": ANY, "capacity": NOT_COUNTS},
     "gk.as_tensor": {"value": ANY},
     "gk.as_vector": {"values": [None, "text", 5, 2.5, OBJECT, {1, 2}, [OBJECT], ["a"]]},
     "gk.check_activations": {"x": [*ANY, torch.ones(4, H, dtype=torch.int64), torch.tensor(1.0)]},
     "gk.check_count": {"value": NOT_COUNTS},
     "gk.check_kind": {"value": NOT_TENSORS},
+    "gk.choose_panel": {
+        "schur": ANY,
+        "products": ANY,
+        "floor": ANY,
+        "limits": ANY,
+        "count": [*NOT_COUNTS, 0],
+        "backend": ANY,
+    },
     "gk.diagonal": {"packed": ANY, "channels": NOT_COUNTS},
+    "gk.gather": {
+        "packed": ANY,
+        "channels": NOT_COUNTS,
+        "rows": ANY,
+        "columns": ANY,
+        "dtype": [*ANY, torch.float16],
+    },
     "gk.gram_": {
         "out": ANY, "x": ANY, "mask": NOT_TENSORS, "weights": NOT_TENSORS, **KERNEL_TARGETS
     },
@@ -336,18 +393,31 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "gk.pack": {"matrix": ANY},
     "gk.packed_numel": {"channels": NOT_COUNTS},
     "gk.resolve_backend": {"x": ANY, "backend": ANY},
-    "gk.unpack": {"packed": ANY, "channels": NOT_COUNTS},
+    "gk.unpack": {
+        "packed": ANY, "channels": NOT_COUNTS, "out": NOT_TENSORS, "alpha": NOT_NUMBERS,
+        "beta": NOT_NUMBERS,
+    },
     "grail.Collected": {"folder": [*NOT_PATHS, "nowhere"]},
     "grail.Folding": {"labels": [*NOT_VECTORS, [True, False]]},
     "grail.Gram": {
         "channels": NOT_COUNTS, "device": NOT_DEVICES, "buffer": [*NOT_NUMBERS, -1, 2.5],
         "non_finite": ANY,
     },
+    "grail.Gram.matrix": {"out": NOT_TENSORS},
     "grail.Gram.update": {
         "x": [*ANY, [[1.0] * H], np.array(["a"] * H), torch.ones(4, H, dtype=torch.int64),
               np.ones((4, H)), torch.ones(4, H + 1), torch.tensor(1.0), torch.ones(H + 1)],
         "mask": [*NOT_TENSORS, [True] * 4, torch.ones(3), np.ones(4)],
-        "drift": [*NOT_TENSORS, [[1.0]] * 4],
+        "drift": [*NOT_TENSORS, [[1.0]] * 4], "target": [*NOT_TENSORS, [[1.0]] * 4],
+        "samples": ["text", -1, 2.5, True, OBJECT],
+    },
+    "grail.Gram.of": {"module": [*NOT_MODELS, nn.ReLU()]},
+    "grail.Gram.update_from": {
+        "module": [*NOT_MODELS, nn.ReLU(), nn.Linear(H + 1, 2)], "inputs": [*ANY, ()],
+        "mask": [*NOT_TENSORS, [True] * 4, torch.ones(3)],
+    },
+    "grail.Gram.hessian": {
+        "per": ANY, "scale": NOT_NUMBERS, "out": [*NOT_TENSORS, torch.ones(3, 3)], "empty": ANY,
     },
     "grail.Gram.merge": {"other": [*ANY, torch.ones(3)]},
     "grail.Gram.save": {"path": NOT_PATHS},
@@ -361,12 +431,17 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "correct_attention": NOT_SWITCHES, "token_weights": [None, "yes", OBJECT, []],
         "closed_loop": NOT_SWITCHES, "seed": NOT_COUNTS, "per_tap": NOT_SWITCHES,
         "exact_folding": NOT_SWITCHES, "repair": NOT_SWITCHES, "non_finite": ANY,
+        "quantize": ANY[1:],
     },
     "grail.Selection": {"index": [*NOT_VECTORS, [0.5], [True, False]], "channels": NOT_COUNTS},
     "grail.Sensitivity.shares": {"keep": ["half", 2, OBJECT, True], "undone": [*NOT_NUMBERS, 1]},
     "grail.Fused": {
         "name": [None, 5, OBJECT, [5]], "parts": [None, 0, 1, -2, 2.5, "two", True, OBJECT],
         "interleaved": [None, 5, "yes", OBJECT],
+    },
+    "grail.Part": {
+        "name": [None, 5, OBJECT, [5]], "ranges": [None, "text", 5, OBJECT, [5], [(0, 0)], []],
+        "axis": ["one", 0.5, True, OBJECT],
     },
     "grail.Site": {
         "producers": [None, "text", 5, OBJECT, [5], [None], []],
@@ -381,6 +456,10 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "dtype": [None, 5, "int8", OBJECT, torch.float32],
     },
     "grail.Text": {"source": [None, 5, OBJECT, ["text"]]},
+    "grail.accumulate": {
+        "model": NOT_MODELS, "layers": [5, OBJECT, [None], [], ["nowhere"], lambda *_: False],
+        "share": NOT_SWITCHES, "device": NOT_DEVICES, "non_finite": ANY,
+    },
     "grail.collect": {
         "model": NOT_MODELS, "batches": NOT_BATCHES, "sites": [5, OBJECT, [None], "nothing"],
         "output": NOT_PATHS, "per_tap": NOT_SWITCHES, "non_finite": ANY, "storage": NOT_DEVICES,
@@ -404,6 +483,25 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     },
     "grail.export": {"model": NOT_LANGUAGE_MODELS, "tokenizer": ["text", 5], "output": NOT_PATHS,
                      "report": ["text", 5], "page": [5, OBJECT]},
+    "grail.export_gguf": {
+        "folder": NOT_PATHS, "output": NOT_PATHS, "like": NOT_PATHS[1:],
+        "pad": [None, "32", 0, 48, True, 32.5], "dtype": [None, "float64", 16, torch.float32],
+        "verify": NOT_SWITCHES,
+    },
+    "grail.export_imatrix": {
+        "folder": NOT_PATHS, "output": NOT_PATHS, "calibration": [5, OBJECT, "nowhere.txt"],
+        "pad": [None, "32", 0, 48, True, 32.5], "device": [5, "nowhere", OBJECT],
+        "progress": NOT_SWITCHES,
+    },
+    "grail.export_onnx": {
+        "model": [value for value in NOT_MODELS if value != "text"], "output": NOT_PATHS,
+        "example": ["text", 5, OBJECT, [], [OBJECT], {}, torch.ones(0, 6), torch.ones(2, 5)],
+        "factory": ["text", 5, OBJECT, lambda: None], "verify": NOT_SWITCHES,
+    },
+    "grail.quantize": {
+        "model": NOT_LANGUAGE_MODELS, "batches": NOT_BATCHES, "format": ANY,
+        "runtime": OBJECTS["runtime"], "progress": NOT_SWITCHES, "non_finite": ANY,
+    },
     "grail.fit": {
         "gram": [*[value for value in ANY if not isinstance(value, grail.Gram)], torch.eye(H)],
         "reduction": [*NOT_VECTORS, [0.5], [H], [-1], [True]],
@@ -420,6 +518,12 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "grail.load": {"folder": [*NOT_PATHS, "nowhere"], "factory": [None, "text", 5, int, dict],
                    "device": NOT_DEVICES},
     "grail.load_model": {"source": NOT_PATHS, "device": NOT_DEVICES},
+    "grail.measure_speed": {
+        "files": [None, 5, "text", [], [5], [None], ["nowhere"]], "against": [5, OBJECT, "nowhere"],
+        "prompt": NOT_COUNTS, "new": NOT_COUNTS, "rounds": [*NOT_COUNTS, 0], "threads": NOT_COUNTS,
+        "batches": [None, 8, "1,8", [], [0], [1, 1], [2.5], OBJECT],
+        "one_by_one": NOT_SWITCHES, "trust_remote_code": NOT_SWITCHES, "progress": NOT_SWITCHES,
+    },
     "grail.merge": {"folders": [None, 5, "text", [], [5], ["nowhere"]], "output": NOT_PATHS},
     "grail.save": {"model": NOT_MODELS, "output": NOT_PATHS, "report": ["text", 5]},
     "grail.sensitivity": {
@@ -463,6 +567,7 @@ def of_kernels() -> dict[str, Callable[[], dict[str, Any]]]:
             "left": activations[0, :, :3],
             "right": activations[0],
         },
+        "gk.Products": lambda: {"total": torch.zeros(3, H), "capacity": 8},
         "gk.as_tensor": lambda: {"name": "x", "value": np.ones(3)},
         "gk.as_vector": lambda: {"name": "x", "values": [1, 2]},
         "gk.check_activations": lambda: {"name": "x", "x": activations},
@@ -473,7 +578,20 @@ def of_kernels() -> dict[str, Callable[[], dict[str, Any]]]:
             "kinds": torch.Tensor,
             "wanted": "a tensor",
         },
+        "gk.choose_panel": lambda: {
+            "schur": torch.eye(3)[None],
+            "products": torch.eye(3)[None],
+            "floor": torch.zeros(1, 3),
+            "limits": torch.tensor([2]),
+            "count": 2,
+        },
         "gk.diagonal": lambda: {"packed": packed, "channels": H},
+        "gk.gather": lambda: {
+            "packed": packed,
+            "channels": H,
+            "rows": torch.tensor([1]),
+            "columns": torch.tensor([0, 2]),
+        },
         "gk.gram_": lambda: {"out": packed, "x": activations},
         "gk.gram_batched_": lambda: {"out": packed.repeat(2, 1), "x": activations},
         "gk.gram_ragged_": lambda: {
@@ -489,6 +607,21 @@ def of_kernels() -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
+# Of a measurement of speed.
+LITTLE = {"prompt": 4, "new": 2, "batches": [1], "rounds": 1, "progress": False}
+
+
+# Of a model whose rows are whole blocks of 32 weights.
+IN_BLOCKS = {
+    "hidden_size": 64,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+}
+
+
 @pytest.fixture(scope="module")
 def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callable[[str], dict]:
     """Arguments with which a function works, by its name."""
@@ -501,6 +634,11 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
     text = folder / "text.txt"
     text.write_text("w3 w4 w5 " * 60)
     calibration = {"batches": tiny_batches(), "progress": False}
+    of_text = {
+        "calibration": grail.Text(str(text), tokens=64, sequence_length=16),
+        "progress": False,
+    }
+    sample = torch.ones(2, 6)
 
     def new() -> Any:
         return folder / f"new{next(numbers)}"
@@ -510,12 +648,26 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         tiny_tokenizer().save_pretrained(folder / "model")
         return folder / "model"
 
+    def gguf_folder() -> dict[str, Any]:
+        model = model_folder()
+        like = dense_file(tiny_llama(), folder / f"dense{next(numbers)}.gguf")
+        return {"folder": model, "output": new(), "like": like}
+
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         **of_kernels(),
         "grail.Collected": lambda: {"folder": folder / "collected"},
         "grail.Folding": lambda: {"labels": [0, 1, 0]},
         "grail.Gram": lambda: {"channels": H},
+        "grail.Gram.matrix": lambda: {"self": gram},
         "grail.Gram.update": lambda: {"self": grail.Gram(H), "x": torch.ones(4, H)},
+        "grail.Gram.of": lambda: {"module": nn.Linear(H, 2)},
+        "grail.Gram.update_from": lambda: {
+            "self": grail.Gram(H),
+            "module": nn.Linear(H, 2),
+            "inputs": torch.ones(4, H),
+        },
+        "grail.Gram.hessian": lambda: {"self": gram},
+        "grail.accumulate": lambda: {"model": network},
         "grail.Gram.merge": lambda: {"self": grail.Gram(H), "other": gram},
         "grail.Gram.save": lambda: {"self": gram, "path": folder / "gram.state"},
         "grail.Gram.load": lambda: {"path": folder / "gram.state"},
@@ -526,26 +678,23 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
         "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
         "grail.Fused": lambda: {"name": "0"},
+        "grail.Part": lambda: {"name": "0", "ranges": [(0, 2)]},
         "grail.Site": lambda: {"producers": ["0"], "consumers": ["2"]},
         "grail.collect": lambda: {"model": tiny_llama(), **calibration, "output": new()},
         "grail.compress": lambda: {"model": tiny_llama(), **calibration},
-        "grail.compress_checkpoint": lambda: {
-            "source": model_folder(),
-            "output": new(),
-            "calibration": grail.Text(str(text), tokens=64, sequence_length=16),
-            "progress": False,
-        },
+        "grail.compress_checkpoint": lambda: {"source": model_folder(), "output": new(), **of_text},
         "grail.evaluate": lambda: {"model": tiny_llama(), **calibration},
-        "grail.export": lambda: {
-            "model": tiny_llama(),
-            "tokenizer": None,
-            "output": new(),
-        },
+        "grail.export": lambda: {"model": tiny_llama(), "tokenizer": None, "output": new()},
+        "grail.export_gguf": gguf_folder,
+        "grail.export_imatrix": lambda: {"folder": model_folder(), "output": new(), **of_text},
+        "grail.export_onnx": lambda: {"model": network, "output": new(), "example": sample},
         "grail.fit": lambda: {"gram": gram, "reduction": [0, 2], "weight": torch.ones(O, H)},
         "grail.inspect": lambda: {"model": tiny_llama(), "tokens": 32, "sequence_length": 16},
         "grail.load": lambda: {"folder": folder / "saved", "factory": lambda: network},
         "grail.load_model": lambda: {"source": model_folder()},
+        "grail.measure_speed": lambda: {"files": [model_folder()], **LITTLE},
         "grail.merge": lambda: {"folders": [folder / "collected"], "output": new()},
+        "grail.quantize": lambda: {"model": tiny_llama(**IN_BLOCKS), **calibration},
         "grail.save": lambda: {"model": network, "output": new()},
         "grail.sensitivity": lambda: {"model": tiny_llama(), **calibration},
         "grail.token_batches": lambda: {
@@ -679,6 +828,8 @@ def test_every_public_function_has_its_wrong_arguments():
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_stands_for_right_arguments_is_right(name, valid):
+    if name == "grail.export_onnx":
+        pytest.importorskip("onnxscript")
     if name != "grail.Sensitivity.shares":  # one without any site: no share is left to give
         function(name)(**valid(name))
 

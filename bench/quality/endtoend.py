@@ -2,9 +2,8 @@
 
     python -m bench.quality.endtoend table          keep × sites: dense, pruned, the paper's, ours
     python -m bench.quality.endtoend calibration    calibration length × alpha, on two domains
-    python -m bench.quality.endtoend cost           time against bare forward passes; memory
 
-Results are bench/results/smollm2_{table,calibration,cost}.csv. A killed run resumes. The texts are
+Results are bench/results/smollm2_{table,calibration}.csv. A killed run resumes. The texts are
 described in docs/benches.md.
 """
 
@@ -19,7 +18,7 @@ import torch
 import grail
 from bench.tools import assets
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, Table, bare_seconds
+from bench.tools.measuring import RESULTS, Table
 from grail.files.load import load_model
 from grail.files.packing import token_batches
 from grail.report._evaluate import evaluate
@@ -174,38 +173,12 @@ def calibration(keep: float = 0.5, heldout_tokens: int = 8 * LENGTH) -> None:
         out.add({**row, "heldout_tokens": heldout_tokens})
 
 
-def cost(tokens: int = 32 * LENGTH, keep: float = 0.5) -> None:
-    """GRAIL's time against one bare forward pass of the same tokens; peak memory."""
-    out = Table(RESULTS / "smollm2_cost.csv", ("sites",))
-    subject = Subject()
-    batches = subject.batches("brown", "calibration", tokens)
-    for sites in ("mlp", "heads", "mlp,heads"):
-        if (sites,) in out:
-            continue
-        bare = bare_seconds(subject.model, batches)
-        _, report = subject.compressed(batches, keep=keep, sites=tuple(sites.split(",")))
-        own = sum(report.seconds[p] for p in ("gram", "select", "solve", "absorb"))
-        out.add(
-            {
-                "sites": sites,
-                "keep": keep,
-                "tokens": tokens,
-                "bare_forward_s": round(bare, 3),
-                **{f"{phase}_s": round(s, 3) for phase, s in report.seconds.items()},
-                "own_work_over_bare": round(own / bare, 4),
-                "total_over_bare": round(report.seconds["total"] / bare, 4),
-                "predicted_peak_bytes": report.memory["predicted_peak"],
-                "measured_peak_bytes": report.memory["measured_peak"],
-            }
-        )
-
-
 def main() -> None:
     """Measures one part."""
     parser = CommandLine(
         __doc__, writes="bench/results/smollm2_*.csv, row by row", takes="hours on 2 cores"
     )
-    parts = {"table": table, "calibration": calibration, "cost": cost}
+    parts = {"table": table, "calibration": calibration}
     parser.add_argument("part", choices=parts, help="the experiment to run")
     parts[parser.read().part]()
 

@@ -127,9 +127,13 @@ def trial(shape: Shape, shrink: int) -> Trial:
             blocks = _run_block(model, options, batches, counting)
     hidden = sum(tensor.nbytes for tensor in blocks.stream.hidden)
     flops = {phase: float(count) for phase, count in counting.flops.items()}
-    # The CPU's Gram calls BLAS itself, which no dispatcher sees: T·H² for the triangle.
+    # The CPU's Gram and drift call BLAS themselves, which no dispatcher sees: T·H² FLOPs for the
+    # triangle, 2·T·O·H for the cross moment.
     sites = blocks.sites[1]
-    per_token = sum(site.channels**2 for site in sites)
+    per_token = sum(
+        site.channels * (site.channels + 2 * sum(c.outputs for c in site.consumers))
+        for site in sites
+    )
     if shape.kind == "mixtral":
         per_token *= shape.config["num_experts_per_tok"] / shape.config["num_local_experts"]
     flops["gram"] = flops.get("gram", 0.0) + 2 * TRIAL * per_token
@@ -159,7 +163,9 @@ def _run_block(model: Any, options: Recipe, batches: list[torch.Tensor], clock: 
     architecture = find(model, options.sites)
     with eval_no_grad(model), Transaction() as transaction:
         stream = Stream(model, architecture.blocks, batches)
+        stream.forbid_inputs()  # what waits, waits on the host
         blocks = Blocks(architecture, options, stream, clock)
+        blocks.first_active = -1  # as one of the later blocks, which have drift
         BlockCompressor(blocks, transaction).compress(0, lambda _: None)
     return blocks
 

@@ -19,6 +19,7 @@ from grail.report.report import recovered
 from grail_kernels.reference import ERROR_LIMIT
 
 MEMORY_TARGET = 0.55
+_MARKERS = ("o", "s", "^", "D", "P", "X")
 PERPLEXITIES = (40, 50, 70, 100, 150, 200, 300, 500, 1000, 2000, 3000)
 
 
@@ -101,23 +102,29 @@ def ridge(rows: list[Row], _: str) -> Any:
 
 
 def phases(rows: list[Row], _: str) -> Any:
-    """Seconds of a whole calibration by phase, beside bare forward passes: `calibrate`."""
-    figure, (panel,) = _panels(1, 1, width=9, height=2.4)
-    seconds = {row["metric"]: float(row["p50"]) for row in rows if row["unit"] == "s"}
-    bare = seconds.pop("bare forward")
-    total = seconds.pop("total")
-    panel.barh("bare forward", bare, color="lightgrey")
-    left = 0.0
-    for name, value in seconds.items():
-        panel.barh("grail.compress", value, left=left, label=f"{name} {value:.2g} s")
-        left += value
+    """Time of a whole calibration by phase over the bare forward pass, by design: `calibrate`."""
+    seconds: dict[tuple[str, str], float] = {}
+    for row in rows:  # without a column of designs they are of the defaults
+        if row["unit"] == "s":
+            seconds[row.get("design") or "default", row["metric"]] = float(row["p50"])
+    bare = seconds.pop(("default", "bare forward"))
+    designs = list(dict.fromkeys(design for design, _ in seconds))
+    parts = [metric for design, metric in seconds if design == designs[0] and metric != "total"]
+    figure, (panel,) = _panels(1, 1, width=9, height=1 + 0.6 * len(designs))
+    left = [0.0] * len(designs)
+    for part in parts:
+        shares = [100 * seconds[design, part] / bare for design in designs]
+        panel.barh(designs, shares, left=left, label=part)
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    panel.invert_yaxis()
+    panel.axvline(100, color="grey", linestyle=":", label="bare forward")
     first = rows[0]
     panel.set_title(
         f"{first['model']}, {first['tokens']} tokens, {first['sites']}, keep {first['keep']}, "
-        f"{first['dtype']}, {first['device']}: {100 * total / bare:.0f}% of bare forward passes",
+        f"{first['dtype']}, {first['device']}, {first['threads']} threads",
         fontsize=9,
     )
-    panel.set_xlabel("seconds (p50)")
+    panel.set_xlabel("% of the bare forward pass (p50)")
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -254,6 +261,34 @@ def calibration(rows: list[Row], _: str) -> Any:
     return figure
 
 
+def serving(rows: list[Row], _: str) -> Any:
+    """Perplexity against decode speed: a colour for each model, a marker for each format."""
+    figure, (panel,) = _panels(1, 1, 9, 5.4, layout="constrained")
+    rows = [row for row in rows if row.get("decode_1") and row.get("perplexity")]
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    formats = list(dict.fromkeys(row["format"] for row in rows))
+    for number, name in enumerate(names):
+        ours = [row for row in rows if row["model"] == name]
+        points = [(float(row["decode_1"]), float(row["perplexity"])) for row in ours]
+        colour = f"C{number}"
+        # Thin, so that the formats of one model are seen together.
+        panel.plot(*zip(*points, strict=True), color=colour, linewidth=0.6, alpha=0.5)
+        for row, point in zip(ours, points, strict=True):
+            panel.plot(*point, _MARKERS[formats.index(row["format"])], color=colour)
+        panel.plot([], [], color=colour, label=name)
+    for name, marker in zip(formats, _MARKERS, strict=False):
+        panel.plot([], [], marker, color="grey", label=name)
+    threads = {row["speed_threads"] for row in rows}
+    panel.set(
+        xlabel=f"tokens per second, decode, one sequence, {'/'.join(sorted(threads))} thread",
+        ylabel=f"perplexity, held-out {rows[0]['text']} text",
+        title="SmolLM2-135M in llama.cpp (right and down is better)",
+    )
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def _line(panel: Any, points: Iterable[tuple[float, float]], *style: str, **settings: Any) -> None:
     """Points in their order along the axis, joined; nothing where there are none."""
     if line := sorted(points):
@@ -306,6 +341,7 @@ FIGURES: dict[str, Callable[[list[Row], str], Any]] = {
     "studies": studies,
     "smollm2_table": keep_ratios,
     "smollm2_calibration": calibration,
+    "serving": serving,
 }
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +22,22 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS
-from grail_kernels import absorb_triton, gram_tma, gram_triton, tuning
+from grail_kernels import (
+    absorb_triton,
+    gram_blocks,
+    gram_gate,
+    gram_halves,
+    gram_tma,
+    gram_triton,
+    gram_wide,
+    panel_triton,
+    tuning,
+)
+from grail_kernels.tiles import STRIP_ROWS
 
 RECORD = RESULTS / "aot.json"
 Resources = dict[str, int]
@@ -55,6 +67,8 @@ _HIP = {
     "narrow_loads": r"(?:global|buffer)_load_(?:ushort|short_d16)",
     "atomics": r"(?:global|buffer)_atomic",
 }
+# Tensor core instructions of a chain of the kernel for wide matrices, of 16 tokens each.
+_CHAIN_PRODUCTS = tuning.CHAIN_TOKENS // 16
 # Bytes of spilled registers that are accepted: two dozen registers, where a tile that does not fit
 # spills a kilobyte.
 STACK_LIMIT = 96
@@ -88,12 +102,20 @@ class Case:
     """
 
     gathers: ClassVar[bool] = False
+    multiplies: ClassVar[bool] = True  # on tensor cores
+    loads: ClassVar[bool] = True  # by its threads
+    reduces: ClassVar[bool] = False
 
     target: str
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.float32
     channels: int = 4096
     feature: str = "plain"
     aligned: bool = True  # threads load 16 bytes at once
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The options of the compiler."""
+        return {"num_warps": self.config.warps, "num_stages": self.config.stages}
 
 
 class GramCase(Case):
@@ -106,8 +128,9 @@ class GramCase(Case):
         return f"gram/{self.target}/{TYPES[self.dtype]}/{alignment}/{width}/{self.feature}"
 
     @property
-    def config(self) -> tuning.GramConfig:
-        return tuning.gram_config(
+    def launches(self) -> tuning.Launches:
+        """The row of the table for such a call."""
+        return tuning.gram_launches(
             self.dtype,
             self.channels,
             weighted=self.feature == "weighted",
@@ -115,6 +138,10 @@ class GramCase(Case):
             aligned=self.aligned,
             architecture=self.target,
         )
+
+    @property
+    def config(self) -> tuning.GramConfig:
+        return self.launches[-1]
 
     def source(self) -> ASTSource:
         by_pixels = self.feature == "pixels"
@@ -128,6 +155,7 @@ class GramCase(Case):
         types |= {"H": 1} if self.channels == 1 else {}
         weighted = self.feature == "weighted"
         types |= gram_triton.constants(self.config, self.dtype, weighted, repeats=by_pixels)
+        types |= {"STORES": False}
         # An allocation is aligned; a view into one, like its width and strides, is if the caller's
         # is.
         sixteen = ["out_ptr", *(name for name in present if name != "gate_ptr")]
@@ -137,11 +165,16 @@ class GramCase(Case):
         return _source(gram_triton._gram_kernel, types, sixteen)
 
 
-class TmaCase(Case):
+class TmaCase(GramCase):
     """One compilation of the Gram kernel that reads through the tensor memory accelerator.
 
     The engine loads the blocks of x; `aligned` is the load of G.
     """
+
+    @property
+    def is_listed(self) -> bool:
+        """Returns whether the table has a launch of it for such a call."""
+        return any(config.kernel == "tma" for config in self.launches)
 
     @property
     def name(self) -> str:
@@ -154,21 +187,161 @@ class TmaCase(Case):
 
     @property
     def config(self) -> tuning.GramConfig:
-        return tuning.tma_config(self.parts, self.channels, architecture=self.target)
+        return next(config for config in self.launches if config.kernel == "tma")
 
     def source(self) -> ASTSource:
         laid = torch.bfloat16 if self.parts == 3 else self.dtype
         config, collects = self.config, self.feature == "collecting"
         block = [1, config.block_tokens, config.block_channels]
         types: dict[str, Any] = {"out_ptr": "*fp32", "x_desc": f"tensordesc<{TYPES[laid]}{block}>"}
-        types |= {"sums_ptr": "*fp32" if collects else None}
+        types |= {"sums_ptr": "*fp32" if collects else None, "inverse_ptr": None}
         types |= {"nonfinite_ptr": "*i64" if collects else None}
         types |= dict.fromkeys(("H", "tokens", "matrices", "span"), "i32") | {"out_stride": "i64"}
         types |= {"H": 1} if self.channels == 1 else {}
-        types |= gram_tma.constants(config, self.parts, laid)
+        types |= gram_tma.constants(config, self.parts, laid) | {"STORES": False}
         sixteen = ["out_ptr", "H", "tokens", "out_stride"]
         sixteen += ["sums_ptr", "nonfinite_ptr"] if collects else []
         return _source(gram_tma._gram_tma_kernel, types, sixteen)
+
+
+class HalvesCase(TmaCase):
+    """One compilation of the kernel of `TmaCase` for fp32 in two fp16 parts, which no row has."""
+
+    @property
+    def name(self) -> str:
+        return f"gram_halves/{self.target}/{WIDTHS[self.channels]}/{self.feature}"
+
+    @property
+    def config(self) -> tuning.GramConfig:
+        edge, warps = (64, 4) if self.channels <= 64 else (128, 8)
+        return tuning.GramConfig("halves", 32, edge, 8, warps, 4)
+
+    def source(self) -> ASTSource:
+        config, collects = self.config, self.feature == "collecting"
+        block = [1, config.block_tokens, config.block_channels]
+        types: dict[str, Any] = {"out_ptr": "*fp32", "x_desc": f"tensordesc<fp16{block}>"}
+        types |= {"sums_ptr": "*fp32" if collects else None, "inverse_ptr": "*fp32"}
+        types |= {"nonfinite_ptr": "*i64" if collects else None}
+        types |= dict.fromkeys(("H", "tokens", "matrices", "span"), "i32") | {"out_stride": "i64"}
+        types |= gram_tma.constants(config, 2, torch.float16) | {"STORES": False}
+        sixteen = ["out_ptr", "inverse_ptr", "H", "tokens", "out_stride"]
+        sixteen += ["sums_ptr", "nonfinite_ptr"] if collects else []
+        return _source(gram_tma._gram_tma_kernel, types, sixteen)
+
+
+class LayCase(Case):
+    """One compilation of a kernel that lays activations out for the copy engine.
+
+    Features: "parts" as `gram_tma` reads them, "halves" as `gram_halves` does, and "largest", which
+    finds the scales of those.
+    """
+
+    multiplies = False
+
+    @property
+    def name(self) -> str:
+        return f"gram_lay/{self.target}/{TYPES[self.dtype]}/{self.feature}"
+
+    @property
+    def config(self) -> tuning.GramConfig:
+        return replace(tuning.FORMING, stages=3)  # Triton's own warps and stages
+
+    def source(self) -> ASTSource:
+        kernel, fixed = {
+            "parts": (gram_tma._lay_kernel, {"PARTS": 3 if self.dtype == torch.float32 else 1}),
+            "halves": (gram_halves._lay_halves_kernel, {"SEARCHERS": gram_halves._SEARCHERS}),
+            "largest": (gram_halves._largest_kernel, {"SEARCHERS": gram_halves._SEARCHERS}),
+        }[self.feature]
+        laid = "fp16" if self.feature == "halves" or self.dtype == torch.float16 else "bf16"
+        types: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
+        types |= dict.fromkeys(("largest_ptr", "inverse_ptr"), "*fp32") | {"laid_ptr": f"*{laid}"}
+        types |= {"x_ptr": f"*{TYPES[self.dtype]}", "mask_ptr": "*u8", "stride_xc": 1}
+        types |= {**gram_halves._BLOCK, **fixed}
+        sixteen = [n for n in kernel.arg_names if n.endswith("_ptr") or n.startswith("stride_")]
+        return _source(kernel, types, [*sixteen, "H", *({"width"} & {*kernel.arg_names})])
+
+
+class FormCase(Case):
+    """One compilation of the kernel that stores the activation of a gate."""
+
+    multiplies = False
+
+    @property
+    def name(self) -> str:
+        return f"gram_gate/{self.target}/{TYPES[self.dtype]}"
+
+    @property
+    def config(self) -> tuning.GramConfig:
+        return tuning.FORMING
+
+    def source(self) -> ASTSource:
+        kernel, pointers = gram_gate._form_kernel, ("hidden_ptr", "x_ptr", "gate_ptr")
+        types: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
+        types |= dict.fromkeys(pointers, f"*{TYPES[self.dtype]}") | {"stride_xc": 1, "stride_gc": 1}
+        types |= {"BLOCK_T": self.config.block_tokens, "BLOCK_H": self.config.block_channels}
+        strides = [name for name in kernel.arg_names if name.startswith("stride_")]
+        return _source(kernel, types, [*pointers, "H", *strides])
+
+
+class SplitsCase(Case):
+    """One compilation of the kernel that adds up what splits of the tokens have left."""
+
+    multiplies = False
+
+    @property
+    def name(self) -> str:
+        return f"gram_splits/{self.target}"
+
+    @property
+    def config(self) -> tuning.GramConfig:
+        return replace(tuning.FORMING, stages=3)  # Triton's own warps and stages
+
+    def source(self) -> ASTSource:
+        kernel = gram_blocks._add_splits_kernel
+        pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+        types: dict[str, Any] = dict.fromkeys(pointers, "*fp32")
+        types |= {name: "*i64" for name in pointers if name.startswith("nonfinite")}
+        types |= dict.fromkeys(("H", "matrices", "splits"), "i32") | {"out_stride": "i64"}
+        types |= {"STRIP": STRIP_ROWS, "BLOCK_H": gram_blocks._ADDED_EDGE}
+        return _source(kernel, types, [*pointers, "H", "out_stride"])
+
+
+class WideCase(Case):
+    """One compilation of the Gram kernel for wide matrices, as trials launch it first.
+
+    The engine loads the activations, and G is reduced to: an element by one program.
+    """
+
+    loads = False
+    reduces = True
+
+    @property
+    def name(self) -> str:
+        return f"gram_wide/{self.target}/{TYPES[self.dtype]}"
+
+    @property
+    def config(self) -> tuning.GramConfig:
+        return tuning.GramConfig("wide", 64, 256, group=4, warps=4, stages=8)
+
+    @property
+    def options(self) -> dict[str, int]:
+        return gram_wide.OPTIONS
+
+    def source(self) -> ASTSource:
+        fixed = gram_wide.constants(self.config)
+        return wide_source(gram_wide._gram_wide_kernel, self.dtype, gram_wide.COLUMN_BLOCK, fixed)
+
+
+def wide_source(
+    kernel: Any, dtype: torch.dtype, columns: list[int], constants: Mapping[str, Any]
+) -> ASTSource:
+    """A kernel with the arguments of `gram_wide`, which copies such blocks of columns."""
+    types: dict[str, Any] = dict.fromkeys(("out_ptr", "shares_ptr"), "*fp32")
+    for name, block in (("x_rows_desc", gram_wide.ROW_BLOCK), ("x_columns_desc", columns)):
+        layout = gram_wide.layout_of(block, dtype)
+        types[name] = f"tensordesc<{TYPES[dtype]}{block},{layout!r}>"
+    types |= dict.fromkeys(("H", "chains", "whole", "shared", "share"), "i32") | constants
+    return _source(kernel, types, ["out_ptr", "shares_ptr", "H"], GluonASTSource)
 
 
 class AbsorbCase(Case):
@@ -194,6 +367,28 @@ class AbsorbCase(Case):
         return _source(kernel, types, [*pointers, "D"])
 
 
+class PanelCase(Case):
+    """One compilation of the panel of pivots, which works on vectors alone."""
+
+    multiplies = False
+
+    @property
+    def name(self) -> str:
+        return f"panel/{self.target}/{self.feature}"
+
+    @property
+    def config(self) -> panel_triton.PanelConfig:
+        return panel_triton.CONFIG
+
+    def source(self) -> ASTSource:
+        kernel = panel_triton._panel_kernel
+        pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+        types: dict[str, Any] = dict.fromkeys(pointers, "*fp32") | dict.fromkeys("NP", "i32")
+        types |= {"places_ptr": "*i64", "limits_ptr": "*i64"}
+        types |= panel_triton.constants(64, 128, least=self.feature == "least")
+        return _source(kernel, types, [*pointers, "N", "P"])
+
+
 def cases() -> Iterator[Case]:
     """Every launch configuration, and every fused feature with the activations it is meant for."""
     for target in TARGETS:
@@ -208,17 +403,31 @@ def cases() -> Iterator[Case]:
         for feature in ("collecting", "swiglu", "pixels"):
             yield GramCase(target, torch.float32, feature=feature)
         yield GramCase(target, torch.bfloat16, 64, "collecting")  # heads
+        yield SplitsCase(target)
         for dtype in TYPES:
+            yield FormCase(target, dtype)
             yield AbsorbCase(target, dtype)
         for dtype in TYPES:
             yield from _middle(GramCase(target, dtype))
             yield from _middle(AbsorbCase(target, dtype))
+        for feature in ("largest", "least"):
+            yield PanelCase(target, torch.float32, feature=feature, aligned=False)
+    yield WideCase("sm_90", torch.bfloat16)
+    yield WideCase("sm_90", torch.float16)
     yield TmaCase("sm_90", torch.bfloat16, 1, aligned=False)
     for dtype in TYPES:
         yield TmaCase("sm_90", dtype)
         yield TmaCase("sm_90", dtype, feature="collecting")
-        yield TmaCase("sm_90", dtype, 64)
-        yield from _middle(TmaCase("sm_90", dtype))
+        for channels in (64, 1024):
+            if TmaCase("sm_90", dtype, channels).is_listed:
+                yield TmaCase("sm_90", dtype, channels)
+
+    for dtype in TYPES:
+        yield LayCase("sm_90", dtype, feature="parts")
+    for feature in ("halves", "largest"):
+        yield LayCase("sm_90", torch.float32, feature=feature)
+    for channels in (64, 4096):
+        yield HalvesCase("sm_90", torch.float32, channels, "collecting")
 
 
 def _middle(wide: Case) -> Iterator[Case]:
@@ -235,18 +444,22 @@ def compile_case(case: Case) -> Resources:
         compiled = triton.compile(
             case.source(),
             target=TARGETS[case.target],
-            options={"num_warps": case.config.warps, "num_stages": case.config.stages},
+            options=case.options,
         )
-        return _resources(case.target, compiled)
+        found = _resources(case.target, compiled)
+        return found | _full_waits(compiled.asm["cubin"]) if case.reduces else found
 
 
-def _source(kernel: Any, types: dict[str, Any], sixteen: list[str]) -> ASTSource:
+def _source(
+    kernel: Any, types: dict[str, Any], sixteen: list[str], kind: type[ASTSource] = ASTSource
+) -> ASTSource:
     """A kernel for arguments of `types`, or of a value known to the compiler.
 
     Args:
         kernel: the jitted function.
         types: a type such as "*fp32", or the value, of each argument.
         sixteen: arguments that are multiples of 16.
+        kind: of the source, by the language of the kernel.
     """
     constexprs = {name: value for name, value in types.items() if not isinstance(value, str)}
     arguments = kernel.arg_names
@@ -256,7 +469,7 @@ def _source(kernel: Any, types: dict[str, Any], sixteen: list[str]) -> ASTSource
         for name in sixteen
         if name not in constexprs
     }
-    return ASTSource(kernel, signature, constexprs, attributes)
+    return kind(kernel, signature, constexprs, attributes)
 
 
 def _resources(target: str, compiled: Any) -> Resources:
@@ -268,13 +481,24 @@ def _resources(target: str, compiled: Any) -> Resources:
     return used | {"shared": compiled.metadata.shared} | counts
 
 
-def _cuda_usage(cubin: bytes) -> Resources:
+def _dump(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(tool), what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _full_waits(cubin: bytes) -> Resources:
+    """The waits, in machine code, until no product of a group of warps is in flight."""
+    return {
+        "full_waits": len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", _dump(cubin, "-sass")))
+    }
+
+
+def _cuda_usage(cubin: bytes) -> Resources:
+    output = _dump(cubin, "--dump-resource-usage")
     return {"registers": _number(r"REG:(\d+)", output), "stack": _number(r"STACK:(\d+)", output)}
 
 
@@ -301,13 +525,15 @@ def violations(case: Case, found: Resources) -> list[str]:
     rules = {
         too_much: found["shared"] > limit,
         f"spills {found['stack']} B": not tuned and found["stack"] > STACK_LIMIT,
-        "uses no tensor cores": found["tensor_core"] == 0,
-        "has atomics, so its bits may vary": found["atomics"] > 0,
+        "uses no tensor cores": case.multiplies and found["tensor_core"] == 0,
+        "has atomics, so its bits may vary": not case.reduces and found["atomics"] > 0,
+        "waits for products inside a chain": found.get("full_waits", 0) * _CHAIN_PRODUCTS
+        > found["tensor_core"],
         "reads aligned activations in pieces": case.aligned
         and not case.gathers
         and not tuned
         and found["narrow_loads"] > 0,
-        "has no 16-byte loads": case.aligned and found["wide_loads"] == 0,
+        "has no 16-byte loads": case.loads and case.aligned and found["wide_loads"] == 0,
     }
     return [f"{case.name} {rule}" for rule, broken in rules.items() if broken]
 

@@ -42,7 +42,7 @@ PACKAGES = ("grail", "grail_kernels", "bench", "tests")
 ROOMS = {
     "grail": (
         *("version", "errors", "arguments", "runtime", "algebra", "select", "calibrate"),
-        *("networks", "recipe", "statistics", "report", "files", "run"),
+        *("networks", "recipe", "statistics", "report", "files", "run", "serving"),
         *("__init__", "commands", "__main__"),
     ),
     "bench": ("tools", "kernels", "quality", "reliability", "report"),
@@ -155,7 +155,8 @@ def _parameters(function: Function, method: bool) -> int:
 
 
 def _is_kernel(function: Function) -> bool:
-    return any("triton.jit" in ast.unparse(d) for d in function.decorator_list)
+    jits = ("triton.jit", "gluon.jit")
+    return any(jit in ast.unparse(d) for d in function.decorator_list for jit in jits)
 
 
 def imports(package: dict[str, Module]) -> Graph:

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import functools
+import math
 import os
 import platform
 import statistics
@@ -17,6 +18,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
+# Seconds of work that a GPU gets between two events: many short calls in a row, so that launching
+# one hides behind the one before.
+QUEUED = 4e-3
 # Seconds between two calls on a CPU. OpenBLAS's threads spin for up to 2^28 cycles before they
 # sleep: without a pause NumPy and SciPy would take cores from the next provider.
 PAUSE = 0.2
@@ -28,31 +32,38 @@ Row = dict[str, str]
 def time_in_turns(
     calls: dict[str, Call], inputs: list[Tensor], repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of each call, every provider once per round, inputs rotating."""
+    """Seconds of each call, every provider once per round, inputs rotating.
+
+    On a GPU short calls are queued, several a round; the first of all is in no time.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    queued = dict.fromkeys(calls, 1)
     for round_number in range(repeats + 1):
         for name, call in calls.items():
             x = inputs[round_number % len(inputs)]
             if not x.is_cuda:
                 time.sleep(PAUSE)
-            elapsed = seconds_of(call, x)
+            elapsed = seconds_of(call, x, queued[name])
             if round_number:  # the first round compiles and allocates
                 seconds[name].append(elapsed)
+            elif x.is_cuda:
+                queued[name] = math.ceil(QUEUED / seconds_of(call, x))
     return seconds
 
 
-def seconds_of(call: Call, x: Tensor) -> float:
-    """Seconds of one call, on the clock of the device of `x`."""
+def seconds_of(call: Call, x: Tensor, queued: int = 1) -> float:
+    """Seconds of one call on the clock of the device of `x`; on a GPU, of so many in a row."""
     if not x.is_cuda:
         start = time.perf_counter()
         call(x)
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    call(x)
+    for _ in range(queued):
+        call(x)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return begin.elapsed_time(end) / 1e3 / queued
 
 
 def settle(device: str) -> None:
@@ -112,11 +123,46 @@ def machine(device: str) -> Row:
     }
 
 
+# By vendor and family, the first model number of each microarchitecture, in rising order.
+# Source: the models' numbers in Linux, arch/x86/include/asm/intel-family.h and kernel/cpu/amd.c.
+_MICROARCHITECTURES = {
+    ("AuthenticAMD", 23): {0x00: "Zen", 0x30: "Zen 2"},
+    ("AuthenticAMD", 25): {0x00: "Zen 3", 0x10: "Zen 4", 0x20: "Zen 3", 0x60: "Zen 4"},
+    ("AuthenticAMD", 26): {0x00: "Zen 5"},
+    ("GenuineIntel", 6): {
+        0x55: "Skylake or Cascade Lake",
+        0x56: "",
+        0x6A: "Ice Lake",
+        0x6D: "",
+        0x8F: "Sapphire Rapids",
+        0x90: "",
+        0xAD: "Granite Rapids",
+        0xAF: "",
+        0xCF: "Emerald Rapids",
+        0xD0: "",
+    },
+}
+
+
 def _processor() -> str:
+    """The processor's name, and its microarchitecture: virtual machines hide the model's number."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    fields = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())  # of the first core
+    return describe_processor(fields) if "model name" in fields else platform.processor()
+
+
+def describe_processor(fields: dict[str, str]) -> str:
+    """The name of a processor from its fields in /proc/cpuinfo."""
+    name, family = fields["model name"], fields.get("cpu family", "")
+    if not family.isdecimal() or not fields.get("model", "").isdecimal():
+        return name
+    known = _MICROARCHITECTURES.get((fields.get("vendor_id", ""), int(family)), {})
+    first = max((number for number in known if number <= int(fields["model"])), default=None)
+    return f"{name} ({known[first]})" if first is not None and known[first] else name
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

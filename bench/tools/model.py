@@ -1,8 +1,9 @@
 """A model of the time of the Gram kernels: executed FLOPs, bytes, and waves of programs.
 
 A GPU's prediction is the time of the launch that the table picks, had every program its share of
-the rate of a large product: the longer of products and bytes, plus passes over a workspace. A CPU's
-has no waves: the strips of the packed triangle, x once, G once to and fro. See docs/benches.md.
+the rate of a large product and of the copies from L2: the longest of products, copies and bytes of
+memory, plus passes over a workspace and over activations that are laid out. A CPU's has no waves:
+the strips of the packed triangle, x once, G once to and fro. See docs/benches.md.
 """
 
 import heapq
@@ -23,8 +24,12 @@ COMPILED = RESULTS / "aot.json"
 # takes for a program (CUDA programming guide, compute capabilities 8.0, 9.0 and 10.0).
 _REGISTERS, _RESERVED_SHARED = 65_536, 1024
 _SHARED = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472}
-# Products of bf16 parts in `gram_triton` for one product of fp32.
-_PRODUCTS_OF_PARTS = 6
+# Byte/s from L2 to the shared memory of one multiprocessor: 8.06 TB/s for all of an H100, at tiles
+# of 128 x 128 (517 TFLOP/s) and of 128 x 256 (688) alike, H = 11008 (results/gpu/trials.csv).
+_COPIES = {"sm_90": 8.06e12 / 132}
+# Products of bf16 parts in `gram_triton` for one product of fp32; and their share of the rate of a
+# large product, as each is waited for: 650 TFLOP/s of 770 (trials.csv, both widths).
+_PRODUCTS_OF_PARTS, _RATE_OF_PARTS = 6, 0.84
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -35,7 +40,8 @@ class Prediction:
     Attributes:
         flops: executed FLOPs.
         moved: bytes to and from memory.
-        seconds: the time that both allow.
+        seconds: the time that both allow, and the copies.
+        copied: bytes from L2 to shared memory; None on a CPU.
         waves: programs of a launch over the places for them; None on a CPU.
         busy: share of the places' time in which they have a program, 0 to 1; None on a CPU.
     """
@@ -43,6 +49,7 @@ class Prediction:
     flops: float
     moved: float
     seconds: float
+    copied: float | None = None
     waves: float | None = None
     busy: float | None = None
 
@@ -52,6 +59,7 @@ class Prediction:
             ("model", "s", self.seconds),
             ("executed", "FLOP", self.flops),
             ("moved", "B", self.moved),
+            ("copied", "B", self.copied),
             ("waves", "", self.waves),
             ("busy", "", self.busy),
         )
@@ -122,6 +130,7 @@ class Gpu:
             flops=sum(launch.flops for launch in launches),
             moved=sum(launch.moved for launch in launches),
             seconds=seconds,
+            copied=sum(launch.copied or 0.0 for launch in launches),
             waves=launches[0].waves,
             busy=sum((launch.busy or 0.0) * launch.seconds for launch in launches) / seconds,
         )
@@ -130,59 +139,98 @@ class Gpu:
         self, tokens: list[int], channels: int, dtype: torch.dtype, ragged: bool
     ) -> Prediction:
         config = self.config(channels, dtype, ragged)
+        if config.kernel == "wide":
+            return self.predict_wide(tokens[0], channels, len(tokens))
         steps = [math.ceil(count / config.block_tokens) for count in tokens]
         tiles = len(tokens) * len(walk(math.ceil(channels / config.block_channels), config.group))
         splits = 1 if ragged else tuning.token_splits(tiles, tokens[0], self.processors)
         launched = list(programs(steps, channels, config, splits))
-        places = self.processors * self.resident(config, channels, dtype, ragged)
+        places = self.processors * self.resident(config, channels, dtype)
 
         flops_of_step = 2.0 * config.block_tokens * config.block_channels**2
-        flops_of_step *= _PRODUCTS_OF_PARTS if dtype == torch.float32 else 1
+        rate = self.products
+        if dtype == torch.float32:
+            flops_of_step *= _PRODUCTS_OF_PARTS
+            rate *= _RATE_OF_PARTS
         total = sum(program.steps for program in launched)
         longest = makespan([program.steps for program in launched], places)
         itemsize = dtype.itemsize
-        if self._reads_by_tma(ragged) and dtype == torch.float32:
+        if config.kernel == "tma" and dtype == torch.float32:
             itemsize = 3 * torch.bfloat16.itemsize
         moved = _activation_bytes(launched, places, channels, config, itemsize)
         moved += _accumulator_bytes(launched, channels, config)
-        if self._lays_out(channels, dtype, ragged):
-            # Laid out before it is multiplied.
-            moved += sum(tokens) * channels * (dtype.itemsize + itemsize)
         # Zeroed; read and summed; that sum written, read and added.
         passes = 0 if splits == 1 else 2 * splits + 4
-        workspace = 4.0 * passes * len(tokens) * gk.packed_numel(channels)
-        products = longest * places * flops_of_step / self.products
+        apart = 4.0 * passes * len(tokens) * gk.packed_numel(channels)
+        if self._lays_out(channels, dtype, ragged):  # before it is multiplied
+            apart += sum(tokens) * channels * (dtype.itemsize + itemsize)
+        products = longest * places * flops_of_step / rate
+        # A block of rows and one of columns, also on the diagonal.
+        bytes_of_step = 2.0 * config.block_tokens * config.block_channels * itemsize
+        copies = longest * places * bytes_of_step / self.copies
         return Prediction(
             flops=total * flops_of_step,
-            moved=moved + workspace,
-            seconds=max(products, moved / self.bandwidth) + workspace / self.bandwidth,
+            moved=moved + apart,
+            seconds=max(products, copies, moved / self.bandwidth) + apart / self.bandwidth,
+            copied=total * bytes_of_step,
             waves=len(launched) / places,
             busy=total / max(1, longest * places),
         )
 
+    def predict_wide(self, tokens: int, channels: int, matrices: int = 1) -> Prediction:
+        """Launches of the kernel of `gram_wide`, one a matrix [tokens, channels] of 16 bits.
+
+        Its programs share the tiles that do not fill a wave; what they leave in the workspace is
+        written and read. Memory is taken to be no limit: neighbouring tiles meet in L2.
+        """
+        from grail_kernels import gram_wide
+
+        work = gram_wide.schedule(channels, tokens, self.processors)
+        rows, columns = gram_wide.TILE_ROWS, gram_wide.TILE_COLUMNS
+        flops = 2.0 * tuning.CHAIN_TOKENS * rows * columns
+        copied = 2.0 * tuning.CHAIN_TOKENS * (rows + columns)
+        chain = max(flops / self.products, copied / self.copies) * self.processors
+        workspace = 8.0 * work.programs * rows * columns if work.is_split else 0.0
+        moved = 2.0 * tokens * channels + 8.0 * gk.packed_numel(channels) + workspace
+        chains = matrices * gram_wide.tiles_of(channels) * work.chains
+        return Prediction(
+            flops=chains * flops,
+            moved=matrices * moved,
+            seconds=matrices * (work.length * chain + workspace / self.bandwidth),
+            copied=chains * copied,
+            waves=gram_wide.tiles_of(channels) / work.programs,
+            busy=chains / (matrices * work.length * self.processors),
+        )
+
+    @property
+    def copies(self) -> float:
+        """Byte/s from L2 to shared memory; without limit where nobody measured it."""
+        return self.processors * _COPIES.get(self.architecture, math.inf)
+
     def config(self, channels: int, dtype: torch.dtype, ragged: bool = False) -> tuning.GramConfig:
         """The launch that the table picks."""
-        if self._reads_by_tma(ragged):
-            parts = 3 if dtype == torch.float32 else 1
-            return tuning.tma_config(parts, channels, architecture=self.architecture)
         aligned = channels % 16 == 0
-        return tuning.gram_config(dtype, channels, aligned=aligned, architecture=self.architecture)
+        launches = tuning.gram_launches(
+            dtype, channels, aligned=aligned, architecture=self.architecture
+        )
+        has_engine = self.architecture == "sm_90" and not ragged
+        serves = {
+            "pointers": True,
+            "tma": has_engine,
+            "wide": has_engine and dtype != torch.float32 and aligned,
+        }
+        return next(config for config in launches if serves[config.kernel])
 
     def _lays_out(self, channels: int, dtype: torch.dtype, ragged: bool) -> bool:
         """Returns True where the copy engine cannot read the activations without a copy."""
-        return self._reads_by_tma(ragged) and (dtype == torch.float32 or channels % 8 != 0)
+        by_engine = self.config(channels, dtype, ragged).kernel == "tma"
+        return by_engine and (dtype == torch.float32 or channels % 8 != 0)
 
-    def _reads_by_tma(self, ragged: bool) -> bool:
-        """Returns True where the kernel of `gram_tma` takes a call."""
-        return self.architecture == "sm_90" and not ragged
-
-    def resident(
-        self, config: tuning.GramConfig, channels: int, dtype: torch.dtype, ragged: bool = False
-    ) -> int:
+    def resident(self, config: tuning.GramConfig, channels: int, dtype: torch.dtype) -> int:
         """Programs that fit one multiprocessor; 1 where nothing is recorded for it."""
         record = json.loads(COMPILED.read_text())["cases"]
         name = f"{self.architecture}/{_DTYPES[dtype]}/"
-        if self._reads_by_tma(ragged):
+        if config.kernel == "tma":
             name = f"gram_tma/{name}{{}}/plain"
         else:
             name = f"gram/{name}"
@@ -203,11 +251,11 @@ class Gpu:
         return max(2.0 * sum(tokens) * channels**2 / rate, moved / self.bandwidth)
 
 
-# Large bf16 products reach 600 to 700 TFLOP/s of the nominal 989 at real clocks, on both.
-# Multiprocessors and bandwidth are those of NVIDIA's data sheets, SXM cards.
+# A large bf16 product of an H100 reached 770 TFLOP/s (bench/results/gpu/gram.csv); an H200 has the
+# same chip. Multiprocessors and bandwidth are those of NVIDIA's data sheets, SXM cards.
 GPUS = {
-    "h100": Gpu("H100", "sm_90", 132, 650e12, 3.35e12),
-    "h200": Gpu("H200", "sm_90", 132, 650e12, 4.8e12),
+    "h100": Gpu("H100", "sm_90", 132, 770e12, 3.35e12),
+    "h200": Gpu("H200", "sm_90", 132, 770e12, 4.8e12),
 }
 # FLOP/s of fp32 on the CUDA cores of both, nominal: what a library's fp32 product cannot exceed.
 FP32_PRODUCTS = 67e12

@@ -7,7 +7,8 @@
                                                    the kernels. Writes only where --table names it
 
 A candidate is out that does not compile or fit, is off by 16 eps or more, or gives other bits when
-it runs again. The fastest takes the row if it beats the present one by 2%, summed over the shapes.
+it runs again. The fastest of its kernel takes the place of the present one if it beats it by 2%,
+summed over the shapes; a row of Grams lists its kernels in the order of their times.
 Run `python -m bench.tools.aot` afterwards: it compiles every shipped row.
 """
 
@@ -18,9 +19,10 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -29,7 +31,7 @@ from torch import Tensor
 import grail_kernels as gk
 from bench.tools.commandline import CommandLine, save
 from bench.tools.measuring import Row, quantiles, time_in_turns
-from grail_kernels import reference, tuning
+from grail_kernels import gram_serve, reference, tuning
 from grail_kernels.backend import interpreting
 from grail_kernels.tuning import AbsorbConfig, Config, GramConfig, Key
 
@@ -60,16 +62,18 @@ TMA_CANDIDATES = {
     ("split", True): ((32, 64, 1, 4, 3), (32, 64, 1, 4, 4), (64, 64, 1, 4, 2), (64, 64, 1, 4, 3)),
 }
 
+# Storing the activation, which the first launch for ordinary ones then reads.
+_FORMING = [tuning.FORMING, replace(tuning.FORMING, block_tokens=16, block_channels=256)]
+
 # Tokens of the calls that compile, of the same alignment as those that are timed.
 COMPILED_TOKENS = 2048
 
 # In the order of what a calibration spends its time on.
 _ORDER = """
-    gram_tma/16-bit/wide  gram_tma/16-bit/middle  absorb/bf16/wide  gram_tma/split/wide
-    gram_tma/16-bit/narrow  gram/16-bit/middle  gram/16-bit/wide  gram/split/wide
-    gram/16-bit/narrow  gram/16-bit/gated  absorb/bf16/middle  absorb/split/wide  gram/split/middle
-    gram/16-bit/scattered  absorb/split/middle  gram_tma/split/middle  gram_tma/split/narrow
-    gram/split/narrow  gram/split/gated  gram/split/scattered
+    gram/16-bit/wide  gram/16-bit/middle  absorb/bf16/wide  gram/split/wide  gram/16-bit/narrow
+    gram/16-bit/gated  absorb/bf16/middle  absorb/split/wide  gram/split/middle
+    gram/16-bit/scattered  absorb/split/middle  gram/split/narrow  gram/split/gated
+    gram/split/scattered
 """
 ORDER: tuple[Key, ...] = tuple(tuple(name.split("/")) for name in _ORDER.split())
 # Matrices, tokens, channels of each shape class.
@@ -101,27 +105,37 @@ class Work:
 
 
 def candidates(key: Key) -> list[Config]:
-    """The candidates of a row: a dozen, since each takes seconds to compile."""
-    kernel, operands, shape = key
-    if kernel == "absorb":
+    """The candidates of a row: a dozen a kernel, since each takes seconds to compile."""
+    operation, operands, shape = key
+    if operation == "absorb":
         return [
             AbsorbConfig(outputs, kept, dropped, 8, 8, stages)
             for (outputs, kept), (dropped, stages) in itertools.product(
                 ((128, 128), (128, 64), (64, 128), (256, 64)), ((32, 2), (32, 3), (64, 2))
             )
         ]
-    if kernel == "gram_tma":
-        return [GramConfig(*values) for values in TMA_CANDIDATES[operands, shape == "narrow"]]
+    if shape == "gated":
+        return [*_by_pointers(operands), *_FORMING]
+    by_engine = TMA_CANDIDATES[operands, shape == "narrow"]
+    kernels = ("tma", "halves") if operands == "split" else ("tma",)
+    rest = [GramConfig(kernel, *values) for kernel in kernels for values in by_engine]
+    return [*_by_pointers(operands), *rest]
+
+
+def _by_pointers(operands: str) -> list[GramConfig]:
     if operands == "split":
         sizes = (((32, 64), 4), ((16, 64), 8), ((64, 64), 8), ((32, 128), 8), ((16, 128), 8))
         return _gram_configs(sizes, (2, 3))
     sizes = (((64, 128), 8), ((32, 128), 8), ((128, 128), 8), ((64, 64), 4), ((32, 64), 4))
-    return [GramConfig(64, 128, group, 8, 3) for group in (4, 16)] + _gram_configs(sizes, (3, 4))
+    groups = [GramConfig("pointers", 64, 128, group, 8, 3) for group in (4, 16)]
+    return groups + _gram_configs(sizes, (3, 4))
 
 
-def _gram_configs(sizes: Iterable[tuple[tuple[int, int], int]], stages: tuple[int, int]) -> list:
+def _gram_configs(
+    sizes: Iterable[tuple[tuple[int, int], int]], stages: tuple[int, int]
+) -> list[GramConfig]:
     pairs = itertools.product(sizes, stages)
-    return [GramConfig(*edges, 8, warps, number) for (edges, warps), number in pairs]
+    return [GramConfig("pointers", *edges, 8, warps, number) for (edges, warps), number in pairs]
 
 
 def works(key: Key, device: str, dry: bool, most: int = 2**31) -> Iterator[Work]:
@@ -196,9 +210,10 @@ def _absorb_work(operands: str, outputs: int, channels: int, device: str) -> Wor
     return Work(f"{outputs} outputs x {channels} channels", call, error)
 
 
-def runs_here(device: str) -> bool:
-    """Checks whether `gram_tma` is launched on that device; a dry run searches it anyway."""
-    if device == "cpu":
+def runs_here(config: Config, device: str) -> bool:
+    """Checks whether that launch's kernel is for that device; a dry run tries every kernel."""
+    by_engine = isinstance(config, GramConfig) and config.kernel in ("tma", "halves")
+    if device == "cpu" or not by_engine:
         return True
     from grail_kernels.gram_tma import runs_on
 
@@ -212,21 +227,34 @@ def kernel_backend(device: str) -> str:
 
 @contextmanager
 def launched_with(key: Key, config: Config) -> Iterator[None]:
-    """A context in which every launch of the kernel of `key` takes `config`."""
-    kernel = key[0]
-    name = {"gram": "gram_config", "gram_tma": "tma_config", "absorb": "absorb_config"}[kernel]
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(tuning, name, return_value=config))
-        if kernel == "gram":
-            # Of the calls that are timed, some would go to the other kernel.
-            never = mock.patch("grail_kernels.gram_tma.runs_on", return_value=False)
-            stack.enter_context(never)
-        yield
+    """A context in which every launch of the operation of `key` takes `config`."""
+    if isinstance(config, AbsorbConfig):
+        patch = mock.patch.object(tuning, "absorb_config", return_value=config)
+    else:
+        found = tuning.gram_launches
+
+        def launches(*arguments: Any, gated: bool = False, **form: Any) -> tuning.Launches:
+            # What stores the activation of a gate is followed by what ordinary ones take.
+            ordinary = config.kernel == tuning.FORMED and not gated
+            return found(*arguments, gated=gated, **form) if ordinary else (config,)
+
+        patch = mock.patch.object(tuning, "gram_launches", launches)
+    gram_serve.forget_forms()
+    try:
+        with patch:
+            yield
+    finally:
+        gram_serve.forget_forms()
 
 
 def compile_ahead(keys: list[Key], device: str) -> None:
     """Compiles every candidate of those rows into Triton's cache, as many at a time as cores."""
-    jobs = [(key, config, device) for key in keys for config in candidates(key)]
+    jobs = [
+        (key, config, device)
+        for key in keys
+        for config in candidates(key)
+        if runs_here(config, device)
+    ]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
         list(pool.map(_compile, jobs))
@@ -256,18 +284,19 @@ def judge(key: Key, config: Config, work: Work, repeats: int) -> tuple[float, st
 
 
 def search(
-    key: Key, present: Config, device: str, dry: bool, deadline: float
-) -> tuple[Config, list[Row]]:
+    key: Key, present: tuning.Row, device: str, dry: bool, deadline: float
+) -> tuple[tuning.Row, list[Row]]:
     """The row that a key should have, and the measurements for it.
 
     After `deadline` no candidate starts; the measurements until then count.
     """
     shapes = list(works(key, device, dry))
-    tried = list(dict.fromkeys([present, *candidates(key)[: 2 if dry else None]]))
+    tried: list[Config] = list(present) if isinstance(present, tuple) else [present]
     if isinstance(present, AbsorbConfig):
-        tried.insert(1, replace(present, method="gathered"))
+        tried.append(replace(present, method="gathered"))
+    tried += candidates(key)[: 2 if dry else None]
     rows, scores = [], {}
-    for config in dict.fromkeys(tried):
+    for config in dict.fromkeys(config for config in tried if runs_here(config, device)):
         if time.monotonic() > deadline:
             break
         found = [judge(key, config, work, 2 if dry else 7) for work in shapes]
@@ -279,16 +308,43 @@ def search(
                 | {"config": str(config), "unit": "s", "problem": problem}
                 | {"p50": "" if problem else f"{seconds:.6g}"}
             )
-    best = min(scores, key=scores.__getitem__, default=present)
     gain = len(shapes) * math.log(1 - MARGIN)
-    keeps = best not in scores or not scores[best] < scores[present] + gain
-    return _with_launch(present if keeps else best, scores), rows
+    if isinstance(present, AbsorbConfig):
+        return _with_launch(_best(present, scores, gain), scores), rows
+    return _ordered(present, scores, gain), rows
 
 
-def _with_launch(chosen: Config, scores: dict[Config, float]) -> Config:
+def _best(present: Config, scores: dict[Config, float], gain: float) -> Any:
+    """The fastest of `scores` if it beats the present one by `gain`, else that."""
+    best = min(scores, key=scores.__getitem__, default=present)
+    keeps = best not in scores or not scores[best] < scores.get(present, math.inf) + gain
+    return present if keeps else best
+
+
+def _ordered(present: tuning.Launches, scores: dict[Config, float], gain: float) -> tuning.Launches:
+    """The best launch of each kernel, the fastest kernel first, down to the one for every call."""
+    before = {config.kernel: config for config in present}
+    chosen = []
+    for kernel in dict.fromkeys([*before, *(_kernel(config) for config in scores)]):
+        own = {config: score for config, score in scores.items() if _kernel(config) == kernel}
+        best = _best(before.get(kernel) or min(own, key=own.__getitem__), own, gain)
+        if kernel in before or math.isfinite(own[best]):
+            chosen.append(best)
+    # What comes first keeps its place against a gain that is noise.
+    times = {c: scores.get(c, math.inf) + gain * (c.kernel == present[0].kernel) for c in chosen}
+    chosen.sort(key=times.__getitem__)
+    last = next(i for i, config in enumerate(chosen) if config.kernel == tuning.EVERY_CALL)
+    return tuple(chosen[: last + 1])
+
+
+def _kernel(config: Config) -> str:
+    return config.kernel if isinstance(config, GramConfig) else ""
+
+
+def _with_launch(chosen: AbsorbConfig, scores: dict[Config, float]) -> Any:
     """`chosen`; if that is the library's product, with the best launch of the kernel beside it."""
     fused = {c: s for c, s in scores.items() if getattr(c, "method", "") == "fused"}
-    if getattr(chosen, "method", "") != "gathered" or not fused:
+    if chosen.method != "gathered" or not fused:
         return chosen
     best = min(fused, key=fused.__getitem__)
     return replace(best, method="gathered") if math.isfinite(fused[best]) else chosen
@@ -310,7 +366,6 @@ def tune(
         Measurements, a row for each candidate and shape.
     """
     deadline = time.monotonic() + seconds
-    keys = [key for key in keys if key[0] != "gram_tma" or runs_here(device)]
     if device == "cuda":
         compile_ahead(keys, device)
     architecture = tuning.architecture_of(torch.device(device))

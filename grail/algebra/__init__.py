@@ -8,6 +8,7 @@ __all__ = [
     "kinds",
     "problem",
     "reduction",
+    "reductions",
     "ridge",
     "rounding",
     "sums",

@@ -5,27 +5,36 @@ correction by held-out tokens in `grail.algebra.heldout`. fp64 throughout, one r
 weight's dtype.
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from grail.algebra.gram import Gram
-from grail.algebra.heldout import ALPHAS, choose
-from grail.algebra.problem import ROWS, Consumer, Problem
-from grail.algebra.reduction import Reduction, as_reduction
+from grail.algebra.gram import Gram, read_together
+from grail.algebra.heldout import SKETCH, Choice
+from grail.algebra.problem import Consumers, Moments, Problem, Solution, Sums
+from grail.algebra.reduction import Reduction, Selection, as_reduction
+from grail.algebra.reductions import PANELS, ROWS, together
 from grail.algebra.weights import as_given, consumer_matrix
 from grail.arguments import is_number, plain, require_dense, require_switches
 from grail.errors import InputError, NonFiniteError
-from grail_kernels import check_kind
+from grail_kernels import check_kind, packed_numel
 
 Toward = Literal["zero", "baseline"]
 Auto = Literal["auto"]
 Weight = Tensor | nn.Module  # a consumer
+
+# Sites of equal sizes are fitted together up to this peak of memory. A GPU is spared the launches
+# of each. A CPU gains nothing where a site keeps it busy: of 24 experts of 2048 × 768 each took
+# 115 ms in batches of 1 GiB, 100 in 256 MiB and 93 one by one.
+BATCH_BYTES = {"cpu": 2**26}
+GPU_BATCH_BYTES = 2**30
 
 # The α of "auto" where no tokens are held out. From bench/results/smollm2_calibration.csv: the best
 # or within 2% of it at 8k, 32k and 128k tokens, on the calibration's text and on another.
@@ -103,7 +112,8 @@ def fit(
         drift_correction: the share in [0, 1] of the drift recorded by the Gram (`Gram.update`) that
             the consumer corrects; 0 is the paper.
         held_out: the Gram of other tokens of the site. What is "auto", `alpha` or
-            `drift_correction`, is chosen for the least error on them; then they join the fit. An
+            `drift_correction`, is chosen for the least error on them, measured on 32 combinations
+            of the outputs (`grail.algebra.heldout`); then they join the fit. An
             automatic alpha may be infinite: plain pruning or folding, where nothing did better.
             Without `held_out` an automatic alpha is 1e-3 and an automatic correction 0.
 
@@ -118,88 +128,288 @@ def fit(
     Memory: `peak_bytes`.
     """
     given = tuple(weight) if isinstance(weight, (list, tuple)) else (weight,)
-    grams = [gram] if held_out is None else [gram, held_out]
-    for each in grams:
-        check_kind("gram" if each is gram else "held_out", each, Gram, "a grail.Gram")
-    weights = tuple(map(consumer_matrix, given))
-    reduction = as_reduction(reduction, gram.channels)
-    _check(grams, reduction, weights)
+    check_kind("gram", gram, Gram, "a grail.Gram")
+    if held_out is not None:
+        check_kind("held_out", held_out, Gram, "a grail.Gram")
+    require_switches(compensate=compensate, fit_bias=fit_bias)
     alpha, drift_correction = plain(alpha), plain(drift_correction)
     check_settings(alpha, toward, drift_correction)
-    require_switches(compensate=compensate, fit_bias=fit_bias)
-    if held_out is None:  # nothing to choose by
-        alpha = ALPHA if alpha == "auto" else alpha
-        drift_correction = 0.0 if drift_correction == "auto" else drift_correction
-    if not (compensate and any(g.drift is not None for g in grams)):
-        if reduction.is_identity:
-            return _as_given(_unchanged(weights, fit_bias), given)
-        drift_correction = 0.0
-    if not compensate:
-        alpha = math.inf
-
-    dense = torch.cat([w.detach().to(gram.device, torch.float64) for w in weights])
-    consumer = Consumer(dense, reduction, fit_bias)
-    del dense  # large
-    problem = Problem(consumer, gram)
-    if held_out is not None:
-        other = Problem(consumer, held_out)
-        alpha, drift_correction = _chosen(problem, other, toward, alpha, drift_correction)
-        problem.add(other)
-        del other
-    assert alpha != "auto"
-    assert drift_correction != "auto"
-    return _as_given(_solved(problem, weights, alpha, toward, drift_correction), given)
+    site = FitSite(gram, as_reduction(reduction, gram.channels), given, held_out, compensate)
+    (found,) = fit_each(
+        [site], fit_bias=fit_bias, alpha=alpha, toward=toward, drift_correction=drift_correction
+    )
+    return found
 
 
-def _as_given(fit: Fit, given: Sequence[object]) -> Fit:
-    """Returns a fit whose weights have the forms in which the given layers store theirs."""
-    pairs = zip(fit.weights, given, strict=True)
-    return replace(fit, weights=tuple(as_given(weight, layer) for weight, layer in pairs))
+@dataclass(frozen=True)
+class FitSite:
+    """One site of `fit_each`; the fields are arguments of `fit`."""
+
+    gram: Gram
+    reduction: Reduction
+    given: tuple[Weight, ...]
+    held_out: Gram | None = None
+    compensate: bool = True
+
+    @cached_property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The consumers as matrices [O, H]."""
+        return tuple(consumer_matrix(weight).detach() for weight in self.given)
+
+    @property
+    def grams(self) -> list[Gram]:
+        """The Grams of both sets of tokens."""
+        return [self.gram] if self.held_out is None else [self.gram, self.held_out]
+
+    @property
+    def follows_drift(self) -> bool:
+        """Whether a drift was recorded and can be corrected."""
+        return self.compensate and any(gram.drift is not None for gram in self.grams)
+
+    @property
+    def form(self) -> Any:
+        """Returns the key that sites share which are fitted as one batch."""
+        drifts = [None if gram.drift is None else gram.drift.form for gram in self.grams]
+        weights = [(weight.shape, weight.dtype, weight.device) for weight in self.weights]
+        selects = isinstance(self.reduction, Selection)
+        kept, device = (self.reduction.kept, selects), self.gram.device
+        return self.gram.channels, kept, device, weights, drifts, self.compensate
 
 
-def _unchanged(weights: tuple[Tensor, ...], fit_bias: bool) -> Fit:
-    shifts = tuple(w.new_zeros(len(w), dtype=torch.float64) for w in weights)
-    same = tuple(w.detach().clone() for w in weights)
+@torch.inference_mode(False)  # what is made in it could never be trained
+def fit_each(
+    sites: Sequence[FitSite],
+    *,
+    fit_bias: bool,
+    alpha: float | Auto,
+    toward: Toward,
+    drift_correction: float | Auto,
+) -> list[Fit]:
+    """Returns the fit of each of several sites, those of equal sizes as one batch.
+
+    At most 4 reads of the device a batch, which is one of sites of `BATCH_BYTES`, unless a
+    factorisation fails.
+
+    Raises:
+        See `fit`.
+    """
+    for site in sites:
+        _check(site)
+    read_together([gram for site in sites for gram in site.grams])
+    fits: dict[int, Fit] = {}
+    alike: list[tuple[Any, list[int]]] = []
+    for number, site in enumerate(sites):
+        if site.reduction.is_identity and not site.follows_drift:
+            fits[number] = _unchanged(site, fit_bias)
+            continue
+        form = site.form
+        known = next((members for of, members in alike if of == form), None)
+        if known is None:
+            alike.append((form, [number]))
+        else:
+            known.append(number)
+    for _, members in alike:
+        first = sites[members[0]]
+        one = _bytes_of(first, first.compensate, first.held_out is not None, fit_bias)
+        count = _batch_size(first, one)
+        for low in range(0, len(members), count):
+            numbers = members[low : low + count]
+            batch = _Batch([sites[n] for n in numbers], fit_bias, toward)
+            fits |= zip(numbers, batch.fits(alpha, drift_correction), strict=True)
+    return [fits[number] for number in range(len(sites))]
+
+
+class _Batch:
+    """The fit of sites of one form.
+
+    Args:
+        sites: E sites.
+        fit_bias, toward: see `fit`.
+    """
+
+    def __init__(self, sites: Sequence[FitSite], fit_bias: bool, toward: Toward):
+        self._sites, self._toward, self._like = sites, toward, sites[0]
+        self._outputs = [len(weight) for weight in self._like.weights]
+        device = self._like.gram.device
+        reductions = together([site.reduction for site in sites], device)
+        dense = _stacked([weight for site in sites for weight in site.weights], device)
+        dense = dense.view(len(sites), sum(self._outputs), -1)
+        self._consumers = Consumers.of(dense, reductions, fit_bias)
+        self._sums = Sums([site.gram for site in sites])
+        self._moments = Moments(self._consumers, self._sums)
+
+    def fits(self, alpha: float | Auto, correction: float | Auto) -> list[Fit]:
+        """Returns the fits; see `fit` for the settings."""
+        chosen = self._chosen(alpha, correction)
+        problem = Problem(self._consumers, self._moments, self._sums)
+        alphas, corrections = zip(*chosen, strict=True)
+        solution = problem.solve(alphas, corrections, self._toward)
+        found = self._measured(problem, solution)
+        if not found.sound:
+            self._require_finite_weights()
+            solution = problem.solve(alphas, corrections, self._toward, retry=True)
+            found = self._measured(problem, solution)
+        return [self._fit(n, found, *pair) for n, pair in enumerate(chosen)]
+
+    def _chosen(self, alpha: float | Auto, correction: float | Auto) -> list[tuple[float, float]]:
+        """Returns α and β of each site, and adds the held-out tokens to the others."""
+        like, held_out = self._like, [site.held_out for site in self._sites]
+        if not like.follows_drift:
+            correction = 0.0
+        if not like.compensate:
+            alpha = math.inf
+        if held_out[0] is None:  # nothing to choose by
+            alpha = ALPHA if alpha == "auto" else alpha
+            correction = 0.0 if correction == "auto" else correction
+            return [(alpha, correction)] * len(self._sites)
+        sums = Sums([gram for gram in held_out if gram is not None])
+        moments = Moments(self._consumers, sums)
+        if alpha == "auto" or correction == "auto":
+            both = (self._moments, moments), (self._sums, sums)
+            of = None if correction == "auto" else correction
+            given = None if alpha == "auto" else alpha
+            chosen = Choice(self._consumers, *both, self._toward, of).best(given)
+        else:
+            chosen = [(alpha, correction)] * len(self._sites)
+        self._sums.add(sums)
+        self._moments.add(moments)
+        return chosen
+
+    def _measured(self, problem: Problem, solution: Solution) -> "_Measured":
+        """Rounds the weights and measures them; one read."""
+        weights = self._like.weights
+        fitted = solution.change + problem.baseline
+        rounded = self._rounded(fitted)
+        finite = torch.linalg.vector_norm(fitted, math.inf, dim=(1, 2)).isfinite()
+        fitted = problem.complete(fitted.sub_(problem.baseline), solution)
+        shifts = None
+        if self._consumers.affine:
+            shifts = fitted[..., -1].split(self._outputs, 1)
+        ends = itertools.accumulate(self._outputs)
+        rows = zip(weights, ends, self._outputs, strict=True)
+        coarse = [slice(end - count, end) for w, end, count in rows if w.element_size() < 4]
+        errors = problem.errors(solution, fitted, coarse)
+        facts = (solution.good, finite, solution.damping, solution.retries, *errors)
+        table = torch.stack([fact.double() for fact in facts], 1).tolist()
+        return _Measured(rounded, shifts, [_Row(*row) for row in table])
+
+    def _rounded(self, fitted: Tensor) -> tuple[Tensor, ...]:
+        """Rounds weights [E, O, K] in place; returns those of each consumer in its dtype."""
+        rounded = []
+        for part, weight in zip(fitted.split(self._outputs, 1), self._like.weights, strict=True):
+            rounded.append(part.to(weight.dtype, copy=True))
+            part.copy_(rounded[-1])
+        return tuple(rounded)
+
+    def _require_finite_weights(self) -> None:
+        for site in self._sites:
+            for weight in site.weights:
+                _require_finite(weight, f"consumer weight of {site.gram.name or 'a site'}")
+
+    def _fit(self, number: int, found: "_Measured", alpha: float, correction: float) -> Fit:
+        site, row = self._sites[number], found.rows[number]
+        rounded = [part[number] for part in found.rounded]
+        if not row.finite:
+            whole = torch.cat([part.double() for part in rounded])
+            name = site.gram.name or "a site"
+            _require_finite(whole, f"rewritten weight of {name}, in {rounded[0].dtype}")
+        shifts = None
+        if found.shifts is not None:
+            parts = zip(found.shifts, site.weights, strict=True)
+            shifts = tuple(part[number].to(w.device, copy=True) for part, w in parts)
+        return Fit(
+            tuple(
+                as_given(part.to(w.device), given)
+                for part, w, given in zip(rounded, site.weights, site.given, strict=True)
+            ),
+            _relative(row.after, row.total),
+            _relative(row.before, row.total),
+            alpha,
+            correction,
+            row.damping,
+            int(row.retries),
+            shifts,
+        )
+
+
+class _Row(NamedTuple):
+    """The values of one site's fit that are read from the device."""
+
+    good: float
+    finite: float
+    damping: float
+    retries: float
+    after: float
+    before: float
+    total: float
+
+
+class _Measured(NamedTuple):
+    """Rounded weights [E, O, K] and shifts [E, O] of each consumer, and a row for each site."""
+
+    rounded: tuple[Tensor, ...]
+    shifts: tuple[Tensor, ...] | None
+    rows: list[_Row]
+
+    @property
+    def sound(self) -> bool:
+        """Whether every factorisation held and every value is finite."""
+        return all(row.good and row.finite and math.isfinite(sum(row)) for row in self.rows)
+
+
+def _stacked(weights: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Returns the rows of all weights [E·O, H]."""
+    weights = [weight.to(device) for weight in weights]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
+def _unchanged(site: FitSite, fit_bias: bool) -> Fit:
+    for weight in site.weights:
+        _require_finite(weight, f"consumer weight of {site.gram.name or 'a site'}")
+    shifts = tuple(w.new_zeros(len(w), dtype=torch.float64) for w in site.weights)
+    pairs = zip(site.weights, site.given, strict=True)
+    same = tuple(as_given(w.clone(), given) for w, given in pairs)
     return Fit(same, 0.0, 0.0, 0.0, 0.0, 0.0, 0, shifts if fit_bias else None)
 
 
-def _chosen(
-    train: Problem, held_out: Problem, toward: str, alpha: float | Auto, correction: float | Auto
-) -> tuple[float, float]:
-    if alpha != "auto" and correction != "auto":
-        return alpha, correction
-    # Of equals the first: the one that changes nothing.
-    alphas = (math.inf, *ALPHAS) if alpha == "auto" else (alpha,)
-    choice = choose(train, held_out, toward, alphas, None if correction == "auto" else correction)
-    return choice.alpha, choice.correction
+def _relative(squared: float, total: float) -> float:
+    # Rounding can leave a perfect fit a little below 0; a dead site (total 0) is rebuilt exactly.
+    return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
 
 
-def _solved(
-    problem: Problem, weights: tuple[Tensor, ...], alpha: float, toward: str, correction: float
-) -> Fit:
-    """Returns the fit of consumers of the shapes, dtypes and devices of `weights`, rounded once."""
-    fitted, damping, retries = problem.solve(alpha, toward, correction)
-    fitted.add_(problem.plain)
-    outputs = [len(w) for w in weights]
-    rounded = [part.to(w.dtype) for part, w in zip(fitted.split(outputs), weights, strict=True)]
-    fitted = torch.cat([part.double() for part in rounded])
-    name = problem.name or "a site"
-    _require_finite(fitted, f"rewritten weight of {name}, in {weights[0].dtype}")
-    fitted = problem.complete(fitted.sub_(problem.plain), correction)
-    error, baseline_error = problem.errors(fitted)
-    shifts = None
-    if problem.affine:
-        parts = zip(fitted[:, -1].split(outputs), weights, strict=True)
-        shifts = tuple(part.to(w.device, copy=True) for part, w in parts)
-    return Fit(
-        tuple(part.to(w.device) for part, w in zip(rounded, weights, strict=True)),
-        error,
-        baseline_error,
-        alpha,
-        correction,
-        damping,
-        retries,
-        shifts,
+def batch_bytes(
+    sites: Sequence[FitSite], *, compensate: bool, held_out: bool, fit_bias: bool
+) -> int:
+    """Returns the peak of the memory that `fit_each` adds to its arguments, for sites of one size.
+
+    Args:
+        compensate, held_out: whether any site is compensated, or has tokens held out.
+        fit_bias: see `fit`.
+    """
+    first = sites[0]
+    one = _bytes_of(first, compensate, held_out, fit_bias)
+    together = min(len(sites), _batch_size(first, one))
+    # The last batch is fitted beside the rewritten weights of the others.
+    weights = sum(w.element_size() * len(w) * first.reduction.kept for w in first.weights)
+    return one * together + weights * (len(sites) - together)
+
+
+def _batch_size(site: FitSite, one: int) -> int:
+    """Returns how many sites that take `one` bytes each are fitted together."""
+    return max(1, BATCH_BYTES.get(site.gram.device.type, GPU_BATCH_BYTES) // one)
+
+
+def _bytes_of(site: FitSite, compensate: bool, held_out: bool, fit_bias: bool) -> int:
+    """Returns `peak_bytes` of a site alone."""
+    return peak_bytes(
+        site.reduction.channels,
+        site.reduction.kept,
+        sum(map(len, site.weights)),
+        folding=not isinstance(site.reduction, Selection),
+        drift=compensate and site.gram.drift is not None,
+        held_out=held_out,
+        affine=fit_bias,
+        weight_bytes=max(weight.element_size() for weight in site.weights),
     )
 
 
@@ -218,40 +428,54 @@ def peak_bytes(
 
     Args:
         channels, kept, outputs: H, K, and O of all consumers.
-        folding: whether clusters are averaged, for which G is held in fp64.
+        folding: whether clusters are averaged, for which G is unpacked.
         drift, held_out: whether the Grams hold a drift, and whether there is a second one.
         affine: whether the biases are fitted as well.
         weight_bytes: of one value of the consumers.
     """
     h, k, o, lost = channels, kept, outputs, channels if folding else channels - kept
     full, parts = k + affine, 1 + drift  # columns with the constant's; W x and the drift's share
-    consumer = 8 * o * (full + lost)  # W₀ and V
-    result = 8 * o * full
-    terms = parts * result  # V G Rᵀ, and C Rᵀ
-    normal = 8 * (h * h + 2 * h * k) if folding else 4 * k * (h + k)
-    making = max(normal, 12 * k * k)  # of A
-    bordering = max(making, 8 * k * k + 8 * full * full) if affine else making
-    building = 8 * o * h + max(12 * min(lost, ROWS) * h, 8 * o * (k + lost))
+    result, terms = 8 * o * k, 8 * o * full * parts  # Δ; V G Rᵀ and C Rᵀ
+    consumer, normal = 8 * o * (k + lost), 8 * k * k  # W₀ and V; A
+    slices = 8 * min(lost, ROWS) * k  # of G
+    if folding:
+        splitting = 24 * o * h + result
+        dense = 12 * h * h + 16 * k * h  # G and R G
+        making = terms + 8 * o * h + 12 * h * h
+        restricting = 8 * o * (full + h) + 2 * result
+    else:
+        splitting = consumer + (weight_bytes % 8) * o * lost
+        dense, panel = normal, -(-lost // PANELS)
+        energy = 8 * panel * (lost + 3 * o)
+        making = max(8 * o * full * (1 + affine), result + slices, terms + energy)
+        restricting = terms + max(4 * o * k, 12 * o * lost)
     if drift:
-        building = max(building, terms + 8 * min(o, ROWS) * (h + lost))
-    products = 8 * full * full + result
-    errors = (8 + weight_bytes) * o * k + max(bordering, 2 * result, products + drift * result)
-    one = 4 * h * h + consumer + max(building, terms + errors)
+        making = max(making, restricting, terms + affine * result)
+    factor = (2 if affine else 1) * normal
+    solving = terms + result + max(factor, normal + result)
+    rounding = max(12 * k * k, 4 * k * k + 16 * o * k) if weight_bytes < 4 else 0
+    measuring = terms + 2 * result + weight_bytes * o * k + rounding
+    measuring += 8 * o * full + result if affine else result
+    merged = 4 * (packed_numel(h) + (o * h if drift else 0)) if held_out else 0
+    one = consumer + normal + merged + max(making, solving, measuring)
+    first = max(splitting, consumer + dense)
     if not held_out:
-        return one
-    right = terms if drift or affine else 0
-    solving = right + max(making, 8 * k * k + parts * result)
-    pricing = parts * result + max(bordering, products + 2 * drift * result)
-    choosing = terms + max(building, terms + max(solving, pricing))
-    return max(one, 8 * h * h + consumer + choosing)
+        return max(first, one)
+    rows = SKETCH if o > 2 * SKETCH else o
+    mixed = 8 * rows * (k + lost) if rows < o else 0
+    sketch = 8 * rows * full * parts
+    trying = 4 * sketch + max(factor, normal + sketch)  # of two sets, centred and as one
+    choosing = max(trying, 2 * sketch + slices)
+    both = consumer + 2 * normal + max(mixed + choosing, merged)
+    return max(first, consumer + normal + dense, both, one)
 
 
-def _check(grams: Sequence[Gram], reduction: Reduction, weights: tuple[Tensor, ...]) -> None:
-    gram = grams[0]
-    channels = [g.channels for g in grams]
-    if {*channels, reduction.channels} != {gram.channels}:
+def _check(site: FitSite) -> None:
+    gram, weights = site.gram, site.weights
+    channels = [g.channels for g in site.grams]
+    if {*channels, site.reduction.channels} != {gram.channels}:
         raise InputError(
-            f"the reduction has {reduction.channels} channels, the Gram "
+            f"the reduction has {site.reduction.channels} channels, the Gram "
             f"{', '.join(map(str, channels))}: all must describe one site"
         )
     if not weights:
@@ -265,14 +489,18 @@ def _check(grams: Sequence[Gram], reduction: Reduction, weights: tuple[Tensor, .
             )
         if not w.is_floating_point() or w.element_size() < 2:  # of 8 bits
             raise InputError(f"a consumer must be of floating point; got {w.dtype}: dequantise it")
-        _require_finite(w, f"consumer weight of {gram.name or 'a site'}")
     outputs = sum(w.shape[0] for w in weights)
-    for drift in (g.drift for g in grams if g.drift is not None):
-        if drift.outputs != outputs:
+    drifts = [g.drift for g in site.grams]
+    for drift in drifts:
+        if drift is not None and drift.outputs != outputs:
             raise InputError(
                 f"the Gram recorded a drift of {drift.outputs} outputs, "
                 f"the consumers have {outputs}"
             )
+    if len({drift is not None and drift.of_target for drift in drifts}) > 1:
+        raise InputError(
+            "one of the Grams has the target and the other has not; record it in both, or in none"
+        )
 
 
 def _require_finite(weight: Tensor, name: str) -> None:

@@ -46,6 +46,19 @@ def as_stored(module: Any, matrix: Tensor) -> Tensor:
     return as_matrix(module, matrix)
 
 
+def window(module: Any) -> tuple[Any, ...]:
+    """Returns what determines which values each output reads; () of a linear layer.
+
+    Layers of one window have the same tokens of an input.
+    """
+    if not isinstance(module, MAPS):
+        return ()
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    # Of transposed convolutions `output_padding`, too.
+    sizes = [getattr(module, name, None) for name in (*names, "output_padding")]
+    return (module.transposed, *sizes)
+
+
 def windows(module: Any, x: Tensor) -> Tensor:
     """Returns the values that each output of a convolution reads: [N, positions …, channels·taps].
 
@@ -63,6 +76,37 @@ def windows(module: Any, x: Tensor) -> Tensor:
     # Channel by channel in memory, as `torch.nn.functional.unfold` gives them.
     taps_first = (0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
     return x.permute(taps_first).flatten(1, 1 + axes).movedim(1, -1)
+
+
+def columns(module: Any) -> int:
+    """Returns the number of columns of a layer's weight as [outputs, columns].
+
+    Raises:
+        ModelError: the layer is no Linear, convolution or transformers' Conv1D.
+    """
+    if not isinstance(module, (nn.Linear, *MAPS)) and not _is_conv1d(module):
+        raise ModelError(
+            f"a {type(module).__name__} has no weight of [outputs, columns]; Linear, Conv1d to "
+            "Conv3d, ConvTranspose1d to 3d and transformers' Conv1D have"
+        )
+    return as_matrix(module, module.weight.detach())[0].numel()
+
+
+def tokens_read(module: Any, x: Tensor) -> Tensor:
+    """Returns a layer's input as the tokens that the columns of its weight read.
+
+    Args:
+        x: the layer's input.
+
+    Returns:
+        Of a linear layer the input itself. Of a convolution [N, positions, channels·taps], a token
+        for each output position; of one with groups [N, positions, groups, channels/groups·taps],
+        a token also for each group, since every group reads as many columns.
+    """
+    if not isinstance(module, MAPS):
+        return x
+    tokens = windows(module, x).flatten(1, -2)
+    return tokens if module.groups == 1 else tokens.unflatten(-1, (module.groups, -1))
 
 
 def _padded(module: Any, x: Tensor) -> Tensor:

@@ -123,11 +123,14 @@ class Selection(Reduction):
         return self.restrict(self.narrow(gram)).double()
 
     def repeat(self, times: int) -> "Selection":
+        if times == 1:
+            return self
         return Selection(_repeated(self.index, times), self.channels * times)
 
     @property
     def is_identity(self) -> bool:
-        return torch.equal(self.index, torch.arange(self.channels))
+        whole = self.kept == self.channels
+        return whole and torch.equal(self.index, torch.arange(self.channels))
 
     def __repr__(self) -> str:
         return f"Selection({self.kept} of {self.channels} channels)"
@@ -182,11 +185,14 @@ class Folding(Reduction):
         return total.index_add_(-1, self.labels.to(columns.device), columns.to(total.dtype))
 
     def repeat(self, times: int) -> "Folding":
+        if times == 1:
+            return self
         return Folding(_repeated(self.labels, times))
 
     @property
     def is_identity(self) -> bool:
-        return torch.equal(self.labels, torch.arange(self.channels))
+        whole = self.kept == self.channels
+        return whole and torch.equal(self.labels, torch.arange(self.channels))
 
     def __repr__(self) -> str:
         return f"Folding({self.channels} channels into {self.kept} clusters)"

@@ -9,7 +9,8 @@ fp32's precision: each step is one fp64 product of 2·O·K² FLOPs, and the firs
 problem that does not converge is solved in fp64.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -37,6 +38,25 @@ class Solution:
     x: Tensor
     damping: Tensor
     retries: Tensor
+
+
+def attempt(
+    normal: Tensor, right: Tensor, damping: Tensor, *, rounding: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Solves X (A + λI) = C once, without a look at the result: X [E, O, K], and where it holds.
+
+    In fp64 no value is read from the device. A problem whose A is zero and C too gives X = 0.
+
+    Args:
+        normal: A [E, K, K] fp64, symmetric; overwritten.
+        right: C [E, O, K].
+        damping: λ [E].
+        rounding: [E, K]; see `solve`.
+    """
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    diagonal += (damping + (diagonal == 0).all(-1))[:, None]
+    method = _direct if precision_of(normal.device) == "fp64" else _refined
+    return method(normal, right, rounding)
 
 
 def solve(
@@ -77,42 +97,49 @@ def solve(
     """
     if precision not in get_args(Precision):
         raise InputError(f"precision must be one of {', '.join(get_args(Precision))}")
-    diagonal = _checked_diagonal(_made(normal), right)
-    batch, diagonal = diagonal.shape[:-1], diagonal.reshape(-1, diagonal.shape[-1])
+    a = _made(normal)
+    _require_shapes(a, right)
+    *batch, _, kept = a.shape
+    # No view, which would hold A.
+    diagonal = a.diagonal(dim1=-2, dim2=-1).to(torch.float64, copy=True).reshape(-1, kept)
     scale, empty = diagonal.mean(-1), (diagonal == 0).all(-1)
     c = right.reshape(-1, *right.shape[-2:])
     lam = torch.as_tensor(damping, dtype=torch.float64, device=c.device)
     lam = lam.expand(batch).reshape(-1).clone()
-    if bool((lam < 0).any()):
-        raise InputError(f"damping must not be negative; got {lam.min().item():g}")
     least = torch.zeros_like(diagonal) if rounding is None else rounding.expand(*batch, -1).double()
     least = least.reshape(diagonal.shape)
+    chosen = precision_of(c.device) if precision == "auto" else precision
+    method = _direct if chosen == "fp64" else _refined
 
-    def attempt(todo: Tensor) -> tuple[Tensor, Tensor]:
-        a = _made(normal)
-        a = _picked(a.reshape(-1, *a.shape[-2:]), todo)
+    def attempted(a: Tensor, todo: Tensor) -> tuple[Tensor, Tensor]:
+        a = _picked(a.reshape(-1, kept, kept), todo)
         a = a.to(torch.float64, copy=isinstance(normal, Tensor))
         added = lam[:, None] + empty[:, None]  # the identity where A is 0
         a.diagonal(dim1=-2, dim2=-1).add_(added[todo])
         return method(a, _picked(c, todo), least[todo])
 
-    chosen = precision_of(c.device) if precision == "auto" else precision
-    method = _direct if chosen == "fp64" else _refined
+    # A sum is finite only if every value is, and needs no memory.
+    checks = [values.sum(dtype=torch.float64) for values in (a, right)] + [lam.amin()]
+    x, good = attempted(a, torch.arange(len(c), device=c.device))
+    del a
+    found = torch.cat([torch.stack(checks), good.double()]).tolist()
+    _require_sound(found[:3], normal, right)  # first: cholesky_ex may report success on NaN
+    failed = [number for number, held in enumerate(found[3:]) if not held]
     retries = torch.zeros_like(lam, dtype=torch.int64)
-    x, good = attempt(torch.arange(len(c), device=c.device))
     for _ in range(ATTEMPTS):
-        todo = (~good).nonzero().flatten()
-        if todo.numel() == 0:
+        if not failed:
             break
+        todo = torch.tensor(failed, dtype=torch.int64, device=c.device)
         lam[todo] = torch.maximum(lam[todo] * GROWTH, FLOOR * scale[todo])
         retries[todo] += 1
-        x[todo], good[todo] = attempt(todo)
-    if not bool(good.all()):
+        x[todo], good = attempted(_made(normal), todo)
+        failed = [number for number, held in zip(failed, good.tolist(), strict=True) if not held]
+    if failed:
         raise SolveError(
-            f"{int((~good).sum())} ridge problem(s) stayed indefinite after {ATTEMPTS} dampings up "
-            f"to {lam[~good].max().item():g}: no Gram matrix, or its sums overflowed"
+            f"{len(failed)} ridge problem(s) stayed indefinite after {ATTEMPTS} dampings up to "
+            f"{lam[failed].max().item():g}: no Gram matrix, or its sums overflowed"
         )
-    x[empty] = 0
+    x.masked_fill_(empty[:, None, None], 0)
     return Solution(x.reshape(right.shape), lam.reshape(batch), retries.reshape(batch))
 
 
@@ -136,23 +163,28 @@ def _picked(batch: Tensor, todo: Tensor) -> Tensor:
     return batch if todo.numel() == len(batch) else batch[todo]
 
 
-def _checked_diagonal(normal: Tensor, right: Tensor) -> Tensor:
-    """Returns the diagonal [.., K] of A in fp64, after checks that A and C are finite and fit."""
+def _require_shapes(normal: Tensor, right: Tensor) -> None:
     if normal.shape[-1] != normal.shape[-2] or right.shape[-1] != normal.shape[-1]:
         raise InputError(
             f"normal must be [.., K, K] and right [.., O, K]; got {tuple(normal.shape)} "
             f"and {tuple(right.shape)}"
         )
-    # cholesky_ex may report success on NaN, so finiteness is tested first.
-    _require_finite(normal, "the normal matrix of a ridge")
-    _require_finite(right, "the right-hand side of a ridge")
-    return normal.diagonal(dim1=-2, dim2=-1).to(torch.float64, copy=True)  # no view that holds A
+
+
+def _require_sound(
+    found: Sequence[float], normal: Tensor | Callable[[], Tensor], right: Tensor
+) -> None:
+    """Raises an error for A or C whose sums are not finite, or a negative lowest λ."""
+    normal_sum, right_sum, lowest = found
+    if not math.isfinite(normal_sum):
+        _require_finite(_made(normal), "the normal matrix of a ridge")
+    if not math.isfinite(right_sum):
+        _require_finite(right, "the right-hand side of a ridge")
+    if lowest < 0:
+        raise InputError(f"damping must not be negative; got {lowest:g}")
 
 
 def _require_finite(values: Tensor, what: str) -> None:
-    # A sum is finite only if every value is, and needs no memory.
-    if bool(values.sum(dtype=torch.float64).isfinite()):
-        return
     bad = ~values.isfinite()
     if bool(bad.any()):
         channels = bad.flatten(0, -2).any(0).nonzero().flatten().tolist()

@@ -1,9 +1,15 @@
 """Sums of a Gram on one device: G packed, Σ x, counts of NaN and Inf, and tokens that wait."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 import grail_kernels as gk
+
+# torch shares a sum over as many values or more among its threads. Those spin for 9 ms afterwards,
+# on the cores that the products need next.
+_SERIAL_VALUES = 32768
 
 
 class Sums:
@@ -69,6 +75,49 @@ def zeros(
         torch.zeros(*shape, channels, dtype=torch.float32, device=device),
         torch.zeros(*shape, channels, dtype=torch.int64, device=device),
     )
+
+
+def rows_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns tensors of one shape as rows of one [E, ...]; a view where they are such already."""
+    first, numel = tensors[0], tensors[0].numel()
+    if len(tensors) == 1:
+        return first[None]
+    step = tensors[1].storage_offset() - first.storage_offset()
+    for number, tensor in enumerate(tensors):
+        if (
+            tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or not tensor.is_contiguous()
+            or tensor.storage_offset() != first.storage_offset() + number * step
+        ):
+            return torch.stack(list(tensors))
+    if step < numel:
+        return torch.stack(list(tensors))
+    return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
+
+
+def serial_parts(x: Tensor) -> Sequence[Tensor]:
+    """Returns the tokens of `x` [..., H] as parts [t, H] that the calling thread sums alone.
+
+    On a CPU waking other threads takes longer, and they spin into the next product. On a GPU there
+    is one part.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    if x.device.type != "cpu":
+        return [tokens]
+    return tokens.split(max(1, (_SERIAL_VALUES - 1) // x.shape[-1]))
+
+
+def as_activations(x: Tensor) -> Tensor:
+    """Returns a tensor in a dtype that a Gram takes: others, such as fp64, in fp32."""
+    return x if x.dtype in gk.ACTIVATION_DTYPES else x.float()
+
+
+def channel_sums(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns Σ x over tokens, [H] of `dtype`, of `x` [..., H]."""
+    total = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
+    for part in serial_parts(x):
+        total += part.sum(0, dtype=dtype)
+    return total.to(dtype)
 
 
 class Buffer:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from grail.algebra.reduction import Selection
-from grail.arguments import is_number, is_whole
+from grail.algebra.targets import Multiple, as_multiple
+from grail.arguments import is_number
 from grail.errors import InputError
 
-# The multiple by the least number of channels: quantisers and serving engines prefer 128 on large
-# models; small models would lose too much to rounding.
-MULTIPLES = {4096: 128, 64: 8, 0: 1}
+# The multiple by the least number of channels. 256 is the block of llama.cpp's K-quants and the
+# step of DeciLM's widths, 32 the block of Q8_0, Q4_0 and Q4_1: other rows are stored in larger
+# types, and decode slower. A width moves by at most 1/32 of the channels, by 1/16 below 128.
+MULTIPLES = {4096: 256, 1024: 32, 64: 8, 0: 1}
 
 
 def check_keep(keep: float) -> None:
@@ -28,14 +30,8 @@ def check_keep(keep: float) -> None:
         )
 
 
-def check_multiple(multiple: int) -> None:
-    """Raises InputError unless `multiple` is a positive integer of 63 bits."""
-    if not is_whole(multiple) or not 0 < multiple < 1 << 63:
-        raise InputError(f"multiple must be a positive integer less than 2**63; got {multiple!r}")
-
-
 def usual_multiple(channels: int) -> int:
-    """Returns 128 from 4096 channels up, 8 from 64, else 1."""
+    """Returns 256 from 4096 channels up, 32 from 1024, 8 from 64, else 1."""
     return next(multiple for least, multiple in MULTIPLES.items() if channels >= least)
 
 
@@ -47,21 +43,23 @@ class ChannelWidth:
     kept: int
 
     @classmethod
-    def nearest(cls, channels: int, keep: float, multiple: int | None = None) -> "ChannelWidth":
+    def nearest(
+        cls, channels: int, keep: float, multiple: Multiple | None = None
+    ) -> "ChannelWidth":
         """Returns the multiple of `multiple` nearest to keep·channels, ties up, at most `channels`.
 
         Args:
-            multiple: default 128 from 4096 channels up, 8 from 64, else 1.
+            multiple: a number of channels, or the name of a target that
+                `grail.algebra.targets.TARGETS` has; default 256 from 4096 channels up, 32 from
+                1024, 8 from 64, else 1.
 
         Raises:
-            InputError: keep outside (0, 1], or a width that would become 0.
+            InputError: keep outside (0, 1], an unknown name, or a width that would become 0.
         """
         check_keep(keep)
         if keep == 1:
             return cls(channels, channels)
-        if multiple is None:
-            multiple = usual_multiple(channels)
-        check_multiple(multiple)
+        multiple = usual_multiple(channels) if multiple is None else as_multiple(multiple)
         kept = min(int(keep * channels / multiple + 0.5) * multiple, channels)
         if kept == 0:
             least = f"keep at least {multiple / channels:.3g}, or choose a smaller multiple"
@@ -79,6 +77,10 @@ class ChannelWidth:
     def structure(self) -> str:
         """The site before narrowing, in words."""
         return f"{self.channels} channels"
+
+    def splits(self, parts: int, multiple: int) -> bool:
+        """Returns whether each of `parts` equal parts is a multiple of `multiple` channels."""
+        return self.kept % (parts * multiple) == 0
 
     def best(self, scores: Tensor) -> Selection:
         """Keeps the channels of highest score [channels], in their order."""
@@ -159,6 +161,15 @@ class HeadWidth:
             f"{self.groups * self.queries} heads of {self.head_dim} in {self.groups} "
             f"key/value groups of {self.queries}"
         )
+
+    def splits(self, parts: int, multiple: int) -> bool:
+        """Returns whether each of `parts` equal parts is a multiple of `multiple` channels.
+
+        A part has whole query heads, and whole key/value heads or a copy of one.
+        """
+        whole = self.kept_groups * self.kept_queries % parts == 0
+        shared = self.kept_groups % parts == 0 or parts % self.kept_groups == 0
+        return whole and shared and self.kept // parts % multiple == 0
 
     def best(self, scores: Tensor) -> Selection:
         """Keeps the best queries of each group, then the best groups, by channel scores summed."""

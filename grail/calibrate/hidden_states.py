@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -15,46 +15,65 @@ from grail.runtime.hooks import replaced_forward
 
 
 class HiddenStates:
-    """One tensor for each batch, in memory that is allocated once.
+    """One tensor for each batch, or for some, in memory that is allocated once.
+
+    Args:
+        storage: where they wait.
+        grows: whether more batches take more memory (see `created_hidden_states`).
 
     Long-lived tensors allocated between those of a forward pass would fragment the allocator's
     memory: a quarter of a run's peak.
     """
 
-    def __init__(self, storage: torch.device):
+    def __init__(self, storage: torch.device, grows: bool = True):
         self._storage = storage
-        self._tensors: list[Tensor] = []
-        if (created := _created.get()) is not None:
+        self._tensors: dict[int, Tensor] = {}
+        if grows and (created := _created.get()) is not None:
             created.add(self)
 
     @property
     def nbytes(self) -> int:
         """The bytes of all batches."""
-        return sum(tensor.nbytes for tensor in self._tensors)
+        return sum(tensor.nbytes for tensor in self)
+
+    @property
+    def batches(self) -> list[int]:
+        """The numbers of the batches, in the order in which they came."""
+        return list(self._tensors)
 
     def put(self, batch: int, tensor: Tensor) -> None:
-        """Keeps a copy of one batch's tensor; new batches must come in order."""
-        if batch == len(self._tensors):
-            self._tensors.append(tensor.detach().to(self._storage, copy=True))
-        elif self._tensors[batch].shape != tensor.shape:
+        """Keeps a copy of one batch's tensor."""
+        own = self._tensors.get(batch)
+        if own is None or own.shape != tensor.shape:
             self._tensors[batch] = tensor.detach().to(self._storage, copy=True)
         else:
-            self._tensors[batch].copy_(tensor)
+            own.copy_(tensor)
 
     def __getitem__(self, batch: int) -> Tensor:
         return self._tensors[batch]
 
+    def __contains__(self, batch: int) -> bool:
+        return batch in self._tensors
+
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._tensors)
+        return iter(self._tensors.values())
 
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def copy(self, storage: torch.device | None = None) -> "HiddenStates":
-        """Returns a copy, in the same storage or another."""
+    def copy(
+        self, storage: torch.device | None = None, batches: Iterable[int] | None = None
+    ) -> "HiddenStates":
+        """Returns a copy of all batches or of some, in the same storage or another."""
         other = HiddenStates(storage or self._storage)
-        for batch, tensor in enumerate(self._tensors):
-            other.put(batch, tensor)
+        for batch in self.batches if batches is None else batches:
+            other.put(batch, self[batch])
+        return other
+
+    def part(self, batches: Iterable[int]) -> "HiddenStates":
+        """Returns the same tensors of some batches."""
+        other = HiddenStates(self._storage, grows=False)  # they are counted here
+        other._tensors = {batch: self[batch] for batch in batches}
         return other
 
 
@@ -63,7 +82,7 @@ _created: ContextVar["weakref.WeakSet[HiddenStates] | None"] = ContextVar("creat
 
 @contextmanager
 def created_hidden_states() -> Iterator["weakref.WeakSet[HiddenStates]"]:
-    """Collects the hidden states that are created inside, while they are in use."""
+    """Collects the hidden states that are created inside and grow, while they are in use."""
     created: weakref.WeakSet[HiddenStates] = weakref.WeakSet()
     token = _created.set(created)
     try:
@@ -82,10 +101,11 @@ class OutputCache:
     Args:
         device: where the modules run.
         storage: where their outputs wait.
+        batches: how many are recorded, from the first on; None is all.
     """
 
-    def __init__(self, device: torch.device, storage: torch.device):
-        self._device, self._storage = device, storage
+    def __init__(self, device: torch.device, storage: torch.device, batches: int | None = None):
+        self._device, self._storage, self._batches = device, storage, batches
         self._memory: list[HiddenStates] = []
         self._outputs: dict[nn.Module, HiddenStates] = {}
         self._tuple_lengths: dict[nn.Module, int] = {}
@@ -93,7 +113,8 @@ class OutputCache:
     @contextmanager
     def recording(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         """Keeps what the modules return."""
-        self._memory += [HiddenStates(self._storage) for _ in modules[len(self._memory) :]]
+        grows = self._batches is None
+        self._memory += [HiddenStates(self._storage, grows) for _ in modules[len(self._memory) :]]
         self._outputs = dict(zip(modules, self._memory, strict=False))
         self._tuple_lengths = {}
         with ExitStack() as hooks:
@@ -101,6 +122,10 @@ class OutputCache:
                 keep = partial(self._keep, itertools.count())
                 hooks.enter_context(module.register_forward_hook(keep))
             yield
+
+    def forget(self) -> None:
+        """Frees what was kept."""
+        self._memory, self._outputs = [], {}
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -119,8 +144,9 @@ class OutputCache:
         return (output, *[None] * (self._tuple_lengths[module] - 1))
 
     def _keep(self, batches: Iterator[int], module: nn.Module, args: Any, output: Any) -> None:
-        outputs = self._outputs.get(module)
-        if outputs is None:  # it runs again
+        outputs, batch = self._outputs.get(module), next(batches)
+        limit = self._batches
+        if outputs is None or (limit is not None and batch >= limit):  # it runs again
             return
         if isinstance(output, tuple):
             self._tuple_lengths[module] = len(output)
@@ -129,4 +155,4 @@ class OutputCache:
                 del self._outputs[module]
                 return
             output = output[0]
-        outputs.put(next(batches), output)
+        outputs.put(batch, output)

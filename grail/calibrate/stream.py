@@ -8,8 +8,10 @@ library passes. Blocks are then run one at a time by their own forward with thos
 import copy
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
@@ -72,6 +74,7 @@ class Stream:
         self._home = next(model.parameters()).device
         self.device = device or self._home
         self.hidden = HiddenStates(self.storage)
+        self._has_room = True
         self._observed: list[HiddenStates] = []
         self.masks: list[Masks] = []  # on the CPU, where reading one stalls no GPU
         self._calls: list[list[Call]] = []
@@ -170,6 +173,18 @@ class Stream:
         if storage != self.storage:
             self.hidden, self.storage = self.hidden.copy(storage), storage
 
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether what a layer reads may be kept of every batch, as wide as a block's widest layer.
+
+        Only where blocks run: another device sends it back later than it is computed again.
+        """
+        return self._has_room and self.storage.type == self.device.type
+
+    def forbid_inputs(self) -> None:
+        """Forbids to keep what layers read, for want of room."""
+        self._has_room = False
+
     def observed(self, number: int) -> HiddenStates:
         """Returns the memory for what is observed within a block; every block uses it again."""
         while len(self._observed) <= number:
@@ -218,11 +233,45 @@ class Stream:
         held = self._held_out[batch]
         return held if bool(held.any()) else None
 
-    def fork(self) -> "Stream":
-        """Returns a second stream of the same batches at the same block, which moves separately."""
+    @property
+    def batches(self) -> list[int]:
+        """The numbers of the batches whose hidden states it holds: all, or those of its fork."""
+        return self.hidden.batches
+
+    @property
+    def held(self) -> list[HiddenStates]:
+        """The hidden states at the entry of its block and those observed within."""
+        return [self.hidden, *self._observed]
+
+    def fork(self, share: float = 1.0) -> "Stream":
+        """Returns a second stream at the same block, which moves separately.
+
+        Args:
+            share: of the batches that it holds, see `spread`.
+        """
         other = copy.copy(self)
-        other.hidden, other._observed = self.hidden.copy(), []
+        batches = None if share == 1 else self.spread(share)
+        other.hidden, other._observed = self.hidden.copy(batches=batches), []
         return other
+
+    def spread(self, share: float) -> list[int]:
+        """Returns about a share of this process's batches, spread evenly over those of all.
+
+        Batches with sequences held out, with others, and with both are chosen from separately, at
+        least one of each in all processes, so that the share of held-out tokens stays.
+        """
+        kinds = self.processes.interleaved([self._kind(batch) for batch in range(len(self))])
+        seen: Counter[tuple[bool, bool]] = Counter()
+        chosen = []
+        for kind in kinds:
+            chosen.append(ceil((seen[kind] + 1) * share) > ceil(seen[kind] * share))
+            seen[kind] += 1
+        return [batch for batch, takes in enumerate(self.processes.share(chosen)) if takes]
+
+    def _kind(self, batch: int) -> tuple[bool, bool]:
+        """Returns whether a batch has sequences that are held out, and others that count."""
+        held = self._held_out[batch]
+        return bool(held.any()), bool((self._counting(batch) & ~held).any())
 
     def part(self, batches: Sequence[int]) -> "Stream":
         """Returns a stream of some batches of this process alone; a batch may come twice."""

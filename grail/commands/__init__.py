@@ -1,6 +1,5 @@
 """The command line, one file a command: each reads options, calls the library and prints."""
 
-from grail.commands import compress, evaluate, inspect, stats
 from grail.commands.root import app
 
-__all__ = ["app", "compress", "evaluate", "inspect", "stats"]
+__all__ = ["app"]

@@ -11,7 +11,7 @@ import typer
 
 from grail.commands.console import phases, print_table, sizes
 from grail.commands.options import READING, Given, Printed, RecipeFile, command
-from grail.commands.root import app, is_closed_pipe
+from grail.commands.root import commands, is_closed_pipe
 from grail.errors import InputError
 from grail.files.packing import Join
 from grail.files.pretrained import Pretrained
@@ -22,6 +22,7 @@ from grail.report.summary import (
     evaluation_table,
     headline,
     labelled,
+    quantising_sentence,
     resumed_sentence,
     size_sentence,
     stage_table,
@@ -55,8 +56,9 @@ class CompressOptions:
     uneven: bool = setting(
         False,
         "Choose each block's width by the measured cost of narrowing it, at the total size that "
-        "--keep gives. Only grail loads OUTPUT then: stock configurations hold one width for all "
-        "blocks. Not with heads, --statistics, --onload, --no-compensate or several processes.",
+        "--keep gives. OUTPUT then has Python code of its own, with which transformers and vLLM "
+        "load it (trust_remote_code). Not with heads, --statistics, --onload, --no-compensate or "
+        "several processes.",
     )
     evaluate: str | None = setting(
         None,
@@ -89,6 +91,9 @@ class CompressOptions:
 
 # How the held-out text is read, where not as the calibration.
 _EVALUATED = ("tokens", "field", "split", "join")
+
+
+app = commands()
 
 
 @command(app, Pretrained, CompressOptions, RecipeFile, READING, Recipe, Runtime, Printed)
@@ -170,6 +175,8 @@ def _print_report(report: Report, output: Path) -> None:
     if report.evaluation:
         print_table(*evaluation_table(labelled(report.evaluation)))
     typer.echo(" ".join(headline(report)))
+    if line := quantising_sentence(report):
+        typer.echo(f"{line}.")
     if line := verdict(report):
         typer.echo(line)
     print_table(*stage_table(report.stages))

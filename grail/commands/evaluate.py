@@ -6,7 +6,7 @@ import typer
 
 from grail.commands.console import notes_said, print_table
 from grail.commands.options import Given, Printed, command, fields
-from grail.commands.root import app
+from grail.commands.root import commands
 from grail.files.load import CheckpointWarning
 from grail.files.pretrained import Pretrained
 from grail.files.text import SOURCES, Text
@@ -38,6 +38,9 @@ class EvaluateOptions:
 
 
 _READING = fields(Text, "field", "join", "sequence_length", "batch_size")
+
+
+app = commands()
 
 
 @command(app, Pretrained, EvaluateOptions, _READING, Printed)

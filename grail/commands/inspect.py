@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 
 import typer
 
+from grail.algebra.targets import RULES
 from grail.algebra.width import check_keep
 from grail.commands.console import notes_said, phases, print_table, sizes
 from grail.commands.options import Given, Printed, RecipeFile, command, fields
-from grail.commands.root import app
+from grail.commands.root import commands
 from grail.files.load import CheckpointWarning, length_of_sequences
 from grail.files.pretrained import Pretrained
 from grail.files.text import CALIBRATION_TOKENS, Text
@@ -46,6 +47,9 @@ class InspectOptions:
 
 _READING = fields(Text, "sequence_length", "batch_size")
 _RUNTIME = fields(Runtime, "storage", "onload")
+
+
+app = commands()
 
 
 @command(app, Pretrained, InspectOptions, RecipeFile, _READING, Recipe, _RUNTIME, Printed)
@@ -108,7 +112,38 @@ def _print_inspection(inspection: Inspection) -> None:
         ],
         words=1 + len(kinds),
     )
+    _print_fits(inspection)
     peak, seconds = inspection.memory["peak"], inspection.seconds["total"]
     typer.echo(predicted(inspection.keep, peak, seconds, f"{inspection.tokens:,} tokens"))
     typer.echo(f"memory  {sizes(inspection.memory)}")
     typer.echo(f"time    {phases(inspection.seconds)}")
+    for note in inspection.notes:
+        typer.echo(f"note    {note}")
+
+
+def _print_fits(inspection: Inspection) -> None:
+    """Prints what the narrowed widths fit: groups of quantisers, blocks, numbers of GPUs."""
+    if not all(saving.fits for saving in inspection.savings):
+        return
+    uses = list(dict.fromkeys(rule.use for rule in RULES))
+    print_table(
+        ["keep", "fits", *uses],
+        [
+            [f"{saving.keep:g}", site.kind]
+            + [_fitting(use, saving.fits[site.kind], site.count) for use in uses]
+            for saving in inspection.savings
+            for site in inspection.sites
+        ],
+        words=2 + len(uses),
+    )
+
+
+def _fitting(use: str, counts: dict[str, int], sites: int) -> str:
+    """Returns the numbers of one use that widths fit; how many do where that is not all."""
+    found = [(rule.number, counts[str(rule)]) for rule in RULES if rule.use == use]
+    words = [
+        f"{number}" if count == sites else f"{number} ({count} of {sites})"
+        for number, count in found
+        if count
+    ]
+    return ", ".join(words) or "–"

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -28,12 +28,12 @@ import torch
 import typer
 
 from grail.algebra._fit import Auto
+from grail.commands.root import DEBUG
+from grail.errors import InputError
 from grail.files.pretrained import Pretrained
 from grail.files.text import Text
 from grail.recipe import PRESETS
 from grail.runtime.settings import Runtime, setting, shown_default
-
-DEBUG = "grail.debug"
 
 Made = TypeVar("Made")
 Field = dataclasses.Field[Any]
@@ -51,6 +51,12 @@ def number_or_auto(text: str) -> float | Auto:
         return "auto" if text.lower() == "auto" else float(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is neither a number nor auto") from error
+
+
+def number_or_name(text: object) -> int | str:
+    """Parses a whole number; anything else may be a name."""
+    word = str(text).strip()
+    return int(word) if re.fullmatch(r"-?\d{1,25}", word, re.ASCII) else word
 
 
 def count(text: object) -> int:
@@ -90,12 +96,24 @@ def share(text: object) -> float:
     return found[0]
 
 
+def sizes(text: object) -> list[int]:
+    """Parses whole numbers: 8 or 1,8."""
+    parts = str(text).split(",")
+    if not all(re.fullmatch(r" *0*[1-9]\d{0,8} *", part, re.ASCII) for part in parts):
+        raise typer.BadParameter(
+            f"{str(text)[:40]!r} is no list of sizes; give whole numbers of at least 1, such as 1,8"
+        )
+    return [int(part) for part in parts]
+
+
 # By the metavar of a field, where its value is no plain word or number.
 _PARSERS: dict[str | None, Callable[..., Any]] = {
     "COUNT": count,
     "SHARE": share,
     "SHARES": shares,
     "FLOAT|auto": number_or_auto,
+    "COUNT|TARGET": number_or_name,
+    "SIZES": sizes,
 }
 
 
@@ -164,6 +182,20 @@ class Given:
             for parameter in self.context.command.params
             if parameter.name in names and self._has(parameter.name)
         ]
+
+    def require_used(self, used_by: Mapping[str, Sequence[str]]) -> None:
+        """Raises InputError for an option that does nothing, because none that uses it was given.
+
+        Args:
+            used_by: by name of an option, the names of those that make use of it.
+        """
+        for name, users in used_by.items():
+            if (idle := self.options(name)) and not self.options(*users):
+                flags = {p.name: p.opts[0] for p in self.context.command.params}
+                with_ = " or ".join(flags[user] for user in users)
+                raise InputError(
+                    f"{idle[0]} is used with {with_}: give that as well, or leave it out"
+                )
 
     def command_line(self) -> str:
         """Returns the command with the options that were given, as a shell runs it again."""

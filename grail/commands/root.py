@@ -4,9 +4,13 @@ Commands read options, call the library and print. Nothing is computed here. Eve
 every wrong option ends as one sentence on stderr and exit code 2, any other exception as one
 sentence and exit code 1, Ctrl-C as exit code 130. Progress and predictions go to stderr, results to
 stdout.
+
+A command is imported when it runs, and torch with it: `grail --help` and `grail --version` do not
+wait for that.
 """
 
 import errno
+import importlib
 import traceback
 import warnings
 from typing import Annotated, Any
@@ -14,17 +18,34 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from grail.commands.options import DEBUG
-from grail.errors import GrailError, one_line
-from grail.runtime.memory import ran_out
 from grail.version import __version__
+
+# Where a context notes that the traceback of an error is wanted.
+DEBUG = "grail.debug"
+
+# By name, the first sentence of each command, which its module repeats.
+COMMANDS = {
+    "bench": "Measures how fast models run: prefill and decode, in the runtimes that serve them.",
+    "compress": "Compresses MODEL and writes a plain folder that transformers loads.",
+    "evaluate": "Measures perplexity and size of MODEL on a text.",
+    "export": "Writes a compressed model as a GGUF or ONNX file that stock runtimes load.",
+    "inspect": "Shows the sites of MODEL, what each keep ratio saves, and what a run would cost.",
+    "stats": ("Collects statistics of a dense model, and adds those of several texts or machines."),
+}
 
 # The option class's error; typer does not export it.
 _UsageError: Any = typer.BadParameter.__base__
 
 
 class Commands(TyperGroup):
-    """Turns an exception into one sentence and an exit code."""
+    """Imports the command that runs; turns an exception into one sentence and an exit code."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Returns the name of a command, the command, and its arguments."""
+        if args[0] in COMMANDS:
+            module = importlib.import_module(f"grail.commands.{args[0]}")
+            self.commands[args[0]] = typer.main.get_command(module.app)
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Runs a command."""
@@ -54,12 +75,15 @@ def is_closed_pipe(error: Exception) -> bool:
 
 def _explain(error: Exception) -> tuple[str, int]:
     """Returns the sentence for an exception and the exit code: 2 where the user can act on it."""
-    if isinstance(error, GrailError):
-        return str(error), 2
     if isinstance(error, _UsageError):
         _, *command = error.ctx.command_path.split() if error.ctx else [""]
         said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
         return f"{said[:1].lower()}{said[1:]}; see {' '.join(['grail', *command])} --help", 2
+    from grail.errors import GrailError, one_line
+    from grail.runtime.memory import ran_out
+
+    if isinstance(error, GrailError):
+        return str(error), 2
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be read or written: {error.strerror}", 2
     if ran_out(error):
@@ -71,13 +95,19 @@ def _explain(error: Exception) -> tuple[str, int]:
     ), 1
 
 
-app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
+def commands(**options: Any) -> typer.Typer:
+    """Returns an empty set of commands."""
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        **options,
+    )
+
+
+app = commands(cls=Commands, no_args_is_help=True)
+for _name, _sentence in COMMANDS.items():  # what the help lists; the rest is imported to run
+    app.command(_name, help=_sentence)(lambda: None)
 
 
 def _print_version(wanted: bool) -> None:

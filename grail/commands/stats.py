@@ -7,7 +7,7 @@ import typer
 
 from grail.commands.console import notes_said
 from grail.commands.options import READING, Given, RecipeFile, command, fields
-from grail.commands.root import app
+from grail.commands.root import COMMANDS, commands
 from grail.files.load import CheckpointWarning
 from grail.files.pretrained import Pretrained
 from grail.files.text import SOURCES, Text
@@ -35,17 +35,13 @@ class MergeOptions:
     output: Path = setting(..., "Folder for the sum; new or empty.", flag="--output -o")
 
 
-stats = typer.Typer(
-    no_args_is_help=True,
-    help="Collects statistics of a dense model, and adds those of several texts or machines.",
-)
-app.add_typer(stats, name="stats")
+app = commands(no_args_is_help=True, help=COMMANDS["stats"])
 
 _RECIPE = fields(Recipe, *READ, "seed")
 _RUNTIME = fields(Runtime, "storage", "onload", "progress")
 
 
-@command(stats, Pretrained, CollectOptions, RecipeFile, READING, _RECIPE, _RUNTIME, name="collect")
+@command(app, Pretrained, CollectOptions, RecipeFile, READING, _RECIPE, _RUNTIME, name="collect")
 def collect(given: Given) -> None:
     """Writes the Gram matrices of MODEL's sites on a text, in one pass over the dense model.
 
@@ -65,7 +61,7 @@ def collect(given: Given) -> None:
     typer.echo(f"statistics  {asked.output}")
 
 
-@command(stats, MergeOptions, name="merge")
+@command(app, MergeOptions, name="merge")
 def merge(given: Given) -> None:
     """Adds statistics of one model that were collected on different texts.
 

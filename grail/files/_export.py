@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from grail.arguments import require_language_model
-from grail.errors import ExportError, InputError, one_line
+from grail.errors import ExportError, GrailError, InputError, one_line
+from grail.files import block_widths, grids, remote_code
 from grail.files.alignment import align_file
 from grail.files.load import positions, read_model, runs_own_code
 from grail.files.saving import describe, write
 from grail.report._evaluate import measure_size
-from grail.report.card import card
+from grail.report.card import Form, card
 from grail.report.report import Report
 from grail.runtime.folder import complete
 from grail.runtime.transaction import eval_no_grad
@@ -36,7 +37,8 @@ def export(
     """Saves model and tokenizer, and proves that the folder reloads to the same logits.
 
     The folder gets its name only once it was reloaded and compared. The comparison holds a second
-    copy of the model on the same device. `grail.load_model` reads the folder.
+    copy of the model on the same device. `grail.load_model` reads the folder. Of a quantised model
+    the grids of its weights are written as well, for `grail.export_gguf`.
 
     Args:
         model: a transformers causal language model.
@@ -44,12 +46,14 @@ def export(
         output: folder to create; one that exists must be empty.
         report: written as `report.json`, its settings as `recipe.json`, and in words as the model
             card `README.md`; or a function that returns it, called after the model was written and
-            compared.
+            compared. Its `files` are set to the hashes of the weights.
         page: HTML text, written as `report.html`; or a function of the report that returns it, or
             None for no page.
         uneven: the configuration cannot hold the widths, because they differ by block
-            (`report.model["beyond_configuration"]` of a run). Weights and widths are then written
-            as by `grail.save`, and transformers alone cannot read the folder.
+            (`report.model["beyond_configuration"]` of a run). The folder then holds two small files
+            of Python code, with which stock transformers loads it (`trust_remote_code=True`); of
+            the Llama shape vLLM as well, as DeciLM. Where that code cannot express the widths,
+            weights and widths are written as by `grail.save`, and only grail reads the folder.
 
     Returns:
         The path of the folder.
@@ -66,24 +70,56 @@ def export(
         check_kind("report", report, (Report, NoneType), "a grail.Report, or a function")
     if not callable(page):
         check_kind("page", page, (str, NoneType), "text, or a function of the report")
+    code = _code(model) if uneven else None
     with complete(output, ExportError, size=measure_size(model)[1]) as folder:
-        _write(folder, model, tokenizer, uneven)
+        _write(folder, model, tokenizer, code, alone=uneven and code is None)
+        grids.write(model, folder)
         _verify(folder, model)
-        _describe(folder, report, page, uneven)
+        form = _form(uneven, code)
+        _describe(folder, report, page, form)
     return Path(output).resolve()
 
 
-def _write(folder: Path, model: Any, tokenizer: Any, uneven: bool) -> None:
+def _code(model: Any) -> block_widths.Expressed | None:
+    """Returns a model's widths as remote code; None where it cannot express them."""
     try:
-        if uneven:
+        return block_widths.express(model)
+    except GrailError:
+        return None
+
+
+def _form(uneven: bool, code: block_widths.Expressed | None) -> Form:
+    """Returns the form of a folder, for its model card."""
+    if not uneven:
+        return "stock"
+    if code is None:
+        return "grail"
+    if code.by_ffn_mult:
+        return "decilm-256"
+    return "decilm" if code.decilm else "uneven"
+
+
+def _write(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    code: block_widths.Expressed | None,
+    alone: bool,
+) -> None:
+    try:
+        if alone:
             write(model, folder)
             model.config.save_pretrained(folder)
             if model.can_generate():
                 model.generation_config.save_pretrained(folder)
         else:
-            model.save_pretrained(folder)
+            # The names of checkpoints are translated by model type, which code of its own changes.
+            names = {} if code is None else {"save_original_format": False}
+            model.save_pretrained(folder, **names)
             for weights in folder.glob("*.safetensors"):
                 align_file(weights)
+            if code is not None:
+                remote_code.write(code.code, code.settings, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     # Refusals and full disks come as ValueError, RuntimeError, OSError, SafetensorError, …
@@ -95,7 +131,7 @@ def _describe(
     folder: Path,
     report: Report | Callable[[], Report] | None,
     page: str | Callable[[Report], str | None] | None,
-    uneven: bool,
+    form: Form,
 ) -> None:
     """Writes the files for people; a README.md of the model's own stays."""
     found = report() if callable(report) else report
@@ -104,7 +140,7 @@ def _describe(
     if page is not None:
         (folder / "report.html").write_text(page, encoding="utf-8")
     if found is not None:
-        describe(found, folder, card(found, uneven=uneven))
+        describe(found, folder, card(found, form))
 
 
 def _verify(folder: Path, model: Any) -> None:

@@ -4,7 +4,7 @@ import copy
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 
 from grail.arguments import require_usable
 from grail.errors import GrailError, InputError, ModelError, one_line
+from grail.files import remote_code
 from grail.files.alignment import align_weights
+from grail.files.gguf_reading import read_once
 from grail.files.saving import WIDTHS, load
 from grail_kernels import check_kind
 
@@ -84,10 +86,11 @@ def load_model(
     options["trust_remote_code"] = trust_remote_code
     if gguf_file is None:
         _require_language_model(source, where, trust_remote_code)
-    tokenizer = _read_tokenizer(source, where, options)
-    with _refusing(source, trust_remote_code):
-        # Weights of other shapes are refused below, by name.
-        model, found = read_model(where, dtype, ignore_mismatched_sizes=True, **options)
+    with nullcontext() if gguf_file is None else read_once():
+        tokenizer = _read_tokenizer(source, where, options)
+        with _refusing(source, trust_remote_code):
+            # Weights of other shapes are refused below, by name.
+            model, found = read_model(where, dtype, ignore_mismatched_sizes=True, **options)
     _require_same_weights(source, found)
     if gguf_file is not None:
         model = _without_quantiser(model)
@@ -111,7 +114,11 @@ def read_model(
 
     options.setdefault("trust_remote_code", False)  # None would ask on standard input
     if not (Path(where) / WIDTHS).is_file():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        ours = remote_code.is_written(where)
+        if ours and options["trust_remote_code"]:  # code that was edited is run as it is
+            ours = remote_code.edited(where) is None
+        read: Any = remote_code.load if ours else AutoModelForCausalLM.from_pretrained
+        loaded: Any = read(
             where,
             dtype=dtype or "auto",
             output_loading_info=True,
@@ -246,14 +253,15 @@ def _read_tokenizer(source: str | Path, where: str, options: dict[str, Any]) -> 
     from transformers import AutoConfig, AutoTokenizer
 
     failure, reason = None, "it would have special tokens alone"
+    config: Any = remote_code.stock_config(where) if remote_code.is_written(where) else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, config=config, **options)
         if len(tokenizer) > len(tokenizer.all_special_ids):
             return tokenizer
     except Exception as error:  # of no common type, see _refusing
         failure, reason = error, one_line(error)
     with _refusing(source, options["trust_remote_code"]):
-        config = AutoConfig.from_pretrained(where, **options)
+        config = config or AutoConfig.from_pretrained(where, **options)
         if failure is not None and _needs_code(failure):
             raise failure
     if Path(where).is_dir() and not any(Path(where).glob(p) for p in _TOKENIZER_FILES):

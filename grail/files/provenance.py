@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grail.errors import InputError
 from grail.runtime.folder import file_hash
 from grail.version import __version__
 
@@ -32,10 +33,7 @@ def provenance(command: str, source: str) -> dict[str, Any]:
         command, date (UTC, ISO 8601), grail (version), commit (None if unknown), and model:
         {source, files: by name {bytes, sha256}}; no files if they cannot be found.
     """
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        for path in weight_files(source)
-    }
+    files = {path.name: _facts(path) for path in weight_files(source)}
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -43,6 +41,10 @@ def provenance(command: str, source: str) -> dict[str, Any]:
         "commit": commit(),
         "model": {"source": source, "files": files},
     }
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def weight_files(source: str) -> list[Path]:
@@ -81,6 +83,31 @@ def _cached(name: str) -> Path | None:
         found = try_to_load_from_cache(name, "config.json")
         return Path(found).parent if isinstance(found, str) else None
     return None
+
+
+def hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns {bytes, sha256} of each safetensors file in a folder, by name."""
+    return {path.name: _facts(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def require_unedited(folder: Path) -> None:
+    """Raises InputError if a file of weights is not the one that a folder's report describes.
+
+    A folder without a report, or with one of an earlier version, has no hashes and is accepted.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = dict(json.loads((folder / "report.json").read_text(encoding="utf-8"))["files"])
+    if not known:
+        return
+    found = hashes(folder)
+    odd = [name for name in sorted(known | found) if known.get(name) != found.get(name)]
+    if odd:
+        how = "is another file than" if odd[0] in found else "is not there, which"
+        raise InputError(
+            f"{folder} was edited: {odd[0]} {how} its report.json lists; compress the model again, "
+            "or export the edited model to a folder of its own (grail.export)"
+        )
 
 
 def text_source(source: str, batches: Sequence[Tensor]) -> dict[str, Any]:

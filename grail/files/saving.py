@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from grail.arguments import as_path, require_model, require_usable
 from grail.errors import ExportError, InputError
+from grail.files.provenance import hashes
 from grail.networks.configuration import own_configuration
 from grail.recipe import save_beside
 from grail.report.card import card
@@ -41,7 +42,7 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
         model: any network.
         output: folder to create; one that exists must be empty.
         report: written as `report.json`, its settings as `recipe.json`, and in words as the model
-            card `README.md`.
+            card `README.md`. Its `files` are set to the hashes of the weights.
 
     Returns:
         The path of the folder.
@@ -56,12 +57,13 @@ def save(model: nn.Module, output: str | Path, report: Report | None = None) -> 
     with complete(output, ExportError, size=size) as folder:
         write(model, folder)
         if report is not None:
-            describe(report, folder, card(report, transformers=False))
+            describe(report, folder, card(report, "saved"))
     return Path(output).resolve()
 
 
 def describe(report: Report, folder: Path, words: str) -> None:
     """Writes the report of a run, its recipe, and the model card into a folder that is there."""
+    report.files = hashes(folder)
     report.save(folder / "report.json")
     save_beside(report.settings, folder)
     if not (folder / "README.md").exists():  # of a tokenizer

@@ -8,7 +8,7 @@ from torch import nn
 
 from grail.errors import InputError, ModelError
 from grail.networks import convnets, decoders, encoders, structure
-from grail.networks.named import Fused, Named, Site
+from grail.networks.named import Fused, Named, Part, Site
 from grail.networks.site import (
     AnyPoint,
     Architecture,
@@ -28,6 +28,7 @@ __all__ = [
     "BoundSite",
     "CalibrationPoint",
     "Fused",
+    "Part",
     "ResidualProbe",
     "Site",
     "find",

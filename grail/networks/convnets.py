@@ -23,9 +23,10 @@ from torch import fx, nn
 from grail.algebra.kinds import MAPS
 from grail.algebra.width import Width
 from grail.errors import ModelError
-from grail.networks.channel_graph import Channels, Flow
+from grail.networks.channel_graph import Flow
+from grail.networks.channel_sets import Channels
 from grail.networks.configuration import has_configuration, not_held
-from grail.networks.layers import Consumer, Producer
+from grail.networks.layers import Along, Consumer, Producer
 from grail.networks.site import Architecture, BoundSite, ResidualProbe, bind
 
 _LISTS = (nn.Sequential, nn.ModuleList)
@@ -91,6 +92,12 @@ class ConvNet(Architecture):
         def named(nodes: Sequence[fx.Node]) -> list[tuple[str, Any]]:
             return [(f"{self._names[number]}.{node.target}", flow.module(node)) for node in nodes]
 
+        for node in channels.consumers:
+            if (groups := getattr(flow.module(node), "groups", 1)) > 1:
+                raise ModelError(
+                    f"{self._names[number]}.{node.target} reads its channels in {groups} groups; "
+                    "grail.trace finds such sites"
+                )
         return bind(
             name=name,
             kind="conv",
@@ -102,7 +109,7 @@ class ConvNet(Architecture):
                     named(channels.consumers), channels.consumers, strict=True
                 )
             ),
-            along=tuple(named(channels.along)),
+            along=tuple(Along(*layer) for layer in named(channels.along)),
             probe=_probe(flow, channels.consumers[-1]),
         )
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from grail.algebra.reduction import Reduction
+from grail.algebra.targets import Multiple
 from grail.algebra.width import ChannelWidth, usual_multiple
 from grail.errors import InputError, ModelError
 from grail.networks.layers import Consumer, Producer, Reader, Routed
@@ -185,7 +186,7 @@ class ExpertConsumer(Consumer):
 class ExpertSite(BoundSite):
     """The intermediate channels of one expert."""
 
-    def width(self, keep: float, multiple: int | None) -> ChannelWidth:
+    def width(self, keep: float, multiple: Multiple | None) -> ChannelWidth:
         """Returns the nearest width that the kernels of grouped products accept.
 
         Raises:

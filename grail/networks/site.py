@@ -3,7 +3,7 @@
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from grail.algebra.kinds import MAPS, NORMS
 from grail.algebra.reduction import Reduction, Selection
+from grail.algebra.targets import Multiple
 from grail.algebra.width import ChannelWidth, GroupWidth, Width
 from grail.errors import InputError, ModelError
-from grail.networks.layers import Consumer, Producer, check_along, narrow_along, values_along
+from grail.networks.layers import Along, Consumer, Producer
 from grail.runtime.transaction import Transaction
 
 LEAST_SLOPE = 1e-3  # of a batch norm's largest slope; below it no drift is corrected
@@ -75,11 +76,15 @@ class CalibrationPoint:
 
         One map of channels for all taps of a convolution cannot be.
         """
-        return self.probe is not None and self.fits_outputs(per_tap)
+        return self.probe is not None and self._is_one_map(per_tap)
 
     def fits_outputs(self, per_tap: bool) -> bool:
         """Returns whether the consumer can be fitted to arbitrary outputs."""
-        return len(self.consumers) == 1 and (per_tap or self.consumers[0].taps == 1)
+        return self._is_one_map(per_tap) and self.consumers[0].reads_all
+
+    def _is_one_map(self, per_tap: bool) -> bool:
+        (first, *others) = self.consumers
+        return not others and first.groups == 1 and (per_tap or first.taps == 1)
 
     def drift(self, target: Tensor, observed: Tensor) -> Tensor:
         """Returns the output [..., O] that the consumer lacks, from fp32 target and observed."""
@@ -139,13 +144,13 @@ class BoundSite(CalibrationPoint):
     Args:
         kind: "mlp", "heads", "conv", ….
         producers: the layers that write its channels.
-        along: layers in between that treat every channel separately, by name.
+        along: layers and parameters in between that treat every channel separately.
         sizes: attributes that hold the width, as (owner, name).
     """
 
     kind: str
     producers: tuple[Producer, ...]
-    along: tuple[tuple[str, nn.Module], ...] = ()
+    along: tuple[Along, ...] = ()
     sizes: tuple[tuple[Any, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -157,10 +162,11 @@ class BoundSite(CalibrationPoint):
             found = ", ".join(f"{name} {count}" for name, count in counts)
             raise ModelError(
                 f"{self.name}: its layers disagree on the number of channels: {found}; a layer "
-                "that writes several values for each, [gate; up], is grail.Fused(name)"
+                "that writes several values for each, [gate; up], is grail.Fused(name), and one "
+                "of whose channels others are another site's is grail.Part(name, …)"
             )
-        for name, module in self.along:
-            check_along(name, module, self.channels)
+        for layer in self.along:
+            layer.check(self.channels)
 
     @property
     def outputs(self) -> int:
@@ -171,7 +177,8 @@ class BoundSite(CalibrationPoint):
         """Returns every layer that narrowing rewrites, by its name."""
         writing = {producer.name: producer.module for producer in self.producers}
         reading = {consumer.name: consumer.module for consumer in self.consumers}
-        return {**writing, **dict(self.along), **reading}
+        between = {layer.name: layer.module for layer in self.along}
+        return {**writing, **between, **reading}
 
     def add_biases(self, transaction: Transaction) -> None:
         """Adds a bias of zeros to every layer of the site without one."""
@@ -194,7 +201,7 @@ class BoundSite(CalibrationPoint):
         """Returns weights [H, ...] whose row h writes channel h."""
         return tuple(rows for producer in self.producers for rows in producer.rows())
 
-    def width(self, keep: float, multiple: int | None) -> Width:
+    def width(self, keep: float, multiple: Multiple | None) -> Width:
         """Returns the feasible width nearest to `keep`."""
         return ChannelWidth.nearest(self.channels, keep, multiple)
 
@@ -210,8 +217,8 @@ class BoundSite(CalibrationPoint):
         reduction = reductions["channels"]
         for producer in self.producers:
             producer.narrow(reductions, transaction)
-        for _, module in self.along:
-            narrow_along(module, reduction, transaction)
+        for layer in self.along:
+            layer.narrow(reduction, transaction)
         for owner, name in self.sizes:
             transaction.set_attribute(owner, name, reduction.kept)
 
@@ -221,18 +228,17 @@ class BoundSite(CalibrationPoint):
             for producer in self.producers
             for role, count in lost.items()
         )
-        columns = sum(c.outputs * c.taps for c in self.consumers)
-        along = sum(values_along(module, self.channels) for _, module in self.along)
+        columns = sum(consumer.weights_per_channel for consumer in self.consumers)
+        along = sum(layer.values_per_channel() for layer in self.along)
         return rows + (columns + along) * lost["channels"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GroupedSite(BoundSite):
-    """The channels of a grouped convolution: equally many of each group stay."""
+    """The channels that a grouped convolution writes or reads: equally many of each group stay."""
 
-    def width(self, keep: float, multiple: int | None) -> GroupWidth:
-        modules = [producer.module for producer in self.producers]
-        groups = math.lcm(*map(_groups, modules))
+    def width(self, keep: float, multiple: Multiple | None) -> GroupWidth:
+        groups = math.lcm(*_groups(self.producers, self.consumers))
         return GroupWidth.nearest_of_each(groups, self.channels // groups, keep)
 
     def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:
@@ -249,11 +255,11 @@ class GroupedSite(BoundSite):
 def bind(
     *, producers: tuple[Producer, ...], consumers: tuple[Consumer, ...], **fields: Any
 ) -> BoundSite:
-    """Returns a site of the class that its producers require.
+    """Returns a site of the class that its layers require.
 
     A linear layer with several columns for each channel of a map reads the map flattened.
     """
-    grouped = any(_groups(producer.module) > 1 for producer in producers)
+    grouped = max(_groups(producers, consumers)) > 1
     if all(isinstance(producer.module, MAPS) for producer in producers):
         channels = len(producers[0].rows()[0])
         consumers = tuple(consumer.reading(channels) for consumer in consumers)
@@ -261,9 +267,10 @@ def bind(
     return kind(producers=producers, consumers=consumers, **fields)
 
 
-def _groups(module: Any) -> int:
-    """Returns the number of groups of a layer's outputs; 1 for a linear layer."""
-    return getattr(module, "groups", 1)
+def _groups(producers: Iterable[Producer], consumers: Iterable[Consumer]) -> list[int]:
+    """Returns the number of groups of each layer; 1 for a linear layer."""
+    modules = [*(p.module for p in producers), *(c.module for c in consumers)]
+    return [getattr(module, "groups", 1) for module in modules]
 
 
 class Architecture(ABC):
@@ -274,6 +281,7 @@ class Architecture(ABC):
         kinds: of sites, in the order in which they run.
         default: the kinds that are narrowed if none is named.
         blocks: the modules, in order.
+        block_names: their names in the model; empty where they are no parts of it.
         trusted: whether the sites come from a known family; others are checked by a run.
     """
 
@@ -281,6 +289,7 @@ class Architecture(ABC):
     kinds: tuple[str, ...]
     default: tuple[str, ...]
     blocks: Sequence[nn.Module]
+    block_names: Sequence[str] = ()
     trusted = True
 
     @property

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from grail.algebra.reduction import Reduction, Selection
+from grail.algebra.targets import Multiple
 from grail.algebra.width import HeadWidth, Width
 from grail.errors import InputError, ModelError
 from grail.networks.configuration import not_held, own_configuration
@@ -162,6 +163,7 @@ class Transformer(Architecture):
         self._writing: Transaction | None = None  # the run that gave the model its configuration
         named = _blocks(model, layout if isinstance(layout, Layout) else layout[0])
         self._names, self.blocks = list(named), list(named.values())
+        self.block_names = self._names
         self._layouts = [layout] * len(named) if isinstance(layout, Layout) else list(layout)
         self.default = ("experts",) if any(found.experts for found in self._layouts) else ("mlp",)
         others = {
@@ -247,6 +249,18 @@ class Transformer(Architecture):
             if self.config is not None and reason and not self._settings(kind, different, sites):
                 reasons.append(reason)
         return reasons
+
+    def settings_by_block(self) -> list[Settings]:
+        """Returns for each block the settings of a configuration that build its present widths.
+
+        Widths that the family's configuration has no setting for are left out.
+        """
+        found: list[Settings] = []
+        for sites in self.sites(self.kinds):
+            widths = {site.kind: [site.width(1, None)] for site in sites}
+            of_kinds = [self._settings(kind, widths, sites) for kind in widths]
+            found.append({name: value for of_kind in of_kinds for name, value in of_kind.items()})
+        return found
 
     def _settings(
         self, kind: str, widths: Mapping[str, Sequence[Width]], sites: Sequence[BoundSite]
@@ -401,7 +415,7 @@ class HeadSite(BoundSite):
         shared = [rows for producer in self.producers for rows in producer.rows("groups")]
         return (*own, *map(per_query_head, shared))
 
-    def width(self, keep: float, multiple: int | None) -> HeadWidth:
+    def width(self, keep: float, multiple: Multiple | None) -> HeadWidth:
         return HeadWidth.nearest(*self.shape, keep, self.allowed)
 
     def narrow(self, reduction: Reduction, width: Width, transaction: Transaction) -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grail.report.formatting import format_count
 from grail.report.report import Report, fitted_parts
@@ -13,15 +13,21 @@ from grail.report.summary import (
     explanation,
     keep_in_words,
     labelled,
+    quantising_sentence,
     size_sentence,
     verdict,
+    widths_sentence,
 )
 
 _STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
-_UNEVEN = """import grail
+_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)"""
+_ALONE = """import grail
 
 model, tokenizer = grail.load_model("FOLDER")"""
 _SAVED = """import grail
@@ -29,38 +35,83 @@ _SAVED = """import grail
 model = grail.load("FOLDER", make_dense_network)  # a function that returns the dense network"""
 
 
-def card(report: Report, *, uneven: bool = False, transformers: bool = True) -> str:
+# What reads a folder: stock transformers; with the folder's code, in two forms; grail alone.
+Form = Literal["stock", "decilm", "decilm-256", "uneven", "grail", "saved"]
+_LOAD: dict[Form, str] = {
+    "stock": _STOCK,
+    "decilm": _CODE,
+    "decilm-256": _CODE,
+    "uneven": _CODE,
+    "grail": _ALONE,
+    "saved": _SAVED,
+}
+_BY_CODE = (
+    "A stock configuration holds one width for all blocks. The two Python files in this folder add "
+    "the widths: GRAIL generates them, and transformers runs them with `trust_remote_code=True`."
+)
+_NATIVE = "- vLLM has the architecture (DeciLM): `vllm serve FOLDER --trust-remote-code`"
+_WHOLE = "- SGLang, MLX and llama.cpp's converter read "
+_GGUF = "- llama.cpp, for Llama, Mistral, Qwen2 and Qwen3: `grail export FOLDER --gguf small.gguf`"
+_VERIFIED = (
+    "- Verified: this folder reloads in transformers to the same bits. Not verified in vLLM: "
+    "`grail export FOLDER --check FOLDER` compares it there."
+)
+_SERVE: dict[Form, list[str]] = {
+    "stock": ["- vLLM reads it as it reads the dense model: `vllm serve FOLDER`"],
+    "decilm": [
+        _NATIVE,
+        f"{_WHOLE}only widths in multiples of 256; compress with `--multiple 256` for these.",
+    ],
+    "decilm-256": [_NATIVE, f"{_WHOLE}its widths, which are multiples of 256 (not run here)."],
+    "uneven": [
+        "- vLLM, for the families of its transformers backend and unless heads differ by block: "
+        "`vllm serve FOLDER --trust-remote-code --model-impl transformers`",
+    ],
+}
+
+
+def card(report: Report, form: Form = "stock") -> str:
     """Returns the Markdown text of README.md.
 
     Args:
         report: of the compression.
-        uneven: stock configurations cannot hold the widths.
-        transformers: the folder is a causal language model; else `grail.save` wrote it.
+        form: "stock" is read by stock transformers; "decilm", "decilm-256" (every width is a
+            multiple of 256) and "uneven" with the folder's own code; "grail" by
+            `grail.load_model` alone; "saved" is a network that `grail.save` wrote.
     """
     name = str(report.model.get("name") or report.model.get("class") or "model")
-    load = (_UNEVEN if uneven else _STOCK) if transformers else _SAVED
     parts = [
-        _header(report, name, uneven, transformers),
+        _header(report, name, form),
         f"# {_plain(name)}, compressed with GRAIL",
         _removed(report),
         "## Load",
-        f"```python\n{load}\n```",
+        f"```python\n{_LOAD[form]}\n```",
         "A stock configuration cannot hold its widths, so grail is needed to load it."
-        if uneven
+        if form == "grail"
         else "",
+        *_served(report, form),
         *_scores(report),
         *_origin(report),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _header(report: Report, name: str, uneven: bool, transformers: bool) -> str:
+def _served(report: Report, form: Form) -> list[str]:
+    """Returns how to serve a folder that transformers loads, and what was not verified."""
+    if form not in _SERVE:
+        return []
+    fits = widths_sentence(report)
+    lines = [*_SERVE[form], _GGUF, *([f"- {fits}."] if fits else []), _VERIFIED]
+    return ["" if form == "stock" else _BY_CODE, "## Serve", "\n".join(lines)]
+
+
+def _header(report: Report, name: str, form: Form) -> str:
     source = str(report.provenance.get("model", {}).get("source", name))
     local = Path(source).exists() or source.endswith(".gguf")
     fields: dict[str, Any] = {}
-    if transformers:
+    if form != "saved":
         fields["base_model"] = name if local else source
-        fields["library_name"] = "grail" if uneven else "transformers"
+        fields["library_name"] = "grail" if form == "grail" else "transformers"
         fields["pipeline_tag"] = "text-generation"
     fields["tags"] = ["grail", "structured-pruning", "compressed"]
     # JSON values are YAML, and need no rule of quoting.
@@ -110,7 +161,13 @@ def _scores(report: Report) -> list[str]:
     table = [header, ["---"] * len(header), *rows]
     text = "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in table)
     size = size_sentence(report)
-    sentences = [explanation(report), verdict(report), size and f"On disk: {size}."]
+    rounding = quantising_sentence(report)
+    sentences = [
+        explanation(report),
+        rounding and f"Quantised: {rounding}.",
+        verdict(report),
+        size and f"On disk: {size}.",
+    ]
     return ["## Scores", text, *map(_plain, sentences)]
 
 

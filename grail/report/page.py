@@ -21,10 +21,12 @@ from grail.report.summary import (
     headline,
     keep_in_words,
     labelled,
+    quantising_sentence,
     resumed_sentence,
     size_sentence,
     stage_table,
     verdict,
+    widths_sentence,
 )
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def page(report: Report) -> str:
         facts=_facts(report),
         figure=figure,
         claim=claim,
-        lead=[line for line in (explanation(report), verdict(report)) if line],
+        lead=[line for line in _lead(report) if line],
         evaluation=_evaluation(report),
         samples=_samples(report),
         prompts=completions.PROMPTS,
@@ -95,6 +97,12 @@ def page(report: Report) -> str:
         details=_details(report),
         sites=_site_table(report.sites),
     )
+
+
+def _lead(report: Report) -> tuple[str, ...]:
+    """Returns the sentences below the headline; some may be empty."""
+    rounding = quantising_sentence(report)
+    return explanation(report), rounding and f"{rounding}.", verdict(report)
 
 
 @cache
@@ -134,6 +142,7 @@ def _evaluation(report: Report) -> dict[str, Any] | None:
         "tokens": next(iter(rows.values())).tokens,
         "several_runs": report.same_choice is not None,
         "size": size_sentence(report),
+        "widths": widths_sentence(report),
     }
 
 

@@ -90,6 +90,29 @@ class InputReport:
 
 
 @dataclass
+class LayerReport:
+    """A matrix that was rounded to a grid of GGUF, and the error of its layer's output."""
+
+    name: str  # of the layer: "model.layers.3.mlp.down_proj"
+    block: int | None  # None: embedding or output matrix
+    format: str  # "q4_1", "q8_0"
+    # ‖(W − Q) X‖ / ‖W X‖, X what the layer reads in the quantised network; `nearest_error` is the
+    # same of rounding to nearest. None: rounded to nearest, and not measured.
+    error: float | None
+    nearest_error: float | None
+
+
+def mean_errors(layers: Sequence[LayerReport]) -> tuple[float, float] | None:
+    """Returns the mean errors of rounded layers, by GPTQ and to nearest; None if none has one."""
+    pairs = [(row.error, row.nearest_error) for row in layers]
+    known = [(own, nearest) for own, nearest in pairs if own is not None and nearest is not None]
+    if not known:
+        return None
+    own, nearest = (statistics.fmean(errors) for errors in zip(*known, strict=True))
+    return own, nearest
+
+
+@dataclass
 class Evaluation:
     """One model on the held-out text: dense, or narrowed by `selector` and `compensation`."""
 
@@ -100,6 +123,9 @@ class Evaluation:
     selector: str | None = None  # None: nothing was removed
     compensation: str | None = None  # "weights", "bias", "both"; None: plain pruning
     uneven: bool = False  # blocks keep different shares
+    # The format of a quantised model's matrices, whose `bytes` are those of a GGUF file.
+    quantized: str | None = None
+    to_nearest: bool = False  # rounded to nearest; otherwise by GPTQ
     repetition: float | None = None  # share of repeated 4-grams in greedy completions
     repetition_error: float | None = None  # its standard error over completions
 
@@ -109,25 +135,31 @@ class Evaluation:
         if self.selector is None:
             return "dense"
         done = {None: "pruned", "bias": "bias compensated"}.get(self.compensation, "compensated")
-        return f"{done} ({self.selector}{', uneven' if self.uneven else ''})"
+        label = f"{done} ({self.selector}{', uneven' if self.uneven else ''})"
+        if self.quantized is None:
+            return label
+        return f"{label} + {self.quantized} ({'to nearest' if self.to_nearest else 'GPTQ'})"
 
 
 @dataclass(repr=False)
 class Report:
     """Decisions and measurements of a run. Seconds are wall time, sizes are bytes.
 
-    `evaluation` has up to four rows: "dense"; "pruned", without compensation; "compensated", with
-    compensation and the selector of "pruned", if the model of this report has another selector; and
-    "restored", the model of this report. A report is read back by `Report.from_json`.
+    `evaluation` has up to six rows: "dense"; "pruned", without compensation; "compensated", with
+    compensation and the selector of "pruned", if the model of this report has another selector;
+    "restored", the model of this report; and if that is quantised, "unquantised", of a run without,
+    and "rounded", which is "unquantised" rounded to nearest. A report is read back by
+    `Report.from_json`.
     """
 
     settings: dict[str, Any]  # the recipe, `grail.Recipe.as_dict`
     # name, class, dtype, device; parameters, widths, bytes {before, after}; beyond_configuration,
-    # the widths that its configuration cannot hold, so that grail alone loads it, in words
+    # the widths that its configuration cannot hold, in words
     model: dict[str, Any]
     calibration: dict[str, Any]  # source, tokens, sequences, sequence_length
     sites: list[SiteReport] = field(default_factory=list)
     inputs: list[InputReport] = field(default_factory=list)  # of attention, where it was corrected
+    quantized: list[LayerReport] = field(default_factory=list)  # matrices on a grid of GGUF
     seconds: dict[str, float] = field(default_factory=dict)  # forward, gram, select, solve, total
     memory: dict[str, int] = field(default_factory=dict)  # predicted_peak, measured_peak
     evaluation: dict[str, Evaluation] = field(default_factory=dict)
@@ -139,6 +171,8 @@ class Report:
     # of the earlier runs; `seconds` and the stage "compressing" count those as well.
     resumed: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)  # see `grail.files.provenance`
+    # Of the folder that the report was written into: {bytes, sha256} of each safetensors file.
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # for a person: rounding, fallbacks
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -153,9 +187,18 @@ class Report:
     def same_choice(self) -> str | None:
         """The compensated row whose selector is that of the "pruned" row, if there is one."""
         pruned = self.evaluation.get("pruned")
-        rows = {role: self.evaluation.get(role) for role in ("compensated", "restored")}
+        roles = ("compensated", "unquantised", "restored")
+        rows = {role: self.evaluation.get(role) for role in roles}
         found = (role for role, row in rows.items() if row and pruned)
         return next((role for role in found if _same_selector(rows[role], pruned)), None)
+
+    @property
+    def rounding_recovered(self) -> float | None:
+        """The share of the log-perplexity lost by rounding to nearest that GPTQ recovers."""
+        if not self.evaluation.keys() >= {"unquantised", "rounded", "restored"}:
+            return None
+        rows = ("unquantised", "rounded", "restored")
+        return recovered(*(self.evaluation[row].perplexity for row in rows))
 
     @property
     def recovered(self) -> float | None:
@@ -218,6 +261,7 @@ class Report:
                 row["perplexity"] = math.inf
         data["sites"] = [SiteReport(**site) for site in data["sites"]]
         data["inputs"] = [InputReport(**place) for place in data.get("inputs", [])]
+        data["quantized"] = [LayerReport(**layer) for layer in data.get("quantized", [])]
         data["evaluation"] = {k: Evaluation(**v) for k, v in data["evaluation"].items()}
         return cls(**data)
 

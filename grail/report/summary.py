@@ -4,8 +4,9 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from grail.algebra.targets import RULES
 from grail.report.formatting import format_bytes, format_count, format_number, format_seconds
-from grail.report.report import Evaluation, Report, SiteReport
+from grail.report.report import Evaluation, Report, SiteReport, mean_errors
 
 CLOSE = 1.25  # ratio to the dense model's perplexity up to which a model is close to it
 # A model repeats itself if its repetition exceeds the dense model's by this much, and by more than
@@ -114,6 +115,8 @@ def size_sentence(report: Report) -> str:
         return ""
     parts = [f"source {format_bytes(sizes['source'])}"] if sizes.get("source") else []
     parts.append(f"output {format_bytes(output)} ({dtype})")
+    if sizes.get("quantised"):
+        parts.append(f"as GGUF {format_bytes(sizes['quantised'])}")
     text = ", ".join(parts)
     half = sizes.get("bfloat16", output)
     if half < output:
@@ -121,6 +124,45 @@ def size_sentence(report: Report) -> str:
     if sizes.get("source", math.inf) < output:
         text += "; the source holds fewer bits a weight than the output"
     return text
+
+
+def quantising_sentence(report: Report) -> str:
+    """Describes what rounding the matrices costs, by GPTQ beside rounding to nearest."""
+    errors = mean_errors(report.quantized)
+    if errors is None:
+        return ""
+    rows = [row for row in report.quantized if row.error is not None]
+    text = (
+        f"{len(rows)} matrices in {rows[0].format}: mean error of a layer's output {errors[0]:.3g} "
+        f"by GPTQ, {errors[1]:.3g} rounded to nearest"
+    )
+    if (share := report.rounding_recovered) is not None:
+        text += f"; GPTQ recovers {share:.0%} of the log-perplexity that rounding to nearest loses"
+    return text
+
+
+def widths_sentence(report: Report) -> str:
+    """Describes what the widths of a model's MLPs fit: blocks, groups, numbers of GPUs."""
+    widths = [site.kept for site in report.sites if site.kind == "mlp"]
+    if not widths:
+        return ""
+    common = math.gcd(*widths)
+    fits: dict[str, list[str]] = {}
+    for rule in RULES:
+        if common % (rule.parts * rule.multiple) == 0:
+            fits.setdefault(rule.use, []).append(str(rule.number))
+    words = {
+        "GGUF blocks": "GGUF blocks of {}",
+        "groups": "groups of {}",
+        "tensor parallel": "tensor parallelism on {} GPUs",
+    }
+    found = [
+        text.format(" and ".join(filter(None, (", ".join(fits[use][:-1]), fits[use][-1]))))
+        for use, text in words.items()
+        if use in fits
+    ]
+    fitting = f", which fits {', '.join(found)}" if found else ""
+    return f"MLP widths are multiples of {common}{fitting}"
 
 
 def verdict(report: Report) -> str:

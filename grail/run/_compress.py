@@ -1,6 +1,7 @@
 """The main verb: `compress` a model in place and report what was done."""
 
 import platform
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib import metadata
@@ -11,14 +12,13 @@ from torch import nn
 
 from grail import select
 from grail.algebra._fit import ALPHA
-from grail.algebra.width import Width
 from grail.arguments import require_batches, require_model
 from grail.calibrate.batches import Batch
 from grail.calibrate.stream import Stream
 from grail.errors import InputError, NonFiniteError
 from grail.networks import Architecture, BoundSite, find
 from grail.recipe import AnyRecipe, Keep, Recipe, Sites, merged
-from grail.report.report import Report, SiteReport
+from grail.report.report import LayerReport, Report, SiteReport
 from grail.run import peak_memory, resume_folder
 from grail.run._collect import Collected
 from grail.run._inspect import by_kind
@@ -28,6 +28,8 @@ from grail.run.checkpoint import Checkpoint
 from grail.run.fingerprint import HashedBatches, run_fingerprint, with_calibration
 from grail.run.loop import Run
 from grail.run.peak_memory import PeakMemory
+from grail.run.quantizer import forget_grids, require_quantisable, round_embeddings
+from grail.run.served import WidthWarning, refused
 from grail.runtime import memory
 from grail.runtime.clock import Clock
 from grail.runtime.onload import Onloader, computing_device
@@ -76,6 +78,9 @@ def compress(
         InputError, ModelError, EmptyCalibrationError, NonFiniteError, SolveError, StateError,
         OutOfMemoryError, RankError: the model is as it was.
 
+    Warns:
+        WidthWarning: widths of a language model that no usual group of quantisers divides.
+
     In an initialised `torch.distributed` group all processes call this alike, with the same model
     and the same batches, and end with the same bits: see `grail.runtime.processes`.
 
@@ -92,6 +97,9 @@ def compress(
     dense = _Dense(model, architecture, recipe)
     _require_finite_weights(dense.sites)
     _require_places(recipe, architecture, dense.sites)
+    if recipe.quantize:
+        require_quantisable(architecture, recipe, model)
+    _warn(dense.refused, processes)
     onloader = Onloader(architecture.blocks, None if runtime.onload is None else device)
     in_use = memory.in_use(device)
     clock = Clock(device)
@@ -106,13 +114,14 @@ def compress(
         clock("other"),
     ):
         checkpoint = known = None
+        fingerprint = {} if folder is None else run_fingerprint(model, recipe)
+        rounded = _round_ends(model, recipe, transaction)
         if isinstance(batches, Collected):
             if folder is not None or processes.count > 1:
                 raise InputError("collected statistics are for one process, without resume_dir")
             stream = batches.stream(model, architecture, recipe, device)
             known = partial(batches.statistics, recipe=recipe, stream=stream)
         else:
-            fingerprint = {} if folder is None else run_fingerprint(model, recipe)
             hashed = HashedBatches(batches)
             read = batches if folder is None and processes.count == 1 else hashed
             with clock("forward"):
@@ -141,23 +150,26 @@ def compress(
         calibration=_counts(stream),
         sites=run.rows,
         inputs=run.inputs,
+        quantized=[*rounded, *run.quantized],
         seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         memory=_memory(in_use, predicted, peak.bytes, stream),
         resumed=run.resumed,
-        notes=[
-            *_notes(recipe, dense.asked, stream, run.rows),
-            *run.notes,
-            *architecture.notes(dense.sites, dense.widths),
-        ],
+        notes=[*_notes(recipe, dense, stream, run.rows), *run.notes, *dense.notes()],
         versions=_versions(),
     )
+
+
+def _round_ends(model: nn.Module, recipe: Recipe, transaction: Transaction) -> list[LayerReport]:
+    """Forgets the grids of an earlier run; rounds the embeddings of one that quantises."""
+    forget_grids(model, transaction)
+    return round_embeddings(model, transaction) if recipe.quantize else []
 
 
 class _Dense:
     """A model before the run, for its report.
 
     `sites` and `widths`: see `Recipe`. `asked`: by kind, the share that was asked for, and the
-    width that the structure allows.
+    width that the structure allows. `refused`: sentences about widths that quantisers refuse.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture, recipe: Recipe):
@@ -167,7 +179,12 @@ class _Dense:
         self.asked = by_kind(
             (site, (recipe.keep_of(site), self.widths[site.name])) for site in self.sites
         )
+        self.refused = refused(model, recipe, [(s, self.widths[s.name]) for s in self.sites])
         self._size = _size(model, self.sites)
+
+    def notes(self) -> list[str]:
+        """Returns sentences about what the configuration cannot hold."""
+        return self._architecture.notes(self.sites, self.widths)
 
     def compared(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
         """Returns a description of the model with its sizes before the run and now."""
@@ -222,9 +239,14 @@ def _stream(
 
 def _place(stream: Stream, runtime: Runtime, predicted: PeakMemory | None) -> None:
     """Moves hidden states to the host if they and the run do not fit on the device."""
-    if runtime.onload is None and runtime.storage == "auto" and stream.storage.type != "cpu":
-        held = sum(hidden.nbytes for hidden in stream.hidden)
-        stream.rest_on(peak_memory.waiting_place(predicted, stream.device, held))
+    if stream.storage.type == "cpu":
+        return
+    held = sum(hidden.nbytes for hidden in stream.hidden)
+    place, keeps_inputs = peak_memory.waiting_place(predicted, stream.device, held)
+    if not keeps_inputs:
+        stream.forbid_inputs()
+    if runtime.onload is None and runtime.storage == "auto":
+        stream.rest_on(place)
 
 
 def _memory(
@@ -232,10 +254,8 @@ def _memory(
 ) -> dict[str, int]:
     """Returns the bytes of the report; both peaks include what was in use before the run."""
     here = stream.storage.type == stream.device.type
-    found = {
-        "predicted_peak": 0 if predicted is None else in_use + predicted.total(here),
-        "measured_peak": measured,
-    }
+    peak = 0 if predicted is None else in_use + predicted.total(here, stream.keeps_inputs)
+    found = {"predicted_peak": peak, "measured_peak": measured}
     processes = stream.processes
     return found | ({"sent": processes.sent} if processes.count > 1 else {})
 
@@ -255,6 +275,12 @@ def _require_places(recipe: Recipe, architecture: Architecture, sites: Sequence[
             f"correct_attention is for transformers whose projections to queries, keys and values "
             f"are plain layers; {architecture.name} has none"
         )
+
+
+def _warn(refused: Sequence[str], processes: Processes) -> None:
+    """Warns the caller of `compress` about widths, in one of several processes."""
+    if refused and processes.number == 0:
+        warnings.warn("; ".join(refused), WidthWarning, stacklevel=4)
 
 
 def _require_finite_weights(sites: Sequence[BoundSite]) -> None:
@@ -278,7 +304,7 @@ def _size(model: nn.Module, sites: Sequence[BoundSite]) -> dict[str, Any]:
 
 def _notes(
     recipe: Recipe,
-    asked: dict[str, tuple[float, Width]],
+    dense: _Dense,
     stream: Stream,
     rows: list[SiteReport],
 ) -> list[str]:
@@ -291,13 +317,14 @@ def _notes(
             "nothing could be held out, for want of a second sequence: what is auto was "
             + " and ".join(instead)
         )
-    for name, (keep, width) in asked.items():
+    for name, (keep, width) in dense.asked.items():
         got = width.kept / width.channels
         if abs(keep - got) > 5e-4:
             notes.append(
                 f"{name}: keep={keep:g} is not feasible; the nearest width was used, "
                 f"{width} = {got:.3f}"
             )
+    notes += dense.refused
     notes += [
         f"{row.name}: the Cholesky needed {row.retries} larger damping(s), λ = {row.damping:.3g}"
         for row in rows

@@ -6,6 +6,7 @@ of blocks and batches.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +24,7 @@ from grail.recipe import AnyRecipe, Keep, Recipe, merged
 from grail.run import peak_memory
 from grail.run.block import BlockCompressor
 from grail.run.blocks import Blocks
+from grail.run.served import fits, generates, refused
 from grail.runtime import memory
 from grail.runtime.clock import Clock
 from grail.runtime.onload import Onloader, computing_device
@@ -45,12 +47,17 @@ class SiteKind:
 
 @dataclass(frozen=True)
 class Saving:
-    """The model at one keep ratio: widths in words by kind, parameters and bytes."""
+    """The model at one keep ratio: widths in words by kind, parameters and bytes.
+
+    `fits`: by kind, how many widths satisfy each rule of quantisers and runtimes, such as
+    "groups: 128" or "tensor parallel: 8"; empty for a network that is no language model.
+    """
 
     keep: Any  # a ratio, or one for each kind or site
     widths: dict[str, str]
     parameters: int
     bytes: int
+    fits: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(repr=False)
@@ -58,7 +65,8 @@ class Inspection:
     """Sites, savings and the predicted cost of a run. Nothing was changed to find out.
 
     `memory`: bytes by part, and their "peak"; `seconds`: by phase, and their "total". Both are
-    empty for a model that does not read token ids.
+    empty for a model that does not read token ids. `notes`: widths of the predicted run that
+    quantisers refuse.
     """
 
     name: str
@@ -70,6 +78,7 @@ class Inspection:
     tokens: int
     memory: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         sites = ", ".join(f"{site.count} × {site.kind}" for site in self.sites)
@@ -125,6 +134,7 @@ def inspect(
         )
         transaction.undo()
     dense = _of_kinds((site, site.width(1.0, None)) for site in sites)
+    asked_widths = [(site, site.width(asked.keep_of(site), asked.multiple)) for site in sites]
     return Inspection(
         name=architecture.name,
         parameters=parameters,
@@ -138,6 +148,7 @@ def inspect(
         tokens=tokens,
         memory=needed,
         seconds=seconds,
+        notes=refused(model, asked, asked_widths),
     )
 
 
@@ -164,6 +175,7 @@ def _saving(
         {kind: _width_in_words(found) for kind, found in _of_kinds(widths).items()},
         parameters - saved,
         size - saved * architecture.element_size,
+        fits(widths) if generates(model) else {},
     )
 
 
@@ -178,8 +190,7 @@ def _cost(
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Returns memory and seconds of an `Inspection`."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    generates = getattr(model, "can_generate", lambda: False)()
-    decodes = generates and not getattr(model.config, "is_encoder_decoder", False)
+    decodes = generates(model) and not getattr(model.config, "is_encoder_decoder", False)
     if not hasattr(embeddings, "num_embeddings") or not (architecture.trusted or decodes):
         return {}, {}
     device = computing_device(model, onload)
@@ -187,7 +198,7 @@ def _cost(
     trial = _trial(model, batch_size, sequence_length)
     enter = partial(Stream, model, architecture.blocks, trial, device=device)
     with eval_no_grad(model):
-        stream = enter()
+        stream = enter(storage=device if onload is None else "cpu")
         predicted = peak_memory.predict(
             architecture,
             recipe,
@@ -196,12 +207,12 @@ def _cost(
             onloads=onload is not None,
             growth=tokens / stream.tokens,
         )
-    storage = torch.device("cpu")
+    storage, keeps_inputs = torch.device("cpu"), device.type == "cpu"
     if onload is None:
-        storage = peak_memory.waiting_place(predicted, device, held=0)
+        storage, keeps_inputs = peak_memory.waiting_place(predicted, device, held=0)
     parts = {"in use now": in_use}
     if predicted is not None:
-        parts |= predicted.parts(hidden_states=storage.type == device.type)
+        parts |= predicted.parts(storage.type == device.type, keeps_inputs)
     onloader = Onloader(architecture.blocks, None if onload is None else device)
     enter = partial(enter, storage=storage)
     seconds = _seconds(model, architecture, recipe, tokens, enter, onloader)
@@ -211,13 +222,15 @@ def _cost(
 def _saved(widths: Sequence[tuple[BoundSite, Width]]) -> int:
     """Returns the number of parameters that a model loses at these widths of its sites."""
     total = sum(site.parameters_saved(width) for site, width in widths)
-    writers = {p.module: width for site, width in widths for p in site.producers}
+    rows: Counter[nn.Module] = Counter()  # that each layer loses
+    for site, width in widths:
+        for producer in site.producers:
+            rows[producer.module] += len(producer.rows()) * (width.channels - width.kept)
     for site, width in widths:
         for consumer in site.consumers:
             # A layer between two sites loses rows and columns; where they cross, only once.
-            if (behind := writers.get(consumer.module)) is not None:
-                crossing = (width.channels - width.kept) * (behind.channels - behind.kept)
-                total -= crossing * consumer.taps
+            taps = consumer.taps / consumer.groups
+            total -= round((width.channels - width.kept) * taps * rows[consumer.module])
     return total
 
 
@@ -286,7 +299,7 @@ def _seconds(
             compressor = BlockCompressor(
                 Blocks(architecture, recipe, stream, clock, onloader), transaction
             )
-            if any(compressor.blocks.active):
+            if not compressor.blocks.is_idle:
                 # Not the first: what runs before all sites never drifts, and is never corrected.
                 compressor.compress(min(1, blocks - 1), ignore)
             transaction.undo()

@@ -18,7 +18,7 @@ Measured losses of layers instead of fixed schedules: as in AMC (He et al., ECCV
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ from grail.runtime.processes import Processes, refuse_sharded
 from grail.runtime.settings import Runtime
 from grail.runtime.transaction import Transaction, eval_no_grad
 from grail.select import greedy
-from grail.statistics.collector import Advance
+from grail.statistics.collector import Advance, ignore
 from grail.statistics.site_statistics import SiteStatistics
 
 # The network's loss is measured on one batch in so many; sites are fitted to the others.
@@ -262,9 +262,20 @@ class _Measure:
             for block in range(len(blocks)):
                 bar.start(block, 1)
                 if block < done:
-                    blocks.collector.collect(block, [], {}, bar.advance, finish=True)
+                    self._pass(block, bar.advance)
                 else:
                     yield self._block(block, bar.advance)
+
+    def _pass(self, block: int, advance: Advance) -> None:
+        """Moves past a block that was measured before, and rounds as it did then.
+
+        Experts that are watched run one by one.
+        """
+        with ExitStack() as hooks:
+            for site in self._blocks.sites[block]:
+                for consumer in site.consumers:
+                    hooks.enter_context(consumer.watch(ignore))
+            self._blocks.collector.collect(block, [], {}, advance, finish=True)
 
     def _block(self, block: int, advance: Advance) -> list[Part]:
         blocks, sites = self._blocks, self._blocks.sites[block]

@@ -37,12 +37,11 @@ class AttentionCorrection:
     ):
         self._blocks, self._solver = blocks, solver
         self._exchange, self._transaction = exchange, transaction
-        # There is no drift before the first narrowed block.
-        self._first = next((n for n, sites in enumerate(blocks.active) if sites), 0)
 
     def applies_to(self, block: int) -> bool:
         """Returns whether the attention of a block is corrected."""
-        return self._blocks.recipe.correct_attention and block > self._first
+        # There is no drift before the first narrowed block.
+        return self._blocks.recipe.correct_attention and block > self._blocks.first_active
 
     def inputs(self, block: int) -> list[AttentionInput]:
         """Returns the points where the attention of a block reads a stream with drift."""
@@ -63,7 +62,7 @@ class AttentionCorrection:
             report.notes.append(f"{point.name} was not corrected: {error}")
             return
         ((_, decision),) = self._exchange.decided(
-            collected, lambda _, parts: self._solver.corrected(*parts)
+            collected, lambda _, parts: [self._solver.corrected(part) for (part,) in parts]
         )
         ((fit,), (tokens,)) = decision.fits, decision.tokens
         report.inputs.append(_row(point, fit, tokens))

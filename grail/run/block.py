@@ -5,7 +5,8 @@ block are calibrated in the order in which they run, each after the sites before
 Open loop: the statistics of all sites come from one pass of the dense network. Only one block's
 statistics are in memory at a time.
 
-Where drift is corrected, the dense network's hidden states are computed too. Those at each site's
+Where drift is corrected, the dense network's hidden states are computed too, from the first block
+on in which something is narrowed: up to its entry both networks are the same. Those at each site's
 probe are taken before anything in the block is narrowed (see `grail.algebra.drift`).
 """
 
@@ -14,17 +15,19 @@ from functools import partial
 
 from torch import Tensor
 
-from grail.algebra._fit import Fit
-from grail.algebra.reduction import Folding
-from grail.calibrate.hidden_states import HiddenStates, OutputCache
+from grail.algebra._fit import Fit, fit_each
+from grail.algebra.reduction import Folding, Reduction
+from grail.calibrate.hidden_states import HiddenStates
 from grail.calibrate.stream import Stream
 from grail.errors import ModelError
 from grail.networks import AttentionInput, BoundSite, CalibrationPoint, grouped
 from grail.run.attention import AttentionCorrection
 from grail.run.blocks import Blocks
 from grail.run.exchange import Decision, Exchange
+from grail.run.finishing import BlockFinisher
 from grail.run.folding import ExactFolding
 from grail.run.narrower import BlockReport, SiteNarrower
+from grail.run.quantizer import BlockQuantizer
 from grail.run.site_check import explain_failure, is_same_activation
 from grail.run.solver import SiteSolver
 from grail.runtime.transaction import Transaction
@@ -39,40 +42,66 @@ class BlockCompressor:
     Args:
         blocks: the network and its calibration set.
         transaction: through which the model is changed.
-        fit: replaces `grail.fit`.
+        fit: replaces `grail.algebra._fit.fit_each`.
 
-    Phases of the clock: "forward" (blocks, without the statistics), "gram", "select", "solve" and
-    "absorb".
+    Phases of the clock: "forward" (blocks, without the statistics), "gram", "select", "solve",
+    "absorb" and "quantise".
     """
 
     def __init__(
-        self, blocks: Blocks, transaction: Transaction, fit: Callable[..., Fit] | None = None
+        self,
+        blocks: Blocks,
+        transaction: Transaction,
+        fit: Callable[..., Sequence[Fit]] = fit_each,
     ):
         self.blocks, self._transaction = blocks, transaction
         self._recipe, self._stream, self._collector = blocks.recipe, blocks.stream, blocks.collector
-        self._dense = blocks.stream.fork() if blocks.recipe.follows_drift else None
+        self._dense: Stream | None = None  # until a block before has been narrowed
         self.solver = SiteSolver(blocks.recipe, blocks.all_sites, blocks.widths, blocks.clock, fit)
         exchange = Exchange(blocks.stream.processes)
         self._exchange, self._narrower = exchange, SiteNarrower(blocks, transaction)
         self._folding = ExactFolding(blocks, self._narrower, self.solver, exchange)
         self._attention = AttentionCorrection(blocks, self.solver, exchange, transaction)
-        # Memory that every block uses again.
-        self._cache = OutputCache(blocks.stream.device, blocks.stream.storage)
+        self._finisher = BlockFinisher(blocks)
+        self._quantizer = BlockQuantizer(blocks, transaction) if blocks.recipe.quantize else None
+
+    def streams(self, done: int) -> list[Stream]:
+        """Returns the calibration set after so many blocks, in each network that it runs through.
+
+        That is the compressed one and, where drift is followed, the dense one from the first
+        narrowed block on.
+        """
+        if self._dense is None and self._recipe.follows_drift and done > self.blocks.first_active:
+            self._dense = self._stream.fork(self.blocks.dense_share)
+        return [stream for stream in (self._stream, self._dense) if stream is not None]
 
     @property
-    def streams(self) -> list[Stream]:
-        """The calibration set in the compressed network and, if drift is followed, in the dense."""
-        return [stream for stream in (self._stream, self._dense) if stream is not None]
+    def waiting_bytes(self) -> int:
+        """The bytes of the hidden states that wait between two blocks, of both networks."""
+        own = sum(hidden.nbytes for hidden in self._stream.hidden)
+        return own * (1 + self._recipe.follows_drift)
+
+    @property
+    def dense(self) -> Stream | None:
+        """The stream of the dense network, once there is one."""
+        return self._dense
+
+    @property
+    def input_bytes(self) -> int:
+        """The bytes of the inputs of consumers that are kept, so that blocks need not run again."""
+        return self._finisher.input_bytes
 
     def passes(self, block: int) -> int:
         """Returns the number of passes over the calibration set that a block takes."""
         if not self._recipe.closed_loop:
             return 1
         sites = len(grouped(self.blocks.active[block])) + bool(self._attention.inputs(block))
-        return sites + (self._dense is not None) + self.blocks.has_next(block)
+        follows = self._recipe.follows_drift and block >= self.blocks.first_active
+        quantises = self._quantizer is not None
+        return sites + follows + quantises + self.blocks.has_next(block)
 
     def untouched(self, block: int) -> BlockReport:
-        """Returns the report on a block in which nothing becomes narrower."""
+        """Returns the report on a block in which nothing changes."""
         sites = self.blocks.sites[block]
         return BlockReport({site.name: self._narrower.untouched(site) for site in sites})
 
@@ -96,27 +125,34 @@ class BlockCompressor:
         gradients: Mapping[BoundSite, Tensor],
         targets: Mapping[BoundSite, HiddenStates],
         report: BlockReport,
-    ) -> None:
+    ) -> dict[BoundSite, Reduction]:
         """Decides on sites by their statistics, narrows them and rewrites their consumers.
 
         Args:
             gradients: of the sites, if the selector needs them.
             targets: the dense network's hidden states at the probes of sites that correct drift.
-        """
 
-        def decide(site: BoundSite, parts: Sequence[SiteStatistics]) -> Decision:
-            return self.solver.decide(site, parts, gradients.get(site))
+        Returns:
+            Their reductions.
+        """
+        reductions: dict[BoundSite, Reduction] = {}
+
+        def decide(
+            sites: Sequence[BoundSite], parts: Sequence[Sequence[SiteStatistics]]
+        ) -> Sequence[Decision]:
+            return self.solver.decide(sites, parts, [gradients.get(site) for site in sites])
 
         for site, decision in self._exchange.decided(collected, decide):
-            reduction = decision.reduction
+            reduction = reductions[site] = decision.reduction
             self._narrower.check(site, reduction)
             if decision.fits:
                 self._narrower.narrow(site, reduction)
             else:  # a folding, whose fit needs the folded block
                 assert isinstance(reduction, Folding)
                 target = targets.get(site)
-                decision = self._folding.decide(site, reduction, target, self._cache)
+                decision = self._folding.decide(site, reduction, target, self._finisher.cache)
             self._narrower.absorb(site, decision, report)
+        return reductions
 
     def _open(
         self, block: int, sites: Sequence[BoundSite], advance: Advance, report: BlockReport
@@ -136,33 +172,53 @@ class BlockCompressor:
                 f"the attention of block {block + 1} was not corrected: its projections to "
                 "queries, keys and values are no plain layers"
             )
-        targets = self._targets(block, [*inputs, *sites], advance)
+        steps = grouped(sites)
+        # The first narrowed block is the dense network's, too: the pass that collects moves both.
+        both = block == self.blocks.first_active and len(steps) == 1 and self._recipe.follows_drift
+        moves_both = both and self._finisher.split(steps[0]) is not None
+        targets = {} if moves_both else self._targets(block, [*inputs, *sites], advance)
         for point in inputs:
             self._attention.correct(point, targets[point], advance, report)
-        for step in grouped(sites):
+        split, reduction = None, None
+        for step in steps:
+            last = step[-1] is sites[-1]
+            split = self._finisher.split(step) if last else None
             # The block is finished from the last site on: what ran before it need not run again.
-            upstream = step[0].upstream if step[-1] is sites[-1] else ()
+            upstream = step[0].upstream if last and self._quantizer is None else ()
             of_step = {site: targets[site] for site in step if site in targets}
-            with self._cache.recording(upstream):
-                collected = self._collector.collect(block, step, of_step, advance, finish=False)
-            self.narrow(collected, self.blocks.gradients(step), of_step, report)
+            with self._finisher.keeping(upstream, split):
+                collected = self._collector.collect(
+                    block, step, of_step, advance, finish=False, split=split
+                )
+            if split is not None and moves_both:
+                self._finisher.move(self.streams(done=block + 1)[-1], split, advance)
+            reductions = self.narrow(collected, self.blocks.gradients(step), of_step, report)
+            reduction = reductions[step[-1]]
         if self._recipe.repair and sites:
             self._reset_norms(block)
-        with self._cache.replaying():
-            if self.blocks.has_next(block):
-                self._collector.collect(block, [], {}, advance, finish=True)
-            elif sites:  # shows whether everything that had to be narrowed was
-                with explain_failure(), self.blocks.clock("forward"):
-                    self._stream.run(block, 0)
+        if self._quantizer is None:
+            self._finisher.finish(block, advance, split, reduction)
+        else:
+            with explain_failure():
+                report.quantized = self._quantizer.finish(block, advance)
 
     def _targets(
         self, block: int, points: Sequence[AttentionInput | BoundSite], advance: Advance
     ) -> dict[CalibrationPoint, HiddenStates]:
-        """Moves the dense network's hidden states past a block; returns those at its points."""
-        if self._dense is None:
+        """Moves the dense network's hidden states past a block; returns those at its points.
+
+        The first sites of the first narrowed block have no drift, so there is nothing for them.
+        """
+        if not self._recipe.follows_drift or block < self.blocks.first_active:
             return {}
-        held = self._collector.follow(self._dense, block, points, advance)
-        return {point: h for point, h in held.items() if point.corrects_drift(self._recipe.per_tap)}
+        _, dense = self.streams(done=block + 1)
+        held = self._collector.follow(dense, block, points, advance)
+        equal = grouped(points)[0] if block == self.blocks.first_active else []
+        return {
+            point: hidden
+            for point, hidden in held.items()
+            if point not in equal and point.corrects_drift(self._recipe.per_tap)
+        }
 
     def _reset_norms(self, block: int) -> None:
         """Resets the block's batch norms, in the order in which they run."""

@@ -28,7 +28,9 @@ class Blocks:
         onload: brings each block to the device where it runs; default: it is there.
         known: returns statistics that were collected before, where the stream has no batch.
 
-    `sites`: of each block. `active`: those of them that a run changes. `widths`: by name of site.
+    `sites`: of each block. `active`: those of them that a run changes. `first_active`: the first
+    block with such a site. `dense_share`: of the batches, on which the dense network runs.
+    `widths`: by name of site.
     """
 
     def __init__(
@@ -47,9 +49,16 @@ class Blocks:
         self.sites = recipe.sites_of(architecture)
         self.widths = recipe.widths(architecture)
         self.active = [recipe.active(sites, self.widths) for sites in self.sites]
+        self.dense_share = recipe.dense_share
+        self.first_active = next((n for n, sites in enumerate(self.active) if sites), len(self))
 
     def __len__(self) -> int:
         return len(self.sites)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a run changes nothing."""
+        return self.recipe.quantize is None and not any(self.active)
 
     @property
     def all_sites(self) -> list[BoundSite]:

@@ -13,7 +13,7 @@ bits of an uninterrupted one on the same device, with the same versions and thre
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from grail.calibrate.hidden_states import HiddenStates
 from grail.calibrate.stream import Stream
 from grail.errors import StateError
-from grail.report.report import InputReport, SiteReport
+from grail.report.report import InputReport, LayerReport, SiteReport
 from grail.run.fingerprint import require_same_run
 from grail.run.resume_folder import BLOCK, POSITION, files
 from grail.runtime import state
@@ -39,6 +39,7 @@ class Position:
     done: int
     rows: list[SiteReport]
     inputs: list[InputReport]
+    quantized: list[LayerReport]
     notes: list[str]
     seconds: dict[str, float]
 
@@ -65,8 +66,14 @@ class Checkpoint:
         self._folder, self._run, self._model, self._processes = folder, run, model, processes
         self._blocks = _BlockFiles(folder, run, model, transaction)
 
-    def resume(self, streams: Sequence[Stream]) -> Position | None:
+    def resume(
+        self, streams_after: Callable[[int], Sequence[Stream]], waiting_bytes: int
+    ) -> Position | None:
         """Brings model and streams to the last position, and returns it; None if there is none.
+
+        Args:
+            streams_after: returns the streams of the run after so many blocks.
+            waiting_bytes: the most that the hidden states of a position take.
 
         Raises:
             InputError: the folder holds the state of another run.
@@ -86,9 +93,9 @@ class Checkpoint:
         position = None
         if latest:
             found = state.read(self._path(latest), POSITION)
-            self._restore(found, streams)
+            self._restore(found, streams_after)
             position = self._position(found.content, faults)
-        self._require_space(streams)
+        self._require_space(waiting_bytes)
         return position
 
     def save(self, position: Position, streams: Sequence[Stream]) -> None:
@@ -107,7 +114,7 @@ class Checkpoint:
         tensors = {
             f"{number}.{batch}": hidden
             for number, stream in enumerate(streams)
-            for batch, hidden in enumerate(stream.hidden)
+            for batch, hidden in zip(stream.batches, stream.hidden, strict=True)
         }
         content = {
             "run": self._run,
@@ -136,13 +143,15 @@ class Checkpoint:
                 faults.append(str(error))
         return readable if faults else [0, *readable], faults
 
-    def _restore(self, found: state.State, streams: Sequence[Stream]) -> None:
+    def _restore(
+        self, found: state.State, streams_after: Callable[[int], Sequence[Stream]]
+    ) -> None:
         """Replaces the hidden states of streams; after the last block there are none."""
         if not found.tensors:
             return
-        for number, stream in enumerate(streams):
+        for number, stream in enumerate(streams_after(found.content["done"])):
             hidden = HiddenStates(stream.storage)
-            for batch in range(len(stream)):
+            for batch in stream.batches:
                 name = f"{number}.{batch}"
                 tensor, strides = found.tensors.pop(name), found.content["strides"][name]
                 hidden.put(batch, _strided(tensor, strides))
@@ -162,15 +171,15 @@ class Checkpoint:
             done,
             [SiteReport(**row) for row in content["rows"]],
             [InputReport(**row) for row in content["inputs"]],
+            [LayerReport(**row) for row in content["quantized"]],
             [*content["notes"], *elsewhere, *damaged],
             content["seconds"],
         )
 
-    def _require_space(self, streams: Sequence[Stream]) -> None:
-        hidden = sum(tensor.nbytes for stream in streams for tensor in stream.hidden)
+    def _require_space(self, waiting_bytes: int) -> None:
         weights = sum(parameter.nbytes for parameter in self._model.parameters())
         used = sum(path.stat().st_size for path in files(self._folder))
-        state.require_space(self._folder, 2 * hidden + weights - used)
+        state.require_space(self._folder, 2 * waiting_bytes + weights - used)
 
     def _positions(self) -> list[Path]:
         return sorted(self._folder.glob(f"{POSITION}-*.state"))
@@ -236,8 +245,12 @@ class _BlockFiles:
             change.set_attribute(*self._owner(name), own)
         for name, tensor in found.tensors.items():
             owner, key = self._owner(name)
-            parameter = isinstance(getattr(owner, key), nn.Parameter)
-            (change.set_parameter if parameter else change.set_buffer)(owner, key, tensor)
+            old = getattr(owner, key, None)
+            if not isinstance(old, Tensor):  # which the layer had not before
+                change.set_attribute(owner, key, tensor)
+            else:
+                is_parameter = isinstance(old, nn.Parameter)
+                (change.set_parameter if is_parameter else change.set_buffer)(owner, key, tensor)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         owner, _, key = name.rpartition(".")

@@ -17,7 +17,7 @@ from grail.algebra._fit import Fit
 from grail.algebra.gram import Gram
 from grail.algebra.reduction import Reduction
 from grail.errors import InputError
-from grail.networks import AnyPoint
+from grail.networks import AnyPoint, grouped
 from grail.runtime.processes import Processes, ProcessGroup
 from grail.statistics.site_statistics import SiteStatistics
 
@@ -45,27 +45,34 @@ class Exchange:
     def decided(
         self,
         collected: Mapping[AnyPoint, Sequence[SiteStatistics]],
-        decide: Callable[[AnyPoint, Sequence[SiteStatistics]], Decision],
+        decide: Callable[
+            [Sequence[AnyPoint], Sequence[Sequence[SiteStatistics]]], Sequence[Decision]
+        ],
     ) -> Iterator[tuple[AnyPoint, Decision]]:
         """Yields each point and its decision, by the tokens of all processes, in order.
 
         Args:
             collected: the statistics of this process's tokens.
-            decide: called in one process for each point. A single process calls it only when the
-                decision is asked for.
+            decide: called for the points of a group that a process owns; of one process alone only
+                when a decision on the group is asked for.
         """
+        groups = grouped(list(collected))
         if self._processes.count == 1:
-            for point, parts in collected.items():
-                yield point, decide(point, parts)
+            for points in groups:
+                parts = [collected[point] for point in points]
+                yield from zip(points, decide(points, parts), strict=True)
             return
-        owners = [self._next_owner(point.channels**3) for point in collected]
+        owners = {point: self._next_owner(point.channels**3) for point in collected}
         decisions: dict[AnyPoint, Decision] = {}
-        for (point, parts), owner in zip(collected.items(), owners, strict=True):
-            for gram in itertools.chain(*(part.grams for part in parts)):
-                self.reduce(gram, owner)
-            if owner == self._processes.number:
-                decisions[point] = decide(point, parts)
-        for point, owner in zip(collected, owners, strict=True):
+        for points in groups:
+            for point in points:
+                for gram in itertools.chain(*(part.grams for part in collected[point])):
+                    self.reduce(gram, owners[point])
+            own = [point for point in points if owners[point] == self._processes.number]
+            if own:
+                found = decide(own, [collected[point] for point in own])
+                decisions.update(zip(own, found, strict=True))
+        for point, owner in owners.items():
             yield point, self._broadcast(decisions.pop(point, None), owner)
 
     def _next_owner(self, cost: float) -> int:
@@ -80,13 +87,15 @@ class Exchange:
         Raises:
             InputError: Grams of different sites.
         """
-        outputs = 0 if gram.drift is None else gram.drift.outputs
-        shapes = self._processes.gather((gram.channels, outputs))
-        if len({channels for channels, _ in shapes}) > 1 or len({o for _, o in shapes if o}) > 1:
+        drift = None if gram.drift is None else gram.drift.form
+        forms = self._processes.gather((gram.channels, drift))
+        drifts = {form for _, form in forms if form is not None}
+        if len({channels for channels, _ in forms}) > 1 or len(drifts) > 1:
             raise InputError(
-                f"the processes hold sums of different sites: (channels, outputs) are {shapes}"
+                "the processes hold sums of different sites: channels, and outputs and form of the "
+                f"drift, are {forms}; give every process the same sites"
             )
-        for tensor in gram.parts(max(o for _, o in shapes)).values():
+        for tensor in gram.parts(next(iter(drifts), None)).values():
             self._processes.add_up(tensor, owner)
 
     def _broadcast(self, decision: Decision | None, owner: int) -> Decision:

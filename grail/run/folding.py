@@ -38,7 +38,8 @@ class ExactFolding:
         drift is corrected, from those of the dense network.
 
         Args:
-            target: the dense network's hidden states at the site's probe, if it corrects drift.
+            target: the dense network's hidden states at the site's probe, if it corrects drift; of
+                some batches or all.
             cache: outputs of the modules before the site.
         """
         if site.probe is None:  # the effect of folding shows at the consumer's own output
@@ -50,8 +51,10 @@ class ExactFolding:
             collected = self._collector.collect(site.block, [site], targets, ignore, finish=False)
         everything = Selection(range(reduction.kept), reduction.kept)
 
-        def fit(site: BoundSite, parts: Sequence[SiteStatistics]) -> Decision:
-            return self._solver.fitted(site, parts, everything, correction)
+        def fit(
+            sites: Sequence[BoundSite], parts: Sequence[Sequence[SiteStatistics]]
+        ) -> Sequence[Decision]:
+            return self._solver.fitted(sites, parts, [everything], correction)
 
         ((_, decision),) = self._exchange.decided(collected, fit)
         if share is None:
@@ -77,10 +80,12 @@ class ExactFolding:
             follow = self._collector.follow
             own = follow(self._stream.fork(), site.block, [site], ignore)[site]
         if target is not None and share > 0:
-            for batch, dense in enumerate(target):
+            for batch in target.batches:
+                dense = target[batch]
                 # On the computing device, so that the bits do not depend on the storage.
                 mixed = (
                     own[batch].to(self._stream.device).lerp(dense.to(self._stream.device), share)
                 )
                 own.put(batch, mixed)
+            own = own.part(target.batches)
         return own, 1.0, share

@@ -1,6 +1,6 @@
 """The run over all blocks, with its checkpoint after each."""
 
-from grail.report.report import InputReport, SiteReport
+from grail.report.report import InputReport, LayerReport, SiteReport
 from grail.run.block import BlockCompressor
 from grail.run.checkpoint import Checkpoint, Position
 
@@ -12,7 +12,8 @@ class Run:
         compressor: of the blocks.
         checkpoint: read at the start and written after each block.
 
-    `rows`, `inputs`, `notes`: for the report. `resumed`: see `Report`; empty from the first block.
+    `rows`, `inputs`, `quantized`, `notes`: for the report. `resumed`: see `Report`; empty from the
+    first block.
     """
 
     def __init__(self, compressor: BlockCompressor, checkpoint: Checkpoint | None = None):
@@ -20,13 +21,14 @@ class Run:
         self._clock, self._checkpoint = compressor.blocks.clock, checkpoint
         self.rows: list[SiteReport] = []
         self.inputs: list[InputReport] = []
+        self.quantized: list[LayerReport] = []
         self.notes: list[str] = []
         self.resumed: dict[str, float] = {}
 
     def compress(self, progress: bool) -> None:
         """Compresses every block; there is a row for each consumer of each site afterwards."""
         count = len(self._blocks)
-        if not any(self._blocks.active):
+        if self._blocks.is_idle:
             for block in range(count):
                 self.rows += self._compressor.untouched(block).rows
             return
@@ -41,6 +43,7 @@ class Run:
                 report = self._compressor.compress(block, bar.advance)
                 self.rows += report.rows
                 self.inputs += report.inputs
+                self.quantized += report.quantized
                 self.notes += report.notes
                 self._save(block + 1)
 
@@ -49,10 +52,13 @@ class Run:
         if self._checkpoint is None:
             return 0
         with self._clock("checkpoint"):
-            found = self._checkpoint.resume(self._compressor.streams)
+            found = self._checkpoint.resume(
+                self._compressor.streams, self._compressor.waiting_bytes
+            )
         if found is None:
             return 0
         self.rows, self.inputs, self.notes = found.rows, found.inputs, found.notes
+        self.quantized = found.quantized
         self._clock.add(found.seconds)
         self._compressor.solver.remember(found.rows)
         spent = sum(found.seconds.values())
@@ -62,7 +68,9 @@ class Run:
     def _save(self, done: int) -> None:
         if self._checkpoint is None:
             return
-        position = Position(done, self.rows, self.inputs, self.notes, self._clock.seconds)
-        streams = self._compressor.streams if done < len(self._blocks) else []
+        position = Position(
+            done, self.rows, self.inputs, self.quantized, self.notes, self._clock.seconds
+        )
+        streams = self._compressor.streams(done) if done < len(self._blocks) else []
         with self._clock("checkpoint"):
             self._checkpoint.save(position, streams)

@@ -8,7 +8,7 @@ from grail.algebra._fit import Fit
 from grail.algebra.reduction import Folding, Reduction
 from grail.networks import BoundSite
 from grail.networks.layers import Consumer
-from grail.report.report import InputReport, SiteReport
+from grail.report.report import InputReport, LayerReport, SiteReport
 from grail.run.blocks import Blocks
 from grail.run.exchange import Decision
 from grail.run.site_check import SiteCheck
@@ -17,10 +17,11 @@ from grail.runtime.transaction import Transaction
 
 @dataclass
 class BlockReport:
-    """The report on one block: rows by name of site, inputs of its attention, notes."""
+    """The report on one block: rows by name of site, inputs of its attention, matrices, notes."""
 
     sites: dict[str, list[SiteReport]] = field(default_factory=dict)
     inputs: list[InputReport] = field(default_factory=list)
+    quantized: list[LayerReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -15,18 +15,17 @@ a GPU, what more tokens wait for a Gram in the run than two batches have.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grail import select
-from grail.algebra._fit import Fit, peak_bytes
-from grail.algebra.gram import Gram
-from grail.algebra.reduction import Folding, Reduction
+from grail.algebra._fit import Fit, FitSite, batch_bytes
+from grail.algebra.reduction import Folding
 from grail.algebra.width import ChannelWidth
 from grail.calibrate.hidden_states import created_hidden_states
 from grail.calibrate.stream import Stream
@@ -53,11 +52,13 @@ GPU_SHARE = 0.8
 class _Stage:
     """Bytes during the blocks of one shape.
 
-    `waiting`: hidden states. `narrowed`: layers of the other blocks that are narrow by the last of
+    `waiting`: hidden states. `inputs`: those among them that are inputs of consumers, kept so that
+    blocks need not run again. `narrowed`: layers of the other blocks that are narrow by the last of
     them. In addition, `held`: the most in use when a site is decided; `peak`: at any time.
     """
 
     waiting: int
+    inputs: int
     narrowed: int
     held: int
     peak: int
@@ -73,11 +74,12 @@ class PeakMemory:
     blocks: int
     _stages: tuple[_Stage, ...]
 
-    def parts(self, hidden_states: bool) -> Parts:
+    def parts(self, hidden_states: bool, inputs: bool = True) -> Parts:
         """Returns the peak by part; the parts add up to it.
 
         Args:
             hidden_states: whether they wait where the blocks run.
+            inputs: whether inputs of consumers are kept among them (`Stream.keeps_inputs`).
 
         "hidden states"   of all batches, with what is kept of them within a block
         "blocks"          see `blocks`
@@ -87,21 +89,21 @@ class PeakMemory:
         "working set"     the rest: activations, a search or a fit
         """
 
-        def total(stage: _Stage) -> int:
-            return stage.waiting * hidden_states + stage.narrowed + stage.peak
+        def waiting(stage: _Stage) -> int:
+            return (stage.waiting - stage.inputs * (not inputs)) * hidden_states
 
-        stage = max(self._stages, key=total)
+        stage = max(self._stages, key=lambda stage: waiting(stage) + stage.narrowed + stage.peak)
         return {
-            "hidden states": stage.waiting * hidden_states,
+            "hidden states": waiting(stage),
             "blocks": self.blocks,
             "weights": stage.narrowed,
             "statistics": stage.held,
             "working set": stage.peak - stage.held,
         }
 
-    def total(self, hidden_states: bool) -> int:
-        """Returns the peak."""
-        return sum(self.parts(hidden_states).values())
+    def total(self, hidden_states: bool, inputs: bool = True) -> int:
+        """Returns the peak; the arguments are those of `parts`."""
+        return sum(self.parts(hidden_states, inputs).values())
 
 
 def predict(
@@ -130,19 +132,24 @@ def predict(
         return None
 
 
-def waiting_place(predicted: PeakMemory | None, device: torch.device, held: int) -> torch.device:
-    """Returns the device where hidden states wait: the model's GPU if the run fits there as well.
+def waiting_place(
+    predicted: PeakMemory | None, device: torch.device, held: int
+) -> tuple[torch.device, bool]:
+    """Returns the device where hidden states wait, and whether inputs of consumers wait there, too.
 
-    Else, or without a prediction, the host. A run copies them eight times a block; from pageable
-    host memory that takes longer than an H100 takes for the block.
+    It is the model's GPU if the run fits there as well; else, or without a prediction, the host. A
+    run copies them eight times a block; from pageable host memory that takes longer than an H100
+    takes for the block.
 
     Args:
         held: bytes of what is predicted that are on the device already.
     """
+    host = torch.device("cpu")
     if device.type != "cuda" or predicted is None:
-        return torch.device("cpu")
-    fits = predicted.total(hidden_states=True) - held <= GPU_SHARE * memory.free(device)
-    return device if fits else torch.device("cpu")
+        return host, device == host
+    room = GPU_SHARE * memory.free(device) + held
+    keeps_inputs, fits = (predicted.total(True, inputs) <= room for inputs in (True, False))
+    return device if fits else host, keeps_inputs
 
 
 class _Rehearsal:
@@ -163,7 +170,11 @@ class _Rehearsal:
         widths = recipe.widths(architecture)
         blocks = [recipe.active(sites, widths) for sites in recipe.sites_of(architecture)]
         self._held = self._due = self._waiting = self._highest = 0
-        self._kept = [sum(widths[site.name].kept for site in sites) for sites in blocks]
+        self._grown = 0.0  # what waits in the run, as `_waiting` in the rehearsal
+        self._compressor: BlockCompressor | None = None
+        # Of the weights of a block, all are new where they are quantised.
+        least = int(recipe.quantize is not None)
+        self._kept = [sum(widths[site.name].kept for site in sites) or least for sites in blocks]
 
     def predict(
         self, growth: float, known: Callable[[Any], list[SiteStatistics]] | None
@@ -171,7 +182,7 @@ class _Rehearsal:
         """Returns the peak of the run; see the function of this name."""
         entry = growth * sum(hidden.nbytes for hidden in self._whole.hidden)
         if not any(self._kept):  # such a run ends at once
-            return PeakMemory(0, (_Stage(int(entry), 0, 0, 0),))
+            return PeakMemory(0, (_Stage(int(entry), 0, 0, 0, 0),))
         with ExitStack() as stack:
             self._created = stack.enter_context(created_hidden_states())
             stack.enter_context(self._meter)
@@ -179,15 +190,21 @@ class _Rehearsal:
                 stream = self._whole.part(_sample(self._whole)) if len(self._whole) else self._whole
             own = sum(hidden.nbytes for hidden in stream.hidden)
             self._growth = entry / own if own else 0.0
+            self._dense_growth = _share_held(self._whole, self._recipe.dense_share)
             transaction = stack.enter_context(Transaction())
             stack.callback(transaction.undo)
             recipe = dataclasses.replace(self._recipe, selector=_Search(self, self._recipe))
             blocks = Blocks(self._architecture, recipe, stream, self._clock, known=known)
+            # A block may be rehearsed for others, which have drift, and a batch likewise.
+            blocks.first_active, blocks.dense_share = -1, 1.0
             blocks.learn_orders()
-            compressor = BlockCompressor(blocks, transaction, self._fit)
+            compressor = BlockCompressor(blocks, transaction, self._fit_each)
+            self._compressor = compressor
+            # Else a cycle would keep its hidden states.
+            stack.callback(setattr, self, "_compressor", None)
             stages = self._stages(compressor, transaction)
             # The rehearsal's own peak, which is higher only where a run has few batches.
-            stages.append(_Stage(int(entry), 0, 0, self._highest))
+            stages.append(_Stage(int(entry), 0, 0, 0, self._highest))
         largest = 2 * largest_block(self._architecture.blocks) if self._brought_to else 0
         return PeakMemory(largest, tuple(stages))
 
@@ -230,47 +247,37 @@ class _Rehearsal:
             before = self._in_use()
             self._meter.restart()
             self._held = self._due = self._waiting = 0
+            self._grown = 0.0
             compressor.compress(number, ignore)
-            narrowed = self._in_use() - before
-            highest = self._meter.peak
+            highest, after = self._meter.peak, self._in_use()
             transaction.undo()
+            narrowed = after - self._in_use()  # not what stays, scratch that the next block uses
         self._highest = max(self._highest, highest)
         peak = max(highest - self._waiting * self._waits_here, self._due)
-        waiting = int(self._waiting * self._growth)
-        return _Stage(waiting, 0, self._held - before, peak - before), narrowed
+        inputs = int(compressor.input_bytes * self._growth)
+        return _Stage(int(self._grown), inputs, 0, self._held - before, peak - before), narrowed
 
-    def _fit(
-        self,
-        gram: Gram,
-        reduction: Reduction,
-        weight: Tensor,
-        *,
-        fit_bias: bool,
-        held_out: Gram | None,
-        **_: Any,
-    ) -> Fit:
-        """Returns a plain fit in the place of `grail.fit`, and records what that would take.
+    def _fit_each(self, sites: Sequence[FitSite], *, fit_bias: bool, **_: Any) -> list[Fit]:
+        """Returns plain fits in the place of `fit_each`, and records what that would take.
 
         Of the tokens of two batches an expert may get too few, of those of the run enough.
         """
-        outputs = len(weight)
-        for each in (gram, held_out):
-            if each is not None:
+        for site in sites:
+            for each in site.grams:
                 each.parts()  # adds the tokens that wait on a GPU, as a fit does first
-        self._record(
-            peak_bytes(
-                reduction.channels,
-                reduction.kept,
-                outputs,
-                folding=isinstance(reduction, Folding),
-                drift=self._recipe.compensate and gram.drift is not None,
-                held_out=self._recipe.holds_out and self._whole.holds_out,
-                affine=fit_bias,
-                weight_bytes=weight.element_size(),
-            )
-        )
-        plain = reduction.absorb(weight.detach())
-        shift = weight.new_zeros(outputs, dtype=torch.float64)
+        alike = {
+            "compensate": self._recipe.compensate,
+            "held_out": self._recipe.holds_out and self._whole.holds_out,
+            "fit_bias": fit_bias,
+        }
+        if sites:
+            self._record(batch_bytes(sites, **alike))
+        return [self._plain_fit(site, fit_bias) for site in sites]
+
+    def _plain_fit(self, site: FitSite, fit_bias: bool) -> Fit:
+        (weight,) = site.weights
+        shift = weight.new_zeros(len(weight), dtype=torch.float64)
+        plain = site.reduction.absorb(weight)
         return Fit((plain,), math.nan, math.nan, 1.0, 1.0, 0.0, 0, (shift,) if fit_bias else None)
 
     def _record(self, due: int) -> None:
@@ -282,6 +289,10 @@ class _Rehearsal:
         """Returns the bytes in use without hidden states; notes the most of those."""
         waiting = sum(states.nbytes for states in self._created)
         self._waiting = max(self._waiting, waiting)
+        dense = None if self._compressor is None else self._compressor.dense
+        of_dense = 0 if dense is None else sum(states.nbytes for states in dense.held)
+        grown = self._growth * (waiting + (self._dense_growth - 1) * of_dense)
+        self._grown = max(self._grown, grown)
         return self._meter.use - waiting * self._waits_here
 
 
@@ -292,6 +303,7 @@ class _Search:
         self._record, self._selector = rehearsal._record, select.get(recipe.selector)
         self._known = isinstance(recipe.selector, str)
         self.needs_gradient = recipe.needs_gradient
+        self.folds = getattr(self._selector, "folds", False)
 
     def __call__(self, view: select.View) -> Any:
         peak = getattr(self._selector, "peak_bytes", None)
@@ -300,7 +312,7 @@ class _Search:
         view.gram.parts()  # adds the tokens that wait on a GPU, as a search does first
         self._record(0 if peak is None else peak(view))
         channels, kept = view.width.channels, view.width.kept
-        if getattr(self._selector, "folds", False) and isinstance(view.width, ChannelWidth):
+        if self.folds and isinstance(view.width, ChannelWidth):
             return Folding([channel % kept for channel in range(channels)])
         return torch.arange(channels, 0, -1, dtype=torch.float32)
 
@@ -317,6 +329,14 @@ def _sample(stream: Stream) -> list[int]:
         return [largest, largest]
     other = (n for n in range(len(sizes)) if (stream.held_out(n) is None) != (held is None))
     return [next(other, largest), largest]
+
+
+def _share_held(stream: Stream, share: float) -> float:
+    """Returns the share of a stream's bytes that a fork for a share of the batches holds."""
+    sizes = [hidden.nbytes for hidden in stream.hidden]
+    if share == 1 or not sizes:
+        return 1.0
+    return sum(sizes[batch] for batch in stream.spread(share)) / sum(sizes)
 
 
 def _form(block: nn.Module) -> tuple[Any, ...]:

@@ -107,8 +107,12 @@ def _require_reads(
 ) -> None:
     """Raises ModelError unless every consumer reads R x of the x that it read before."""
     for consumer in site.consumers:
+        narrow = consumer.once_narrow(reduction.kept)
         expected = [reduction.restrict(consumer.pixels(x)) for x, _ in before[consumer]]
-        read = [consumer.pixels(x) for x in reads[consumer]]
+        read = [narrow.pixels(x) for x in reads[consumer]]
+        if not consumer.reads_all:  # what others write, too
+            expected += [consumer.others(x) for x, _ in before[consumer]]
+            read += [narrow.others(x) for x in reads[consumer]]
         if len(read) != len(expected) or not all(map(is_same_activation, read, expected)):
             raise ModelError(
                 f"{site.name}: once narrow, {consumer.name} does not read the channels that "

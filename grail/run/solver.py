@@ -4,13 +4,15 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grail import select
-from grail.algebra._fit import Auto, Fit, Toward, fit
-from grail.algebra.gram import Gram
+from grail.algebra import by_group
+from grail.algebra._fit import Auto, Fit, FitSite, Toward, fit_each
+from grail.algebra.gram import Gram, read_together
 from grail.algebra.reduction import Folding, Reduction, Selection, as_reduction
 from grail.algebra.width import Width
 from grail.errors import InputError
@@ -32,7 +34,7 @@ class SiteSolver:
         sites: all sites of the run, none of them narrow yet.
         widths: of the sites, by name.
         clock: phases "select" and "solve".
-        fit: replaces `grail.fit`.
+        fit: replaces `grail.algebra._fit.fit_each`.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class SiteSolver:
         sites: Sequence[BoundSite],
         widths: Mapping[str, Width],
         clock: Clock,
-        fit: Callable[..., Fit] | None = None,
+        fit: Callable[..., Sequence[Fit]] = fit_each,
     ):
         self._recipe, self._widths, self._clock, self._solve = recipe, widths, clock, fit
         narrowed = (site.kind for site in sites if widths[site.name].kept < site.channels)
@@ -54,36 +56,54 @@ class SiteSolver:
         self._done += rows
 
     def decide(
-        self, site: BoundSite, collected: Sequence[SiteStatistics], gradient: Tensor | None
-    ) -> Decision:
-        """Returns the reduction of a site and its fits.
+        self,
+        sites: Sequence[BoundSite],
+        collected: Sequence[Sequence[SiteStatistics]],
+        gradients: Sequence[Tensor | None],
+    ) -> list[Decision]:
+        """Returns the reduction of each site of a group, such as a layer's experts, and its fits.
 
         A folding that is fitted exactly has no fits yet: its block must run folded first.
 
         Args:
-            collected: of each of its consumers.
-            gradient: the site's, if the selector needs it.
+            collected: of each site's consumers.
+            gradients: the sites', if the selector needs them.
         """
+        # One read for all that is asked of them below.
+        read_together([gram for parts in collected for part in parts for gram in part.grams])
         with self._clock("select"):
-            reduction = self._reduction(site, collected, gradient)
-        if isinstance(reduction, Folding) and self._folds_exactly(site):
-            return Decision(reduction, (), ())
-        return self.fitted(site, collected, reduction)
+            reductions = self._reductions(sites, collected, gradients)
+        if isinstance(reductions[0], Folding) and self._folds_exactly(sites[0]):
+            return [Decision(reduction, (), ()) for reduction in reductions]
+        return self.fitted(sites, collected, reductions)
 
     def fitted(
         self,
-        site: BoundSite,
-        collected: Sequence[SiteStatistics],
-        reduction: Reduction,
+        sites: Sequence[BoundSite],
+        collected: Sequence[Sequence[SiteStatistics]],
+        reductions: Sequence[Reduction],
         correction: float | Auto | None = None,
-    ) -> Decision:
-        """Returns the fits of a site whose reduction is known.
+    ) -> list[Decision]:
+        """Returns the fits of sites whose reductions are known.
 
         Args:
             correction: replaces the recipe's `drift_correction`.
         """
-        pairs = zip(collected, site.consumers, strict=True)
-        fits = tuple(self._fit_consumer(part, c, reduction, correction) for part, c in pairs)
+        recipe, known = self._recipe, zip(sites, collected, reductions, strict=True)
+        todo = [
+            (part, consumer, reduction)
+            for site, parts, reduction in known
+            for part, consumer in zip(parts, site.consumers, strict=True)
+        ]
+        fits = iter(self._fits(todo, recipe.toward, recipe.fit_bias, correction))
+        return [
+            self._decision(reduction, parts, tuple(itertools.islice(fits, len(parts))))
+            for parts, reduction in zip(collected, reductions, strict=True)
+        ]
+
+    def _decision(
+        self, reduction: Reduction, collected: Sequence[SiteStatistics], fits: tuple[Fit, ...]
+    ) -> Decision:
         few = tuple(
             f"{part.name}: {part.train.tokens} tokens are too few to fit {reduction.kept} "
             "channels, so it was only pruned"
@@ -103,8 +123,8 @@ class SiteSolver:
         channels = collected.train.channels
         everything = Selection(range(channels), channels)
         identity = torch.eye(channels, dtype=torch.float64, device=collected.train.device)
-        fitted = self._fit(collected, identity, everything, toward="baseline", fit_bias=False)
-        return Decision(everything, (fitted,), (collected.tokens,))
+        site = self._fit_site(collected, identity, everything)
+        return Decision(everything, self._solved([site], "baseline", False), (collected.tokens,))
 
     def view(
         self, site: BoundSite, collected: Sequence[SiteStatistics], gradient: Tensor | None
@@ -129,61 +149,84 @@ class SiteSolver:
         alone = site.group is None  # experts are narrowed together
         return self._recipe.folds_exactly and alone and site.fits_outputs(self._recipe.per_tap)
 
-    def _fit_consumer(
+    def _fits(
         self,
-        statistics: SiteStatistics,
-        consumer: Consumer,
-        reduction: Reduction,
+        todo: Sequence[tuple[SiteStatistics, Consumer, Reduction]],
+        toward: Toward,
+        fit_bias: bool,
         correction: float | Auto | None,
-    ) -> Fit:
-        weight = consumer.by_channel
-        if self._recipe.per_tap:
-            weight, reduction = consumer.by_tap, reduction.repeat(consumer.taps)
-        toward, fit_bias = self._recipe.toward, self._recipe.fit_bias
-        return self._fit(statistics, weight, reduction, toward, fit_bias, correction)
+    ) -> list[Fit]:
+        """Returns the fit of each consumer of each site."""
+        fits: list[Fit | None] = []
+        sites: list[list[FitSite]] = []  # of a grouped convolution, each group's
+        for statistics, consumer, reduction in todo:
+            weight = consumer.by_channel
+            if self._recipe.per_tap:
+                weight, reduction = consumer.by_tap, reduction.repeat(consumer.taps)
+            if statistics.underdetermined(1):  # an expert without a token
+                plain = reduction.absorb(weight)
+                fits.append(Fit((plain,), math.nan, math.nan, math.inf, 0.0, 0.0, retries=0))
+                continue
+            fits.append(None)
+            site = self._fit_site(statistics, weight, reduction)
+            sites.append([site] if consumer.groups == 1 else by_group.split(site, consumer.groups))
+        each = iter(self._solved(list(itertools.chain(*sites)), toward, fit_bias, correction))
+        own = [list(itertools.islice(each, len(parts))) for parts in sites]
+        solved = (
+            found[0] if len(parts) == 1 else by_group.joined(parts, found)
+            for parts, found in zip(sites, own, strict=True)
+        )
+        return [next(solved) if fit is None else fit for fit in fits]
 
-    def _fit(
+    def _fit_site(
+        self, statistics: SiteStatistics, weight: Tensor, reduction: Reduction
+    ) -> FitSite:
+        compensate = self._recipe.compensate and not statistics.underdetermined(reduction.kept)
+        return FitSite(statistics.train, reduction, (weight,), statistics.held_out, compensate)
+
+    def _solved(
         self,
-        statistics: SiteStatistics,
-        weight: Tensor,
-        reduction: Reduction,
+        sites: Sequence[FitSite],
         toward: Toward,
         fit_bias: bool,
         correction: float | Auto | None = None,
-    ) -> Fit:
+    ) -> tuple[Fit, ...]:
         recipe = self._recipe
-        if statistics.underdetermined(1):  # an expert without a token
-            plain = reduction.absorb(weight)
-            return Fit((plain,), math.nan, math.nan, math.inf, 0.0, 0.0, retries=0)
         with self._clock("solve"):
-            return (self._solve or fit)(
-                statistics.train,
-                reduction,
-                weight,
-                compensate=recipe.compensate and not statistics.underdetermined(reduction.kept),
+            found = self._solve(
+                sites,
                 fit_bias=fit_bias,
                 alpha=recipe.alpha,
                 toward=toward,
                 drift_correction=recipe.drift_correction if correction is None else correction,
-                held_out=statistics.held_out,
             )
+        return tuple(found)
 
-    def _reduction(
-        self, site: BoundSite, collected: Sequence[SiteStatistics], gradient: Tensor | None
-    ) -> Reduction:
-        width = self._widths[site.name]
-        if width.kept == site.channels:
-            return Selection(range(site.channels), site.channels)
-        view = self.view(site, collected, gradient)
-        # Of an expert without a token only the weights are known.
-        unseen = site.group is not None and not view.gram.tokens
-        answer = (select.get("magnitude") if unseen else self._select)(view)
-        reduction = _as_reduction(answer, width, f"the selector's answer at {site.name}")
-        if (reduction.channels, reduction.kept) != (width.channels, width.kept):
-            raise InputError(
-                f"the selector answered {reduction!r} at {site.name}, where {width} must stay"
-            )
-        return reduction
+    def _reductions(
+        self,
+        sites: Sequence[BoundSite],
+        collected: Sequence[Sequence[SiteStatistics]],
+        gradients: Sequence[Tensor | None],
+    ) -> list[Reduction]:
+        """Returns each site's reduction; those of equal sizes are chosen as one batch."""
+        found: dict[int, Reduction] = {}
+        batches: dict[tuple[Any, ...], list[tuple[int, select.View]]] = {}
+        for number, (site, parts) in enumerate(zip(sites, collected, strict=True)):
+            width = self._widths[site.name]
+            if width.kept == site.channels:
+                found[number] = Selection(range(site.channels), site.channels)
+                continue
+            view = self.view(site, parts, gradients[number])
+            # Of an expert without a token only the weights are known.
+            unseen = site.group is not None and not view.gram.tokens
+            sizes = (unseen, width.channels, width.kept, view.consumer.shape)
+            batches.setdefault(sizes, []).append((number, view))
+        for (unseen, *_), members in batches.items():
+            selector = select.get("magnitude") if unseen else self._select
+            answers = select.answers(selector, [view for _, view in members])
+            for (number, view), answer in zip(members, answers, strict=True):
+                found[number] = _checked(answer, view.width, sites[number].name)
+        return [found[number] for number in range(len(sites))]
 
     def _expected_share(self, site: BoundSite, collected: Sequence[SiteStatistics]) -> float:
         """Returns the share of drift that a selector assumes the fit to correct.
@@ -205,14 +248,24 @@ class SiteSolver:
         return last_share(self._done, site.kind) if share == "auto" else share
 
 
-def _as_reduction(answer: object, width: Width, what: str) -> Reduction:
-    """Returns a selector's answer as a reduction; of scores [H] the highest are selected."""
+def _checked(answer: object, width: Width, name: str) -> Reduction:
+    """Returns a selector's answer as a reduction; of scores [H] the highest are selected.
+
+    Raises:
+        InputError: it is of another width.
+    """
+    what = f"the selector's answer at {name}"
     if isinstance(answer, Reduction):
-        return answer
-    answer = as_vector(what, answer)
-    if answer.is_floating_point():
-        return select.highest(answer, width, what)
-    return as_reduction(answer, width.channels)
+        reduction = answer
+    else:
+        scores = as_vector(what, answer)
+        if scores.is_floating_point():
+            reduction = select.highest(scores, width, what)
+        else:
+            reduction = as_reduction(scores, width.channels)
+    if (reduction.channels, reduction.kept) != (width.channels, width.kept):
+        raise InputError(f"the selector answered {reduction!r} at {name}, where {width} must stay")
+    return reduction
 
 
 def last_share(rows: Sequence[SiteReport], kind: str) -> float:
@@ -224,4 +277,7 @@ def last_share(rows: Sequence[SiteReport], kind: str) -> float:
     _, block = next(itertools.groupby(narrowed, key=lambda row: row.block), (None, ()))
     last = list(block)
     tokens = sum(row.tokens for row in last)
-    return sum(row.tokens * row.drift_correction for row in last) / tokens if tokens else 0.0
+    if not tokens:
+        return 0.0
+    first = last[0].drift_correction  # of one site the mean is exactly its share
+    return first + sum(row.tokens * (row.drift_correction - first) for row in last) / tokens

@@ -13,7 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from grail.algebra.grids import FORMATS
+from grail.files import block_widths
 from grail.files._export import export
+from grail.files.grids import formats, grids_of, stored_bytes
 from grail.files.provenance import text_source
 from grail.networks import find
 from grail.recipe import Recipe
@@ -24,8 +27,10 @@ from grail.run._collect import Collected
 from grail.run._compress import compress
 from grail.run._inspect import Inspection, inspect
 from grail.run._sensitivity import PROBES, UNDONE, sensitivity
+from grail.run.quantizer import round_all
 from grail.runtime.clock import Stages
 from grail.runtime.settings import Runtime
+from grail.runtime.transaction import Transaction
 
 IMPORTING, LOADING, PREDICTING = "importing", "loading", "predicting"
 RUNS = "runs to compare with"
@@ -76,6 +81,7 @@ def baselines(recipe: Recipe, *, uneven: bool = False) -> dict[str, Recipe]:
     selects channels to be compensated. "compensated" is the same selector and widths as "pruned"
     with compensation, where the model itself has another selector or uneven widths.
     """
+    recipe = replace(recipe, quantize=None)
     if not (recipe.compensate or recipe.fit_bias):
         return {}
     same = replace(recipe, selector="wanda") if recipe.selector == "greedy" else recipe
@@ -116,13 +122,15 @@ class Study:
         """Predicts the time of the whole command from trials on the dense network."""
         compare = compare and bool(self.heldout)
         others = list(baselines(recipe, uneven=uneven).values()) if compare else []
+        rounds = compare and recipe.quantize is not None
+        others += [replace(recipe, quantize=None)] * rounds
         with self.stages(PREDICTING):
             plan = self._inspect(recipe)
             spent = self.stages.seconds
             seconds = {IMPORTING: spent[IMPORTING]} if IMPORTING in spent else {}
             seconds[LOADING] = spent.get(LOADING, 0.0) * (1 + len(others))
             seconds[PREDICTING] = 0.0  # known when all the rest is
-            models = ("dense" not in self.rows) + len(others) + 1
+            models = ("dense" not in self.rows) + len(others) + rounds + 1
             seconds |= self._of_evaluations(models)
             if others:
                 plans = [self._inspect(other) for other in others]
@@ -177,7 +185,7 @@ class Study:
         with self.stages(PERPLEXITY):
             row = evaluate(self.network, self.heldout, progress=self.runtime.progress)
         if recipe is not None:
-            row = replace(row, **self._made_by(recipe))
+            row = replace(row, **self._made_by(recipe), **self._rounded(role))
         if self._completes():
             with self.stages(COMPLETIONS):
                 written = completions.complete(self.network, completions.prompts(self.heldout))
@@ -198,6 +206,34 @@ class Study:
             with self.stages(LOADING):
                 self.network = self.fresh()
 
+    def compare_rounding(self, recipe: Recipe) -> None:
+        """Adds the rows of a run that does not quantise, and of its model rounded to nearest.
+
+        The network is a fresh one afterwards.
+        """
+        if recipe.quantize is None or not self.heldout:
+            return
+        plain = replace(recipe, quantize=None)
+        self.say(f"Measuring the comparison: {self._label(plain)}, and rounded to nearest …")
+        with self.stages(RUNS):
+            runtime = replace(self.runtime, resume_dir=None)
+            compress(self.network, self.batches, recipe=plain, runtime=runtime)
+        self.measure("unquantised", plain)
+        with self.stages(RUNS), Transaction() as transaction:
+            kind = FORMATS[recipe.quantize]
+            round_all(self.network, find(self.network, recipe.sites), kind, transaction)
+        self.measure("rounded", plain)
+        self.network = None
+        with self.stages(LOADING):
+            self.network = self.fresh()
+
+    def _rounded(self, role: str) -> dict[str, Any]:
+        """Returns the fields of a row that describe how the network is quantised."""
+        if not (grids := grids_of(self.network)):
+            return {}
+        size = stored_bytes(self.network)
+        return {"quantized": formats(grids)[0], "to_nearest": role == "rounded", "bytes": size}
+
     def uneven(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with a share for each site, by what narrowing it costs the network."""
         assert not isinstance(self.batches, Collected)
@@ -216,6 +252,7 @@ class Study:
         report.model["bytes"] = {
             "after": measure_size(self.network)[1],
             "bfloat16": bfloat16_bytes(self.network),
+            **({"quantised": stored_bytes(self.network)} if recipe.quantize else {}),
         }
         return report
 
@@ -238,9 +275,11 @@ class Study:
         uneven = bool(reasons := report.model["beyond_configuration"])
         # What the notes advise is done here.
         report.notes = [note for note in report.notes if not note.startswith(tuple(reasons))]
-        report.notes += [
-            f"{reason}: grail alone loads it, by grail.load_model" for reason in reasons
-        ]
+        missing = block_widths.obstacle(self.network) if uneven else None
+        how = "transformers loads it with trust_remote_code=True"
+        if missing is not None:
+            how = f"grail alone loads it, by grail.load_model, since {missing}"
+        report.notes += [f"{reason}: {how}" for reason in reasons]
         export(self.network, self.tokenizer, output, report=finished, page=page, uneven=uneven)
 
     def _label(self, recipe: Recipe) -> str:
@@ -261,8 +300,9 @@ class Study:
         return self.tokenizer is not None and self.network.can_generate()
 
     def _samples(self) -> list[dict[str, str]]:
-        """Returns the first completions of each model, "compensated" left out, as text."""
-        shown = {role: rows for role, rows in self.completions.items() if role != "compensated"}
+        """Returns the first completions of the dense, the pruned and the final model, as text."""
+        roles = ("dense", "pruned", "restored")
+        shown = {role: rows for role, rows in self.completions.items() if role in roles}
         if not shown:
             return []
         tokens = {"prompt": completions.prompts(self.heldout), **shown}

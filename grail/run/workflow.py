@@ -31,6 +31,7 @@ from grail.report.report import Report
 from grail.run import resume_folder
 from grail.run._collect import Collected
 from grail.run._sensitivity import require_single_channels
+from grail.run.served import WidthWarning, refused
 from grail.run.study import IMPORTING, LOADING, Prediction, Study, attribute, text_of
 from grail.runtime.clock import Stages
 from grail.runtime.folder import check_output
@@ -69,7 +70,7 @@ def compress_checkpoint(
             sequences of 2048 tokens.
         baseline: with `evaluate`, also measures plain pruning, in a run of its own.
         uneven: chooses each block's width by the measured cost of narrowing it, at the total size
-            that `keep` gives; only `grail.load_model` then reads the folder.
+            that `keep` gives; transformers then reads the folder with `trust_remote_code=True`.
         recipe, runtime, overrides: see `grail.compress`. `progress` also prints what is done on
             stderr. With `resume_dir` the same call resumes after a crash; the state is deleted once
             the model is written.
@@ -216,11 +217,14 @@ class _Work:
         call, recipe = self.call, self.call.recipe
         study = self._study()
         prediction = self._predicted(study)
+        if not call.uneven:
+            self._warn(study, recipe)
         if study.heldout:
             call.say("Measuring the dense model …")
             study.measure("dense")
         if study.heldout and call.baseline:
-            study.compare(recipe, uneven=call.uneven)
+            with _warned():
+                study.compare(recipe, uneven=call.uneven)
         if call.uneven:
             call.say("Measuring what the model loses by each site …")
             self.notes.append(
@@ -228,8 +232,13 @@ class _Work:
                 'each of them costs. Rows without "uneven" have even widths.'
             )
             recipe = study.uneven(recipe)
+            self._warn(study, recipe)
+        if call.baseline:
+            with _warned():
+                study.compare_rounding(recipe)
         call.say("Compressing …")
-        report = study.run(recipe)
+        with _warned():
+            report = study.run(recipe)
         attribute(report, call.source.name, self._origin)
         report.notes += self.notes
         self._write(study, report, prediction)
@@ -289,6 +298,17 @@ class _Work:
         call.say(f"Time by stage: {', '.join(stages)}.")
         return prediction
 
+    def _warn(self, study: Study, recipe: Recipe) -> None:
+        """Says before a run which of its widths quantisers refuse."""
+        architecture = find(study.network, recipe.sites)
+        widths = recipe.widths(architecture)
+        sites = [(site, widths[site.name]) for site in recipe.all_sites(architecture)]
+        for sentence in refused(study.network, recipe, sites):
+            if self.call.runtime.progress:
+                self.call.say(f"Warning: {sentence}.")
+            elif current_processes().number == 0:
+                warnings.warn(sentence, WidthWarning, stacklevel=2)
+
     def _write(self, study: Study, report: Report, prediction: Prediction) -> None:
         """Writes the output, in the first of several processes, for which the others wait."""
         call, processes = self.call, current_processes()
@@ -302,6 +322,14 @@ class _Work:
             study.write(report, prediction, call.output, page_or_note)
             if folder is not None:
                 resume_folder.clear(folder)
+
+
+@contextmanager
+def _warned() -> Iterator[None]:
+    """Lets runs repeat no warning of widths."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WidthWarning)
+        yield
 
 
 def page_or_note(report: Report) -> str | None:

@@ -1,7 +1,8 @@
-"""An output folder that is complete, or is not there at all.
+"""An output folder or file that is complete, or is not there at all.
 
-Files are written into a hidden sibling folder ending in `.partial`, which gets its name once
-everything is on the disk. If anything interrupts this, the output does not exist.
+Files are written into a hidden sibling folder ending in `.partial`. It, or the one file in it, gets
+the output's name once everything is on the disk. If anything interrupts this, the output does not
+exist.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from grail.arguments import as_path
@@ -17,6 +18,7 @@ from grail.errors import ExportError, GrailError, InputError, one_line
 
 PARTIAL = ".partial"  # ends the name of unfinished files and folders
 _MARGIN = 32 << 20  # bytes for tokenizer, configuration and report
+_PAGE = 1 << 16  # bytes; a write that fails with less left failed for want of room
 
 
 @contextmanager
@@ -31,18 +33,82 @@ def complete(output: str | Path, failure: type[GrailError], *, size: int = 0) ->
         InputError, ExportError: see `check_output`; nothing was written.
     """
     final = check_output(output, size)
+    with _unfinished(final, failure) as partial:
+        yield partial
+        _finish(partial, partial, final)
+
+
+@contextmanager
+def complete_file(output: Path, failure: type[GrailError], *, size: int) -> Iterator[Path]:
+    """Yields a path to write to, which becomes the file `output` at the end of the `with`.
+
+    Args:
+        output: see `require_new_file`.
+        failure: see `complete`.
+        size: bytes that will be written.
+
+    Raises:
+        InputError: `output` exists, or was made meanwhile by another process.
+        ExportError: the disk has less space than `size` and a margin of 32 MiB.
+    """
+    final = output.absolute()
+    with _unfinished(final, failure) as partial:
+        _require_space(str(final), final.parent, size)
+        yield partial / final.name
+        require_new_file(final)
+        _finish(partial, partial / final.name, final)
+
+
+@contextmanager
+def _unfinished(final: Path, failure: type[GrailError]) -> Iterator[Path]:
+    """Yields a new hidden folder beside an output; what is left of it at the end is removed."""
     partial = _partial(final)
     try:
         partial.mkdir(parents=True)
         yield partial
-        usual_modes(partial)
-        flush(partial)
-        partial.rename(final)
-        flush(final.parent, contents=False)
     except OSError as error:
-        raise failure(f"{final} could not be written: {error}") from error
+        reason = f"{error}; the disk is full" if _is_full(final.parent) else str(error)
+        raise failure(f"{final} could not be written: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already after the rename
+
+
+def _finish(partial: Path, written: Path, final: Path) -> None:
+    """Gives what was written its name, once all of it is on the disk."""
+    usual_modes(partial)
+    flush(partial)
+    if written.is_dir():
+        written.rename(final)
+    else:
+        _name_file(written, final)
+    flush(final.parent, contents=False)
+
+
+def _name_file(written: Path, final: Path) -> None:
+    """Gives a file its name, of which there is none; renaming would replace one."""
+    try:
+        os.link(written, final)
+    except FileExistsError as error:
+        raise InputError(f"{final} exists already; name a new file") from error
+    except OSError:  # a disk without hard links
+        require_new_file(final)
+        written.rename(final)
+
+
+def require_new_file(output: Path) -> None:
+    """Raises InputError unless a file of that name can be made; call it before any work."""
+    if os.path.lexists(output):
+        raise InputError(f"{output} exists already; name a new file")
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent} is no folder; make it first, or name another file")
+    try:
+        probe = _partial(output.absolute())
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise InputError(
+            f"{output} cannot be written: {one_line(error)}; name a file elsewhere"
+        ) from error
 
 
 def usual_modes(folder: Path) -> None:
@@ -99,13 +165,26 @@ def _check_output(output: Path, size: int, apart: Path | None) -> Path:
             f"the output {output} lies under {existing}, which is a file; name a folder elsewhere"
         )
     _try_to_write(final, existing)
-    needed, free = size + _MARGIN, shutil.disk_usage(existing).free
-    if size and free < needed:
-        raise ExportError(
-            f"the output {output} needs {needed / 2**20:,.0f} MiB and the disk has "
-            f"{free / 2**20:,.0f} MiB free; free some space or choose another disk"
-        )
+    if size:
+        _require_space(f"the output {output}", existing, size)
     return final
+
+
+def _require_space(what: str, folder: Path, size: int) -> None:
+    """Raises ExportError unless the disk of a folder has room for so many bytes and a margin."""
+    needed, free = size + _MARGIN, shutil.disk_usage(folder).free
+    if free < needed:
+        raise ExportError(
+            f"{what} needs {needed / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} MiB "
+            "free; free some space or choose another disk"
+        )
+
+
+def _is_full(folder: Path) -> bool:
+    """Returns whether a disk is full, which not every library that writes there says."""
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free < _PAGE
+    return False
 
 
 def _overlap(one: Path, other: Path) -> bool:

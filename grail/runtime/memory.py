@@ -8,7 +8,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from grail_kernels import OPERATOR_FUNCTIONS
 
 _C = ctypes.CDLL(None)
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMINFO, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def in_use(device: torch.device) -> int:
@@ -36,6 +37,27 @@ def free(device: torch.device) -> int:
     """Returns the bytes that a GPU can still hand out, those that torch has reserved included."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def available() -> int | None:
+    """Returns the bytes of the host that new processes can take; None where it is not known.
+
+    That is the kernel's estimate, or what the limit of the container leaves, if that is less.
+    """
+    with suppress(OSError, ValueError, IndexError):
+        estimate = _MEMINFO.read_text().split("MemAvailable:")[1]
+        free, left = int(estimate.split()[0]) << 10, _left_in_container()
+        return free if left is None else min(free, left)
+    return None
+
+
+def _left_in_container() -> int | None:
+    """Returns the bytes that the limit of a control group (version 2) leaves; None without one."""
+    with suppress(OSError, ValueError):
+        limit, used = (int((_GROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
+        fields = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        return limit - used + int(fields.get("inactive_file", 0))
+    return None
 
 
 class Peak:

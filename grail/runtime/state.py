@@ -28,7 +28,7 @@ from grail.errors import InputError, StateError, one_line
 from grail.runtime.folder import PARTIAL, flush, usual_modes
 
 SCHEMA = 2  # of the metadata
-ALGORITHM = 2  # raised when sums or positions of an older version cannot be continued
+ALGORITHM = 3  # raised when sums or positions of an older version cannot be continued
 
 _MARGIN = 1 << 20  # bytes that stay free on the disk
 

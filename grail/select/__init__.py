@@ -24,10 +24,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-from grail.algebra.reduction import Reduction
-from grail.algebra.width import Width
+from grail.algebra.reduction import Reduction, Selection
+from grail.algebra.width import HeadWidth, Width
 from grail.arguments import did_you_mean
 from grail.errors import InputError, NonFiniteError
 from grail.select.view import View
@@ -37,6 +38,7 @@ __all__ = [
     "Registered",
     "Selector",
     "View",
+    "answers",
     "canonical",
     "get",
     "highest",
@@ -47,6 +49,7 @@ __all__ = [
 
 Selector = Callable[[View], Reduction | Tensor | Sequence[int]]
 PeakBytes = Callable[[View], int]
+BatchChoice = Callable[[Sequence[View]], Sequence[Reduction]]
 _Choice = TypeVar("_Choice", bound=Callable[[View], Reduction | Tensor])
 
 _EXTRA = f"{__name__}.extra"
@@ -62,17 +65,31 @@ class Registered:
     needs_gradient: bool = False
     peak_bytes: PeakBytes | None = None
     folds: bool = False
+    choose_batch: BatchChoice | None = None
 
     def __call__(self, view: View) -> Reduction:
+        return self.batch([view])[0]
+
+    def batch(self, views: Sequence[View]) -> list[Reduction]:
+        """Returns the choice for each of several sites of equal sizes.
+
+        Scores of channels are read from a GPU together.
+        """
+        if self.choose_batch is not None and len(views) > 1:
+            return list(self.choose_batch(views))
+        chosen = [self._chosen(view) for view in views]
+        scores = [given for given in chosen if isinstance(given, Tensor)]
+        if not scores:
+            return [given for given in chosen if isinstance(given, Reduction)]
+        return _highest(scores, views[0].width, f"selector {self.name!r}")
+
+    def _chosen(self, view: View) -> Reduction | Tensor:
         if self.needs_gradient and view.gradient is None:
             raise InputError(
                 f"selector {self.name!r} needs the gradient of the block's output; run it through "
                 "grail.compress, or fill View.gradient"
             )
-        chosen = self.choose(view)
-        if isinstance(chosen, Reduction):
-            return chosen
-        return highest(chosen, view.width, f"selector {self.name!r}")
+        return self.choose(view)
 
     @property
     def extra(self) -> bool:
@@ -86,6 +103,7 @@ def register(
     needs_gradient: bool = False,
     peak_bytes: PeakBytes | None = None,
     folds: bool = False,
+    choose_batch: BatchChoice | None = None,
 ) -> Callable[[_Choice], _Choice]:
     """Registers a function from `View` to scores [H], or to a `Reduction`, as selector `name`.
 
@@ -93,13 +111,24 @@ def register(
         needs_gradient: whether it reads `View.gradient`.
         peak_bytes: the peak memory of its search, without the view.
         folds: whether it returns a `Folding`.
+        choose_batch: the same choice for several sites of equal sizes, such as the experts of a
+            layer, as one batch of matrices.
     """
 
     def decorate(choose: _Choice) -> _Choice:
-        _registry[name] = Registered(name, choose, needs_gradient, peak_bytes, folds)
+        _registry[name] = Registered(name, choose, needs_gradient, peak_bytes, folds, choose_batch)
         return choose
 
     return decorate
+
+
+def answers(
+    selector: Selector, views: Sequence[View]
+) -> Sequence[Reduction | Tensor | Sequence[int]]:
+    """Returns a selector's answer for each of several sites of equal sizes."""
+    if isinstance(selector, Registered):
+        return selector.batch(views)
+    return [selector(view) for view in views]
 
 
 def highest(scores: Tensor, width: Width, what: str) -> Reduction:
@@ -112,14 +141,26 @@ def highest(scores: Tensor, width: Width, what: str) -> Reduction:
         InputError: scores of another shape.
         NonFiniteError: a score that is NaN.
     """
-    if tuple(scores.shape) != (width.channels,):
-        raise InputError(
-            f"{what} must score each of {width.channels} channels; got {tuple(scores.shape)}"
+    return _highest([scores], width, what)[0]
+
+
+def _highest(scores: Sequence[Tensor], width: Width, what: str) -> list[Reduction]:
+    """Returns what `highest` does for the scores [H] of several sites, by one read of a GPU."""
+    for each in scores:
+        if tuple(each.shape) != (width.channels,):
+            raise InputError(
+                f"{what} must score each of {width.channels} channels; got {tuple(each.shape)}"
+            )
+    together = torch.stack(list(scores)).cpu()
+    bad = together.isnan()
+    if bool(bad.any()):
+        raise NonFiniteError(
+            f"scores of {what}", bad.any(0).nonzero()[:, 0].tolist(), int(bad.sum())
         )
-    if bool(scores.isnan().any()):
-        bad = scores.isnan()
-        raise NonFiniteError(f"scores of {what}", bad.nonzero()[:, 0].tolist(), int(bad.sum()))
-    return width.best(scores)
+    if isinstance(width, HeadWidth):
+        return [width.best(each) for each in together]
+    order = together.argsort(dim=1, descending=True, stable=True)[:, : width.kept]
+    return [Selection(index, width.channels) for index in order.sort(1).values]
 
 
 def names() -> list[str]:

@@ -19,13 +19,13 @@ Source: Hassibi, Stork, "Second order derivatives for network pruning: optimal b
 (NeurIPS 1992), by columns as in Kurtic, Frantar, Alistarh, "ZipLM" (NeurIPS 2023).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from grail.algebra import ridge
-from grail.algebra.reduction import Selection
+from grail.algebra.reduction import Reduction, Selection
 from grail.algebra.width import HeadWidth
 from grail.select import pivots
 from grail.select.view import View
@@ -38,30 +38,34 @@ DAMPING = 3e-5
 BlockCost = Callable[[Tensor, Tensor], Tensor]
 
 
-def eliminate(view: View, damping: float, block_cost: BlockCost) -> Selection:
+def eliminate(views: Sequence[View], damping: float, block_cost: BlockCost) -> list[Reduction]:
     """Drops the channels, or heads, of least cost one after another.
 
     Args:
+        views: sites of equal sizes, whose channels are dropped as one batch.
         damping: λ as a share of the mean diagonal of G.
         block_cost: of a head.
     """
-    inverse, weight = _prepared(view, damping)
-    width = view.width
+    width = views[0].width
     if isinstance(width, HeadWidth):
-        return Selection(_kept_heads(inverse, weight.mT, width, block_cost), width.channels)
-    dropped = pivots.pivots(inverse, weight, width.channels - width.kept, cheapness)
-    kept = torch.ones(width.channels, dtype=torch.bool)
-    kept[dropped] = False
-    return Selection(kept.nonzero().flatten(), width.channels)
+        return [_without_heads(view, damping, block_cost) for view in views]
+    with pivots.one_thread() as in_parallel:
+        inverse, weight = _prepared(views, damping, in_parallel)
+        inverse, weight = inverse.float(), weight.float()
+    dropped = pivots.pivots(inverse, weight, width.channels - width.kept, least=True)
+    kept = torch.ones(len(views), width.channels, dtype=torch.bool).scatter_(1, dropped, False)
+    return [Selection(mask, width.channels) for mask in kept]
 
 
 def peak_bytes(view: View) -> int:
-    """Returns the peak memory of `eliminate`."""
+    """Returns the peak memory of `eliminate` for one site."""
     h, o, dropped = view.width.channels, len(view.consumer), view.width.channels - view.width.kept
-    solving = 3 * h * h  # the identity, the factor of M and its inverse, in addition to G
-    # V; the inverse is in G's place.
-    searching = h * dropped + pivots.working_numbers(h, dropped, o)
-    return 8 * (h * h + h * o + max(solving, searching))
+    solving = 4 * h * h  # G, the identity, the factor of M and its inverse
+    if isinstance(view.width, HeadWidth):
+        return 8 * (solving + h * o)
+    # The fp32 inverse with the fp64 one, or with the search.
+    after = max(3 * h * h, h * h + pivots.searching(h, dropped, o))
+    return max(8 * (solving + h * o), 4 * (after + h * o))
 
 
 def exact_cost(columns: Tensor, inverse: Tensor) -> Tensor:
@@ -69,22 +73,43 @@ def exact_cost(columns: Tensor, inverse: Tensor) -> Tensor:
     return (columns @ torch.linalg.inv(inverse) * columns).sum()
 
 
-def cheapness(squares: Tensor, left: Tensor, first: Tensor) -> Tensor:
-    """Returns -‖W_:j‖² / [M⁻¹]_jj by channel, for `pivots`."""
-    return -squares / left
+def _prepared(
+    views: Sequence[View], damping: float, in_parallel: pivots.InParallel
+) -> tuple[Tensor, Tensor]:
+    """Returns M⁻¹ [E, H, H] and Wᵀ [E, H, O] in fp64, with channels without data decoupled.
+
+    G is scaled by a power of two to a mean diagonal in [1, 4), so that fp32 holds M⁻¹: its diagonal
+    lies between 1/(4·H) and 1/λ.
+    """
+    gram = pivots.stacked([view.gram.matrix() for view in views]).double()
+    weight = pivots.consumers(views, gram)
+    mean = gram.diagonal(dim1=1, dim2=2).mean(1)
+    unit = pivots.power_below_root(mean).double().square()
+    gram /= unit[:, None, None]
+    dead = gram.diagonal(dim1=1, dim2=2) == 0
+    gram.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1)
+    weight.masked_fill_(dead[:, :, None], 0)
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    with in_parallel(2 * gram.numel() * gram.shape[1]):
+        return ridge.solve(gram, identity.expand_as(gram), damping * mean / unit).x, weight
 
 
-def _prepared(view: View, damping: float) -> tuple[Tensor, Tensor]:
-    """Returns M⁻¹ [H, H] and Wᵀ [H, O] in fp64, with channels without data decoupled."""
-    gram = view.gram.matrix().double()
-    weight = gram.new_empty(view.consumer.mT.shape).copy_(view.consumer.mT)
-    mean, dead = gram.diagonal().mean(), gram.diagonal() == 0
-    gram.diagonal()[dead], weight[dead] = 1, 0
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return ridge.solve(gram, identity, damping * mean).x, weight
+def _without_heads(view: View, damping: float, block_cost: BlockCost) -> Selection:
+    """Drops the heads of one site."""
+    assert isinstance(view.width, HeadWidth)
+    with pivots.one_thread() as in_parallel:
+        inverse, weight = _prepared([view], damping, in_parallel)
+        kept = _kept_heads(inverse[0], weight[0].mT, view.width, block_cost, in_parallel)
+    return Selection(kept, view.width.channels)
 
 
-def _kept_heads(inverse: Tensor, weight: Tensor, width: HeadWidth, cost: BlockCost) -> Tensor:
+def _kept_heads(
+    inverse: Tensor,
+    weight: Tensor,
+    width: HeadWidth,
+    cost: BlockCost,
+    in_parallel: pivots.InParallel,
+) -> Tensor:
     """Returns the channels [K] that stay; overwrites `inverse` and `weight`."""
     channels = torch.arange(width.channels).view(width.groups, width.queries, width.head_dim)
     groups = [list(group) for group in channels]  # by group, the channels of each head
@@ -93,9 +118,10 @@ def _kept_heads(inverse: Tensor, weight: Tensor, width: HeadWidth, cost: BlockCo
         costs = [float(cost(weight[:, g], inverse[g[:, None], g])) for g in blocks]
         cheapest = costs.index(min(costs))
         g = blocks[cheapest]
-        share = torch.linalg.solve(inverse[g[:, None], g], inverse[g])
-        weight.sub_(weight[:, g] @ share)
-        inverse.sub_(inverse[:, g] @ share)
+        with in_parallel(2 * inverse.numel() * len(g)):
+            share = torch.linalg.solve(inverse[g[:, None], g], inverse[g])
+            weight.sub_(weight[:, g] @ share)
+            inverse.sub_(inverse[:, g] @ share)
         return cheapest
 
     for _ in range(width.groups * (width.queries - width.kept_queries)):

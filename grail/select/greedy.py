@@ -25,6 +25,7 @@ Source: orthogonal least squares (Chen, Billings, Luo, Int. J. Control 1989) wit
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,62 +33,69 @@ from torch import Tensor
 from grail.algebra.reduction import Reduction, Selection
 from grail.algebra.width import HeadWidth
 from grail.select import View, elimination, pivots, register
+from grail_kernels import full_fp32
 
-# Below this share of a channel's energy the unexplained part is the rounding of an fp32 Gram.
-NOISE = 1e-6
+# The weight of a dropped channel's share in the rule that chooses the direction; see there.
+DROPPED = 8
 
 
 def peak_bytes(view: View) -> int:
     """Returns the peak memory of the choice."""
     channels, kept, outputs = view.width.channels, view.width.kept, len(view.consumer)
-    if isinstance(view.width, HeadWidth) or _runs_backward(channels, kept, outputs):
+    if _drops(view):
         return elimination.peak_bytes(view)
-    held = channels * (channels + kept + 2 * outputs)  # G, V, W and A
-    return 8 * (held + pivots.working_numbers(channels, kept, outputs))
+    # G and A; then W in fp32, and after it the search.
+    held = channels * (channels + outputs)
+    return 4 * (held + max(channels * outputs, pivots.searching(channels, kept, outputs)))
 
 
-@register("greedy", peak_bytes=peak_bytes)
+def choose_batch(views: Sequence[View]) -> list[Reduction]:
+    """Returns the choices of several sites of equal sizes."""
+    if _drops(views[0]):
+        return elimination.eliminate(views, elimination.DAMPING, elimination.exact_cost)
+    with pivots.one_thread() as in_parallel:
+        gram, seen = _prepared(views, in_parallel)
+    order = pivots.pivots(gram, seen, views[0].width.kept)
+    return [Selection(index, views[0].width.channels) for index in order.sort(1).values]
+
+
+@register("greedy", peak_bytes=peak_bytes, choose_batch=choose_batch)
 def greedy(view: View) -> Reduction:
     """Keeps the channels of largest gain, or drops those of least cost."""
-    channels, kept, outputs = view.width.channels, view.width.kept, len(view.consumer)
-    heads = isinstance(view.width, HeadWidth)
-    if heads or _runs_backward(channels, kept, outputs):
-        return elimination.eliminate(view, elimination.DAMPING, elimination.exact_cost)
-    gram = view.gram.matrix().double()
-    weight = view.consumer.double().to(gram.device)
-    seen = gram @ weight.mT
-    if view.drifted is not None:
-        seen.add_(view.drifted.mT, alpha=view.drift_correction)
-    return Selection(forward(gram, seen, kept).sort().values, channels)
+    return choose_batch([view])[0]
 
 
-def _runs_backward(channels: int, kept: int, outputs: int) -> bool:
+def _prepared(views: Sequence[View], in_parallel: pivots.InParallel) -> tuple[Tensor, Tensor]:
+    """Returns G [E, H, H] and G·Wᵀ + β·Cᵀ [E, H, O] in fp32, the latter up to a factor."""
+    gram = pivots.stacked([view.gram.matrix() for view in views])
+    weight = pivots.consumers(views, gram)
+    # Powers of two that keep the product in fp32's range wherever G is.
+    loudest = gram.diagonal(dim1=1, dim2=2).amax(1).double()
+    largest = torch.linalg.vector_norm(weight, math.inf, dim=(1, 2)).double()
+    unit = pivots.power_below_root(loudest * largest.square())
+    weight /= unit[:, None, None]
+    with full_fp32(gram.device), in_parallel(2 * gram.numel() * weight.shape[2]):
+        seen = torch.bmm(gram, weight)
+    for view, own, factor in zip(views, seen, unit, strict=True):
+        if view.drift_correction:
+            view.add_drift(own.mul_(factor))
+    return gram, seen
+
+
+def _drops(view: View) -> bool:
     """Returns whether the others are dropped instead.
 
     The rule depends on shapes alone, so that a choice does not depend on the speed of either
-    search: it compares FLOPs with the columns of all POOL candidates a choice computed.
+    search.
     """
+    channels, kept, outputs = view.width.channels, view.width.kept, len(view.consumer)
 
     def search(count: int) -> int:
-        return channels * count * (pivots.POOL * count + 2 * outputs)
+        return channels * count * (DROPPED * count + 2 * outputs)
 
     forward = 2 * outputs * channels**2 + search(kept)  # W G comes first
-    return 2 * channels**3 + search(channels - kept) < forward
-
-
-def forward(gram: Tensor, seen: Tensor, kept: int, block: int = pivots.BLOCK) -> Tensor:
-    """Returns the `kept` channels of largest gain, in the order of their choice.
-
-    Args:
-        gram: G [H, H] fp64.
-        seen: Aᵀ [H, O] fp64, G·Wᵀ without drift; overwritten.
-        block: channels chosen between two updates of all scores; 1 is the exact greedy order.
-    """
-    order = pivots.pivots(gram, seen, kept, gain, block)
-    energy = gram.diagonal().clone()
-    energy[order] = -1  # no gain is left: the rest is filled up by energy
-    rest = energy.argsort(descending=True, stable=True)[: kept - len(order)]
-    return torch.tensor(order + rest.tolist(), dtype=torch.int64)
+    drops = 2 * channels**3 + search(channels - kept) < forward
+    return drops or isinstance(view.width, HeadWidth)
 
 
 def errors(gram: Tensor, weight: Tensor) -> Tensor:
@@ -105,7 +113,9 @@ def errors(gram: Tensor, weight: Tensor) -> Tensor:
         [H + 1] fp64; the first, where none stays, is ‖W·X‖², the last 0.
     """
     channels = len(gram)
-    order = forward(gram, gram @ weight.mT, channels).to(gram.device)
+    seen = gram @ weight.mT
+    seen /= seen.abs().max().clamp_min(torch.finfo(seen.dtype).tiny)
+    order = pivots.pivots(gram.float()[None], seen.float()[None], channels)[0].to(gram.device)
     ordered = gram[order[:, None], order]
     damping = elimination.DAMPING * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     identity = torch.eye(channels, dtype=gram.dtype, device=gram.device)
@@ -115,9 +125,3 @@ def errors(gram: Tensor, weight: Tensor) -> Tensor:
         failed, damping = bool(info), 10 * damping
     lost = (weight[:, order] @ factor).square().sum(0)
     return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])
-
-
-def gain(squares: Tensor, left: Tensor, energy: Tensor) -> Tensor:
-    """Returns ‖A_:j‖² / S_jj by channel; -inf where it is 0 or the channel is explained."""
-    gained = squares / left
-    return gained.where((gained > 0) & (left > NOISE * energy), -math.inf)

@@ -13,6 +13,8 @@ Source: Ling, Wang, Yan, Liu, "SlimGPT: layer-wise structured pruning for large 
 (NeurIPS 2024), section 3.2.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,15 @@ from grail.select.elimination import eliminate, peak_bytes
 DAMPING = 1e-2
 
 
-@register("slimgpt", peak_bytes=peak_bytes)
+def choose_batch(views: Sequence[View]) -> list[Reduction]:
+    """Returns the choices of several sites of equal sizes."""
+    return eliminate(views, DAMPING, grouped_cholesky_cost)
+
+
+@register("slimgpt", peak_bytes=peak_bytes, choose_batch=choose_batch)
 def slimgpt(view: View) -> Reduction:
     """Drops the cheapest channels, or heads, one after another."""
-    return eliminate(view, DAMPING, grouped_cholesky_cost)
+    return choose_batch([view])[0]
 
 
 def grouped_cholesky_cost(columns: Tensor, inverse: Tensor) -> Tensor:

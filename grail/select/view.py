@@ -39,8 +39,28 @@ class View:
 
     @property
     def drifted(self) -> Tensor | None:
-        """C = Σ δ·xᵀ [O, H] fp32, of which the consumer corrects a share β; None without drift."""
-        return self.gram.drift.cross if self.gram.drift and self.drift_correction else None
+        """C = Σ δ·xᵀ [O, H] fp32, of which the consumer corrects a share β; None without drift.
+
+        Of a recorded target it costs a product of 2·O·H² FLOPs; `add_drift` needs none.
+        """
+        drift = self.gram.drift
+        if drift is None or not self.drift_correction:
+            return None
+        if not drift.of_target:
+            return drift.cross * self.gram.drift_scale
+        return torch.addmm(drift.cross, self.consumer.to(drift.cross), self.gram.matrix(), alpha=-1)
+
+    def add_drift(self, seen: Tensor) -> Tensor:
+        """Adds the drift's expected share to G·Wᵀ [H, O], in place; returns it.
+
+        The result is the correlation of the channels with the target W·X + β·δ.
+        """
+        drift, share = self.gram.drift, self.drift_correction
+        if drift is None or not share:
+            return seen
+        if drift.of_target:  # (1 − β) W x + β t
+            return seen.mul_(1 - share).add_(drift.cross.mT, alpha=share)
+        return seen.add_(drift.cross.mT, alpha=share * self.gram.drift_scale)
 
     @property
     def rows(self) -> Tensor:

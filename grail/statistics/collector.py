@@ -25,6 +25,7 @@ from grail.recipe import Recipe
 from grail.runtime.clock import Clock
 from grail.runtime.hooks import Stop, replaced_forward
 from grail.statistics.observing import watch
+from grail.statistics.residual_split import ResidualSplit
 from grail.statistics.site_statistics import SAMPLES_FIRST, SiteStatistics
 from grail.statistics.token_order import token_orders
 
@@ -79,6 +80,7 @@ class Collector:
         targets: Mapping[Any, HiddenStates],
         advance: Advance,
         finish: bool,
+        split: ResidualSplit | None = None,
     ) -> dict[AnyPoint, list[SiteStatistics]]:
         """Runs every batch through a block; returns statistics for each consumer of the points.
 
@@ -89,6 +91,7 @@ class Collector:
             advance: called with the tokens of each batch.
             finish: whether the stream moves to the block's output; without, a batch ends as soon
                 as all points are done.
+            split: keeps the block's output in two parts; the only point's consumer returns zeros.
         """
         collected: dict[AnyPoint, list[SiteStatistics]] = {}
         for step in grouped(points):
@@ -97,10 +100,12 @@ class Collector:
         with self._clock("forward"):
             for batch in range(len(stream)):
                 # The first batch runs to its end, for layers that run again.
-                stops = not finish and batch > 0
-                one = _BatchPass(batch, collected, targets, self._recipe, self._clock, stops)
+                stops = not finish and split is None and batch > 0
+                one = _BatchPass(batch, collected, targets, self._recipe, self._clock, stops, split)
                 output = one.run(stream, block)
-                if finish and isinstance(output, Tensor):
+                if split is not None:
+                    split.rests.put(batch, output)
+                elif finish and isinstance(output, Tensor):
                     stream.store(batch, output)
                 advance(stream.tokens_of(batch))
         return collected
@@ -149,14 +154,15 @@ class Collector:
         ]
         with self._clock("forward"):
             for batch in range(len(stream)):
-                with ExitStack() as hooks:
-                    for point in probed:
-                        keep = partial(held[point].put, batch)
-                        hooks.enter_context(watch(point, stream.blocks[block], None, keep))
-                    output = stream.run(block, batch)
-                if isinstance(output, Tensor):
-                    stream.store(batch, output)
-                advance(stream.tokens_of(batch))
+                if batch in stream.hidden:
+                    with ExitStack() as hooks:
+                        for point in probed:
+                            keep = partial(held[point].put, batch)
+                            hooks.enter_context(watch(point, stream.blocks[block], None, keep))
+                        output = stream.run(block, batch)
+                    if isinstance(output, Tensor):
+                        stream.store(batch, output)
+                advance(self._stream.tokens_of(batch))
         return held
 
     def calls(self, site: BoundSite, batch: int) -> Calls:
@@ -220,10 +226,11 @@ class _BatchPass:
     Args:
         batch: its number.
         collected: the statistics of each point's consumers.
-        targets: what the network should hold at the probe of a point, for some points.
+        targets: what the network should hold at the probe of a point, for some points and batches.
         recipe: whether tokens are weighted.
         clock: phase "gram".
         stops: whether the pass ends as soon as all is added.
+        split: see `Collector.collect`.
     """
 
     def __init__(
@@ -234,24 +241,37 @@ class _BatchPass:
         recipe: Recipe,
         clock: Clock,
         stops: bool,
+        split: ResidualSplit | None,
     ):
         self._batch, self._collected, self._targets = batch, collected, targets
         self._weighs, self._clock, self._stops = recipe.weighs_tokens, clock, stops
+        self._split, self._per_tap = split, recipe.per_tap
+        self._of_target = split is not None and recipe.dense_share == 1
         self._waiting = {consumer for point in collected for consumer in point.consumers}
         self._inputs: dict[Consumer, tuple[Tensor, Routed | None]] = {}
         self._seen: set[Consumer] = set()
         # The drift and the token weights of points that share a probe, by their group.
-        self._lacking: dict[Any, tuple[Tensor, Tensor | None]] = {}
+        self._lacking: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
 
     def run(self, stream: Stream, block: int) -> Any:
         """Returns the block's output; None if the pass ended before."""
         with suppress(Stop), ExitStack() as hooks:
             for point in self._collected:
-                observe = partial(self._observe, point) if point in self._targets else None
+                observe = partial(self._observe, point) if self._is_observed(point) else None
                 read = partial(self._read, point)
                 hooks.enter_context(watch(point, stream.blocks[block], read, observe))
+            if self._split is not None:
+                hooks.enter_context(self._split.silenced())
             return stream.run(block, self._batch)
         return None
+
+    def _is_observed(self, point: CalibrationPoint) -> bool:
+        """Returns whether a probe shows the drift of a point's tokens, or at least their size."""
+        sizes = self._weighs and point.corrects_drift(self._per_tap)
+        return self._has_target(point) or sizes
+
+    def _has_target(self, point: CalibrationPoint) -> bool:
+        return point in self._targets and self._batch in self._targets[point]
 
     def _read(
         self, point: CalibrationPoint, consumer: Consumer, x: Tensor, routed: Routed | None
@@ -264,7 +284,9 @@ class _BatchPass:
             )
         self._seen.add(consumer)
         self._inputs[consumer] = x, routed
-        if point not in self._targets:
+        if self._split is not None:
+            self._split.inputs.put(self._batch, x)
+        if not self._is_observed(point):
             self._add(point, consumer)
 
     def _observe(self, point: CalibrationPoint, observed: Tensor) -> None:
@@ -275,12 +297,27 @@ class _BatchPass:
                 self._lacking[key] = self._compare(point, observed)
         self._add(point, point.consumers[0], *self._lacking[key])
 
-    def _compare(self, point: CalibrationPoint, observed: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns what a point's output lacks of its target, and the weights of its tokens."""
+    def _compare(
+        self, point: CalibrationPoint, observed: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns what a point's output lacks of its target, and the weights of its tokens.
+
+        Where a silent consumer has a target for every batch, that is all that it should return.
+        """
+        has_target = self._has_target(point)
+        of_target = has_target and self._of_target
+        if self._split is not None and not of_target:
+            observed = self._split.whole(self._batch, observed)
+        target = self._targets[point][self._batch] if has_target else observed
         # Widened where it runs: on its way from a host it would be widened there, and sent as fp32.
-        target = self._targets[point][self._batch].to(observed.device).float()
+        target = target.to(observed.device).float()
         scale = point.token_scale(target) if self._weighs else None
-        return point.drift(target, observed), scale
+        if not has_target:
+            return None, scale
+        lacking = point.drift(target, observed)
+        if self._split is not None and of_target:
+            lacking = self._split.without_bias(lacking)
+        return lacking, scale
 
     def _add(
         self,
@@ -292,7 +329,7 @@ class _BatchPass:
         with self._clock("gram"):
             x, routed = self._inputs.pop(consumer)
             statistics = self._collected[point][point.consumers.index(consumer)]
-            statistics.update(self._batch, x, drift, routed, scale)
+            statistics.update(self._batch, x, drift, routed, scale, self._of_target)
         self._waiting.discard(consumer)
         if self._stops and not self._waiting:
             raise Stop

@@ -75,6 +75,7 @@ class SiteStatistics:
         drift: Tensor | None = None,
         routed: Routed | None = None,
         scale: Tensor | None = None,
+        of_target: bool = False,
     ) -> None:
         """Adds what the consumer reads of one batch, and what its output lacks.
 
@@ -85,35 +86,49 @@ class SiteStatistics:
                 tokens where it gets only some.
             routed: which of the batch's tokens it gets, if not all.
             scale: [...], a factor of each of the batch's tokens and of its drift.
+            of_target: whether `drift` is all that the consumer's weight should return, not only
+                what it lacks (see `Gram.update`).
         """
         tokens = self._consumer.patches(x) if self._per_tap else self._consumer.pixels(x)
-        by_sample = tokens is not x or routed is not None  # a convolution reads samples first
+        by_sample = routed is not None or self._consumer.reads_maps  # samples come first there
+        by_sample |= tokens.dim() != x.dim()
         if drift is not None:
             drift = drift if routed is None else routed.drift(drift)
             # Some modules see all tokens of a batch in one row.
             drift = drift.reshape(*tokens.shape[:-1], drift.shape[-1])
-            if scale is not None:
-                factor = _factor(scale, tokens, routed)
-                x = tokens = tokens * factor
-                drift = drift * factor
+        if scale is not None:
+            factor = _factor(scale, tokens, routed)
+            x = tokens = tokens * factor
+            drift = None if drift is None else drift * factor
         if not by_sample:
             samples = len(self._stream.hidden[batch])
-            x = tokens = self._order.by_sample(tokens, samples)
+            whole = tokens is x
+            tokens = self._order.by_sample(tokens, samples)
+            x = tokens if whole else self._order.by_sample(x, samples)
             drift = None if drift is None else self._order.by_sample(drift, samples)
         mask, held = self._flags(batch, tokens, routed)
         if held is None or bool(held.all()):
-            self._add(held is not None, x, tokens, mask, drift)
+            self._add(held is not None, of_target, x, tokens, mask, drift)
             return
         for is_held, rows in ((False, ~held), (True, held)):
             parts = (None if t is None else t[rows] for t in (mask, drift))
-            self._add(is_held, x[rows], tokens[rows], *parts)
+            self._add(is_held, of_target, x[rows], tokens[rows], *parts)
 
     def _add(
-        self, held: bool, x: Tensor, tokens: Tensor, mask: Tensor | None, drift: Tensor | None
+        self,
+        held: bool,
+        of_target: bool,
+        x: Tensor,
+        tokens: Tensor,
+        mask: Tensor | None,
+        drift: Tensor | None,
     ) -> None:
         gram = self._held_out if held else self.train
         channels = self._held_out_channels if held else self.channels
-        gram.update(tokens, mask, drift)
+        if of_target:
+            gram.update(tokens, mask, target=drift)
+        else:
+            gram.update(tokens, mask, drift)
         if channels is not gram:
             channels.update(self._consumer.pixels(x))
 

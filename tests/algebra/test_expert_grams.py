@@ -9,6 +9,7 @@ import torch
 import grail_kernels as gk
 from grail.algebra.expert_grams import RaggedGrams
 from grail.algebra.gram import Gram
+from grail.algebra.sums import rows_of
 from grail.errors import InputError, NonFiniteError, StateError
 
 H = 24
@@ -153,3 +154,15 @@ def test_the_sums_are_freed_with_the_last_gram():
         assert packed() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2, 3), (1, 3), (3, 1), (0, 1, 3), (2,)], ids=str)
+def test_sums_of_experts_are_rows_of_one_tensor(numbers):
+    table = torch.randn(4, 3, 5)
+    found = rows_of([table[number] for number in numbers])
+    assert torch.equal(found, table[list(numbers)])
+    evenly = numbers not in {(3, 1), (0, 1, 3)}
+    shared = found.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
+    assert shared == evenly
+    apart = [torch.randn(2, 3) for _ in range(3)]
+    assert torch.equal(rows_of(apart), torch.stack(apart))

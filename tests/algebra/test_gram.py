@@ -1,10 +1,17 @@
 import pytest
 import torch
+from torch import nn
 
 import grail
 import grail_kernels as gk
 from grail.algebra.sums import Buffer
-from grail.errors import EmptyCalibrationError, InputError, NonFiniteError, StateError
+from grail.errors import (
+    EmptyCalibrationError,
+    InputError,
+    ModelError,
+    NonFiniteError,
+    StateError,
+)
 from grail.runtime import state
 
 H = 20
@@ -186,7 +193,7 @@ def test_a_gram_of_dropped_tokens_alone_says_so():
     gram.update(torch.full((5, H), float("nan")))
     with pytest.raises(EmptyCalibrationError, match=r"5 with NaN or Inf were dropped"):
         gram.matrix()
-    with pytest.raises(InputError, match="refuse, drop; got 'ignore'"):
+    with pytest.raises(InputError, match="refuse, drop, propagate; got"):
         grail.Gram(H, non_finite="ignore")
 
 
@@ -314,7 +321,7 @@ def test_a_saved_gram_goes_on_bit_for_bit(tmp_path):
         one.update(x[30:], drift=drift[30:])
     assert torch.equal(loaded.matrix(), gram.matrix())
     assert torch.equal(loaded.sum, gram.sum)
-    for name, tensor in vars(gram.drift).items():
+    for name, tensor in gram.drift.parts().items():
         assert torch.equal(getattr(loaded.drift, name), tensor)
     assert (loaded.tokens, loaded.name) == (40, gram.name)
 
@@ -336,3 +343,65 @@ def test_a_file_of_other_sums_is_refused(tmp_path):
     state.write(path, "gram", content, {**tensors, "sum": tensors["sum"][:-1]})
     with pytest.raises(StateError, match=r"gram\.state"):
         grail.Gram.load(path)
+
+
+@pytest.mark.parametrize(
+    ("per", "scale", "number"),
+    [("sum", 2, 1), ("sample", 2, 3 + 1), ("sample", 1, 4), ("token", 2, 3 * 5 + 7)],
+)
+def test_a_hessian_has_the_convention_of_another_library(per, scale, number):
+    gram = grail.Gram(4)
+    batches = [torch.randn(3, 5, 4), torch.randn(7, 4)]  # three samples, and one without an axis
+    for x in batches:
+        gram.update(x)
+    tokens = torch.cat([x.reshape(-1, 4) for x in batches]).double()
+    expected = scale * tokens.T @ tokens / number
+    assert (gram.samples, gram.tokens) == (4, 22)
+    found = gram.hessian(per, scale=scale).double()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    out = torch.full((4, 4), torch.nan, dtype=torch.float64)
+    assert gram.hessian(per, scale=scale, out=out) is out
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_samples_are_counted_as_told_merged_and_saved(tmp_path):
+    one, two = grail.Gram(4), grail.Gram(4)
+    one.update(torch.randn(6, 4), samples=2)
+    two.update(torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool))
+    two.update(torch.randn(0, 4))
+    assert (one.samples, two.samples) == (2, 2)
+    one.merge(two)
+    one.save(tmp_path / "gram")
+    assert grail.Gram.load(tmp_path / "gram").samples == 4
+    with pytest.raises(InputError, match="samples must be"):
+        one.update(torch.randn(6, 4), samples=-1)
+
+
+def test_a_hessian_without_tokens_is_zeros_where_asked():
+    gram = grail.Gram(3)
+    with pytest.raises(EmptyCalibrationError):
+        gram.hessian(per="token")
+    assert torch.equal(gram.hessian(per="token", empty="zeros"), torch.zeros(3, 3))
+    out = torch.ones(3, 3)
+    assert torch.equal(gram.hessian(out=out, empty="zeros"), torch.zeros(3, 3))
+    gram.update(torch.ones(2, 3), samples=0)
+    with pytest.raises(InputError, match="2 tokens of 0 samples"):
+        gram.hessian(per="sample")
+    for wrong in ({"per": "batch"}, {"empty": "nan"}):
+        with pytest.raises(InputError, match="must be"):
+            gram.hessian(**wrong)
+
+
+def test_a_gram_of_a_layer_counts_what_its_weight_reads():
+    layer = nn.Conv2d(4, 6, 3, groups=2)
+    gram = grail.Gram.of(layer, name="conv")
+    assert gram.channels == 2 * 9
+    gram.update_from(layer, (torch.randn(3, 4, 5, 6),))
+    gram.update_from(layer, torch.randn(4, 5, 6))  # one sample without its axis
+    assert (gram.samples, gram.tokens) == (4, 4 * 3 * 4 * 2)
+    with pytest.raises(InputError, match=r"conv.*18 channels"):
+        gram.update_from(nn.Linear(4, 2), torch.randn(3, 4))
+    with pytest.raises(InputError, match="has positions"):
+        gram.update_from(layer, torch.randn(3, 4, 5, 6), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ModelError, match="a BatchNorm2d has no weight"):
+        grail.Gram.of(nn.BatchNorm2d(4))

@@ -8,8 +8,10 @@ from grail.errors import InputError
 @pytest.mark.parametrize(
     ("channels", "keep", "multiple", "kept"),
     [
-        (1536, 0.7, None, 1072),  # 1075.2, in eights
-        (11008, 0.7, None, 7680),  # 7705.6, in multiples of 128
+        (1536, 0.7, None, 1088),  # 1075.2, in multiples of 32
+        (800, 0.7, None, 560),  # in multiples of 8
+        (11008, 0.5, None, 5632),  # 5504 = 21.5 · 256
+        (4095, 0.5, None, 2048),  # 2047.5, in multiples of 32
         (63, 0.7, None, 44),  # too few channels to lose some to rounding
         (1536, 0.5, 128, 768),
         (100, 0.5, 4, 52),  # 50 lies between 48 and 52: ties go up

@@ -13,6 +13,7 @@ import torch
 import grail
 from bench.kernels import ridge
 from bench.quality import calibrate
+from bench.tools import measuring
 from bench.tools.allocations import peak_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,8 @@ def test_ridge_writes_every_number_with_its_conditions(tmp_path):
     arguments = ["--shape", "8,24", "--device", "cpu", "--repeats", "2", "--write", str(out)]
     assert ridge.main(arguments) == 0
     rows = rows_of(out)
-    assert [row["provider"] for row in rows] == ["grail", "grail solve", "reference"]
+    names = ["grail", "grail auto", "64 experts", "grail solve", "reference"]
+    assert [row["provider"] for row in rows] == names
     for row in rows:
         assert (row["outputs"], row["channels"], row["kept"]) == ("8", "24", "12")
         assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
@@ -65,14 +67,18 @@ def tiny_shape(monkeypatch):
     return ["--device", "cpu", "--tokens", "64", "--sequence-length", "32", "--repeats", "2"]
 
 
-def test_calibrate_writes_every_phase_and_the_peaks(tiny_shape, tmp_path):
+def test_calibrate_writes_every_phase_and_the_peaks_of_every_design(tiny_shape, tmp_path):
     out = tmp_path / "calibrate.csv"
-    assert calibrate.main([*tiny_shape, "--write", str(out)]) == 0
-    rows = {row["metric"]: row for row in rows_of(out)}
-    assert rows.keys() == {*calibrate.PHASES, "predicted_peak", "measured_peak"}
-    parts = sum(float(rows[p]["p50"]) for p in calibrate.PHASES[1:-1])
-    assert parts == pytest.approx(float(rows["total"]["p50"]), rel=0.2)  # medians of two rounds
-    assert rows["total"]["tokens"] == "64"
+    assert calibrate.main([*tiny_shape, "--designs", "paper,default", "--write", str(out)]) == 0
+    rows = {(row["design"], row["metric"]): row for row in rows_of(out)}
+    metrics = (*calibrate.PHASES, "predicted_peak", "measured_peak")
+    of_designs = {(design, metric) for design in ("paper", "default") for metric in metrics}
+    assert rows.keys() == {("", calibrate.BARE), *of_designs}
+    for design in ("paper", "default"):
+        parts = sum(float(rows[design, phase]["p50"]) for phase in calibrate.PHASES[:-1])
+        total = float(rows[design, "total"]["p50"])
+        assert parts == pytest.approx(total, rel=0.2)  # medians of two rounds
+    assert rows["paper", "total"]["tokens"] == "64"
 
 
 def test_calibrate_reports_nothing_when_compensation_hurts(tiny_shape, tmp_path, monkeypatch):
@@ -85,7 +91,7 @@ def test_calibrate_reports_nothing_when_compensation_hurts(tiny_shape, tmp_path,
 
     monkeypatch.setattr(grail, "compress", harmful)
     out = tmp_path / "calibrate.csv"
-    assert calibrate.main([*tiny_shape, "--write", str(out)]) == 1
+    assert calibrate.main([*tiny_shape, "--designs", "default", "--write", str(out)]) == 1
     assert not out.exists()
 
 
@@ -153,3 +159,20 @@ def test_a_script_runs_as_typed_from_any_folder(name, tmp_path):
         [sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith(f"usage: {name}.py")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "number", "expected"),
+    [
+        ("AuthenticAMD", "26", "2", "a chip (Zen 5)"),
+        ("AuthenticAMD", "25", "17", "a chip (Zen 4)"),
+        ("AuthenticAMD", "23", "49", "a chip (Zen 2)"),
+        ("GenuineIntel", "6", "143", "a chip (Sapphire Rapids)"),
+        ("GenuineIntel", "6", "151", "a chip"),
+        ("GenuineIntel", "6", "60", "a chip"),
+        ("ARM", "", "", "a chip"),
+    ],
+)
+def test_a_processor_is_named_with_its_microarchitecture(vendor, family, number, expected):
+    fields = {"vendor_id": vendor, "cpu family": family, "model": number, "model name": "a chip"}
+    assert measuring.describe_processor(fields) == expected

@@ -133,6 +133,29 @@ def test_batches_are_measured_against_a_loop_and_bmm(
     assert all(float(row["p50"]) < 16 and row["matrices"] == "5" for row in rows)
 
 
+def test_calls_are_measured_with_their_readout(tmp_path: Path) -> None:
+    path = tmp_path / "gram.csv"
+    case = ["--calls", "70,30,33", "--dtype", "bf16", "--write", str(path)]
+    assert gram.main(["--device", "cpu", "--repeats", "2", *case]) == 0
+    rows = [row for row in csv.DictReader(path.open()) if row["metric"] == "error"]
+    assert {(row["kernel"], row["provider"], row["call"]) for row in rows} == {
+        ("gram_readout", provider, "30") for provider in ("grail", "addmm")
+    }
+    assert all(float(row["p50"]) < 16 and row["openblas"] for row in rows)
+    shape = gram.Shape(70, 33, call=30)
+    x = gram.activations(shape, torch.bfloat16, "cpu")
+    exact = x.double().T @ x.double()
+    for call in gram.providers(shape, torch.bfloat16, "cpu").values():
+        torch.testing.assert_close(call(x).double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_calls_of_every_size_are_measured_on_a_cpu_unless_a_case_is_named() -> None:
+    calls = {gram.Shape(tokens, channels, call=call) for tokens, call, channels in gram.CALLS}
+    assert calls <= set(gram.parse(["--device", "cpu"]).shapes)
+    for named in (["--model", "llama-3-8b"], ["--shape", "70,33"], ["--predict", "h100"]):
+        assert not calls & set(gram.parse(["--device", "cpu", *named]).shapes)
+
+
 def test_a_wrong_matrix_of_a_batch_is_found() -> None:
     shape = gram.Shape(60, 20, matrices=5)
     calls = gram.providers(shape, torch.float32, "cpu")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,16 +17,33 @@ from grail_kernels import tuning
 from grail_kernels.backend import interpreting
 
 H100 = model.GPUS["h100"]
-PREDICTED = Path(gram.__file__).parents[1] / "results" / "gram_predicted.csv"
+RESULTS = Path(gram.__file__).parents[1] / "results"
+PREDICTED = RESULTS / "gram_predicted.csv"
+TRIALS = RESULTS / "gpu" / "trials.csv"
 
 
+@pytest.fixture
+def without_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launches that the figures of a test are of, should the table list `gram_wide` as well."""
+    launches = tuning.gram_launches
+
+    def others(*form: Any, **more: Any) -> tuple[tuning.GramConfig, ...]:
+        return tuple(c for c in launches(*form, **more) if c.kernel != "wide")
+
+    monkeypatch.setattr(tuning, "gram_launches", others)
+
+
+@pytest.mark.usefixtures("without_wide")
 def test_4096_channels_are_four_full_waves_of_an_h100() -> None:
     found = H100.predict([65_536], 4096, torch.bfloat16)
     # 32 * 33 / 2 = 528 tiles of 128 x 128, one to each of 132 multiprocessors at a time.
     assert found.waves == 4.0
     assert found.busy == 1.0
     assert found.flops == 65_536 * 4096 * (4096 + 128)
-    assert found.seconds == pytest.approx(found.flops / 650e12)
+    # Each tile copies its rows and its columns from L2, which takes longer than the products.
+    assert found.copied == 528 * 65_536 * 2 * 128 * 2
+    assert found.seconds == pytest.approx(found.copied / 8.06e12)
+    assert found.flops / found.seconds == pytest.approx(516e12, rel=1e-3)
 
 
 def test_a_last_wave_of_one_program_takes_as_long_as_a_full_one() -> None:
@@ -39,7 +58,7 @@ def test_experts_wait_for_the_one_with_most_tokens() -> None:
     found = H100.predict([step * 100, step, 0], 128, torch.bfloat16, ragged=True)
     assert found.flops == 101 * step * 2 * 128**2
     # 100 steps on one of 132 multiprocessors.
-    assert found.seconds == pytest.approx(100 * step * 2 * 128**2 / (650e12 / 132))
+    assert found.seconds == pytest.approx(100 * step * 2 * 128 * 2 / (8.06e12 / 132))
 
 
 def test_programs_take_the_first_free_place() -> None:
@@ -54,9 +73,70 @@ def test_padding_is_executed() -> None:
     assert found.flops == 3 * 2 * 128 * 128 * 128
 
 
-def test_fp32_takes_six_products_of_its_own_tiles() -> None:
+def test_fp32_takes_six_products_of_its_own_tiles_and_is_laid_out_before() -> None:
     found = H100.predict([65_536], 4096, torch.float32)
     assert found.flops == 6 * 65_536 * 4096 * (4096 + 128)
+    laid_out = 65_536 * 4096 * (4 + 3 * 2)
+    expected = found.flops / (0.84 * 770e12) + laid_out / 3.35e12
+    assert found.seconds == pytest.approx(expected)
+
+
+def test_copies_have_no_limit_where_nobody_measured_it() -> None:
+    other = model.Gpu("other", "sm_80", 132, 770e12, 3.35e12)
+    found = other.predict([8192], 4096, torch.bfloat16)
+    assert found.seconds == pytest.approx(found.flops / 770e12)
+
+
+@pytest.mark.usefixtures("without_wide")
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "trial"),
+    [
+        (8192, torch.bfloat16, ("descriptors, chains in a flat loop", "128 tokens", "256")),
+        (32_768, torch.bfloat16, ("descriptors, chains in a flat loop", "128 tokens", "256")),
+        (8192, torch.float32, ("fp32 in parts, one chain a step", "32 tokens", "32")),
+    ],
+)
+def test_the_model_agrees_with_an_h100(
+    tokens: int, dtype: torch.dtype, trial: tuple[str, str, str]
+) -> None:
+    """Trials of the tiles that the table ships."""
+    (measured,) = (
+        float(row["p50"])
+        for row in read_rows(TRIALS)
+        if (row["tokens"], row["channels"]) == (str(tokens), "11008")
+        and (row["provider"], row["config"].partition(",")[0], row["chain"]) == trial
+    )
+    assert H100.predict([tokens], 11_008, dtype).seconds == pytest.approx(measured, rel=0.06)
+
+
+def test_a_wide_launch_shares_its_last_wave() -> None:
+    pytest.importorskip("triton")
+    # 272 tiles of 128 x 256: two waves of 32 chains, and 3 chains each of the 8 tiles left.
+    found = H100.predict_wide(8192, 4096)
+    chain = 256 * 2 * (128 + 256) / (8.06e12 / 132)
+    workspace = 132 * 2 * 4 * 128 * 256
+    assert found.seconds == pytest.approx(67 * chain + workspace / 3.35e12)
+    assert found.flops == 272 * 2 * 8192 * 128 * 256
+    assert found.waves == 272 / 132
+    # Eight full waves are nothing to share: 688 TFLOP/s, the rate of the copies.
+    full = H100.predict_wide(8192, 8192)
+    assert full.busy == 1.0
+    assert full.flops / full.seconds == pytest.approx(688e12, rel=1e-3)
+    assert H100.predict_wide(8192, 8192, matrices=3).seconds == pytest.approx(3 * full.seconds)
+
+
+def test_a_table_that_lists_the_wide_kernel_is_predicted_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    launches = tuning.gram_launches(torch.bfloat16, 4096, architecture="sm_90")
+    wide = tuning.GramConfig("wide", 64, 256, group=4, warps=4, stages=8)
+    monkeypatch.setattr(tuning, "gram_launches", lambda *_, **__: (wide, *launches))
+    found = H100.predict([16_384], 4096, torch.bfloat16)
+    assert found == H100.predict_wide(16_384, 4096)
+    assert H100.config(4096, torch.float32).kernel == "tma"
+    assert H100.config(4104, torch.bfloat16).kernel == "tma"
+    assert H100.config(4096, torch.bfloat16, ragged=True).kernel == "pointers"
 
 
 def test_bytes_of_heads_are_their_tokens_accumulators_and_workspace() -> None:
@@ -85,10 +165,14 @@ def test_a_tile_is_read_and_written_once_a_launch() -> None:
     assert twice.moved - once.moved == 2 * 8192 * 128
 
 
+@pytest.mark.usefixtures("without_wide")
 def test_fp32_is_laid_out_before_it_is_read() -> None:
-    half, full = (H100.predict([1024], 128, dtype) for dtype in (torch.bfloat16, torch.float32))
+    one_wave = replace(H100, processors=1000)
+    half, full = (
+        one_wave.predict([1024], 4096, dtype) for dtype in (torch.bfloat16, torch.float32)
+    )
     # Read as fp32 and written in three parts of bf16, on top of being read by the product.
-    assert full.moved - half.moved == 1024 * 128 * (4 + 6 + 6 - 2)
+    assert full.moved - half.moved == 1024 * 4096 * (4 + 6 + 6 - 2)
 
 
 def test_a_wave_reads_each_of_its_channels_once() -> None:

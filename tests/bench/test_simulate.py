@@ -26,7 +26,8 @@ SMALL = simulate.Shape(
 
 def test_flops_of_a_block_scale_to_those_of_a_block_twice_as_wide(monkeypatch):
     # Products among the candidates do not grow by the cube, and at these widths would be the most.
-    monkeypatch.setattr("grail.select.pivots.POOL", 1)
+    monkeypatch.setattr("grail.select.pivots.POOL", 16)
+    monkeypatch.setattr("grail.algebra.heldout.SKETCH", 64)  # nor does the choice by a sketch
     small, large = simulate.trial(SMALL, 2), simulate.trial(SMALL, 1)
     for phase, power in simulate.POWERS.items():
         assert small.flops[phase] * 2**power == pytest.approx(large.flops[phase], rel=0.25), phase
@@ -60,7 +61,9 @@ def test_rows_add_up_and_say_what_they_are(monkeypatch):
     monkeypatch.setitem(simulate.SHAPES, "twice", twice)
     deeper, _ = simulate.rows("twice", tokens=4096)
     assert deeper["device_peak_bytes"] == measured["device_peak_bytes"]
-    assert float(deeper["forward_flops"]) == pytest.approx(2 * float(measured["forward_flops"]))
+    assert float(deeper["forward_flops"]) == pytest.approx(
+        2 * float(measured["forward_flops"]), rel=1e-3
+    )
 
 
 def test_the_committed_simulation_covers_all_shapes_and_fits_one_card():

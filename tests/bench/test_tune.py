@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from torch import Tensor
 
 import grail_kernels as gk
 from bench.tools import tune
-from grail_kernels import tuning
+from grail_kernels import gram_serve, tuning
 from grail_kernels.backend import interpreting
 
 WIDE = ("gram", "16-bit", "wide")
 
 
-def default(key: tuning.Key) -> tuning.Config:
+def default(key: tuning.Key) -> tuning.Row:
     return tuning.read_table(tuning.TABLE)[tuning.DEFAULT, key]
 
 
@@ -48,9 +49,11 @@ def test_every_row_is_searched() -> None:
 def test_every_candidate_may_stand_in_the_table(key: tuning.Key, tmp_path: Path) -> None:
     path = tmp_path / "launches.json"
     table = dict(tuning.read_table(tuning.TABLE))
+    present = table[tuning.DEFAULT, key]
     for config in tune.candidates(key):
-        tuning.write_table(path, table | {("sm_90", key): config})
-        assert tuning.read_table(path)["sm_90", key] == config
+        row = (config, *present[-1:]) if isinstance(present, tuple) else config
+        tuning.write_table(path, table | {("sm_90", key): row})
+        assert tuning.read_table(path)["sm_90", key] == row
 
 
 def test_triton_dry_run_finds_candidates_right(own_table: Path, tmp_path: Path) -> None:
@@ -74,9 +77,21 @@ def test_the_fastest_is_written_and_launched_with(
     fastest = tune.candidates(WIDE)[0]
     judged(monkeypatch, lambda config: 1.0 if config == fastest else 2.0)
     tune.tune([WIDE], "cpu", dry=True, table=own_table)
-    launched = tuning.gram_config(torch.bfloat16, 4096, architecture="interpreter")
-    assert launched == fastest != default(WIDE)
-    assert tuning.gram_config(torch.bfloat16, 4096, architecture="sm_80") == default(WIDE)
+    launched = tuning.gram_launches(torch.bfloat16, 4096, architecture="interpreter")
+    assert launched == (fastest,)
+    assert fastest not in default(WIDE)
+    assert tuning.gram_launches(torch.bfloat16, 4096, architecture="sm_80") == default(WIDE)
+
+
+@pytest.mark.parametrize("faster", ["tma", "pointers"])
+def test_kernels_are_listed_in_the_order_of_their_times(
+    faster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, lambda config: 1.0 if tune._kernel(config) == faster else 2.0)
+    chosen, _ = tune.search(WIDE, default(WIDE), "cpu", True, math.inf)
+    assert isinstance(chosen, tuple)
+    expected = {"tma": ["tma", "pointers"], "pointers": ["pointers"]}[faster]
+    assert [config.kernel for config in chosen] == expected
 
 
 def test_a_dry_run_leaves_the_shipped_table_alone(
@@ -91,7 +106,7 @@ def test_a_dry_run_leaves_the_shipped_table_alone(
 def test_a_gain_within_noise_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     present = default(WIDE)
     for gain, changes in ((0.01, False), (0.03, True)):
-        judged(monkeypatch, lambda config, gain=gain: 1.0 if config == present else 1 - gain)
+        judged(monkeypatch, lambda config, gain=gain: 1.0 if config in present else 1 - gain)
         chosen, _ = tune.search(WIDE, present, "cpu", True, math.inf)
         assert (chosen != present) == changes
 
@@ -115,7 +130,7 @@ def _changed(
 
     def changed(out: Tensor, x: Tensor, backend: str) -> Tensor:
         right(out, x, backend=backend)
-        change(out, tuning.gram_config(x.dtype, x.shape[-1]))
+        change(out, tuning.gram_launches(x.dtype, x.shape[-1])[0])
         return out
 
     monkeypatch.setattr(gk, "gram_batched_", changed)
@@ -125,7 +140,7 @@ def test_a_wrong_candidate_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None
     wrong = tune.candidates(WIDE)[0]
     _changed(monkeypatch, lambda out, config: out.mul_(1.001 if config == wrong else 1))
     chosen, rows = tune.search(WIDE, default(WIDE), "cpu", True, math.inf)
-    assert chosen != wrong
+    assert wrong not in chosen
     of_wrong = [row for row in rows if row["config"] == str(wrong)]
     assert of_wrong
     assert all("off by" in row["problem"] and not row["p50"] for row in of_wrong)
@@ -156,8 +171,15 @@ def test_a_candidate_that_does_not_fit_is_discarded(monkeypatch: pytest.MonkeyPa
 
     _changed(monkeypatch, change)
     chosen, rows = tune.search(WIDE, default(WIDE), "cpu", True, math.inf)
-    assert chosen != too_large
+    assert too_large not in chosen
     assert "out of resource" in " ".join(row["problem"] for row in rows)
+
+
+def test_no_call_is_served_by_a_candidate_that_raised() -> None:
+    with suppress(RuntimeError), tune.launched_with(WIDE, tune.candidates(WIDE)[0]):
+        gk.gram_(torch.zeros(gk.packed_numel(67)), torch.ones(5, 67))
+        raise RuntimeError
+    assert not gram_serve._FORMS
 
 
 def test_nothing_is_written_where_nothing_is_right(
@@ -175,13 +197,13 @@ def test_no_candidate_starts_when_the_seconds_are_over(monkeypatch: pytest.Monke
     assert not tried
 
 
-def test_what_a_gpu_has_no_engine_for_is_not_searched(
-    own_table: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_gpu_has_no_engine_for_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = judged(monkeypatch, lambda config: 1.0)
-    monkeypatch.setattr(tune, "runs_here", lambda device: False)
-    assert tune.tune([("gram_tma", "16-bit", "wide")], "cpu", dry=True, table=own_table) == []
-    assert not tried
+    monkeypatch.setattr(tune, "runs_here", lambda config, _: tune._kernel(config) != "tma")
+    chosen, _ = tune.search(WIDE, default(WIDE), "cpu", False, math.inf)
+    assert tried
+    assert all(tune._kernel(config) == "pointers" for config in tried)
+    assert [config.kernel for config in chosen] == ["pointers"]
 
 
 def test_without_a_gpu_it_says_so(
@@ -211,4 +233,4 @@ def test_triton_is_launched_with_each_candidate(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Launch, "add", spy)
     key = ("gram", "16-bit", "scattered")
     tune.search(key, default(key), "cpu", True, math.inf)
-    assert set(launched) == {default(key), *tune.candidates(key)[:2]}
+    assert set(launched) == {*default(key), *tune.candidates(key)[:2]}

@@ -27,6 +27,7 @@ transformers = pytest.importorskip("transformers")
 from typer.testing import CliRunner  # noqa: E402
 
 from grail import commands  # noqa: E402
+from grail.commands import bench, compress, evaluate, export, inspect, stats  # noqa: E402
 from grail.files import pretrained  # noqa: E402
 from grail.files import text as texts  # noqa: E402
 from grail.files.load import load_model  # noqa: E402
@@ -301,6 +302,66 @@ def test_inspect_prints_sites_savings_and_cost(folder):
         assert text in result.stdout
 
 
+def wide(folder, tiny_llama, tiny_tokenizer):
+    """Writes a model whose MLPs have 384 channels."""
+    tiny_llama(intermediate_size=384).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_inspect_prints_what_widths_fit(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    given = [wide(tmp_path / "model", tiny_llama, tiny_tokenizer), "--sites", "mlp"]
+    given += ["--tokens", 64, "--sequence-length", 32]
+    shown = grail("inspect", *given, "--keep", "0.7,0.5,0.3").stdout
+    rows = [line.split() for line in shown.splitlines() if " mlp " in line]
+    assert rows[-3:] == [
+        ["0.7", "mlp", "–", "–", "2,", "4,", "8", "–"],  # 272
+        ["0.5", "mlp", "64", "32", "2,", "4,", "8", "–"],  # 192
+        ["0.3", "mlp", "–", "–", "2,", "4,", "8", "–"],  # 112
+    ]
+    assert "note    mlp: 272 of 384 channels is a multiple of neither 128 nor 64" in shown
+    shown = grail("inspect", *given, "--keep", 0.7, "--multiple", "gguf").stdout
+    assert ["0.7", "mlp", "64,", "128", "32,", "256", "2,", "4,", "8", "2"] in [
+        line.split() for line in shown.splitlines()
+    ]
+    assert "note" not in shown
+    given += ["--keep", 0.7, "--multiple", "gguf", "--json"]
+    fits = json.loads(grail("inspect", *given).stdout)["savings"][0]["fits"]["mlp"]
+    assert (fits["groups: 128"], fits["TP, groups of 128: 4"]) == (2, 0)
+
+
+@pytest.mark.parametrize("given", [[], ["--evaluate"], ["--uneven"], ["--no-progress"]])
+def test_compress_says_once_before_the_run_which_widths_are_refused(
+    given, arguments, folder, tiny_llama, tiny_tokenizer, tmp_path
+):
+    arguments[1] = wide(tmp_path / "model", tiny_llama, tiny_tokenizer)
+    if given == ["--evaluate"]:
+        given = [*given, folder / "heldout.txt", "--evaluate-tokens", 512]
+    result = grail(*arguments, "--keep", 0.7, "--batch-size", 2, *given)
+    assert result.exit_code == 0, result.stderr
+    before, _, after = result.stderr.partition("Compressing …")
+    assert before.count("Warning: mlp: ") == (given != ["--no-progress"])
+    assert after.count("refuses other widths") == 0
+    assert result.stdout.count("refuses other widths") == 1
+    assert "choose multiple=128" in result.stdout
+    report = Report.from_json((tmp_path / "out" / "report.json").read_text())
+    assert sum("refuses other widths" in note for note in report.notes) == 1
+
+
+def test_a_target_is_a_multiple_by_name(arguments, tiny_llama, tiny_tokenizer, tmp_path):
+    arguments[1] = wide(tmp_path / "model", tiny_llama, tiny_tokenizer)
+    result = grail(*arguments, "--json", "--keep", 0.7, "--multiple", "GPTQ")
+    report = Report.from_json(result.stdout)
+    assert {site.kept for site in report.sites} == {256}
+    assert "Warning" not in result.stderr
+    assert "--multiple GPTQ" in report.provenance["command"]
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert recipe["multiple"] == report.settings["multiple"] == 128
+    for wrong, said in (("gtpq", "did you mean 'gptq'?"), ("2.5", "got '2.5'"), ("-8", "got -8")):
+        assert said in refusal(grail(*arguments, "--multiple", wrong))
+
+
 def test_onload_writes_the_same_bits(arguments, tmp_path):
     assert grail(*arguments).exit_code == 0
     written = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -538,9 +599,9 @@ def test_any_other_exception_is_one_sentence_and_status_1(
         raise error
 
     monkeypatch.setattr(study, "compress", fail)
-    monkeypatch.setattr(commands.evaluate, "evaluate_model", fail)
-    monkeypatch.setattr(commands.inspect, "inspect_model", fail)
-    monkeypatch.setattr(commands.stats, "collect_statistics", fail)
+    monkeypatch.setattr(evaluate, "evaluate_model", fail)
+    monkeypatch.setattr(inspect, "inspect_model", fail)
+    monkeypatch.setattr(stats, "collect_statistics", fail)
     text, model = folder / "heldout.txt", folder / "model"
     commandline = {
         "compress": arguments,
@@ -605,9 +666,9 @@ def test_wikitext2_is_evaluated_as_in_the_literature(
     seen = []
     tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    real = commands.evaluate.evaluate_model
+    real = evaluate.evaluate_model
     monkeypatch.setattr(
-        commands.evaluate,
+        evaluate,
         "evaluate_model",
         lambda network, b: (seen.append(b), real(network, b))[1],
     )
@@ -940,7 +1001,7 @@ def test_a_full_disk_behind_the_printing_does_not_hide_the_output(
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(commands.compress, "headline", full)
+    monkeypatch.setattr(compress, "headline", full)
     result = grail(*arguments)
     assert result.exit_code == 0
     assert f"complete in {tmp_path / 'out'}" in result.stderr
@@ -952,3 +1013,40 @@ def test_help_is_shown_on_an_ascii_terminal():
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, env=environment, check=True)
     assert b"--calibration" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], ["--no-such-option"]])
+def test_the_first_page_does_not_wait_for_torch(arguments):
+    code = (
+        "import sys; from grail.__main__ import main\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "try: main()\n"
+        "except SystemExit: print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_the_first_page_lists_the_sentences_of_the_commands():
+    page = " ".join(grail("--help").stdout.replace("│", " ").split())
+    for module in (bench, compress, evaluate, export, inspect, stats):
+        name = module.__name__.rpartition(".")[2]
+        sentence = commands.root.COMMANDS[name]
+        assert f"{name} {sentence}" in page
+        assert sentence in " ".join(grail(name, "--help").stdout.split())
+    assert len(commands.root.COMMANDS) == 6
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_sentence():
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from grail.__main__ import main\n"
+        "sys.argv[1:] = ['inspect', 'model']; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.split() == ["grail:", "interrupted;", "no", "output", "was", "written."]

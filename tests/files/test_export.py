@@ -18,7 +18,7 @@ from grail import export
 from grail.errors import ExportError, InputError
 from grail.files.load import load_model
 from grail.report.card import card
-from grail.report.report import Evaluation, Report
+from grail.report.report import Evaluation, Report, SiteReport
 from grail.runtime.folder import check_output, complete
 
 
@@ -96,24 +96,31 @@ def header(card):
     ],
     ids=["hub", "file"],
 )
-@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
-def test_the_card_says_what_hubs_read(source, base, uneven):
+@pytest.mark.parametrize("form", ["stock", "decilm", "decilm-256", "uneven", "grail"])
+def test_the_card_says_what_hubs_read(source, base, form):
     report = Report({}, {"name": Path(source).name}, {}, provenance={"model": {"source": source}})
-    assert header(card(report, uneven=uneven)) == {
+    assert header(card(report, form)) == {
         "base_model": base,
-        "library_name": "grail" if uneven else "transformers",
+        "library_name": "grail" if form == "grail" else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["grail", "structured-pruning", "compressed"],
     }
 
 
-@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+@pytest.mark.parametrize(
+    ("family", "kind", "keep", "uneven"),
+    [
+        ("llama", "mlp", 0.5, False),
+        ("llama", "mlp", [0.5, 0.75], True),
+        ("gpt2", "heads", 0.5, True),
+    ],
+    ids=["even", "uneven", "for grail alone"],
+)
 def test_the_code_on_the_card_loads_the_model(
-    tiny_llama, tiny_tokenizer, tiny_batches, tmp_path, uneven
+    family, kind, keep, uneven, tiny_model, tiny_tokenizer, tiny_batches, tmp_path, own_modules
 ):
-    model = tiny_llama()
-    keep = {"mlp": [0.5, 0.75]} if uneven else 0.5
-    report = grail.compress(model, tiny_batches(), keep, ("mlp",), multiple=2, progress=False)
+    model, batches = tiny_model(family), tiny_batches()
+    report = grail.compress(model, batches, {kind: keep}, (kind,), multiple=2, progress=False)
     folder = export(model, tiny_tokenizer(), tmp_path / "out", report, uneven=uneven)
     text = (folder / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(folder))
@@ -124,7 +131,32 @@ def test_the_code_on_the_card_loads_the_model(
     with torch.no_grad():
         assert torch.equal(names["model"](tokens).logits, model(tokens).logits)
     kept = sum(site.kept for site in report.sites)
-    assert f"mlp: 2 sites, {kept} of 160 channels kept" in text
+    channels = sum(site.channels for site in report.sites)
+    assert f"{kind}: 2 sites, {kept} of {channels} channels kept" in text
+
+
+def site(kept, kind="mlp"):
+    return SiteReport("a", kind, 0, 1024, kept, 10, None, 0.0, 0.0, 0, None, None)
+
+
+WIDTHS = {
+    (768, 512): "multiples of 256, which fits GGUF blocks of 32 and 256, groups of 64 and 128, "
+    "tensor parallelism on 2, 4 and 8 GPUs.",
+    (96, 160): "multiples of 32, which fits GGUF blocks of 32, tensor parallelism on 2, 4 and 8",
+    (9, 15): "multiples of 3.",
+}
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("form", ["stock", "decilm", "decilm-256", "uneven", "grail", "saved"])
+def test_the_card_says_how_to_serve_and_what_was_not_verified(widths, form):
+    sites = [*map(site, widths), site(7, "heads")]
+    text = card(Report({}, {}, {}, sites), form)
+    served = form not in ("grail", "saved")
+    assert ("Not verified in vLLM: `grail export FOLDER --check FOLDER`" in text) == served
+    assert (f"- MLP widths are {WIDTHS[widths]}" in text) == served
+    assert ("trust_remote_code=True" in text) == (form in ("decilm", "decilm-256", "uneven"))
+    assert ("`vllm serve FOLDER`" in text) == (form == "stock")
 
 
 def test_the_card_has_the_scores_and_takes_hostile_names(tmp_path):

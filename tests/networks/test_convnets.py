@@ -252,7 +252,7 @@ def test_folding_of_doubled_channels_loses_nothing(name, compensate, selector):
     model, batches = network(name), images()
     with torch.no_grad():
         for site in sites_of(model):
-            for module in (*(p.module for p in site.producers), *dict(site.along).values()):
+            for module in (*(p.module for p in site.producers), *(a.module for a in site.along)):
                 for tensor in (*module.parameters(), *module.buffers()):
                     if tensor.dim():
                         tensor[1::2] = tensor[::2]
@@ -769,7 +769,7 @@ def test_a_gate_of_linear_layers_reads_and_writes_the_channels(spread):
             for side in (site.producers, site.consumers)
         ]
         assert layers == [["expand", "gate.fc.2"], ["gate.fc.0", "project"]]
-        assert [name.split(".", 2)[2] for name, _ in site.along] == ["bn1", "depthwise", "bn2"]
+        assert [a.name.split(".", 2)[2] for a in site.along] == ["bn1", "depthwise", "bn2"]
 
 
 def test_a_gate_of_channels_that_leave_the_block_leaves_them_alone():

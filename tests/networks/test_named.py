@@ -143,15 +143,16 @@ def test_later_sites_undo_the_drift_of_earlier_ones():
             model,
             batches,
             0.5,
-            [CONV, HIDDEN],
+            [CONV, STREAM],
             alpha=1e-5,
             drift_correction=correction,
             multiple=1,
             progress=False,
         )
         with torch.no_grad():
-            errors[correction] = (model(batches[0]) - dense(batches[0])).norm().item()
-    assert errors[1.0] < errors[0.0]
+            differences = torch.cat([model(batch) - dense(batch) for batch in batches])
+        errors[correction] = differences.norm().item()
+    assert errors[1.0] < 0.99 * errors[0.0]
 
 
 def test_a_consumer_may_be_called_by_keyword():

@@ -1,6 +1,7 @@
 """Sites found by following channels through a traced network."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,21 @@ from torch import nn
 
 import grail
 from bench.quality.networks import ResNet
-from grail.errors import ModelError
+from grail.errors import InputError, ModelError
 from tests.networks.test_named import CONV, HIDDEN, Network, network
+from tests.networks.test_parts import (
+    Flattened,
+    Halves,
+    Joined,
+    Scaled,
+    Twice,
+    flattened_sites,
+    halves_sites,
+    joined_sites,
+    made,
+    scaled_site,
+    twice_site,
+)
 
 
 def parts(site: grail.Site) -> tuple:
@@ -56,19 +70,18 @@ def test_what_a_trace_finds_can_be_compressed():
 
 
 class Odd(nn.Module):
-    """A concatenation, a map flattened position by position, a shared layer, a broadcast scale."""
+    """A map flattened position by position, a shared layer, a scale that is used twice."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = (nn.Conv2d(3, 4, 1) for _ in range(3))
-        self.joined, self.shared = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1)
+        self.a, self.c = (nn.Conv2d(3, 4, 1) for _ in range(2))
+        self.shared = nn.Conv2d(4, 4, 1)
         self.scaled, self.last = nn.Conv2d(4, 4, 1), nn.Linear(4 * 4, 2)
         self.scale = nn.Parameter(torch.ones(4, 1, 1))
 
     def forward(self, x):
-        both = torch.cat([self.a(x), self.b(x)], 1)
-        y = self.shared(self.shared(self.joined(both)))
-        y = self.scaled(y * self.scale + self.c(x) * 2)
+        y = self.shared(self.shared(self.a(x)))
+        y = self.scaled(y * self.scale + self.c(x) * self.scale)
         return self.last(y.relu().permute(0, 2, 3, 1).flatten(1))
 
 
@@ -172,7 +185,10 @@ def test_a_flattened_map_of_another_layout_is_neither_found_nor_narrowed(flatten
         (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(42)), "runs over a flattened map"),
         (nn.Sequential(nn.Flatten(), nn.LayerNorm(42)), "LayerNorm"),
         (lambda x: x.flatten(1) + x.mean((2, 3)).repeat(1, 6), "repeat"),
-        (lambda x: x.flatten(1) + x.mean((2, 3))[:, :1], "lost in getitem"),
+        (
+            lambda x: x.flatten(1) + x.mean((2, 3))[:, :1],
+            "a slice whose size is written into the code",
+        ),
     ],
     ids=["fixed", "channels last", "norm", "layer norm", "repeated", "broadcast"],
 )
@@ -333,3 +349,217 @@ def test_what_cannot_be_traced_is_refused_with_the_reason():
 
     with pytest.raises(ModelError, match="Branching cannot be traced"):
         grail.trace(Branching())
+
+
+CASES = {
+    "concatenation": (Joined, joined_sites),
+    "twice": (Twice, lambda: [twice_site()]),
+    "rows": (Halves, halves_sites),
+    "parameters": (Scaled, lambda: [scaled_site()]),
+    "flattened": (Flattened, flattened_sites),
+}
+
+
+@pytest.mark.parametrize(("kind", "sites"), CASES.values(), ids=CASES)
+def test_parts_of_layers_are_found(kind, sites):
+    found = grail.trace(made(kind), streams=True)
+    if kind is Scaled:  # a trace gives every bare parameter's axis
+        gamma = grail.Part("gamma", axis=0)
+        found = [replace(s, along=["gamma" if a == gamma else a for a in s.along]) for s in found]
+    expected = [(set(s.producers), set(s.consumers), set(s.along)) for s in sites()]
+    found = [(set(s.producers), set(s.consumers), set(s.along)) for s in found]
+    assert [site for site in found if site != ({"inner"}, {"outer"}, set())] == expected
+
+
+class Chunked(nn.Module):
+    """Halves of a map, by several ways to say so; what follows reads one, or both multiplied."""
+
+    def __init__(self, halves):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(4, 2, 1)
+        self.halves = halves
+
+    def forward(self, x):
+        a, b = self.halves(self.norm(self.first(x)))
+        return self.last(a * b.sigmoid())
+
+
+HALVES = {
+    "chunk": lambda x: x.chunk(2, 1),
+    "function": lambda x: torch.chunk(x, chunks=2, dim=1),
+    "split": lambda x: x.split(x.size(1) // 2, 1),
+    "slices": lambda x: (x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]),
+    "narrow": lambda x: (x.narrow(1, 0, x.size(1) // 2), x.narrow(1, x.size(1) // 2, 4)),
+}
+
+
+@pytest.mark.parametrize("halves", HALVES.values(), ids=HALVES)
+def test_halves_of_channels_stay_halves(halves):
+    torch.manual_seed(0)
+    model = Chunked(halves).eval()
+    if halves is HALVES["narrow"]:  # its second size is written into the code
+        with pytest.raises(ModelError, match="a slice whose size is written into the code"):
+            grail.trace(model)
+        return
+    (site,) = grail.trace(model)
+    both = ((0, 4), (4, 8))
+    assert site == grail.Site([grail.Part("first", both)], ["last"], [grail.Part("norm", both)])
+    batches = [torch.randn(8, 3, 5, 5) for _ in range(3)]
+    with torch.no_grad():
+        model.last.weight[:, 1::2] = 0
+        dense = model(batches[0])
+        grail.compress(model, batches, 0.5, [site], "wanda", compensate=False, progress=False)
+        torch.testing.assert_close(model(batches[0]), dense, rtol=1e-4, atol=1e-4)
+    assert model.first.out_channels == 4
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        lambda x: x.view(len(x), 2, 4, 5, 5).transpose(1, 2).reshape(x.shape),  # a shuffle
+        lambda x: x[:, [0, 2, 4, 6, 1, 3, 5, 7]],
+        lambda x: torch.cat([x[:, :6], x[:, 4:6]], 1),
+        lambda x: x[:, ::2].repeat(1, 2, 1, 1),
+        lambda x: torch.cat(x.split(3, 1), 1),
+        lambda x: torch.cat([x, x.mean(1, keepdim=True)], 1)[:, :8],
+    ],
+    ids=["shuffle", "index", "fixed", "step", "split", "mean"],
+)
+def test_channels_that_change_places_are_not_followed(mixed):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            return self.last(mixed(self.first(x)))
+
+    model, batches = Mixed().eval(), [torch.randn(8, 3, 5, 5) for _ in range(3)]
+    try:
+        sites = grail.trace(model, streams=True)
+    except ModelError:
+        return
+    before = model(batches[0])
+    with pytest.raises(ModelError):  # only a run shows it, and leaves everything as it was
+        grail.compress(model, batches, 0.5, sites, progress=False)
+    assert torch.equal(model(batches[0]), before)
+
+
+class Turned(nn.Module):
+    """Moves its first channel behind the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(torch.cat([x[:, 1:], x[:, :1]], 1))
+
+
+def test_what_a_slice_of_fixed_size_leaves_can_be_narrowed():
+    torch.manual_seed(0)
+    model, batches = Turned().eval(), [torch.randn(8, 3, 5, 5) for _ in range(3)]
+    (site,) = grail.trace(model)
+    assert site == grail.Site([grail.Part("first", [(1, 8)])], [grail.Part("last", [(0, 7)])])
+    with torch.no_grad():
+        model.last.weight[:, :4] = 0
+        dense = model(batches[0])
+        grail.compress(model, batches, 3 / 7, [site], "wanda", compensate=False, progress=False)
+        torch.testing.assert_close(model(batches[0]), dense, rtol=1e-4, atol=1e-4)
+    assert (model.first.out_channels, model.last.in_channels) == (4, 4)
+
+
+class Branches(nn.Module):
+    """Its control flow depends on sizes and on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 4, 1), nn.Conv2d(10, 2, 1)
+
+    def forward(self, x, deep=False):
+        if x.shape[-1] % 2:
+            x = nn.functional.pad(x, (0, 1))
+        a, b = self.a(x), self.b(x)
+        if a.shape != b.shape or x.sum() > 1e9:
+            b = nn.functional.interpolate(b, size=a.shape[-2:], mode="bilinear")
+        for _ in range(x.size(1)):
+            a = a.relu()
+        return self.last(torch.cat([a, b], 1))
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "mapping"])
+def test_an_example_decides_the_control_flow(form):
+    torch.manual_seed(0)
+    model, batches = Branches().eval(), [torch.randn(6, 3, 9, 9) for _ in range(3)]
+    with pytest.raises(ModelError, match="give a batch, example="):
+        grail.trace(model)
+    x = batches[0].clone()
+    example = {"tensor": x, "tuple": (x, False), "mapping": {"x": x}}[form]
+    sites = grail.trace(model, example=example)
+    assert [str(site) for site in sites] == ["last[0:6]", "last[6:10]"]
+    assert torch.equal(x, batches[0])
+    report = grail.compress(model, batches, 0.5, sites, multiple=1, progress=False)
+    assert all(row.error < row.baseline_error for row in report.sites)
+
+
+def test_an_example_shows_whether_a_linear_layer_reads_vectors_or_tokens():
+    model = Between(nn.Softmax(dim=1)).eval()
+    (site,) = grail.trace(model, example=torch.randn(2, 5, 4))
+    assert parts(site) == ({"first"}, set(), {"second"})
+    with pytest.raises(ModelError, match="lost in between"):
+        grail.trace(model, example=torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("example", "error", "message"),
+    [
+        (
+            {"y": torch.ones(2, 3, 9, 9)},
+            InputError,
+            "example must be a batch.*missing a required",
+        ),
+        ((1, 2, 3), InputError, "example must be a batch.*too many positional"),
+        (torch.ones(2, 5, 9, 9), ModelError, "cannot be traced.*expected input"),
+    ],
+    ids=["keyword", "many", "shape"],
+)
+def test_an_example_that_is_no_batch_is_refused(example, error, message):
+    with pytest.raises(error, match=message):
+        grail.trace(Branches().eval(), example=example)
+
+
+def test_attention_does_not_hinder_a_trace():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
+    (site,) = grail.trace(layer, example=torch.randn(2, 5, 8))
+    assert parts(site) == ({"linear1"}, set(), {"linear2"})
+
+
+class Padded(nn.Module):
+    """Prepends a token and adds positions; both are parameters without a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.token, self.places = (nn.Parameter(torch.randn(1, n, 6)) for n in (1, 6))
+        self.scale = nn.Parameter(torch.randn(6, 1))
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.first(x)], 1)
+        return self.last((x + self.places) * self.scale.view(1, 1, -1) * self.gain)
+
+
+def test_bare_parameters_run_along_the_axis_of_the_channels():
+    torch.manual_seed(0)
+    model, batches = Padded().eval(), [torch.randn(8, 5, 4) for _ in range(3)]
+    (site,) = grail.trace(model)
+    axes = {"token": 2, "places": 2, "scale": 0}
+    assert set(site.along) == {grail.Part(name, axis=axis) for name, axis in axes.items()}
+    with torch.no_grad():
+        model.last.weight[:, 1::2] = 0
+        dense = model(batches[0])
+        grail.compress(model, batches, 0.5, [site], "wanda", compensate=False, progress=False)
+        torch.testing.assert_close(model(batches[0]), dense, rtol=1e-4, atol=1e-4)
+    assert (model.token.shape[2], model.scale.shape[0], model.gain.shape) == (3, 3, ())

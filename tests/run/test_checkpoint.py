@@ -80,6 +80,11 @@ CASES = {
     "conv1d": ("gpt2", {"sites": "mlp,heads"}),
     "a configuration of its own": ("phi3", {"sites": "heads", "keep": {"heads": [0.5, 0.7, 0.5]}}),
     "one width for each block": ("llama", {"keep": {"mlp": [0.5, 0.8, 0.5]}}),
+    "a dense first block": (
+        "llama",
+        {"keep": {"mlp": [1.0, 0.5, 0.5], "heads": 1.0}, "sites": "mlp,heads"},
+    ),
+    "a share of the dense stream": ("llama", {"dense_share": 0.5}),
     "experts": ("qwen3_moe", {"sites": "experts,heads"}),
 }
 

@@ -60,7 +60,8 @@ def read_as_dense(layers, dense, seen, correction):
 def brute_force(model, batches, keep, closed_loop, correction, weighted, inputs):
     """Compresses `model` with whole-model forward passes; magnitude selection by hand."""
     frozen = copy.deepcopy(model)
-    for layer, dense in zip(model.model.layers, frozen.model.layers, strict=True):
+    for number, layer in enumerate(model.model.layers):
+        dense = frozen.model.layers[number]
         source, origin = (model, layer) if closed_loop else (frozen, dense)
 
         def weighed(
@@ -81,7 +82,8 @@ def brute_force(model, batches, keep, closed_loop, correction, weighted, inputs)
         if inputs:
             projections = [attention.q_proj, attention.k_proj, attention.v_proj]
             read_as_dense(projections, dense.self_attn.q_proj, read, correction)
-        if keep.get("heads", 1) < 1 or (correction and "heads" in keep):
+        # Before the first block there is no drift, and what keeps its width stays as it is.
+        if keep.get("heads", 1) < 1 or (correction and "heads" in keep and number):
             x = seen_by(source, origin.self_attn.o_proj, batches)
             _drop_heads(layer, *weighed(x, "post_attention_layernorm"), keep["heads"])
         if "mlp" in keep:
@@ -364,7 +366,8 @@ def test_a_selector_sees_what_drift_it_is_to_reckon_with(tiny_llama, tiny_batche
     taken = [row.drift_correction for row in report.sites]
     expected = [0, *taken[:-1]] if correction == "auto" else [correction] * 4
     assert [view.drift_correction for view in seen] == expected
-    assert [view.drifted is not None for view in seen] == [share > 0 for share in expected]
+    assert seen[0].drifted is None  # nothing drifts before the first block
+    assert [view.drifted is not None for view in seen[1:]] == [share > 0 for share in expected[1:]]
     assert all(view.drifted.any() for view in seen[1:] if view.drift_correction)
 
 
@@ -556,6 +559,9 @@ def test_non_finite_weights_are_refused_with_their_layer(name, tiny_llama, tiny_
     ("settings", "error", "message"),
     [
         ({"keep": 0.0}, InputError, r"\(0, 1\]"),
+        ({"dense_share": 0.0}, InputError, r"dense_share must be a share in \(0, 1\]; got 0"),
+        ({"dense_share": "half"}, InputError, "dense_share must be a share"),
+        ({"dense_share": 0.5, "drift_correction": 0}, InputError, "is followed where drift is"),
         ({"non_finite": "ignore"}, InputError, "refuse, drop; got 'ignore'"),
         ({"non_finite": "drop", "repair": True}, InputError, "repair counts every pixel"),
         ({"keep": 1.5}, InputError, r"\(0, 1\]"),

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -119,11 +120,15 @@ def test_the_predicted_peak_is_within_a_tenth_of_what_torch_allocates(
         ("llama", {"keep": {"mlp": [0.3, 0.8, 0.5]}}),
         ("llama", {**TWO_KINDS, "correct_attention": True}),
         ("llama", {"correct_attention": True}),
+        ("llama", {"dense_share": 0.5}),
+        ("llama", {"dense_share": 0.1, "sites": ("mlp", "heads")}),
         ("llama", {"selector": "slimgpt"}),
         ("llama", {"selector": "cholesky"}),
         ("llama", {"selector": "wanda++"}),
         ("llama", {"selector": "flap", "compensate": False, "fit_bias": True}),
         ("llama", {"fit_bias": True}),
+        ("llama", {"quantize": "q4_1"}),
+        ("llama", {"quantize": "q8_0", "keep": 1.0}),
         ("llama", {**TWO_KINDS, "onload": "cpu"}),
         ("llama", {"selector": "folding"}),
         ("llama", {"selector": "folding", "drift_correction": 0}),
@@ -181,8 +186,8 @@ def test_hidden_states_grow_with_the_tokens_and_nothing_else_does(tiny_model, ti
         predicted(model, calibration("llama", tiny_batches, count)).parts(hidden_states=True)
         for count in (20, 40)
     )
-    # The stream, the dense one, and what attention gave.
-    assert few["hidden states"] == 3 * (20 * 4 * 64) * 128 * 4
+    # The stream, the dense one, the block's output without its MLP, and what that reads last.
+    assert few["hidden states"] == (20 * 4 * 64) * (3 * 128 + 384) * 4
     assert many == {**few, "hidden states": 2 * few["hidden states"]}
 
 
@@ -244,29 +249,40 @@ def test_a_selector_of_ones_own_states_what_its_search_takes(tiny_model, tiny_ba
 
 
 @pytest.mark.parametrize(
-    ("device", "spare", "held", "expected"),
+    ("device", "inputs", "spare", "held", "expected"),
     [
-        ("cuda", 1, 0, "cuda"),
-        ("cuda", -1, 0, "cpu"),
-        ("cuda", -1, 2, "cuda"),
-        ("cpu", 1, 0, "cpu"),
-        ("mps", 1, 0, "cpu"),
+        ("cuda", True, 1, 0, ("cuda", True)),
+        ("cuda", True, -1, 0, ("cuda", False)),
+        ("cuda", False, 1, 0, ("cuda", False)),
+        ("cuda", False, -1, 0, ("cpu", False)),
+        ("cuda", False, -1, 2, ("cuda", False)),
+        ("cpu", True, 1, 0, ("cpu", True)),
+        ("mps", True, 1, 0, ("cpu", False)),
     ],
-    ids=["room", "no room", "part is there already", "no GPU", "whose memory nobody tells"],
+    ids=[
+        "room for all",
+        "no room for inputs",
+        "room for the others",
+        "no room",
+        "part is there already",
+        "no GPU",
+        "whose memory nobody tells",
+    ],
 )
 def test_hidden_states_wait_on_the_gpu_where_the_run_fits_beside_them(
-    device, spare, held, expected, tiny_llama, tiny_batches, monkeypatch
+    device, inputs, spare, held, expected, tiny_llama, tiny_batches, monkeypatch
 ):
     found = predicted(tiny_llama(), tiny_batches())
-    needed = found.total(hidden_states=True)
+    needed = found.total(True, inputs)
+    assert found.total(True, True) - found.total(True, False) == 80 * 3 * 2 * 16 * 4
     monkeypatch.setattr(peak_memory, "GPU_SHARE", 1.0)
     monkeypatch.setattr(memory, "free", lambda _: needed + spare)
     place = peak_memory.waiting_place(found, torch.device(device), held)
-    assert place == torch.device(expected)
+    assert place == (torch.device(expected[0]), expected[1])
 
 
 def test_without_a_prediction_hidden_states_wait_on_the_host():
-    assert peak_memory.waiting_place(None, torch.device("cuda"), 0) == CPU
+    assert peak_memory.waiting_place(None, torch.device("cuda"), 0) == (CPU, False)
 
 
 def test_a_meter_counts_what_is_allocated_and_freed():
@@ -287,12 +303,13 @@ def test_a_meter_counts_what_is_allocated_and_freed():
 
 
 def test_a_meter_sees_into_our_kernels():
-    packed, x = torch.zeros(gk.packed_numel(64)), torch.randn(2, 64, 500).bfloat16()
+    packed, (gate, up) = torch.zeros(gk.packed_numel(64)), torch.randn(2, 1000, 64)
+    call = partial(gk.gram_swiglu_, packed, gate, up)
+    call()  # what threads keep for later calls is allocated here
     with memory.Meter(CPU) as meter:
-        gk.gram_(packed, x.mT)
-    used = peak_bytes(lambda: gk.gram_(packed, x.mT))
-    assert meter.peak == pytest.approx(used, rel=0.01)
-    assert meter.peak >= x.numel() * 4
+        call()
+    assert meter.peak == pytest.approx(peak_bytes(call), rel=0.01)
+    assert meter.peak >= gate.nbytes  # silu(gate)·up is formed before the product
 
 
 @pytest.mark.parametrize("name", ["llama", "resnet"])

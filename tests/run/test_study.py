@@ -6,6 +6,11 @@ from dataclasses import replace
 import pytest
 
 from grail.recipe import Recipe
+from grail.report.card import card
+from grail.report.formatting import format_bytes
+from grail.report.page import page
+from grail.report.report import Evaluation, Report
+from grail.report.summary import quantising_sentence, size_sentence
 from grail.run import study as stages_of
 from grail.run.study import Study, baselines
 from grail.runtime.clock import Stages
@@ -110,3 +115,45 @@ def test_the_stage_of_a_resumed_run_has_the_time_of_the_runs_before(
     # All phases of the blocks before, less what the last state took to write.
     spent = sum(first.seconds[phase] for phase in ("forward", "gram", "select", "solve"))
     assert seconds > again.resumed["seconds"] >= 0.5 * spent > 0
+
+
+def test_a_quantised_model_is_compared_with_one_that_is_rounded(tiny_llama, tiny_batches):
+    def fresh():
+        sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+        return tiny_llama(hidden_size=64, intermediate_size=128, **sizes)
+
+    recipe = Recipe(0.5, selector="wanda", quantize="q4_1")
+    assert all(other.quantize is None for other in baselines(recipe).values())
+    runtime = Runtime(progress=False)
+    batches, heldout = tiny_batches(), tiny_batches(seed=1)
+    study = Study(fresh(), fresh, None, batches, heldout, Stages(), runtime, say=lambda _: None)
+    study.measure("dense")
+    study.compare(recipe)
+    study.compare_rounding(recipe)
+    report = study.run(recipe)
+    rows = report.evaluation
+    assert {role: row.label for role, row in rows.items()} == {
+        "dense": "dense",
+        "pruned": "pruned (wanda)",
+        "unquantised": "compensated (wanda)",
+        "rounded": "compensated (wanda) + q4_1 (to nearest)",
+        "restored": "compensated (wanda) + q4_1 (GPTQ)",
+    }
+    assert len({row.perplexity for row in rows.values()}) == 5
+    assert rows["rounded"].bytes == rows["restored"].bytes == report.model["bytes"]["quantised"]
+    assert rows["rounded"].bytes < 0.3 * rows["unquantised"].bytes
+    assert report.same_choice == "unquantised"
+    sentence = quantising_sentence(report)
+    assert "14 matrices in q4_1: mean error of a layer's output 0." in sentence
+    assert f"as GGUF {format_bytes(rows['restored'].bytes)}" in size_sentence(report)
+    assert "+ q4_1 (GPTQ)" in page(report).replace("&#43;", "+")
+    assert "rounded to nearest" in card(report)
+
+
+def test_the_share_that_gptq_recovers_is_of_the_loss_by_rounding():
+    rows = {"unquantised": 10.0, "rounded": 40.0, "restored": 20.0}
+    report = Report({}, {}, {})
+    assert report.rounding_recovered is None
+    report.evaluation = {role: Evaluation(value, 8, 8, 8) for role, value in rows.items()}
+    assert report.rounding_recovered == pytest.approx(0.5)
+    assert quantising_sentence(report) == ""

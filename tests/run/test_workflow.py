@@ -11,6 +11,7 @@ from grail.files import pretrained
 from grail.recipe import Recipe
 from grail.report.report import Report
 from grail.run import resume_folder, study
+from grail.run.served import WidthWarning
 from grail.runtime.settings import Runtime
 
 pytest.importorskip("transformers")
@@ -245,6 +246,21 @@ def test_the_recipe_of_uneven_widths_gives_the_same_bits_alone(tiny_folder, text
     grail.compress_checkpoint(tiny_folder, tmp_path / "again", calibration, recipe=path, **call)
     weights = [(tmp_path / o / "model.safetensors").read_bytes() for o in ("out", "again")]
     assert weights[0] == weights[1]
+
+
+def test_widths_that_quantisers_refuse_are_warned_of_once(
+    tiny_llama, tiny_tokenizer, text, tmp_path
+):
+    tiny_llama(intermediate_size=384).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.warns(WidthWarning) as caught:
+        grail.compress_checkpoint(
+            *(tmp_path / "model", tmp_path / "out", text("a.txt", 7)),
+            evaluate=text("b.txt", 8),
+            runtime=Runtime(progress=False),
+        )
+    (warning,) = (w for w in caught if w.category is WidthWarning)
+    assert "mlp: 272 of 384" in str(warning.message)
 
 
 def test_the_report_has_the_recipe_as_data(tiny_folder, text, tmp_path):

@@ -1,5 +1,6 @@
 """Running out of memory: what it leaves behind, and what it says."""
 
+import importlib
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ H = 6
 
 def failing_after(calls, owner, name, error, monkeypatch):
     """Lets a function fail with an error from its next call but so many."""
-    owner = sys.modules[owner] if isinstance(owner, str) else owner
+    owner = importlib.import_module(owner) if isinstance(owner, str) else owner
     whole, left = getattr(owner, name), calls
 
     def fails(*args, **kwargs):
@@ -43,7 +44,7 @@ def failing_after(calls, owner, name, error, monkeypatch):
         (Stream, "run", 5, "smaller batches or shorter sequences"),
         (grail.Gram, "update", 5, "one kind of site at a time"),
         ("grail.run.solver", "stacked", 1, "such as wanda"),
-        ("grail.run.solver", "fit", 1, "fix alpha and drift_correction"),
+        ("grail.algebra._fit", "Problem", 1, "fix alpha and drift_correction"),
     ],
     ids=["forward", "gram", "select", "solve"],
 )
@@ -173,3 +174,35 @@ def test_a_process_that_really_runs_out_says_so_and_goes_on():
     injected("allocations that fail")
     assert "out of memory on cpu (forward)" in done.stdout
     assert "smaller batches" in done.stdout
+
+
+MEMINFO = "MemTotal:       8000 kB\nMemFree:         500 kB\nMemAvailable:    4000 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "cached", "expected"),
+    [
+        (None, None, None, 4000 << 10),
+        ("max", "1000", 0, 4000 << 10),
+        ("3072000", "2048000", 1024, 1024000 + 1024),
+        ("80000000000", "1000", 0, 4000 << 10),
+    ],
+)
+def test_what_new_processes_can_take_is_the_kernel_s_estimate_or_the_container_s_rest(
+    tmp_path, monkeypatch, limit, used, cached, expected
+):
+    (tmp_path / "meminfo").write_text(MEMINFO)
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+        (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\n")
+    assert memory.available() == expected
+
+
+def test_no_estimate_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "nowhere")
+    assert memory.available() is None
+    (tmp_path / "nowhere").write_text("MemTotal: 8000 kB")
+    assert memory.available() is None

@@ -8,7 +8,8 @@ from bench.tools import allocations
 from grail import select
 from grail.algebra.width import ChannelWidth, HeadWidth
 from grail.errors import InputError
-from grail.select.greedy import forward, peak_bytes
+from grail.select import pivots
+from grail.select.greedy import peak_bytes
 
 H = 10
 
@@ -267,11 +268,17 @@ def correlated(tokens: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.T @ x).double(), weight.double()
 
 
-@pytest.mark.parametrize("block", [1, 3, 16])  # all channels are candidates
-def test_each_greedy_step_is_the_best_of_all_steps(block, monkeypatch):
-    monkeypatch.setattr("grail.select.pivots.POOL", H)
+def forward(gram: torch.Tensor, weight: torch.Tensor, kept: int) -> list[int]:
+    """The channels that stay of G [H, H] and W [O, H], in the order of their choice."""
+    return pivots.pivots(gram.float()[None], (gram @ weight.T).float()[None], kept)[0].tolist()
+
+
+@pytest.mark.parametrize("panel", [1, 3, 16])  # all channels are candidates
+def test_each_greedy_step_is_the_best_of_all_steps(panel, monkeypatch):
+    monkeypatch.setattr(pivots, "panel_size", lambda count: panel)
+    monkeypatch.setattr(pivots, "POOL", H)
     gram, weight = correlated()
-    order = forward(gram, gram @ weight.T, 6, block=block).tolist()
+    order = forward(gram, weight, 6)
     for step in range(6):
         kept = order[:step]
         errors = {j: compensated_error(gram, weight, [*kept, j]) for j in range(H) if j not in kept}
@@ -324,19 +331,19 @@ def test_others_choose_as_published_whatever_drifts(name):
     assert torch.equal(*(reduction.lift(torch.eye(4)) for reduction in chosen))
 
 
-def test_choosing_by_blocks_costs_little():
+def test_choosing_by_panels_costs_little(monkeypatch):
     channels, kept = 240, 120
     generator = torch.Generator().manual_seed(3)
     mixing = torch.randn(channels, channels, generator=generator).double()
     mixing *= torch.logspace(0, -2, channels)  # a spectrum that falls, as activations' do
     gram = (mixing @ mixing.T) / channels
     weight = torch.randn(60, channels, generator=generator).double()
-    exact, blocks = (
-        compensated_error(gram, weight, forward(gram, gram @ weight.T, kept, block=b).tolist())
-        for b in (1, 16)
-    )
+
+    panels = compensated_error(gram, weight, forward(gram, weight, kept))
+    monkeypatch.setattr(pivots, "panel_size", lambda count: 1)
+    exact = compensated_error(gram, weight, forward(gram, weight, kept))
     random = compensated_error(gram, weight, list(range(kept)))
-    assert blocks - exact < 0.02 * (random - exact)
+    assert panels - exact < 0.02 * (random - exact)
 
 
 @pytest.mark.parametrize(
@@ -361,15 +368,15 @@ def test_greedy_never_keeps_a_copy_while_another_channel_helps():
     gram, weight = correlated()
     copies = [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
     gram = gram[copies][:, copies]
-    order = forward(gram, gram @ weight.T, 5).tolist()
+    order = forward(gram, weight, 5)
     assert sorted(copies[j] for j in order) == [0, 1, 2, 3, 4]
 
 
 def test_greedy_fills_up_when_nothing_is_left_to_gain():
     gram = torch.diag(torch.tensor([0.0, 2, 0, 1], dtype=torch.float64))
     weight = torch.tensor([[1.0, 0, 1, 1]], dtype=torch.float64)  # the loudest is not read
-    assert forward(gram, gram @ weight.T, 2).tolist() == [3, 1]
-    assert sorted(forward(gram, gram @ weight.T, 4).tolist()) == [0, 1, 2, 3]
+    assert forward(gram, weight, 2) == [3, 1]
+    assert sorted(forward(gram, weight, 4)) == [0, 1, 2, 3]
 
 
 def test_greedy_keeps_whole_heads():

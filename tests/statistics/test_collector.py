@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from grail.calibrate.hidden_states import HiddenStates
 from grail.calibrate.stream import Stream
 from grail.errors import ModelError
 from grail.networks import CalibrationPoint, ResidualProbe
@@ -44,6 +45,13 @@ def batches(count=3):
     return [torch.randn(2, 5, 4, generator=generator) for _ in range(count)]
 
 
+def states(tensors):
+    held = HiddenStates(torch.device("cpu"))
+    for batch, tensor in enumerate(tensors):
+        held.put(batch, tensor)
+    return held
+
+
 def passes(block, given, recipe=PLAIN):
     stream = Stream(block, [block], given)
     return stream, Collector(recipe, stream, Clock(stream.device))
@@ -81,10 +89,8 @@ def test_only_the_first_batch_runs_to_its_end_unless_the_stream_moves():
 def test_a_target_gives_the_drift_that_the_consumer_lacks():
     block, dense = Block(), Block()
     _, collector = passes(block, batches())
-    targets = {point_of(block): [x + 1 for x in batches()]}
-    (point,) = targets
     point = point_of(block)
-    targets = {point: [x + dense.down(dense.up(x).relu()) + 0.5 for x in batches()]}
+    targets = {point: states(x + dense.down(dense.up(x).relu()) + 0.5 for x in batches())}
     ((part,),) = collector.collect(0, [point], targets, ignore, finish=False).values()
     # 0.5 for each of 30 tokens and 4 outputs.
     assert part.train.drift.energy == pytest.approx(30 * 4 * 0.25, rel=1e-5)
@@ -95,7 +101,7 @@ def test_a_consumer_that_runs_twice_is_refused_in_every_mode():
     block = Block(times=2)
     _, collector = passes(block, batches())
     point = point_of(block)
-    for targets in ({}, {point: batches()}):
+    for targets in ({}, {point: states(batches())}):
         with pytest.raises(ModelError, match="down runs more than once for a batch"):
             collector.collect(0, [point], targets, ignore, finish=False)
     assert not hooks_of(block.down)
