@@ -9,14 +9,13 @@ described in docs/benches.md.
 
 import copy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import grail
-from bench.tools import assets
+from bench.tools import assets, texts
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, Table
 from grail.files.load import load_model
@@ -25,7 +24,7 @@ from grail.report._evaluate import evaluate
 from grail.report.report import Evaluation, Report
 
 TEXTS = Path(".assets")
-LENGTH = 1024
+LENGTH = texts.LENGTH
 # In the order of measuring.
 CELLS = [
     *((text, "mlp", 0.5) for text in ("documentation", "technical", "passages")),
@@ -34,22 +33,6 @@ CELLS = [
     *(("brown", sites, 0.7) for sites in ("mlp", "heads", "mlp,heads")),
     *(("brown", "mlp", keep) for keep in (0.9, 0.8, 0.6)),
 ]
-# Calibration and held-out tokens of a text.
-TOKENS = {
-    "brown": (32 * LENGTH, 17 * LENGTH),
-    "technical": (64 * LENGTH, 12 * LENGTH),
-    "passages": (64 * LENGTH, 12 * LENGTH),
-    "documentation": (256 * LENGTH, 16 * LENGTH),
-}
-# Of these, sequences are drawn at random; of the others the first ones are taken.
-DRAWN = {"documentation": 0}
-SOURCES: dict[str, Callable[[], tuple[list[str], list[str]]]] = {
-    "brown": lambda: assets.split_genres(assets.brown(TEXTS)),
-    "python": lambda: assets.split_topics(assets.python_reference()),
-    "technical": lambda: assets.split_topics(assets.python_reference(), calibration=3),
-    "passages": lambda: assets.split_passages(assets.python_reference(), calibration=5),
-    "documentation": lambda: assets.split_topics(assets.python_documentation(TEXTS), calibration=7),
-}
 # The paper's selector, target and ridge; the defaults.
 PAPER: dict[str, Any] = {"selector": "wanda", "alpha": 1e-3, "drift_correction": 0.0}
 MODELS: dict[str, dict[str, Any]] = {
@@ -80,7 +63,7 @@ class Subject:
     def batches(self, text: str, half: str, tokens: int) -> list[torch.Tensor]:
         """Sequences of `LENGTH` tokens, one a batch."""
         if text not in self._written:
-            assets.write_texts(text, SOURCES[text](), TEXTS)
+            assets.write_texts(text, texts.TEXTS[text].halves(TEXTS), TEXTS)
             self._written.add(text)
         return token_batches(
             TEXTS / f"{text}-{half}.txt",
@@ -88,7 +71,7 @@ class Subject:
             tokens=tokens,
             sequence_length=LENGTH,
             batch_size=1,
-            seed=DRAWN.get(text),
+            seed=texts.TEXTS[text].seed,
         )
 
     def compressed(self, calibration: list[torch.Tensor], **settings: Any) -> tuple[Any, Report]:
@@ -107,9 +90,9 @@ def table() -> None:
         dense_missing = (text, "", 1.0, "dense") not in out
         if not (missing or dense_missing):  # nor is its text to be fetched and cut
             continue
-        calibration_tokens, heldout_tokens = TOKENS[text]
-        calibration = subject.batches(text, "calibration", calibration_tokens)
-        heldout = subject.batches(text, "heldout", heldout_tokens)
+        of = texts.TEXTS[text]
+        calibration = subject.batches(text, "calibration", of.calibration)
+        heldout = subject.batches(text, "heldout", of.heldout)
         if dense_missing:
             dense = evaluate(subject.model, heldout, progress=False)
             out.add(_table_row(text, "", 1.0, "dense", dense, None))
@@ -117,8 +100,8 @@ def table() -> None:
             kinds = tuple(sites.split(","))
             chosen = {"keep": keep, "sites": kinds, **models[name]}
             if name == UNEVEN:
-                of = grail.sensitivity(subject.model, calibration, keep, kinds, progress=False)
-                chosen["keep"] = of.shares()
+                cost = grail.sensitivity(subject.model, calibration, keep, kinds, progress=False)
+                chosen["keep"] = cost.shares()
             model, report = subject.compressed(calibration, **chosen)
             result = evaluate(model, heldout, progress=False)
             out.add(_table_row(text, sites, keep, name, result, report))

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 import grail
-from bench.quality.endtoend import LENGTH, TEXTS, TOKENS, Subject
-from bench.tools import assets
+from bench.quality.endtoend import LENGTH, TEXTS, Subject
+from bench.tools import assets, texts
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, ROOT, Row, machine, read_rows, write_rows
 from bench.tools.tables import markdown
@@ -173,7 +173,7 @@ def quantise(bench: Bench, model: Model, kind: str, template: Path) -> None:
         tool = Path(sys.executable).with_name("llama-quantize")
         command = [str(tool), str(model.file("F32")), str(partial), kind, str(bench.threads)]
     else:
-        assets.write_texts(TEXT, assets.split_genres(assets.brown(TEXTS)), TEXTS)
+        assets.write_texts(TEXT, texts.TEXTS[TEXT].halves(TEXTS), TEXTS)
         command = [sys.executable, "-m", "grail", "export", str(model.folder)]
         command += ["--gguf", str(partial), "--like", str(template), "--quantize", OWN[kind]]
         command += ["--calibration", str(TEXTS / f"{TEXT}-calibration.txt")]
@@ -316,7 +316,10 @@ def read(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prefill (256)")
     parser.add_argument("--rounds", type=int, default=5, help="of the speed (default %(default)s)")
     parser.add_argument(
-        "--tokens", type=int, default=TOKENS[TEXT][0], help="of the calibration (%(default)s)"
+        "--tokens",
+        type=int,
+        default=texts.TEXTS[TEXT].calibration,
+        help="of the calibration (%(default)s)",
     )
     parser.add_argument(
         "--heldout", type=int, default=HELDOUT, help="tokens of the perplexity (%(default)s)"

