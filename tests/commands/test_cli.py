@@ -670,7 +670,7 @@ def test_wikitext2_is_evaluated_as_in_the_literature(
     monkeypatch.setattr(
         evaluate,
         "evaluate_model",
-        lambda network, b: (seen.append(b), real(network, b))[1],
+        lambda network, b, **how: (seen.append(b), real(network, b, **how))[1],
     )
     result = grail("evaluate", tmp_path / "model", "--text", "wikitext2", "--json")
     assert json.loads(result.stdout)["tokens"] == 2047
