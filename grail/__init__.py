@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from grail.files.text import Text
     from grail.networks import Fused, Part, Site, trace
     from grail.recipe import Recipe
-    from grail.report._evaluate import evaluate
+    from grail.report._evaluate import DenseReference, evaluate
     from grail.report.report import Report
     from grail.run._accumulate import accumulate
     from grail.run._collect import Collected, collect, merge
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Collected",
+    "DenseReference",
     "Fit",
     "Folding",
     "Fused",
@@ -81,6 +82,7 @@ __all__ = [
 # The module of each.
 _MODULES = {
     "Collected": "grail.run._collect",
+    "DenseReference": "grail.report._evaluate",
     "Fit": "grail.algebra._fit",
     "Folding": "grail.algebra.reduction",
     "Fused": "grail.networks",

@@ -338,6 +338,12 @@ NOT_COUNTS = [None, *NOT_NUMBERS, 2.5]
 NOT_MODELS = [None, "text", 5, OBJECT, {"a": 1}, grail.Gram(3), nn.Linear, torch.ones(3)]
 NOT_LANGUAGE_MODELS = [*NOT_MODELS, nn.Linear(3, 3)]
 NOT_BATCHES = [None, 5, 2.5, OBJECT, "text", [None], [5], ["text"], [OBJECT], [[]], int]
+NOT_TOKENS = [
+    *NOT_BATCHES,
+    [torch.ones(2, 9)],
+    [torch.ones(9).long()],
+    [{"input_ids": 5}],
+]
 NOT_DEVICES = [5.0, "nonsense", OBJECT, [], "cuda:99"]
 NOT_VECTORS = [None, "text", 5, 2.5, OBJECT, {1, 2}, {"a": 1}, nn.Linear(3, 3), [OBJECT], ["a"]]
 NOT_VECTORS += [[[1], [2, 3]], [2**70], np.array(["a"]), torch.eye(3)]
@@ -477,9 +483,9 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "evaluate": [5, OBJECT, "nowhere.txt"], "baseline": NOT_SWITCHES, "uneven": NOT_SWITCHES,
         "seed": NOT_COUNTS, **OBJECTS,
     },
+    "grail.DenseReference": {"model": NOT_LANGUAGE_MODELS, "batches": NOT_TOKENS},
     "grail.evaluate": {
-        "model": NOT_LANGUAGE_MODELS,
-        "batches": [*NOT_BATCHES, [torch.ones(2, 9)], [torch.ones(9).long()], [{"input_ids": 5}]],
+        "model": NOT_LANGUAGE_MODELS, "batches": NOT_TOKENS, "against": [5, "text", OBJECT],
     },
     "grail.export": {"model": NOT_LANGUAGE_MODELS, "tokenizer": ["text", 5], "output": NOT_PATHS,
                      "report": ["text", 5], "page": [5, OBJECT]},
@@ -683,6 +689,7 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.collect": lambda: {"model": tiny_llama(), **calibration, "output": new()},
         "grail.compress": lambda: {"model": tiny_llama(), **calibration},
         "grail.compress_checkpoint": lambda: {"source": model_folder(), "output": new(), **of_text},
+        "grail.DenseReference": lambda: {"model": tiny_llama(), **calibration},
         "grail.evaluate": lambda: {"model": tiny_llama(), **calibration},
         "grail.export": lambda: {"model": tiny_llama(), "tokenizer": None, "output": new()},
         "grail.export_gguf": gguf_folder,

@@ -1,7 +1,8 @@
-"""Perplexity and size of a causal language model on token batches."""
+"""Perplexity and size of a causal language model on token batches; its distance from another."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,52 +13,136 @@ from tqdm import tqdm
 from grail.arguments import require_batches, require_language_model
 from grail.calibrate.embedding import check_token_ids
 from grail.errors import EmptyCalibrationError, InputError, ModelError
+from grail.report.logits import BatchLogits, Network, Recorded, steps
 from grail.report.report import Evaluation
 from grail.runtime.transaction import eval_no_grad
-from grail_kernels import check_kind
+from grail_kernels import check_kind, kind_of
 
 _PROBED = 8  # tokens that show whether a model looks ahead
-_LOGITS = 1 << 24  # logits held at a time, 64 MiB of fp32: 16 sequences × 1024 × 49152 are 3 GiB
+
+
+class DenseReference:
+    """The outputs of a dense network on some batches, for `evaluate` to compare others with.
+
+    Args:
+        model, batches, progress: as for `evaluate`.
+
+    Attributes:
+        evaluation: the dense network's own.
+
+    Memory: copies of the last hidden states [tokens, features] and of the output layer
+    [vocabulary, features], on the host and in the model's dtype; the network may then change or go.
+    Where its logits are not the output layer of the hidden states, but scaled or capped after it,
+    the network itself is kept, runs again for each evaluation, and must stay as it is
+    (`runs_model`).
+
+    Raises:
+        EmptyCalibrationError, InputError, ModelError: as `evaluate`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Iterable[Tensor | Mapping[str, Tensor]],
+        *,
+        progress: bool = True,
+    ):
+        require_language_model(model)
+        require_batches(batches)
+        network = Network(model)
+        self.recorded = Recorded(network)
+        with eval_no_grad(model):
+            sums = _Sums()
+            _run(network, batches, sums, progress, record=self.recorded.record)
+        self.evaluation = _evaluation(model, sums)
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the dense network runs again for each evaluation."""
+        return self.recorded.runs_model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return self.recorded.nbytes
 
 
 def evaluate(
-    model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]], *, progress: bool = True
+    model: Any,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    *,
+    against: Any = None,
+    progress: bool = True,
 ) -> Evaluation:
-    """Measures the perplexity of next-token predictions inside each sequence.
+    """Measures next-token predictions inside each sequence, alone or against a dense network.
 
     Args:
         model: a transformers causal language model.
         batches: int64 tokens [sequences, length], or keyword arguments of the model's forward;
             predictions of tokens that an `attention_mask` [sequences, length] hides do not count.
+        against: the dense network, which then runs on the batches as well, or a
+            `grail.DenseReference` that was made of it once on the same batches.
         progress: shows a progress bar.
 
     Returns:
-        Perplexity exp(mean over predicted tokens of −log p), infinite where fp64 cannot hold it,
-        and the model's size.
+        Perplexity exp(mean over predicted tokens of −log p), infinite where fp64 cannot hold it;
+        `losses`, the mean −log p of each sequence that has a token to predict; the model's size.
+        With `against`: `kl`, the mean over predicted tokens of KL(dense‖model) = Σ p ln(p/q) over
+        the vocabulary in nats, and `top1`, the share of predictions whose most likely token is the
+        dense network's.
 
     Raises:
         EmptyCalibrationError: the batches hold no token to predict.
-        InputError: a token id that the model's embedding does not have.
+        InputError: a token id that the model's embedding does not have; a reference of other
+            batches or another vocabulary.
         ModelError: a loss is NaN or Inf, or the model sees the tokens that it should predict.
 
-    Numerics: log-probabilities in fp32 whatever the model's dtype, their sum in fp64.
+    Numerics: log-probabilities in fp32 whatever the model's dtype, their sums in fp64.
     """
     require_language_model(model)
     require_batches(batches)
-    with eval_no_grad(model):
-        loss, predicted = _total_loss(model, batches, progress)
-    if predicted == 0:
+    sums, dense = _Sums(), None
+    with ExitStack() as stack:
+        stack.enter_context(eval_no_grad(model))
+        if isinstance(against, DenseReference):
+            dense = against.recorded
+        elif against is not None:
+            _require_against(against)
+            stack.enter_context(eval_no_grad(against))
+            dense = Network(against)
+        _run(Network(model), batches, sums, progress, dense=dense)
+    return _evaluation(model, sums)
+
+
+def _require_against(against: Any) -> None:
+    try:
+        require_language_model(against)
+    except InputError as error:
+        raise InputError(
+            "against must be a causal language model of transformers or a grail.DenseReference; "
+            f"got {kind_of(against)}"
+        ) from error
+
+
+def _evaluation(model: nn.Module, sums: "_Sums") -> Evaluation:
+    if sums.predicted == 0:
         raise EmptyCalibrationError(
             "the evaluation batches hold no token to predict; give sequences of 2 or more tokens"
         )
-    if not math.isfinite(loss):
+    if not math.isfinite(sums.loss) or math.isnan(sums.divergence):
         raise ModelError(
             "the model's loss on the evaluation text is NaN or Inf: its weights or activations "
             "are not finite; check the checkpoint, or use a wider dtype"
         )
     parameters, size = measure_size(model)
     return Evaluation(
-        perplexity=_exp(loss / predicted), tokens=predicted, parameters=parameters, bytes=size
+        perplexity=_exp(sums.loss / sums.predicted),
+        tokens=sums.predicted,
+        parameters=parameters,
+        bytes=size,
+        losses=sums.losses,
+        kl=sums.divergence / sums.predicted if sums.compared else None,
+        top1=sums.agreed / sums.predicted if sums.compared else None,
     )
 
 
@@ -114,26 +199,63 @@ def _stored(model: nn.Module) -> Iterable[Tensor]:
     return {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values()
 
 
+class _Sums:
+    """What is summed over the predicted tokens of all batches."""
+
+    def __init__(self) -> None:
+        self.loss, self.divergence = 0.0, 0.0
+        self.losses: list[float] = []  # means of sequences
+        self.predicted, self.agreed = 0, 0
+        self.compared = False
+
+    def add(self, own: BatchLogits, dense: BatchLogits | None, targets: Tensor) -> None:
+        """Adds a batch with `targets` [sequences, positions], −100 where hidden."""
+        expected = targets.flatten()
+        rows = torch.zeros(expected.shape, dtype=torch.float64, device=targets.device)
+        for start, stop in steps(own, dense, *targets.shape):
+            part = slice(start, stop)
+            logits = own.rows(start, stop)
+            if dense is None:
+                rows[part] = _cross_entropy(logits, expected[part])
+                continue
+            self.compared = True
+            rows[part], divergence, agreed = _compare(
+                logits, dense.rows(start, stop), expected[part]
+            )
+            self.divergence += divergence
+            self.agreed += agreed
+        sums, counts = rows.view_as(targets).sum(1), (targets >= 0).sum(1)
+        self.loss += sums.sum().item()
+        self.predicted += int(counts.sum())
+        self.losses += (sums / counts)[counts > 0].tolist()
+
+
 @torch.inference_mode()
-def _total_loss(
-    model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]], progress: bool
-) -> tuple[float, int]:
-    """Returns summed loss and number of predicted tokens."""
-    loss, predicted = 0.0, 0
-    loss_of: Callable[[Any, dict[str, Tensor], Tensor], Tensor] | None = None
-    for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False):
+def _run(
+    network: Network,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    sums: _Sums,
+    progress: bool,
+    *,
+    dense: Network | Recorded | None = None,
+    record: Callable[[BatchLogits, Tensor], None] | None = None,
+) -> None:
+    """Adds all batches to `sums`, compared with a dense network; `record` is given each."""
+    model = network.model
+    for index, batch in enumerate(
+        tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False)
+    ):
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
         _require_tokens(given.get("input_ids"))
         check_token_ids(model, given)
         inputs = {name: value.to(model.device) for name, value in given.items()}
         targets = _targets(inputs)
-        if loss_of is None:
-            if targets.numel():
-                require_causal(model, inputs["input_ids"])
-            loss_of = _choose_loss(model, inputs)
-        loss += loss_of(model, inputs, targets).item()
-        predicted += int((targets >= 0).sum())
-    return loss, predicted
+        if not network.probed and targets.numel():
+            require_causal(model, inputs["input_ids"])
+        own = network.logits(index, inputs, targets)
+        if record is not None:
+            record(own, targets)
+        sums.add(own, None if dense is None else dense.logits(index, inputs, targets), targets)
 
 
 def _require_tokens(tokens: object) -> None:
@@ -154,45 +276,29 @@ def _targets(inputs: Mapping[str, Tensor]) -> Tensor:
     return targets if mask is None else targets.masked_fill(mask[:, 1:] == 0, -100)
 
 
-def _choose_loss(model: Any, inputs: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-    """Returns the chunked loss if the logits are exactly the output layer of the hidden states.
-
-    Some architectures scale or cap their logits after that layer; sixteen tokens show it.
-    """
-    head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
-        return _loss_of_sequences
-    tokens = inputs["input_ids"][:1, :16]
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    if head.weight.shape[1] != hidden.shape[-1]:
-        return _loss_of_sequences  # ELECTRA projects them first
-    logits = model(input_ids=tokens, use_cache=False).logits
-    return _loss_in_chunks if torch.equal(head(hidden), logits) else _loss_of_sequences
-
-
-def _loss_in_chunks(model: Any, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-    head = model.get_output_embeddings()
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-    rows = max(1, _LOGITS // head.weight.shape[0])
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for states, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
-        total += _cross_entropy(head(states), expected)
-    return total
-
-
-def _loss_of_sequences(model: Any, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-    """Runs the model's own forward, one sequence at a time so that few logits exist at once."""
-    total = torch.zeros((), dtype=torch.float64, device=targets.device)
-    for index, expected in enumerate(targets):
-        sequence = {name: value[index : index + 1] for name, value in inputs.items()}
-        total += _cross_entropy(model(**sequence, use_cache=False).logits[0, :-1], expected)
-    return total
-
-
 def _cross_entropy(
     logits: Tensor,  # [rows, vocabulary]
     targets: Tensor,  # [rows]
 ) -> Tensor:
-    losses = F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=-100)
-    return losses.sum(dtype=torch.float64)
+    return F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=-100)
+
+
+def _compare(
+    logits: Tensor,  # [rows, vocabulary]
+    dense: Tensor,  # [rows, vocabulary]
+    targets: Tensor,  # [rows]
+) -> tuple[Tensor, float, int]:
+    """Returns losses [rows], summed KL(dense‖model), and how often the likeliest token agrees."""
+    if logits.shape != dense.shape:
+        raise InputError(
+            f"the model predicts {logits.shape[1]:,} tokens and the dense reference "
+            f"{dense.shape[1]:,}; compare models of one vocabulary"
+        )
+    dense, shown = dense.to(logits.device), targets >= 0
+    agreed = (logits.argmax(1) == dense.argmax(1)) & shown
+    own, dense = (each.float().log_softmax(1) for each in (logits, dense))
+    terms = F.kl_div(own, dense, reduction="none", log_target=True)
+    terms.masked_fill_(dense == -math.inf, 0.0)  # p ln(p/q) is 0 where p is
+    divergence = terms.sum(1, dtype=torch.float64)[shown].sum()
+    losses = F.nll_loss(own, targets, reduction="none", ignore_index=-100)
+    return losses, divergence.item(), int(agreed.sum())

@@ -12,7 +12,7 @@ from typing import Any
 
 from grail.report.formatting import format_count, format_number
 
-SCHEMA = 5
+SCHEMA = 6
 
 
 def recovered(dense: float, pruned: float, restored: float) -> float | None:
@@ -113,11 +113,27 @@ def mean_errors(layers: Sequence[LayerReport]) -> tuple[float, float] | None:
 
 
 @dataclass
-class Evaluation:
-    """One model on the held-out text: dense, or narrowed by `selector` and `compensation`."""
+class TextScore:
+    """What a model is worth on one held-out text."""
 
     perplexity: float
     tokens: int  # that were predicted
+    text: str = field(default="", kw_only=True)  # its name
+    # Against the dense model; None: not measured. Mean of KL(dense‖model) in nats, and share of
+    # predictions whose most likely token is the dense model's.
+    kl: float | None = field(default=None, kw_only=True)
+    top1: float | None = field(default=None, kw_only=True)
+    # Mean −log p of each sequence, in the text's order.
+    losses: list[float] = field(default_factory=list, kw_only=True, repr=False)
+
+
+@dataclass
+class Evaluation(TextScore):
+    """One model on held-out text: dense, or narrowed by `selector` and `compensation`.
+
+    Its own score is that of the first text; `others` has those of further texts.
+    """
+
     parameters: int
     bytes: int  # of the weights in the model's dtype, as safetensors stores them
     selector: str | None = None  # None: nothing was removed
@@ -128,6 +144,12 @@ class Evaluation:
     to_nearest: bool = False  # rounded to nearest; otherwise by GPTQ
     repetition: float | None = None  # share of repeated 4-grams in greedy completions
     repetition_error: float | None = None  # its standard error over completions
+    others: list[TextScore] = field(default_factory=list, kw_only=True)
+
+    @property
+    def scores(self) -> list[TextScore]:
+        """The scores on all texts, in the order in which these were given."""
+        return [self, *self.others]
 
     @property
     def label(self) -> str:
@@ -257,8 +279,10 @@ class Report:
         data = json.loads(text)
         for row in data["evaluation"].values():
             row.pop("tokens_per_second", None)  # of schema 3
-            if row["perplexity"] is None:
-                row["perplexity"] = math.inf
+            for score in (row, *row.get("others", [])):
+                if score["perplexity"] is None:
+                    score["perplexity"] = math.inf
+            row["others"] = [TextScore(**score) for score in row.get("others", [])]
         data["sites"] = [SiteReport(**site) for site in data["sites"]]
         data["inputs"] = [InputReport(**place) for place in data.get("inputs", [])]
         data["quantized"] = [LayerReport(**layer) for layer in data.get("quantized", [])]

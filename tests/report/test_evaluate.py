@@ -8,8 +8,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from grail import evaluate
-from grail.errors import EmptyCalibrationError, ModelError
+from grail import DenseReference, evaluate
+from grail.errors import EmptyCalibrationError, InputError, ModelError
 from grail.report._evaluate import bfloat16_bytes, measure_size, require_causal
 from tests.conftest import DECODERS, MIXTURES
 
@@ -152,3 +152,146 @@ def test_no_decoder_is_taken_for_one_that_looks_ahead(tiny_model, tiny_batches, 
     model = tiny_model(family).to(dtype)
     for tokens in tiny_batches(count=5, length=13):
         require_causal(model, tokens)
+
+
+def divergences(model, dense, batches):
+    """Mean KL(dense‖model) and top-1 agreement from all logits at once, in fp64."""
+    kl, same = [], []
+    for tokens in batches:
+        own, other = (
+            copy.deepcopy(network).double()(tokens).logits[:, :-1].log_softmax(-1)
+            for network in (model, dense)
+        )
+        kl.append((other.exp() * (other - own)).sum(-1).flatten())
+        same.append((own.argmax(-1) == other.argmax(-1)).flatten())
+    return torch.cat(kl).mean().item(), torch.cat(same).double().mean().item()
+
+
+def pair(tiny_model, family="llama", **config):
+    """A network, and another that differs from it in one matrix."""
+    dense = tiny_model(family, **config)
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 5
+        model.model.layers[0].self_attn.o_proj.weight *= -3
+    return model, dense
+
+
+FAMILIES = pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("granite", {"logits_scaling": 0.1}),
+        ("gemma2", {"final_logit_softcapping": 1.0, "query_pre_attn_scalar": 8}),
+    ],
+    ids=["untied", "tied", "granite", "gemma2"],
+)
+
+
+@FAMILIES
+def test_divergence_from_a_dense_network_equals_fp64(tiny_model, tiny_batches, family, config):
+    model, dense = pair(tiny_model, family, **config)
+    batches = tiny_batches()
+    expected, same = divergences(model, dense, batches)
+    for against in (dense, DenseReference(dense, batches, progress=False)):
+        found = evaluate(model, batches, against=against, progress=False)
+        # Rounding of fp32 log-probabilities, as for the loss; their differences are of size 0.1.
+        assert found.kl == pytest.approx(expected, abs=TOLERANCE, rel=1e-3)
+        assert found.top1 == same
+        alone = evaluate(model, batches, progress=False)
+        assert (found.perplexity, found.losses) == (alone.perplexity, alone.losses)
+        assert (alone.kl, alone.top1) == (None, None)
+    assert expected > 0.001
+    assert same < 1
+
+
+@FAMILIES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_network_is_no_distance_from_itself(tiny_model, tiny_batches, family, config, dtype):
+    model, batches = tiny_model(family, **config).to(dtype), tiny_batches()
+    reference = DenseReference(model, batches, progress=False)
+    found = evaluate(model, batches, against=reference, progress=False)
+    assert (found.kl, found.top1) == (0.0, 1.0)
+    assert reference.evaluation.losses == found.losses
+    assert reference.evaluation.perplexity == found.perplexity
+
+
+def test_a_reference_outlives_changes_of_its_network(tiny_llama, tiny_batches):
+    dense, batches = tiny_llama(tie_word_embeddings=True), tiny_batches()
+    model = copy.deepcopy(dense)
+    reference = DenseReference(dense, batches, progress=False)
+    with torch.no_grad():  # as narrowing and rounding do
+        dense.lm_head.weight.mul_(2)
+        dense.model.layers[0].mlp.down_proj.weight.zero_()
+    found = evaluate(model, batches, against=reference, progress=False)
+    assert (found.kl, found.top1) == (0.0, 1.0)
+    assert not reference.runs_model
+    tokens, width, vocabulary = 3 * 2 * 16, dense.config.hidden_size, dense.config.vocab_size
+    # fp32 hidden states and output layer, int64 targets.
+    assert reference.nbytes == 4 * width * (tokens + vocabulary) + 8 * 3 * 2 * 15
+
+
+def test_losses_are_means_of_sequences(tiny_llama, tiny_batches):
+    model, batches = tiny_llama(), tiny_batches()
+    mask = torch.ones_like(batches[0])
+    mask[0, 1:] = 0  # nothing to predict: no loss
+    mask[1, 9:] = 0
+    inputs = [{"input_ids": batches[0], "attention_mask": mask}, *batches[1:]]
+    found = evaluate(model, inputs, progress=False)
+    rows = [
+        (batches[0][1:2, :9], None),
+        *((b[i : i + 1], None) for b in batches[1:] for i in (0, 1)),
+    ]
+    expected = [reference_loss(model, [row]) for row, _ in rows]
+    assert found.losses == pytest.approx(expected, abs=TOLERANCE)
+    assert found.tokens == 8 + 4 * 15
+
+
+def test_hidden_tokens_do_not_diverge(tiny_model, tiny_batches):
+    model, dense = pair(tiny_model)
+    batches = tiny_batches(count=1)
+    mask = torch.ones_like(batches[0])
+    mask[:, 10:] = 0
+    inputs = [{"input_ids": batches[0], "attention_mask": mask}]
+    found = evaluate(model, inputs, against=dense, progress=False)
+    expected, same = divergences(model, dense, [batches[0][:, :10]])
+    assert found.kl == pytest.approx(expected, abs=TOLERANCE, rel=1e-3)
+    assert found.top1 == same
+
+
+def test_tokens_that_cannot_come_add_nothing_to_the_divergence(tiny_model, tiny_batches):
+    model, dense = pair(tiny_model)
+    for network in (model, dense):
+        network.lm_head.bias = torch.nn.Parameter(torch.zeros(network.config.vocab_size))
+        network.lm_head.bias.data[-3:] = -math.inf  # as padded rows of a vocabulary
+    batches = [tokens % 8 for tokens in tiny_batches()]
+    assert 0 < evaluate(model, batches, against=dense, progress=False).kl < 10
+
+
+def test_chunks_of_a_comparison_are_bounded(tiny_llama, tiny_batches):
+    model = tiny_llama(vocab_size=1 << 18, num_hidden_layers=1, tie_word_embeddings=True)
+    batches = tiny_batches(count=1, rows=5, length=16)
+    reference = DenseReference(model, batches, progress=False)
+    logits = []
+    model.lm_head.register_forward_hook(lambda *call: logits.append(call[2].numel()))
+    assert evaluate(model, batches, against=reference, progress=False).kl == 0
+    assert logits[4:] == [64 << 18, 11 << 18]
+
+
+def test_a_reference_refuses_other_batches(tiny_llama, tiny_batches):
+    model, batches = tiny_llama(), tiny_batches()
+    reference = DenseReference(model, batches[:2], progress=False)
+    evaluate(model, batches[:1], against=reference, progress=False)
+    for others in (batches[1:], batches):
+        with pytest.raises(InputError, match="not the one of the dense reference"):
+            evaluate(model, others, against=reference, progress=False)
+
+
+def test_refuses_a_reference_of_another_vocabulary(tiny_llama, tiny_batches):
+    batches = [tokens % 8 for tokens in tiny_batches()]
+    other = tiny_llama(vocab_size=8)
+    with pytest.raises(InputError, match="compare models of one vocabulary"):
+        evaluate(tiny_llama(), batches, against=other, progress=False)
+    with pytest.raises(InputError, match=r"against must be .*; got list"):
+        evaluate(other, batches, against=[other], progress=False)

@@ -1,0 +1,93 @@
+"""Standard errors of comparisons of models on the same sequences.
+
+Losses of different texts differ far more than those of two models on one text, so each comparison
+pairs the models by sequence: a sequence, not a token, is what was drawn, since the tokens of a
+sequence depend on each other.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from grail.errors import InputError
+
+BEYOND = 2.0  # standard errors beyond which a difference counts
+
+Losses = Sequence[float]  # mean −log p of each sequence, in the text's order
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its standard error over sequences; None: it cannot be estimated."""
+
+    value: float
+    error: float | None
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
+
+
+def difference(losses: Losses, others: Losses) -> Estimate:
+    """Estimates how much larger the mean of `losses` is than that of `others`, in nats a token.
+
+    The standard error is that of the mean of the paired differences, s / √n; None of one sequence.
+
+    Raises:
+        InputError: the lists differ in length or are empty.
+    """
+    one, other = _paired(losses, others)
+    gaps = one - other
+    count = len(gaps)
+    error = float(gaps.std(ddof=1)) / math.sqrt(count) if count > 1 else None
+    return Estimate(float(gaps.mean()), error)
+
+
+def share(dense: Losses, pruned: Losses, restored: Losses) -> Estimate | None:
+    """Estimates the share of the log-perplexity lost by pruning that the restored model recovers.
+
+    It is a ratio of sums over sequences, Σ (pruned − restored) / Σ (pruned − dense), so its
+    standard error is the jackknife's: √((n − 1)/n Σ (θᵢ − θ̄)²), θᵢ without sequence i.
+
+    Returns:
+        The share, 1 as good as dense, 0 as bad as pruned. Its error is None of one sequence, and
+        where pruning loses nothing once a sequence is left out. None where pruning lost nothing.
+
+    Raises:
+        InputError: the lists differ in length or are empty.
+
+    Source: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 11.
+    """
+    base, narrow, own = _paired(dense, pruned, restored)
+    gains, losses = narrow - own, narrow - base
+    gained, lost = gains.sum(), losses.sum()
+    if not lost > 0:
+        return None
+    value, count = float(gained / lost), len(gains)
+    left = lost - losses
+    if count < 2 or not (left > 0).all():
+        return Estimate(value, None)
+    without = (gained - gains) / left
+    spread = np.square(without - without.mean()).sum()
+    return Estimate(value, math.sqrt((count - 1) / count * spread))
+
+
+def is_worse(losses: Losses, others: Losses, errors: float = BEYOND) -> bool:
+    """Returns True if `losses` exceed `others` by more than `errors` standard errors.
+
+    Two lists of one sequence are never told apart.
+    """
+    found = difference(losses, others)
+    return found.error is not None and found.value > errors * found.error
+
+
+def _paired(*columns: Losses) -> list[npt.NDArray[np.float64]]:
+    counts = [len(column) for column in columns]
+    if len(set(counts)) > 1 or not counts[0]:
+        raise InputError(
+            f"losses are paired by sequence; got lists of {', '.join(map(str, counts))}: evaluate "
+            "all models on the same sequences"
+        )
+    return [np.asarray(column, dtype=np.float64) for column in columns]
