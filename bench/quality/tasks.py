@@ -2,13 +2,13 @@
 
 | task | from | the model has to |
 |---|---|---|
-| next_sentence | held-out Brown | prefer the true next sentence to three others of its document |
-| last_word | held-out Brown | predict the last word of a sentence |
-| agreement | held-out Brown | prefer a sentence to the same with is/are, has/have, this/these … swapped |
+| next_sentence | held-out Brown | prefer the true next sentence to three of its document |
+| last_word | held-out Brown | prefer a sentence's last word to three that end others there |
+| agreement | held-out Brown | prefer a sentence to one where is/are, this/these … are swapped |
 | capitals | `world-countries` (npm) | prefer a country's capital to three of its region |
-| neighbours | `world-countries` (npm) | prefer a country's neighbour to three others of its region |
+| neighbours | `world-countries` (npm) | prefer a country's neighbour to three of its region |
 | kinds | `wordnet-base` (Debian) | prefer the kind of a thing to those of three other things |
-| copying | random tokens | continue a random sequence when it comes a second time |
+| copying | random words | continue a random sequence when it comes a second time |
 
 A model is scored by its log-likelihoods alone, on token ids without a beginning-of-text token, as
 texts are packed. `bench.quality.evaluation` uses a task only where the dense model beats chance by
@@ -22,7 +22,7 @@ import random
 import re
 import statistics
 import tarfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,8 @@ _SWAPS = ("is are", "was were", "has have", "does do", "this these", "that those
 _OTHER_FORM = {a: b for pair in _SWAPS for a, b in (pair.split(), pair.split()[::-1])}
 
 # Of the options, the first one is right. "sum", "mean": it has the largest log-likelihood, in all
-# or a token; "exact": every token of it is the likeliest one; "tokens": the share of such tokens.
-Rule = Literal["sum", "mean", "exact", "tokens"]
+# or a token; "tokens": the share of its tokens that are the likeliest ones.
+Rule = Literal["sum", "mean", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,8 @@ class Task:
         """Scores of the questions in their order, 1 is right, 0 wrong; "tokens" lies between."""
         found = [0.0] * len(self.questions)
         for index, logs, likeliest in answers(model, self.questions):
-            if self.rule in {"exact", "tokens"}:
-                hits = likeliest[0].double()
-                found[index] = float(hits.mean() if self.rule == "tokens" else hits.min())
+            if self.rule == "tokens":
+                found[index] = float(likeliest[0].double().mean())
             else:
                 sums = [float(of.sum() / (len(of) if self.rule == "mean" else 1)) for of in logs]
                 found[index] = float(sums[0] > max(sums[1:]))
@@ -130,9 +129,9 @@ def _of_batch(model: Any, batch: Sequence[Question]) -> Iterator[tuple[list[Tens
         cache.batch_repeat_interleave(count)
         more = model(input_ids=padded[:, :-1].to(device), past_key_values=cache, use_cache=True)
         logits = torch.cat([logits, more.logits], 1)
-    logits = logits.double()
     targets = padded.to(device)
-    logs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
+    chosen = logits.gather(-1, targets[..., None])[..., 0]
+    logs = chosen.double() - logits.float().logsumexp(-1).double()
     hits = logits.argmax(-1) == targets
     for index in range(len(batch)):
         rows = range(index * count, (index + 1) * count)
@@ -175,9 +174,6 @@ def build(name: str, tokenizer: Any, cache: str | Path, count: int) -> Task:
         if len(questions) == count:
             break
         questions.append(question)
-    if chance is None:  # the commonest answer
-        frequent = Counter(question.options[0] for question in questions).most_common(1)[0][1]
-        chance = frequent / len(questions)
     return Task(questions, rule, chance)
 
 
@@ -187,6 +183,7 @@ def sentences_of(document: str) -> list[str]:
     return [piece for piece in re.split(ends, document) if len(piece.split()) > 2]
 
 
+@functools.cache
 def _documents(cache: Path) -> list[list[str]]:
     """Sentences of the held-out documents of the Brown corpus."""
     _, heldout = assets.split_genres(assets.brown(cache))
@@ -225,11 +222,17 @@ def _fits(sentence: str) -> bool:
 
 
 def _last_words(encode: Encode, cache: Path, generator: random.Random) -> Iterator[Question]:
+    pattern = re.compile(r"(.* .*) ([a-z]{4,})[.?!]")
     for sentences, index in _places(_documents(cache), generator):
-        found = re.fullmatch(r"(.* .*) ([a-z]{4,})[.?!]", sentences[index])
+        found = pattern.fullmatch(sentences[index])
         context = _before(encode, sentences, index, found[1]) if found else ()
-        if found and len(context) == CONTEXT:
-            yield Question(context, (encode(" " + found[2]),))
+        if not found or len(context) < CONTEXT:
+            continue
+        ends = (pattern.fullmatch(sentence) for sentence in sentences)
+        others = sorted({end[2] for end in ends if end} - {found[2]})
+        if len(others) >= OPTIONS - 1:
+            options = [found[2], *generator.sample(others, OPTIONS - 1)]
+            yield Question(context, tuple(encode(f" {option}") for option in options))
 
 
 def _agreement(encode: Encode, cache: Path, generator: random.Random) -> Iterator[Question]:
@@ -307,8 +310,8 @@ def _border(encode: Encode, cache: Path, generator: random.Random) -> Iterator[Q
 
 
 def _kinds(encode: Encode, cache: Path, generator: random.Random) -> Iterator[Question]:
-    """Nouns of one word and their hypernyms, both the first words of their first senses."""
-    pairs = hypernyms(assets.debian_files(_WORDNET, cache, ["data.noun", "cntlist.rev"]))
+    """Things and their kinds."""
+    pairs = hypernyms(assets.debian_files(_WORDNET, cache, ["index.noun", "data.noun"]))
     names = sorted(pairs)
     kinds = sorted(set(pairs.values()))
     for name in generator.sample(names, len(names)):
@@ -326,59 +329,55 @@ def _article(noun: str) -> str:
 
 # Files of the lexicographers: animals, artifacts, bodies, food, objects, plants, substances.
 _THINGS = {"05", "06", "08", "13", "17", "20", "27"}
+_PLAIN = re.compile(r"[a-z]{3,}")
 
 
-def hypernyms(folder: Path, least: int = 4) -> dict[str, str]:
-    """Names of things and of their kinds, from the files of WordNet 3.0 (Miller 1995).
+def hypernyms(folder: Path) -> dict[str, str]:
+    """Names of things that texts mention and their kinds, each one word in its first sense.
 
     Args:
-        folder: with `data.noun` and `cntlist.rev`, whose formats wndb(5WN) and cntlist(5WN)
-            describe.
-        least: times that the first sense of a name was met in texts.
+        folder: with `index.noun` and `data.noun` of WordNet 3.0 (Miller 1995), whose format
+            wndb(5WN) describes.
     """
-    met = set()
-    for line in (folder / "cntlist.rev").read_text(encoding="latin-1").splitlines():
-        key, sense, count = line.split()
-        name, _, place = key.partition("%")
-        if place.startswith("1:") and sense == "1" and int(count) >= least:
-            met.add((name, place.split(":")[1]))
-    first: dict[str, str] = {}
-    pairs: dict[str, str] = {}
+    first: dict[str, str] = {}  # sense of a name
+    for line in (folder / "index.noun").read_text(encoding="latin-1").splitlines():
+        name, *numbers = line.split()
+        if _PLAIN.fullmatch(name):
+            senses = int(numbers[1])
+            if int(numbers[-senses - 1]):  # of them are tagged in texts
+                first[name] = numbers[-senses]
+    names: dict[str, str] = {}  # of a sense
     parents: dict[str, str] = {}
     for line in (folder / "data.noun").read_text(encoding="latin-1").splitlines():
         if line.startswith("  "):
             continue  # the licence
-        offset, file, _, _, word, *rest = line.split(" | ")[0].split()
-        first[offset] = word
-        parent = re.search(r" @ (\d{8}) n 0000", " ".join(rest))
-        if parent and re.fullmatch(r"[a-z]{3,}", word) and file in _THINGS and (word, file) in met:
-            parents.setdefault(word, parent[1])
-    for word, offset in parents.items():
-        kind = first[offset]
-        if re.fullmatch(r"[a-z]{3,}", kind) and kind != word:
-            pairs[word] = kind
-    return pairs
+        offset, file, _, _, name, *rest = line.partition("|")[0].split()
+        names[offset] = name
+        parent = re.search(r" @ (\d{8}) n 0000", " ".join(["", *rest]))
+        if parent and file in _THINGS:
+            parents[offset] = parent[1]
+    pairs = {name: names[parents[sense]] for name, sense in first.items() if sense in parents}
+    return {name: kind for name, kind in pairs.items() if _PLAIN.fullmatch(kind) and kind != name}
 
 
 def _copying(encode: Encode, cache: Path, generator: random.Random) -> Iterator[Question]:
-    """A sequence of different tokens of words, and again its start; the rest is asked for."""
-    words = sorted({encode(f" {word}")[0] for word in _words(cache)})
+    """The first tokens of random words, and again the start of these; the rest is asked for."""
+    used = {word for document in _documents(cache) for s in document for word in s.split()}
+    words = sorted(word for word in used if re.fullmatch("[a-z]{4,8}", word))
     while True:
-        sequence = tuple(generator.sample(words, COPIED))
-        yield Question((*sequence, *sequence[: COPIED // 3]), (sequence[COPIED // 3 :],))
+        sequence = tuple(encode(f" {word}")[0] for word in generator.sample(words, COPIED))
+        if len(set(sequence)) == COPIED:
+            start = COPIED // 3
+            yield Question((*sequence, *sequence[:start]), (sequence[start:],))
 
 
-def _words(cache: Path) -> Iterable[str]:
-    return {word for document in _documents(cache) for s in document for word in s.split()}
-
-
-# Questions, rule, and chance; None: the share of the commonest answer.
+# Questions, rule and chance.
 TASKS: dict[
     str,
-    tuple[Callable[[Encode, Path, random.Random], Iterator[Question]], Rule, float | None],
+    tuple[Callable[[Encode, Path, random.Random], Iterator[Question]], Rule, float],
 ] = {
     "next_sentence": (_next_sentences, "mean", 1 / OPTIONS),
-    "last_word": (_last_words, "exact", None),
+    "last_word": (_last_words, "sum", 1 / OPTIONS),
     "agreement": (_agreement, "sum", 0.5),
     "capitals": (
         _about_countries(
