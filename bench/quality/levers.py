@@ -1,0 +1,212 @@
+"""What else recovers a compressed SmolLM2-135M, in the calibration's domain and off it.
+
+    python -m bench.quality.levers                          every lever that is not in the CSV
+    python -m bench.quality.levers --calibration passages   of one calibration
+    python -m bench.quality.levers --show                   only the table
+
+Half of the channels of each MLP. A lever is the defaults with one setting changed, or another
+calibration text of as many tokens. Each is compared with the defaults on the same sequences.
+Results are bench/results/levers.csv, row by row. A killed run resumes. The calibrations and levers
+are described in docs/benches.md.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from bench.quality.endtoend import PAPER, Subject
+from bench.tools.commandline import CommandLine
+from bench.tools.measuring import RESULTS, Row, Table
+from bench.tools.tables import aligned
+from bench.tools.texts import LENGTH
+from grail.report._evaluate import DenseReference, evaluate
+from grail.report.paired import Estimate, difference, share
+from grail.report.report import Evaluation
+
+KEY = ("calibration", "sequences", "lever", "text")
+TEXTS = ("passages", "brown")
+HELD_OUT = 8  # sequences of each text
+
+# The texts of each calibration, in equal parts.
+CALIBRATIONS: dict[str, tuple[str, ...]] = {
+    "passages": ("passages",),
+    "passages and brown": ("passages", "brown"),
+    "general": ("documentation", "source", "licences", "scripture", "manuals", "essays"),
+}
+DEFAULTS, PRUNED, DENSE = "defaults", "pruned", "dense"
+ATTENTION = {"correct_attention": True}
+# The consumers of heads that all stay are refitted to the drift.
+OUTPUT = {"keep": {"mlp": 0.5, "heads": 1.0}, "sites": ("mlp", "heads")}
+LEVERS: dict[str, dict[str, Any]] = {
+    PRUNED: {"selector": "wanda", "compensate": False},
+    "paper": PAPER,
+    DEFAULTS: {},
+    "wanda": {"selector": "wanda"},
+    "queries, keys, values": ATTENTION,
+    "o_proj": OUTPUT,
+    "queries, keys, values, o_proj": ATTENTION | OUTPUT,
+    "producers": {"refit_producers": 3},
+    "producers, 8 steps": {"refit_producers": 8},
+    "producers; queries, keys, values": {"refit_producers": 3} | ATTENTION,
+}
+# Calibration, sequences and levers, in the order of measuring.
+CELLS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    ("passages", 16, tuple(LEVERS)),
+    ("passages and brown", 16, (DEFAULTS, "producers")),
+    ("passages", 64, (DEFAULTS, "producers", PRUNED)),
+    ("general", 64, (DEFAULTS, "producers")),
+    ("general", 256, ("producers",)),
+)
+
+
+class Bench:
+    """The dense model, its outputs on the held-out texts, and the table of results."""
+
+    def __init__(self) -> None:
+        self.table = Table(RESULTS / "levers.csv", KEY)
+        self._subject: Subject | None = None
+        self._references: dict[str, DenseReference] = {}
+
+    @property
+    def subject(self) -> Subject:
+        """The dense model, loaded once it is needed."""
+        if self._subject is None:
+            self._subject = Subject()
+        return self._subject
+
+    def heldout(self, text: str) -> list[Tensor]:
+        """Returns the held-out sequences of a text."""
+        return self.subject.batches(text, "heldout", HELD_OUT * LENGTH)
+
+    def reference(self, text: str) -> DenseReference:
+        """Returns the dense model's outputs on a text."""
+        if text not in self._references:
+            made = DenseReference(self.subject.model, self.heldout(text), progress=False)
+            self._references[text] = made
+        return self._references[text]
+
+    def calibration(self, name: str, sequences: int) -> list[Tensor]:
+        """Returns sequences of a calibration: of each text in equal parts, mixed.
+
+        A run holds out every fifth sequence, so they are in no regular order.
+        """
+        names = CALIBRATIONS[name]
+        each = -(-sequences // len(names))
+        parts = [self.subject.batches(text, "calibration", each * LENGTH) for text in names]
+        rows = [part[number] for number in range(each) for part in parts][:sequences]
+        if len(names) > 1:
+            random.Random(0).shuffle(rows)
+        return rows
+
+    def measure(self, calibration: str, sequences: int, lever: str) -> None:
+        """Adds the rows of a lever, one a text, unless they are there."""
+        if all((calibration, sequences, lever, text) in self.table for text in TEXTS):
+            return
+        settings: dict[str, Any] = {"keep": 0.5, "sites": ("mlp",)} | LEVERS[lever]
+        batches = self.calibration(calibration, sequences)
+        model, report = self.subject.compressed(batches, **settings)
+        key = {"calibration": calibration, "sequences": sequences, "lever": lever}
+        for text in TEXTS:
+            found = evaluate(
+                model, self.heldout(text), against=self.reference(text), progress=False
+            )
+            self.table.add(key | _scores(text, found, report.seconds["total"]))
+
+    def measure_dense(self) -> None:
+        """Adds the rows of the dense model."""
+        for text in TEXTS:
+            if ("", 0, DENSE, text) not in self.table:
+                key = {"calibration": "", "sequences": 0, "lever": DENSE}
+                self.table.add(key | _scores(text, self.reference(text).evaluation, None))
+
+
+def _scores(text: str, found: Evaluation, seconds: float | None) -> dict[str, Any]:
+    return {
+        "text": text,
+        "perplexity": round(found.perplexity, 4),
+        "kl": "" if found.kl is None else round(found.kl, 5),
+        "top1": "" if found.top1 is None else round(found.top1, 5),
+        "losses": " ".join(f"{loss:.6f}" for loss in found.losses),
+        "seconds": "" if seconds is None else round(seconds, 1),
+        "heldout_tokens": found.tokens,
+    }
+
+
+def comparisons(rows: list[Row]) -> Iterator[dict[str, Any]]:
+    """Yields for each row the share that it recovers, and its gain over the defaults in nats.
+
+    Pruning is that of the same calibration, else of another one: it hardly depends on the text.
+    """
+    losses = {tuple(row[k] for k in KEY): _losses(row) for row in rows}
+    pruned = {row["text"]: _losses(row) for row in rows if row["lever"] == PRUNED}
+    for row in rows:
+        calibration, sequences, lever, text = (row[k] for k in KEY)
+        if lever == DENSE:
+            continue
+        own, base = losses[calibration, sequences, lever, text], losses["", "0", DENSE, text]
+        plain = losses.get((calibration, sequences, PRUNED, text), pruned.get(text))
+        default = losses.get((calibration, sequences, DEFAULTS, text))
+        yield {
+            **row,
+            "share": None if plain is None else share(base, plain, own),
+            "gain": None if default is None else difference(default, own),
+        }
+
+
+def _losses(row: Row) -> list[float]:
+    return [float(loss) for loss in row["losses"].split()]
+
+
+def table(rows: list[Row]) -> str:
+    """Returns the table of comparisons, a row for each lever, the texts side by side."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in comparisons(rows):
+        cells = found.setdefault(tuple(row[k] for k in KEY[:3]), [])
+        recovered, gain = _percent(row["share"]), _signed(row["gain"])
+        cells += [row["perplexity"], recovered, gain, row["kl"], row["top1"]]
+    header = ["calibration", "sequences", "lever"]
+    for text in TEXTS:
+        header += [text, "share", "gain, nats", "KL", "top-1"]
+    return aligned(header, [[*key, *cells] for key, cells in found.items()], words=3)
+
+
+def _percent(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    error = "" if estimate.error is None else f" ± {estimate.error:.1%}"
+    return f"{estimate.value:.1%}{error}"
+
+
+def _signed(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    error = "" if estimate.error is None else f" ± {estimate.error:.3f}"
+    return f"{estimate.value:+.3f}{error}"
+
+
+def main() -> None:
+    """Measures what is missing, and prints the table."""
+    parser = CommandLine(
+        __doc__, writes="bench/results/levers.csv, row by row", takes="two hours on 2 cores"
+    )
+    parser.add_argument("--calibration", choices=CALIBRATIONS, help="default: all")
+    parser.add_argument("--sequences", type=int, help="of 1024 tokens; default: all sizes")
+    parser.add_argument("--lever", choices=LEVERS, help="default: all")
+    parser.add_argument("--show", action="store_true", help="measure nothing")
+    options = parser.read()
+    bench = Bench()
+    if not options.show:
+        bench.measure_dense()
+        for calibration, sequences, levers in CELLS:
+            asked = options.calibration in (None, calibration)
+            if asked and options.sequences in (None, sequences):
+                for lever in levers:
+                    if options.lever in (None, lever):
+                        bench.measure(calibration, sequences, lever)
+    print(table(bench.table.rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The bench of levers: its table follows from the losses of its rows."""
+
+import math
+
+import pytest
+
+from bench.quality import levers
+
+LOSSES = {
+    ("", "0", "dense", "brown"): [1.0, 2.0, 3.0],
+    ("passages", "16", "pruned", "brown"): [2.0, 4.0, 5.0],
+    ("passages", "16", "defaults", "brown"): [1.5, 3.0, 4.0],
+    ("passages", "16", "producers", "brown"): [1.5, 2.5, 3.8],
+    ("general", "64", "defaults", "brown"): [2.0, 3.0, 3.0],
+}
+ROWS = [
+    dict(zip(levers.KEY, key, strict=True))
+    | {"losses": " ".join(map(str, of)), "perplexity": "9", "kl": "0.1", "top1": "0.5"}
+    for key, of in LOSSES.items()
+]
+
+
+def found(*key: str) -> dict:
+    (row,) = (r for r in levers.comparisons(ROWS) if tuple(r[k] for k in levers.KEY) == key)
+    return row
+
+
+def test_a_share_and_a_gain_are_of_the_same_sequences():
+    row = found("passages", "16", "producers", "brown")
+    assert row["share"].value == pytest.approx((11 - 7.8) / (11 - 6))
+    assert row["gain"].value == pytest.approx((0.0 + 0.5 + 0.2) / 3)
+    gaps = [0.0, 0.5, 0.2]
+    mean = sum(gaps) / 3
+    variance = sum((gap - mean) ** 2 for gap in gaps) / 2
+    assert row["gain"].error == pytest.approx(math.sqrt(variance / 3))
+
+
+def test_without_its_own_pruned_row_a_calibration_is_compared_with_another_one():
+    row = found("general", "64", "defaults", "brown")
+    assert row["share"].value == pytest.approx((11 - 8) / (11 - 6))
+    assert row["gain"].value == 0
+    assert found("passages", "16", "pruned", "brown")["share"].value == 0
+
+
+def test_the_dense_model_is_no_lever():
+    assert len(list(levers.comparisons(ROWS))) == len(ROWS) - 1
+
+
+def test_a_table_has_a_row_for_each_lever_and_both_texts_side_by_side():
+    rows = [row | {"text": text} for text in levers.TEXTS for row in ROWS]
+    lines = levers.table(rows).splitlines()
+    assert len(lines) == 1 + len(ROWS) - 1
+    assert all(text in lines[0] for text in levers.TEXTS)
+    assert "64.0%" in next(line for line in lines if "producers" in line)
+
+
+def test_a_mixed_calibration_has_every_text_in_equal_parts(monkeypatch):
+    class Subject:
+        def batches(self, text: str, half: str, tokens: int) -> list:
+            assert half == "calibration"
+            return [f"{text} {number}" for number in range(tokens // levers.LENGTH)]
+
+    bench = levers.Bench()
+    monkeypatch.setattr(bench, "_subject", Subject())
+    rows = bench.calibration("general", 12)
+    names = levers.CALIBRATIONS["general"]
+    assert sorted(rows) == sorted(f"{name} {n}" for name in names for n in range(2))
+    assert rows != sorted(rows, key=lambda row: row.split()[1])
+    assert bench.calibration("passages", 3) == ["passages 0", "passages 1", "passages 2"]
+
+
+def test_every_cell_names_known_calibrations_and_levers():
+    for calibration, _, names in levers.CELLS:
+        assert calibration in levers.CALIBRATIONS
+        assert set(names) <= set(levers.LEVERS)
