@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from grail.errors import GrailError
     from grail.files._export import export
     from grail.files.load import load_model
+    from grail.files.mixture import Mixture
     from grail.files.packing import token_batches
     from grail.files.pretrained import Pretrained
     from grail.files.saving import load, save
@@ -46,6 +47,7 @@ __all__ = [
     "GrailError",
     "Gram",
     "Inspection",
+    "Mixture",
     "Part",
     "Pretrained",
     "Recipe",
@@ -87,6 +89,7 @@ _MODULES = {
     "GrailError": "grail.errors",
     "Gram": "grail.algebra.gram",
     "Inspection": "grail.run._inspect",
+    "Mixture": "grail.files.mixture",
     "Part": "grail.networks",
     "Pretrained": "grail.files.pretrained",
     "Recipe": "grail.recipe",

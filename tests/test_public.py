@@ -456,6 +456,13 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "dtype": [None, 5, "int8", OBJECT, torch.float32],
     },
     "grail.Text": {"source": [None, 5, OBJECT, ["text"]]},
+    "grail.Mixture": {
+        "texts": [None, 5, "text", OBJECT, [], [5], [None], [OBJECT], [["a", "b"]]],
+        "shares": ["text", 0.5, OBJECT, [], [1], [0.5, "half"], [0.5, True], [0.5, 0.4], [2, -1],
+                   [float("nan"), 1.0]],
+        "tokens": ["text", 2.5, OBJECT, True], "sequence_length": ["text", 2.5, OBJECT, True],
+        "batch_size": ["text", 2.5, OBJECT, True],
+    },
     "grail.accumulate": {
         "model": NOT_MODELS, "layers": [5, OBJECT, [None], [], ["nowhere"], lambda *_: False],
         "share": NOT_SWITCHES, "device": NOT_DEVICES, "non_finite": ANY,
@@ -473,7 +480,8 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     },
     "grail.compress_checkpoint": {
         "source": [*NOT_PATHS, "nowhere"], "output": NOT_PATHS,
-        "calibration": [None, 5, OBJECT, "nowhere.txt", ["text"]],
+        "calibration": [None, 5, OBJECT, "nowhere.txt", [], [5], [["text"]],
+                        ["nowhere.txt", "nowhere.json"]],
         "evaluate": [5, OBJECT, "nowhere.txt"], "baseline": NOT_SWITCHES, "uneven": NOT_SWITCHES,
         "seed": NOT_COUNTS, **OBJECTS,
     },
@@ -489,7 +497,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "verify": NOT_SWITCHES,
     },
     "grail.export_imatrix": {
-        "folder": NOT_PATHS, "output": NOT_PATHS, "calibration": [5, OBJECT, "nowhere.txt"],
+        "folder": NOT_PATHS, "output": NOT_PATHS, "calibration": [5, OBJECT, "nowhere.txt", []],
         "pad": [None, "32", 0, 48, True, 32.5], "device": [5, "nowhere", OBJECT],
         "progress": NOT_SWITCHES,
     },
@@ -675,6 +683,7 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.Runtime": dict,
         "grail.Pretrained": lambda: {"source": "anywhere"},
         "grail.Text": lambda: {"source": "anywhere"},
+        "grail.Mixture": lambda: {"texts": ["anywhere", "elsewhere"]},
         "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
         "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
         "grail.Fused": lambda: {"name": "0"},

@@ -30,6 +30,7 @@ import typer
 from grail.algebra._fit import Auto
 from grail.commands.root import DEBUG
 from grail.errors import InputError
+from grail.files.mixture import Mixture, named_texts
 from grail.files.pretrained import Pretrained
 from grail.files.text import Text
 from grail.recipe import PRESETS
@@ -168,6 +169,11 @@ class Given:
         """Returns how a text is read."""
         return {name: v for name, v in self.of(Text).items() if name not in ("source", "seed")}
 
+    def calibration(self, sources: Sequence[str], **how: Any) -> Text | Mixture:
+        """Returns the calibration text, or the mixture of several."""
+        shares = self.of(Mixture).get("shares")
+        return named_texts(sources, shares, **self.of_text(), option="--calibration", **how)
+
     def runtime(self, model: Pretrained) -> Runtime:
         """Returns the runtime; blocks are brought to the device of the model."""
         settings = self.of(Runtime)
@@ -254,8 +260,9 @@ def command(
     return add
 
 
-# How a text is read, of every command that reads one.
+# How a calibration is read, of every command that reads one.
 READING = fields(Text, "tokens", "field", "split", "join", "sequence_length", "batch_size")
+READING += fields(Mixture, "shares")
 
 
 def _option(field: Field, hint: Any) -> inspect.Parameter:
