@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from grail.run._inspect import Inspection, inspect
     from grail.run._quantize import quantize
     from grail.run._sensitivity import Sensitivity, sensitivity
+    from grail.run.generation import generate_calibration
     from grail.run.workflow import compress_checkpoint
     from grail.runtime.settings import Runtime
     from grail.serving.gguf_writing import export_gguf
@@ -68,6 +69,7 @@ __all__ = [
     "export_imatrix",
     "export_onnx",
     "fit",
+    "generate_calibration",
     "inspect",
     "load",
     "load_model",
@@ -110,6 +112,7 @@ _MODULES = {
     "export_imatrix": "grail.serving.imatrix",
     "export_onnx": "grail.serving.onnx_writing",
     "fit": "grail.algebra._fit",
+    "generate_calibration": "grail.run.generation",
     "inspect": "grail.run._inspect",
     "load": "grail.files.saving",
     "load_model": "grail.files.load",

@@ -518,6 +518,14 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "compensate": NOT_SWITCHES, "drift_correction": [None, "much", True, []],
         "held_out": ["text", 5, torch.eye(H), OBJECT],
     },
+    "grail.generate_calibration": {
+        "source": [*NOT_PATHS, "nowhere"], "output": [*NOT_PATHS, "text.txt"],
+        "prompts": [5, OBJECT, "nowhere.txt", [], [5]], "progress": NOT_SWITCHES,
+        "tokens": [*NOT_COUNTS, 0], "temperature": [None, *NOT_NUMBERS, 0, -1.0, float("nan")],
+        "top_p": [None, *NOT_NUMBERS, 0, 1.5, float("nan")], "prompt_tokens": [*NOT_COUNTS, 0],
+        "sequence_length": [*NOT_NUMBERS, 1, 2.5, 10**6], "batch_size": [*NOT_COUNTS, 0],
+        "seed": [*NOT_COUNTS, -1],
+    },
     "grail.inspect": {
         "model": NOT_MODELS, **OBJECTS, "keep": [None, "half", True, OBJECT],
         "keeps": [5, [None], ["half"], OBJECT], "tokens": NOT_COUNTS, "batch_size": NOT_COUNTS,
@@ -698,6 +706,13 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.export_imatrix": lambda: {"folder": model_folder(), "output": new(), **of_text},
         "grail.export_onnx": lambda: {"model": network, "output": new(), "example": sample},
         "grail.fit": lambda: {"gram": gram, "reduction": [0, 2], "weight": torch.ones(O, H)},
+        "grail.generate_calibration": lambda: {
+            "source": model_folder(),
+            "output": folder / f"new{next(numbers)}.jsonl",
+            "tokens": 16,
+            "sequence_length": 16,
+            "progress": False,
+        },
         "grail.inspect": lambda: {"model": tiny_llama(), "tokens": 32, "sequence_length": 16},
         "grail.load": lambda: {"folder": folder / "saved", "factory": lambda: network},
         "grail.load_model": lambda: {"source": model_folder()},

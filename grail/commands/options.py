@@ -54,6 +54,14 @@ def number_or_auto(text: str) -> float | Auto:
         raise typer.BadParameter(f"{text!r} is neither a number nor auto") from error
 
 
+def number(text: object) -> float:
+    """Parses a number."""
+    try:
+        return float(str(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a number") from error
+
+
 def number_or_name(text: object) -> int | str:
     """Parses a whole number; anything else may be a name."""
     word = str(text).strip()
@@ -112,6 +120,7 @@ _PARSERS: dict[str | None, Callable[..., Any]] = {
     "COUNT": count,
     "SHARE": share,
     "SHARES": shares,
+    "FLOAT": number,
     "FLOAT|auto": number_or_auto,
     "COUNT|TARGET": number_or_name,
     "SIZES": sizes,
