@@ -15,7 +15,7 @@ from grail.commands.root import commands, is_closed_pipe
 from grail.errors import InputError
 from grail.files.packing import Join
 from grail.files.pretrained import Pretrained
-from grail.files.text import EVALUATION_TOKENS, SOURCES, Text
+from grail.files.text import EVALUATION_TOKENS, SOURCES
 from grail.recipe import RECIPE, Recipe, merged
 from grail.report.report import Report
 from grail.report.summary import (
@@ -43,10 +43,10 @@ class CompressOptions:
     output: Path = setting(
         ..., "Folder for model, report.json, report.html and recipe.json; new or empty."
     )
-    calibration: str | None = setting(
+    calibration: list[str] | None = setting(
         None,
         f"Text to collect activations on: {SOURCES}. It should resemble the text that the model is "
-        "used for.",
+        "used for. Given several times, the texts are mixed by --shares.",
         metavar="TEXT",
     )
     statistics: Path | None = setting(
@@ -110,10 +110,10 @@ def compress(given: Given) -> None:
     asked, model = given.make(CompressOptions), given.make(Pretrained)
     recipe, _ = merged(given.recipe, None, given.of(Recipe))
     model = replace(model, device=given.context.with_resource(launched(model.device)))
-    if (asked.calibration is None) == (asked.statistics is None):
+    if (not asked.calibration) == (asked.statistics is None):
         raise InputError("give either --calibration or --statistics")
     _refuse_idle_options(given, asked)
-    calibration = Text(asked.calibration or "", **given.of_text(), option="--calibration")
+    calibration = given.calibration(asked.calibration or [""])
     own = {name: getattr(asked, f"evaluate_{name}") for name in _EVALUATED}
     own = {name: value for name, value in own.items() if value is not None}
     evaluate = [
@@ -141,7 +141,7 @@ def _refuse_idle_options(given: Given, asked: CompressOptions) -> None:
         raise InputError(f"{', '.join(idle)} is of the held-out text: give --evaluate with it")
     if asked.statistics is not None:
         shared = () if asked.evaluate else ("sequence_length", "field", "join")
-        if idle := given.options("tokens", "split", *shared):
+        if idle := given.options("tokens", "split", "shares", *shared):
             raise InputError(
                 f"{', '.join(idle)} is of the calibration text, which --statistics take the place "
                 "of: leave it out"

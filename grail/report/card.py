@@ -184,7 +184,9 @@ def _origin(report: Report) -> list[str]:
     for path, file in origin.get("model", {}).get("files", {}).items():
         lines.append(f"- source {_plain(path)}: sha256 {file['sha256']}")
     texts = {role: origin[role] for role in ("calibration", "evaluation") if role in origin}
-    lines += [f"- {role}: {_text(text)}" for role, text in texts.items()]
+    for role, text in texts.items():
+        lines.append(f"- {role}: {_text(text)}")
+        lines += [f"  - {_text(part)}" for part in text.get("texts", ())]
     lines += [f"- evaluation: {_text(text)}" for text in origin.get("further_evaluations", [])]
     fence = "```"
     return ["## Origin", f"{fence}\n{origin.get('command')}\n{fence}", "\n".join(lines)]

@@ -20,6 +20,7 @@ from torch import Tensor
 from grail.arguments import as_path, require_switches
 from grail.errors import InputError
 from grail.files.load import CheckpointWarning
+from grail.files.mixture import AnyText, Mixture, as_text
 from grail.files.pretrained import Pretrained
 from grail.files.provenance import provenance
 from grail.files.text import Text
@@ -44,7 +45,7 @@ from grail_kernels import check_kind
 def compress_checkpoint(
     source: str | Path | Pretrained,
     output: str | Path,
-    calibration: str | Path | Text | Collected,
+    calibration: AnyText | Collected,
     *,
     evaluate: str | Path | Text | Sequence[str | Path | Text] | None = None,
     baseline: bool = True,
@@ -63,8 +64,9 @@ def compress_checkpoint(
         source: a transformers folder, a hub name or a .gguf file; a `grail.Pretrained` also has
             device and dtype.
         output: folder to create; one that exists must be empty.
-        calibration: a text, as a `grail.Text` with the way to read it; or statistics of the dense
-            network, `grail.Collected(folder)`, for the open loop.
+        calibration: a text, as a `grail.Text` with the way to read it; several texts, as a list
+            of them, or a `grail.Mixture` with their shares of the tokens; or statistics of the
+            dense network, `grail.Collected(folder)`, for the open loop.
         evaluate: held-out text, on which the dense, the pruned and the restored model are compared;
             with `onload` on the CPU. Read as the calibration, 16,384 tokens of it; wikitext2 is
             measured as in the literature: all of the test split, joined by blank lines, in
@@ -106,26 +108,26 @@ def compress_checkpoint(
 
 
 def _texts(
-    calibration: str | Path | Text | Collected,
+    calibration: AnyText | Collected,
     evaluate: str | Path | Text | Sequence[str | Path | Text] | None,
     recipe: Recipe,
-) -> tuple[Text | Collected, tuple[Text, ...]]:
+) -> tuple[Text | Mixture | Collected, tuple[Text, ...]]:
     """Returns the texts of a call, the sequences of the calibration drawn by the recipe's seed."""
-    if isinstance(calibration, (str, Path)):
-        calibration = Text(str(calibration))
-    check_kind("calibration", calibration, (Text, Collected), "a text or grail.Collected")
-    if isinstance(calibration, Text) and calibration.seed is None:
-        calibration = replace(calibration, seed=recipe.seed)
-    like = calibration if isinstance(calibration, Text) else Text("")
+    if not isinstance(calibration, Collected):
+        calibration = as_text("calibration", calibration)
+        if calibration.seed is None:
+            calibration = replace(calibration, seed=recipe.seed)
+    like = Text("") if isinstance(calibration, Collected) else calibration
     one = evaluate is None or isinstance(evaluate, (str, Path, Text))
     check_kind("evaluate", evaluate, (str, Path, Text, list, tuple, NoneType), "a text or several")
     several = [] if evaluate is None else [evaluate] if one else evaluate
     assert isinstance(several, (list, tuple))
-    texts = []
+    texts: list[Text] = []
     for text in several:
         if isinstance(text, (str, Path)):
             text = like.compared_on(str(text), {}, "evaluate")
         check_kind("evaluate", text, Text, "a text or several")
+        assert isinstance(text, Text)
         texts.append(text)
     return calibration, tuple(texts)
 
@@ -136,7 +138,7 @@ class _Call:
 
     source: Pretrained
     output: Path
-    calibration: Text | Collected
+    calibration: Text | Mixture | Collected
     evaluate: tuple[Text, ...]
     baseline: bool
     uneven: bool
@@ -197,7 +199,7 @@ class _Call:
         folder = self.runtime.resume_dir
         check_output(self.output, apart=None if folder is None else Path(folder))
         calibration = self.calibration
-        if isinstance(calibration, Text):
+        if not isinstance(calibration, Collected):
             calibration = calibration.checked(self.source.source)
         evaluate = tuple(text.checked(self.source.source) for text in self.evaluate)
         _ = self.source.computing
@@ -271,7 +273,8 @@ class _Work:
             }
         self.notes += unused + notes + [f"Held-out text: {note}" for note in others]
         for name, text in zip(names, call.evaluate, strict=True):
-            if isinstance(call.calibration, Text) and call.calibration.is_same_text(text):
+            of_text = None if isinstance(call.calibration, Collected) else call.calibration
+            if of_text is not None and of_text.is_same_text(text):
                 which = f"held-out text {name}" if len(names) > 1 else "held-out text"
                 self.notes.append(
                     f"The {which} is the calibration text: the comparison is too kind."
@@ -303,8 +306,7 @@ class _Work:
         if isinstance(text, Collected):
             self._origin["calibration"] = text_of(str(text.folder), text)
             return text
-        batches = text.batches(network, tokenizer)
-        self._origin["calibration"] = text_of(text.source, batches) | text.reading
+        batches, self._origin["calibration"] = text.read(network, tokenizer)
         return batches
 
     def _predicted(self, study: Study) -> Prediction:
@@ -312,7 +314,7 @@ class _Work:
         call, recipe = self.call, self.call.recipe
         prediction = study.predict(recipe, compare=call.baseline, uneven=call.uneven)
         check_output(call.output, prediction.output)
-        statistics = "" if isinstance(call.calibration, Text) else "statistics of "
+        statistics = "statistics of " if isinstance(call.calibration, Collected) else ""
         used = f"{statistics}{self._origin['calibration']['tokens']:,} tokens"
         call.say(predicted(recipe.keep, prediction.peak, prediction.total, used))
         stages = (f"{name} {format_seconds(value)}" for name, value in prediction.seconds.items())
