@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -287,6 +288,19 @@ def solved(scores: Mapping[str, Sequence[float]], questions: Mapping[str, tasks.
     return [name for name, t in questions.items() if tasks.beats_chance(scores[name], t.chance)]
 
 
+def mixture(subject: Subject, texts: str, tokens: int) -> list[Tensor]:
+    """Calibration sequences of one text or of several in turn, "passages+brown", of each as many.
+
+    Args:
+        subject: the dense model and its texts.
+        texts: names of texts, with "+" between.
+        tokens: of all, rounded up to whole sequences of each.
+    """
+    names = texts.split("+")
+    parts = [subject.batches(name, "calibration", tokens // len(names)) for name in names]
+    return [batch for turn in zip_longest(*parts) for batch in turn if batch is not None]
+
+
 def measure(
     out: Measured,
     subject: Subject,
@@ -315,7 +329,7 @@ def measure(
     for of, settings in runs:
         pruned = out.each({**of, "model": "pruned"})
         if missing := out.missing(of, on, dense=False):
-            batches = subject.batches(of["calibration"], "calibration", of["tokens"])
+            batches = mixture(subject, of["calibration"], of["tokens"])
             model, _ = subject.compressed(batches, **settings)
             for name in missing:
                 for score in suite.score(model, name, Known(known, pruned)):
@@ -339,7 +353,11 @@ def main(arguments: list[str] | None = None) -> None:
         takes="5 to 10 minutes a model on a core, and its compression",
         model={"choices": list(MODELS), "help": "may be repeated (default all)"},
     )
-    parser.add_argument("--calibration", action="append", help="may be repeated (passages, brown)")
+    parser.add_argument(
+        "--calibration",
+        action="append",
+        help="a text, or several as in passages+brown; may be repeated (default passages, brown)",
+    )
     parser.add_argument("--tokens", type=int, default=16 * LENGTH, help="default %(default)s")
     parser.add_argument("--sites", default="mlp", help="mlp, heads or mlp,heads (default mlp)")
     parser.add_argument("--folder", action="append", type=Path, help="a model; may be repeated")
@@ -355,7 +373,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--on: {unknown[0]} is none of {', '.join(allowed)}")
     if WRITING in on and not set(on) & set(TEXTS):
         parser.error("--on writing needs a text whose starts are continued, as in --on brown")
-    if wrong := [name for name in options.calibration or [] if name not in TEXTS]:
+    calibrated = [name for texts in options.calibration or [] for name in texts.split("+")]
+    if wrong := [name for name in calibrated if name not in TEXTS]:
         parser.error(f"--calibration: {wrong[0]} is none of {', '.join(TEXTS)}")
     calibrations = [] if options.folder else ["passages", "brown"]
     runs = [

@@ -2,7 +2,7 @@
 
 | task | from | the model has to |
 |---|---|---|
-| next_sentence | held-out Brown | prefer the true next sentence to three of its document |
+| next_sentence | held-out Brown | prefer the true next sentence to three of other documents |
 | last_word | held-out Brown | prefer a sentence's last word to three that end others there |
 | agreement | held-out Brown | prefer a sentence to one where is/are, this/these … are swapped |
 | capitals | `world-countries` (npm) | prefer a country's capital to three of its region |
@@ -23,7 +23,7 @@ import re
 import statistics
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from bench.tools import assets
 from grail.errors import InputError
 from grail.runtime.transaction import eval_no_grad
 
-CONTEXT = 48  # tokens before a sentence or a last word
+CONTEXT = 32  # tokens before a sentence or a last word
 OPTIONS = 4
 COPIED = 24  # tokens of a random sequence
 BEYOND = 5.0  # standard errors above chance from which a task counts
@@ -162,18 +162,19 @@ def build(name: str, tokenizer: Any, cache: str | Path, count: int) -> Task:
         name: of `TASKS`.
         tokenizer: of the model.
         cache: folder that keeps what is downloaded.
-        count: of questions; fewer where the package has fewer.
+        count: of questions; fewer where the package has fewer, and of long ones.
     """
 
     def encode(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
-    maker, rule, chance = TASKS[name]
-    questions = []
+    maker, rule, chance, part = TASKS[name]
+    questions: list[Question] = []
     for question in maker(encode, Path(cache), random.Random(name)):
-        if len(questions) == count:
+        if len(questions) >= count * part:
             break
-        questions.append(question)
+        if question not in questions:
+            questions.append(question)
     return Task(questions, rule, chance)
 
 
@@ -209,16 +210,15 @@ def _before(
 
 
 def _next_sentences(encode: Encode, cache: Path, generator: random.Random) -> Iterator[Question]:
-    for sentences, index in _places(_documents(cache), generator):
-        others = [s for at, s in enumerate(sentences) if abs(at - index) > 6 and _fits(s)]
+    documents = _documents(cache)
+    fitting = {id(of): [s for s in of if 6 <= len(s.split()) <= 12] for of in documents}
+    for sentences, index in _places(documents, generator):
         context = _before(encode, sentences, index)
-        if _fits(sentences[index]) and len(others) >= OPTIONS and len(context) == CONTEXT:
-            options = [sentences[index], *generator.sample(others, OPTIONS - 1)]
-            yield Question(context, tuple(encode(" " + option) for option in options))
-
-
-def _fits(sentence: str) -> bool:
-    return 6 <= len(sentence.split()) <= 16
+        if sentences[index] in fitting[id(sentences)] and len(context) == CONTEXT:
+            others = [of for of in documents if of is not sentences and fitting[id(of)]]
+            chosen = generator.sample(others, OPTIONS - 1)
+            options = [sentences[index], *(generator.choice(fitting[id(of)]) for of in chosen)]
+            yield Question(context, tuple(encode(f" {option}") for option in options))
 
 
 def _last_words(encode: Encode, cache: Path, generator: random.Random) -> Iterator[Question]:
@@ -296,15 +296,18 @@ def _spoken(country: dict[str, Any]) -> str:
 _WITH_ARTICLE = {"Bahamas", "Gambia", "Maldives", "Netherlands", "Philippines", "Seychelles"}
 
 
-def _neighbours(country: dict[str, Any], countries: Iterable[dict[str, Any]]) -> list[str]:
-    return [_spoken(other) for other in countries if other["cca3"] in country["borders"]]
+_capitals = _about_countries(
+    "The capital of {} is",
+    lambda country: country["capital"],
+    lambda country, other: next((c for c in other["capital"] if c not in country["capital"]), None),
+)
 
 
-def _border(encode: Encode, cache: Path, generator: random.Random) -> Iterator[Question]:
-    countries = _countries(cache)
+def _neighbours(encode: Encode, cache: Path, generator: random.Random) -> Iterator[Question]:
+    named = {country["cca3"]: _spoken(country) for country in _countries(cache)}
     yield from _about_countries(
         "{} shares a border with",
-        lambda country: _neighbours(country, countries),
+        lambda country: [named[code] for code in country["borders"] if code in named],
         lambda country, other: None if other["cca3"] in country["borders"] else _spoken(other),
     )(encode, cache, generator)
 
@@ -371,26 +374,16 @@ def _copying(encode: Encode, cache: Path, generator: random.Random) -> Iterator[
             yield Question((*sequence, *sequence[:start]), (sequence[start:],))
 
 
-# Questions, rule and chance.
+# Questions, rule, chance, and share of the wanted number of questions, less of long ones.
 TASKS: dict[
     str,
-    tuple[Callable[[Encode, Path, random.Random], Iterator[Question]], Rule, float],
+    tuple[Callable[[Encode, Path, random.Random], Iterator[Question]], Rule, float, float],
 ] = {
-    "next_sentence": (_next_sentences, "mean", 1 / OPTIONS),
-    "last_word": (_last_words, "sum", 1 / OPTIONS),
-    "agreement": (_agreement, "sum", 0.5),
-    "capitals": (
-        _about_countries(
-            "The capital of {} is",
-            lambda country: country["capital"],
-            lambda country, other: next(
-                (c for c in other["capital"] if c not in country["capital"]), None
-            ),
-        ),
-        "sum",
-        1 / OPTIONS,
-    ),
-    "neighbours": (_border, "sum", 1 / OPTIONS),
-    "kinds": (_kinds, "sum", 1 / OPTIONS),
-    "copying": (_copying, "tokens", 1 / COPIED),
+    "next_sentence": (_next_sentences, "mean", 1 / OPTIONS, 1 / 2),
+    "last_word": (_last_words, "sum", 1 / OPTIONS, 1),
+    "agreement": (_agreement, "sum", 1 / 2, 1),
+    "capitals": (_capitals, "sum", 1 / OPTIONS, 1),
+    "neighbours": (_neighbours, "sum", 1 / OPTIONS, 1),
+    "kinds": (_kinds, "sum", 1 / OPTIONS, 1),
+    "copying": (_copying, "tokens", 1 / COPIED, 1 / 4),
 }

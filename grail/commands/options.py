@@ -225,8 +225,9 @@ class Given:
             elif isinstance(value, bool):
                 words.append((parameter.opts if value else parameter.secondary_opts)[0])
             else:
-                for each in value if isinstance(value, list | tuple) else [value]:
-                    words += [parameter.opts[0], str(each)]
+                for each in value if getattr(parameter, "multiple", False) else [value]:
+                    parts = each if isinstance(each, list | tuple) else [each]
+                    words += [parameter.opts[0], ",".join(map(str, parts))]
         return shlex.join(words)
 
     def _has(self, name: str) -> bool:

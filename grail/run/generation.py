@@ -86,7 +86,7 @@ def generate_calibration(
             random. Where it has too few for all sequences, they are used again.
         progress: shows a progress bar, and prints the time that is predicted.
         sampling: tokens (65536), temperature (1.0), top_p (0.98), seed (0), prompt_tokens (32),
-            sequence_length (1024, or all that the model has positions for) and batch_size (8). The
+            sequence_length (1024, or all that the model has positions for) and batch_size (16). The
             result depends on all of them.
 
     Returns:

@@ -1,9 +1,9 @@
 """Tokens that a model draws itself, each sequence by random numbers of its own."""
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf, isinf, log
 from typing import Any
 
 import torch
@@ -48,7 +48,9 @@ class Sampling:
         most=_MOST,
         panel="Running",
     )
-    batch_size: int = setting(8, "Sequences written at once.", least=1, most=_MOST, panel="Running")
+    batch_size: int = setting(
+        16, "Sequences written at once.", least=1, most=_MOST, panel="Running"
+    )
 
     def __post_init__(self) -> None:
         for name in ("tokens", "prompt_tokens", "batch_size"):
@@ -56,10 +58,10 @@ class Sampling:
         if self.sequence_length is not None:
             require_whole("sequence_length", self.sequence_length, 2)
         require_seed(self.seed)
-        for name, most in (("temperature", math.inf), ("top_p", 1.0)):
+        for name, most in (("temperature", inf), ("top_p", 1.0)):
             value = getattr(self, name)
-            if not is_number(value) or not 0 < value <= most or math.isinf(value):
-                upper = "" if math.isinf(most) else " and ≤ 1"
+            if not is_number(value) or not 0 < value <= most or isinf(value):
+                upper = "" if isinf(most) else " and ≤ 1"
                 raise InputError(f"{name} must be a number > 0{upper}; got {value!r}")
 
 
@@ -91,14 +93,17 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> T
     Raises:
         ModelError: a logit is NaN, or +Inf.
     """
-    ordered, tokens = logits.float().sort(-1, descending=True, stable=True)
-    # Sorting puts NaN first.
-    if not bool(ordered[:, 0].isfinite().all()):
+    logits = logits.float() / temperature
+    total = logits.logsumexp(-1, keepdim=True)
+    if not bool(total.isfinite().all()):
         raise ModelError(
             "the model's logits are NaN or Inf while it writes; check its weights, or use a wider "
             "dtype (--dtype float32)"
         )
-    mass = (ordered.double() / temperature).softmax(-1).cumsum(-1)
+    # All tokens less likely than this have less than 1 - top_p together: none is in the nucleus.
+    least = total + log((1 - top_p) / (2 * logits.shape[-1])) if top_p < 1 else -inf
+    ordered, tokens = logits.topk(int((logits >= least).sum(-1).max()))
+    mass = (ordered.double() - total.double()).exp().cumsum(-1)
     last = (mass < top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
     drawn = numbers.to(mass)[:, None] * mass.gather(-1, last)
     place = torch.searchsorted(mass, drawn, right=True)
@@ -117,7 +122,7 @@ class _Draws:
         chosen = draw(scores, numbers, self._how.temperature, self._how.top_p)
         self._step += 1
         self._advance(len(scores))
-        return torch.full_like(scores, -math.inf).scatter_(1, chosen[:, None], 0.0)
+        return torch.full_like(scores, -inf).scatter_(1, chosen[:, None], 0.0)
 
 
 def continuations(

@@ -193,6 +193,17 @@ def test_a_killed_run_resumes_and_gives_the_same_file(models, suite, tmp_path, c
         assert path.read_text().splitlines() == whole
 
 
+def test_a_mixture_takes_its_texts_in_turn(models):
+    subject = Subject(models)
+    subject.batches = lambda text, half, tokens: [f"{text} {half} {n}" for n in range(tokens // 8)]
+    found = evaluation.mixture(subject, "brown+source", 32)
+    assert found == [f"{text} calibration {n}" for n in (0, 1) for text in ("brown", "source")]
+    assert evaluation.mixture(subject, "brown", 16) == [
+        "brown calibration 0",
+        "brown calibration 1",
+    ]
+
+
 def test_a_folder_is_measured_under_its_name(models, suite, tmp_path):
     models["grail"].save_pretrained(tmp_path / "narrow")
     tiny.tokenizer().save_pretrained(tmp_path / "narrow")

@@ -136,32 +136,31 @@ class Words:
 
 def prose(document):
     """A document of 30 sentences, each with words of its own."""
-    line = "In {0}s{1} the {0}word{1} is known to those who came by {2}end."
+    line = "In {0}s{1} the {0}word{1} is known to those by {2}end."
     return " ".join(line.format(document, n, "abcdefgh"[n % 8]) for n in range(30))
 
 
 @pytest.fixture
 def corpus(monkeypatch):
-    genres = {"news": [prose("abcd"[index]) for index in range(4)]}
+    genres = {"news": [prose("abcdefghij"[index]) for index in range(10)]}
     monkeypatch.setattr(tasks.assets, "brown", lambda _: genres)
     tasks._documents.cache_clear()
     yield genres["news"][1::2]  # the held-out ones
     tasks._documents.cache_clear()
 
 
-def test_sentences_are_followed_by_the_true_one_and_three_of_the_same_document(corpus, tmp_path):
+def test_sentences_are_followed_by_the_true_one_and_three_of_other_documents(corpus, tmp_path):
     words = Words()
     task = tasks.build("next_sentence", words, tmp_path, 40)
-    assert len(task.questions) == 40
+    assert len(task.questions) == 20  # half
     for question in task.questions:
         assert len(question.context) == tasks.CONTEXT
         context, right, *wrong = (words.text(ids) for ids in (question.context, *question.options))
-        document = next(text for text in corpus if context in text)
+        (document,) = [text for text in corpus if context in text]
         assert f"{context} {right}" in document
-        for option in wrong:
-            assert option in document
-            assert option not in context
-    assert {len(q.options) for q in task.questions} == {4}
+        sources = {next(i for i, text in enumerate(corpus) if option in text) for option in wrong}
+        assert len(sources) == 3
+        assert corpus.index(document) not in sources
     again = tasks.build("next_sentence", words, tmp_path, 40)
     assert again == task
 
