@@ -480,7 +480,8 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "grail.compress_checkpoint": {
         "source": [*NOT_PATHS, "nowhere"], "output": NOT_PATHS,
         "calibration": [None, 5, OBJECT, "nowhere.txt", ["text"]],
-        "evaluate": [5, OBJECT, "nowhere.txt"], "baseline": NOT_SWITCHES, "uneven": NOT_SWITCHES,
+        "evaluate": [5, OBJECT, "nowhere.txt", [5], ["nowhere.txt"]], "baseline": NOT_SWITCHES,
+        "uneven": NOT_SWITCHES,
         "seed": NOT_COUNTS, **OBJECTS,
     },
     "grail.DenseReference": {"model": NOT_LANGUAGE_MODELS, "batches": NOT_TOKENS},
