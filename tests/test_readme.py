@@ -75,6 +75,18 @@ def test_its_recipe_block_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch):
     assert list(Path("state").iterdir())
 
 
+def test_the_evaluating_page_runs(tiny_llama, tiny_batches, capsys):
+    page = (ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {"grail": grail, "model": tiny_llama(), "calibration": tiny_batches()}
+    names["batches"] = tiny_batches(seed=1)
+    exec(block, names)
+    dense, narrow, divergence, agreement = map(float, capsys.readouterr().out.split())
+    assert dense != narrow
+    assert divergence > 0
+    assert 0 < agreement < 1
+
+
 def test_the_networks_page_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch):
     page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

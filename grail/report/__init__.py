@@ -10,4 +10,5 @@ __all__ = [
     "plots",
     "report",
     "summary",
+    "texts",
 ]

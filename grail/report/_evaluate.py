@@ -32,9 +32,9 @@ class DenseReference:
 
     Memory: copies of the last hidden states [tokens, features] and of the output layer
     [vocabulary, features], on the host and in the model's dtype; the network may then change or go.
-    Where its logits are not the output layer of the hidden states, but scaled or capped after it,
-    the network itself is kept, runs again for each evaluation, and must stay as it is
-    (`runs_model`).
+    Where its logits cannot be computed from the hidden states alone, or its output layer is no
+    linear layer in memory, the network itself is kept, runs again for each evaluation, and must
+    stay as it is (`runs_model`).
 
     Raises:
         EmptyCalibrationError, InputError, ModelError: as `evaluate`.

@@ -5,6 +5,7 @@ All logits of a batch would need more memory than the model: 16 sequences × 102
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class BatchLogits:
 class _OfHidden(BatchLogits):
     def __init__(self, layer: Any, hidden: Tensor, device: torch.device):
         self.hidden = hidden  # [sequences, length, features]
-        self.vocabulary = layer.weight.shape[0]
+        self.vocabulary = layer.vocabulary if isinstance(layer, _Tail) else layer.weight.shape[0]
         self._layer, self._rows, self._device = layer, hidden[:, :-1].flatten(0, 1), device
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -50,6 +51,33 @@ class _OfModel(BatchLogits):
         index = start // (stop - start)
         one = {name: value[index : index + 1] for name, value in self._inputs.items()}
         logits = self._model(**one, use_cache=False).logits[0, :-1]
+        assert isinstance(logits, Tensor)
+        return logits
+
+
+class _Given(nn.Module):
+    """Stands for a base model whose last hidden states are known."""
+
+    def __init__(self, outputs: type):
+        super().__init__()
+        self._outputs = outputs
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
+        return self._outputs(last_hidden_state=inputs_embeds)
+
+
+class _Tail(nn.Module):
+    """All that a model computes from its last hidden states [rows, features]."""
+
+    def __init__(self, model: Any, outputs: type):
+        super().__init__()
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.model = copy.copy(model)
+        known = {model.base_model_prefix: _Given(outputs)}
+        self.model.__dict__["_modules"] = {**model._modules, **known}
+
+    def forward(self, rows: Tensor) -> Tensor:
+        logits = self.model(inputs_embeds=rows[None], use_cache=False).logits[0]
         assert isinstance(logits, Tensor)
         return logits
 
@@ -74,32 +102,39 @@ class Network:
 
 
 def output_layer(model: Any, tokens: Tensor) -> nn.Module | None:
-    """Returns the output layer if the logits are exactly that layer of the last hidden states.
+    """Returns the layer whose outputs of the last hidden states are exactly the logits, if any.
 
-    Some architectures scale or cap their logits after that layer; sixteen tokens show it.
+    It is the output layer, or that with what some architectures do around it, who project the
+    hidden states first, or scale or cap the logits. Sixteen tokens show it.
     """
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
         return None
     tokens = tokens[:1, :_PROBED]
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    if head.weight.shape[1] != hidden.shape[-1]:
-        return None  # ELECTRA projects them first
-    same = head(hidden).equal(model(input_ids=tokens, use_cache=False).logits)
-    return head if same else None
+    outputs = model.base_model(input_ids=tokens, use_cache=False)
+    hidden, logits = outputs.last_hidden_state, model(input_ids=tokens, use_cache=False).logits
+    if head.weight.shape[1] == hidden.shape[-1] and head(hidden).equal(logits):
+        assert isinstance(head, nn.Module)
+        return head
+    if model.base_model_prefix not in model._modules:
+        return None
+    with suppress(AttributeError, TypeError, ValueError, RuntimeError):  # of other forward methods
+        tail = _Tail(model, type(outputs))
+        return tail if tail(hidden[0]).equal(logits[0]) else None
+    return None
 
 
 class Recorded:
     """The logits of a model on some batches, as their last hidden states and its output layer.
 
     Both are copies in host memory in the model's dtype: [tokens, features] and
-    [vocabulary, features]. The model may change or go. Where the logits are not the output layer
-    of the hidden states, the model itself is kept and runs again.
+    [vocabulary, features]. The model may change or go. Where no layer makes the logits of the
+    hidden states (`output_layer`), the model itself is kept and runs again.
     """
 
     def __init__(self, network: Network):
         self._network: Network | None = network
-        self._layer: nn.Linear | None = None
+        self._layer: nn.Module | None = None
         self._states: list[Tensor] = []
         self._targets: list[Tensor] = []
 
@@ -121,9 +156,15 @@ class Recorded:
             return
         if self._network is not None:
             layer = self._network.layer
-            if type(layer) is not nn.Linear or layer.weight.is_meta:
+            if layer is None or any(parameter.is_meta for parameter in layer.parameters()):
                 return
-            self._layer, self._network = _copied(layer), None
+            if isinstance(layer, _Tail):
+                self._layer = copy.deepcopy(layer).cpu()
+            elif type(layer) is nn.Linear:
+                self._layer = _copied(layer)
+            else:
+                return
+            self._network = None
         self._states.append(logits.hidden.cpu().clone())
 
     def logits(self, index: int, batch: Inputs, targets: Tensor) -> BatchLogits:
@@ -142,7 +183,7 @@ class Recorded:
             return self._network.logits(index, batch, targets)
         layer = self._layer
         assert layer is not None
-        if layer.weight.device != targets.device:
+        if next(layer.parameters()).device != targets.device:
             layer = copy.deepcopy(layer).to(targets.device)
         return _OfHidden(layer, self._states[index], targets.device)
 

@@ -287,6 +287,11 @@ class Study:
         self.stages.seconds[COMPRESSING] += report.resumed.get("seconds", 0.0)
         self.measure("restored" if recipe.compensate or recipe.fit_bias else "pruned", recipe)
         add_shares(self.rows)
+        if self.rows and not self.references:
+            report.notes.append(
+                "KL and top-1 are not measured: this model's logits need more than its last hidden "
+                "states; grail evaluate --against measures them."
+            )
         report.evaluation, report.samples = dict(self.rows), self._samples()
         report.model["bytes"] = {
             "after": measure_size(self.network)[1],

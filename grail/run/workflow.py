@@ -118,11 +118,13 @@ def _texts(
         if calibration.seed is None:
             calibration = replace(calibration, seed=recipe.seed)
     like = Text("") if isinstance(calibration, Collected) else calibration
-    one = evaluate is None or isinstance(evaluate, (str, Path, Text))
     check_kind("evaluate", evaluate, (str, Path, Text, list, tuple, NoneType), "a text or several")
-    several = [] if evaluate is None else [evaluate] if one else evaluate
-    assert isinstance(several, (list, tuple))
-    texts: list[Text] = []
+    several: Sequence[str | Path | Text]
+    if evaluate is None:
+        several = []
+    else:
+        several = [evaluate] if isinstance(evaluate, (str, Path, Text)) else evaluate
+    texts = list[Text]()
     for text in several:
         if isinstance(text, (str, Path)):
             text = like.compared_on(str(text), {}, "evaluate")

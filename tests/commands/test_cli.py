@@ -16,9 +16,10 @@ from functools import partial
 import pytest
 import torch
 
-from grail.report.formatting import format_bytes, format_seconds
+from grail.report.formatting import format_bytes, format_number, format_seconds
 from grail.report.report import Report
 from grail.report.summary import headline
+from grail.report.texts import recovered_cell
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -136,6 +137,47 @@ def test_evaluate_finds_the_perplexity_that_compress_reported(finished, folder):
     # The folder reloads to the same bits and sees the same batches.
     assert row["perplexity"] == report.evaluation["restored"].perplexity
     assert row["tokens"] == 512 // 32 * 31
+
+
+def test_compress_and_evaluate_agree_on_several_texts_and_on_the_distance(
+    arguments, folder, tmp_path
+):
+    (tmp_path / "other.txt").write_text(words(1000, seed=3))
+    texts = [folder / "heldout.txt", tmp_path / "other.txt"]
+    given = ["--evaluate", texts[0], "--evaluate", texts[1], "--evaluate-tokens", 256]
+    result = grail(*arguments, *given, "--selector", "wanda", "--keep", 0.5)
+    assert result.exit_code == 0, result.stderr
+    report = Report.from_json((tmp_path / "out" / "report.json").read_text())
+    row = report.evaluation["restored"]
+    assert [score.text for score in row.scores] == ["heldout.txt", "other.txt"]
+    origins = [report.provenance["evaluation"], *report.provenance["further_evaluations"]]
+    assert [origin["source"] for origin in origins] == list(map(str, texts))
+    command = ["evaluate", tmp_path / "out", "--text", texts[0], "--text", texts[1]]
+    command += ["--tokens", 256, "--sequence-length", 32, "--against", folder / "model"]
+    alone = json.loads(grail(*command, "--json").stdout)
+    for score, found in zip(row.scores, [alone, *alone["others"]], strict=True):
+        # The folder reloads to the same bits, and the reference is of the same dense model.
+        for name in ("text", "perplexity", "tokens", "kl", "top1", "losses"):
+            assert getattr(score, name) == found[name]
+        assert score.kl > 0
+        assert recovered_cell(score) in result.stdout
+    table = grail(*command).stdout
+    for cell in ("heldout.txt", "other.txt", "top-1", format_number(row.kl), f"{row.top1:.1%}"):
+        assert cell in table
+        assert cell in result.stdout
+    assert "KL and top-1 against model" in table
+
+
+def test_a_dense_model_that_reads_other_tokens_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "dense")
+    tokenizer = tmp_path / "dense" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"w7"', '"w70000"'))
+    text = folder / "heldout.txt"
+    result = grail(
+        *("evaluate", folder / "model", "--text", text, "--tokens", 256),
+        *("--sequence-length", 32, "--against", tmp_path / "dense"),
+    )
+    assert "is not the one of the dense reference" in refusal(result)
 
 
 def test_pruned_row_is_the_model_that_plain_pruning_writes(finished, arguments, folder):

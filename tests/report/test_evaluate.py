@@ -213,12 +213,14 @@ def test_a_network_is_no_distance_from_itself(tiny_model, tiny_batches, family, 
     reference = DenseReference(model, batches, progress=False)
     found = evaluate(model, batches, against=reference, progress=False)
     assert (found.kl, found.top1) == (0.0, 1.0)
+    assert not reference.runs_model
     assert reference.evaluation.losses == found.losses
     assert reference.evaluation.perplexity == found.perplexity
 
 
-def test_a_reference_outlives_changes_of_its_network(tiny_llama, tiny_batches):
-    dense, batches = tiny_llama(tie_word_embeddings=True), tiny_batches()
+@FAMILIES
+def test_a_reference_outlives_changes_of_its_network(tiny_model, tiny_batches, family, config):
+    dense, batches = tiny_model(family, **config), tiny_batches()
     model = copy.deepcopy(dense)
     reference = DenseReference(dense, batches, progress=False)
     with torch.no_grad():  # as narrowing and rounding do
@@ -230,6 +232,22 @@ def test_a_reference_outlives_changes_of_its_network(tiny_llama, tiny_batches):
     tokens, width, vocabulary = 3 * 2 * 16, dense.config.hidden_size, dense.config.vocab_size
     # fp32 hidden states and output layer, int64 targets.
     assert reference.nbytes == 4 * width * (tokens + vocabulary) + 8 * 3 * 2 * 15
+
+
+def test_a_network_whose_logits_need_more_runs_again(tiny_llama, tiny_batches):
+    class Shifted(torch.nn.Linear):
+        """An output layer that a copy of its weights is not."""
+
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model, batches = tiny_llama(), tiny_batches()
+    head = Shifted(*reversed(model.lm_head.weight.shape), bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    reference = DenseReference(model, batches, progress=False)
+    assert reference.runs_model
+    assert evaluate(model, batches, against=reference, progress=False).kl == 0
 
 
 def test_losses_are_means_of_sequences(tiny_llama, tiny_batches):

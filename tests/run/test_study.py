@@ -1,16 +1,21 @@
 """What a model is compared with, and what is predicted of it."""
 
+import math
 import weakref
 from dataclasses import replace
 
 import pytest
+import torch
 
+from grail import evaluate
 from grail.recipe import Recipe
+from grail.report import paired
 from grail.report.card import card
-from grail.report.formatting import format_bytes
+from grail.report.formatting import format_bytes, format_number
 from grail.report.page import page
 from grail.report.report import Evaluation, Report
-from grail.report.summary import quantising_sentence, size_sentence
+from grail.report.summary import headline, quantising_sentence, size_sentence
+from grail.report.texts import recovered_cell
 from grail.run import study as stages_of
 from grail.run.study import Study, baselines
 from grail.runtime.clock import Stages
@@ -158,3 +163,77 @@ def test_the_share_that_gptq_recovers_is_of_the_loss_by_rounding():
     report.evaluation = {role: Evaluation(value, 8, 8, 8) for role, value in rows.items()}
     assert report.rounding_recovered == pytest.approx(0.5)
     assert quantising_sentence(report) == ""
+
+
+@pytest.fixture
+def on_two_texts(tiny_llama, tiny_batches):
+    """A study of two texts that has run, and its report."""
+    texts = {"in.txt": tiny_batches(seed=1), "off.txt": tiny_batches(count=2, seed=2)}
+    runtime, silent = Runtime(progress=False), lambda _: None
+    study = Study(
+        tiny_llama(), tiny_llama, None, tiny_batches(), texts, Stages(), runtime, say=silent
+    )
+    recipe = Recipe(0.5, selector="wanda")
+    study.measure("dense")
+    study.compare(recipe)
+    return study, study.run(recipe)
+
+
+def test_each_text_has_its_own_scores_shares_and_distances(on_two_texts, tiny_llama):
+    study, report = on_two_texts
+    dense = tiny_llama()
+    for index, (name, batches) in enumerate(study.heldout.items()):
+        scores = {role: row.scores[index] for role, row in report.evaluation.items()}
+        alone = evaluate(study.network, batches, against=dense, progress=False)
+        found = scores["restored"]
+        assert found.text == name
+        for field in ("perplexity", "tokens", "kl", "top1", "losses"):
+            assert getattr(found, field) == getattr(alone, field)
+        share = paired.share(*(scores[role].losses for role in ("dense", "pruned", "restored")))
+        assert (found.recovered, found.recovered_error) == (share.value, share.error)
+        losses = [math.log(scores[role].perplexity) for role in ("dense", "pruned", "restored")]
+        assert share.value == pytest.approx((losses[1] - losses[2]) / (losses[1] - losses[0]))
+        assert scores["pruned"].kl > 0
+        assert scores["pruned"].recovered is None
+        assert scores["dense"].kl is None
+    assert len(report.evaluation["restored"].scores) == 2
+    assert Report.from_json(report.to_json()).evaluation == report.evaluation
+
+
+def test_the_dense_network_runs_once_on_each_text(tiny_llama, tiny_batches):
+    texts, runs = {"in.txt": tiny_batches(seed=1), "off.txt": tiny_batches(seed=2)}, []
+    network = tiny_llama()
+    runtime = Runtime(progress=False)
+    study = Study(network, tiny_llama, None, tiny_batches(), texts, Stages(), runtime)
+    network.model.register_forward_hook(lambda *_: runs.append(1))
+    study.measure("dense")
+    once = len(runs)
+    study.network = tiny_llama()  # as after a comparison
+    study.measure("pruned", Recipe(0.5))
+    assert len(runs) == once
+    assert study.rows["pruned"].kl == 0
+
+
+def test_a_rounded_output_layer_is_compared_with_the_dense_one(tiny_llama, tiny_batches):
+    texts, runtime = {"in.txt": tiny_batches(seed=1)}, Runtime(progress=False)
+    study = Study(tiny_llama(), tiny_llama, None, tiny_batches(), texts, Stages(), runtime)
+    study.measure("dense")
+    with torch.no_grad():
+        study.network.lm_head.weight.copy_(study.network.lm_head.weight.round(decimals=2))
+    study.measure("rounded", Recipe(0.5))
+    expected = evaluate(study.network, texts["in.txt"], against=tiny_llama(), progress=False)
+    assert study.rows["rounded"].kl == expected.kl > 0
+
+
+def test_all_texts_are_on_the_page_and_on_the_card(on_two_texts):
+    _, report = on_two_texts
+    for shown in (page(report), card(report).replace("\\", "")):
+        for score in report.evaluation["restored"].scores:
+            for cell in (score.text, format_number(score.perplexity), recovered_cell(score)):
+                assert cell in shown
+    figure, claim = headline(report)
+    first, other = (score.recovered for score in report.evaluation["restored"].scores)
+    assert figure == (f"{first:.0%}" if first >= 0 else f"{-first:.0%} worse")
+    assert "on in.txt" in claim
+    assert f"{abs(other):.0%}" in claim
+    assert claim.endswith(" on off.txt")
