@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from grail.errors import GrailError
     from grail.files._export import export
     from grail.files.load import load_model
+    from grail.files.mixture import Mixture
     from grail.files.packing import token_batches
     from grail.files.pretrained import Pretrained
     from grail.files.saving import load, save
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from grail.run._inspect import Inspection, inspect
     from grail.run._quantize import quantize
     from grail.run._sensitivity import Sensitivity, sensitivity
+    from grail.run.generation import generate_calibration
     from grail.run.workflow import compress_checkpoint
     from grail.runtime.settings import Runtime
     from grail.serving.gguf_writing import export_gguf
@@ -47,6 +49,7 @@ __all__ = [
     "GrailError",
     "Gram",
     "Inspection",
+    "Mixture",
     "Part",
     "Pretrained",
     "Recipe",
@@ -67,6 +70,7 @@ __all__ = [
     "export_imatrix",
     "export_onnx",
     "fit",
+    "generate_calibration",
     "inspect",
     "load",
     "load_model",
@@ -89,6 +93,7 @@ _MODULES = {
     "GrailError": "grail.errors",
     "Gram": "grail.algebra.gram",
     "Inspection": "grail.run._inspect",
+    "Mixture": "grail.files.mixture",
     "Part": "grail.networks",
     "Pretrained": "grail.files.pretrained",
     "Recipe": "grail.recipe",
@@ -109,6 +114,7 @@ _MODULES = {
     "export_imatrix": "grail.serving.imatrix",
     "export_onnx": "grail.serving.onnx_writing",
     "fit": "grail.algebra._fit",
+    "generate_calibration": "grail.run.generation",
     "inspect": "grail.run._inspect",
     "load": "grail.files.saving",
     "load_model": "grail.files.load",

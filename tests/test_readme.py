@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -96,6 +97,27 @@ def test_the_networks_page_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch)
     widths = {site.name: site.kept / site.channels for site in names["report"].sites}
     assert widths == names["measured"].shares()
     assert Path("uneven/grail.json").is_file()
+
+
+def test_the_page_of_texts_runs(tiny_folder, tmp_path, monkeypatch):
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from grail.commands import app
+
+    page = (ROOT / "docs" / "texts.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for step, name in enumerate(("a.txt", "b.txt", "b.jsonl"), start=5):
+        words = " ".join(f"w{3 + step * i % 94}" for i in range(3000))
+        Path(name).write_text(json.dumps({"body": words}) if name == "b.jsonl" else words)
+    for command in re.findall("^    (grail .*)$", page, flags=re.MULTILINE):
+        arguments = shlex.split(command.replace("MODEL", str(tiny_folder)).replace("64k", "1k"))
+        result = CliRunner().invoke(app, arguments[1:])
+        assert result.exit_code == 0, result.output
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(block, {"grail": grail, "MODEL": tiny_folder})
+    outputs = {path.name for path in tmp_path.iterdir()}
+    assert {"out", "mixed", "equal", "small", "generated.jsonl", "continued.jsonl"} <= outputs
 
 
 def test_the_networks_page_names_every_selector():

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+import grail
 from bench.quality.endtoend import PAPER, Subject
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, Row, Table
@@ -50,7 +51,11 @@ LEVERS: dict[str, dict[str, Any]] = {
     "producers": {"refit_producers": 3},
     "producers, 8 steps": {"refit_producers": 8},
     "producers; queries, keys, values": {"refit_producers": 3} | ATTENTION,
+    "uneven widths": {},
+    "guard text": {},
 }
+UNEVEN, GUARD = "uneven widths", "guard text"
+GUARDS = ("brown", 4)  # the guard text, and sequences of it
 # Calibration, sequences and levers, in the order of measuring.
 CELLS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("passages", 16, tuple(LEVERS)),
@@ -106,6 +111,12 @@ class Bench:
             return
         settings: dict[str, Any] = {"keep": 0.5, "sites": ("mlp",)} | LEVERS[lever]
         batches = self.calibration(calibration, sequences)
+        if lever == UNEVEN:
+            cost = grail.sensitivity(self.subject.model, batches, 0.5, ("mlp",), progress=False)
+            settings["keep"] = cost.shares()
+        if lever == GUARD:
+            text, count = GUARDS
+            settings["guard"] = self.subject.batches(text, "calibration", count * LENGTH)
         model, report = self.subject.compressed(batches, **settings)
         key = {"calibration": calibration, "sequences": sequences, "lever": lever}
         for text in TEXTS:
@@ -159,27 +170,29 @@ def _losses(row: Row) -> list[float]:
     return [float(loss) for loss in row["losses"].split()]
 
 
-def table(rows: list[Row]) -> str:
-    """Returns the table of comparisons, a row for each lever, the texts side by side."""
+def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and the rows of a table: a row for each lever, the texts side by side."""
     found: dict[tuple[str, ...], list[str]] = {}
     for row in comparisons(rows):
         cells = found.setdefault(tuple(row[k] for k in KEY[:3]), [])
-        recovered, gain = _percent(row["share"]), _signed(row["gain"])
-        cells += [row["perplexity"], recovered, gain, row["kl"], row["top1"]]
+        cells += [f"{float(row['perplexity']):.1f}", percent(row["share"]), signed(row["gain"])]
+        cells += [f"{float(row['kl']):.2f}", f"{float(row['top1']):.0%}"]
     header = ["calibration", "sequences", "lever"]
     for text in TEXTS:
         header += [text, "share", "gain, nats", "KL", "top-1"]
-    return aligned(header, [[*key, *cells] for key, cells in found.items()], words=3)
+    return header, [[*key, *cells] for key, cells in found.items()]
 
 
-def _percent(estimate: Estimate | None) -> str:
+def percent(estimate: Estimate | None) -> str:
+    """Formats a share and its standard error."""
     if estimate is None:
         return "–"
     error = "" if estimate.error is None else f" ± {estimate.error:.1%}"
     return f"{estimate.value:.1%}{error}"
 
 
-def _signed(estimate: Estimate | None) -> str:
+def signed(estimate: Estimate | None) -> str:
+    """Formats a gain and its standard error."""
     if estimate is None:
         return "–"
     error = "" if estimate.error is None else f" ± {estimate.error:.3f}"
@@ -205,7 +218,7 @@ def main() -> None:
                 for lever in levers:
                     if options.lever in (None, lever):
                         bench.measure(calibration, sequences, lever)
-    print(table(bench.table.rows))
+    print(aligned(*table(bench.table.rows), words=3))
 
 
 if __name__ == "__main__":

@@ -306,9 +306,14 @@ class Stream:
             )
 
 
+def held_out_step(samples: int) -> int:
+    """Returns the distance of held-out samples, counted from 1; 1 if none is held out."""
+    return max(1, min(HELD_OUT_EVERY, samples))
+
+
 def _every_fifth(counting: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Returns [B] bool for each batch, the samples that are held out among those that count."""
     counts = torch.cat(list(counting))
-    step = max(1, min(HELD_OUT_EVERY, int(counts.sum())))
+    step = held_out_step(int(counts.sum()))
     held = counts & (counts.cumsum(0) % step == 0) & (step > 1)
     return held.split([len(of_batch) for of_batch in counting])

@@ -15,19 +15,19 @@ from grail.commands.root import commands, is_closed_pipe
 from grail.errors import InputError
 from grail.files.packing import Join
 from grail.files.pretrained import Pretrained
-from grail.files.text import EVALUATION_TOKENS, SOURCES, Text
+from grail.files.text import EVALUATION_TOKENS, SOURCES
 from grail.recipe import RECIPE, Recipe, merged
 from grail.report.report import Report
 from grail.report.summary import (
-    evaluation_table,
+    comparison_tables,
     headline,
-    labelled,
     quantising_sentence,
     resumed_sentence,
     size_sentence,
     stage_table,
     verdict,
 )
+from grail.report.texts import worse_sentence
 from grail.run._collect import Collected
 from grail.run.workflow import compress_checkpoint
 from grail.runtime.processes import current_processes, launched
@@ -43,10 +43,10 @@ class CompressOptions:
     output: Path = setting(
         ..., "Folder for model, report.json, report.html and recipe.json; new or empty."
     )
-    calibration: str | None = setting(
+    calibration: list[str] | None = setting(
         None,
         f"Text to collect activations on: {SOURCES}. It should resemble the text that the model is "
-        "used for.",
+        "used for. Given several times, the texts are mixed by --shares.",
         metavar="TEXT",
     )
     statistics: Path | None = setting(
@@ -60,11 +60,13 @@ class CompressOptions:
         "load it (trust_remote_code). Not with heads, --statistics, --onload, --no-compensate or "
         "several processes.",
     )
-    evaluate: str | None = setting(
+    evaluate: list[str] | None = setting(
         None,
         "Held-out text on which the dense, the pruned and the restored model are compared; with "
-        "--onload on the CPU. wikitext2 is measured as in the literature: all of the test split, "
-        "joined by blank lines, in sequences of 2048 tokens.",
+        "--onload on the CPU. Give it several times for several texts, such as one like the "
+        "calibration and one of another kind; the first is that of the headline. wikitext2 is "
+        "measured as in the literature: all of the test split, joined by blank lines, in sequences "
+        "of 2048 tokens.",
         metavar="TEXT",
         panel=_COMPARING,
     )
@@ -102,20 +104,21 @@ def compress(given: Given) -> None:
 
     Example: `grail compress MODEL --keep 0.7 --calibration text.txt --output out/`
 
-    Add `--evaluate heldout.txt` for the perplexity of the dense, pruned and restored model.
+    Add `--evaluate heldout.txt` for the perplexity of the dense, pruned and restored model, and
+    `--evaluate other.txt` for that on a text of another kind.
     """
     asked, model = given.make(CompressOptions), given.make(Pretrained)
     recipe, _ = merged(given.recipe, None, given.of(Recipe))
     model = replace(model, device=given.context.with_resource(launched(model.device)))
-    if (asked.calibration is None) == (asked.statistics is None):
+    if (not asked.calibration) == (asked.statistics is None):
         raise InputError("give either --calibration or --statistics")
     _refuse_idle_options(given, asked)
-    calibration = Text(asked.calibration or "", **given.of_text(), option="--calibration")
-    evaluate = None
-    if asked.evaluate is not None:
-        own = {name: getattr(asked, f"evaluate_{name}") for name in _EVALUATED}
-        own = {name: value for name, value in own.items() if value is not None}
-        evaluate = calibration.compared_on(asked.evaluate, own, "--evaluate")
+    calibration = given.calibration(asked.calibration or [""])
+    own = {name: getattr(asked, f"evaluate_{name}") for name in _EVALUATED}
+    own = {name: value for name, value in own.items() if value is not None}
+    evaluate = [
+        calibration.compared_on(text, own, "--evaluate") for text in asked.evaluate or []
+    ] or None
     report = compress_checkpoint(
         model,
         asked.output,
@@ -134,11 +137,11 @@ def compress(given: Given) -> None:
 def _refuse_idle_options(given: Given, asked: CompressOptions) -> None:
     """Raises InputError for options that were given and that nothing would read."""
     idle = given.options(*(f"evaluate_{name}" for name in _EVALUATED))
-    if idle and asked.evaluate is None:
+    if idle and not asked.evaluate:
         raise InputError(f"{', '.join(idle)} is of the held-out text: give --evaluate with it")
     if asked.statistics is not None:
         shared = () if asked.evaluate else ("sequence_length", "field", "join")
-        if idle := given.options("tokens", "split", *shared):
+        if idle := given.options("tokens", "split", "shares", *shared):
             raise InputError(
                 f"{', '.join(idle)} is of the calibration text, which --statistics take the place "
                 "of: leave it out"
@@ -172,9 +175,11 @@ def _discard(stream: TextIO) -> None:
 
 
 def _print_report(report: Report, output: Path) -> None:
-    if report.evaluation:
-        print_table(*evaluation_table(labelled(report.evaluation)))
+    for header, rows, words in comparison_tables(report.evaluation):
+        print_table(header, rows, words)
     typer.echo(" ".join(headline(report)))
+    if line := worse_sentence(report):
+        typer.echo(line)
     if line := quantising_sentence(report):
         typer.echo(f"{line}.")
     if line := verdict(report):

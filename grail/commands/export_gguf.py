@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from grail.commands.options import Given
 from grail.errors import InputError
+from grail.files.mixture import Mixture
 from grail.files.pretrained import Pretrained
 from grail.files.text import SOURCES, Text
 from grail.recipe import Quantize
@@ -33,9 +34,10 @@ class GgufOptions:
         "with the same --pad.",
         metavar="FILE",
     )
-    calibration: str | None = setting(
+    calibration: list[str] | None = setting(
         None,
-        f"Text for --imatrix and --quantize: {SOURCES}.",
+        f"Text for --imatrix and --quantize: {SOURCES}. Given several times, the texts are mixed "
+        "by --shares.",
         shown="the text that FOLDER was calibrated on",
         metavar="TEXT",
     )
@@ -105,11 +107,9 @@ def compare(folder: Path, path: Path) -> tuple[dict[str, Any], list[str]]:
     return facts, [_compared(comparison, in_vllm=path.is_dir())]
 
 
-def _text(given: Given, asked: GgufOptions) -> Text | None:
+def _text(given: Given, asked: GgufOptions) -> Text | Mixture | None:
     """Returns the text that is given."""
-    if asked.calibration is None:
-        return None
-    return Text(asked.calibration, **given.of_text(), option="--calibration")
+    return given.calibration(asked.calibration) if asked.calibration else None
 
 
 def _about(file: GgufFile, name: Path) -> list[str]:

@@ -30,6 +30,7 @@ import typer
 from grail.algebra._fit import Auto
 from grail.commands.root import DEBUG
 from grail.errors import InputError
+from grail.files.mixture import Mixture, named_texts
 from grail.files.pretrained import Pretrained
 from grail.files.text import Text
 from grail.recipe import PRESETS
@@ -51,6 +52,14 @@ def number_or_auto(text: str) -> float | Auto:
         return "auto" if text.lower() == "auto" else float(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is neither a number nor auto") from error
+
+
+def number(text: object) -> float:
+    """Parses a number."""
+    try:
+        return float(str(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a number") from error
 
 
 def number_or_name(text: object) -> int | str:
@@ -111,6 +120,7 @@ _PARSERS: dict[str | None, Callable[..., Any]] = {
     "COUNT": count,
     "SHARE": share,
     "SHARES": shares,
+    "FLOAT": number,
     "FLOAT|auto": number_or_auto,
     "COUNT|TARGET": number_or_name,
     "SIZES": sizes,
@@ -168,6 +178,11 @@ class Given:
         """Returns how a text is read."""
         return {name: v for name, v in self.of(Text).items() if name not in ("source", "seed")}
 
+    def calibration(self, sources: Sequence[str], **how: Any) -> Text | Mixture:
+        """Returns the calibration text, or the mixture of several."""
+        shares = self.of(Mixture).get("shares")
+        return named_texts(sources, shares, **self.of_text(), option="--calibration", **how)
+
     def runtime(self, model: Pretrained) -> Runtime:
         """Returns the runtime; blocks are brought to the device of the model."""
         settings = self.of(Runtime)
@@ -210,8 +225,9 @@ class Given:
             elif isinstance(value, bool):
                 words.append((parameter.opts if value else parameter.secondary_opts)[0])
             else:
-                for each in value if isinstance(value, list | tuple) else [value]:
-                    words += [parameter.opts[0], str(each)]
+                for each in value if getattr(parameter, "multiple", False) else [value]:
+                    parts = each if isinstance(each, list | tuple) else [each]
+                    words += [parameter.opts[0], ",".join(map(str, parts))]
         return shlex.join(words)
 
     def _has(self, name: str) -> bool:
@@ -254,8 +270,9 @@ def command(
     return add
 
 
-# How a text is read, of every command that reads one.
+# How a calibration is read, of every command that reads one.
 READING = fields(Text, "tokens", "field", "split", "join", "sequence_length", "batch_size")
+READING += fields(Mixture, "shares")
 
 
 def _option(field: Field, hint: Any) -> inspect.Parameter:

@@ -27,8 +27,9 @@ DEBUG = "grail.debug"
 COMMANDS = {
     "bench": "Measures how fast models run: prefill and decode, in the runtimes that serve them.",
     "compress": "Compresses MODEL and writes a plain folder that transformers loads.",
-    "evaluate": "Measures perplexity and size of MODEL on a text.",
+    "evaluate": "Measures perplexity and size of MODEL, and its distance from the dense model.",
     "export": "Writes a compressed model as a GGUF or ONNX file that stock runtimes load.",
+    "generate": "Writes calibration text that MODEL draws itself.",
     "inspect": "Shows the sites of MODEL, what each keep ratio saves, and what a run would cost.",
     "stats": ("Collects statistics of a dense model, and adds those of several texts or machines."),
 }

@@ -10,7 +10,7 @@ from grail.commands.options import READING, Given, RecipeFile, command, fields
 from grail.commands.root import COMMANDS, commands
 from grail.files.load import CheckpointWarning
 from grail.files.pretrained import Pretrained
-from grail.files.text import SOURCES, Text
+from grail.files.text import SOURCES
 from grail.recipe import Recipe, merged
 from grail.run._collect import READ
 from grail.run._collect import collect as collect_statistics
@@ -23,7 +23,12 @@ from grail.runtime.settings import Runtime, setting
 class CollectOptions:
     """The options of `grail stats collect` itself; model, text and recipe add theirs."""
 
-    calibration: str = setting(..., f"Text to collect activations on: {SOURCES}.", metavar="TEXT")
+    calibration: list[str] = setting(
+        ...,
+        f"Text to collect activations on: {SOURCES}. Given several times, the texts are mixed by "
+        "--shares.",
+        metavar="TEXT",
+    )
     output: Path = setting(..., "Folder for the statistics; new or empty.")
 
 
@@ -50,8 +55,7 @@ def collect(given: Given) -> None:
     model, asked = given.make(Pretrained), given.make(CollectOptions)
     check_output(asked.output)
     recipe, _ = merged(given.recipe, None, given.of(Recipe))
-    text = Text(asked.calibration, **given.of_text(), seed=recipe.seed, option="--calibration")
-    text = text.checked(model.source)
+    text = given.calibration(asked.calibration, seed=recipe.seed).checked(model.source)
     device, runtime = model.computing, given.runtime(model)
     typer.echo(f"Loading {model.source} …", err=True)
     with notes_said(CheckpointWarning):

@@ -23,6 +23,7 @@ from grail.files.documents import (
 )
 from grail.files.load import length_before_loading, length_of_sequences, positions
 from grail.files.packing import Join, require_text, token_batches
+from grail.files.provenance import text_source
 from grail.report._evaluate import require_causal
 from grail.runtime.folder import file_hash
 from grail.runtime.settings import documented, setting
@@ -166,6 +167,11 @@ class Text:
                 check_token_ids(network, batch, tokenizer)
         require_causal(network, batches[0])
         return batches
+
+    def read(self, network: Any, tokenizer: Any) -> tuple[list[Tensor], dict[str, Any]]:
+        """Returns `batches`, and their provenance: see `text_source`, and the settings given."""
+        batches = self.batches(network, tokenizer)
+        return batches, text_source(self.source, batches) | self.reading
 
     @property
     def reading(self) -> dict[str, Any]:

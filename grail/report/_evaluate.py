@@ -101,7 +101,8 @@ def evaluate(
     """
     require_language_model(model)
     require_batches(batches)
-    sums, dense = _Sums(), None
+    sums = _Sums()
+    dense: Network | Recorded | None = None
     with ExitStack() as stack:
         stack.enter_context(eval_no_grad(model))
         if isinstance(against, DenseReference):

@@ -9,15 +9,15 @@ from grail.report.formatting import format_count
 from grail.report.report import Report, fitted_parts
 from grail.report.summary import (
     before_after,
-    evaluation_table,
+    comparison_tables,
     explanation,
     keep_in_words,
-    labelled,
     quantising_sentence,
     size_sentence,
     verdict,
     widths_sentence,
 )
+from grail.report.texts import worse_sentence
 
 _STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -157,18 +157,20 @@ def _spaced(lines: list[str]) -> list[str]:
 def _scores(report: Report) -> list[str]:
     if not report.evaluation:
         return []
-    header, rows = evaluation_table(labelled(report.evaluation))
-    table = [header, ["---"] * len(header), *rows]
-    text = "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in table)
+    tables = []
+    for header, rows, _ in comparison_tables(report.evaluation):
+        table = [header, ["---"] * len(header), *rows]
+        tables.append("\n".join(f"| {' | '.join(map(_cell, row))} |" for row in table))
     size = size_sentence(report)
     rounding = quantising_sentence(report)
     sentences = [
         explanation(report),
+        worse_sentence(report),
         rounding and f"Quantised: {rounding}.",
         verdict(report),
         size and f"On disk: {size}.",
     ]
-    return ["## Scores", text, *map(_plain, sentences)]
+    return ["## Scores", *tables, *map(_plain, sentences)]
 
 
 def _origin(report: Report) -> list[str]:
@@ -182,7 +184,10 @@ def _origin(report: Report) -> list[str]:
     for path, file in origin.get("model", {}).get("files", {}).items():
         lines.append(f"- source {_plain(path)}: sha256 {file['sha256']}")
     texts = {role: origin[role] for role in ("calibration", "evaluation") if role in origin}
-    lines += [f"- {role}: {_text(text)}" for role, text in texts.items()]
+    for role, text in texts.items():
+        lines.append(f"- {role}: {_text(text)}")
+        lines += [f"  - {_text(part)}" for part in text.get("texts", ())]
+    lines += [f"- evaluation: {_text(text)}" for text in origin.get("further_evaluations", [])]
     fence = "```"
     return ["## Origin", f"{fence}\n{origin.get('command')}\n{fence}", "\n".join(lines)]
 

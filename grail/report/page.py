@@ -14,9 +14,9 @@ from grail.report.plots import draw_errors, draw_widths
 from grail.report.report import Evaluation, InputReport, Report, SiteReport
 from grail.report.summary import (
     before_after,
+    comparison_tables,
     compensates,
     error_pairs,
-    evaluation_table,
     explanation,
     headline,
     keep_in_words,
@@ -28,6 +28,7 @@ from grail.report.summary import (
     verdict,
     widths_sentence,
 )
+from grail.report.texts import several_texts, worse_sentence
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -47,11 +48,12 @@ _PHASES = {
 
 @dataclass(frozen=True)
 class _Table:
-    """Cells of text; `numeric` aligns all but the first column to the right."""
+    """Cells of text; `numeric` aligns all but the first `words` columns to the right."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     numeric: bool = True
+    words: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,12 @@ def page(report: Report) -> str:
 def _lead(report: Report) -> tuple[str, ...]:
     """Returns the sentences below the headline; some may be empty."""
     rounding = quantising_sentence(report)
-    return explanation(report), rounding and f"{rounding}.", verdict(report)
+    return (
+        explanation(report),
+        worse_sentence(report),
+        rounding and f"{rounding}.",
+        verdict(report),
+    )
 
 
 @cache
@@ -136,10 +143,18 @@ def _evaluation(report: Report) -> dict[str, Any] | None:
     rows = report.evaluation
     if not rows:
         return None
+    scores = next(iter(rows.values())).scores
+    names = [f" of {score.text}" if len(scores) > 1 else " of held-out text" for score in scores]
+    tables = comparison_tables(rows)
     return {
-        "table": _Table(*evaluation_table(labelled(rows))),
-        "bars": _perplexity_bars(rows),
-        "tokens": next(iter(rows.values())).tokens,
+        "tables": [_Table(header, cells, words=words) for header, cells, words in tables],
+        "bars": [_perplexity_bars(rows, index) for index in range(len(scores))],
+        "tokens": ", ".join(
+            f"{score.tokens:,} predicted tokens{name}"
+            for score, name in zip(scores, names, strict=True)
+        ),
+        "distance": any(row.kl is not None for row in rows.values()),
+        "shares": any(row.recovered is not None for row in rows.values()),
         "several_runs": report.same_choice is not None,
         "size": size_sentence(report),
         "widths": widths_sentence(report),
@@ -263,14 +278,16 @@ def _text(value: object) -> str:
     return "–" if value is None else str(value)
 
 
-def _perplexity_bars(evaluation: Mapping[str, Evaluation]) -> _Bars:
-    values = [row.perplexity for row in evaluation.values()]
+def _perplexity_bars(evaluation: Mapping[str, Evaluation], index: int) -> _Bars:
+    """Returns bars of the perplexities on the text of that index."""
+    scores = [row.scores[index] for row in evaluation.values()]
+    values = [score.perplexity for score in scores]
     labels = [format_number(value) for value in values]
     colours = [_COLOURS.get(role, "muted") for role in evaluation]
-    title = "Perplexity"
+    title = f"Perplexity on {scores[0].text}" if several_texts(evaluation) else "Perplexity"
     finite = [value for value in values if math.isfinite(value)] or [1.0]
     if max(finite) > 20 * min(finite):  # else the small bars would all look alike
-        title, values = "Perplexity, on a logarithmic scale", [math.log(value) for value in values]
+        title, values = f"{title}, on a logarithmic scale", [math.log(value) for value in values]
     return title, _bars(labelled(evaluation), values, labels, colours)
 
 

@@ -123,6 +123,10 @@ class TextScore:
     # predictions whose most likely token is the dense model's.
     kl: float | None = field(default=None, kw_only=True)
     top1: float | None = field(default=None, kw_only=True)
+    # Share of the log-perplexity lost by the row "pruned" that this row recovers, and its standard
+    # error over sequences; None: not known.
+    recovered: float | None = field(default=None, kw_only=True)
+    recovered_error: float | None = field(default=None, kw_only=True)
     # Mean −log p of each sequence, in the text's order.
     losses: list[float] = field(default_factory=list, kw_only=True, repr=False)
 
@@ -242,10 +246,12 @@ class Report:
             kept, channels = (sum(getattr(s, n) for s in sites) for n in ("kept", "channels"))
             rows.append((f"{len(sites)} {kind}", f"{kept:,} of {channels:,}", _errors(sites)))
         if self.evaluation:
-            rows.append(("model", "parameters", "perplexity"))
+            texts = [score.text for score in next(iter(self.evaluation.values())).scores]
+            names = f" ({', '.join(texts)})" if len(texts) > 1 else ""
+            rows.append(("model", "parameters", f"perplexity{names}"))
         for row in self.evaluation.values():
-            counted = format_count(row.parameters)
-            rows.append((row.label, counted, format_number(row.perplexity)))
+            values = ", ".join(format_number(score.perplexity) for score in row.scores)
+            rows.append((row.label, format_count(row.parameters), values))
         body = "".join(
             "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
             for cells in rows

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from grail.algebra.targets import RULES
 from grail.report.formatting import format_bytes, format_count, format_number, format_seconds
-from grail.report.report import Evaluation, Report, SiteReport, mean_errors
+from grail.report.report import Evaluation, Report, SiteReport, TextScore, mean_errors
+from grail.report.texts import several_texts, text_table
 
 CLOSE = 1.25  # ratio to the dense model's perplexity up to which a model is close to it
 # A model repeats itself if its repetition exceeds the dense model's by this much, and by more than
@@ -20,13 +21,17 @@ def headline(report: Report) -> tuple[str, str]:
     """Returns the one figure that sums a run up, and its meaning: ("64%", "of the lost …")."""
     share, same = report.recovered, report.same_choice
     if share is not None and same is not None:
-        selector = report.evaluation[same].selector or "same selector"
+        row = report.evaluation[same]
+        selector, on = row.selector or "same selector", f" on {row.text}" if row.others else ""
+        others = "".join(f"; {_on_text(score)}" for score in row.others)
         if round(share, 2) < 0:
             return f"{-share:.0%} worse", (
-                f"than plain pruning ({selector}), in shares of the log-perplexity that it lost"
+                f"than plain pruning ({selector}){on}, in shares of the log-perplexity that it "
+                f"lost{others}"
             )
-        share = max(share, 0.0)  # never -0%
-        return f"{share:.0%}", f"of the log-perplexity lost by pruning ({selector}) is recovered"
+        return f"{max(share, 0.0):.0%}", (  # never -0%
+            f"of the log-perplexity lost by pruning ({selector}) is recovered{on}{others}"
+        )
     pairs = error_pairs(report.sites)
     if pairs and compensates(report):
         ratio = statistics.median(after / before if before else 1.0 for before, after in pairs)
@@ -35,6 +40,14 @@ def headline(report: Report) -> tuple[str, str]:
     if before and after:
         return f"{after / before:.0%}", "of the parameters are left"
     return str(len(report.sites)), "sites compressed"
+
+
+def _on_text(score: TextScore) -> str:
+    if score.recovered is None:
+        return f"no share on {score.text}"
+    if round(score.recovered, 2) < 0:
+        return f"{-score.recovered:.0%} worse than pruning on {score.text}"
+    return f"{max(score.recovered, 0.0):.0%} on {score.text}"
 
 
 def explanation(report: Report) -> str:
@@ -47,8 +60,9 @@ def explanation(report: Report) -> str:
         f"{names[role]} {format_number(rows[role].perplexity)}"
         for role in ("dense", "pruned", same)
     )
+    on = rows[same].text if rows[same].others else "held-out text"
     text = (
-        f"Perplexity on held-out text: {values}. "
+        f"Perplexity on {on}: {values}. "
         f"With the same selector, compensation {_change(share)} the lost log-perplexity, "
         "ln(pruned/compensated) / ln(pruned/dense)."
     )
@@ -94,17 +108,36 @@ def labelled(evaluation: Mapping[str, Evaluation], prefix: str = "") -> dict[str
 
 
 def evaluation_table(rows: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
-    """Returns header and text rows of the table of evaluated models."""
-    header = ["model", "perplexity", "parameters", "weights"]
+    """Returns header and text rows of the table of evaluated models.
+
+    Perplexities of several texts stand in `text_table` alone.
+    """
+    perplexity = not several_texts(rows)
+    header = ["model", *(["perplexity"] if perplexity else []), "parameters", "weights"]
     repeats = any(row.repetition is not None for row in rows.values())
     table = []
     for name, row in rows.items():
-        cells = [name, format_number(row.perplexity), format_count(row.parameters)]
-        cells.append(format_bytes(row.bytes))
+        cells = [name, *([format_number(row.perplexity)] if perplexity else [])]
+        cells += [format_count(row.parameters), format_bytes(row.bytes)]
         if repeats:
             cells.append("–" if row.repetition is None else _percent(row))
         table.append(cells)
     return header + ["repeats"] * repeats, table
+
+
+def comparison_tables(
+    evaluation: Mapping[str, Evaluation],
+) -> list[tuple[list[str], list[list[str]], int]]:
+    """Returns the tables of evaluated models: header, rows and how many first columns are words.
+
+    Of one text the models come first, and then what each recovers and its distance from the dense
+    model; of several the scores on each text come first.
+    """
+    rows = labelled(evaluation)
+    models, (header, scores) = evaluation_table(rows), text_table(rows)
+    several = several_texts(rows)
+    by_text = [(header, scores, 2 if several else 1)] if scores else []
+    return [*by_text, (*models, 1)] if several else [(*models, 1), *by_text]
 
 
 def size_sentence(report: Report) -> str:

@@ -21,8 +21,9 @@ from grail.files.provenance import text_source
 from grail.networks import find
 from grail.recipe import Recipe
 from grail.report import completions
-from grail.report._evaluate import bfloat16_bytes, evaluate, measure_size
+from grail.report._evaluate import DenseReference, bfloat16_bytes, evaluate, measure_size
 from grail.report.report import Evaluation, Report, fitted_parts
+from grail.report.texts import add_shares, joined
 from grail.run._collect import Collected
 from grail.run._compress import compress
 from grail.run._inspect import Inspection, inspect
@@ -101,22 +102,34 @@ class Study:
         fresh: returns another; called once the last one is gone, for two would double the peak.
         tokenizer: of the network, for completions; None completes nothing.
         batches: calibration.
-        heldout: batches of held-out text; none evaluates nothing.
+        heldout: batches of each held-out text, by its name; none evaluates nothing. The first one
+            also gives the prompts of completions.
         stages: counts the time.
         runtime: how all runs are computed; the network's own run alone is resumed.
         say: called with the name of the next step.
+
+    Memory: from the dense row on, the dense network's outputs are kept on the host, so that no
+    other row needs a second pass of it: for each text its last hidden states [tokens, features] and
+    the output layer [vocabulary, features], in the network's dtype (`references`). On a CPU they
+    are part of the process's memory while it compresses.
     """
 
     network: Any
     fresh: Callable[[], Any]
     tokenizer: Any
     batches: list[Tensor] | Collected
-    heldout: Sequence[Tensor]
+    heldout: Mapping[str, Sequence[Tensor]]
     stages: Stages
     runtime: Runtime = Runtime()
     say: Callable[[str], None] = print
     rows: dict[str, Evaluation] = field(default_factory=dict)
     completions: dict[str, Tensor] = field(default_factory=dict)
+    references: dict[str, DenseReference] = field(default_factory=dict)
+
+    @property
+    def _first(self) -> Sequence[Tensor]:
+        """The held-out text that comes first."""
+        return next(iter(self.heldout.values()))
 
     def predict(self, recipe: Recipe, *, compare: bool, uneven: bool) -> Prediction:
         """Predicts the time of the whole command from trials on the dense network."""
@@ -161,9 +174,12 @@ class Study:
         """Predicts evaluations of models of the network's size from one sequence and few tokens."""
         if not self.heldout:
             return {}
-        seconds = {PERPLEXITY: models * _rate(self.network, self.heldout) * _count(self.heldout)}
+        tokens = sum(_count(batches) for batches in self.heldout.values())
+        alone, compared = _rates(self.network, self._first)
+        dense = "dense" not in self.rows
+        seconds = {PERPLEXITY: (dense * alone + (models - dense) * compared) * tokens}
         if self._completes():
-            starts = completions.prompts(self.heldout)
+            starts = completions.prompts(self._first)
             few, more = (
                 _timed(partial(completions.complete, self.network, starts, new)) for new in (1, 4)
             )
@@ -183,16 +199,38 @@ class Study:
         if not self.heldout:
             return
         with self.stages(PERPLEXITY):
-            row = evaluate(self.network, self.heldout, progress=self.runtime.progress)
+            row = self._referred() if role == "dense" else self._evaluated()
         if recipe is not None:
             row = replace(row, **self._made_by(recipe), **self._rounded(role))
         if self._completes():
             with self.stages(COMPLETIONS):
-                written = completions.complete(self.network, completions.prompts(self.heldout))
+                written = completions.complete(self.network, completions.prompts(self._first))
             self.completions[role] = written
             if (found := completions.repetition(written)) is not None:
                 row.repetition, row.repetition_error = found
         self.rows[role] = row
+
+    def _referred(self) -> Evaluation:
+        """Evaluates the network, and keeps its outputs as those of the dense one."""
+        progress = self.runtime.progress
+        made = {
+            name: DenseReference(self.network, batches, progress=progress)
+            for name, batches in self.heldout.items()
+        }
+        # The network itself is soon narrowed, so a reference that runs it again is of no use.
+        self.references = {name: each for name, each in made.items() if not each.runs_model}
+        return joined({name: each.evaluation for name, each in made.items()})
+
+    def _evaluated(self) -> Evaluation:
+        progress = self.runtime.progress
+        return joined(
+            {
+                name: evaluate(
+                    self.network, batches, against=self.references.get(name), progress=progress
+                )
+                for name, batches in self.heldout.items()
+            }
+        )
 
     def compare(self, recipe: Recipe, *, uneven: bool = False) -> None:
         """Adds the rows of `baselines`; the network is a fresh one afterwards."""
@@ -248,6 +286,7 @@ class Study:
             report = compress(self.network, self.batches, recipe=recipe, runtime=self.runtime)
         self.stages.seconds[COMPRESSING] += report.resumed.get("seconds", 0.0)
         self.measure("restored" if recipe.compensate or recipe.fit_bias else "pruned", recipe)
+        add_shares(self.rows)
         report.evaluation, report.samples = dict(self.rows), self._samples()
         report.model["bytes"] = {
             "after": measure_size(self.network)[1],
@@ -305,7 +344,7 @@ class Study:
         shown = {role: rows for role, rows in self.completions.items() if role in roles}
         if not shown:
             return []
-        tokens = {"prompt": completions.prompts(self.heldout), **shown}
+        tokens = {"prompt": completions.prompts(self._first), **shown}
         texts = {
             role: [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
             for role, rows in tokens.items()
@@ -333,6 +372,15 @@ def _rate(network: Any, batches: Sequence[Tensor]) -> float:
     """Seconds a token of evaluating a network, from one sequence."""
     sequence = batches[0][:1]
     return _timed(lambda: evaluate(network, [sequence], progress=False)) / sequence.numel()
+
+
+def _rates(network: Any, batches: Sequence[Tensor]) -> tuple[float, float]:
+    """Seconds a token of evaluating a network alone, and against a dense one's known outputs."""
+    sequence = batches[0][:1]
+    reference = DenseReference(network, [sequence], progress=False)
+    against = None if reference.runs_model else reference
+    compared = _timed(lambda: evaluate(network, [sequence], against=against, progress=False))
+    return _rate(network, batches), compared / sequence.numel()
 
 
 def _timed(work: Callable[[], object]) -> float:

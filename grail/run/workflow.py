@@ -6,7 +6,7 @@ load → calibrate → predict → [dense] → [pruned, compensated] → [uneven
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -20,6 +20,7 @@ from torch import Tensor
 from grail.arguments import as_path, require_switches
 from grail.errors import InputError
 from grail.files.load import CheckpointWarning
+from grail.files.mixture import AnyText, Mixture, as_text
 from grail.files.pretrained import Pretrained
 from grail.files.provenance import provenance
 from grail.files.text import Text
@@ -28,6 +29,7 @@ from grail.recipe import AnyRecipe, Recipe, merged
 from grail.report.formatting import format_bytes, format_seconds
 from grail.report.page import page
 from grail.report.report import Report
+from grail.report.texts import text_names
 from grail.run import resume_folder
 from grail.run._collect import Collected
 from grail.run._sensitivity import require_single_channels
@@ -43,9 +45,9 @@ from grail_kernels import check_kind
 def compress_checkpoint(
     source: str | Path | Pretrained,
     output: str | Path,
-    calibration: str | Path | Text | Collected,
+    calibration: AnyText | Collected,
     *,
-    evaluate: str | Path | Text | None = None,
+    evaluate: str | Path | Text | Sequence[str | Path | Text] | None = None,
     baseline: bool = True,
     uneven: bool = False,
     recipe: AnyRecipe = "default",
@@ -62,12 +64,14 @@ def compress_checkpoint(
         source: a transformers folder, a hub name or a .gguf file; a `grail.Pretrained` also has
             device and dtype.
         output: folder to create; one that exists must be empty.
-        calibration: a text, as a `grail.Text` with the way to read it; or statistics of the dense
-            network, `grail.Collected(folder)`, for the open loop.
+        calibration: a text, as a `grail.Text` with the way to read it; several texts, as a list
+            of them, or a `grail.Mixture` with their shares of the tokens; or statistics of the
+            dense network, `grail.Collected(folder)`, for the open loop.
         evaluate: held-out text, on which the dense, the pruned and the restored model are compared;
             with `onload` on the CPU. Read as the calibration, 16,384 tokens of it; wikitext2 is
             measured as in the literature: all of the test split, joined by blank lines, in
-            sequences of 2048 tokens.
+            sequences of 2048 tokens. Of several texts, such as one like the calibration and one of
+            another kind, the first is that of the headline.
         baseline: with `evaluate`, also measures plain pruning, in a run of its own.
         uneven: chooses each block's width by the measured cost of narrowing it, at the total size
             that `keep` gives; transformers then reads the folder with `trust_remote_code=True`.
@@ -104,19 +108,28 @@ def compress_checkpoint(
 
 
 def _texts(
-    calibration: str | Path | Text | Collected, evaluate: str | Path | Text | None, recipe: Recipe
-) -> tuple[Text | Collected, Text | None]:
+    calibration: AnyText | Collected,
+    evaluate: str | Path | Text | Sequence[str | Path | Text] | None,
+    recipe: Recipe,
+) -> tuple[Text | Mixture | Collected, tuple[Text, ...]]:
     """Returns the texts of a call, the sequences of the calibration drawn by the recipe's seed."""
-    if isinstance(calibration, (str, Path)):
-        calibration = Text(str(calibration))
-    check_kind("calibration", calibration, (Text, Collected), "a text or grail.Collected")
-    if isinstance(calibration, Text) and calibration.seed is None:
-        calibration = replace(calibration, seed=recipe.seed)
-    if isinstance(evaluate, (str, Path)):
-        like = calibration if isinstance(calibration, Text) else Text("")
-        evaluate = like.compared_on(str(evaluate), {}, "evaluate")
-    check_kind("evaluate", evaluate, (Text, NoneType), "a text")
-    return calibration, evaluate
+    if not isinstance(calibration, Collected):
+        calibration = as_text("calibration", calibration)
+        if calibration.seed is None:
+            calibration = replace(calibration, seed=recipe.seed)
+    like = Text("") if isinstance(calibration, Collected) else calibration
+    one = evaluate is None or isinstance(evaluate, (str, Path, Text))
+    check_kind("evaluate", evaluate, (str, Path, Text, list, tuple, NoneType), "a text or several")
+    several = [] if evaluate is None else [evaluate] if one else evaluate
+    assert isinstance(several, (list, tuple))
+    texts: list[Text] = []
+    for text in several:
+        if isinstance(text, (str, Path)):
+            text = like.compared_on(str(text), {}, "evaluate")
+        check_kind("evaluate", text, Text, "a text or several")
+        assert isinstance(text, Text)
+        texts.append(text)
+    return calibration, tuple(texts)
 
 
 @dataclass(frozen=True)
@@ -125,8 +138,8 @@ class _Call:
 
     source: Pretrained
     output: Path
-    calibration: Text | Collected
-    evaluate: Text | None
+    calibration: Text | Mixture | Collected
+    evaluate: tuple[Text, ...]
     baseline: bool
     uneven: bool
     recipe: Recipe
@@ -185,11 +198,10 @@ class _Call:
             )
         folder = self.runtime.resume_dir
         check_output(self.output, apart=None if folder is None else Path(folder))
-        calibration, evaluate = self.calibration, self.evaluate
-        if isinstance(calibration, Text):
+        calibration = self.calibration
+        if not isinstance(calibration, Collected):
             calibration = calibration.checked(self.source.source)
-        if evaluate is not None:
-            evaluate = evaluate.checked(self.source.source)
+        evaluate = tuple(text.checked(self.source.source) for text in self.evaluate)
         _ = self.source.computing
         return replace(self, calibration=calibration, evaluate=evaluate)
 
@@ -253,18 +265,30 @@ class _Work:
             network, tokenizer = call.load()
         with warnings_as_notes() as notes:
             batches = self._batches(network, tokenizer)
+        names = text_names([text.source for text in call.evaluate])
         with warnings_as_notes() as others:
-            heldout = call.evaluate.batches(network, tokenizer) if call.evaluate else []
+            heldout = {
+                name: text.batches(network, tokenizer)
+                for name, text in zip(names, call.evaluate, strict=True)
+            }
         self.notes += unused + notes + [f"Held-out text: {note}" for note in others]
-        if isinstance(call.calibration, Text) and call.calibration.is_same_text(call.evaluate):
-            self.notes.append(
-                "The held-out text is the calibration text: the comparison is too kind."
-            )
+        for name, text in zip(names, call.evaluate, strict=True):
+            of_text = None if isinstance(call.calibration, Collected) else call.calibration
+            if of_text is not None and of_text.is_same_text(text):
+                which = f"held-out text {name}" if len(names) > 1 else "held-out text"
+                self.notes.append(
+                    f"The {which} is the calibration text: the comparison is too kind."
+                )
         if call.uneven:
             require_single_channels(find(network, call.recipe.sites), call.recipe)
-        if call.evaluate is not None:
-            source = text_of(call.evaluate.source, heldout)
-            self._origin["evaluation"] = source | call.evaluate.reading
+        origins = [
+            text_of(text.source, batches) | text.reading
+            for text, batches in zip(call.evaluate, heldout.values(), strict=True)
+        ]
+        if origins:
+            self._origin["evaluation"] = origins[0]
+        if others_read := origins[1:]:
+            self._origin["further_evaluations"] = others_read
         return Study(
             network,
             lambda: call.load()[0],
@@ -282,8 +306,7 @@ class _Work:
         if isinstance(text, Collected):
             self._origin["calibration"] = text_of(str(text.folder), text)
             return text
-        batches = text.batches(network, tokenizer)
-        self._origin["calibration"] = text_of(text.source, batches) | text.reading
+        batches, self._origin["calibration"] = text.read(network, tokenizer)
         return batches
 
     def _predicted(self, study: Study) -> Prediction:
@@ -291,7 +314,7 @@ class _Work:
         call, recipe = self.call, self.call.recipe
         prediction = study.predict(recipe, compare=call.baseline, uneven=call.uneven)
         check_output(call.output, prediction.output)
-        statistics = "" if isinstance(call.calibration, Text) else "statistics of "
+        statistics = "statistics of " if isinstance(call.calibration, Collected) else ""
         used = f"{statistics}{self._origin['calibration']['tokens']:,} tokens"
         call.say(predicted(recipe.keep, prediction.peak, prediction.total, used))
         stages = (f"{name} {format_seconds(value)}" for name, value in prediction.seconds.items())

@@ -1,25 +1,25 @@
 """The calibration text of a folder that grail wrote: the one its report names, or another one."""
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from torch import Tensor
 
 from grail.errors import InputError
-from grail.files.provenance import text_source
+from grail.files.mixture import AnyText, Mixture, as_text
 from grail.files.text import Text
 from grail.runtime.folder import file_hash
-from grail_kernels import check_kind
 
-_READING = ("field", "split", "join", "seed")  # settings of `Text` that a report repeats
+_READING = ("field", "split", "join")  # settings of `Text` that a report repeats
+_OF_ALL = ("tokens", "sequence_length", "seed")  # the same of a mixture
 
 
-def text_of_folder(folder: Path, given: Text | str | Path | None = None) -> Text:
-    """Returns the text on which activations of a compressed model are collected.
+def text_of_folder(folder: Path, given: AnyText | None = None) -> Text | Mixture:
+    """Returns the text or texts on which activations of a compressed model are collected.
 
     Args:
         folder: written by `grail.compress_checkpoint` or the command line.
@@ -32,14 +32,12 @@ def text_of_folder(folder: Path, given: Text | str | Path | None = None) -> Text
         InputError: none is given and the report names none, or a file that is not there or changed
             since; or the text cannot be read.
     """
-    check_kind("calibration", given, (str, Path, Text, NoneType), "a text")
-    if isinstance(given, (str, Path)):
-        given = Text(str(given))
-    return (_reported(folder) if given is None else given).checked(str(folder))
+    text = _reported(folder) if given is None else as_text("calibration", given)
+    return text.checked(str(folder))
 
 
 def read_calibration(
-    folder: Path, given: Text | str | Path | None, network: Any, tokenizer: Any
+    folder: Path, given: AnyText | None, network: Any, tokenizer: Any
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Returns the tokens of a folder's calibration text, and where they come from.
 
@@ -55,8 +53,7 @@ def read_calibration(
             run.
     """
     text = text_of_folder(folder, given)
-    batches = text.batches(network, tokenizer)
-    origin = text_source(text.source, batches) | text.reading
+    batches, origin = text.read(network, tokenizer)
     expected = _calibration(folder).get("tokens_sha256")
     if given is None and expected != origin["tokens_sha256"]:
         raise InputError(
@@ -66,7 +63,7 @@ def read_calibration(
     return batches, origin
 
 
-def _reported(folder: Path) -> Text:
+def _reported(folder: Path) -> Text | Mixture:
     """Returns the text that a folder's report names, read as the run read it."""
     found = _calibration(folder)
     if "collected" in found:
@@ -74,6 +71,16 @@ def _reported(folder: Path) -> Text:
             f"{folder} was made from statistics in {found.get('source')}, which hold no text; "
             "give a text as calibration (--calibration)"
         )
+    how = {name: found.get(name) for name in _OF_ALL}
+    if "texts" not in found:
+        return replace(_one(folder, found), **how)
+    texts = [_one(folder, text) for text in found["texts"]]
+    shares = [text["tokens"] / found["tokens"] for text in found["texts"]]
+    return Mixture(texts, shares, **how)
+
+
+def _one(folder: Path, found: Mapping[str, Any]) -> Text:
+    """Returns a text that a folder's report names."""
     if not isinstance(source := found.get("source"), str):
         raise InputError(
             f"the report of {folder} names no calibration text; give one as calibration "
@@ -91,8 +98,7 @@ def _reported(folder: Path) -> Text:
                 f"{folder} was calibrated on {source}, which changed since; give a text as "
                 "calibration (--calibration)"
             )
-    text = Text(source, tokens=found.get("tokens"), sequence_length=found.get("sequence_length"))
-    return replace(text, **{name: found[name] for name in _READING if name in found})
+    return Text(source, **{name: found[name] for name in _READING if name in found})
 
 
 def _calibration(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from grail.algebra.grids import FORMATS, Format, Grid
 from grail.errors import InputError
 from grail.files import grids as grid_files
+from grail.files.mixture import AnyText
 from grail.files.text import Text
 from grail.networks import find
 from grail.recipe import Quantize
@@ -52,7 +53,7 @@ class Rounding:
 class Texts:
     """The texts of an export that quantises: to quantise with, and held out to compare on."""
 
-    calibration: str | Path | Text | None = None
+    calibration: AnyText | None = None
     evaluate: str | Path | Text | None = None
 
     def refuse(self, reason: str) -> None:

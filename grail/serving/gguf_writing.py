@@ -16,6 +16,7 @@ from grail.algebra.grids import format_of
 from grail.arguments import as_path, require_switches
 from grail.errors import ExportError, InputError, ModelError, one_line
 from grail.files.load import load_model
+from grail.files.mixture import AnyText
 from grail.files.provenance import require_unedited
 from grail.files.text import Text
 from grail.recipe import Quantize
@@ -61,7 +62,7 @@ def export_gguf(
     pad: int = 32,
     dtype: FileDtype = "float32",
     quantize: Quantize | None = None,
-    calibration: str | Path | Text | None = None,
+    calibration: AnyText | None = None,
     evaluate: str | Path | Text | None = None,
     verify: bool = True,
     progress: bool = True,
@@ -89,7 +90,8 @@ def export_gguf(
             formats store blocks of so many: 32 for Q4_0, Q4_1 and Q8_0, 256 for K-quants.
         dtype: dtype of matrices that are not quantised: float32, float16 or bfloat16.
         quantize: "q4_1" or "q8_0"; None writes the folder's weights as they are.
-        calibration: text to quantise with; None takes the one that the report in `folder` names.
+        calibration: text to quantise with, or a list or `grail.Mixture` of several; None takes
+            what the report in `folder` names.
         evaluate: held-out text, on which the model is compared before and after quantising, by GPTQ
             and by rounding to nearest.
         verify: compare logits in llama.cpp, in a process of its own, if llama-cpp-python is

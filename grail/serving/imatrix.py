@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from grail.arguments import as_path, require_switches
 from grail.errors import ExportError, InputError, ModelError, NonFiniteError
+from grail.files.mixture import AnyText
 from grail.files.pretrained import Pretrained
-from grail.files.text import Text
 from grail.runtime.folder import complete_file, require_new_file
 from grail.runtime.hooks import input_of
 from grail.runtime.transaction import eval_no_grad
@@ -54,7 +54,7 @@ class ImatrixFile:
 def export_imatrix(
     folder: str | Path,
     output: str | Path,
-    calibration: str | Path | Text | None = None,
+    calibration: AnyText | None = None,
     *,
     pad: int = 32,
     device: str = "auto",
@@ -69,7 +69,8 @@ def export_imatrix(
     Args:
         folder: written by `grail.export` or the command line.
         output: file to create, in GGUF.
-        calibration: the text; None takes the one that the report in `folder` names.
+        calibration: the text, or a list or `grail.Mixture` of several; None takes what the report
+            in `folder` names.
         pad: see `grail.export_gguf`.
         device: device that runs the model; "auto" is a GPU if there is one.
         progress: shows a progress bar.
@@ -114,9 +115,7 @@ def export_imatrix(
     )
 
 
-def require_imatrix_output(
-    folder: Path, output: Path, calibration: str | Path | Text | None
-) -> None:
+def require_imatrix_output(folder: Path, output: Path, calibration: AnyText | None) -> None:
     """Checks what shows before a model is loaded.
 
     Raises:

@@ -26,8 +26,9 @@ transformers = pytest.importorskip("transformers")
 
 from typer.testing import CliRunner  # noqa: E402
 
+import grail as grail_library  # noqa: E402
 from grail import commands  # noqa: E402
-from grail.commands import bench, compress, evaluate, export, inspect, stats  # noqa: E402
+from grail.commands import bench, compress, evaluate, export, generate, inspect, stats  # noqa: E402
 from grail.files import pretrained  # noqa: E402
 from grail.files import text as texts  # noqa: E402
 from grail.files.load import load_model  # noqa: E402
@@ -476,6 +477,98 @@ def test_heldout_text_that_is_the_calibration_text_is_noted(arguments, folder):
     assert any("calibration text" in note for note in Report.from_json(result.stdout).notes)
 
 
+def test_several_texts_are_mixed_and_named(arguments, folder, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(words(1000, seed=3))
+    given = [*arguments, "--calibration", other, "--shares", "75%,0.25"]
+    result = grail(*given, "--evaluate", other, "--no-baseline", "--json")
+    report = Report.from_json(result.stdout)
+    origin = report.provenance["calibration"]
+    assert origin["source"] == f"{folder / 'calibration.txt'}, {other}"
+    assert [text["tokens"] for text in origin["texts"]] == [384, 128]
+    assert report.calibration["tokens"] == origin["tokens"] == 512
+    assert any("is the calibration text" in note for note in report.notes)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"  - {other}, 128 tokens, sha256" in card.replace("\\", "")
+    assert report.provenance["command"].count("--calibration") == 2
+    shutil.rmtree(tmp_path / "out")
+    again = Report.from_json(grail(*shlex.split(report.provenance["command"])[1:]).stdout)
+    assert again.provenance["calibration"] == origin
+    shutil.rmtree(tmp_path / "out")
+    python = grail_library.compress_checkpoint(
+        folder / "model",
+        tmp_path / "out",
+        grail_library.Mixture(
+            [folder / "calibration.txt", other], (0.75, 0.25), tokens=512, sequence_length=32
+        ),
+        progress=False,
+    )
+    assert python.provenance["calibration"] == origin
+    collected = grail(
+        *("stats", "collect", folder / "model", "--calibration", folder / "calibration.txt"),
+        *("--calibration", other, "--output", tmp_path / "sums", *SHORT),
+    )
+    assert collected.exit_code == 0, collected.stderr
+    (calibration,) = grail_library.Collected(tmp_path / "sums").calibrations
+    assert calibration["tokens"] == 512
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--shares", "0.5,0.5"], "one number for each of 1 texts; got 2"),
+        (["--calibration", "TEXT"], "again; give each text once"),
+        (["--calibration", "nowhere.txt"], "--calibration nowhere.txt: nowhere.txt: no such file"),
+        (["--calibration", "OTHER", "--shares", "0.5,0.4"], "add up to 1; got 0.9"),
+        (["--calibration", "OTHER", "--shares", "half"], "is no share"),
+        (["--calibration", "OTHER", "--tokens", "32"], "one sequence of 32 for each of 2 texts"),
+        (["--calibration", "OTHER", "--field", "body"], "is plain text and has no field 'body'"),
+    ],
+)
+def test_mixtures_that_make_no_sense_are_refused(arguments, folder, tmp_path, extra, said):
+    paths = {"TEXT": folder / "calibration.txt", "OTHER": folder / "heldout.txt"}
+    assert said in refusal(grail(*arguments, *(paths.get(word, word) for word in extra)))
+
+
+def test_generate_writes_text_to_calibrate_on(folder, arguments, tmp_path):
+    output = tmp_path / "generated.jsonl"
+    given = ["generate", folder / "model", "--tokens", 256, "--sequence-length", 32]
+    given += ["--prompts", folder / "calibration.txt", "--prompt-tokens", 4]
+    given += ["--output", output, "--top-p", "90%", "--temperature", 0.8]
+    result = grail(*given)
+    assert result.exit_code == 0, result.stderr
+    assert f"text    {output} (" in result.stdout
+    assert "tokens a second" in result.stdout
+    made = json.loads(output.read_text().splitlines()[0])["made"]
+    assert (made["top_p"], made["temperature"], made["prompt_tokens"]) == (0.9, 0.8, 4)
+    again = grail(*given, "--no-progress", "--json")
+    facts = json.loads(again.stdout)
+    assert (facts["written"], facts["path"]) == (0, str(output))
+    assert facts["tokens"] >= 256
+    assert "the file was there" in grail(*given, "--no-progress").stdout
+    mixed = grail(*arguments, "--calibration", output, "--tokens", "256", "--json")
+    texts = Report.from_json(mixed.stdout).provenance["calibration"]["texts"]
+    assert [text["tokens"] for text in texts] == [128, 128]
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--prompt-tokens", "4"], "--prompt-tokens is used with --prompts"),
+        (["--field", "body"], "--field is used with --prompts"),
+        (["--top-p", "2"], "top_p must be a number > 0 and ≤ 1; got 2.0"),
+        (["--temperature", "hot"], "'hot' is not a number"),
+        (["--output", "out.txt"], "does not end in .jsonl"),
+        (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt: no such file"),
+    ],
+)
+def test_wrong_options_of_generate_are_refused(folder, tmp_path, monkeypatch, extra, said):
+    monkeypatch.chdir(tmp_path)
+    given = ["generate", folder / "model", "--output", "out.jsonl", *extra]
+    assert said in refusal(grail(*given))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_text_shorter_than_asked_for_is_noted(arguments):
     result = grail(*arguments, "--json", "--tokens", 100_000)
     assert any("fewer than the 100000" in note for note in Report.from_json(result.stdout).notes)
@@ -670,7 +763,7 @@ def test_wikitext2_is_evaluated_as_in_the_literature(
     monkeypatch.setattr(
         evaluate,
         "evaluate_model",
-        lambda network, b: (seen.append(b), real(network, b))[1],
+        lambda network, b, **how: (seen.append(b), real(network, b, **how))[1],
     )
     result = grail("evaluate", tmp_path / "model", "--text", "wikitext2", "--json")
     assert json.loads(result.stdout)["tokens"] == 2047
@@ -967,7 +1060,10 @@ def test_options_that_nothing_reads_or_holds_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("extra", [["--tokens", "64"], ["--split", "train"], ["--join", "eos"]])
+@pytest.mark.parametrize(
+    "extra",
+    [["--tokens", "64"], ["--split", "train"], ["--join", "eos"], ["--shares", "0.5,0.5"]],
+)
 def test_statistics_take_no_options_of_a_text(folder, tmp_path, extra):
     command = ["compress", folder / "model", "--statistics", folder, "--open-loop"]
     told = refusal(grail(*command, "--output", tmp_path / "out", *extra))
@@ -1029,12 +1125,12 @@ def test_the_first_page_does_not_wait_for_torch(arguments):
 
 def test_the_first_page_lists_the_sentences_of_the_commands():
     page = " ".join(grail("--help").stdout.replace("│", " ").split())
-    for module in (bench, compress, evaluate, export, inspect, stats):
+    for module in (bench, compress, evaluate, export, generate, inspect, stats):
         name = module.__name__.rpartition(".")[2]
         sentence = commands.root.COMMANDS[name]
         assert f"{name} {sentence}" in page
         assert sentence in " ".join(grail(name, "--help").stdout.split())
-    assert len(commands.root.COMMANDS) == 6
+    assert len(commands.root.COMMANDS) == 7
 
 
 def test_ctrl_c_while_torch_is_imported_is_one_sentence():

@@ -71,9 +71,10 @@ def test_every_stage_that_runs_is_predicted(heldout, compare, tiny_llama, tiny_b
         alive.append(dense() is not None)
         return tiny_llama()
 
+    texts = {"held-out": tiny_batches(heldout, seed=1)} if heldout else {}
     study = Study(
         network,
-        fresh, Tokenizer(), tiny_batches(), tiny_batches(heldout, seed=1), stages,
+        fresh, Tokenizer(), tiny_batches(), texts, stages,
         runtime=Runtime(progress=False), say=lambda _: None,
     )  # fmt: skip
     options = Recipe(0.5, "mlp")
@@ -104,7 +105,7 @@ def test_the_stage_of_a_resumed_run_has_the_time_of_the_runs_before(
         stages = Stages()
         network = tiny_llama(num_hidden_layers=layers)
         runtime = Runtime(progress=False, resume_dir=tmp_path / "state")
-        study = Study(network, tiny_llama, None, tiny_batches(), [], stages, runtime)
+        study = Study(network, tiny_llama, None, tiny_batches(), {}, stages, runtime)
         report = study.run(Recipe(0.5, "mlp"))
         return report, stages.seconds[stages_of.COMPRESSING]
 
@@ -125,7 +126,7 @@ def test_a_quantised_model_is_compared_with_one_that_is_rounded(tiny_llama, tiny
     recipe = Recipe(0.5, selector="wanda", quantize="q4_1")
     assert all(other.quantize is None for other in baselines(recipe).values())
     runtime = Runtime(progress=False)
-    batches, heldout = tiny_batches(), tiny_batches(seed=1)
+    batches, heldout = tiny_batches(), {"held-out": tiny_batches(seed=1)}
     study = Study(fresh(), fresh, None, batches, heldout, Stages(), runtime, say=lambda _: None)
     study.measure("dense")
     study.compare(recipe)

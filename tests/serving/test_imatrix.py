@@ -222,6 +222,27 @@ def test_the_text_is_the_one_of_the_report(make, text, reading):
     assert reading.items() <= origin.items()
 
 
+def test_texts_of_the_report_are_mixed_as_in_the_run(make, text, tmp_path):
+    folder, short = make(), tmp_path / "short.txt"
+    short.write_text("w5 w6 w7 w8 " * 20)
+    how = {"tokens": 480, "sequence_length": 16, "seed": 2}
+    mixture = grail.Mixture([grail.Text(str(text), join="blank"), str(short)], [0.4, 0.6], **how)
+    with pytest.warns(UserWarning, match=r"short\.txt holds 80 tokens"):
+        batches, origin = mixture.read(*load_model(folder))
+    report = json.loads((folder / "report.json").read_text())
+    report["provenance"] = {"calibration": origin}
+    report["calibration"]["sequence_length"] = 16
+    (folder / "report.json").write_text(json.dumps(report))
+    found, again = read_calibration(folder, None, *load_model(folder))
+    assert torch.equal(torch.cat(found), torch.cat(batches))
+    assert again == origin
+    given = grail.Mixture([text, short], tokens=96, sequence_length=16)
+    assert read_calibration(folder, given, *load_model(folder))[1]["tokens"] == 96
+    short.write_text("w5")
+    with pytest.raises(InputError, match=r"calibrated on .*short\.txt, which changed since"):
+        text_of_folder(folder)
+
+
 def test_a_text_that_is_given_is_read_instead(make, text, tmp_path):
     folder = make()
     calibrated(folder, text)

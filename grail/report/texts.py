@@ -1,0 +1,129 @@
+"""Scores on several held-out texts: their names, shares recovered, and the table by text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from grail.report.formatting import format_number
+from grail.report.paired import BEYOND, is_worse, share
+from grail.report.report import Evaluation, Report, TextScore
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def text_names(sources: Sequence[str]) -> list[str]:
+    """Returns short names of texts: a file's name, the whole source where names are equal."""
+    files = [Path(source).name if Path(source).exists() else source for source in sources]
+    names: list[str] = []
+    for source, name in zip(sources, files, strict=True):
+        wanted = source if files.count(name) > 1 else name
+        again = names.count(wanted)
+        names.append(f"{wanted} ({again + 1})" if again else wanted)
+    return names
+
+
+def joined(rows: Mapping[str, Evaluation]) -> Evaluation:
+    """Returns one evaluation of a model from those of each text, by name; the first one leads."""
+    scores = [replace(row, text=name) for name, row in rows.items()]
+    names = [field.name for field in fields(TextScore)]
+    others = [TextScore(**{name: getattr(row, name) for name in names}) for row in scores[1:]]
+    return replace(scores[0], others=others)
+
+
+def add_shares(evaluation: Mapping[str, Evaluation]) -> None:
+    """Writes into each row but "dense" and "pruned" the share that it recovers on each text."""
+    dense, pruned = evaluation.get("dense"), evaluation.get("pruned")
+    if dense is None or pruned is None:
+        return
+    for role, row in evaluation.items():
+        if role in ("dense", "pruned"):
+            continue
+        for own, narrow, base in zip(row.scores, pruned.scores, dense.scores, strict=True):
+            if found := share(base.losses, narrow.losses, own.losses):
+                own.recovered, own.recovered_error = found.value, found.error
+
+
+def several_texts(rows: Mapping[str, Evaluation]) -> bool:
+    """Returns True if models were evaluated on more than one text."""
+    return any(row.others for row in rows.values())
+
+
+def text_table(rows: Mapping[str, Evaluation]) -> Table:
+    """Returns the table of each model on each text, a block of rows for each text.
+
+    Args:
+        rows: by label.
+
+    Returns:
+        Header and rows. Of one text they lack its name and its perplexity, which stand in the table
+        of models, and the rows in which nothing is known; without any row there is nothing to show.
+    """
+    several = several_texts(rows)
+    header = ["model", *(["perplexity"] if several else []), "recovered", "KL", "top-1"]
+    table = []
+    for index in range(max((len(row.scores) for row in rows.values()), default=0)):
+        for label, row in rows.items():
+            score = row.scores[index]
+            known = (score.recovered, score.kl, score.top1)
+            if not several and known == (None, None, None):
+                continue
+            cells = [score.text, label, format_number(score.perplexity)] if several else [label]
+            table.append([*cells, recovered_cell(score), *distance_cells(score)])
+    return (["text"] if several else []) + header, table
+
+
+def score_table(row: Evaluation) -> Table:
+    """Returns the table of one model, a row for each text."""
+    header = ["text", "perplexity", "KL", "top-1", "predicted tokens"]
+    rows = [
+        [s.text, format_number(s.perplexity), *distance_cells(s), f"{s.tokens:,}"]
+        for s in row.scores
+    ]
+    return header, rows
+
+
+def recovered_cell(score: TextScore) -> str:
+    """Formats the share recovered with its standard error: "64 ± 2%", "–" where it is unknown."""
+    if score.recovered is None:
+        return "–"
+    value = round(100 * score.recovered) + 0  # never -0%
+    error = score.recovered_error
+    return f"{value}%" if error is None else f"{value} ± {_digits(100 * error)}%"
+
+
+def _digits(error: float) -> str:
+    return f"{error:.1f}" if error < 1 else f"{error:.0f}"
+
+
+def distance_cells(score: TextScore) -> list[str]:
+    """Formats the distance from the dense model: KL in nats, and top-1 agreement."""
+    divergence = "–" if score.kl is None else format_number(score.kl)
+    return [divergence, "–" if score.top1 is None else f"{score.top1:.1%}"]
+
+
+def worse_than_pruned(report: Report) -> list[str]:
+    """Returns the texts on which the report's model is worse than plain pruning.
+
+    A quantised model is judged before it is rounded. A text counts where the paired difference of
+    the losses exceeds 2 standard errors; "the held-out text" is a text without a name.
+    """
+    rows = report.evaluation
+    own, pruned = rows.get("unquantised") or rows.get("restored"), rows.get("pruned")
+    if own is None or pruned is None:
+        return []
+    pairs = list(zip(own.scores, pruned.scores, strict=True))
+    return [
+        score.text or "the held-out text"
+        for score, plain in pairs
+        if score.losses and plain.losses and is_worse(score.losses, plain.losses)
+    ]
+
+
+def worse_sentence(report: Report) -> str:
+    """Names the texts of `worse_than_pruned`; empty without any."""
+    if not (texts := worse_than_pruned(report)):
+        return ""
+    return (
+        f"The model is worse than plain pruning on {' and on '.join(texts)}, beyond {BEYOND:g} "
+        "standard errors."
+    )

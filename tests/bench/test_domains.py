@@ -1,0 +1,37 @@
+"""The page on domains: every number is one of levers.csv, and a missing one is said."""
+
+import pytest
+
+from bench.quality import levers
+from bench.report import domains
+from tests.bench.test_levers import ROWS
+
+
+@pytest.fixture
+def page() -> domains.Page:
+    return domains.Page([row | {"text": text} for row in ROWS for text in levers.TEXTS])
+
+
+def test_the_committed_page_is_the_generated_one():
+    assert domains.PAGE.read_text(encoding="utf-8") == domains.page()
+
+
+def test_a_share_is_that_of_its_row(page):
+    assert page.share("passages", 16, "producers", "brown").startswith("64.0% ± ")
+
+
+def test_a_row_that_is_missing_is_said(page):
+    assert page.share("passages", 16, "wanda", "brown") == "not measured"
+    assert page.perplexity("passages", 16, "wanda", "brown") == "not measured"
+    assert page.perplexity("passages", 16, "producers", "brown") == "9.0"
+
+
+def test_tables_have_the_rows_that_they_name(page):
+    assert [line.split(" | ")[0] for line in page.calibrations().splitlines()[2:]] == [
+        "| passages",
+        "| general",
+    ]
+    lines = page.levers("passages", 16).splitlines()
+    assert len(lines) == 2 + 3
+    assert "+0.233 ±" in lines[-1]
+    assert len({line.count("|") for line in lines}) == 1
