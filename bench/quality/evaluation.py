@@ -1,8 +1,9 @@
-"""What a user of a compressed language model would notice, on texts unlike the calibration's too.
+"""Scores of compressed language models that a user notices, in and off the calibration's domain.
 
     python -m bench.quality.evaluation                            all models, texts and tasks
     python -m bench.quality.evaluation --calibration passages --model pruned --model grail
-    python -m bench.quality.evaluation --folder OUT --on brown --on agreement
+    python -m bench.quality.evaluation --model dense --on brown --on agreement
+    python -m bench.quality.evaluation --folder OUT
 
 SmolLM2-135M is compressed with each calibration text, and measured beside the dense model; so is
 every folder with a compressed SmolLM2-135M. A killed run resumes. Texts, tasks and measures are
@@ -175,7 +176,7 @@ class Suite:
 
 
 class Known(NamedTuple):
-    """What is known of the dense and of the pruned model: `each` of the first measure, by `on`."""
+    """Losses and task scores of the dense and of the pruned model, from `each_of`."""
 
     dense: Mapping[str, Sequence[float]]
     pruned: Mapping[str, Sequence[float]]
@@ -234,7 +235,7 @@ def suite_of(
 
 
 class Measured:
-    """The rows of a file: what is known, what is missing, and where new scores go."""
+    """Rows of a file: scores that are known, names that are missing, new scores."""
 
     def __init__(self, path: Path, suite: Suite):
         self.suite, self.table = suite, Table(path, KEY)
@@ -249,7 +250,7 @@ class Measured:
         return each_of(scores)
 
     def missing(self, of: Mapping[str, Any], on: Sequence[str], dense: bool) -> list[str]:
-        """Names that the model was not yet measured on."""
+        """Names of `on` that lack a row of the model."""
         return [
             name
             for name in on
@@ -351,7 +352,10 @@ def main(arguments: list[str] | None = None) -> None:
         *("keep", "model"),
         writes="bench/results/evaluation.csv or --output, row by row",
         takes="5 to 10 minutes a model on a core, and its compression",
-        model={"choices": list(MODELS), "help": "may be repeated (default all)"},
+        model={
+            "choices": ["dense", *MODELS],
+            "help": "beside the dense model; may be repeated (default all)",
+        },
     )
     parser.add_argument(
         "--calibration",

@@ -1,4 +1,4 @@
-"""How a compressed language model writes: beside the dense model's greedy text, and by sampling.
+"""Measures of text that a compressed language model writes: greedy, and sampled.
 
 All is deterministic: samples come from seeded random numbers, the same for every model, so that
 models are compared prompt by prompt.
