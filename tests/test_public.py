@@ -531,7 +531,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "tokens": [*NOT_COUNTS, 0], "temperature": [None, *NOT_NUMBERS, 0, -1.0, float("nan")],
         "top_p": [None, *NOT_NUMBERS, 0, 1.5, float("nan")], "prompt_tokens": [*NOT_COUNTS, 0],
         "sequence_length": [*NOT_NUMBERS, 1, 2.5, 10**6], "batch_size": [*NOT_COUNTS, 0],
-        "seed": [*NOT_COUNTS, -1],
+        "seed": [*NOT_COUNTS, -1], "begin": [5, OBJECT, [], "no token"],
     },
     "grail.inspect": {
         "model": NOT_MODELS, **OBJECTS, "keep": [None, "half", True, OBJECT],

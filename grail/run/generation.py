@@ -70,11 +70,11 @@ def generate_calibration(
 ) -> GeneratedText:
     """Writes calibration text that a causal language model draws itself.
 
-    Each sequence begins with the tokenizer's begin-of-text token (end-of-text, if it has none), or
-    continues the first tokens of a text. It goes on to its full length; documents in it are
-    separated by end-of-text tokens. The file has a document a line, {"text": …}, and
-    `grail.Text(output)` reads it back. What is read back may differ from the tokens drawn, where
-    the tokenizer has several spellings of a text.
+    Each sequence begins with the tokenizer's begin-of-text token (end-of-text, if it has none),
+    which the file leaves out, and with the first tokens of `prompts`. It has its full length;
+    end-of-text tokens separate the documents in it. The file has a document a line, {"text": …},
+    and `grail.Text(output)` reads it back. The tokens that are read may differ from those drawn,
+    where the tokenizer has several spellings of a text.
 
     The same call on the same device writes the same file. Nothing is written where it is there
     already; a killed call resumes from `output`.partial.
@@ -85,9 +85,9 @@ def generate_calibration(
         prompts: text whose first tokens are continued, in sequences of `prompt_tokens`, drawn at
             random. Where it has too few for all sequences, they are used again.
         progress: shows a progress bar, and prints the time that is predicted.
-        sampling: tokens (65536), temperature (1.0), top_p (0.98), seed (0), prompt_tokens (32),
-            sequence_length (1024, or all that the model has positions for) and batch_size (16). The
-            result depends on all of them.
+        sampling: tokens (65536), temperature (1.0), top_p (0.98), seed (0), begin (the token that
+            begins each sequence), prompt_tokens (32), sequence_length (1024, or all that the model
+            has positions for) and batch_size (16). The result depends on all of them.
 
     Returns:
         Path and contents of the file.
@@ -128,7 +128,8 @@ def _starting(text: Text | Mixture, how: Sampling) -> Text | Mixture:
     """Returns a text that is read in sequences of the length of prompts, one for each sequence."""
     least = len(text.texts) if isinstance(text, Mixture) else 1
     count = max(least, math.ceil(how.tokens / (how.sequence_length or LENGTH)))
-    size = {"sequence_length": how.prompt_tokens, "tokens": count * how.prompt_tokens}
+    length = how.prompt_tokens
+    size: dict[str, Any] = {"sequence_length": length, "tokens": count * length}
     option = "prompts" if text.option == "calibration" else text.option
     return replace(text, **size, seed=how.seed, option=option)
 
@@ -173,6 +174,14 @@ class _Writer:
 
     def _first_token(self, prompted: bool) -> list[int]:
         """Returns the token that begins every sequence, if there is one."""
+        if self._how.begin is not None:
+            ids = self._tokenizer(self._how.begin, add_special_tokens=False).input_ids
+            if len(ids) == 1 and ids[0] != self._tokenizer.unk_token_id:
+                return list(ids)
+            raise InputError(
+                f"begin must be one token of the tokenizer; got {self._how.begin!r}; leave it out "
+                f"for {self._tokenizer.bos_token or self._tokenizer.eos_token}"
+            )
         for found in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
             if found is not None:
                 return [int(found)]
@@ -229,7 +238,7 @@ class _Writer:
             generated.require_same(folder, state.read(settings, _SETTINGS).content, self._made)
         else:
             state.write(settings, _SETTINGS, self._made, {})
-        batches = []
+        batches: list[_Batch] = []
         while (path := folder / _name(len(batches))).exists():
             batches.append(_Batch(**state.read(path, _BATCH).content))
         return batches

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isinf, log
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from grail.errors import InputError, ModelError
 from grail.files.text import CALIBRATION_TOKENS
 from grail.runtime.settings import documented, setting
 from grail.runtime.transaction import eval_no_grad
+from grail_kernels import check_kind
 
 _MOST = 1 << 31  # of a batch, or tokens of a sequence
 
@@ -37,6 +39,12 @@ class Sampling:
         metavar="SHARE",
     )
     seed: int = setting(0, "Seed of the draws, of which each sequence has its own.")
+    begin: str | None = setting(
+        None,
+        "Token that begins each sequence, such as <|endoftext|>.",
+        shown="the tokenizer's begin-of-text token, else its end-of-text token",
+        metavar="TOKEN",
+    )
     prompt_tokens: int = setting(
         32, "Tokens of each prompt.", least=1, most=_MOST, panel="Reading text"
     )
@@ -58,6 +66,7 @@ class Sampling:
         if self.sequence_length is not None:
             require_whole("sequence_length", self.sequence_length, 2)
         require_seed(self.seed)
+        check_kind("begin", self.begin, (str, NoneType), "the text of a token")
         for name, most in (("temperature", inf), ("top_p", 1.0)):
             value = getattr(self, name)
             if not is_number(value) or not 0 < value <= most or isinf(value):
@@ -153,7 +162,7 @@ def continuations(
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    draws = LogitsProcessorList([_Draws(numbers, how, advance)])  # type: ignore[list-item]
+    draws = LogitsProcessorList([_Draws(numbers, how, advance)])
     # The model's own settings may sample, or penalise repetition.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:

@@ -71,7 +71,7 @@ def _reported(folder: Path) -> Text | Mixture:
             f"{folder} was made from statistics in {found.get('source')}, which hold no text; "
             "give a text as calibration (--calibration)"
         )
-    how = {name: found.get(name) for name in _OF_ALL}
+    how: dict[str, Any] = {name: found.get(name) for name in _OF_ALL}
     if "texts" not in found:
         return replace(_one(folder, found), **how)
     texts = [_one(folder, text) for text in found["texts"]]

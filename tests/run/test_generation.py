@@ -330,6 +330,15 @@ def test_wrong_calls_are_refused(how, said, tiny_folder, tmp_path, prompts, monk
     assert not list(tmp_path.glob("out*"))
 
 
+def test_sequences_begin_with_the_token_that_is_given(tiny_folder, tmp_path, drawn):
+    how = {**FEW, "tokens": 16}
+    grail.generate_calibration(tiny_folder, tmp_path / "out.jsonl", begin="w7", **how)
+    assert {int(token) for starts in drawn for token in starts[:, 0]} == {7}
+    for begin in ("w7 w8", "word", ""):
+        with pytest.raises(InputError, match=r"begin must be one token .* leave it out for <s>"):
+            grail.generate_calibration(tiny_folder, tmp_path / "b.jsonl", begin=begin, **how)
+
+
 def test_a_tokenizer_without_a_token_to_begin_with_needs_prompts(
     tiny_folder, tmp_path, prompts, monkeypatch, drawn
 ):
