@@ -63,11 +63,13 @@ CALIBRATED = "technical"
 READ = (CALIBRATED, "brown")  # held-out text of the same kind, and another kind
 HELDOUT = 8 * LENGTH
 RESNET_KEEPS = (0.5, 0.35, 0.3)
-STREAM = " and stream"
+STREAM = ", with the stream"
 EPOCHS = 5
+L1, TRAINED = "magnitude-l1", f"own, {EPOCHS} epochs"
+CLIP_KEEPS, CLIP_SELECTORS = (0.5, 0.3), ("magnitude", "wanda", "folding-kmeans", "greedy")
 ROUNDS = 3
 DESIGNS = {"paper": {"recipe": "paper"}, "default": {}}
-_FAR = 0.5  # of the channels, in the table of costs
+COST_KEEP = 0.5
 
 
 def language() -> Subject:
@@ -145,16 +147,18 @@ def resnet18() -> None:
     subject = SUBJECTS["resnet18"]()
     bench = Bench(subject, "paper_resnet18.csv")
     stream = grail.trace(subject.network, streams=True, example=subject.calibration(1)[0])
-    for keep, sites in itertools.product(RESNET_KEEPS, (subject.sites, stream)):
-        suffix = STREAM if sites is stream else ""
-        for variant, settings in references().items():
-            chosen = {**settings, "sites": sites}
-            bench.measure("magnitude-l1", keep, variant + suffix, chosen)
-    for sites, keep in ((stream, 0.5), (subject.sites, 0.5)):
-        suffix = STREAM if sites is stream else ""
-        chosen = {**VARIANTS["own"], "sites": sites}
-        variant = f"own, {EPOCHS} epochs{suffix}"
-        bench.measure("magnitude-l1", keep, variant, chosen, after=finetune)
+    for selector, keep, variant, settings, _ in resnet_rows():
+        sites = stream if variant.endswith(STREAM) else subject.sites
+        trained = finetune if TRAINED in variant else None
+        bench.measure(selector, keep, variant, {**settings, "sites": sites}, after=trained)
+
+
+def resnet_rows() -> Iterator[StudyRow]:
+    """Those without training first; the settings are without their sites."""
+    rows = [*itertools.product(RESNET_KEEPS, ("", STREAM), references().items())]
+    rows += [(0.5, suffix, (TRAINED, VARIANTS["own"])) for suffix in (STREAM, "")]
+    for keep, suffix, (variant, settings) in rows:
+        yield L1, keep, variant + suffix, settings, 0
 
 
 def references() -> dict[str, dict[str, Any]]:
@@ -194,11 +198,16 @@ def vision_tower(folder: Path = TEXTS) -> Subject:
 
 
 def clip() -> None:
-    """Selectors without labels, at the sparsities where they differ."""
+    """The MLPs of the vision tower."""
     bench = Bench(vision_tower(), "paper_clip.csv")
-    selectors = ("magnitude", "wanda", "folding-kmeans", "greedy")
-    for keep, selector, variant in itertools.product((0.5, 0.3), selectors, SHOWN):
-        bench.measure(selector, keep, variant, settings_of(selector, variant))
+    for row in clip_rows():
+        bench.measure(*row)
+
+
+def clip_rows() -> Iterator[StudyRow]:
+    """A selector of each sort, at the sparsities where they differ."""
+    for keep, selector, variant in itertools.product(CLIP_KEEPS, CLIP_SELECTORS, SHOWN):
+        yield selector, keep, variant, settings_of(selector, variant), 0
 
 
 def cost() -> None:
@@ -220,7 +229,7 @@ def cost() -> None:
                 grail.compress(
                     copy.deepcopy(subject.network),
                     batches,
-                    keep=_FAR,
+                    keep=COST_KEEP,
                     sites=subject.sites,
                     progress=False,
                     **subject.settings,
@@ -240,7 +249,7 @@ def costs(reports: list[Report], subject: Subject) -> dict[str, Any]:
 
     return {
         "samples": subject.samples,
-        "keep": _FAR,
+        "keep": COST_KEEP,
         "calibrate_s": median("forward", "gram", "other"),
         "compensate_s": median("select", "solve", "absorb"),
         "total_s": median("total"),
