@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import grail
 from bench.quality import captions, networks, scores
@@ -44,7 +46,7 @@ from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, Table
 from grail import select
 from grail.report._evaluate import evaluate
-from grail.report.report import Report
+from grail.runtime import memory
 
 SHOWN = ("own", "grail", "ours")
 # The paper prunes MLPs and heads, and gives perplexities of these selectors.
@@ -63,6 +65,7 @@ CALIBRATED = "technical"
 READ = (CALIBRATED, "brown")  # held-out text of the same kind, and another kind
 HELDOUT = 8 * LENGTH
 RESNET_KEEPS = (0.5, 0.35, 0.3)
+TRAINED_AT = 0.5
 STREAM = ", with the stream"
 EPOCHS = 5
 L1, TRAINED = "magnitude-l1", f"own, {EPOCHS} epochs"
@@ -70,6 +73,8 @@ CLIP_KEEPS, CLIP_SELECTORS = (0.5, 0.3), ("magnitude", "wanda", "folding-kmeans"
 ROUNDS = 3
 DESIGNS = {"paper": {"recipe": "paper"}, "default": {}}
 COST_KEEP = 0.5
+# The paper's phases: forward passes with their Grams, and all that follows from these.
+PHASES = {"calibrate": ("forward", "gram", "other"), "compensate": ("select", "solve", "absorb")}
 
 
 def language() -> Subject:
@@ -156,7 +161,7 @@ def resnet18() -> None:
 def resnet_rows() -> Iterator[StudyRow]:
     """Those without training first; the settings are without their sites."""
     rows = [*itertools.product(RESNET_KEEPS, ("", STREAM), references().items())]
-    rows += [(0.5, suffix, (TRAINED, VARIANTS["own"])) for suffix in (STREAM, "")]
+    rows += [(TRAINED_AT, suffix, (TRAINED, VARIANTS["own"])) for suffix in (STREAM, "")]
     for keep, suffix, (variant, settings) in rows:
         yield L1, keep, variant + suffix, settings, 0
 
@@ -164,8 +169,12 @@ def resnet_rows() -> Iterator[StudyRow]:
 def references() -> dict[str, dict[str, Any]]:
     """The variants without training."""
     repaired = {**VARIANTS["own"], "repair": True}
-    shown = {name: VARIANTS[name] for name in SHOWN}
-    return {**shown, "own, REPAIR": repaired, "grail, REPAIR": {**PAPER, "repair": True}}
+    return {
+        **{name: VARIANTS[name] for name in SHOWN},
+        "grail, open loop": {**PAPER, "closed_loop": False},
+        "own, REPAIR": repaired,
+        "grail, REPAIR": {**PAPER, "repair": True},
+    }
 
 
 def finetune(network: torch.nn.Module, epochs: int = EPOCHS) -> None:
@@ -210,52 +219,55 @@ def clip_rows() -> Iterator[StudyRow]:
         yield selector, keep, variant, settings_of(selector, variant), 0
 
 
+COSTED: dict[str, Callable[[], Subject]] = {
+    "resnet18": SUBJECTS["resnet18"],
+    "vit": SUBJECTS["vit"],
+    "clip": vision_tower,
+}
+
+
 def cost() -> None:
     """Seconds of calibration and compensation, and the peak of memory, in the paper's terms."""
     out = Table(RESULTS / "paper_cost.csv", ("network", "design"))
-    subjects = {
-        "resnet18": SUBJECTS["resnet18"],
-        "vit": SUBJECTS["vit"],
-        "clip": vision_tower,
-    }
-    for name, make in subjects.items():
+    for name, make in COSTED.items():
         if all((name, design) in out for design in DESIGNS):
             continue
         subject = make()
         batches = subject.calibration(subject.samples)
-        rounds: dict[str, list[Report]] = {design: [] for design in DESIGNS}
-        for _, (design, of) in itertools.product(range(ROUNDS), rounds.items()):
-            of.append(
-                grail.compress(
-                    copy.deepcopy(subject.network),
-                    batches,
-                    keep=COST_KEEP,
-                    sites=subject.sites,
-                    progress=False,
-                    **subject.settings,
-                    **DESIGNS[design],
-                )
-            )
-        for design, of in rounds.items():
+        runs: dict[str, list[dict[str, float]]] = {design: [] for design in DESIGNS}
+        for _, design in itertools.product(range(ROUNDS), DESIGNS):
+            runs[design].append(run(subject, batches, DESIGNS[design]))
+        for design, of in runs.items():
             if (name, design) not in out:
-                out.add({"network": name, "design": design, **costs(of, subject)})
+                out.add({"network": name, "design": design, **median(of), **held(subject, batches)})
 
 
-def costs(reports: list[Report], subject: Subject) -> dict[str, Any]:
-    """Medians over runs: forward passes with their Grams, and all that follows from these."""
+def run(subject: Subject, batches: list[Any], design: dict[str, Any]) -> dict[str, float]:
+    """One compression: seconds of the paper's two phases, and bytes beyond those in use before."""
+    network = copy.deepcopy(subject.network)
+    before = memory.in_use(torch.device("cpu"))
+    settings = {"keep": COST_KEEP, "sites": subject.sites, **subject.settings, **design}
+    report = grail.compress(network, batches, progress=False, **settings)
+    seconds = {
+        f"{name}_s": sum(report.seconds[phase] for phase in phases)
+        for name, phases in PHASES.items()
+    }
+    return seconds | {f"added_{k}_bytes": v - before for k, v in report.memory.items()}
 
-    def median(*phases: str) -> float:
-        return round(statistics.median(sum(r.seconds[p] for p in phases) for r in reports), 4)
 
+def median(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each number over runs."""
+    return {key: round(statistics.median(of[key] for of in runs), 4) for key in runs[0]}
+
+
+def held(subject: Subject, batches: list[Any]) -> dict[str, Any]:
+    """What a run has before it starts: bytes of weights and of calibration inputs."""
+    tensors = (x for batch in batches for x in tree_leaves(batch) if isinstance(x, Tensor))
     return {
+        "weights_bytes": sum(p.nbytes for p in subject.network.parameters()),
+        "inputs_bytes": sum(x.nbytes for x in tensors),
         "samples": subject.samples,
         "keep": COST_KEEP,
-        "calibrate_s": median("forward", "gram", "other"),
-        "compensate_s": median("select", "solve", "absorb"),
-        "total_s": median("total"),
-        "predicted_peak_bytes": reports[-1].memory["predicted_peak"],
-        "measured_peak_bytes": reports[-1].memory["measured_peak"],
-        "weights_bytes": sum(p.numel() * p.element_size() for p in subject.network.parameters()),
     }
 
 

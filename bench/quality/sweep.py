@@ -95,7 +95,6 @@ class Subject:
     keeps: tuple[float, ...] = KEEPS
     studied: tuple[float, ...] = (0.5, 0.3)
     variants: tuple[str, ...] = ("own", "grail", "ours")
-    ours: tuple[str, ...] = ()  # selectors of that variant; default all
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -178,7 +177,6 @@ def _language(sites: tuple[str, ...], made: Callable[[Any], Any]) -> Subject:
         sites,
         keeps=(0.5, 0.8, 0.65),
         studied=(0.5,),
-        ours=("wanda", "greedy", "slimgpt"),
     )
 
 
@@ -290,8 +288,6 @@ def table(name: str, only: tuple[str, ...], keeps: tuple[float, ...]) -> None:
     for keep, selector in itertools.product(keeps or bench.subject.keeps, selectors):
         for variant in bench.subject.variants:
             settings = VARIANTS[variant]
-            if variant == "ours" and selector not in (bench.subject.ours or selectors):
-                continue
             if variant == "own":
                 settings = AS_PUBLISHED.get(selector, settings)
             bench.measure(selector, keep, variant, settings)
