@@ -43,7 +43,7 @@ from bench.quality.sweep import (
 from bench.quality.train import epoch_batches, recipe, train_epoch
 from bench.tools import assets
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, Table
+from bench.tools.measuring import RESULTS, Table, machine
 from grail import select
 from grail.report._evaluate import evaluate
 from grail.runtime import memory
@@ -239,7 +239,9 @@ def cost() -> None:
             runs[design].append(run(subject, batches, DESIGNS[design]))
         for design, of in runs.items():
             if (name, design) not in out:
-                out.add({"network": name, "design": design, **median(of), **held(subject, batches)})
+                conditions = {key: machine("cpu")[key] for key in ("device", "load")}
+                row = {"network": name, "design": design, **median(of), **held(subject, batches)}
+                out.add(row | conditions)
 
 
 def run(subject: Subject, batches: list[Any], design: dict[str, Any]) -> dict[str, float]:

@@ -403,6 +403,7 @@ class Page:
             bench.DESIGNS,
         ):
             lines.append([f"{title} here: {design} recipe", *self._whole(*of, design)])
+        lines.append([f"{LLAMA} by count here: default recipe", *self._simulated()])
         return _table(["network", "calibrate", "compensate", "peak memory"], lines)
 
     def _papers_costs(self, name: str) -> list[str]:
@@ -416,6 +417,17 @@ class Page:
         seconds = (f"{float(row[f'{part}_s']):.2f} s" for part in bench.PHASES)
         parts = ("added_measured_peak_bytes", "weights_bytes", "inputs_bytes")
         return [*seconds, f"{sum(float(row[part]) for part in parts) / 1e6:,.0f} MB"]
+
+    def _simulated(self) -> list[str]:
+        """The seconds that FLOPs of a whole run take at assumed rates of a GPU; its peak there."""
+        of = {"model": LLAMA, "simulated on": "assumed H100 rates"}
+        if not (rows := [row for row in self.results.rows("simulated") if _is(row, of)]):
+            return [MISSING] * 3
+        parts = (("forward_s", "gram_s"), ("select_s", "solve_s"))
+        seconds = (sum(float(rows[0][part]) for part in phase) for phase in parts)
+        peak = float(rows[0]["device_peak_bytes"]) / 1e6
+        tokens = int(rows[0]["tokens"])
+        return [*(f"{value:.1f} s, {tokens:,} tokens" for value in seconds), f"{peak:,.0f} MB"]
 
     def _whole(self, name: str, model: str, design: str) -> list[str]:
         """The costs of a whole model; if fewer blocks were run, times scaled to all of them."""

@@ -153,6 +153,11 @@ def test_blocks_of_the_large_shape_are_scaled_to_all_and_say_so(tmp_path):
     scaled = "| 32.0 s, 4 of 32 blocks × 8 | 20.0 s, 4 of 32 blocks × 8 | 2,000 MB (4 blocks) |"
     assert f"| {paper.LLAMA} by shape here: paper recipe {scaled}" in text
     assert f"{paper.LLAMA} by shape here: default recipe" in text.splitlines()[-1]
+    of = {"model": paper.LLAMA, "simulated on": "assumed H100 rates", "tokens": "2048"}
+    counted = {"forward_s": 3, "gram_s": 1.5, "select_s": 2, "solve_s": 0.25}
+    write(tmp_path, "simulated", {**of, **counted, "device_peak_bytes": "3e9"})
+    counted = "| 4.5 s, 2,048 tokens | 2.2 s, 2,048 tokens | 3,000 MB |"
+    assert f"| {paper.LLAMA} by count here: default recipe {counted}" in page(tmp_path).costs()
 
 
 def test_the_worst_strength_is_the_largest_as_the_page_says():
