@@ -5,11 +5,11 @@
     python -m bench.quality.paper cost         seconds and peak memory of ResNet-18, ViT and CLIP
     python -m bench.quality.paper cells        SmolLM2, MLP and heads: the paper's table
     python -m bench.quality.paper alphas       SmolLM2, MLP and heads at 0.6: strengths of the ridge
-    python -m bench.quality.paper samples      the same: calibration sequences
+    python -m bench.quality.paper samples      the same: calibration sequences of documentation
     python -m bench.quality.paper others       SmolLM2, MLP and heads at 0.7: all other selectors
 
-Results are bench/results/paper_{resnet18,clip,cost,smollm2}.csv; `python -m bench.report.paper`
-puts them beside the paper's. A killed run resumes.
+Results are bench/results/paper_{resnet18,clip,cost,smollm2,samples}.csv; `python -m
+bench.report.paper` puts them beside the paper's. A killed run resumes.
 """
 
 import copy
@@ -61,8 +61,9 @@ OTHERS_AT = 0.7
 # for each of 1536.
 SEQUENCES = 32
 SIZES = (4, 8, 16, 64, 128, 256)
-CALIBRATED = "technical"
-READ = (CALIBRATED, "brown")  # held-out text of the same kind, and another kind
+CALIBRATED, FAR = "technical", "brown"
+READ = (CALIBRATED, FAR)  # held-out text of the same kind, and another kind
+SIZED = "documentation"  # has text enough for the largest of `SIZES`
 HELDOUT = 8 * LENGTH
 RESNET_KEEPS = (0.5, 0.35, 0.3)
 TRAINED_AT = 0.5
@@ -77,10 +78,10 @@ COST_KEEP = 0.5
 PHASES = {"calibrate": ("forward", "gram", "other"), "compensate": ("select", "solve", "absorb")}
 
 
-def language() -> Subject:
-    """SmolLM2, scored on every text of `READ`."""
+def language(calibrated: str) -> Subject:
+    """SmolLM2, scored on held-out text of the calibration's kind and on `FAR`."""
     model = LanguageModel()
-    heldout = {text: model.batches(text, "heldout", HELDOUT) for text in READ}
+    heldout = {text: model.batches(text, "heldout", HELDOUT) for text in (calibrated, FAR)}
 
     def score(narrow: Any) -> dict[str, float]:
         return {
@@ -90,7 +91,7 @@ def language() -> Subject:
 
     return Subject(
         model.model,
-        lambda samples: model.batches(CALIBRATED, "calibration", samples * LENGTH),
+        lambda samples: model.batches(calibrated, "calibration", samples * LENGTH),
         score,
         SEQUENCES,
         SITES,
@@ -142,7 +143,8 @@ PARTS: dict[str, Callable[[], Iterator[StudyRow]]] = {
 
 def measure_language(part: str) -> None:
     """The rows of one part."""
-    bench = Bench(language(), "paper_smollm2.csv")
+    text, file = (SIZED, "samples") if part == "samples" else (CALIBRATED, "smollm2")
+    bench = Bench(language(text), f"paper_{file}.csv")
     for row in PARTS[part]():
         bench.measure(*row)
 

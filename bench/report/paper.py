@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.quality import paper as bench
-from bench.quality.sweep import StudyRow
+from bench.quality.endtoend import LENGTH
+from bench.quality.sweep import SEQUENCES, StudyRow
 from bench.report.comparison import NETWORKS, RIDGE, VARIANTS, number, share
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, ROOT, Row, Table
@@ -25,11 +26,12 @@ TEMPLATE, REPORTED = (Path(__file__).with_name(f"paper.{suffix}") for suffix in 
 MISSING, UNSAID = "not measured", "–"
 AS_SAID = "reported"  # the score of a perplexity that is shown as the paper does
 LLAMA = "llama-2-7b"
-BLOCKS = 32  # of Llama-2-7B
+BLOCKS, PAPERS_LENGTH = 32, 2048  # of Llama-2-7B, and tokens of a calibration sample
 # Of the table of strengths: the columns of other networks, with their keep ratio and samples.
 STUDIED = {"smollm2": 16, "resnet18": 512, "vit": 512, "minilm": 512}
 SIZES = {"resnet18": (32, 128, 512, 2048), "vit": (32, 128, 512, 2048), "minilm": (32, 128, 512)}
 KEEPS, _VISION_KEEPS = (0.8, 0.7, 0.5), (0.5, 0.3)
+SWEPT = {"smollm2": (KEEPS, bench.SELECTORS), "vit": (_VISION_KEEPS, bench.CLIP_SELECTORS)}
 
 
 class Results:
@@ -92,49 +94,38 @@ class Page:
 
     def inventory(self) -> str:
         """What is measured of each experiment, and the command that measures the rest."""
-        sweep = functools.partial(self._swept, bench.SELECTORS)
-        smollm2 = functools.partial(self.results.measured, "paper_smollm2")
-        parts = {name: smollm2(rows(), bench.SEQUENCES) for name, rows in bench.PARTS.items()}
+        parts = {
+            name: self.results.measured(
+                f"paper_{'samples' if name == 'samples' else 'smollm2'}", rows(), bench.SEQUENCES
+            )
+            for name, rows in bench.PARTS.items()
+        }
         resnet = self.results.measured("paper_resnet18", bench.resnet_rows(), 512)
         clip = self.results.measured("paper_clip", bench.clip_rows(), 512)
-        designs = [
-            (name, design) for name in ("resnet18", "vit", "clip") for design in bench.DESIGNS
-        ]
-        costs = sum((n, d) in self._cost_rows() for n, d in designs)
-        run = "python -m bench.quality."
+        designs = [*itertools.product(bench.COSTED, bench.DESIGNS)]
+        costs = f"{sum(of in self._cost_rows() for of in designs)} of {len(designs)}"
         lines = [
-            (
-                "LLaMA-2-7B by selector and sparsity",
-                "SmolLM2, MLP",
-                "sweep smollm2",
-                sweep("smollm2"),
-            ),
+            ("LLaMA-2-7B by selector, sparsity", "SmolLM2, MLP", *self._swept("smollm2")),
             ("", "SmolLM2, MLP and heads", "paper cells", parts["cells"]),
-            ("", "the same, all other selectors", "paper others", parts["others"]),
+            ("", "all other selectors", "paper others", parts["others"]),
             ("α at 40%", "SmolLM2, MLP and heads", "paper alphas", parts["alphas"]),
-            (
-                "calibration samples",
-                "the same, 4 to 256 sequences",
-                "paper samples",
-                parts["samples"],
-            ),
+            ("calibration samples", "4 to 256 sequences", "paper samples", parts["samples"]),
             ("ResNet-18, L1; REPAIR, fine-tuning", "ResNet-18", "paper resnet18", resnet),
-            ("ViT", "ViT, MLP", "sweep vit", self._swept(bench.CLIP_SELECTORS, "vit")),
+            ("ViT", "ViT, MLP", *self._swept("vit")),
             ("CLIP", "a small CLIP trained here", "paper clip", clip),
-            ("time and memory", "ResNet-18, ViT, CLIP", "paper cost", f"{costs} of {len(designs)}"),
+            ("time and memory", "ResNet-18, ViT, CLIP", "paper cost", costs),
         ]
-        header = ["experiment of the paper", "here", "command", "rows"]
-        return markdown(header, [[a, b, f"`{run}{c}`", d] for a, b, c, d in lines])
+        header = ["experiment of the paper", "here", "`python -m bench.quality.…`", "rows"]
+        return markdown(header, [[a, b, f"`{command}`", there] for a, b, command, there in lines])
 
-    def _swept(self, selectors: Sequence[str], name: str) -> str:
-        keeps = (0.8, 0.7, 0.5) if name == "smollm2" else _VISION_KEEPS
-        rows: list[StudyRow] = [
-            (s, keep, variant, {}, 0)
-            for s in selectors
-            for keep in keeps
-            for variant in bench.SHOWN
-        ]
-        return self.results.measured(f"selectors_{name}", rows, STUDIED[name])
+    def _swept(self, name: str) -> tuple[str, str]:
+        """The command of `sweep` for a network's rows on this page, and how many are there."""
+        keeps, selectors = SWEPT[name]
+        cells = itertools.product(keeps, selectors, bench.SHOWN)
+        rows: list[StudyRow] = [(s, keep, variant, {}, 0) for keep, s, variant in cells]
+        shares = ",".join(f"{keep:g}" for keep in keeps)
+        command = f"sweep {name} --keep {shares} --only {','.join(selectors)}"
+        return command, self.results.measured(f"selectors_{name}", rows, STUDIED[name])
 
     def helped(self) -> str:
         """How often each variant is no worse than the selector alone, by network."""
@@ -155,6 +146,18 @@ class Page:
                 selectors = {s for s, _, v in values if v == "grail" and s != RIDGE}
                 lines.append([title, str(len(selectors)), *cells])
         return markdown(["network", "selectors", "the paper's way", "defaults"], lines)
+
+    def overhead(self) -> str:
+        """Seconds of whole runs of SmolLM2 as multiples of the bare forward passes."""
+        bare, *totals = (
+            self.results.value("calibrate_cpu", "p50", design=design, metric=metric)
+            for design, metric in (
+                ("", "bare forward"),
+                *((design, "total") for design in bench.DESIGNS),
+            )
+        )
+        ratios = (None if bare is None or t is None else t / bare for t in totals)
+        return " and ".join(MISSING if ratio is None else f"{ratio:.1f}×" for ratio in ratios)
 
     def llama(self) -> str:
         """The paper's table, beside SmolLM2 with narrow MLPs, and with heads removed as well."""
@@ -248,14 +251,15 @@ class Page:
         titles = [f"{of}: {s}" for of in ("paper", "MLP and heads") for s in bench.SWEPT]
         return markdown(["α", *titles, *networks], lines)
 
-    def _at(self, selector: str, variant: str, samples: int = bench.SEQUENCES) -> float | None:
-        return self.results.value(
-            *("paper_smollm2", f"perplexity_{bench.CALIBRATED}"),
-            selector=selector,
-            keep=bench.SWEPT_AT,
-            variant=variant,
-            samples=samples,
-        )
+    def _at(self, selector: str, variant: str) -> float | None:
+        key = {"selector": selector, "variant": variant, "keep": bench.SWEPT_AT}
+        column = f"perplexity_{bench.CALIBRATED}"
+        return self.results.value("paper_smollm2", column, samples=bench.SEQUENCES, **key)
+
+    def _sized(self, selector: str, variant: str, samples: int) -> float | None:
+        key = {"selector": selector, "variant": variant, "keep": bench.SWEPT_AT}
+        column = f"perplexity_{bench.SIZED}"
+        return self.results.value("paper_samples", column, samples=samples, **key)
 
     def _studies(self, variant: str) -> list[str]:
         found = []
@@ -302,20 +306,21 @@ class Page:
         return markdown(header, lines) if lines else f"{MISSING.capitalize()}."
 
     def sequences(self) -> str:
-        """Perplexity of MLP and heads by calibration sequences."""
+        """Perplexity of MLP and heads by calibration tokens."""
         wanda = f"alpha={bench.ALPHAS[0]:g}"
         lines = []
         for count in sorted({*bench.SIZES, bench.SEQUENCES}):
-            papers = self.said(f"samples={count}", selector="wanda", sparsity=0.4)
-            rows = [self._at("wanda", wanda, count), self._at("greedy", "ours", count)]
+            tokens = count * LENGTH
+            name = f"samples={tokens // PAPERS_LENGTH}"
+            papers = self.said(name, selector="wanda", sparsity=0.4)
+            rows = (("wanda", wanda), ("greedy", "ours"))
+            line = [_shown("perplexity", self._sized(*of, count)) for of in rows]
             key = {"selector": "wanda", "keep": 0.5, "samples": count}
-            rows += [
-                self.results.value("studies_smollm2", "perplexity", variant=variant, **key)
-                for variant in ("grail", "ours")
-            ]
-            line = [_shown("perplexity", value) for value in rows]
-            lines.append([str(count), _shown(AS_SAID, papers, UNSAID), *line])
-        header = ["sequences", "the paper", f"MLP and heads at 40%: wanda, α = {bench.ALPHAS[0]:g}"]
+            for variant in ("grail", "ours"):
+                value = self.results.value("studies_smollm2", "perplexity", variant=variant, **key)
+                line.append(_shown("perplexity", value, MISSING if count in SEQUENCES else UNSAID))
+            lines.append([f"{tokens:,}", _shown(AS_SAID, papers, UNSAID), *line])
+        header = ["tokens", "the paper", f"MLP and heads at 40%: wanda, α = {bench.ALPHAS[0]:g}"]
         header += ["defaults", "MLP at 50%: wanda, α = 0.001", "wanda, defaults"]
         return markdown(header, lines)
 

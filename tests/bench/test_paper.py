@@ -130,7 +130,7 @@ def test_the_cost_of_the_papers_alpha_needs_every_strength(language):
 
 
 def test_a_part_counts_its_rows_once_each(language):
-    assert "| `python -m bench.quality.paper cells` | 4 of 72 |" in page(language).inventory()
+    assert "| `paper cells` | 4 of 72 |" in page(language).inventory()
     for rows in (*bench.PARTS.values(), bench.resnet_rows, bench.clip_rows):
         keys = [(s, keep, variant, n) for s, keep, variant, _, n in rows()]
         assert len(set(keys)) == len(keys)
@@ -158,6 +158,14 @@ def test_blocks_of_the_large_shape_are_scaled_to_all_and_say_so(tmp_path):
     write(tmp_path, "simulated", {**of, **counted, "device_peak_bytes": "3e9"})
     counted = "| 4.5 s, 2,048 tokens | 2.2 s, 2,048 tokens | 3,000 MB |"
     assert f"| {paper.LLAMA} by count here: default recipe {counted}" in page(tmp_path).costs()
+
+
+def test_the_overhead_is_that_of_whole_runs_over_bare_passes(tmp_path):
+    assert page(tmp_path).overhead() == "not measured and not measured"
+    seconds = {("", "bare forward"): 4, ("paper", "total"): 6, ("default", "total"): 10}
+    rows = [{"design": d, "metric": m, "p50": str(v)} for (d, m), v in seconds.items()]
+    write(tmp_path, "calibrate_cpu", *rows)
+    assert page(tmp_path).overhead() == "1.5× and 2.5×"
 
 
 def test_the_worst_strength_is_the_largest_as_the_page_says():

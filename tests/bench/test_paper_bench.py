@@ -136,3 +136,36 @@ def test_costs_are_beyond_what_was_in_use(images, results, monkeypatch):
         # The process itself, hundreds of MB, is not counted.
         assert 0 < float(row["added_predicted_peak_bytes"]) < 1e8
     assert "resnet18 here: paper recipe" in paper.Page(paper.Results(results)).costs()
+
+
+@pytest.mark.parametrize("part", ["alphas", "samples"])
+def test_a_language_model_is_read_on_two_kinds_of_text(
+    part, tiny_llama, tiny_batches, results, monkeypatch
+):
+    asked = []
+
+    class Tiny:
+        model = tiny_llama()
+
+        def batches(self, text, half, tokens):
+            asked.append((text, half, tokens))
+            return tiny_batches()
+
+    monkeypatch.setattr(bench, "LanguageModel", Tiny)
+    monkeypatch.setattr(bench, "SWEPT", ("wanda",))
+    monkeypatch.setattr(bench, "ALPHAS", (1e-5,))
+    monkeypatch.setattr(bench, "SIZES", (4,))
+    bench.measure_language(part)
+    text, file = {"alphas": ("technical", "smollm2"), "samples": ("documentation", "samples")}[part]
+    rows = rows_of(results / f"paper_{file}.csv")
+    assert [(r["selector"], r["variant"]) for r in rows[1:]] == [
+        (selector, variant) for selector, _, variant, _, _ in bench.PARTS[part]()
+    ]
+    assert all(float(row[f"perplexity_{read}"]) > 1 for row in rows for read in (text, "brown"))
+    counts = [bench.SEQUENCES, 4] if part == "samples" else [bench.SEQUENCES]
+    heldout = [(name, "heldout", bench.HELDOUT) for name in (text, "brown")]
+    assert asked == [*heldout, *((text, "calibration", count * 1024) for count in counts)]
+    measured = paper.Page(paper.Results(results))
+    shown = measured.sequences() if part == "samples" else measured.strengths()
+    value = f"| {float(rows[-1][f'perplexity_{text}']):.1f} |"
+    assert value in shown
