@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.quality import paper as bench
-from bench.quality.endtoend import LENGTH
+from bench.quality.endtoend import LENGTH, MODELS
 from bench.quality.sweep import SEQUENCES, StudyRow
 from bench.report.comparison import NETWORKS, RIDGE, VARIANTS, number, share
 from bench.tools.commandline import CommandLine
@@ -194,6 +194,23 @@ class Page:
         ]
         score = column.partition("_")[0]
         return _arrow(score, dense, values, ridge=selector == RIDGE)
+
+    def brown(self) -> str:
+        """MLPs, heads and both on Brown: pruned by Wanda → Wanda in the paper's way → defaults."""
+        file, text = "smollm2_table", {"text": "brown"}
+        dense = self.results.value(file, "perplexity", model="dense", **text)
+        kinds = ("mlp", "heads", "mlp,heads")
+        lines = []
+        for keep in (0.9, 0.8, 0.7, 0.6, 0.5):
+            cells = []
+            for sites in kinds:
+                key = {"sites": sites, "keep": keep, **text}
+                values = [
+                    self.results.value(file, "perplexity", model=model, **key) for model in MODELS
+                ]
+                cells.append(_arrow("perplexity", dense, values, missing=UNSAID))
+            lines.append([f"{1 - keep:.0%}", *cells])
+        return markdown(["sparsity", *(kind.replace(",", " and ") for kind in kinds)], lines)
 
     def others(self) -> str:
         """MLP and heads with the selectors of which the paper has no perplexity."""

@@ -178,3 +178,18 @@ def test_the_worst_strength_is_the_largest_as_the_page_says():
             for alpha in bench.ALPHAS
         ]
         assert values[-1] == (max if score == "perplexity" else min)(values), name
+
+
+def test_text_of_another_kind_needs_the_stronger_ridge_as_the_page_says():
+    rows = [line.split(" | ") for line in paper.Page().off_domain().splitlines()[2:]]
+    assert len(rows) == 3
+    assert all(float(own.split()[0]) < float(other.split()[0]) for _, own, other in rows)
+
+
+def test_brown_has_dashes_for_cells_that_no_bench_makes(tmp_path):
+    of = {"text": "brown", "sites": "mlp,heads", "keep": "0.5"}
+    dense = {"text": "brown", "model": "dense", "perplexity": "10"}
+    rows = [{**of, "model": m, "perplexity": v} for m, v in (("pruned", 40), ("paper", 20))]
+    write(tmp_path, "smollm2_table", dense, *rows)
+    last = page(tmp_path).brown().splitlines()[-1]
+    assert last == "| 50% | – | – | 40.0 → 20.0 (50%) → – |"
