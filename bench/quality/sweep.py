@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,12 +95,22 @@ class Subject:
     keeps: tuple[float, ...] = KEEPS
     studied: tuple[float, ...] = (0.5, 0.3)
     variants: tuple[str, ...] = ("own", "grail", "ours")
-    ours: tuple[str, ...] = ()  # selectors of that variant; default all
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def _fashion(network: Any, sites: tuple[str, ...], kind: Callable[[Tensor], Any]) -> Subject:
-    data = assets.fashion_mnist(TEXTS)
+def fashion(
+    network: Any,
+    sites: tuple[str, ...],
+    kind: Callable[[Tensor], Any],
+    folder: Path = TEXTS,
+) -> Subject:
+    """A network of Fashion-MNIST, scored by its accuracy.
+
+    Args:
+        kind: from images [N, 1, 28, 28] to a batch.
+        folder: the cache of the data set.
+    """
+    data = assets.fashion_mnist(folder)
     test = networks.fashion_inputs(data.test_images[:2000])
     labels = data.test_labels[:2000].long()
 
@@ -166,13 +177,12 @@ def _language(sites: tuple[str, ...], made: Callable[[Any], Any]) -> Subject:
         sites,
         keeps=(0.5, 0.8, 0.65),
         studied=(0.5,),
-        ours=("wanda", "greedy", "slimgpt"),
     )
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
-    "resnet18": lambda: _fashion(networks.resnet18_fashion(), ("conv",), lambda images: images),
-    "vit": lambda: _fashion(networks.vit_fashion(), ("mlp",), lambda x: {"pixel_values": x}),
+    "resnet18": lambda: fashion(networks.resnet18_fashion(), ("conv",), lambda images: images),
+    "vit": lambda: fashion(networks.vit_fashion(), ("mlp",), lambda x: {"pixel_values": x}),
     "efficientnet": _efficientnet,
     "minilm": _minilm,
     "smollm2": lambda: _language(("mlp",), lambda model: model),
@@ -183,8 +193,8 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 class Bench:
     """Measures one subject's rows into a table."""
 
-    def __init__(self, name: str, file: str):
-        self.subject = SUBJECTS[name]()
+    def __init__(self, subject: Subject, file: str):
+        self.subject = subject
         self._batches = functools.cache(self.subject.calibration)
         self.out = Table(RESULTS / file, ("selector", "keep", "variant", "samples"))
         if ("", 1.0, "dense", 0) not in self.out:
@@ -206,9 +216,15 @@ class Bench:
         ).shares()
 
     def measure(
-        self, selector: str, keep: float, variant: str, settings: dict[str, Any], samples: int = 0
+        self,
+        selector: str,
+        keep: float,
+        variant: str,
+        settings: dict[str, Any],
+        samples: int = 0,
+        after: Callable[[Any], None] | None = None,
     ) -> None:
-        """One row, unless it is there."""
+        """One row, unless it is there. `after`: what is done to the network before its score."""
         samples = samples or self.subject.samples
         if (selector, keep, variant, samples) in self.out:
             return
@@ -217,6 +233,8 @@ class Bench:
         report = grail.compress(
             network, self._batches(samples), selector=selector, progress=False, **chosen
         )
+        if after:
+            after(network)
         self._add(selector, keep, variant, samples, network, report)
 
     def scores(self, of: Callable[[select.View], Tensor]) -> list[Tensor]:
@@ -264,14 +282,12 @@ class Bench:
 
 def table(name: str, only: tuple[str, ...], keeps: tuple[float, ...]) -> None:
     """Selector × variant × sparsity."""
-    bench = Bench(name, f"selectors_{name}.csv")
+    bench = Bench(SUBJECTS[name](), f"selectors_{name}.csv")
     others = tuple(n for n in select.names() if n not in FIRST)
     selectors = only or (*FIRST, *others)
     for keep, selector in itertools.product(keeps or bench.subject.keeps, selectors):
         for variant in bench.subject.variants:
             settings = VARIANTS[variant]
-            if variant == "ours" and selector not in (bench.subject.ours or selectors):
-                continue
             if variant == "own":
                 settings = AS_PUBLISHED.get(selector, settings)
             bench.measure(selector, keep, variant, settings)
@@ -279,7 +295,7 @@ def table(name: str, only: tuple[str, ...], keeps: tuple[float, ...]) -> None:
 
 def studies(name: str, keeps: tuple[float, ...]) -> None:
     """Calibration size, α, the loop, folding and budgets, at half of the channels and often 0.3."""
-    bench = Bench(name, f"studies_{name}.csv")
+    bench = Bench(SUBJECTS[name](), f"studies_{name}.csv")
     for keep in keeps or bench.subject.studied:
         for row in _mixed(keep) if name == "mixture" else _studies(name, keep):
             bench.measure(*row)
