@@ -62,19 +62,26 @@ def run_fingerprint(model: Any, recipe: Recipe) -> dict[str, str]:
     }
 
 
-def with_calibration(run: Mapping[str, str], batches: HashedBatches) -> dict[str, str]:
-    """Returns the fingerprint of a run with that of its batches, once all of them were read."""
-    return {**run, "calibration": _HASH + batches.sha256}
+def with_calibration(
+    run: Mapping[str, str], batches: HashedBatches, others: Mapping[str, HashedBatches]
+) -> dict[str, str]:
+    """Returns the fingerprint of a run with that of its batches, once all of them were read.
+
+    Args:
+        others: batches with another purpose, by name.
+    """
+    texts = {"calibration": batches, **others}
+    return {**run, **{name: _HASH + text.sha256 for name, text in texts.items()}}
 
 
 def require_same_run(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raises InputError if the state in a folder has the fingerprint of another run."""
     different = [
         f"{name} differs"
-        if now[name].startswith(_HASH)
+        if now.get(name, _HASH).startswith(_HASH)
         else f"{name} was {before.get(name)} and is {now[name]}"
-        for name in now
-        if before.get(name) != now[name]
+        for name in {**now, **before}
+        if before.get(name) != now.get(name)
     ]
     if different:
         raise InputError(
