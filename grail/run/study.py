@@ -105,6 +105,7 @@ class Study:
         stages: counts the time.
         runtime: how all runs are computed; the network's own run alone is resumed.
         say: called with the name of the next step.
+        guard: batches of guard text, for the runs that can use one.
     """
 
     network: Any
@@ -117,6 +118,7 @@ class Study:
     say: Callable[[str], None] = print
     rows: dict[str, Evaluation] = field(default_factory=dict)
     completions: dict[str, Tensor] = field(default_factory=dict)
+    guard: Sequence[Tensor] = ()
 
     def predict(self, recipe: Recipe, *, compare: bool, uneven: bool) -> Prediction:
         """Predicts the time of the whole command from trials on the dense network."""
@@ -153,6 +155,7 @@ class Study:
             tokens=tokens,
             sequence_length=length,
             batch_size=rows,
+            guard_tokens=_count(self._guard_of(recipe) or ()),
             recipe=recipe,
             runtime=self.runtime,
         )
@@ -200,7 +203,7 @@ class Study:
             self.say(f"Measuring the comparison: {self._label(other)} …")
             with self.stages(RUNS):
                 runtime = replace(self.runtime, resume_dir=None)
-                compress(self.network, self.batches, recipe=other, runtime=runtime)
+                self._compress(other, runtime)
             self.measure(role, other)
             self.network = None
             with self.stages(LOADING):
@@ -217,7 +220,7 @@ class Study:
         self.say(f"Measuring the comparison: {self._label(plain)}, and rounded to nearest …")
         with self.stages(RUNS):
             runtime = replace(self.runtime, resume_dir=None)
-            compress(self.network, self.batches, recipe=plain, runtime=runtime)
+            self._compress(plain, runtime)
         self.measure("unquantised", plain)
         with self.stages(RUNS), Transaction() as transaction:
             kind = FORMATS[recipe.quantize]
@@ -226,6 +229,14 @@ class Study:
         self.network = None
         with self.stages(LOADING):
             self.network = self.fresh()
+
+    def _compress(self, recipe: Recipe, runtime: Runtime) -> Report:
+        guard = self._guard_of(recipe)
+        return compress(self.network, self.batches, guard=guard, recipe=recipe, runtime=runtime)
+
+    def _guard_of(self, recipe: Recipe) -> Sequence[Tensor] | None:
+        """Returns the guard text for a run that chooses how strongly to compensate."""
+        return self.guard if self.guard and recipe.compensate and recipe.alpha == "auto" else None
 
     def _rounded(self, role: str) -> dict[str, Any]:
         """Returns the fields of a row that describe how the network is quantised."""
@@ -245,7 +256,7 @@ class Study:
     def run(self, recipe: Recipe) -> Report:
         """Compresses the network itself and reports it with all measurements."""
         with self.stages(COMPRESSING):
-            report = compress(self.network, self.batches, recipe=recipe, runtime=self.runtime)
+            report = self._compress(recipe, self.runtime)
         self.stages.seconds[COMPRESSING] += report.resumed.get("seconds", 0.0)
         self.measure("restored" if recipe.compensate or recipe.fit_bias else "pruned", recipe)
         report.evaluation, report.samples = dict(self.rows), self._samples()

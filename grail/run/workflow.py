@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grail.algebra._fit import check_guard
 from grail.arguments import as_path, require_switches
 from grail.errors import InputError
 from grail.files.load import CheckpointWarning
@@ -45,6 +46,7 @@ def compress_checkpoint(
     output: str | Path,
     calibration: str | Path | Text | Collected,
     *,
+    guard: str | Path | Text | None = None,
     evaluate: str | Path | Text | None = None,
     baseline: bool = True,
     uneven: bool = False,
@@ -64,6 +66,8 @@ def compress_checkpoint(
         output: folder to create; one that exists must be empty.
         calibration: a text, as a `grail.Text` with the way to read it; or statistics of the dense
             network, `grail.Collected(folder)`, for the open loop.
+        guard: a second kind of text, on which no site's output becomes worse than plain pruning's;
+            see `grail.compress`. Read as the calibration, 16,384 tokens of it.
         evaluate: held-out text, on which the dense, the pruned and the restored model are compared;
             with `onload` on the CPU. Read as the calibration, 16,384 tokens of it; wikitext2 is
             measured as in the literature: all of the test split, joined by blank lines, in
@@ -90,9 +94,9 @@ def compress_checkpoint(
     output = as_path("output", output)
     require_switches(baseline=baseline, uneven=uneven)
     recipe, runtime = merged(recipe, runtime, overrides)
-    call = _Call(
-        source, output, *_texts(calibration, evaluate, recipe), baseline, uneven, recipe, runtime
-    )
+    calibration, evaluate = _texts(calibration, evaluate, recipe)
+    guarding = _guard_text(guard, calibration)
+    call = _Call(source, output, calibration, evaluate, baseline, uneven, recipe, runtime, guarding)
     processes = current_processes()
     done = call.done
     processes.require_equal("whether the run is done", done)
@@ -119,6 +123,15 @@ def _texts(
     return calibration, evaluate
 
 
+def _guard_text(guard: str | Path | Text | None, calibration: Text | Collected) -> Text | None:
+    """Returns the guard text of a call, read as its calibration."""
+    check_kind("guard", guard, (str, Path, Text, NoneType), "a text")
+    if isinstance(guard, (str, Path)):
+        like = calibration if isinstance(calibration, Text) else Text("")
+        return like.guarding(str(guard), {}, "guard")
+    return guard
+
+
 @dataclass(frozen=True)
 class _Call:
     """The arguments of `compress_checkpoint`."""
@@ -131,9 +144,12 @@ class _Call:
     uneven: bool
     recipe: Recipe
     runtime: Runtime
+    guard: Text | None = None
 
     def __repr__(self) -> str:
         given = {name: value for name, value in vars(self).items() if name != "runtime"}
+        if self.guard is None:
+            del given["guard"]
         return f"grail.compress_checkpoint({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
     @property
@@ -183,6 +199,13 @@ class _Call:
             raise InputError(
                 "statistics are of the dense network: give --open-loop (closed_loop=False)"
             )
+        if self.guard is not None:
+            if collected:
+                raise InputError(
+                    "guard text runs through the network with the calibration, and statistics "
+                    "come without one: give --calibration (calibration=) or no guard"
+                )
+            check_guard(self.recipe.alpha, self.recipe.compensate)
         folder = self.runtime.resume_dir
         check_output(self.output, apart=None if folder is None else Path(folder))
         calibration, evaluate = self.calibration, self.evaluate
@@ -190,8 +213,9 @@ class _Call:
             calibration = calibration.checked(self.source.source)
         if evaluate is not None:
             evaluate = evaluate.checked(self.source.source)
+        guard = None if self.guard is None else self.guard.checked(self.source.source)
         _ = self.source.computing
-        return replace(self, calibration=calibration, evaluate=evaluate)
+        return replace(self, calibration=calibration, evaluate=evaluate, guard=guard)
 
     def load(self) -> tuple[Any, Any]:
         """Returns model and tokenizer, where blocks are brought to a device on the host."""
@@ -255,7 +279,16 @@ class _Work:
             batches = self._batches(network, tokenizer)
         with warnings_as_notes() as others:
             heldout = call.evaluate.batches(network, tokenizer) if call.evaluate else []
+        with warnings_as_notes() as of_guard:
+            guard = call.guard.batches(network, tokenizer) if call.guard else []
         self.notes += unused + notes + [f"Held-out text: {note}" for note in others]
+        self.notes += [f"Guard text: {note}" for note in of_guard]
+        if call.guard is not None:
+            self._origin["guard"] = text_of(call.guard.source, guard) | call.guard.reading
+            if call.guard.is_same_text(call.evaluate):
+                self.notes.append(
+                    "The held-out text is the guard text: the comparison is too kind."
+                )
         if isinstance(call.calibration, Text) and call.calibration.is_same_text(call.evaluate):
             self.notes.append(
                 "The held-out text is the calibration text: the comparison is too kind."
@@ -274,6 +307,7 @@ class _Work:
             self.stages,
             call.runtime,
             call.say,
+            guard=guard,
         )
 
     def _batches(self, network: Any, tokenizer: Any) -> list[Tensor] | Collected:
