@@ -515,6 +515,7 @@ def peak_bytes(
         dense = 12 * h * h + 16 * k * h  # G and R G
         making = terms + 8 * o * h + 12 * h * h
         restricting = 8 * o * (full + h) + 2 * result
+        energy = 16 * o * h + 12 * h * h
     else:
         splitting = consumer + (weight_bytes % 8) * o * lost
         dense, panel = normal, -(-lost // PANELS)
@@ -526,20 +527,29 @@ def peak_bytes(
     factor = (2 if affine else 1) * normal
     solving = terms + result + max(factor, normal + result)
     rounding = max(12 * k * k, 4 * k * k + 16 * o * k) if weight_bytes < 4 else 0
-    measuring = terms + 2 * result + weight_bytes * o * k + rounding
+    measuring = terms + 2 * result + weight_bytes * o * k
     measuring += 8 * o * full + result if affine else result
     merged = 4 * (packed_numel(h) + (o * h if drift else 0)) if held_out else 0
-    one = consumer + normal + merged + max(making, solving, measuring)
+    guarding = 0
+    if guard:  # beside the solution: its terms, the share, and the product for an error
+        solved = terms + 2 * result
+        shortening = normal + terms + 2 * result + affine * 8 * o * full
+        guarding = solved + max(dense, normal + making, shortening)
+        measuring += normal + terms
+        rounding = max(rounding, 8 * o * full * (1 + affine) - affine * result)
+    one = consumer + normal + merged + max(making, solving, measuring + rounding, guarding)
     first = max(splitting, consumer + dense)
-    if not held_out:
+    sets = held_out + guard  # on which candidates are compared
+    if not sets:
         return max(first, one)
     rows = SKETCH if o > 2 * SKETCH else o
     mixed = 8 * rows * (k + lost) if rows < o else 0
     sketch = 8 * rows * full * parts
-    trying = 4 * sketch + max(factor, normal + sketch)  # of two sets, centred and as one
-    choosing = max(trying, 2 * sketch + slices)
-    both = consumer + 2 * normal + max(mixed + choosing, merged)
-    return max(first, consumer + normal + dense, both, one)
+    trying = (3 + sets) * sketch + max(factor, normal + sketch)  # of all sets, centred and as one
+    choosing = max(trying, (1 + sets) * sketch + slices)
+    weighing = max(energy, 12 * o * lost * drift) if sets > 1 else 0
+    both = consumer + (1 + sets) * normal + max(mixed + choosing, merged, weighing)
+    return max(first, consumer + sets * normal + dense, both, one)
 
 
 def _check(site: FitSite) -> None:

@@ -412,14 +412,20 @@ class Problem:
 
     def error_of(self, change: Tensor) -> Tensor:
         """Returns ‖T − W'·R·X‖² [E] for any Δ [E, O, K+]; one product."""
-        target, seen = self._terms.target, self._moments.times(change)
-        return self._before - 2 * inner(target, change) + inner(seen, change)
+        gain, curvature = self._along(change)
+        return self._before - gain + curvature
 
     def share_within(self, change: Tensor) -> Tensor:
         """Returns the largest share [E] in [0, 1] of a Δ [E, O, K+] that makes no error larger."""
-        slope = 2 * inner(self._terms.target, change)
-        curvature = inner(self._moments.times(change), change)
-        return torch.where(slope >= curvature, 1.0, slope / curvature).clamp(0, 1)
+        gain, curvature = self._along(change)
+        return torch.where(gain >= curvature, 1.0, gain / curvature).clamp(0, 1)
+
+    def _along(self, change: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns 2 tr(Q₁ Δᵀ) and tr(Δ A Δᵀ) [E] for Δ [E, O, K+]."""
+        gain = 2 * inner(self._terms.own, change)
+        if self._terms.drifted is not None:
+            gain += 2 * inner(self._terms.drifted, change)
+        return gain, inner(self._moments.times(change), change)
 
     @staticmethod
     def shortened(solution: Solution, share: Tensor) -> Solution:
