@@ -7,7 +7,7 @@ import torch
 
 import grail
 from grail.algebra._fit import FitSite, fit_each
-from grail.algebra.heldout import ALPHAS
+from grail.algebra.heldout import ALPHAS, GUARDED
 from grail.errors import InputError
 
 H, O, K = 12, 5, 6
@@ -77,7 +77,7 @@ def test_the_choice_is_the_best_of_the_grid_that_is_not_worse_than_plain_on_eith
     plain = [texts.error(name, reduction) for name in ("held_out", "guard")]
     shares = [0.0] if form == "none" else torch.linspace(0, 1, 21, dtype=torch.float64).tolist()
     tried = {(math.inf, 0.0): (1.0, 1.0)}
-    for alpha in ALPHAS:
+    for alpha in (*ALPHAS, *GUARDED):
         for share in shares:
             fit = grail.fit(
                 texts.gram("fitted"), reduction, texts.weight, alpha=alpha, drift_correction=share
