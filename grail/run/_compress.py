@@ -95,10 +95,8 @@ def compress(
     Source: GRAIL (arXiv 2602.23795), algorithm 1.
     """
     require_model(model)
-    if not isinstance(batches, Collected):
-        require_batches(batches)
     recipe, runtime = merged(recipe, runtime, overrides, keep=keep, sites=sites, selector=selector)
-    others = _others(batches, recipe, {Role.GUARD: guard, Role.SELECT: select_on})
+    by_role = _texts(batches, recipe, {Role.GUARD: guard, Role.SELECT: select_on})
     refuse_sharded(model)
     device = computing_device(model, runtime.onload)
     processes = current_processes()
@@ -131,17 +129,14 @@ def compress(
             stream = batches.stream(model, architecture, recipe, device)
             known = partial(batches.statistics, recipe=recipe, stream=stream)
         else:
-            texts = {role: HashedBatches(of_role) for role, of_role in others.items()}
-            hashed = HashedBatches(batches)
-            read = batches if folder is None and processes.count == 1 else hashed
+            needed = folder is not None or processes.count > 1
+            texts = {role: HashedBatches(text, needed) for role, text in by_role.items()}
             with clock("forward"):
                 stream = _stream(
-                    model, architecture, read, texts, runtime.storage, device, processes, recipe
+                    model, architecture, texts, runtime.storage, device, processes, recipe
                 )
-            for name, text in (("calibration", hashed), *_named(texts).items()):
-                processes.require_equal(f"the {name}", text.sha256)
             if folder is not None:
-                fingerprint = with_calibration(fingerprint, hashed, _named(texts))
+                fingerprint = with_calibration(fingerprint, texts.pop(Role.TRAIN), _named(texts))
                 checkpoint = Checkpoint(folder, fingerprint, model, transaction, processes)
         if recipe.fit_bias:
             architecture.ensure_biases(dense.sites, transaction)
@@ -227,17 +222,16 @@ def _counts(stream: Stream) -> dict[str, Any]:
 def _stream(
     model: nn.Module,
     architecture: Architecture,
-    batches: Iterable[Batch],
-    others: Mapping[Role, Iterable[Batch]],
+    texts: Mapping[Role, HashedBatches],
     storage: torch.device | str,
     device: torch.device,
     processes: Processes,
     recipe: Recipe,
 ) -> Stream:
-    """Returns the calibration set at the model's entry.
+    """Returns the calibration set, and other text, at the model's entry.
 
     Raises:
-        InputError: the model or settings differ between processes.
+        InputError: the model, settings or batches differ between processes.
     """
     room = None
     if storage == "auto":
@@ -248,34 +242,42 @@ def _stream(
     processes.require_equal("the settings", settings)
     if processes.count > 1:
         processes.require_equal("the model", checksum(model.parameters()))
-    return Stream(model, architecture.blocks, batches, storage, processes, device, room, others)
+    others = dict(texts)
+    calibration = others.pop(Role.TRAIN)
+    blocks = architecture.blocks
+    stream = Stream(model, blocks, calibration, storage, processes, device, room, others)
+    for name, text in _named(texts).items():
+        processes.require_equal(f"the {name}", text.sha256)
+    return stream
 
 
-def _others(
+def _texts(
     batches: Iterable[Batch] | Collected,
     recipe: Recipe,
-    given: Mapping[Role, Iterable[Batch] | None],
+    others: Mapping[Role, Iterable[Batch] | None],
 ) -> dict[Role, Iterable[Batch]]:
-    """Returns the batches with another purpose than the calibration's, by role.
+    """Returns the batches by role; none where statistics were collected.
 
     Raises:
-        InputError: batches that no run could use.
+        InputError: what are no batches, or batches that no run could use.
     """
-    others = {role: of_role for role, of_role in given.items() if of_role is not None}
-    for of_role in others.values():
-        require_batches(of_role)
-    if others and isinstance(batches, Collected):
+    given = {role: text for role, text in others.items() if text is not None}
+    for text in (*given.values(), *(() if isinstance(batches, Collected) else (batches,))):
+        require_batches(text)
+    if given and isinstance(batches, Collected):
         raise InputError(
             "collected statistics come without batches, and guard text and select_on run through "
             "the network with them: give batches of the calibration, or leave these out"
         )
-    if Role.GUARD in others:
+    if Role.GUARD in given:
         check_guard(recipe.alpha, recipe.compensate)
-    return others
+    return given if isinstance(batches, Collected) else {Role.TRAIN: batches, **given}
 
 
 def _named(texts: Mapping[Role, HashedBatches]) -> dict[str, HashedBatches]:
-    return {f"{role.value} text": text for role, text in texts.items()}
+    """Returns the texts of a run by what messages call them."""
+    names = {Role.TRAIN: "calibration"}
+    return {names.get(role, f"{role.value} text"): text for role, text in texts.items()}
 
 
 def _place(stream: Stream, runtime: Runtime, predicted: PeakMemory | None) -> None:

@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -21,12 +22,20 @@ _HASH = "sha256:"
 
 
 class HashedBatches:
-    """Batches that are hashed while they are read."""
+    """Batches that are hashed while they are read.
 
-    def __init__(self, batches: Iterable[Batch]):
-        self._batches, self._hash = batches, hashlib.sha256()
+    Args:
+        batches: read once.
+        needed: whether the hash is asked for at all; else nothing is hashed.
+    """
+
+    def __init__(self, batches: Iterable[Batch], needed: bool = True):
+        self._batches, self._hash, self._needed = batches, hashlib.sha256(), needed
 
     def __iter__(self) -> Iterator[Batch]:
+        if not self._needed:
+            yield from self._batches
+            return
         for batch in self._batches:
             leaves, form = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
             hashes = [state.digest(x) if isinstance(x, Tensor) else repr(x) for x in leaves]
@@ -63,7 +72,9 @@ def run_fingerprint(model: Any, recipe: Recipe) -> dict[str, str]:
 
 
 def with_calibration(
-    run: Mapping[str, str], batches: HashedBatches, others: Mapping[str, HashedBatches]
+    run: Mapping[str, str],
+    batches: HashedBatches,
+    others: Mapping[str, HashedBatches] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Returns the fingerprint of a run with that of its batches, once all of them were read.
 

@@ -52,7 +52,6 @@ def compress_checkpoint(
     uneven: bool = False,
     recipe: AnyRecipe = "default",
     runtime: Runtime | None = None,
-    command: str | None = None,
     **overrides: Any,
 ) -> Report:
     """Compresses a causal language model of transformers into a folder that transformers loads.
@@ -77,8 +76,8 @@ def compress_checkpoint(
             that `keep` gives; transformers then reads the folder with `trust_remote_code=True`.
         recipe, runtime, overrides: see `grail.compress`. `progress` also prints what is done on
             stderr. With `resume_dir` the same call resumes after a crash; the state is deleted once
-            the model is written.
-        command: the origin that the report names; default this call.
+            the model is written. One more is `command`, the origin that the report names; default
+            this call.
 
     Returns:
         The report that is written. In an initialised `torch.distributed` group all processes call
@@ -93,6 +92,8 @@ def compress_checkpoint(
         source = Pretrained(str(as_path("source", source)))
     output = as_path("output", output)
     require_switches(baseline=baseline, uneven=uneven)
+    command = overrides.pop("command", None)
+    check_kind("command", command, (str, NoneType), "a text")
     recipe, runtime = merged(recipe, runtime, overrides)
     calibration, evaluate = _texts(calibration, evaluate, recipe)
     guarding = _guard_text(guard, calibration)
