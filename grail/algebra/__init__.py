@@ -4,6 +4,7 @@ __all__ = [
     "drift",
     "expert_grams",
     "gram",
+    "guard",
     "heldout",
     "kinds",
     "problem",

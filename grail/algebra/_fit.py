@@ -1,8 +1,8 @@
 """The fit: a site's Gram, a reduction and the consumer's weight in, the rewritten weight out.
 
 The mathematics is in `grail.algebra.problem`, the choice of the ridge strength and of the drift
-correction by held-out tokens in `grail.algebra.heldout`. fp64 throughout, one rounding into the
-weight's dtype.
+correction by held-out tokens and guard text in `grail.algebra.heldout`. fp64 throughout, one
+rounding into the weight's dtype.
 """
 
 import itertools
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grail.algebra.gram import Gram, read_together
+from grail.algebra.guard import Guard
 from grail.algebra.heldout import SKETCH, Choice
 from grail.algebra.problem import Consumers, Moments, Problem, Solution, Sums
 from grail.algebra.reduction import Reduction, Selection, as_reduction
@@ -52,6 +53,9 @@ class Fit:
     on the rounded weights; T is WX, or the dense network's stream where the Gram
     has its drift. `alpha` and `drift_correction`: as given or chosen; an infinite alpha is plain
     pruning or folding. `damping`: the λ used. `retries`: how often it had to grow.
+    `guard_error` and `guard_baseline_error`: the same two errors on the guard's tokens, else None.
+    `guard_share`: the share of the fitted change W' − W₀ that stays so that neither error exceeds
+    plain pruning's.
     """
 
     weights: tuple[Tensor, ...]
@@ -62,6 +66,9 @@ class Fit:
     damping: float
     retries: int
     shifts: tuple[Tensor, ...] | None = None
+    guard_error: float | None = None
+    guard_baseline_error: float | None = None
+    guard_share: float = 1.0
 
     def __repr__(self) -> str:
         shapes = ", ".join(str(list(weight.shape)) for weight in self.weights)
@@ -90,6 +97,7 @@ def fit(
     toward: Toward = "baseline",
     drift_correction: float | Auto = "auto",
     held_out: Gram | None = None,
+    guard: Gram | None = None,
 ) -> Fit:
     """Rebuilds a consumer's output from the channels that `reduction` keeps.
 
@@ -116,6 +124,10 @@ def fit(
             of the outputs (`grail.algebra.heldout`); then they join the fit. An
             automatic alpha may be infinite: plain pruning or folding, where nothing did better.
             Without `held_out` an automatic alpha is 1e-3 and an automatic correction 0.
+        guard: the Gram of tokens of another kind of text, for an automatic `alpha`. They are never
+            fitted. What is "auto" is chosen for the least mean of the errors on `held_out` and on
+            `guard`, each relative to plain pruning's, among what is not worse than plain pruning on
+            either. Nor is the result: where the final fit would be, a share of its change stays.
 
     Defaults are those of `grail.compress`; `grail.Recipe.named("paper")` has the paper's.
 
@@ -134,7 +146,11 @@ def fit(
     require_switches(compensate=compensate, fit_bias=fit_bias)
     alpha, drift_correction = plain(alpha), plain(drift_correction)
     check_settings(alpha, toward, drift_correction)
-    site = FitSite(gram, as_reduction(reduction, gram.channels), given, held_out, compensate)
+    if guard is not None:
+        check_kind("guard", guard, Gram, "a grail.Gram")
+        check_guard(alpha, compensate)
+    reduction = as_reduction(reduction, gram.channels)
+    site = FitSite(gram, reduction, given, held_out, compensate, guard)
     (found,) = fit_each(
         [site], fit_bias=fit_bias, alpha=alpha, toward=toward, drift_correction=drift_correction
     )
@@ -150,6 +166,7 @@ class FitSite:
     given: tuple[Weight, ...]
     held_out: Gram | None = None
     compensate: bool = True
+    guard: Gram | None = None
 
     @cached_property
     def weights(self) -> tuple[Tensor, ...]:
@@ -158,8 +175,8 @@ class FitSite:
 
     @property
     def grams(self) -> list[Gram]:
-        """The Grams of both sets of tokens."""
-        return [self.gram] if self.held_out is None else [self.gram, self.held_out]
+        """The Grams of all sets of tokens."""
+        return [gram for gram in (self.gram, self.held_out, self.guard) if gram is not None]
 
     @property
     def follows_drift(self) -> bool:
@@ -170,10 +187,11 @@ class FitSite:
     def form(self) -> Any:
         """Returns the key that sites share which are fitted as one batch."""
         drifts = [None if gram.drift is None else gram.drift.form for gram in self.grams]
+        present = (self.held_out is None, self.guard is None)
         weights = [(weight.shape, weight.dtype, weight.device) for weight in self.weights]
         selects = isinstance(self.reduction, Selection)
         kept, device = (self.reduction.kept, selects), self.gram.device
-        return self.gram.channels, kept, device, weights, drifts, self.compensate
+        return self.gram.channels, kept, device, weights, drifts, present, self.compensate
 
 
 @torch.inference_mode(False)  # what is made in it could never be trained
@@ -188,7 +206,7 @@ def fit_each(
     """Returns the fit of each of several sites, those of equal sizes as one batch.
 
     At most 4 reads of the device a batch, which is one of sites of `BATCH_BYTES`, unless a
-    factorisation fails.
+    factorisation fails, or guard text would be worse than pruned after rounding.
 
     Raises:
         See `fit`.
@@ -210,7 +228,8 @@ def fit_each(
             known.append(number)
     for _, members in alike:
         first = sites[members[0]]
-        one = _bytes_of(first, first.compensate, first.held_out is not None, fit_bias)
+        held_out, guard = first.held_out is not None, first.guard is not None
+        one = _bytes_of(first, first.compensate, held_out, fit_bias, guard)
         count = _batch_size(first, one)
         for low in range(0, len(members), count):
             numbers = members[low : low + count]
@@ -242,40 +261,64 @@ class _Batch:
         """Returns the fits; see `fit` for the settings."""
         chosen = self._chosen(alpha, correction)
         problem = Problem(self._consumers, self._moments, self._sums)
-        alphas, corrections = zip(*chosen, strict=True)
-        solution = problem.solve(alphas, corrections, self._toward)
-        found = self._measured(problem, solution)
-        if not found.sound:
+        found = self._solved(problem, chosen)
+        retry = not found.sound
+        if retry:
             self._require_finite_weights()
-            solution = problem.solve(alphas, corrections, self._toward, retry=True)
-            found = self._measured(problem, solution)
+            found = self._solved(problem, chosen, retry)
+        worse = [row.guard_after > row.guard_before for row in found.rows]
+        if any(worse):  # by rounding
+            pairs = zip(chosen, worse, strict=True)
+            chosen = [(math.inf, 0.0) if plain else pair for pair, plain in pairs]
+            found = self._solved(problem, chosen, retry)
         return [self._fit(n, found, *pair) for n, pair in enumerate(chosen)]
+
+    def _solved(
+        self, problem: Problem, chosen: Sequence[tuple[float, float]], retry: bool = False
+    ) -> "_Measured":
+        """Solves for an α and a β of each site, rounds the weights and measures them."""
+        alphas, corrections = zip(*chosen, strict=True)
+        solution = problem.solve(alphas, corrections, self._toward, retry)
+        guards = [site.guard for site in self._sites if site.guard is not None]
+        guard = None
+        if guards and self._like.compensate:
+            sums = Sums(guards)
+            guard = Guard(self._consumers, sums, problem)
+            solution = guard.shortened(solution)
+        return self._measured(problem, solution, guard)
 
     def _chosen(self, alpha: float | Auto, correction: float | Auto) -> list[tuple[float, float]]:
         """Returns α and β of each site, and adds the held-out tokens to the others."""
-        like, held_out = self._like, [site.held_out for site in self._sites]
+        like, count = self._like, len(self._sites)
         if not like.follows_drift:
             correction = 0.0
         if not like.compensate:
             alpha = math.inf
-        if held_out[0] is None:  # nothing to choose by
+        held_out, guard = (
+            [gram for gram in grams if gram is not None]
+            for grams in zip(*((site.held_out, site.guard) for site in self._sites), strict=True)
+        )
+        judges = [Sums(grams) for grams in (held_out, guard) if grams]
+        if not judges:  # nothing to choose by
             alpha = ALPHA if alpha == "auto" else alpha
             correction = 0.0 if correction == "auto" else correction
-            return [(alpha, correction)] * len(self._sites)
-        sums = Sums([gram for gram in held_out if gram is not None])
-        moments = Moments(self._consumers, sums)
+            return [(alpha, correction)] * count
+        moments = [Moments(self._consumers, sums) for sums in judges]
         if alpha == "auto" or correction == "auto":
-            both = (self._moments, moments), (self._sums, sums)
             of = None if correction == "auto" else correction
             given = None if alpha == "auto" else alpha
-            chosen = Choice(self._consumers, *both, self._toward, of).best(given)
+            every = [self._moments, *moments], [self._sums, *judges]
+            chosen = Choice(self._consumers, *every, self._toward, of).best(given)
         else:
-            chosen = [(alpha, correction)] * len(self._sites)
-        self._sums.add(sums)
-        self._moments.add(moments)
+            chosen = [(alpha, correction)] * count
+        if held_out:
+            self._sums.add(judges[0])
+            self._moments.add(moments[0])
         return chosen
 
-    def _measured(self, problem: Problem, solution: Solution) -> "_Measured":
+    def _measured(
+        self, problem: Problem, solution: Solution, guard: Guard | None = None
+    ) -> "_Measured":
         """Rounds the weights and measures them; one read."""
         weights = self._like.weights
         fitted = solution.change + problem.baseline
@@ -288,8 +331,10 @@ class _Batch:
         ends = itertools.accumulate(self._outputs)
         rows = zip(weights, ends, self._outputs, strict=True)
         coarse = [slice(end - count, end) for w, end, count in rows if w.element_size() < 4]
+        none = torch.zeros_like(solution.damping)
+        of_guard = (none, none, none, none + 1) if guard is None else guard.errors(fitted)
         errors = problem.errors(solution, fitted, coarse)
-        facts = (solution.good, finite, solution.damping, solution.retries, *errors)
+        facts = (solution.good, finite, solution.damping, solution.retries, *errors, *of_guard)
         table = torch.stack([fact.double() for fact in facts], 1).tolist()
         return _Measured(rounded, shifts, [_Row(*row) for row in table])
 
@@ -329,6 +374,7 @@ class _Batch:
             row.damping,
             int(row.retries),
             shifts,
+            *_of_guard(site, row),
         )
 
 
@@ -342,6 +388,10 @@ class _Row(NamedTuple):
     after: float
     before: float
     total: float
+    guard_after: float
+    guard_before: float
+    guard_total: float
+    guard_share: float
 
 
 class _Measured(NamedTuple):
@@ -369,7 +419,18 @@ def _unchanged(site: FitSite, fit_bias: bool) -> Fit:
     shifts = tuple(w.new_zeros(len(w), dtype=torch.float64) for w in site.weights)
     pairs = zip(site.weights, site.given, strict=True)
     same = tuple(as_given(w.clone(), given) for w, given in pairs)
-    return Fit(same, 0.0, 0.0, 0.0, 0.0, 0.0, 0, shifts if fit_bias else None)
+    none = None if site.guard is None else 0.0
+    return Fit(same, 0.0, 0.0, 0.0, 0.0, 0.0, 0, shifts if fit_bias else None, none, none)
+
+
+def _of_guard(site: FitSite, row: _Row) -> tuple[float | None, float | None, float]:
+    """Returns the errors on the guard's tokens with and without compensation, and the share."""
+    if site.guard is None or not site.compensate:
+        return None, None, 1.0
+    after, before = (
+        _relative(squared, row.guard_total) for squared in (row.guard_after, row.guard_before)
+    )
+    return after, before, row.guard_share
 
 
 def _relative(squared: float, total: float) -> float:
@@ -378,16 +439,22 @@ def _relative(squared: float, total: float) -> float:
 
 
 def batch_bytes(
-    sites: Sequence[FitSite], *, compensate: bool, held_out: bool, fit_bias: bool
+    sites: Sequence[FitSite],
+    *,
+    compensate: bool,
+    held_out: bool,
+    fit_bias: bool,
+    guard: bool = False,
 ) -> int:
     """Returns the peak of the memory that `fit_each` adds to its arguments, for sites of one size.
 
     Args:
-        compensate, held_out: whether any site is compensated, or has tokens held out.
+        compensate, held_out, guard: whether any site is compensated, has tokens held out, or a
+            guard.
         fit_bias: see `fit`.
     """
     first = sites[0]
-    one = _bytes_of(first, compensate, held_out, fit_bias)
+    one = _bytes_of(first, compensate, held_out, fit_bias, guard)
     together = min(len(sites), _batch_size(first, one))
     # The last batch is fitted beside the rewritten weights of the others.
     weights = sum(w.element_size() * len(w) * first.reduction.kept for w in first.weights)
@@ -399,7 +466,9 @@ def _batch_size(site: FitSite, one: int) -> int:
     return max(1, BATCH_BYTES.get(site.gram.device.type, GPU_BATCH_BYTES) // one)
 
 
-def _bytes_of(site: FitSite, compensate: bool, held_out: bool, fit_bias: bool) -> int:
+def _bytes_of(
+    site: FitSite, compensate: bool, held_out: bool, fit_bias: bool, guard: bool = False
+) -> int:
     """Returns `peak_bytes` of a site alone."""
     return peak_bytes(
         site.reduction.channels,
@@ -409,6 +478,7 @@ def _bytes_of(site: FitSite, compensate: bool, held_out: bool, fit_bias: bool) -
         drift=compensate and site.gram.drift is not None,
         held_out=held_out,
         affine=fit_bias,
+        guard=guard and compensate,
         weight_bytes=max(weight.element_size() for weight in site.weights),
     )
 
@@ -422,6 +492,7 @@ def peak_bytes(
     drift: bool = False,
     held_out: bool = False,
     affine: bool = False,
+    guard: bool = False,
     weight_bytes: int = 4,
 ) -> int:
     """Returns the peak of the memory that `fit` adds to its arguments, if the ridge solves in fp64.
@@ -431,6 +502,7 @@ def peak_bytes(
         folding: whether clusters are averaged, for which G is unpacked.
         drift, held_out: whether the Grams hold a drift, and whether there is a second one.
         affine: whether the biases are fitted as well.
+        guard: whether there is a Gram of guard text.
         weight_bytes: of one value of the consumers.
     """
     h, k, o, lost = channels, kept, outputs, channels if folding else channels - kept
@@ -443,6 +515,7 @@ def peak_bytes(
         dense = 12 * h * h + 16 * k * h  # G and R G
         making = terms + 8 * o * h + 12 * h * h
         restricting = 8 * o * (full + h) + 2 * result
+        energy = 16 * o * h + 12 * h * h
     else:
         splitting = consumer + (weight_bytes % 8) * o * lost
         dense, panel = normal, -(-lost // PANELS)
@@ -454,20 +527,29 @@ def peak_bytes(
     factor = (2 if affine else 1) * normal
     solving = terms + result + max(factor, normal + result)
     rounding = max(12 * k * k, 4 * k * k + 16 * o * k) if weight_bytes < 4 else 0
-    measuring = terms + 2 * result + weight_bytes * o * k + rounding
+    measuring = terms + 2 * result + weight_bytes * o * k
     measuring += 8 * o * full + result if affine else result
     merged = 4 * (packed_numel(h) + (o * h if drift else 0)) if held_out else 0
-    one = consumer + normal + merged + max(making, solving, measuring)
+    guarding = 0
+    if guard:  # beside the solution: its terms, the share, and the product for an error
+        solved = terms + 2 * result
+        shortening = normal + terms + 2 * result + affine * 8 * o * full
+        guarding = solved + max(dense, normal + making, shortening)
+        measuring += normal + terms
+        rounding = max(rounding, 8 * o * full * (1 + affine) - affine * result)
+    one = consumer + normal + merged + max(making, solving, measuring + rounding, guarding)
     first = max(splitting, consumer + dense)
-    if not held_out:
+    sets = held_out + guard  # on which candidates are compared
+    if not sets:
         return max(first, one)
     rows = SKETCH if o > 2 * SKETCH else o
     mixed = 8 * rows * (k + lost) if rows < o else 0
     sketch = 8 * rows * full * parts
-    trying = 4 * sketch + max(factor, normal + sketch)  # of two sets, centred and as one
-    choosing = max(trying, 2 * sketch + slices)
-    both = consumer + 2 * normal + max(mixed + choosing, merged)
-    return max(first, consumer + normal + dense, both, one)
+    trying = (3 + sets) * sketch + max(factor, normal + sketch)  # of all sets, centred and as one
+    choosing = max(trying, (1 + sets) * sketch + slices)
+    weighing = max(energy, 12 * o * lost * drift) if sets > 1 else 0
+    both = consumer + (1 + sets) * normal + max(mixed + choosing, merged, weighing)
+    return max(first, consumer + sets * normal + dense, both, one)
 
 
 def _check(site: FitSite) -> None:
@@ -521,3 +603,13 @@ def check_settings(alpha: float | str, toward: str, drift_correction: float | st
         )
     if toward not in get_args(Toward):
         raise InputError(f"toward must be one of {', '.join(get_args(Toward))}; got {toward!r}")
+
+
+def check_guard(alpha: float | str, compensate: bool) -> None:
+    """Raises InputError for settings with which a guard has nothing to choose."""
+    if not compensate or alpha != "auto":
+        given = "compensate=False" if not compensate else f"alpha={alpha!r}"
+        raise InputError(
+            f"a guard chooses how strongly to compensate, which {given} gives already: leave the "
+            "guard out, or compensate with alpha='auto'"
+        )

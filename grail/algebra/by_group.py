@@ -35,6 +35,7 @@ def split(site: FitSite, groups: int) -> list[FitSite]:
             (weight[number * outputs :, number * inputs :][:outputs, :inputs],),
             None if site.held_out is None else _block(site.held_out, number * inputs, inputs),
             site.compensate,
+            None if site.guard is None else _block(site.guard, number * inputs, inputs),
         )
         for number in range(groups)
     ]
@@ -43,20 +44,29 @@ def split(site: FitSite, groups: int) -> list[FitSite]:
 def joined(parts: Sequence[FitSite], fits: Sequence[Fit]) -> Fit:
     """Returns the fit of all groups: a block-diagonal weight, and errors over all their outputs.
 
-    `alpha` is the median of the groups', `damping` the largest.
+    `alpha` is the median of the groups', `damping` the largest, `guard_share` the least.
     """
-    first, energies = fits[0], [_energy(part) for part in parts]
-    total = sum(energies)
+    first = fits[0]
+    fitted = [_energy(part, [g for g in (part.gram, part.held_out) if g]) for part in parts]
+    guards = [_energy(part, [part.guard] if part.guard else []) for part in parts]
 
-    def over_all(errors: Sequence[float]) -> float:
+    def over_all(errors: Sequence[float], energies: Sequence[float]) -> float:
         squares = (error**2 * own for error, own in zip(errors, energies, strict=True) if own)
+        total = sum(energies)
         return (sum(squares) / total) ** 0.5 if total else 0.0
+
+    def on_guard(errors: Sequence[float | None]) -> float | None:
+        known = [error for error in errors if error is not None]
+        return over_all(known, guards) if len(known) == len(guards) else None
 
     return replace(
         first,
         weights=(torch.block_diag(*(fit.weight for fit in fits)),),
-        error=over_all([fit.error for fit in fits]),
-        baseline_error=over_all([fit.baseline_error for fit in fits]),
+        error=over_all([fit.error for fit in fits], fitted),
+        baseline_error=over_all([fit.baseline_error for fit in fits], fitted),
+        guard_error=on_guard([fit.guard_error for fit in fits]),
+        guard_baseline_error=on_guard([fit.guard_baseline_error for fit in fits]),
+        guard_share=min(fit.guard_share for fit in fits),
         alpha=statistics.median_low(fit.alpha for fit in fits),
         damping=max(fit.damping for fit in fits),
         retries=sum(fit.retries for fit in fits),
@@ -94,8 +104,8 @@ def _of_group(reduction: Reduction, start: int, size: int, kept: int) -> Selecti
     return Selection(own, size)
 
 
-def _energy(part: FitSite) -> float:
-    """Returns the sum of squares of a group's outputs, ‖W X‖², over all its tokens."""
+def _energy(part: FitSite, grams: Sequence[Gram]) -> float:
+    """Returns the sum of squares of a group's outputs, ‖W X‖², over the tokens of some Grams."""
     weight = part.weights[0].double()
-    grams = (gram.matrix().double() for gram in part.grams)
-    return sum(float((weight @ gram).mul(weight).sum()) for gram in grams)
+    dense = (gram.matrix().double() for gram in grams)
+    return sum(float((weight @ gram).mul(weight).sum()) for gram in dense)

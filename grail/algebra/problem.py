@@ -55,7 +55,7 @@ the errors are this project's.
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -335,6 +335,16 @@ class Problem:
         """W₀ [E, O, K]."""
         return self._consumers.baseline
 
+    @property
+    def before(self) -> Tensor:
+        """‖T − W₀·R·X‖² [E]."""
+        return self._before
+
+    @property
+    def total(self) -> Tensor:
+        """‖T‖² [E]."""
+        return self._total
+
     def _baseline_errors(self) -> tuple[Tensor, Tensor]:
         """Returns ‖T − W₀·R·X‖² and ‖T‖², [E] each."""
         consumers, sums, terms = self._consumers, self._sums, self._terms
@@ -344,16 +354,8 @@ class Problem:
             energy = inner(terms.kept[..., : plain.shape[2]], plain)
             return sums.energy - 2 * wanted - energy, sums.energy
         energy = symmetric_energy(plain, self._moments.normal)
-        before = consumers.reductions.energy(consumers.left_out, sums.packed)
-        if sums.cross is not None:
-            before = before + sums.scale * (sums.energy + 2 * self._drift_of_lost())
+        before = plain_error(consumers, self._moments, sums)
         return before, before + 2 * wanted + energy
-
-    def _drift_of_lost(self) -> Tensor:
-        """Returns tr(V·Cᵀ) [E] of the recorded tokens."""
-        assert self._sums.cross is not None
-        lost = self._consumers.reductions.columns_of_lost(self._sums.cross)
-        return inner(lost.double(), self._consumers.left_out)
 
     def solve(
         self,
@@ -408,6 +410,30 @@ class Problem:
         """Returns Δ [E, O, K], for an affine consumer with the b of zero mean error: [E, O, K+]."""
         return self._moments.complete(change, solution.last)
 
+    def error_of(self, change: Tensor) -> Tensor:
+        """Returns ‖T − W'·R·X‖² [E] for any Δ [E, O, K+]; one product."""
+        gain, curvature = self._along(change)
+        return self._before - gain + curvature
+
+    def share_within(self, change: Tensor) -> Tensor:
+        """Returns the largest share [E] in [0, 1] of a Δ [E, O, K+] that makes no error larger."""
+        gain, curvature = self._along(change)
+        return torch.where(gain >= curvature, 1.0, gain / curvature).clamp(0, 1)
+
+    def _along(self, change: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns 2 tr(Q₁ Δᵀ) and tr(Δ A Δᵀ) [E] for Δ [E, O, K+]."""
+        gain = 2 * inner(self._terms.own, change)
+        if self._terms.drifted is not None:
+            gain += 2 * inner(self._terms.drifted, change)
+        return gain, inner(self._moments.times(change), change)
+
+    @staticmethod
+    def shortened(solution: Solution, share: Tensor) -> Solution:
+        """Returns a share [E] of a solution, of its biases, too."""
+        part, last = share[:, None, None], solution.last * share[:, None]
+        change, seen = solution.change * part, solution.seen * part
+        return replace(solution, change=change, seen=seen, last=last)
+
     def errors(
         self, solution: Solution, change: Tensor, coarse: Sequence[slice] = ()
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -449,6 +475,24 @@ class Problem:
             sums = self._sums.total.double().gather(1, reductions.lost)
             coupling = torch.cat([coupling, sums[:, :, None]], -1)
         return self._moments.centre(coupling)
+
+
+def plain_error(consumers: Consumers, moments: Moments, sums: Sums) -> Tensor:
+    """Returns ‖T − W₀·R·X‖² [E], the error of plain pruning or folding, over some tokens.
+
+    Args:
+        moments, sums: of the same tokens.
+    """
+    reductions, plain = consumers.reductions, consumers.baseline
+    if sums.cross is not None and sums.of_target:
+        kept = symmetric_energy(plain, moments.normal)
+        return sums.energy - 2 * inner(reductions.restrict(sums.cross), plain) + kept
+    before = reductions.energy(consumers.left_out, sums.packed)
+    if sums.cross is not None:
+        lost = reductions.columns_of_lost(sums.cross)
+        drift = sums.energy + 2 * inner(lost.double(), consumers.left_out)
+        before = before + sums.scale * drift
+    return before
 
 
 def _energy_of_rounding(rounding: Tensor, normal: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ import copy
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from functools import partial
 from math import ceil
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,8 +31,23 @@ from grail.runtime.processes import Processes
 HELD_OUT_EVERY = 5  # sequences: one of so many is held out
 
 
+class Role(Enum):
+    """The purpose of a sample.
+
+    train      fits weights and, unless there are samples for it, selects channels
+    held_out   chooses α and β, then joins the fit
+    guard      chooses α and β, and is never fitted
+    select     selects channels, and nothing else
+    """
+
+    TRAIN = "train"
+    HELD_OUT = "held_out"
+    GUARD = "guard"
+    SELECT = "select"
+
+
 class Stream:
-    """Hidden states of every calibration batch at the entry of one block.
+    """Hidden states of every batch at the entry of one block.
 
     Args:
         model: called as `model(**batch)`, `model(*batch)` or `model(batch)`.
@@ -42,13 +59,15 @@ class Stream:
         processes: share the batches; each runs some of them.
         device: where the blocks run; default where the model is.
         room: bytes that hidden states may take in `storage`; beyond, all of them move to the CPU.
+        others: batches with another purpose than the calibration's, by role.
 
-    `tokens`: how many count, in all processes; samples, where a sample has no tokens (images).
-    `own_tokens`: those of this process. `samples`: sequences or images, in all processes.
-    `holds_out`: whether any of them is held out.
+    `tokens`: of the calibration, how many count, in all processes; samples, where a sample has no
+    tokens (images). `tokens_by_role`: of the others. `own_tokens`: all of this process.
+    `samples`: sequences or images of the calibration, in all processes. `holds_out`: whether any of
+    them is held out. `others`: the roles of other batches.
 
     Raises:
-        EmptyCalibrationError: no batch, or no token.
+        EmptyCalibrationError: no batch, or no token, of the calibration or another role.
         InputError: a batch that the model does not take; fewer batches than processes.
         ModelError: blocks that do not run one right after the other.
     """
@@ -57,6 +76,8 @@ class Stream:
     own_tokens: int
     samples: int
     holds_out: bool
+    others: frozenset[Role] = frozenset()
+    tokens_by_role: Mapping[Role, int] = MappingProxyType({})
 
     def __init__(
         self,
@@ -67,6 +88,7 @@ class Stream:
         processes: Processes | None = None,
         device: torch.device | None = None,
         room: int | None = None,
+        others: Mapping[Role, Iterable[Batch]] = MappingProxyType({}),
     ):
         require_batches(batches)
         self.blocks, self.storage = blocks, require_usable(storage)
@@ -78,8 +100,11 @@ class Stream:
         self._observed: list[HiddenStates] = []
         self.masks: list[Masks] = []  # on the CPU, where reading one stalls no GPU
         self._calls: list[list[Call]] = []
+        self._kinds: list[Role] = []  # of batches; some samples of TRAIN are held out
+        self.others = frozenset(others)
         recorder = Recorder(model, blocks, self.device)
-        for batch in self.processes.share(batches):
+        for kind, batch in self.processes.share(_with_roles(batches, others)):
+            self._kinds.append(kind)
             try:
                 self._enter(recorder, batch)
             except ModelError:
@@ -106,21 +131,36 @@ class Stream:
         """Counts the tokens and samples of all processes, and refuses too few."""
         own = range(len(self))
         self.own_tokens = sum(map(self.tokens_of, own))
-        self.tokens = int(self.processes.total(torch.tensor(self.own_tokens, dtype=torch.int64)))
-        counting = self.processes.interleaved([self._counting(batch) for batch in own])
-        if self.tokens == 0:
-            raise EmptyCalibrationError(
-                "calibration holds no token; pass at least one batch of token ids"
-            )
+        counts = {
+            kind: sum(self.tokens_of(batch) for batch in own if self._kinds[batch] is kind)
+            for kind in (Role.TRAIN, *sorted(self.others, key=lambda role: role.value))
+        }
+        total = self.processes.total(torch.tensor(list(counts.values()), dtype=torch.int64))
+        found = dict(zip(counts, total.tolist(), strict=True))
+        counting = self.processes.interleaved(
+            [(self._kinds[batch], self._counting(batch)) for batch in own]
+        )
+        for kind, tokens in found.items():
+            if tokens == 0:
+                name = "calibration" if kind is Role.TRAIN else f"{kind.value} text"
+                raise EmptyCalibrationError(
+                    f"{name} holds no token; pass at least one batch of token ids"
+                )
         if len(counting) < self.processes.count:
             raise InputError(
                 f"{self.processes.count} processes share {len(counting)} batches: pass at "
                 "least one for each, smaller ones if need be"
             )
-        held_out = _every_fifth(counting)
-        self.samples = sum(map(len, held_out))
-        self.holds_out = any(bool(held.any()) for held in held_out)
-        self._held_out = tuple(self.processes.share(held_out))
+        self.tokens, self.tokens_by_role = found.pop(Role.TRAIN), MappingProxyType(found)
+        fitted = [samples for kind, samples in counting if kind is Role.TRAIN]
+        held_out = iter(_every_fifth(fitted))
+        self.samples = sum(map(len, fitted))
+        every = [
+            next(held_out) if kind is Role.TRAIN else torch.zeros_like(samples)
+            for kind, samples in counting
+        ]
+        self.holds_out = any(bool(held.any()) for held in every)
+        self._held_out = tuple(self.processes.share(every))
 
     def _counting(self, batch: int) -> Tensor:
         """Returns [B] bool on the CPU, the samples of one batch with a token that counts."""
@@ -233,6 +273,33 @@ class Stream:
         held = self._held_out[batch]
         return held if bool(held.any()) else None
 
+    def fits(self, batch: int) -> bool:
+        """Returns whether a batch is of the calibration; no other text is ever fitted."""
+        return self._kinds[batch] is Role.TRAIN
+
+    def by_role(self, batch: int, holds_out: bool) -> dict[Role, Tensor | None]:
+        """Returns the samples of each role in a batch, [B] bool on the CPU; None is all of them.
+
+        Args:
+            holds_out: whether samples are held out at all; else those are fitted, too.
+        """
+        kind, held = self._kinds[batch], self.held_out(batch) if holds_out else None
+        if held is None:
+            return {kind: None}
+        if bool(held.all()):
+            return {Role.HELD_OUT: None}
+        return {kind: ~held, Role.HELD_OUT: held}
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there are samples by which to choose what is automatic."""
+        return self.holds_out or Role.GUARD in self.others
+
+    @property
+    def selecting(self) -> Role:
+        """The role of the samples that select channels."""
+        return Role.SELECT if Role.SELECT in self.others else Role.TRAIN
+
     @property
     def batches(self) -> list[int]:
         """The numbers of the batches whose hidden states it holds: all, or those of its fork."""
@@ -257,21 +324,22 @@ class Stream:
     def spread(self, share: float) -> list[int]:
         """Returns about a share of this process's batches, spread evenly over those of all.
 
-        Batches with sequences held out, with others, and with both are chosen from separately, at
-        least one of each in all processes, so that the share of held-out tokens stays.
+        Batches of each role, with sequences held out, with others, and with both are chosen from
+        separately, at least one of each in all processes, so that the share of each stays.
         """
         kinds = self.processes.interleaved([self._kind(batch) for batch in range(len(self))])
-        seen: Counter[tuple[bool, bool]] = Counter()
+        seen: Counter[tuple[Role, bool, bool]] = Counter()
         chosen = []
         for kind in kinds:
             chosen.append(ceil((seen[kind] + 1) * share) > ceil(seen[kind] * share))
             seen[kind] += 1
         return [batch for batch, takes in enumerate(self.processes.share(chosen)) if takes]
 
-    def _kind(self, batch: int) -> tuple[bool, bool]:
-        """Returns whether a batch has sequences that are held out, and others that count."""
+    def _kind(self, batch: int) -> tuple[Role, bool, bool]:
+        """Returns a batch's role, whether it has sequences held out, and others that count."""
         held = self._held_out[batch]
-        return bool(held.any()), bool((self._counting(batch) & ~held).any())
+        others = bool((self._counting(batch) & ~held).any())
+        return self._kinds[batch], bool(held.any()), others
 
     def part(self, batches: Sequence[int]) -> "Stream":
         """Returns a stream of some batches of this process alone; a batch may come twice."""
@@ -282,6 +350,7 @@ class Stream:
         other.masks = [self.masks[batch] for batch in batches]
         other._calls = [self._calls[batch] for batch in batches]
         other._held_out = tuple(self._held_out[batch] for batch in batches)
+        other._kinds = [self._kinds[batch] for batch in batches]
         return other
 
     def require_chain(self, model: nn.Module, batch: Batch) -> None:
@@ -309,6 +378,15 @@ class Stream:
 def held_out_step(samples: int) -> int:
     """Returns the distance of held-out samples, counted from 1; 1 if none is held out."""
     return max(1, min(HELD_OUT_EVERY, samples))
+
+
+def _with_roles(
+    calibration: Iterable[Batch], others: Mapping[Role, Iterable[Batch]]
+) -> Iterator[tuple[Role, Batch]]:
+    """Yields each batch with its role."""
+    for kind, batches in {Role.TRAIN: calibration, **others}.items():
+        for batch in batches:
+            yield kind, batch
 
 
 def _every_fifth(counting: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from grail.commands.root import commands, is_closed_pipe
 from grail.errors import InputError
 from grail.files.packing import Join
 from grail.files.pretrained import Pretrained
-from grail.files.text import EVALUATION_TOKENS, SOURCES
+from grail.files.text import EVALUATION_TOKENS, GUARD_TOKENS, SOURCES
 from grail.recipe import RECIPE, Recipe, merged
 from grail.report.report import Report
 from grail.report.summary import (
@@ -52,6 +52,16 @@ class CompressOptions:
     statistics: Path | None = setting(
         None,
         "Folder that grail stats wrote, instead of --calibration; needs --open-loop.",
+    )
+    guard: str | None = setting(
+        None,
+        "Text of a second kind, on which no site's output becomes worse than plain pruning's: it "
+        "chooses, with the held-out sequences, what is auto, and is never fitted. Not with "
+        "--statistics, --no-compensate or a given --alpha.",
+        metavar="TEXT",
+    )
+    guard_tokens: int | None = setting(
+        None, "Tokens of the guard text.", shown=f"{GUARD_TOKENS}", metavar="COUNT"
     )
     uneven: bool = setting(
         False,
@@ -119,10 +129,15 @@ def compress(given: Given) -> None:
     evaluate = [
         calibration.compared_on(text, own, "--evaluate") for text in asked.evaluate or []
     ] or None
+    guard = None
+    if asked.guard is not None:
+        tokens = {} if asked.guard_tokens is None else {"tokens": asked.guard_tokens}
+        guard = calibration.guarding(asked.guard, tokens, "--guard")
     report = compress_checkpoint(
         model,
         asked.output,
         calibration if asked.statistics is None else Collected(asked.statistics),
+        guard=guard,
         evaluate=evaluate,
         baseline=asked.baseline,
         uneven=asked.uneven,
@@ -139,6 +154,8 @@ def _refuse_idle_options(given: Given, asked: CompressOptions) -> None:
     idle = given.options(*(f"evaluate_{name}" for name in _EVALUATED))
     if idle and not asked.evaluate:
         raise InputError(f"{', '.join(idle)} is of the held-out text: give --evaluate with it")
+    if asked.guard is None and (idle := given.options("guard_tokens")):
+        raise InputError(f"{', '.join(idle)} is of the guard text: give --guard with it")
     if asked.statistics is not None:
         shared = () if asked.evaluate else ("sequence_length", "field", "join")
         if idle := given.options("tokens", "split", "shares", *shared):

@@ -199,15 +199,23 @@ class Mixture:
 
     def compared_on(self, source: str, given: Any, option: str) -> Text:
         """Returns a held-out text, read as all texts of the mixture are, except for `given`."""
+        return self._common.compared_on(source, given, option)
+
+    def guarding(self, source: str, given: Any, option: str) -> Text:
+        """Returns a guard text, read as all texts of the mixture are, except for `given`."""
+        return self._common.guarding(source, given, option)
+
+    @property
+    def _common(self) -> Text:
+        """The first text, with the ways to read it that all texts share."""
         parts = self._parts
         fields = {part.field for part in parts if not is_plain_text(part.source)}
         joins = {part.join for part in parts}
-        like = replace(
+        return replace(
             parts[0],
             field=fields.pop() if len(fields) == 1 else None,
             join=joins.pop() if len(joins) == 1 else None,
         )
-        return like.compared_on(source, given, option)
 
 
 AnyText = str | Path | Text | Mixture | Sequence[str | Path | Text]

@@ -73,6 +73,9 @@ class SiteReport:
     # With `repair` it is the error before the block's batch norms were reset.
     error: float | None
     baseline_error: float | None  # the same for plain pruning or folding
+    guard_error: float | None = None  # both errors on guard text; None without
+    guard_baseline_error: float | None = None
+    guard_share: float | None = None  # of the fitted change that stays, so that neither is worse
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import platform
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from grail import select
-from grail.algebra._fit import ALPHA
+from grail.algebra._fit import ALPHA, check_guard
 from grail.arguments import require_batches, require_model
 from grail.calibrate.batches import Batch
-from grail.calibrate.stream import Stream
+from grail.calibrate.stream import Role, Stream
 from grail.errors import InputError, NonFiniteError
 from grail.networks import Architecture, BoundSite, find
 from grail.recipe import AnyRecipe, Keep, Recipe, Sites, merged
@@ -51,6 +51,8 @@ def compress(
     sites: Sites = None,
     selector: str | select.Selector | None = None,
     *,
+    guard: Iterable[Batch] | None = None,
+    select_on: Iterable[Batch] | None = None,
     recipe: AnyRecipe = "default",
     runtime: Runtime | None = None,
     **overrides: Any,
@@ -65,6 +67,12 @@ def compress(
             `attention_mask` marks the tokens that count. Or `grail.Collected(folder)`, statistics
             that `grail.collect` wrote, for the open loop.
         keep, sites, selector: see `grail.Recipe`; where given, instead of the recipe's.
+        guard: batches of a second kind of text, on which no site's output becomes worse than plain
+            pruning's. They run through the network as the calibration does and are never fitted:
+            they choose, together with its held-out sequences, what is "auto" (see `grail.fit`).
+            Needs `compensate` and an automatic `alpha`.
+        select_on: batches by which channels are selected, in the place of the calibration, which
+            then only fits.
         recipe: a `grail.Recipe`, the name of a preset ("default", "paper", "prune", "flap",
             "slimgpt"), or the path of a recipe file.
         runtime: how the run is computed; default `grail.Runtime()`.
@@ -87,9 +95,8 @@ def compress(
     Source: GRAIL (arXiv 2602.23795), algorithm 1.
     """
     require_model(model)
-    if not isinstance(batches, Collected):
-        require_batches(batches)
     recipe, runtime = merged(recipe, runtime, overrides, keep=keep, sites=sites, selector=selector)
+    by_role = _texts(batches, recipe, {Role.GUARD: guard, Role.SELECT: select_on})
     refuse_sharded(model)
     device = computing_device(model, runtime.onload)
     processes = current_processes()
@@ -122,15 +129,14 @@ def compress(
             stream = batches.stream(model, architecture, recipe, device)
             known = partial(batches.statistics, recipe=recipe, stream=stream)
         else:
-            hashed = HashedBatches(batches)
-            read = batches if folder is None and processes.count == 1 else hashed
+            needed = folder is not None or processes.count > 1
+            texts = {role: HashedBatches(text, needed) for role, text in by_role.items()}
             with clock("forward"):
                 stream = _stream(
-                    model, architecture, read, runtime.storage, device, processes, recipe
+                    model, architecture, texts, runtime.storage, device, processes, recipe
                 )
-            processes.require_equal("the calibration", hashed.sha256)
             if folder is not None:
-                fingerprint = with_calibration(fingerprint, hashed)
+                fingerprint = with_calibration(fingerprint, texts.pop(Role.TRAIN), _named(texts))
                 checkpoint = Checkpoint(folder, fingerprint, model, transaction, processes)
         if recipe.fit_bias:
             architecture.ensure_biases(dense.sites, transaction)
@@ -203,27 +209,29 @@ class _Dense:
 
 def _counts(stream: Stream) -> dict[str, Any]:
     """Returns the numbers of the calibration's tokens and sequences, and their greatest length."""
-    lengths = (h.shape[1] if stream.has_sequences(h) else 1 for h in stream.hidden)
+    fitted = (stream.hidden[batch] for batch in stream.batches if stream.fits(batch))
+    lengths = (h.shape[1] if stream.has_sequences(h) else 1 for h in fitted)
     return {
         "tokens": stream.tokens,
         "sequences": stream.samples,
         "sequence_length": max(lengths, default=None),
+        **{f"{role.value}_tokens": tokens for role, tokens in stream.tokens_by_role.items()},
     }
 
 
 def _stream(
     model: nn.Module,
     architecture: Architecture,
-    batches: Iterable[Batch],
+    texts: Mapping[Role, HashedBatches],
     storage: torch.device | str,
     device: torch.device,
     processes: Processes,
     recipe: Recipe,
 ) -> Stream:
-    """Returns the calibration set at the model's entry.
+    """Returns the calibration set, and other text, at the model's entry.
 
     Raises:
-        InputError: the model or settings differ between processes.
+        InputError: the model, settings or batches differ between processes.
     """
     room = None
     if storage == "auto":
@@ -234,7 +242,42 @@ def _stream(
     processes.require_equal("the settings", settings)
     if processes.count > 1:
         processes.require_equal("the model", checksum(model.parameters()))
-    return Stream(model, architecture.blocks, batches, storage, processes, device, room)
+    others = dict(texts)
+    calibration = others.pop(Role.TRAIN)
+    blocks = architecture.blocks
+    stream = Stream(model, blocks, calibration, storage, processes, device, room, others)
+    for name, text in _named(texts).items():
+        processes.require_equal(f"the {name}", text.sha256)
+    return stream
+
+
+def _texts(
+    batches: Iterable[Batch] | Collected,
+    recipe: Recipe,
+    others: Mapping[Role, Iterable[Batch] | None],
+) -> dict[Role, Iterable[Batch]]:
+    """Returns the batches by role; none where statistics were collected.
+
+    Raises:
+        InputError: what are no batches, or batches that no run could use.
+    """
+    given = {role: text for role, text in others.items() if text is not None}
+    for text in (*given.values(), *(() if isinstance(batches, Collected) else (batches,))):
+        require_batches(text)
+    if given and isinstance(batches, Collected):
+        raise InputError(
+            "collected statistics come without batches, and guard text and select_on run through "
+            "the network with them: give batches of the calibration, or leave these out"
+        )
+    if Role.GUARD in given:
+        check_guard(recipe.alpha, recipe.compensate)
+    return given if isinstance(batches, Collected) else {Role.TRAIN: batches, **given}
+
+
+def _named(texts: Mapping[Role, HashedBatches]) -> dict[str, HashedBatches]:
+    """Returns the texts of a run by what messages call them."""
+    names = {Role.TRAIN: "calibration"}
+    return {names.get(role, f"{role.value} text"): text for role, text in texts.items()}
 
 
 def _place(stream: Stream, runtime: Runtime, predicted: PeakMemory | None) -> None:
@@ -309,7 +352,7 @@ def _notes(
     rows: list[SiteReport],
 ) -> list[str]:
     notes = []
-    if recipe.holds_out and not stream.holds_out:
+    if recipe.holds_out and not stream.chooses:
         instead = [f"alpha={ALPHA:g}"] if recipe.alpha == "auto" else []
         if recipe.follows_drift and recipe.drift_correction == "auto":
             instead.append("drift_correction=0")
@@ -330,9 +373,23 @@ def _notes(
         for row in rows
         if row.retries
     ]
+    notes += _notes_on_guard(rows)
     if recipe.repair:
         notes.append("repair: errors are those before the batch norms were reset")
     return notes
+
+
+def _notes_on_guard(rows: Sequence[SiteReport]) -> list[str]:
+    """Returns a sentence on the sites where guard text left less to compensate."""
+    guarded = [row for row in rows if row.guard_share is not None and row.kept < row.channels]
+    plain = sum(row.alpha is None for row in guarded)
+    less = sum(row.alpha is not None and (row.guard_share or 0.0) < 1 for row in guarded)
+    if not plain + less:
+        return []
+    return [
+        f"guard text: of {len(guarded)} consumers {plain} were only pruned and {less} keep a part "
+        "of what was fitted, so that none is worse than pruned"
+    ]
 
 
 def _versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from grail.algebra.width import Width
 from grail.arguments import require_model, require_whole
-from grail.calibrate.stream import Stream
+from grail.calibrate.stream import Role, Stream
 from grail.files.load import positions
 from grail.networks import Architecture, BoundSite, find
 from grail.recipe import AnyRecipe, Keep, Recipe, merged
@@ -95,6 +95,7 @@ def inspect(
     tokens: int = 65536,
     sequence_length: int = 1024,
     batch_size: int = 1,
+    guard_tokens: int = 0,
     recipe: AnyRecipe | None = None,
     runtime: Runtime | None = None,
     **overrides: Any,
@@ -105,6 +106,7 @@ def inspect(
         keeps: shares for the table of savings, each in a form that `grail.Recipe` takes.
         tokens, sequence_length, batch_size: the calibration set; sequences no longer than what the
             model has positions for.
+        guard_tokens: of guard text, in sequences and batches of the same size.
         recipe, runtime, overrides: of the predicted run, see `grail.compress`; default the default
             recipe on every kind of site. With `onload`, memory is that of the device where the
             blocks run.
@@ -117,6 +119,7 @@ def inspect(
     asked, runtime = merged("default" if recipe is None else recipe, runtime, overrides)
     check_kind("keeps", keeps, Iterable, "a list of shares")
     require_whole("tokens", tokens, 0)
+    require_whole("guard_tokens", guard_tokens, 0)
     require_whole("sequence_length", sequence_length, 1)
     require_whole("batch_size", batch_size, 1)
     sequence_length = min(sequence_length, positions(model) or sequence_length)
@@ -130,7 +133,13 @@ def inspect(
             architecture.ensure_biases(sites, transaction)
         savings = [_saving(model, architecture, asked, sites, keep) for keep in keeps]
         needed, seconds = _cost(
-            model, architecture, asked, tokens, sequence_length, batch_size, runtime.onload
+            model,
+            architecture,
+            asked,
+            (tokens, guard_tokens),
+            sequence_length,
+            batch_size,
+            runtime.onload,
         )
         transaction.undo()
     dense = _of_kinds((site, site.width(1.0, None)) for site in sites)
@@ -183,12 +192,16 @@ def _cost(
     model: Any,
     architecture: Architecture,
     recipe: Recipe,
-    tokens: int,
+    tokens: tuple[int, int],
     sequence_length: int,
     batch_size: int,
     onload: torch.device | str | None,
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Returns memory and seconds of an `Inspection`."""
+    """Returns memory and seconds of an `Inspection`.
+
+    Args:
+        tokens: of calibration and guard text.
+    """
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     decodes = generates(model) and not getattr(model.config, "is_encoder_decoder", False)
     if not hasattr(embeddings, "num_embeddings") or not (architecture.trusted or decodes):
@@ -196,7 +209,8 @@ def _cost(
     device = computing_device(model, onload)
     in_use = memory.in_use(device)
     trial = _trial(model, batch_size, sequence_length)
-    enter = partial(Stream, model, architecture.blocks, trial, device=device)
+    others = {Role.GUARD: trial} if tokens[1] else {}
+    enter = partial(Stream, model, architecture.blocks, trial, device=device, others=others)
     with eval_no_grad(model):
         stream = enter(storage=device if onload is None else "cpu")
         predicted = peak_memory.predict(
@@ -205,7 +219,7 @@ def _cost(
             stream,
             Clock(device),
             onloads=onload is not None,
-            growth=tokens / stream.tokens,
+            growth=sum(tokens) / stream.own_tokens,
         )
     storage, keeps_inputs = torch.device("cpu"), device.type == "cpu"
     if onload is None:
@@ -215,7 +229,7 @@ def _cost(
         parts |= predicted.parts(storage.type == device.type, keeps_inputs)
     onloader = Onloader(architecture.blocks, None if onload is None else device)
     enter = partial(enter, storage=storage)
-    seconds = _seconds(model, architecture, recipe, tokens, enter, onloader)
+    seconds = _seconds(model, architecture, recipe, sum(tokens), enter, onloader)
     return {**parts, "peak": sum(parts.values())}, seconds
 
 
@@ -303,7 +317,7 @@ def _seconds(
                 # Not the first: what runs before all sites never drifts, and is never corrected.
                 compressor.compress(min(1, blocks - 1), ignore)
             transaction.undo()
-        repeats = -(-tokens // stream.tokens)
+        repeats = -(-tokens // stream.own_tokens)
         each = {"forward": repeats, "gram": repeats}
         phases = {k: v * blocks * each.get(k, 1) for k, v in clock.seconds.items()}
     return {**phases, "total": sum(phases.values())}

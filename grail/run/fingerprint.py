@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -21,12 +22,20 @@ _HASH = "sha256:"
 
 
 class HashedBatches:
-    """Batches that are hashed while they are read."""
+    """Batches that are hashed while they are read.
 
-    def __init__(self, batches: Iterable[Batch]):
-        self._batches, self._hash = batches, hashlib.sha256()
+    Args:
+        batches: read once.
+        needed: whether the hash is asked for at all; else nothing is hashed.
+    """
+
+    def __init__(self, batches: Iterable[Batch], needed: bool = True):
+        self._batches, self._hash, self._needed = batches, hashlib.sha256(), needed
 
     def __iter__(self) -> Iterator[Batch]:
+        if not self._needed:
+            yield from self._batches
+            return
         for batch in self._batches:
             leaves, form = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
             hashes = [state.digest(x) if isinstance(x, Tensor) else repr(x) for x in leaves]
@@ -62,19 +71,28 @@ def run_fingerprint(model: Any, recipe: Recipe) -> dict[str, str]:
     }
 
 
-def with_calibration(run: Mapping[str, str], batches: HashedBatches) -> dict[str, str]:
-    """Returns the fingerprint of a run with that of its batches, once all of them were read."""
-    return {**run, "calibration": _HASH + batches.sha256}
+def with_calibration(
+    run: Mapping[str, str],
+    batches: HashedBatches,
+    others: Mapping[str, HashedBatches] = MappingProxyType({}),
+) -> dict[str, str]:
+    """Returns the fingerprint of a run with that of its batches, once all of them were read.
+
+    Args:
+        others: batches with another purpose, by name.
+    """
+    texts = {"calibration": batches, **others}
+    return {**run, **{name: _HASH + text.sha256 for name, text in texts.items()}}
 
 
 def require_same_run(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raises InputError if the state in a folder has the fingerprint of another run."""
     different = [
         f"{name} differs"
-        if now[name].startswith(_HASH)
+        if now.get(name, _HASH).startswith(_HASH)
         else f"{name} was {before.get(name)} and is {now[name]}"
-        for name in now
-        if before.get(name) != now[name]
+        for name in {**now, **before}
+        if before.get(name) != now.get(name)
     ]
     if different:
         raise InputError(

@@ -71,7 +71,7 @@ class ExactFolding:
         """
         share = self._recipe.drift_correction
         if share == "auto":
-            if target is not None and self._stream.holds_out:
+            if target is not None and self._stream.chooses:
                 return target, share, None
             share = 0.0
         if target is not None and share == 1:

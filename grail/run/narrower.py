@@ -99,7 +99,8 @@ class SiteNarrower:
         else:
             return fit
         report.notes.append(f"{consumer.name}: its error is not measured: {reason}")
-        return replace(fit, error=math.nan, baseline_error=math.nan)
+        nothing = {"guard_error": None, "guard_baseline_error": None}
+        return replace(fit, error=math.nan, baseline_error=math.nan, **nothing)
 
 
 def _rows(
@@ -121,6 +122,9 @@ def _rows(
             retries=fit.retries,
             error=_finite(fit.error),
             baseline_error=_finite(fit.baseline_error),
+            guard_error=fit.guard_error,
+            guard_baseline_error=fit.guard_baseline_error,
+            guard_share=None if fit.guard_error is None else fit.guard_share,
         )
         for consumer, of_consumer, fit in zip(site.consumers, tokens, fits, strict=True)
     ]

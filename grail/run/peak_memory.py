@@ -28,7 +28,7 @@ from grail.algebra._fit import Fit, FitSite, batch_bytes
 from grail.algebra.reduction import Folding
 from grail.algebra.width import ChannelWidth
 from grail.calibrate.hidden_states import created_hidden_states
-from grail.calibrate.stream import Stream
+from grail.calibrate.stream import Role, Stream
 from grail.errors import GrailError
 from grail.networks import Architecture
 from grail.recipe import Recipe
@@ -269,6 +269,7 @@ class _Rehearsal:
             "compensate": self._recipe.compensate,
             "held_out": self._recipe.holds_out and self._whole.holds_out,
             "fit_bias": fit_bias,
+            "guard": Role.GUARD in self._whole.others,
         }
         if sites:
             self._record(batch_bytes(sites, **alike))
@@ -318,17 +319,19 @@ class _Search:
 
 
 def _sample(stream: Stream) -> list[int]:
-    """Returns the largest batch and one with what it lacks, samples held out or not, by number.
+    """Returns the largest batch, and before it one for each role that it lacks, by number.
 
-    So the second pass finds all statistics of both in use.
+    So the last pass finds all statistics in use.
     """
     sizes = [hidden.nbytes for hidden in stream.hidden]
     largest = sizes.index(max(sizes))
-    held = stream.held_out(largest)
-    if held is not None and not bool(held.all()):
-        return [largest, largest]
-    other = (n for n in range(len(sizes)) if (stream.held_out(n) is None) != (held is None))
-    return [next(other, largest), largest]
+    first: dict[Role, int] = {}
+    for batch in range(len(sizes)):
+        for role in stream.by_role(batch, holds_out=True):
+            first.setdefault(role, batch)
+    found = stream.by_role(largest, holds_out=True)
+    others = [batch for role, batch in first.items() if role not in found]
+    return [*(others or [largest]), largest]
 
 
 def _share_held(stream: Stream, share: float) -> float:

@@ -83,9 +83,10 @@ class BlockQuantizer:
         with self._clock("forward"), self._observed(layers, grams):
             for batch in range(len(stream)):
                 reader.batch = batch
-                stream.run(block, batch)
-                with self._clock("gram"):
-                    grams.finish()
+                if stream.fits(batch):
+                    stream.run(block, batch)
+                    with self._clock("gram"):
+                        grams.finish()
                 advance(stream.tokens_of(batch))
         self._blocks.stream.processes.require_equal("the layers that share a Gram", grams.groups)
         for names in grams.groups:

@@ -182,7 +182,9 @@ class SiteSolver:
         self, statistics: SiteStatistics, weight: Tensor, reduction: Reduction
     ) -> FitSite:
         compensate = self._recipe.compensate and not statistics.underdetermined(reduction.kept)
-        return FitSite(statistics.train, reduction, (weight,), statistics.held_out, compensate)
+        guard = statistics.guard if compensate else None
+        of_tokens = (statistics.held_out, compensate, guard)
+        return FitSite(statistics.train, reduction, (weight,), *of_tokens)
 
     def _solved(
         self,

@@ -107,6 +107,7 @@ class Study:
         stages: counts the time.
         runtime: how all runs are computed; the network's own run alone is resumed.
         say: called with the name of the next step.
+        guard: batches of guard text, for the runs that can use one.
 
     Memory: from the dense row on, the dense network's outputs are kept on the host, so that no
     other row needs a second pass of it: for each text its last hidden states [tokens, features] and
@@ -125,6 +126,7 @@ class Study:
     rows: dict[str, Evaluation] = field(default_factory=dict)
     completions: dict[str, Tensor] = field(default_factory=dict)
     references: dict[str, DenseReference] = field(default_factory=dict)
+    guard: Sequence[Tensor] = ()
 
     @property
     def _first(self) -> Sequence[Tensor]:
@@ -166,6 +168,7 @@ class Study:
             tokens=tokens,
             sequence_length=length,
             batch_size=rows,
+            guard_tokens=_count(self._guard_of(recipe) or ()),
             recipe=recipe,
             runtime=self.runtime,
         )
@@ -238,7 +241,7 @@ class Study:
             self.say(f"Measuring the comparison: {self._label(other)} …")
             with self.stages(RUNS):
                 runtime = replace(self.runtime, resume_dir=None)
-                compress(self.network, self.batches, recipe=other, runtime=runtime)
+                self._compress(other, runtime)
             self.measure(role, other)
             self.network = None
             with self.stages(LOADING):
@@ -255,7 +258,7 @@ class Study:
         self.say(f"Measuring the comparison: {self._label(plain)}, and rounded to nearest …")
         with self.stages(RUNS):
             runtime = replace(self.runtime, resume_dir=None)
-            compress(self.network, self.batches, recipe=plain, runtime=runtime)
+            self._compress(plain, runtime)
         self.measure("unquantised", plain)
         with self.stages(RUNS), Transaction() as transaction:
             kind = FORMATS[recipe.quantize]
@@ -264,6 +267,14 @@ class Study:
         self.network = None
         with self.stages(LOADING):
             self.network = self.fresh()
+
+    def _compress(self, recipe: Recipe, runtime: Runtime) -> Report:
+        guard = self._guard_of(recipe)
+        return compress(self.network, self.batches, guard=guard, recipe=recipe, runtime=runtime)
+
+    def _guard_of(self, recipe: Recipe) -> Sequence[Tensor] | None:
+        """Returns the guard text for a run that chooses how strongly to compensate."""
+        return self.guard if self.guard and recipe.compensate and recipe.alpha == "auto" else None
 
     def _rounded(self, role: str) -> dict[str, Any]:
         """Returns the fields of a row that describe how the network is quantised."""
@@ -283,7 +294,7 @@ class Study:
     def run(self, recipe: Recipe) -> Report:
         """Compresses the network itself and reports it with all measurements."""
         with self.stages(COMPRESSING):
-            report = compress(self.network, self.batches, recipe=recipe, runtime=self.runtime)
+            report = self._compress(recipe, self.runtime)
         self.stages.seconds[COMPRESSING] += report.resumed.get("seconds", 0.0)
         self.measure("restored" if recipe.compensate or recipe.fit_bias else "pruned", recipe)
         add_shares(self.rows)

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grail.algebra._fit import check_guard
 from grail.arguments import as_path, require_switches
 from grail.errors import InputError
 from grail.files.load import CheckpointWarning
@@ -47,12 +48,12 @@ def compress_checkpoint(
     output: str | Path,
     calibration: AnyText | Collected,
     *,
+    guard: str | Path | Text | None = None,
     evaluate: str | Path | Text | Sequence[str | Path | Text] | None = None,
     baseline: bool = True,
     uneven: bool = False,
     recipe: AnyRecipe = "default",
     runtime: Runtime | None = None,
-    command: str | None = None,
     **overrides: Any,
 ) -> Report:
     """Compresses a causal language model of transformers into a folder that transformers loads.
@@ -67,6 +68,8 @@ def compress_checkpoint(
         calibration: a text, as a `grail.Text` with the way to read it; several texts, as a list
             of them, or a `grail.Mixture` with their shares of the tokens; or statistics of the
             dense network, `grail.Collected(folder)`, for the open loop.
+        guard: a second kind of text, on which no site's output becomes worse than plain pruning's;
+            see `grail.compress`. Read as the calibration, 16,384 tokens of it.
         evaluate: held-out text, on which the dense, the pruned and the restored model are compared;
             with `onload` on the CPU. Read as the calibration, 16,384 tokens of it; wikitext2 is
             measured as in the literature: all of the test split, joined by blank lines, in
@@ -77,8 +80,8 @@ def compress_checkpoint(
             that `keep` gives; transformers then reads the folder with `trust_remote_code=True`.
         recipe, runtime, overrides: see `grail.compress`. `progress` also prints what is done on
             stderr. With `resume_dir` the same call resumes after a crash; the state is deleted once
-            the model is written.
-        command: the origin that the report names; default this call.
+            the model is written. One more is `command`, the origin that the report names; default
+            this call.
 
     Returns:
         The report that is written. In an initialised `torch.distributed` group all processes call
@@ -93,10 +96,12 @@ def compress_checkpoint(
         source = Pretrained(str(as_path("source", source)))
     output = as_path("output", output)
     require_switches(baseline=baseline, uneven=uneven)
+    command = overrides.pop("command", None)
+    check_kind("command", command, (str, NoneType), "a text")
     recipe, runtime = merged(recipe, runtime, overrides)
-    call = _Call(
-        source, output, *_texts(calibration, evaluate, recipe), baseline, uneven, recipe, runtime
-    )
+    calibration, evaluate = _texts(calibration, evaluate, recipe)
+    guarding = _guard_text(guard, calibration)
+    call = _Call(source, output, calibration, evaluate, baseline, uneven, recipe, runtime, guarding)
     processes = current_processes()
     done = call.done
     processes.require_equal("whether the run is done", done)
@@ -134,6 +139,17 @@ def _texts(
     return calibration, tuple(texts)
 
 
+def _guard_text(
+    guard: str | Path | Text | None, calibration: Text | Mixture | Collected
+) -> Text | None:
+    """Returns the guard text of a call, read as its calibration."""
+    check_kind("guard", guard, (str, Path, Text, NoneType), "a text")
+    if isinstance(guard, (str, Path)):
+        like = Text("") if isinstance(calibration, Collected) else calibration
+        return like.guarding(str(guard), {}, "guard")
+    return guard
+
+
 @dataclass(frozen=True)
 class _Call:
     """The arguments of `compress_checkpoint`."""
@@ -146,9 +162,12 @@ class _Call:
     uneven: bool
     recipe: Recipe
     runtime: Runtime
+    guard: Text | None = None
 
     def __repr__(self) -> str:
         given = {name: value for name, value in vars(self).items() if name != "runtime"}
+        if self.guard is None:
+            del given["guard"]
         return f"grail.compress_checkpoint({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
     @property
@@ -198,14 +217,22 @@ class _Call:
             raise InputError(
                 "statistics are of the dense network: give --open-loop (closed_loop=False)"
             )
+        if self.guard is not None:
+            if collected:
+                raise InputError(
+                    "guard text runs through the network with the calibration, and statistics "
+                    "come without one: give --calibration (calibration=) or no guard"
+                )
+            check_guard(self.recipe.alpha, self.recipe.compensate)
         folder = self.runtime.resume_dir
         check_output(self.output, apart=None if folder is None else Path(folder))
         calibration = self.calibration
         if not isinstance(calibration, Collected):
             calibration = calibration.checked(self.source.source)
         evaluate = tuple(text.checked(self.source.source) for text in self.evaluate)
+        guard = None if self.guard is None else self.guard.checked(self.source.source)
         _ = self.source.computing
-        return replace(self, calibration=calibration, evaluate=evaluate)
+        return replace(self, calibration=calibration, evaluate=evaluate, guard=guard)
 
     def load(self) -> tuple[Any, Any]:
         """Returns model and tokenizer, where blocks are brought to a device on the host."""
@@ -273,14 +300,20 @@ class _Work:
                 name: text.batches(network, tokenizer)
                 for name, text in zip(names, call.evaluate, strict=True)
             }
+        with warnings_as_notes() as of_guard:
+            guard = call.guard.batches(network, tokenizer) if call.guard else []
         self.notes += unused + notes + [f"Held-out text: {note}" for note in others]
+        self.notes += [f"Guard text: {note}" for note in of_guard]
+        if call.guard is not None:
+            self._origin["guard"] = text_of(call.guard.source, guard) | call.guard.reading
+        of_run = None if isinstance(call.calibration, Collected) else call.calibration
         for name, text in zip(names, call.evaluate, strict=True):
-            of_text = None if isinstance(call.calibration, Collected) else call.calibration
-            if of_text is not None and of_text.is_same_text(text):
-                which = f"held-out text {name}" if len(names) > 1 else "held-out text"
-                self.notes.append(
-                    f"The {which} is the calibration text: the comparison is too kind."
-                )
+            which = f"held-out text {name}" if len(names) > 1 else "held-out text"
+            for role, other in {"calibration": of_run, "guard": call.guard}.items():
+                if other is not None and other.is_same_text(text):
+                    self.notes.append(
+                        f"The {which} is the {role} text: the comparison is too kind."
+                    )
         if call.uneven:
             require_single_channels(find(network, call.recipe.sites), call.recipe)
         origins = [
@@ -300,6 +333,7 @@ class _Work:
             self.stages,
             call.runtime,
             call.say,
+            guard=guard,
         )
 
     def _batches(self, network: Any, tokenizer: Any) -> list[Tensor] | Collected:

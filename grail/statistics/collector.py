@@ -118,7 +118,8 @@ class Collector:
         if step[0].group is not None:
             names, channels = [point.name for point in step], step[0].channels
             device, non_finite = self._stream.device, self._recipe.non_finite
-            for part in ("train", "held_out"):
+            others = sorted(role.value for role in self._stream.others)
+            for part in ("train", "held_out", *others):
                 experts = RaggedGrams(names, channels, device, non_finite=non_finite)
                 shared[part] = experts.take()
         return {
@@ -203,7 +204,7 @@ class Collector:
         return list(ran)
 
     def inputs_of(self, module: nn.Module, block: int) -> Iterator[Tensor]:
-        """Yields what a module of a block reads, batch by batch."""
+        """Yields what a module of a block reads, batch by batch of the calibration."""
         inputs: list[Tensor] = []
 
         def read(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -211,7 +212,7 @@ class Collector:
             raise Stop
 
         with module.register_forward_pre_hook(read), self._clock("forward"):
-            for batch in range(len(self._stream)):
+            for batch in filter(self._stream.fits, range(len(self._stream))):
                 with suppress(Stop):
                     self._stream.run(block, batch)
                 yield inputs.pop()

@@ -31,7 +31,8 @@ def regional_gradient(
         stream: at the entry of the site's block. Tokens outside its masks do not count.
         site: its consumers are stacked along O.
         drops: whether a sequence whose gradient holds NaN or Inf is left out, not refused.
-        holds_out: whether held-out sequences are left out.
+        holds_out: whether held-out sequences are left out. Guard text always is; where other text
+            selects channels than is fitted, that alone counts.
 
     Returns:
         [O, H] fp32.
@@ -121,8 +122,11 @@ def _counting(stream: Stream, batch: int, samples: int, holds_out: bool) -> list
     """Returns the sequences of a batch that count."""
     mask = stream.output_mask(batch)
     counts = torch.ones(samples, dtype=torch.bool) if mask is None else mask.any(1).cpu()
-    held = stream.held_out(batch) if holds_out else None
-    counts = counts if held is None else counts & ~held
+    roles = stream.by_role(batch, holds_out)
+    if stream.selecting not in roles:
+        return []
+    rows = roles[stream.selecting]
+    counts = counts if rows is None else counts & rows
     found: list[int] = counts.nonzero().flatten().tolist()
     return found
 

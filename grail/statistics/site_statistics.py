@@ -1,7 +1,9 @@
-"""Statistics of what one consumer of a site reads: the Gram of most samples, and of those held out.
+"""Statistics of what one consumer of a site reads: a Gram for each role of samples.
 
 train               for the fit
 held_out            for what is chosen
+guard               for what is chosen, of text that is never fitted; only where there is some
+select              for selection alone, where other text selects than is fitted
 channels            for selection, where taps of a convolution are columns of `train`; else
 `train` serves that, too
 held_out_channels   the same of held-out samples
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from grail.algebra.gram import Gram
 from grail.calibrate.samples import Order
-from grail.calibrate.stream import Stream
+from grail.calibrate.stream import Role, Stream
 from grail.errors import ModelError
 from grail.networks import CalibrationPoint
 from grail.networks.layers import Consumer, Routed
@@ -23,6 +25,7 @@ from grail.recipe import Recipe
 
 SAMPLES_FIRST = Order()
 _HELD_OUT_OF = {"train": "held_out", "channels": "held_out_channels"}
+_CHANNELS_OF = {Role.TRAIN: "channels", Role.HELD_OUT: "held_out_channels"}
 
 
 class SiteStatistics:
@@ -53,8 +56,8 @@ class SiteStatistics:
         self._partial = point.group is not None  # the consumer gets only some of the tokens
         self._grams = grams or self._empty(recipe)
         self.train, self._held_out = self._grams["train"], self._grams["held_out"]
-        self.channels = self._grams.get("channels", self.train)
-        self._held_out_channels = self._grams.get("held_out_channels", self._held_out)
+        self._channels = self._grams.get("channels", self.train)
+        self._guard, self._select = self._grams.get("guard"), self._grams.get("select")
 
     def _empty(self, recipe: Recipe) -> dict[str, Gram]:
         make = partial(
@@ -62,11 +65,17 @@ class SiteStatistics:
         )
         channels, taps = self._consumer.channels, self._consumer.taps
         sizes = [channels * taps, channels] if self._per_tap and taps > 1 else [channels]
-        return {
+        grams = {
             name: make(size)
             for size, names in zip(sizes, _HELD_OUT_OF.items(), strict=False)
             for name in names
         }
+        size_of = {Role.GUARD: sizes[0], Role.SELECT: channels}
+        others = {role.value: make(size) for role, size in size_of.items() if self._has(role)}
+        return grams | others
+
+    def _has(self, role: Role) -> bool:
+        return role in self._stream.others
 
     def update(
         self,
@@ -106,49 +115,57 @@ class SiteStatistics:
             tokens = self._order.by_sample(tokens, samples)
             x = tokens if whole else self._order.by_sample(x, samples)
             drift = None if drift is None else self._order.by_sample(drift, samples)
-        mask, held = self._flags(batch, tokens, routed)
-        if held is None or bool(held.all()):
-            self._add(held is not None, of_target, x, tokens, mask, drift)
-            return
-        for is_held, rows in ((False, ~held), (True, held)):
-            parts = (None if t is None else t[rows] for t in (mask, drift))
-            self._add(is_held, of_target, x[rows], tokens[rows], *parts)
+        mask, by_role = self._flags(batch, tokens, routed)
+        for role, rows in by_role.items():
+            if rows is None:
+                self._add(role, of_target, x, tokens, mask, drift)
+            else:
+                parts = (None if t is None else t[rows] for t in (mask, drift))
+                self._add(role, of_target, x[rows], tokens[rows], *parts)
 
     def _add(
         self,
-        held: bool,
+        role: Role,
         of_target: bool,
         x: Tensor,
         tokens: Tensor,
         mask: Tensor | None,
         drift: Tensor | None,
     ) -> None:
-        gram = self._held_out if held else self.train
-        channels = self._held_out_channels if held else self.channels
+        """Adds tokens to the Gram of their role, and what selects channels to its own."""
+        gram = self._grams[role.value]
+        if gram.channels != tokens.shape[-1]:  # taps are columns only where weights are fitted
+            gram.update(self._consumer.pixels(x))
+            return
         if of_target:
             gram.update(tokens, mask, target=drift)
         else:
             gram.update(tokens, mask, drift)
-        if channels is not gram:
+        channels = self._grams.get(_CHANNELS_OF.get(role, ""))
+        if channels is not None:
             channels.update(self._consumer.pixels(x))
 
     def _flags(
         self, batch: int, tokens: Tensor, routed: Routed | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns which tokens count, and which rows of the first axis are held out.
+    ) -> tuple[Tensor | None, dict[Role, Tensor | None]]:
+        """Returns which tokens count, and the rows of the first axis of each role; None is all.
 
-        The second is on the CPU, where reading it stalls no GPU, except for routed tokens.
+        The second are on the CPU, where reading them stalls no GPU, except for routed tokens.
         """
         length = tokens.shape[1] if tokens.dim() == 3 else None
         mask = self._stream.mask(batch, self._order.decoder, length)
-        held = self._stream.held_out(batch) if self._holds_out else None
+        roles = self._stream.by_role(batch, self._holds_out)
         hidden = self._stream.hidden[batch]
         if routed is None:
             shape, samples = tokens.shape[:-1], len(hidden)
-            return self._mask_of(shape, mask, samples), self._held_of(shape, held, samples)
+            by_role = {role: self._rows_of(shape, rows, samples) for role, rows in roles.items()}
+            return self._mask_of(shape, mask, samples), by_role
         mask = None if mask is None else mask.flatten()[routed.places]
         samples_of = routed.places // hidden.shape[1]
-        return mask, None if held is None else held.to(samples_of.device)[samples_of]
+        return mask, {
+            role: None if rows is None else rows.to(samples_of.device)[samples_of]
+            for role, rows in roles.items()
+        }
 
     def _mask_of(self, shape: torch.Size, mask: Tensor | None, samples: int) -> Tensor | None:
         """Returns the mask of tokens that may lie in one row, or be one of each sample."""
@@ -164,17 +181,17 @@ class SiteStatistics:
             )
         return mask.flatten()
 
-    def _held_of(self, shape: torch.Size, held: Tensor | None, samples: int) -> Tensor | None:
-        """Returns the rows of tokens that belong to samples held out."""
-        if held is None or shape[0] == samples:
-            return held
+    def _rows_of(self, shape: torch.Size, rows: Tensor | None, samples: int) -> Tensor | None:
+        """Returns the rows of tokens that belong to some samples."""
+        if rows is None or shape[0] == samples:
+            return rows
         if shape[0] % samples:
             raise ModelError(
                 f"{self.name} reads tokens {list(shape)} of {samples} samples, which do not "
                 "lie along the first axis, so none can be held out: give alpha, and "
                 "drift_correction=0"
             )
-        return held.repeat_interleave(shape[0] // samples)
+        return rows.repeat_interleave(shape[0] // samples)
 
     def named_grams(self) -> Mapping[str, Gram]:
         """Returns every Gram once, by name, those without tokens too."""
@@ -184,6 +201,12 @@ class SiteStatistics:
     def grams(self) -> list[Gram]:
         """Every Gram once."""
         return list(self._grams.values())
+
+    @property
+    def channels(self) -> Gram:
+        """The Gram by which channels are selected."""
+        # An expert may get tokens of the calibration and none that select.
+        return self._select if self._select is not None and self._select.tokens else self._channels
 
     def underdetermined(self, kept: int) -> bool:
         """Returns True if a layer that gets only some tokens got too few to fit `kept` channels."""
@@ -195,13 +218,19 @@ class SiteStatistics:
         return self._held_out if self._held_out.tokens and self.train.tokens else None
 
     @property
+    def guard(self) -> Gram | None:
+        """The Gram of guard text; None if there is none, or nothing is fitted."""
+        has_some = self._guard is not None and self._guard.tokens and self.train.tokens
+        return self._guard if has_some else None
+
+    @property
     def dropped(self) -> int:
         """The number of tokens that do not count, because they or their drift hold NaN or Inf."""
-        return self.train.dropped + self._held_out.dropped
+        return sum(self._grams[role.value].dropped for role in Role if role.value in self._grams)
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that count, held out or not."""
+        """The number of tokens of the calibration that count, held out or not."""
         return self.train.tokens + self._held_out.tokens
 
 
