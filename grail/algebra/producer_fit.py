@@ -60,8 +60,7 @@ class Moments:
     """
 
     def __init__(self, consumer: Tensor, inputs: int):
-        outputs, channels = consumer.shape
-        device = consumer.device
+        channels, device = consumer.shape[1], consumer.device
         self._consumer = consumer.float()
         self.right = torch.zeros(channels, inputs, dtype=torch.float32, device=device)
         self.inputs = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
@@ -114,7 +113,7 @@ def conjugate_gradients(
         consumer: W [O, K].
         sets: the moments of the tokens that are fitted and, after it, of those that judge. A step
             counts as better if the largest error of the judging sets, each relative to its own
-            before the first step, is smaller; without such a set, the error of the fitted one.
+            before the first step, is smaller. Without such a set the last step is the best.
         chunks: yields all tokens of all sets, in the same order at every call.
         steps: the most that are taken.
         alpha: strength of the penalty, ≥ 0.
@@ -212,7 +211,7 @@ class _Errors:
     def add(self, direction: Tensor, seen: Sequence[Tensor], length: float) -> bool:
         """Moves by `length` of a direction with N·direction `seen`; returns whether that is best.
 
-        The first set is the fitted one, which judges only where there is no other.
+        The first set is the fitted one, which does not judge.
         """
         for number, (each, product) in enumerate(zip(self._sets, seen, strict=True)):
             slope = _inner(each.right, direction) - _inner(self._seen[number], direction)
@@ -221,11 +220,12 @@ class _Errors:
         pairs = zip(self._now, self._first, strict=True)
         relative = tuple(now / first if first > 0 else 1.0 for now, first in pairs)
         self.trace.append(relative)
-        judged = max(relative[1:] or relative)
-        if not judged < self._best:
-            return False
-        self._best = judged
-        return True
+        if len(relative) == 1:  # its error and the penalty have fallen together
+            return relative[0] < 1
+        judged = max(relative[1:])
+        better = judged < self._best
+        self._best = min(judged, self._best)
+        return better
 
 
 def _weights(consumer: Tensor, fitted: Moments) -> Tensor:

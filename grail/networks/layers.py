@@ -160,7 +160,7 @@ class Producer:
     def spans(self) -> list[Range]:
         """Returns where the rows that write the site's channels lie now, a range for each part.
 
-        None where rows of several parts alternate, or have another role.
+        There is none where rows of several parts alternate, or have another role.
         """
         if self.places is not None:
             return self.places.now()
@@ -170,6 +170,10 @@ class Producer:
             return []
         count = len(_matrix(self.module)) // len(self.parts)
         return [(part * count, (part + 1) * count) for part in range(len(self.parts))]
+
+    def at(self, span: Range) -> Tensor:
+        """Returns the rows of one of `spans`, [K, ...]."""
+        return _matrix(self.module)[slice(*span)]
 
     def rewrite(self, span: Range, rows: Tensor, change: Transaction) -> None:
         """Replaces the rows of one of `spans`, [K, ...]; the bias stays."""

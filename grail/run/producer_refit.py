@@ -241,7 +241,7 @@ class ProducerRefit:
         """Runs all batches through the narrow block, and keeps what the fit of a part needs."""
         statistics, total = self._collector.empty(job.site), self._stream.processes.total
         weight = job.site.consumers[0].by_channel
-        inputs = part.producer.rows()[part.number].shape[1]
+        inputs = part.rows.shape[1]
         sets = [Moments(weight, inputs) for _ in range(2)]
         for batch, found, missing, _ in self._reads(job, part):
             assert found.x is not None
@@ -346,7 +346,7 @@ class _Trial:
         self, part: Part, change: Tensor, errors: Sequence[float], transaction: Transaction
     ):
         self._part, self._change, self._transaction = part, change, transaction
-        self._old = part.producer.rows()[part.number].clone()
+        self._old = part.rows.clone()
         self._errors, self._halvings = errors, 0
         self._write(change)
 
@@ -361,7 +361,7 @@ class _Trial:
     def smaller(self) -> "_Trial | None":
         """Halves the change, or takes it back and returns None."""
         if self._halvings == HALVINGS:
-            self._part.producer.rewrite(self._part.span, self._old, self._transaction)
+            self._part.rewrite(self._old, self._transaction)
             return None
         self._halvings += 1
         self._write(self._change / 2**self._halvings)
@@ -369,7 +369,7 @@ class _Trial:
 
     def _write(self, change: Tensor) -> None:
         rows = self._old.double() + change
-        self._part.producer.rewrite(self._part.span, rows, self._transaction)
+        self._part.rewrite(rows, self._transaction)
 
 
 def refusal(site: BoundSite) -> str:

@@ -22,6 +22,7 @@ from grail.networks import BoundSite
 from grail.networks.layers import Producer, Range
 from grail.runtime.hooks import Stop, input_of
 from grail.runtime.memory import ran_out
+from grail.runtime.transaction import Transaction
 from grail.statistics.observing import watch
 
 # Of its norm, what two slopes in fp32 may differ by rounding.
@@ -44,6 +45,15 @@ class Part:
     def span(self) -> Range:
         """Where the rows lie now."""
         return self.producer.spans()[self.number]
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows [K, D]."""
+        return self.producer.at(self.span)
+
+    def rewrite(self, rows: Tensor, transaction: Transaction) -> None:
+        """Replaces the rows."""
+        self.producer.rewrite(self.span, rows, transaction)
 
 
 @dataclass
