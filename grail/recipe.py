@@ -16,7 +16,15 @@ from grail.algebra.gram import NonFinite, check_non_finite
 from grail.algebra.grids import BLOCK, format_of
 from grail.algebra.targets import Multiple, as_multiple, in_words
 from grail.algebra.width import Width, check_keep
-from grail.arguments import as_path, did_you_mean, is_number, plain, require_seed, require_switches
+from grail.arguments import (
+    as_path,
+    did_you_mean,
+    is_number,
+    plain,
+    require_seed,
+    require_switches,
+    require_whole,
+)
 from grail.errors import InputError, ModelError, one_line
 from grail.networks import Architecture, BoundSite, Fused, Part, Site
 from grail.runtime.settings import (
@@ -278,8 +286,7 @@ class Recipe:
     def _check_refit(self) -> None:
         """Raises InputError for settings with which producers are not refitted."""
         steps = self.refit_producers
-        if not (isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0):
-            raise InputError(f"refit_producers must be a number of steps ≥ 0; got {steps!r}")
+        require_whole("refit_producers", steps, 0)
         if not steps:
             return
         refused = {

@@ -240,8 +240,12 @@ def _preconditioner(fitted: Moments, weights: Tensor, alpha: float) -> Callable[
     normal = fitted.inputs.double()
     normal = (normal + normal.mT) / 2
     mean = normal.diagonal().mean()
-    normal.diagonal().add_(max(alpha, LEAST_DAMPING) * mean + (mean == 0))
-    factor = torch.linalg.cholesky(normal)
+    damping = max(alpha, LEAST_DAMPING) * mean + (mean == 0)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(normal + torch.diag(damping.expand(len(normal))))
+        if not failed:
+            break
+        damping = 10 * damping
     inverse = torch.where(weights > 0, 1 / weights, 0)
 
     def condition(residual: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from grail.run.producer_refit import ProducerRefit, RefitJob
 from grail.run.quantizer import BlockQuantizer
 from grail.run.site_check import explain_failure, is_same_activation
 from grail.run.solver import SiteSolver
+from grail.runtime.progress import Countdown
 from grail.runtime.transaction import Transaction
 from grail.statistics.batchnorm import reset_norm
 from grail.statistics.collector import Advance
@@ -190,7 +191,7 @@ class BlockCompressor:
         targets = {} if moves_both else self._targets(block, [*inputs, *sites], advance)
         for point in inputs:
             self._attention.correct(point, targets[point], advance, report)
-        split, reduction = None, None
+        split, reduction, tokens = None, None, self._stream.own_tokens
         for step in steps:
             last = step[-1] is sites[-1]
             split = self._finisher.split(step) if last else None
@@ -207,11 +208,12 @@ class BlockCompressor:
                 )
             if split is not None and moves_both:
                 self._finisher.move(self.streams(done=block + 1)[-1], split, advance)
-            refit = None
+            refit, rest = None, Countdown(self._refit.passes(step[0]) * tokens, advance)
             if refits:
-                refit = self._refitting(step[0], of_step.get(step[0]), split, advance, report)
+                refit = self._refitting(step[0], of_step.get(step[0]), split, rest, report)
             gradients = self.blocks.gradients(step)
             reductions = self.narrow(collected, gradients, of_step, report, refit)
+            rest.finish()
             reduction = reductions[step[-1]]
         if self._recipe.repair and sites:
             self._reset_norms(block)
@@ -234,8 +236,7 @@ class BlockCompressor:
         def refit(decision: Decision, reduction: Reduction) -> Reduction:
             share, cache = decision.fits[0].drift_correction, self._finisher.cache
             job = RefitJob(site, share, target, split, cache, advance)
-            with explain_failure():
-                return self._refit.refit(job, decision, reduction, report)
+            return self._refit.refit(job, decision, reduction, report)
 
         return refit
 

@@ -15,6 +15,7 @@ site's output, T·(D + K + O) values.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from grail.networks import BoundSite
 from grail.run.blocks import Blocks
 from grail.run.exchange import Decision, Exchange
 from grail.run.narrower import BlockReport, SiteNarrower
+from grail.run.site_check import explain_failure
 from grail.run.solver import SiteSolver
 from grail.runtime.hooks import input_of
 from grail.runtime.transaction import Transaction
@@ -82,6 +84,7 @@ class ProducerRefit:
         transaction: Transaction,
     ):
         self._steps, self._stream = blocks.recipe.refit_producers, blocks.stream
+        self._sets = 1 + (blocks.recipe.holds_out and blocks.stream.holds_out)
         self._clock, self._collector, self._widths = blocks.clock, blocks.collector, blocks.widths
         self._trusted = blocks.architecture.trusted
         self._solver, self._narrower, self._exchange = solver, narrower, exchange
@@ -96,7 +99,7 @@ class ProducerRefit:
         return sum(states.nbytes for states in (self._own, self._inputs, self._slopes))
 
     def passes(self, site: BoundSite) -> int:
-        """Returns the number of passes over the calibration set that a site takes, at most."""
+        """Returns the number of passes over the calibration set for a site, if no change fails."""
         if not self._steps or refusal(site) or not self._narrows(site):
             return 0
         parts = sum(len(producer.spans()) for producer in site.producers)
@@ -225,7 +228,8 @@ class ProducerRefit:
         with self._clock("forward"), job.cache.replaying():
             for batch in range(len(self._stream)):
                 target = None if job.target is None else job.target[batch]
-                found = read(self._stream, job.site, batch, part, probes=target is not None)
+                with explain_failure():
+                    found = read(self._stream, job.site, batch, part, probes=target is not None)
                 assert found.hidden is not None
                 returned = plain_output(consumer.module, found.hidden)
                 own = self._own[batch].to(device).float() - returned.float()
@@ -242,7 +246,7 @@ class ProducerRefit:
         statistics, total = self._collector.empty(job.site), self._stream.processes.total
         weight = job.site.consumers[0].by_channel
         inputs = part.rows.shape[1]
-        sets = [Moments(weight, inputs) for _ in range(2)]
+        sets = [Moments(weight, inputs) for _ in range(self._sets)]
         for batch, found, missing, _ in self._reads(job, part):
             assert found.x is not None
             assert found.slope is not None
@@ -253,7 +257,6 @@ class ProducerRefit:
                     sets[is_held].add(*rows)
         for tensor in itertools.chain(*(each.sums() for each in sets)):
             tensor.copy_(total(tensor))
-        sets = sets if sets[1].tokens else sets[:1]
         return _Pass([each.energy.item() for each in sets], sets)
 
     def _collect(self, job: RefitJob) -> "_Pass":
@@ -261,7 +264,7 @@ class ProducerRefit:
         (consumer,), device = job.site.consumers, self._stream.device
         statistics, total = self._collector.empty(job.site), self._stream.processes.total
         landed = Drift(consumer.outputs, consumer.channels, device)
-        energies = torch.zeros(2, dtype=torch.float64, device=device)
+        energies = torch.zeros(self._sets, dtype=torch.float64, device=device)
         for batch, found, missing, lacking in self._reads(job, None):
             hidden = found.hidden
             assert hidden is not None
@@ -276,7 +279,7 @@ class ProducerRefit:
                     landed.update(of_dense, x, None)
         for tensor in landed.parts().values():
             tensor.copy_(total(tensor))
-        return _Pass([error for error in total(energies).tolist() if error], [], statistics, landed)
+        return _Pass(total(energies).tolist(), [], statistics, landed)
 
     def _decided(self, job: RefitJob, seen: "_Pass", first: Decision) -> Decision:
         """Returns the fit of the consumer to what it reads, with the error of the network.
@@ -300,6 +303,7 @@ class ProducerRefit:
             error = error_of(landed, normal, consumer.by_channel, found.weight)
             fitted = replace(
                 found,
+                alpha=before.alpha if math.isinf(found.alpha) else found.alpha,
                 error=error,
                 baseline_error=before.baseline_error,
                 drift_correction=before.drift_correction,
