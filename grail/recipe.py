@@ -149,10 +149,10 @@ class Recipe:
     )
     refit_producers: int = setting(
         0,
-        "Steps of conjugate gradients by which the layers that write a site are fitted as well, "
+        "Steps of conjugate gradients by which the layers that write a site are fitted, too, "
         "through the activation, toward what its consumer's output lacks; 0 leaves them. For MLPs "
-        "of linear layers. 3 are enough. Improves the calibration's kind of text, and can worsen "
-        "others.",
+        "of linear layers. Fits more weights to the same tokens, so that text of another kind than "
+        "the calibration's can get worse.",
         metavar="STEPS",
         panel="Restoring",
         least=0,

@@ -279,10 +279,15 @@ def test_any_function_of_single_channels_is_followed(function):
     assert not any("not refitted" in note for note in reports[1].notes)
 
 
-def test_convolutions_keep_their_producers():
-    name = "torchvision-basic"
-    report = compressed(convnet(name), images(), 0.5, None, refit_producers=1)[1]
-    assert any("not refitted: its layers are convolutions" in note for note in report.notes)
+def test_a_run_without_a_site_to_refit_is_refused(tiny_llama, tiny_model, tiny_batches):
+    runs = {
+        "its layers are convolutions": (convnet("torchvision-basic"), images(), None),
+        "its heads are no single channels": (tiny_llama(), tiny_batches(), ("heads",)),
+        "a router chose": (tiny_model("mixtral"), tiny_batches(), ("experts",)),
+    }
+    for reason, (model, batches, sites) in runs.items():
+        with pytest.raises(InputError, match=f"refit_producers is for sites of linear.*{reason}"):
+            compressed(model, batches, 0.5, sites, refit_producers=1)
 
 
 @pytest.mark.parametrize(
