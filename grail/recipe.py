@@ -16,7 +16,15 @@ from grail.algebra.gram import NonFinite, check_non_finite
 from grail.algebra.grids import BLOCK, format_of
 from grail.algebra.targets import Multiple, as_multiple, in_words
 from grail.algebra.width import Width, check_keep
-from grail.arguments import as_path, did_you_mean, is_number, plain, require_seed, require_switches
+from grail.arguments import (
+    as_path,
+    did_you_mean,
+    is_number,
+    plain,
+    require_seed,
+    require_switches,
+    require_whole,
+)
 from grail.errors import InputError, ModelError, one_line
 from grail.networks import Architecture, BoundSite, Fused, Part, Site
 from grail.runtime.settings import (
@@ -139,6 +147,16 @@ class Recipe:
         shown="where heads alone are narrowed",
         panel="Restoring",
     )
+    refit_producers: int = setting(
+        0,
+        "Steps of conjugate gradients by which the layers that write a site are fitted, too, "
+        "through the activation, toward what its consumer's output lacks; 0 leaves them. For MLPs "
+        "of linear layers. Fits more weights to the same tokens, so that text of another kind than "
+        "the calibration's can get worse.",
+        metavar="STEPS",
+        panel="Restoring",
+        least=0,
+    )
     closed_loop: bool = setting(
         True,
         "Closed: calibrate each block on the outputs of the compressed blocks before it. Open: on "
@@ -199,6 +217,7 @@ class Recipe:
         require_switches(**{name: getattr(self, name) for name in switches})
         check_settings(self.alpha, self.toward, self.drift_correction)
         self._check_drift()
+        self._check_refit()
         if self.repair and not self.closed_loop:
             raise InputError("repair needs the closed loop: an open one runs no narrowed block")
         check_non_finite(self.non_finite)
@@ -263,6 +282,30 @@ class Recipe:
                 "correct_attention needs the dense network's stream, which is followed where drift "
                 "is corrected"
             )
+
+    def _check_refit(self) -> None:
+        """Raises InputError for settings with which producers are not refitted."""
+        steps = self.refit_producers
+        require_whole("refit_producers", steps, 0)
+        if not steps:
+            return
+        refused = {
+            "closed_loop=False": not self.closed_loop,
+            "compensate=False": not self.compensate,
+            "fit_bias=True": self.fit_bias,
+            "token_weights=True": self.token_weights is True,
+            "non_finite='drop'": self.non_finite == "drop",
+            f"dense_share={self.dense_share}": self.dense_share != 1,
+            f"selector={self.selector!r}, which folds": self._folds,
+        }
+        if clashes := [name for name, clashing in refused.items() if clashing]:
+            raise InputError(
+                f"refit_producers={steps} does not go with {', '.join(clashes)}; choose one of them"
+            )
+
+    @property
+    def _folds(self) -> bool:
+        return bool(getattr(select.get(self.selector), "folds", False))
 
     @classmethod
     def named(cls, name: str) -> "Recipe":

@@ -437,7 +437,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "correct_attention": NOT_SWITCHES, "token_weights": [None, "yes", OBJECT, []],
         "closed_loop": NOT_SWITCHES, "seed": NOT_COUNTS, "per_tap": NOT_SWITCHES,
         "exact_folding": NOT_SWITCHES, "repair": NOT_SWITCHES, "non_finite": ANY,
-        "quantize": ANY[1:],
+        "quantize": ANY[1:], "refit_producers": NOT_COUNTS,
     },
     "grail.Selection": {"index": [*NOT_VECTORS, [0.5], [True, False]], "channels": NOT_COUNTS},
     "grail.Sensitivity.shares": {"keep": ["half", 2, OBJECT, True], "undone": [*NOT_NUMBERS, 1]},

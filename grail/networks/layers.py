@@ -157,6 +157,31 @@ class Producer:
         if self.places is not None:
             self.places.shrink(reductions["channels"].kept, transaction)
 
+    def spans(self) -> list[Range]:
+        """Returns where the rows that write the site's channels lie now, a range for each part.
+
+        There is none where rows of several parts alternate, or have another role.
+        """
+        if self.places is not None:
+            return self.places.now()
+        if self.parts is None:
+            return [(0, len(self._rows()))]
+        if self.turn is not None or any(role != "channels" for role, _ in self.parts):
+            return []
+        count = len(_matrix(self.module)) // len(self.parts)
+        return [(part * count, (part + 1) * count) for part in range(len(self.parts))]
+
+    def at(self, span: Range) -> Tensor:
+        """Returns the rows of one of `spans`, [K, ...]."""
+        return _matrix(self.module)[slice(*span)]
+
+    def rewrite(self, span: Range, rows: Tensor, change: Transaction) -> None:
+        """Replaces the rows of one of `spans`, [K, ...]; the bias stays."""
+        module: Any = self.module
+        weight = _matrix(module).clone()
+        weight[slice(*span)] = rows.to(weight)
+        change.set_parameter(module, "weight", as_stored(module, weight))
+
     def values_per_row(self) -> int:
         """Returns the parameters of one row, its bias included."""
         module: Any = self.module

@@ -40,6 +40,7 @@ _PHASES = {
     "gram": "Gram matrices",
     "select": "selection",
     "solve": "ridge solve",
+    "refit": "refit of producers",
     "absorb": "absorb",
     "checkpoint": "state for resuming",
     "other": "everything else",
@@ -213,7 +214,9 @@ def _inputs(inputs: Sequence[InputReport]) -> dict[str, Any] | None:
 def _costs(report: Report) -> list[str]:
     """Returns sentences about time and memory."""
     sentences = [resumed_sentence(report)]
-    own = sum(report.seconds.get(phase, 0.0) for phase in ("gram", "select", "solve", "absorb"))
+    own = sum(
+        report.seconds.get(phase, 0.0) for phase in ("gram", "select", "solve", "refit", "absorb")
+    )
     if forward := report.seconds.get("forward"):
         sentences.append(
             f"GRAIL's own work took {own / forward:.0%} of the time of the forward passes."

@@ -28,6 +28,7 @@ from grail.run.checkpoint import Checkpoint
 from grail.run.fingerprint import HashedBatches, run_fingerprint, with_calibration
 from grail.run.loop import Run
 from grail.run.peak_memory import PeakMemory
+from grail.run.producer_refit import refusal
 from grail.run.quantizer import forget_grids, require_quantisable, round_embeddings
 from grail.run.served import WidthWarning, refused
 from grail.runtime import memory
@@ -312,6 +313,12 @@ def _require_places(recipe: Recipe, architecture: Architecture, sites: Sequence[
         raise InputError(
             f"token_weights is for sites after which norms read the stream, token by token; "
             f"{architecture.name} has none"
+        )
+    reasons = {refusal(site) for site in sites}
+    if recipe.refit_producers and "" not in reasons:
+        raise InputError(
+            f"refit_producers is for sites of linear layers; of {architecture.name} no site to "
+            f"narrow is one: {'; '.join(sorted(reasons))}"
         )
     if recipe.correct_attention and not any(map(architecture.attention_inputs, blocks)):
         raise InputError(

@@ -318,6 +318,6 @@ def _seconds(
                 compressor.compress(min(1, blocks - 1), ignore)
             transaction.undo()
         repeats = -(-tokens // stream.own_tokens)
-        each = {"forward": repeats, "gram": repeats}
+        each = {"forward": repeats, "gram": repeats, "refit": repeats}
         phases = {k: v * blocks * each.get(k, 1) for k, v in clock.seconds.items()}
     return {**phases, "total": sum(phases.values())}

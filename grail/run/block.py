@@ -11,6 +11,7 @@ probe are taken before anything in the block is narrowed (see `grail.algebra.dri
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 from torch import Tensor
@@ -27,12 +28,15 @@ from grail.run.exchange import Decision, Exchange
 from grail.run.finishing import BlockFinisher
 from grail.run.folding import ExactFolding
 from grail.run.narrower import BlockReport, SiteNarrower
+from grail.run.producer_refit import ProducerRefit, RefitJob
 from grail.run.quantizer import BlockQuantizer
 from grail.run.site_check import explain_failure, is_same_activation
 from grail.run.solver import SiteSolver
+from grail.runtime.progress import Countdown
 from grail.runtime.transaction import Transaction
 from grail.statistics.batchnorm import reset_norm
 from grail.statistics.collector import Advance
+from grail.statistics.residual_split import ResidualSplit
 from grail.statistics.site_statistics import SiteStatistics
 
 
@@ -45,7 +49,7 @@ class BlockCompressor:
         fit: replaces `grail.algebra._fit.fit_each`.
 
     Phases of the clock: "forward" (blocks, without the statistics), "gram", "select", "solve",
-    "absorb" and "quantise".
+    "refit", "absorb" and "quantise".
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class BlockCompressor:
         self._folding = ExactFolding(blocks, self._narrower, self.solver, exchange)
         self._attention = AttentionCorrection(blocks, self.solver, exchange, transaction)
         self._finisher = BlockFinisher(blocks)
+        self._refit = ProducerRefit(blocks, self.solver, self._narrower, exchange, transaction)
         self._quantizer = BlockQuantizer(blocks, transaction) if blocks.recipe.quantize else None
 
     def streams(self, done: int) -> list[Stream]:
@@ -89,13 +94,15 @@ class BlockCompressor:
     @property
     def input_bytes(self) -> int:
         """The bytes of the inputs of consumers that are kept, so that blocks need not run again."""
-        return self._finisher.input_bytes
+        return self._finisher.input_bytes + self._refit.kept_bytes
 
     def passes(self, block: int) -> int:
         """Returns the number of passes over the calibration set that a block takes."""
         if not self._recipe.closed_loop:
             return 1
-        sites = len(grouped(self.blocks.active[block])) + bool(self._attention.inputs(block))
+        active = self.blocks.active[block]
+        sites = len(grouped(active)) + bool(self._attention.inputs(block))
+        sites += sum(map(self._refit.passes, active))
         follows = self._recipe.follows_drift and block >= self.blocks.first_active
         quantises = self._quantizer is not None
         return sites + follows + quantises + self.blocks.has_next(block)
@@ -125,12 +132,15 @@ class BlockCompressor:
         gradients: Mapping[BoundSite, Tensor],
         targets: Mapping[BoundSite, HiddenStates],
         report: BlockReport,
+        refit: Callable[[Decision, Reduction], Reduction] | None = None,
     ) -> dict[BoundSite, Reduction]:
         """Decides on sites by their statistics, narrows them and rewrites their consumers.
 
         Args:
             gradients: of the sites, if the selector needs them.
             targets: the dense network's hidden states at the probes of sites that correct drift.
+            refit: called for the only site once its consumer is rewritten; returns its reduction
+                as of then.
 
         Returns:
             Their reductions.
@@ -152,6 +162,8 @@ class BlockCompressor:
                 target = targets.get(site)
                 decision = self._folding.decide(site, reduction, target, self._finisher.cache)
             self._narrower.absorb(site, decision, report)
+            if refit is not None:
+                reductions[site] = refit(decision, reduction)
         return reductions
 
     def _open(
@@ -179,20 +191,29 @@ class BlockCompressor:
         targets = {} if moves_both else self._targets(block, [*inputs, *sites], advance)
         for point in inputs:
             self._attention.correct(point, targets[point], advance, report)
-        split, reduction = None, None
+        split, reduction, tokens = None, None, self._stream.own_tokens
         for step in steps:
             last = step[-1] is sites[-1]
             split = self._finisher.split(step) if last else None
             # The block is finished from the last site on: what ran before it need not run again.
             upstream = step[0].upstream if last and self._quantizer is None else ()
             of_step = {site: targets[site] for site in step if site in targets}
-            with self._finisher.keeping(upstream, split):
+            refits = self._refit.applies_to(step, report)
+            with ExitStack() as stack:
+                stack.enter_context(self._finisher.keeping(upstream, split, again=refits))
+                if refits:
+                    stack.enter_context(self._refit.recording(step[0]))
                 collected = self._collector.collect(
                     block, step, of_step, advance, finish=False, split=split
                 )
             if split is not None and moves_both:
                 self._finisher.move(self.streams(done=block + 1)[-1], split, advance)
-            reductions = self.narrow(collected, self.blocks.gradients(step), of_step, report)
+            refit, rest = None, Countdown(self._refit.passes(step[0]) * tokens, advance)
+            if refits:
+                refit = self._refitting(step[0], of_step.get(step[0]), split, rest, report)
+            gradients = self.blocks.gradients(step)
+            reductions = self.narrow(collected, gradients, of_step, report, refit)
+            rest.finish()
             reduction = reductions[step[-1]]
         if self._recipe.repair and sites:
             self._reset_norms(block)
@@ -201,6 +222,23 @@ class BlockCompressor:
         else:
             with explain_failure():
                 report.quantized = self._quantizer.finish(block, advance)
+
+    def _refitting(
+        self,
+        site: BoundSite,
+        target: HiddenStates | None,
+        split: ResidualSplit | None,
+        advance: Advance,
+        report: BlockReport,
+    ) -> Callable[[Decision, Reduction], Reduction]:
+        """Returns the refit of a site's producers, for `narrow`."""
+
+        def refit(decision: Decision, reduction: Reduction) -> Reduction:
+            share, cache = decision.fits[0].drift_correction, self._finisher.cache
+            job = RefitJob(site, share, target, split, cache, advance)
+            return self._refit.refit(job, decision, reduction, report)
+
+        return refit
 
     def _targets(
         self, block: int, points: Sequence[AttentionInput | BoundSite], advance: Advance

@@ -70,9 +70,16 @@ class BlockFinisher:
         return self._inputs.nbytes
 
     @contextmanager
-    def keeping(self, modules: Sequence[nn.Module], split: ResidualSplit | None) -> Iterator[None]:
-        """Keeps what modules return that need not run again, with a split only for one batch."""
-        of_all, of_first = (modules, ()) if split is None else ((), modules)
+    def keeping(
+        self, modules: Sequence[nn.Module], split: ResidualSplit | None, again: bool = False
+    ) -> Iterator[None]:
+        """Keeps what modules return that need not run again, with a split only for one batch.
+
+        Args:
+            again: whether all batches run through the block again, also with a split.
+        """
+        of_all = modules if split is None or again else ()
+        of_first = () if split is None else modules
         with self.cache.recording(of_all), self._first.recording(of_first):
             yield
 

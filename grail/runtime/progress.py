@@ -67,6 +67,29 @@ class Progress:
         self._bar.close()
 
 
+class Countdown:
+    """Passes tokens on to a bar until so many are counted; work of unknown length ends in time.
+
+    Args:
+        tokens: how many are counted in all.
+        advance: called with them.
+    """
+
+    def __init__(self, tokens: int, advance: Callable[[int], object]):
+        self._left, self._advance = tokens, advance
+
+    def __call__(self, tokens: int) -> None:
+        """Counts tokens, no more than are left."""
+        counted = min(tokens, self._left)
+        self._left -= counted
+        if counted:
+            self._advance(counted)
+
+    def finish(self) -> None:
+        """Counts all that are left."""
+        self(self._left)
+
+
 @contextmanager
 def ticking(
     bar: Any, describe: Callable[[], None] = lambda: None, seconds: float = 2.0

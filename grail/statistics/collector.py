@@ -137,6 +137,11 @@ class Collector:
             for number, point in enumerate(step)
         }
 
+    def empty(self, site: BoundSite) -> SiteStatistics:
+        """Returns empty statistics of what the only consumer of a site reads."""
+        (statistics,) = self._empty([site])[site]
+        return statistics
+
     def follow(
         self, stream: Stream, block: int, points: Sequence[CalibrationPoint], advance: Advance
     ) -> dict[CalibrationPoint, HiddenStates]:

@@ -9,7 +9,7 @@ channels            for selection, where taps of a convolution are columns of `t
 held_out_channels   the same of held-out samples
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -122,6 +122,28 @@ class SiteStatistics:
             else:
                 parts = (None if t is None else t[rows] for t in (mask, drift))
                 self._add(role, of_target, x[rows], tokens[rows], *parts)
+
+    def rows(self, batch: int, *tensors: Tensor) -> Iterator[tuple[Role, list[Tensor]]]:
+        """Yields the tokens of one batch that count, by the role of their samples.
+
+        Args:
+            batch: its number.
+            tensors: [..., n] of the tokens that the consumer reads, in their order.
+
+        Yields:
+            The role, and each tensor's rows [N, n]; nothing where there are none.
+        """
+        samples = len(self._stream.hidden[batch])
+        ordered = [self._order.by_sample(tensor, samples) for tensor in tensors]
+        mask, by_role = self._flags(batch, ordered[0], None)
+        for role, chosen in by_role.items():
+            rows = [t if chosen is None else t[chosen] for t in ordered]
+            rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in rows]
+            if mask is not None:
+                counts = (mask if chosen is None else mask[chosen]).flatten()
+                rows = [tensor[counts] for tensor in rows]
+            if len(rows[0]):
+                yield role, rows
 
     def _add(
         self,

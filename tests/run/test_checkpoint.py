@@ -77,6 +77,7 @@ CASES = {
     "biases": ("llama", {"fit_bias": True}),
     "folding": ("llama", {"selector": "folding"}),
     "attention": ("llama", {"correct_attention": True}),
+    "producers": ("llama", {"refit_producers": 2}),
     "conv1d": ("gpt2", {"sites": "mlp,heads"}),
     "a configuration of its own": ("phi3", {"sites": "heads", "keep": {"heads": [0.5, 0.7, 0.5]}}),
     "one width for each block": ("llama", {"keep": {"mlp": [0.5, 0.8, 0.5]}}),

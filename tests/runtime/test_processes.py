@@ -139,6 +139,7 @@ RUNS = {
         "llama",
         {"keep": 0.5, "selector": "wanda++", "alpha": 1e-3, "correct_attention": True},
     ),
+    "producers": ("llama", {"keep": 0.5, "alpha": 1e-3, "refit_producers": 2}),
     "a share of the dense stream": ("llama", {"keep": 0.5, "alpha": 1e-3, "dense_share": 0.2}),
     "experts": ("mixtral", {"keep": 0.5, "selector": "wanda"}),
 }

@@ -30,6 +30,7 @@ RUNS = {
     "defaults": {},
     "heads and mlp": {"sites": ("heads", "mlp")},
     "attention corrected": {"correct_attention": True},
+    "producers refitted": {"refit_producers": 2},
     "no drift": {"drift_correction": 0},
     "open loop": {"closed_loop": False},
     "some blocks": {"keep": {"mlp": [1.0, 0.5, 1.0]}},
