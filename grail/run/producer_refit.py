@@ -121,7 +121,8 @@ class ProducerRefit:
             return False
         key = self._key(site)
         if key not in self._tried:
-            reason, order = refusal(site), []
+            reason = refusal(site)
+            order: list[tuple[int, int]] = []
             if not reason:
                 with self._clock("forward"):
                     order, reason = parts_in_order(self._stream, site)
