@@ -70,6 +70,24 @@ def test_where_texts_disagree_nothing_is_worse_than_pruned_on_the_guard(
     assert any(note.startswith("guard text: of 2 consumers") for note in report.notes)
 
 
+def test_refitted_producers_are_judged_by_the_guard_too(tiny_llama, calibration, guard):
+    settings = {"keep": 0.5, "progress": False, "selector": last_channels}
+    errors = {}
+    for name, more in (
+        ("pruned", {"compensate": False}),
+        ("refitted", {"refit_producers": 3}),
+        ("guarded", {"refit_producers": 3, "guard": guard}),
+    ):
+        model = tiny_llama()
+        report = grail.compress(model, calibration, **settings, **more)
+        errors[name] = error_of_first_mlp(tiny_llama(), model, guard)
+    assert errors["refitted"] > errors["pruned"]
+    assert errors["guarded"] <= errors["pruned"] * (1 + 1e-5)
+    first = report.sites[0]
+    ratio = errors["guarded"] / errors["pruned"]
+    assert first.guard_error / first.guard_baseline_error == pytest.approx(ratio, rel=1e-3)
+
+
 def test_guard_text_selects_nothing_and_joins_no_fit(tiny_llama, calibration, guard):
     seen = []
 
