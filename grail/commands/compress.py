@@ -29,7 +29,7 @@ from grail.report.summary import (
 )
 from grail.report.texts import worse_sentence
 from grail.run._collect import Collected
-from grail.run.workflow import compress_checkpoint
+from grail.run.workflow import compress_checkpoint, started_by
 from grail.runtime.processes import current_processes, launched
 from grail.runtime.settings import Runtime, setting
 
@@ -133,18 +133,18 @@ def compress(given: Given) -> None:
     if asked.guard is not None:
         tokens = {} if asked.guard_tokens is None else {"tokens": asked.guard_tokens}
         guard = calibration.guarding(asked.guard, tokens, "--guard")
-    report = compress_checkpoint(
-        model,
-        asked.output,
-        calibration if asked.statistics is None else Collected(asked.statistics),
-        guard=guard,
-        evaluate=evaluate,
-        baseline=asked.baseline,
-        uneven=asked.uneven,
-        recipe=recipe,
-        runtime=given.runtime(model),
-        command=given.command_line(),
-    )
+    with started_by(given.command_line()):
+        report = compress_checkpoint(
+            model,
+            asked.output,
+            calibration if asked.statistics is None else Collected(asked.statistics),
+            guard=guard,
+            evaluate=evaluate,
+            baseline=asked.baseline,
+            uneven=asked.uneven,
+            recipe=recipe,
+            runtime=given.runtime(model),
+        )
     if current_processes().number == 0:
         _print_result(report, asked.output, given.prints_json)
 

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -80,8 +81,7 @@ def compress_checkpoint(
             that `keep` gives; transformers then reads the folder with `trust_remote_code=True`.
         recipe, runtime, overrides: see `grail.compress`. `progress` also prints what is done on
             stderr. With `resume_dir` the same call resumes after a crash; the state is deleted once
-            the model is written. One more is `command`, the origin that the report names; default
-            this call.
+            the model is written.
 
     Returns:
         The report that is written. In an initialised `torch.distributed` group all processes call
@@ -96,8 +96,6 @@ def compress_checkpoint(
         source = Pretrained(str(as_path("source", source)))
     output = as_path("output", output)
     require_switches(baseline=baseline, uneven=uneven)
-    command = overrides.pop("command", None)
-    check_kind("command", command, (str, NoneType), "a text")
     recipe, runtime = merged(recipe, runtime, overrides)
     calibration, evaluate = _texts(calibration, evaluate, recipe)
     guarding = _guard_text(guard, calibration)
@@ -109,7 +107,21 @@ def compress_checkpoint(
         if processes.number == 0:
             resume_folder.clear(str(runtime.resume_dir))
         return Report.from_json(call.written.read_text(encoding="utf-8"))
-    return _Work(call.checked(), command or repr(call), call.identity).run()
+    return _Work(call.checked(), _COMMAND.get() or repr(call), call.identity).run()
+
+
+# The origin that a report names; "" is the call itself.
+_COMMAND = ContextVar("command", default="")
+
+
+@contextmanager
+def started_by(command: str) -> Iterator[None]:
+    """Names a command in the reports of the calls inside, in the place of these calls."""
+    token = _COMMAND.set(command)
+    try:
+        yield
+    finally:
+        _COMMAND.reset(token)
 
 
 def _texts(
