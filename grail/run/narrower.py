@@ -99,8 +99,13 @@ class SiteNarrower:
         else:
             return fit
         report.notes.append(f"{consumer.name}: its error is not measured: {reason}")
-        nothing = {"guard_error": None, "guard_baseline_error": None}
-        return replace(fit, error=math.nan, baseline_error=math.nan, **nothing)
+        return replace(
+            fit,
+            error=math.nan,
+            baseline_error=math.nan,
+            guard_error=None,
+            guard_baseline_error=None,
+        )
 
 
 def _rows(
