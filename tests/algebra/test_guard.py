@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import grail
+from bench.tools.allocations import peak_bytes
 from grail.algebra._fit import FitSite, fit_each
+from grail.algebra._fit import peak_bytes as predicted_peak
 from grail.algebra.heldout import ALPHAS, GUARDED
 from grail.errors import InputError
 
@@ -204,6 +206,31 @@ def test_sites_with_and_without_a_guard_are_fitted_together_as_alone():
         torch.testing.assert_close(found.weight, alone.weight, rtol=1e-5, atol=1e-6)
         assert (found.guard_error is None) == (site.guard is None)
         assert found.alpha == alone.alpha
+
+
+@pytest.mark.parametrize("outputs", [40, 600])
+@pytest.mark.parametrize("folding", [False, True], ids=["selection", "folding"])
+@pytest.mark.parametrize("drift", [False, True], ids=["", "drift"])
+@pytest.mark.parametrize("held_out", [False, True], ids=["", "held out"])
+@pytest.mark.parametrize("affine", [False, True], ids=["", "affine"])
+def test_the_predicted_memory_is_what_torch_allocates(affine, held_out, drift, folding, outputs):
+    h, kept = 400, 300
+    generator = torch.Generator().manual_seed(0)
+    grams, mixing = [grail.Gram(h) for _ in range(3)], torch.randn(60, h, generator=generator)
+    for gram in grams:
+        x = torch.randn(500, 60, generator=generator) @ mixing
+        gram.update(x, drift=x[:, :1].expand(-1, outputs) if drift else None)
+    reduction = grail.Selection(range(kept), h)
+    if folding:
+        reduction = grail.Folding([i % kept for i in range(h)])
+    weight = torch.randn(outputs, h, generator=generator)
+    others = {"guard": grams[2], "held_out": grams[1] if held_out else None}
+    used = peak_bytes(lambda: grail.fit(grams[0], reduction, weight, fit_bias=affine, **others))
+    predicted = predicted_peak(
+        h, kept, outputs, folding=folding, drift=drift, held_out=held_out, affine=affine, guard=True
+    )
+    # The rest are vectors of H.
+    assert used == pytest.approx(predicted, rel=0.01)
 
 
 @pytest.mark.parametrize(
