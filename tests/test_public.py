@@ -647,6 +647,23 @@ IN_BLOCKS = {
 }
 
 
+def of_data() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Arguments of classes that hold data, by their name."""
+    return {
+        "grail.Folding": lambda: {"labels": [0, 1, 0]},
+        "grail.Recipe": dict,
+        "grail.Runtime": dict,
+        "grail.Pretrained": lambda: {"source": "anywhere"},
+        "grail.Text": lambda: {"source": "anywhere"},
+        "grail.Mixture": lambda: {"texts": ["anywhere", "elsewhere"]},
+        "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
+        "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
+        "grail.Fused": lambda: {"name": "0"},
+        "grail.Part": lambda: {"name": "0", "ranges": [(0, 2)]},
+        "grail.Site": lambda: {"producers": ["0"], "consumers": ["2"]},
+    }
+
+
 @pytest.fixture(scope="module")
 def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callable[[str], dict]:
     """Arguments with which a function works, by its name."""
@@ -680,8 +697,8 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
 
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         **of_kernels(),
+        **of_data(),
         "grail.Collected": lambda: {"folder": folder / "collected"},
-        "grail.Folding": lambda: {"labels": [0, 1, 0]},
         "grail.Gram": lambda: {"channels": H},
         "grail.Gram.matrix": lambda: {"self": gram},
         "grail.Gram.update": lambda: {"self": grail.Gram(H), "x": torch.ones(4, H)},
@@ -696,16 +713,6 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.Gram.merge": lambda: {"self": grail.Gram(H), "other": gram},
         "grail.Gram.save": lambda: {"self": gram, "path": folder / "gram.state"},
         "grail.Gram.load": lambda: {"path": folder / "gram.state"},
-        "grail.Recipe": dict,
-        "grail.Runtime": dict,
-        "grail.Pretrained": lambda: {"source": "anywhere"},
-        "grail.Text": lambda: {"source": "anywhere"},
-        "grail.Mixture": lambda: {"texts": ["anywhere", "elsewhere"]},
-        "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
-        "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
-        "grail.Fused": lambda: {"name": "0"},
-        "grail.Part": lambda: {"name": "0", "ranges": [(0, 2)]},
-        "grail.Site": lambda: {"producers": ["0"], "consumers": ["2"]},
         "grail.collect": lambda: {"model": tiny_llama(), **calibration, "output": new()},
         "grail.compress": lambda: {"model": tiny_llama(), **calibration},
         "grail.compress_checkpoint": lambda: {"source": model_folder(), "output": new(), **of_text},
