@@ -14,6 +14,7 @@ from torch import nn
 
 import grail
 from bench.quality import networks
+from bench.quality import levers
 from bench.report import comparison
 from tests import counting
 
@@ -330,6 +331,24 @@ def test_it_quotes_the_time_of_a_calibration():
     shares = [f"{seconds[name] / seconds['']:.2f}" for name in ("paper", "default", "half")]
     quoted = "the paper's recipe {}, the defaults {}, with `dense_share=0.5` {}".format(*shares)
     assert quoted in " ".join(README.split())
+
+
+def test_it_quotes_shares_in_and_off_the_domain():
+    shares = {
+        tuple(row[key] for key in levers.KEY): row["share"].value
+        for row in levers.comparisons(rows_of("levers.csv"))
+    }
+    cells = (
+        ("passages", "16", levers.DEFAULTS),
+        ("passages", "16", levers.UNEVEN),
+        ("passages and brown", "16", levers.DEFAULTS),
+    )
+    said = [f"{shares[*cell, text]:.0%}" for cell in cells for text in levers.TEXTS]
+    quoted = (
+        "recovers {} on passages and {} on Brown, with uneven widths {} and {}, with half of the "
+        "tokens from Brown {} and {}"
+    )
+    assert quoted.format(*said) in " ".join(README.split())
 
 
 def test_its_table_is_the_committed_csv():
