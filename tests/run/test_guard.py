@@ -9,6 +9,7 @@ import grail
 from bench.tools.tiny import VOCABULARY
 from grail.calibrate.stream import Role, Stream
 from grail.errors import EmptyCalibrationError, InputError
+from tests import processes
 
 HALF = VOCABULARY // 2
 
@@ -221,3 +222,43 @@ def test_collected_statistics_take_no_guard(tiny_llama, calibration, guard, tmp_
     for name in ("guard", "select_on"):
         with pytest.raises(InputError, match="collected statistics come without batches"):
             grail.compress(tiny_llama(), grail.Collected(folder), **settings, **{name: guard})
+
+
+def test_several_processes_guard_as_one(calibration, guard):
+    options = {"keep": 0.5, "guard": guard, "select_on": guard[:1]}
+    one, *several = (
+        processes.run(count, processes.compressed, "llama", calibration, options)
+        for count in (1, 2)
+    )
+    (alone,), (first, second) = one, several[0]
+    assert first["rows"] == second["rows"]
+    assert first["calibration"] == alone["calibration"]
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name])
+        torch.testing.assert_close(weight, alone["weights"][name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_whole_workflow_takes_a_guard_and_names_it(tiny_folder, tmp_path):
+    texts = []
+    for number in range(2):
+        words = torch.randint(3, 90, (800,), generator=torch.Generator().manual_seed(number))
+        texts.append(tmp_path / f"{number}.txt")
+        texts[-1].write_text(" ".join(f"w{word}" for word in words.tolist()))
+    how = {"tokens": 128, "sequence_length": 16}
+    report = grail.compress_checkpoint(
+        tiny_folder,
+        tmp_path / "out",
+        grail.Text(str(texts[0]), **how),
+        guard=grail.Text(str(texts[1]), **how),
+        keep=0.5,
+        progress=False,
+    )
+    assert report.calibration["guard_tokens"] == 128
+    assert report.provenance["guard"]["source"] == str(texts[1])
+    assert all(row.guard_error <= row.guard_baseline_error for row in report.sites)
+    again = grail.Report.from_json((tmp_path / "out/report.json").read_text())
+    assert again.sites == report.sites
+    with pytest.raises(InputError, match=r"which alpha=0\.1 gives already"):
+        grail.compress_checkpoint(
+            tiny_folder, tmp_path / "other", texts[0], guard=texts[1], alpha=0.1
+        )
