@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 import grail
-from bench.quality import networks
-from bench.quality import levers
+from bench.quality import levers, networks
 from bench.report import comparison
 from tests import counting
 
@@ -343,7 +342,7 @@ def test_it_quotes_shares_in_and_off_the_domain():
         ("passages", "16", levers.UNEVEN),
         ("passages and brown", "16", levers.DEFAULTS),
     )
-    said = [f"{shares[*cell, text]:.0%}" for cell in cells for text in levers.TEXTS]
+    said = [f"{shares[(*cell, text)]:.0%}" for cell in cells for text in levers.TEXTS]
     quoted = (
         "recovers {} on passages and {} on Brown, with uneven widths {} and {}, with half of the "
         "tokens from Brown {} and {}"

@@ -52,17 +52,18 @@ LEVERS: dict[str, dict[str, Any]] = {
     "producers, 8 steps": {"refit_producers": 8},
     "producers; queries, keys, values": {"refit_producers": 3} | ATTENTION,
     "uneven widths": {},
+    "uneven widths, producers": {"refit_producers": 3},
     "guard text": {},
 }
-UNEVEN, GUARD = "uneven widths", "guard text"
+UNEVEN, GUARD = "uneven widths", "guard text"  # how their names begin
 GUARDS = ("brown", 4)  # the guard text, and sequences of it
 # Calibration, sequences and levers, in the order of measuring.
 CELLS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("passages", 16, tuple(LEVERS)),
-    ("passages and brown", 16, (DEFAULTS, "producers")),
-    ("passages", 64, (DEFAULTS, "producers", PRUNED)),
-    ("general", 64, (DEFAULTS, "producers")),
-    ("general", 256, ("producers",)),
+    ("passages and brown", 16, (DEFAULTS, "producers", UNEVEN)),
+    ("general", 64, (DEFAULTS, UNEVEN)),
+    ("passages", 64, (DEFAULTS, UNEVEN, "uneven widths, producers", PRUNED)),
+    ("general", 256, (DEFAULTS, UNEVEN, "uneven widths, producers")),
 )
 
 
@@ -111,7 +112,7 @@ class Bench:
             return
         settings: dict[str, Any] = {"keep": 0.5, "sites": ("mlp",)} | LEVERS[lever]
         batches = self.calibration(calibration, sequences)
-        if lever == UNEVEN:
+        if lever.startswith(UNEVEN):
             cost = grail.sensitivity(self.subject.model, batches, 0.5, ("mlp",), progress=False)
             settings["keep"] = cost.shares()
         if lever == GUARD:
