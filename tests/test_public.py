@@ -623,6 +623,22 @@ def of_kernels() -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
+def of_data() -> dict[str, Callable[[], dict[str, Any]]]:
+    """The same for classes of settings and of parts of a network."""
+    return {
+        "grail.Recipe": dict,
+        "grail.Runtime": dict,
+        "grail.Pretrained": lambda: {"source": "anywhere"},
+        "grail.Text": lambda: {"source": "anywhere"},
+        "grail.Mixture": lambda: {"texts": ["anywhere", "elsewhere"]},
+        "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
+        "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
+        "grail.Fused": lambda: {"name": "0"},
+        "grail.Part": lambda: {"name": "0", "ranges": [(0, 2)]},
+        "grail.Site": lambda: {"producers": ["0"], "consumers": ["2"]},
+    }
+
+
 # Of a measurement of speed.
 LITTLE = {"prompt": 4, "new": 2, "batches": [1], "rounds": 1, "progress": False}
 
@@ -671,6 +687,7 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
 
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         **of_kernels(),
+        **of_data(),
         "grail.Collected": lambda: {"folder": folder / "collected"},
         "grail.Folding": lambda: {"labels": [0, 1, 0]},
         "grail.Gram": lambda: {"channels": H},
@@ -687,16 +704,6 @@ def valid(tiny_llama, tiny_batches, tiny_tokenizer, tmp_path_factory) -> Callabl
         "grail.Gram.merge": lambda: {"self": grail.Gram(H), "other": gram},
         "grail.Gram.save": lambda: {"self": gram, "path": folder / "gram.state"},
         "grail.Gram.load": lambda: {"path": folder / "gram.state"},
-        "grail.Recipe": dict,
-        "grail.Runtime": dict,
-        "grail.Pretrained": lambda: {"source": "anywhere"},
-        "grail.Text": lambda: {"source": "anywhere"},
-        "grail.Mixture": lambda: {"texts": ["anywhere", "elsewhere"]},
-        "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
-        "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
-        "grail.Fused": lambda: {"name": "0"},
-        "grail.Part": lambda: {"name": "0", "ranges": [(0, 2)]},
-        "grail.Site": lambda: {"producers": ["0"], "consumers": ["2"]},
         "grail.collect": lambda: {"model": tiny_llama(), **calibration, "output": new()},
         "grail.compress": lambda: {"model": tiny_llama(), **calibration},
         "grail.compress_checkpoint": lambda: {"source": model_folder(), "output": new(), **of_text},
