@@ -632,22 +632,6 @@ def of_kernels() -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-def of_data() -> dict[str, Callable[[], dict[str, Any]]]:
-    """The same for classes of settings and of parts of a network."""
-    return {
-        "grail.Recipe": dict,
-        "grail.Runtime": dict,
-        "grail.Pretrained": lambda: {"source": "anywhere"},
-        "grail.Text": lambda: {"source": "anywhere"},
-        "grail.Mixture": lambda: {"texts": ["anywhere", "elsewhere"]},
-        "grail.Selection": lambda: {"index": [0, 2], "channels": 3},
-        "grail.Sensitivity.shares": lambda: {"self": grail.Sensitivity(0.5, ())},
-        "grail.Fused": lambda: {"name": "0"},
-        "grail.Part": lambda: {"name": "0", "ranges": [(0, 2)]},
-        "grail.Site": lambda: {"producers": ["0"], "consumers": ["2"]},
-    }
-
-
 # Of a measurement of speed.
 LITTLE = {"prompt": 4, "new": 2, "batches": [1], "rounds": 1, "progress": False}
 
