@@ -36,13 +36,6 @@ class Page:
         row = self._found.get((calibration, str(sequences), lever, text))
         return "not measured" if row is None else levers.percent(row["share"])
 
-    def perplexity(self, calibration: str, sequences: int, lever: str, text: str) -> str:
-        """The perplexity of a lever; "not measured" without a row."""
-        keys = ((row, tuple(row[key] for key in levers.KEY)) for row in self._rows)
-        wanted = (calibration, str(sequences), lever, text)
-        found = [float(row["perplexity"]) for row, key in keys if key == wanted]
-        return f"{found[0]:.1f}" if found else "not measured"
-
     def calibrations(self) -> str:
         """A table of the defaults on each calibration."""
         return self._table(lambda row: row["lever"] == levers.DEFAULTS, ("calibration", "tokens"))
