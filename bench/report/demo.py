@@ -1,8 +1,9 @@
 """The job of `make demo`: a real language model with 80% and with 50% of its MLP channels.
 
 SmolLM2-135M-Instruct (Apache-2.0) is pruned and compensated at two shares, a usable one and one
-that is not. Calibration and held-out text are disjoint halves of the Python language reference,
-which is part of CPython (PSF licence). Each share is a `grail compress --keep`.
+that is not. Calibration and held-out text are disjoint halves of the Python language reference; a
+second held-out text, of another kind, is source code of the standard library. Both are part of
+CPython (PSF licence). Each share is a `grail compress --keep`.
 """
 
 import shlex
@@ -13,12 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import grail
+from bench.tools import texts
 from bench.tools.assets import python_reference, smollm2, split_topics, write_texts
 from bench.tools.commandline import CommandLine
 from grail.commands.console import print_table
 from grail.report.formatting import format_seconds
 from grail.report.report import Report
 from grail.report.summary import evaluation_table, labelled, verdict
+from grail.report.texts import text_table
+from grail.run.workflow import started_by
 
 KEEPS = (0.8, 0.5)
 # Each share takes three compressions, of 1.5 to 2.5 forward passes over the calibration, and four
@@ -39,16 +43,16 @@ def main() -> None:
     )
     parser.add_argument("--texts", type=Path, default=Path(".assets"), help="folder for the texts")
     arguments = parser.read()
-    halves = split_topics(python_reference())
-    texts = write_texts("python", halves, arguments.texts)
+    calibration, heldout = written(arguments.texts)
     _replace(arguments.output)
     start = time.perf_counter()
-    reports = compressed(smollm2(), texts, arguments.output)
+    reports = compressed(smollm2(), calibration, heldout, arguments.output)
     dense, *_ = reports.values()
     rows = {"dense": dense.evaluation["dense"]}
     for keep, report in reports.items():
         narrow = {role: row for role, row in report.evaluation.items() if role != "dense"}
         rows |= labelled(narrow, f"keep {keep:g}: ")
+    print_table(*text_table(rows), words=2)
     print_table(*evaluation_table(rows))
     for report in reports.values():
         print(verdict(report))
@@ -57,21 +61,33 @@ def main() -> None:
     print(f"time      {format_seconds(time.perf_counter() - start)}")
 
 
-def compressed(model: Path, texts: Sequence[Path], output: Path) -> dict[float, Report]:
+def written(folder: Path) -> tuple[Path, list[Path]]:
+    """Writes the texts; returns that of the calibration, and those held out, its own kind first."""
+    calibration, heldout = write_texts("python", split_topics(python_reference()), folder)
+    _, other = write_texts("source", texts.TEXTS["source"].halves(folder), folder)
+    return calibration, [heldout, other]
+
+
+def compressed(
+    model: Path, calibration: Path, heldout: Sequence[Path], output: Path
+) -> dict[float, Report]:
     """By share, the report of the model that was written there."""
-    calibration, heldout = map(str, texts)
-    return {
-        keep: grail.compress_checkpoint(
-            model,
-            folder(output, keep),
-            grail.Text(calibration, CALIBRATION_TOKENS, batch_size=BATCH_SIZE),
-            evaluate=grail.Text.held_out(heldout, tokens=HELDOUT_TOKENS, batch_size=BATCH_SIZE),
-            keep=keep,
-            sites="mlp",
-            command=shlex.join(["python", "-m", "bench.report.demo", *sys.argv[1:]]),
-        )
-        for keep in KEEPS
-    }
+    held_out = [
+        grail.Text.held_out(str(text), tokens=HELDOUT_TOKENS, batch_size=BATCH_SIZE)
+        for text in heldout
+    ]
+    with started_by(shlex.join(["python", "-m", "bench.report.demo", *sys.argv[1:]])):
+        return {
+            keep: grail.compress_checkpoint(
+                model,
+                folder(output, keep),
+                grail.Text(str(calibration), CALIBRATION_TOKENS, batch_size=BATCH_SIZE),
+                evaluate=held_out,
+                keep=keep,
+                sites="mlp",
+            )
+            for keep in KEEPS
+        }
 
 
 def folder(output: Path, keep: float) -> Path:

@@ -1,5 +1,6 @@
 """What `make demo` does."""
 
+import dataclasses
 import json
 import random
 import re
@@ -63,8 +64,10 @@ def test_it_compresses_at_each_share_and_prints_one_table(
     }
     monkeypatch.setattr(demo, "smollm2", lambda: tiny_folder)
     monkeypatch.setattr(demo, "python_reference", lambda: topics)
+    monkeypatch.setattr(demo.texts, "source", lambda cache: topics)
     monkeypatch.setattr(demo, "CALIBRATION_TOKENS", 1024)
     monkeypatch.setattr(demo, "HELDOUT_TOKENS", 512)
+    monkeypatch.setenv("COLUMNS", "120")
     demo.main()
     shown = capsys.readouterr().out
     lines = [
@@ -73,6 +76,9 @@ def test_it_compresses_at_each_share_and_prints_one_table(
         if re.match(r"dense|keep [\d.]+: ", line)
     ]
     assert len(lines) == 1 + 3 * len(demo.KEEPS)
+    names = ["python-heldout.txt", "source-heldout.txt"]
+    by_text = re.findall(r"(python|source)-heldout\.txt\s+(dense|keep [\d.]+: )", shown)
+    assert len(by_text) == len(names) * len(lines)
     dense = set()
     for keep in demo.KEEPS:
         folder = demo.folder(tmp_path / "out", keep)
@@ -85,7 +91,8 @@ def test_it_compresses_at_each_share_and_prints_one_table(
             *(None, "wanda", "wanda", "greedy")
         ]
         assert {site.kept for site in report.sites} == {int(keep * 80)}
-        dense.add(json.dumps(vars(report.evaluation["dense"])))
+        dense.add(json.dumps(dataclasses.asdict(report.evaluation["dense"])))
+        assert [score.text for score in report.evaluation["restored"].scores] == names
         assert report.samples[0].keys() == {"prompt", "dense", "pruned", "restored"}
         for row in report.evaluation.values():
             assert any(row.label in line for line in lines)
