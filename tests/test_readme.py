@@ -332,22 +332,22 @@ def test_it_quotes_the_time_of_a_calibration():
     assert quoted in " ".join(README.split())
 
 
-def test_it_quotes_shares_in_and_off_the_domain():
-    shares = {
-        tuple(row[key] for key in levers.KEY): row["share"].value
-        for row in levers.comparisons(rows_of("levers.csv"))
+def test_it_quotes_perplexities_in_and_off_the_domain():
+    found = {
+        tuple(row[key] for key in levers.KEY): float(row["perplexity"])
+        for row in rows_of("levers.csv")
     }
-    cells = (
-        ("passages", "16", levers.DEFAULTS),
-        ("passages", "16", levers.UNEVEN),
-        ("passages and brown", "16", levers.DEFAULTS),
-    )
-    said = [f"{shares[(*cell, text)]:.0%}" for cell in cells for text in levers.TEXTS]
+    dense, own = ("", "0", levers.DENSE), ("passages", "16", levers.DEFAULTS)
+    cells = [(cell, text) for text in levers.TEXTS for cell in (dense, own)]
+    others = ("passages", "16", levers.UNEVEN), ("passages and brown", "16", levers.DEFAULTS)
+    cells += [(cell, text) for cell in others for text in levers.TEXTS]
+    values = [found[(*cell, text)] for cell, text in cells]
     quoted = (
-        "recovers {} on passages and {} on Brown, with uneven widths {} and {}, with half of the "
-        "tokens from Brown {} and {}"
+        "the perplexity on passages (dense {}) is {}, on Brown (dense {}) {}; with uneven widths "
+        "{} and {}; with half of the tokens from Brown {} and {}"
     )
-    assert quoted.format(*said) in " ".join(README.split())
+    numbers = (f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in values)
+    assert quoted.format(*numbers) in " ".join(README.split())
 
 
 def test_its_table_is_the_committed_csv():

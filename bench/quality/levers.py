@@ -60,10 +60,10 @@ GUARDS = ("brown", 4)  # the guard text, and sequences of it
 # Calibration, sequences and levers, in the order of measuring.
 CELLS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("passages", 16, tuple(LEVERS)),
-    ("passages and brown", 16, (DEFAULTS, "producers", UNEVEN)),
-    ("general", 64, (DEFAULTS, UNEVEN)),
-    ("passages", 64, (DEFAULTS, UNEVEN, "uneven widths, producers", PRUNED)),
-    ("general", 256, (DEFAULTS, UNEVEN, "uneven widths, producers")),
+    ("passages and brown", 16, (PRUNED, DEFAULTS, "producers", UNEVEN)),
+    ("general", 64, (PRUNED, DEFAULTS, UNEVEN)),
+    ("passages", 64, (PRUNED, DEFAULTS, UNEVEN, "uneven widths, producers")),
+    ("general", 256, (PRUNED, DEFAULTS, UNEVEN, "uneven widths, producers")),
 )
 
 
@@ -149,16 +149,16 @@ def _scores(text: str, found: Evaluation, seconds: float | None) -> dict[str, An
 def comparisons(rows: list[Row]) -> Iterator[dict[str, Any]]:
     """Yields for each row the share that it recovers, and its gain over the defaults in nats.
 
-    Pruning is that of the same calibration, else of another one: it hardly depends on the text.
+    Both are of the same calibration, on which plain pruning depends as well: without its row there
+    is no share.
     """
     losses = {tuple(row[k] for k in KEY): _losses(row) for row in rows}
-    pruned = {row["text"]: _losses(row) for row in rows if row["lever"] == PRUNED}
     for row in rows:
         calibration, sequences, lever, text = (row[k] for k in KEY)
         if lever == DENSE:
             continue
         own, base = losses[calibration, sequences, lever, text], losses["", "0", DENSE, text]
-        plain = losses.get((calibration, sequences, PRUNED, text), pruned.get(text))
+        plain = losses.get((calibration, sequences, PRUNED, text))
         default = losses.get((calibration, sequences, DEFAULTS, text))
         yield {
             **row,

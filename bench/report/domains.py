@@ -32,9 +32,15 @@ class Page:
         return fill(TEMPLATE, page=self, levers=levers)
 
     def share(self, calibration: str, sequences: int, lever: str, text: str) -> str:
-        """The recovered share of a lever and its standard error; "not measured" without a row."""
+        """The recovered share of a lever and its standard error; "not measured" without rows."""
         row = self._found.get((calibration, str(sequences), lever, text))
-        return "not measured" if row is None else levers.percent(row["share"])
+        known = row is not None and row["share"] is not None
+        return levers.percent(row["share"]) if known else "not measured"
+
+    def perplexity(self, calibration: str, sequences: int, lever: str, text: str) -> str:
+        """The perplexity of a lever; "not measured" without a row."""
+        row = self._found.get((calibration, str(sequences), lever, text))
+        return "not measured" if row is None else f"{float(row['perplexity']):.1f}"
 
     def calibrations(self) -> str:
         """A table of the defaults on each calibration."""

@@ -22,6 +22,9 @@ def test_a_share_is_that_of_its_row(page):
 
 def test_a_row_that_is_missing_is_said(page):
     assert page.share("passages", 16, "wanda", "brown") == "not measured"
+    assert page.share("general", 64, "defaults", "brown") == "not measured"
+    assert page.perplexity("passages", 16, "wanda", "brown") == "not measured"
+    assert page.perplexity("passages", 16, "producers", "brown") == "9.0"
 
 
 def test_tables_have_the_rows_that_they_name(page):
