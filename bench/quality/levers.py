@@ -54,9 +54,14 @@ LEVERS: dict[str, dict[str, Any]] = {
     "uneven widths": {},
     "uneven widths, producers": {"refit_producers": 3},
     "guard text": {},
+    "selected on brown": {},
 }
-UNEVEN, GUARD = "uneven widths", "guard text"  # how their names begin
-GUARDS = ("brown", 4)  # the guard text, and sequences of it
+UNEVEN = "uneven widths"  # how the names of such levers begin
+# The argument of other text, the text, and sequences of it.
+OTHERS: dict[str, tuple[str, str, int]] = {
+    "guard text": ("guard", "brown", 4),
+    "selected on brown": ("select_on", "brown", 16),
+}
 # Calibration, sequences and levers, in the order of measuring.
 CELLS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("passages", 16, tuple(LEVERS)),
@@ -115,9 +120,9 @@ class Bench:
         if lever.startswith(UNEVEN):
             cost = grail.sensitivity(self.subject.model, batches, 0.5, ("mlp",), progress=False)
             settings["keep"] = cost.shares()
-        if lever == GUARD:
-            text, count = GUARDS
-            settings["guard"] = self.subject.batches(text, "calibration", count * LENGTH)
+        if lever in OTHERS:
+            argument, text, count = OTHERS[lever]
+            settings[argument] = self.subject.batches(text, "calibration", count * LENGTH)
         model, report = self.subject.compressed(batches, **settings)
         key = {"calibration": calibration, "sequences": sequences, "lever": lever}
         for text in TEXTS:
