@@ -76,11 +76,17 @@ def folder(tmp_path_factory, tiny_llama, tiny_tokenizer):
 
 @pytest.fixture
 def arguments(folder, tmp_path):
-    """A small `grail compress`; what is given after it wins."""
+    """A small `grail compress`; what is given after it wins, but texts add up."""
     return [
         *("compress", folder / "model", "--calibration", folder / "calibration.txt"),
         *("--output", tmp_path / "out", *SHORT),
     ]
+
+
+@pytest.fixture
+def without_text(folder, tmp_path):
+    """`arguments` without a calibration."""
+    return ["compress", folder / "model", "--output", tmp_path / "out", *SHORT]
 
 
 @pytest.fixture(scope="session")
@@ -829,9 +835,9 @@ def test_compress_compares_on_wikitext2_whatever_the_calibration_is(arguments, w
 
 
 @pytest.mark.parametrize("given", [[], ["--evaluate-split", "train"]])
-def test_calibration_and_evaluation_read_splits_of_their_own(arguments, wikitext, given):
+def test_calibration_and_evaluation_read_splits_of_their_own(without_text, wikitext, given):
     source = ["--calibration", "some/data", "--evaluate", "some/data", "--no-baseline"]
-    result = grail(*arguments, *source, *given, "--evaluate-tokens", "64", "--json")
+    result = grail(*without_text, *source, *given, "--evaluate-tokens", "64", "--json")
     report = Report.from_json(result.stdout)
     splits = [split for _, _, split in wikitext]
     assert set(splits) == ({"train"} if given else {"train", "test"})
@@ -841,7 +847,7 @@ def test_calibration_and_evaluation_read_splits_of_their_own(arguments, wikitext
 
 
 def test_fields_and_joins_of_the_calibration_are_those_of_the_evaluation(
-    arguments, monkeypatch, tmp_path
+    without_text, monkeypatch, tmp_path
 ):
     rows = [{"body": words(40, seed), "other": words(40, 90 + seed)} for seed in range(20)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -850,9 +856,9 @@ def test_fields_and_joins_of_the_calibration_are_those_of_the_evaluation(
     monkeypatch.setattr(texts, "token_batches", lambda *a, **k: (calls.append(k), real(*a, **k))[1])
     source = ["--calibration", tmp_path / "a.json", "--evaluate", tmp_path / "a.json"]
     source += ["--no-baseline", "--field", "body", "--join", "none", "--evaluate-tokens", "64"]
-    assert grail(*arguments, *source).exit_code == 0
+    assert grail(*without_text, *source).exit_code == 0
     own = ["--evaluate-field", "other", "--evaluate-join", "blank", "--output", tmp_path / "again"]
-    assert grail(*arguments, *source, *own).exit_code == 0
+    assert grail(*without_text, *source, *own).exit_code == 0
     read = [(call["field"], call["join"]) for call in calls]
     assert read == [("body", "none"), ("body", "none"), ("body", "none"), ("other", "blank")]
 
