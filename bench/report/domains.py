@@ -13,6 +13,7 @@ from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, ROOT, Row, Table
 from bench.tools.pages import fill
 from bench.tools.tables import markdown
+from grail.report.paired import is_worse
 
 PAGE = ROOT / "docs" / "domains.md"
 TEMPLATE = ROOT / "bench" / "report" / "domains.md.j2"
@@ -41,6 +42,18 @@ class Page:
         """The perplexity of a lever; "not measured" without a row."""
         row = self._found.get((calibration, str(sequences), lever, text))
         return "not measured" if row is None else f"{float(row['perplexity']):.1f}"
+
+    def worse(self) -> str:
+        """How many cells are worse than plain pruning by the same calibration, of how many."""
+        losses = {
+            key: [float(loss) for loss in row["losses"].split()] for key, row in self._found.items()
+        }
+        pairs = [
+            (own, losses[calibration, sequences, levers.PRUNED, text])
+            for (calibration, sequences, lever, text), own in losses.items()
+            if lever != levers.PRUNED and (calibration, sequences, levers.PRUNED, text) in losses
+        ]
+        return f"{sum(is_worse(*pair) for pair in pairs)} of {len(pairs)}"
 
     def calibrations(self) -> str:
         """A table of the defaults on each calibration."""

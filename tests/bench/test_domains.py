@@ -36,3 +36,11 @@ def test_tables_have_the_rows_that_they_name(page):
     assert len(lines) == 2 + 3
     assert "+0.233 ±" in lines[-1]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_cells_that_are_worse_than_pruned_are_counted():
+    more = " ".join(str(loss) for loss in (2.5, 4.6, 5.4))
+    bad = dict(zip(levers.KEY, ("passages", "16", "wanda", "brown"), strict=True))
+    rows = [*ROWS, ROWS[0] | bad | {"losses": more}]
+    assert domains.Page(ROWS).worse() == "0 of 2"
+    assert domains.Page(rows).worse() == "1 of 3"
