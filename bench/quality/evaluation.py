@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.quality import generating, tasks
-from bench.quality.endtoend import LENGTH, PAPER, Subject
+from bench.quality import endtoend, generating, tasks
+from bench.quality.endtoend import LENGTH, Subject
 from bench.quality.endtoend import TEXTS as CACHE
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, Table
@@ -37,9 +37,9 @@ READ = tuple(name for name in TEXTS if name not in {"python", "technical"})
 WRITING = "writing"
 PROMPT = 32  # tokens
 MODELS: dict[str, dict[str, Any]] = {
-    "pruned": {"selector": "wanda", "compensate": False},
-    "paper": PAPER,
-    "grail": {},
+    "pruned": endtoend.MODELS["pruned"],
+    "paper": endtoend.MODELS["paper"],
+    "grail": endtoend.MODELS["restored"],
 }
 KEY = ("model", "calibration", "tokens", "sites", "keep", "on", "measure")
 

@@ -1,4 +1,4 @@
-"""What else recovers a compressed SmolLM2-135M, in the calibration's domain and off it.
+"""Settings and texts that recover a compressed SmolLM2-135M, in the domain and off it.
 
     python -m bench.quality.levers                          every lever that is not in the CSV
     python -m bench.quality.levers --calibration passages   of one calibration
@@ -11,19 +11,19 @@ are described in docs/benches.md.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 import grail
-from bench.quality.endtoend import PAPER, Subject
+from bench.quality.endtoend import MODELS, Subject
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, Row, Table
 from bench.tools.tables import aligned
 from bench.tools.texts import LENGTH
 from grail.report._evaluate import DenseReference, evaluate
-from grail.report.paired import Estimate, difference, share
+from grail.report.paired import Estimate, difference, is_worse, share
 from grail.report.report import Evaluation
 
 KEY = ("calibration", "sequences", "lever", "text")
@@ -41,8 +41,8 @@ ATTENTION = {"correct_attention": True}
 # The consumers of heads that all stay are refitted to the drift.
 OUTPUT = {"keep": {"mlp": 0.5, "heads": 1.0}, "sites": ("mlp", "heads")}
 LEVERS: dict[str, dict[str, Any]] = {
-    PRUNED: {"selector": "wanda", "compensate": False},
-    "paper": PAPER,
+    PRUNED: MODELS["pruned"],
+    "paper": MODELS["paper"],
     DEFAULTS: {},
     "wanda": {"selector": "wanda"},
     "queries, keys, values": ATTENTION,
@@ -155,7 +155,7 @@ def comparisons(rows: list[Row]) -> Iterator[dict[str, Any]]:
     """Yields for each row the share that it recovers, and its gain over the defaults in nats.
 
     Both are of the same calibration, on which plain pruning depends as well: without its row there
-    is no share.
+    is no share, nor is it known whether a row is "worse" than pruning beyond 2 standard errors.
     """
     losses = {tuple(row[k] for k in KEY): _losses(row) for row in rows}
     for row in rows:
@@ -169,6 +169,7 @@ def comparisons(rows: list[Row]) -> Iterator[dict[str, Any]]:
             **row,
             "share": None if plain is None else share(base, plain, own),
             "gain": None if default is None else difference(default, own),
+            "worse": None if plain is None else is_worse(own, plain),
         }
 
 
@@ -176,16 +177,25 @@ def _losses(row: Row) -> list[float]:
     return [float(loss) for loss in row["losses"].split()]
 
 
-def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and the rows of a table: a row for each lever, the texts side by side."""
+def table(
+    rows: Iterable[dict[str, Any]], columns: Sequence[str] = KEY[:3], gains: bool = True
+) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of a table, a row for each lever, the texts side by side.
+
+    Args:
+        rows: of `comparisons`.
+        columns: what names a row.
+        gains: whether the gain over the defaults is shown.
+    """
     found: dict[tuple[str, ...], list[str]] = {}
-    for row in comparisons(rows):
-        cells = found.setdefault(tuple(row[k] for k in KEY[:3]), [])
-        cells += [f"{float(row['perplexity']):.1f}", percent(row["share"]), signed(row["gain"])]
+    for row in rows:
+        cells = found.setdefault(tuple(row[name] for name in columns), [])
+        cells += [f"{float(row['perplexity']):.1f}", percent(row["share"])]
+        cells += [signed(row["gain"])] * gains
         cells += [f"{float(row['kl']):.2f}", f"{float(row['top1']):.0%}"]
-    header = ["calibration", "sequences", "lever"]
+    header = list(columns)
     for text in TEXTS:
-        header += [text, "share", "gain, nats", "KL", "top-1"]
+        header += [f"{text}: perplexity", "share", *["gain, nats"] * gains, "KL", "top-1"]
     return header, [[*key, *cells] for key, cells in found.items()]
 
 
@@ -224,7 +234,7 @@ def main() -> None:
                 for lever in levers:
                     if options.lever in (None, lever):
                         bench.measure(calibration, sequences, lever)
-    print(aligned(*table(bench.table.rows), words=3))
+    print(aligned(*table(comparisons(bench.table.rows)), words=3))
 
 
 if __name__ == "__main__":

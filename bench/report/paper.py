@@ -52,7 +52,7 @@ class Results:
         return float(found.pop()) if found else None
 
     def measured(self, name: str, rows: Iterable[StudyRow], samples: int) -> str:
-        """How many of a bench's rows are there."""
+        """The count of a bench's rows that are there, "24 of 36"."""
         keys = [
             {"selector": s, "keep": keep, "variant": variant, "samples": n or samples}
             for s, keep, variant, _, n in rows
@@ -93,7 +93,7 @@ class Page:
         return f"{_shown('accuracy', self.said('dense', 'accuracy', **key))}%"
 
     def inventory(self) -> str:
-        """What is measured of each experiment, and the command that measures the rest."""
+        """A table of experiments: rows measured, and the command that measures the rest."""
         parts = {
             name: self.results.measured(
                 f"paper_{'samples' if name == 'samples' else 'smollm2'}", rows(), bench.SEQUENCES
@@ -287,7 +287,7 @@ class Page:
         return found
 
     def price(self) -> str:
-        """What α = 1e-3 costs against the best of the table, in percent of the perplexity."""
+        """The increase of the perplexity at α = 1e-3 over the best of the table, in percent."""
 
         def percent(values: list[float | None]) -> str:
             there = [value for value in values if value is not None]

@@ -292,7 +292,7 @@ class Stream:
 
     @property
     def chooses(self) -> bool:
-        """Whether there are samples by which to choose what is automatic."""
+        """Whether some samples choose α and β where these are automatic."""
         return self.holds_out or Role.GUARD in self.others
 
     @property

@@ -201,7 +201,7 @@ def _stored(model: nn.Module) -> Iterable[Tensor]:
 
 
 class _Sums:
-    """What is summed over the predicted tokens of all batches."""
+    """Sums over the predicted tokens of all batches."""
 
     def __init__(self) -> None:
         self.loss, self.divergence = 0.0, 0.0

@@ -117,7 +117,7 @@ def mean_errors(layers: Sequence[LayerReport]) -> tuple[float, float] | None:
 
 @dataclass
 class TextScore:
-    """What a model is worth on one held-out text."""
+    """The scores of a model on one held-out text."""
 
     perplexity: float
     tokens: int  # that were predicted

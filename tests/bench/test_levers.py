@@ -48,9 +48,10 @@ def test_the_dense_model_is_no_lever():
 
 def test_a_table_has_a_row_for_each_lever_and_both_texts_side_by_side():
     rows = [row | {"text": text} for text in levers.TEXTS for row in ROWS]
-    header, lines = levers.table(rows)
+    header, lines = levers.table(levers.comparisons(rows))
     assert len(lines) == len(ROWS) - 1
-    assert [name for name in header if name in levers.TEXTS] == list(levers.TEXTS)
+    named = [f"{text}: perplexity" for text in levers.TEXTS]
+    assert [name for name in header if name in named] == named
     (producers,) = (line for line in lines if "producers" in line)
     assert [cell.split()[0] for cell in producers].count("64.0%") == len(levers.TEXTS)
 
