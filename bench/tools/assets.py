@@ -12,10 +12,7 @@
 | 238 photographs: animals, buildings, tools … | `gcompris-qt-data` (Debian) | CC BY-SA and freer |
 
 Nothing of it is stored in this repository. An asset that is not installed, cannot be fetched or is
-damaged is an InputError.
-
-    python -m bench.tools.assets     writes each text into .assets as a calibration and a held-out
-                                     half: disjoint documents, and every genre in both
+damaged is an InputError. `bench.tools.texts` writes the texts.
 """
 
 import gzip
@@ -38,7 +35,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.tools.commandline import CommandLine
 from grail.errors import InputError
 
 if TYPE_CHECKING:
@@ -420,30 +416,3 @@ def _join(words: Iterable[str]) -> str:
 _DOUBLED = {"?", "!", ";", ".", "''"}
 _OPENING = {"``", "(", "["}
 _CLOSING = {"''", ")", "]", ",", ".", ";", ":", "?", "!"}
-
-
-def main() -> None:
-    """Writes the texts."""
-    parser = CommandLine(
-        __doc__,
-        "output",
-        writes="text files and archives into --output",
-        takes="less than a minute after the downloads",
-        output={"default": Path(".assets")},
-    )
-    folder = parser.read().output
-    sources = {
-        "python": lambda: split_topics(python_reference()),
-        "brown": lambda: split_genres(brown(folder)),
-    }
-    try:
-        for name, halves in sources.items():
-            for path in write_texts(name, halves(), folder):
-                print(f"{path}: {path.stat().st_size:,} bytes")
-        print(f"model: {smollm2()}")
-    except InputError as error:
-        parser.exit(2, f"{error}\n")
-
-
-if __name__ == "__main__":
-    main()
