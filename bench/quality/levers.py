@@ -68,6 +68,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "guard text": {},
     "selected on brown": {},
     "selected on general": {},
+    "selected on written": {},
     "selected on general, producers": {"refit_producers": 3},
     "uneven widths, selected on general": {},
     "uneven widths, selected on general, producers": {"refit_producers": 3},
@@ -79,6 +80,7 @@ SENSED = 16  # sequences on which widths are measured
 OTHERS: dict[str, tuple[str, str, int]] = {
     "guard text": ("guard", "brown", 4),
     "selected on brown": ("select_on", "brown", 16),
+    "selected on written": ("select_on", "written", 16),
 } | {lever: ("select_on", "general", 18) for lever in LEVERS if "selected on general" in lever}
 
 
