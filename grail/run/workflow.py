@@ -34,7 +34,7 @@ from grail.report.report import Report
 from grail.report.texts import text_names
 from grail.run import resume_folder
 from grail.run._collect import Collected
-from grail.run._sensitivity import require_single_channels
+from grail.run._sensitivity import require_measurable
 from grail.run.served import WidthWarning, refused
 from grail.run.study import IMPORTING, LOADING, Prediction, Study, attribute, text_of
 from grail.runtime.clock import Stages
@@ -327,7 +327,7 @@ class _Work:
                         f"The {which} is the {role} text: the comparison is too kind."
                     )
         if call.uneven:
-            require_single_channels(find(network, call.recipe.sites), call.recipe)
+            require_measurable(find(network, call.recipe.sites), call.recipe)
         origins = [
             text_of(text.source, batches) | text.reading
             for text, batches in zip(call.evaluate, heldout.values(), strict=True)
