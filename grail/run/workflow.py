@@ -78,7 +78,8 @@ def compress_checkpoint(
             another kind, the first is that of the headline.
         baseline: with `evaluate`, also measures plain pruning, in a run of its own.
         uneven: chooses each block's width by the measured cost of narrowing it, at the total size
-            that `keep` gives; transformers then reads the folder with `trust_remote_code=True`.
+            that `keep` gives; transformers then reads the folder with `trust_remote_code=True`. The
+            cost is that on both texts where there is a guard.
         recipe, runtime, overrides: see `grail.compress`. `progress` also prints what is done on
             stderr. With `resume_dir` the same call resumes after a crash; the state is deleted once
             the model is written.
