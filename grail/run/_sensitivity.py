@@ -10,9 +10,8 @@ to E, so
     L(k) = L(k₀) · E(k) / E(k₀)
 
 and the widths of the least total loss, for a given number of parameters in sites of all kinds, are
-`budget.least_loss`.
-Sites that correct drift recover a part u of the loss of those before them: with n of them after it,
-the loss of a site counts (1 − u)ⁿ.
+`budget.least_loss`. Sites that correct drift recover a part u of the loss of those before them:
+with n of them after it, the loss of a site counts (1 − u)ⁿ.
 
 Measured losses of layers instead of fixed schedules: as in AMC (He et al., ECCV 2018) and ZipLM
 (Kurtic, Frantar, Alistarh, NeurIPS 2023), which search where this divides in closed form.
