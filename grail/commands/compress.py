@@ -67,8 +67,10 @@ class CompressOptions:
         False,
         "Choose each block's width by the measured cost of narrowing it, at the total size that "
         "--keep gives; gains most on text unlike the calibration's. OUTPUT then has Python code of "
-        "its own, with which transformers and vLLM load it (trust_remote_code). Not with heads, "
-        "--statistics, --onload, --no-compensate or several processes.",
+        "its own, with which transformers and vLLM load it (trust_remote_code; vLLM not if heads "
+        "differ by block). With --sites mlp,heads one budget is divided over both; with --guard "
+        "the cost is measured on both texts. Not with --statistics, --onload, --no-compensate or "
+        "several processes.",
     )
     evaluate: list[str] | None = setting(
         None,

@@ -194,8 +194,10 @@ class Study:
         """Predicts a pass with the Grams and solves of a run, and a few batches for each site."""
         assert not isinstance(self.batches, Collected)
         sites = recipe.all_sites(find(self.network, recipe.sites))
-        probed = self.batches[: max(1, len(self.batches) // PROBES)]
-        return run["total"] + (1 + len(sites)) * _rate(self.network, probed) * _count(probed)
+        probes = max(1, len(self.batches) // PROBES)
+        probed = self.batches[:probes]
+        tokens = _count(probed) + _count((self._guard_of(recipe) or ())[:probes])
+        return run["total"] + (1 + len(sites)) * _rate(self.network, probed) * tokens
 
     def measure(self, role: str, recipe: Recipe | None = None) -> None:
         """Adds the row of the network, narrowed by `recipe`, if there is held-out text."""
@@ -287,7 +289,13 @@ class Study:
         """Returns the recipe with a share for each site, by what narrowing it costs the network."""
         assert not isinstance(self.batches, Collected)
         with self.stages(SENSITIVITY):
-            measured = sensitivity(self.network, self.batches, recipe=recipe, runtime=self.runtime)
+            measured = sensitivity(
+                self.network,
+                self.batches,
+                guard=self._guard_of(recipe),
+                recipe=recipe,
+                runtime=self.runtime,
+            )
         undone = UNDONE if recipe.follows_drift else 0.0
         return replace(recipe, keep=measured.shares(undone=undone))
 

@@ -34,7 +34,7 @@ from grail.report.report import Report
 from grail.report.texts import text_names
 from grail.run import resume_folder
 from grail.run._collect import Collected
-from grail.run._sensitivity import require_single_channels
+from grail.run._sensitivity import require_measurable
 from grail.run.served import WidthWarning, refused
 from grail.run.study import IMPORTING, LOADING, Prediction, Study, attribute, text_of
 from grail.runtime.clock import Stages
@@ -78,7 +78,8 @@ def compress_checkpoint(
             another kind, the first is that of the headline.
         baseline: with `evaluate`, also measures plain pruning, in a run of its own.
         uneven: chooses each block's width by the measured cost of narrowing it, at the total size
-            that `keep` gives; transformers then reads the folder with `trust_remote_code=True`.
+            that `keep` gives; transformers then reads the folder with `trust_remote_code=True`. The
+            cost is that on both texts where there is a guard.
         recipe, runtime, overrides: see `grail.compress`. `progress` also prints what is done on
             stderr. With `resume_dir` the same call resumes after a crash; the state is deleted once
             the model is written.
@@ -327,7 +328,7 @@ class _Work:
                         f"The {which} is the {role} text: the comparison is too kind."
                     )
         if call.uneven:
-            require_single_channels(find(network, call.recipe.sites), call.recipe)
+            require_measurable(find(network, call.recipe.sites), call.recipe)
         origins = [
             text_of(text.source, batches) | text.reading
             for text, batches in zip(call.evaluate, heldout.values(), strict=True)
