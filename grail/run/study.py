@@ -108,6 +108,8 @@ class Study:
         runtime: how all runs are computed; the network's own run alone is resumed.
         say: called with the name of the next step.
         guard: batches of guard text, for the runs that can use one.
+        select_on: batches by which channels and uneven widths are chosen, in the place of the
+            calibration.
 
     Memory: from the dense row on, the dense network's outputs are kept on the host, so that no
     other row needs a second pass of it: for each text its last hidden states [tokens, features] and
@@ -127,6 +129,7 @@ class Study:
     completions: dict[str, Tensor] = field(default_factory=dict)
     references: dict[str, DenseReference] = field(default_factory=dict)
     guard: Sequence[Tensor] = ()
+    select_on: Sequence[Tensor] = ()
 
     @property
     def _first(self) -> Sequence[Tensor]:
@@ -168,7 +171,7 @@ class Study:
             tokens=tokens,
             sequence_length=length,
             batch_size=rows,
-            guard_tokens=_count(self._guard_of(recipe) or ()),
+            guard_tokens=_count(self._guard_of(recipe) or ()) + _count(self.select_on),
             recipe=recipe,
             runtime=self.runtime,
         )
@@ -271,8 +274,14 @@ class Study:
             self.network = self.fresh()
 
     def _compress(self, recipe: Recipe, runtime: Runtime) -> Report:
-        guard = self._guard_of(recipe)
-        return compress(self.network, self.batches, guard=guard, recipe=recipe, runtime=runtime)
+        return compress(
+            self.network,
+            self.batches,
+            guard=self._guard_of(recipe),
+            select_on=self.select_on or None,
+            recipe=recipe,
+            runtime=runtime,
+        )
 
     def _guard_of(self, recipe: Recipe) -> Sequence[Tensor] | None:
         """Returns the guard text for a run that chooses how strongly to compensate."""
@@ -291,7 +300,7 @@ class Study:
         with self.stages(SENSITIVITY):
             measured = sensitivity(
                 self.network,
-                self.batches,
+                self.select_on or self.batches,
                 guard=self._guard_of(recipe),
                 recipe=recipe,
                 runtime=self.runtime,

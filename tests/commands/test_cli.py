@@ -522,6 +522,19 @@ def test_uneven_widths_of_mlps_and_heads_share_one_budget(given, arguments, fold
         assert layer.mlp.down_proj.in_features == mlp.kept
 
 
+def test_other_texts_select_channels_and_uneven_widths(arguments, folder, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(words(1000, seed=3))
+    given = ["--select-on", other, "--select-on", folder / "heldout.txt", "--select-tokens", 256]
+    result = grail(*arguments, "--uneven", *given, "--json")
+    assert result.exit_code == 0, result.stderr
+    selecting = Report.from_json(result.stdout).provenance["select_on"]
+    assert selecting["tokens"] == 256
+    assert selecting["source"] == f"{other}, {folder / 'heldout.txt'}"
+    idle = grail(*arguments, "--select-tokens", 256)
+    assert "--select-tokens is used with --select-on" in refusal(idle)
+
+
 @pytest.mark.parametrize("given", [["--onload"], ["--statistics", "a", "--open-loop"]])
 def test_uneven_widths_need_text_and_the_model_where_it_runs(given, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
