@@ -142,3 +142,10 @@ def test_a_test_is_linked_at_its_line():
 def test_a_source_with_fences_is_one_block():
     page = site.of_source("tests/test_readme.py")  # which has fences of three
     assert page.count("\n````") == 2
+
+
+def test_public_names_are_those_of_the_reference():
+    names = site.public_names()
+    assert names["grail.compress"] == "reference/python.md"
+    assert names["grail_kernels.gram_"] == "reference/kernels.md"
+    assert names["grail.select.greedy"] == "reference/selectors.md"

@@ -1,11 +1,13 @@
 """Hooks of the documentation site: `make docs` runs them by mkdocs.yml.
 
 Pages of docs/ name files beside docs/: sources, tests, CSV files, figures. The site holds every
-file that a page names, under repository/: sources as pages of code, others as they are. A path or
-a test in code font becomes a link. CHANGELOG.md is a page of the site. Address and repository of
-the site are those of [project.urls] in pyproject.toml.
+file that a page names, under repository/: sources as pages of code, others as they are. A path, a
+test or a public name in code font becomes a link, to its file or its place in the reference.
+CHANGELOG.md is a page of the site. Address and repository of the site are those of [project.urls]
+in pyproject.toml.
 """
 
+import functools
 import html
 import posixpath
 import re
@@ -21,7 +23,19 @@ SOURCES = {".py": "python", ".j2": "jinja", ".yml": "yaml", ".toml": "toml"}
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)((?:#[^)\s]*)?)(?=\))")
 NAMED = re.compile(r"`((?:\w[\w.-]*/)+[\w.-]+\.\w+)(?:::\w+)?`")
 CODE = re.compile(r"(?<!\">)<code>((?:\w[\w.-]*/)+[\w.-]+\.\w+)(?:::(\w+))?</code>")
+PUBLIC = re.compile(r"(?<!\">)<code>(grail[\w.]*)(\([^<]*\))?</code>")
 TESTS = re.compile(rf"<td>({CODE.pattern}(?:, {CODE.pattern})*)</td>")
+
+
+@functools.cache
+def public_names() -> dict[str, str]:
+    """Returns the page below docs/ of each name that the reference describes."""
+    pages = sorted((ROOT / DOCS / "reference").glob("*.md"))
+    return {
+        name: page.relative_to(ROOT / DOCS).as_posix()
+        for page in pages
+        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
 
 
 def inside(path: str) -> Path | None:
@@ -129,7 +143,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    """Links the paths in code font; on the page of promises, tests become numbered links."""
+    """Links paths and public names in code font; in promises, tests become numbered links."""
     own = page.file.src_uri
     if own.startswith(f"{HELD}/"):
         return content
@@ -153,4 +167,12 @@ def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
         url = address(*match.groups())
         return match[0] if url is None else f'<a href="{url}">{match[0]}</a>'
 
+    def described(match: re.Match[str]) -> str:
+        there = public_names().get(match[1], own)
+        if there == own:
+            return match[0]
+        url = relative(page.file.url, files.get_file_from_path(there).url)
+        return f'<a href="{url}#{match[1]}">{match[0]}</a>'
+
+    content = PUBLIC.sub(described, content)
     return CODE.sub(one, TESTS.sub(numbered, content) if own == "promises.md" else content)
