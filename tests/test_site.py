@@ -149,3 +149,11 @@ def test_public_names_are_those_of_the_reference():
     assert names["grail.compress"] == "reference/python.md"
     assert names["grail_kernels.gram_"] == "reference/kernels.md"
     assert names["grail.select.greedy"] == "reference/selectors.md"
+
+
+def test_every_path_in_code_font_is_a_file():
+    ours = ("bench", "grail", "grail_kernels", "tests")
+    for page in PAGES:
+        named = site.NAMED.findall((DOCS / page).read_text(encoding="utf-8"))
+        missing = [path for path in named if path.startswith(ours) and not site.inside(path)]
+        assert missing == [], page
