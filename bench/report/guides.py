@@ -39,7 +39,9 @@ class Numbers:
             for row in read_rows(RESULTS / "calibrate_cpu.csv")
             if row["metric"] in ("bare forward", "total")
         }
-        self.domains = Page(read_rows(RESULTS / "levers.csv"))
+        rows = read_rows(RESULTS / "levers.csv")
+        self.domains = Page(rows)
+        self._dense = {row["text"]: row for row in rows if row["lever"] == levers.DENSE}
 
     def row(self, text: str, keep: float, model: str, sites: str = "mlp") -> Row | None:
         """Returns the row of a compressed SmolLM2-135M; of the dense one with the keep 1."""
@@ -104,6 +106,10 @@ class Numbers:
     @staticmethod
     def _shown(value: str | None) -> str:
         return MISSING if value is None else f"{float(value):.1f}"
+
+    def dense(self, text: str) -> str:
+        """Returns the dense model's perplexity on a held-out text of the page on domains."""
+        return self._shown(self._dense[text]["perplexity"])
 
     def gram_ms(self, provider: str, dtype: str = "bf16", channels: int = 4096) -> float:
         """Returns the milliseconds of a Gram of 65,536 tokens on the measured GPU."""
