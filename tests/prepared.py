@@ -19,7 +19,7 @@ from tests.convnets import images, network
 
 # A model under the names that pages use; those of the hub are folders in folders.
 MODELS = ("MODEL", "dense", "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct")
-_WORDS = 3000  # of a text; some 8000 tokens, eight sequences of the usual length
+_WORDS = 2000  # of a text; 5700 tokens, five sequences of the usual length
 _NETWORKS = """
 from tests.convnets import network
 

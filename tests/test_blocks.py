@@ -22,6 +22,7 @@ import torch
 from packaging.requirements import Requirement
 from torch import nn
 
+import grail
 from tests.blocks import COMMANDS, PAGES, REASONS, ROOT, SHOWN, Block, Command, blocks, inline
 
 pytest.importorskip("typer")
@@ -61,6 +62,7 @@ def prepared(tmp_path_factory, tiny_model):
 @pytest.fixture
 def run(prepared, tmp_path, monkeypatch):
     """`run(page)`: runs the blocks of a page, each in a folder of its own."""
+    monkeypatch.setattr(grail.select, "_registry", dict(grail.select._registry))
 
     def run(page):
         done: list[Ran] = []
