@@ -81,7 +81,7 @@ class Block:
             return _named_in_python(self.text)
         named, written = set(), set()
         for command in self.commands:
-            words = command.words
+            words = [part for word in command.words for part in _parted(word)]
             named |= {_plain(word) for word in words[1:]}
             written |= {
                 _plain(value)
@@ -176,6 +176,11 @@ def _language(text: str) -> str:
     except SyntaxError:
         return "bash"
     return "python"
+
+
+def _parted(word: str) -> list[str]:
+    """An option and the value after its sign of equality."""
+    return word.split("=", 1) if word.startswith("--") else [word]
 
 
 def _plain(word: str) -> str:
