@@ -64,9 +64,6 @@ def run(prepared, tmp_path, monkeypatch):
     """`run(page)`: runs the blocks of a page, each in a folder of its own."""
     monkeypatch.setattr(grail.select, "_registry", dict(grail.select._registry))
 
-    # The pages register selectors; no other test shall see them.
-    monkeypatch.setattr(grail.select, "_registry", {**grail.select._registry})
-
     def run(page):
         done: list[Ran] = []
         for number, block in enumerate(each for each in blocks(page) if runs(each)):
