@@ -249,15 +249,38 @@ def check_kernels(ran):
     torch.testing.assert_close(matrix[:64, :64].double(), x.T @ x, rtol=1e-4, atol=1e-3)
 
 
-def check_networks(named, parts, uneven, guarded):
+def check_networks(named, parts):
     assert named.names["net"].layer1[0].conv1.out_channels < 8
     assert {path.name for path in (named.folder / "out").iterdir()} >= {"grail.json"}
     sites = [str(parts.names[site]) for site in ("first", "second")]
     assert sites == ["reader[0:64]", "reader[64:96]"]
+
+
+def check_uneven(_command, uneven):
     widths = {site.name: site.kept / site.channels for site in uneven.names["report"].sites}
     assert widths == uneven.names["measured"].shares()
     assert (uneven.folder / "uneven" / "grail.json").is_file()
+
+
+def check_recipe(guarded, selected):
     assert all(site.guard_error is not None for site in guarded.names["report"].sites)
+    assert len(selected.names["report"].sites) == len(guarded.names["report"].sites)
+
+
+def check_own_selector(functions, named, tested, _command):
+    """A search of the page finds the best pair; the named selector can be asked for by its name."""
+    assert named.names["loud_and_rare"] is not None
+    chosen, best = tested.printed.split("] ")
+    assert chosen.startswith("[")
+    assert float(best) >= 1 - 1e-9
+    assert all(site.error > 0 for site in functions.names["report"].sites)
+
+
+def check_gram(one_layer, model, _pruned, kernel):
+    assert one_layer.printed == "torch.Size([512, 512]) 32 4096\n"
+    assert len(model.names["grams"]) > 0
+    x = kernel.names["x"].double()
+    torch.testing.assert_close(kernel.names["G"].double(), x.T @ x, rtol=1e-4, atol=1e-2)
 
 
 def check_texts(mixing, mixed, writing):
@@ -276,9 +299,13 @@ CHECKS = {
     "README.md": check_readme,
     "docs/adapters/index.md": check_accumulating,
     "docs/evaluating.md": check_evaluating,
+    "docs/guides/uneven.md": check_uneven,
+    "docs/guides/selector.md": check_own_selector,
     "docs/kernels.md": check_kernels,
     "docs/networks.md": check_networks,
+    "docs/reference/recipe.md": check_recipe,
     "docs/serving/onnx.md": check_onnx,
+    "docs/start/gram.md": check_gram,
     "docs/texts.md": check_texts,
 }
 
