@@ -10,8 +10,8 @@ bench/results/producers.csv, row by row; the scores also become rows of studies_
 killed run resumes. The networks and measures are described in docs/benches.md.
 """
 
+import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,46 +39,43 @@ def measure(name: str, table: Table) -> None:
     if all(any(_is(row, name, steps) for row in table.rows) for steps in of_network):
         return
     bench = Bench(SUBJECTS[name](), f"studies_{name}.csv")
-    network, report = bench.compressed(SELECTOR, keep, {})
-    base = _add(table, name, 0, bench, network, report, {})
-    for steps in of_network:
-        variant, settings = refitted(steps)
+    assert bench.subject.each is not None
+    base: dict[str, Tensor] = {}
+    for steps in (0, *of_network):
+        variant, settings = refitted(steps) if steps else ("ours", {})
+        start = time.process_time()
         network, report = bench.compressed(SELECTOR, keep, settings)
+        seconds = time.process_time() - start
         bench.note(SELECTOR, keep, variant, network, report)
-        _add(table, name, steps, bench, network, report, base)
+        found = bench.subject.each(network)
+        base = base or found
+        _add(table, (name, keep, steps), found, base, bench.subject.samples, seconds)
 
 
 def _add(
     table: Table,
-    name: str,
-    steps: int,
-    bench: Bench,
-    network: Any,
-    report: Any,
+    key: tuple[str, float, int],
+    found: dict[str, Tensor],
     base: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """Adds the rows of a compressed network, unless they are there; returns its measures."""
-    assert bench.subject.each is not None
-    keep, found = CELLS[name][0], bench.subject.each(network)
+    samples: int,
+    seconds: float,
+) -> None:
+    """Adds the rows of a compressed network, unless they are there."""
     for measured, values in found.items():
-        if (name, keep, steps, measured) in table:
+        if (*key, measured) in table:
             continue
-        gain = difference(values.tolist(), base.get(measured, values).tolist())
+        gain = difference(values.tolist(), base[measured].tolist())
         table.add(
             {
-                "network": name,
-                "keep": keep,
-                "steps": steps,
-                "measure": measured,
+                **dict(zip(KEY, (*key, measured), strict=True)),
                 "value": round(values.mean().item(), 6),
                 "gain": round(gain.value, 6),
                 "gain_error": round(gain.error or 0.0, 6),
                 "count": len(values),
-                "samples": bench.subject.samples,
-                "compress_seconds": round(report.seconds["total"], 1),
+                "samples": samples,
+                "cpu_seconds": round(seconds, 1),
             }
         )
-    return found
 
 
 def _is(row: Row, name: str, steps: int) -> bool:
@@ -90,7 +87,7 @@ def lines(rows: list[Row]) -> Iterator[list[str]]:
     for row in rows:
         gain = "" if row["steps"] == "0" else f"{float(row['gain']):+.4f} ± {row['gain_error']}"
         of = (row["network"], row["keep"], row["steps"], row["measure"])
-        yield [*of, f"{float(row['value']):.4f}", gain, row["compress_seconds"]]
+        yield [*of, f"{float(row['value']):.4f}", gain, row["cpu_seconds"]]
 
 
 def main() -> None:
@@ -108,7 +105,7 @@ def main() -> None:
     for name in () if options.show else CELLS:
         if options.network in (None, name):
             measure(name, table)
-    header = [*KEY, "value", "gain over the defaults", "seconds"]
+    header = [*KEY, "value", "gain over the defaults", "CPU seconds"]
     print(aligned(header, list(lines(table.rows)), words=1))
 
 
