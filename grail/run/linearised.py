@@ -80,7 +80,8 @@ class Linearised(ABC):
     def moments(self, part: Part) -> list[Moments]:
         """Returns empty moments of each set."""
         rows = part.rows.flatten(1)
-        return [Moments(*rows.shape, rows.device) for _ in self.roles]
+        channels, inputs = rows.shape
+        return [Moments(channels, inputs, rows.device) for _ in self.roles]
 
     def rows(self, batch: int, *tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
         """Yields the number of a set and its rows of tokens, see `SiteStatistics.rows`."""
@@ -177,8 +178,8 @@ class OfMaps(Linearised):
 
 def has_maps(site: BoundSite) -> bool:
     """Returns whether a producer or consumer of a site reads or writes maps."""
-    layers = [*site.producers, *site.consumers]
-    return any(isinstance(layer.module, MAPS) for layer in layers)
+    modules = [each.module for each in site.producers] + [each.module for each in site.consumers]
+    return any(isinstance(module, MAPS) for module in modules)
 
 
 def parts_of(stream: Stream, site: BoundSite) -> tuple[list[tuple[int, int]], str]:

@@ -402,12 +402,13 @@ def refusal(site: BoundSite, per_tap: bool) -> str:
     if len(site.consumers) > 1:
         return "it has several consumers"
     (consumer,) = site.consumers
-    if max(getattr(layer.module, "groups", 1) for layer in (*site.producers, consumer)) > 1:
+    modules = [consumer.module, *(producer.module for producer in site.producers)]
+    if any(getattr(module, "groups", 1) > 1 for module in modules):
         return "its convolutions have groups"
     if consumer.reads_maps and consumer.taps > 1 and not per_tap:
         return "per_tap=False fits one map of channels for all taps"
     if (consumer.taps > 1 and not consumer.reads_maps) or not consumer.reads_all:
-        return f"{site.consumers[0].name} reads more than its channels, once each"
+        return f"{consumer.name} reads more than its channels, once each"
     if type(site) is not BoundSite or not all(p.spans() for p in site.producers):
         return f"its {site.kind} are no single channels"
     return ""
