@@ -152,7 +152,7 @@ class Recipe:
         "Steps of conjugate gradients by which the layers that write a site are fitted, too, "
         "through the activation, toward what its consumer's output lacks; 0 leaves them. For MLPs "
         "and convolutions. 3 recover more, on the calibration's kind of text and on another, in "
-        "two to three times the time.",
+        "two to four times the time.",
         metavar="STEPS",
         panel="Restoring",
         least=0,

@@ -95,7 +95,7 @@ def main() -> None:
     parser = CommandLine(
         __doc__,
         writes="bench/results/producers.csv and studies_NETWORK.csv, row by row",
-        takes="a quarter of an hour on one core",
+        takes="ten minutes on one core",
     )
     parser.add_argument("network", nargs="?", choices=CELLS, help="default: all")
     parser.add_argument("--show", action="store_true", help="measure nothing")
