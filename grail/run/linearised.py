@@ -43,12 +43,14 @@ class Linearised(ABC):
         site: narrow.
         statistics: empty, of the consumer: they give the tokens of each role.
         roles: of the sets of tokens, in their order.
+        batches: that are fitted or judge.
     """
 
     stream: Stream
     site: BoundSite
     statistics: SiteStatistics
     roles: Sequence[Role]
+    batches: Sequence[int]
 
     @abstractmethod
     def reading(self, batch: int, part: Part | None, probes: bool) -> Reading:
@@ -118,7 +120,7 @@ class OfTokens(Linearised):
 
     def _chunks(self, advance: Advance) -> Iterator[Chunk]:
         """Yields what was kept of each batch."""
-        for batch in range(len(self.stream)):
+        for batch in self.batches:
             kept = (states[batch].to(self.stream.device) for states in (self.inputs, self.slopes))
             for number, (x, slope) in self.rows(batch, *kept):
                 yield number, x, slope
@@ -164,8 +166,8 @@ class OfMaps(Linearised):
                 return x.float() @ change.mT
 
         sums = [torch.zeros_like(change) for _ in self.roles]
-        with cache.replaying():
-            for batch in range(len(self.stream)):
+        with cache.replaying(self.batches):
+            for batch in self.batches:
                 with explain_failure():
                     found = differentiate(self.stream, self.site, batch, part, tangent)
                 assert found.x is not None

@@ -10,8 +10,12 @@ The target is the output of the dense site and, of the drift, the share that the
 consumer chose. A refitted producer stays if the error of the network on held-out sequences has
 fallen, and on guard text (without either, on all); else half of its change is tried, then none.
 
-Memory: for every batch the dense site's output, T·O values, and between linear layers also what a
-producer reads and the slope of each channel that stays, T·(D + K).
+Producers are fitted to `TOKENS` of the calibration at most, spread evenly over its batches, and to
+all guard text; the consumer is fitted to everything.
+
+Memory: for all T tokens the dense site's output, T·O values, and between linear layers also, for
+those that are fitted, what a producer reads and the slope of each channel that stays, D + K values
+a token.
 """
 
 import itertools
@@ -29,7 +33,7 @@ from grail.algebra.kinds import plain_output
 from grail.algebra.producer_fit import Moments, conjugate_gradients, error_of
 from grail.algebra.reduction import Folding, Reduction, Selection
 from grail.calibrate.hidden_states import HiddenStates, OutputCache
-from grail.calibrate.stream import Role
+from grail.calibrate.stream import Role, Stream
 from grail.errors import InputError
 from grail.networks import BoundSite
 from grail.run.blocks import Blocks
@@ -47,6 +51,8 @@ from grail.statistics.site_statistics import SiteStatistics
 from grail.statistics.slopes import Part, Reading
 
 DAMPING = 1e-2  # α of `grail.algebra.producer_fit`
+# Of the calibration, to which producers are fitted: each step is a pass over them.
+TOKENS = 16 * 1024
 HALVINGS = 1  # of a change that raised the error, before it is taken back
 
 
@@ -92,6 +98,7 @@ class ProducerRefit:
         self._roles = [Role.TRAIN]
         self._roles += [Role.HELD_OUT] * (blocks.recipe.holds_out and blocks.stream.holds_out)
         self._roles += [Role.GUARD] * (Role.GUARD in blocks.stream.others)
+        self._batches = _fitted(blocks.stream)
         self._clock, self._collector, self._widths = blocks.clock, blocks.collector, blocks.widths
         self._trusted = blocks.architecture.trusted
         self._solver, self._narrower, self._exchange = solver, narrower, exchange
@@ -105,12 +112,13 @@ class ProducerRefit:
         """The bytes that are kept of all batches while a site is refitted."""
         return sum(states.nbytes for states in (self._own, self._inputs, self._slopes))
 
-    def passes(self, site: BoundSite) -> int:
-        """Returns the number of passes over the calibration set for a site, if no change fails."""
+    def passes(self, site: BoundSite) -> float:
+        """Returns the number of passes over all tokens for a site, if no change fails."""
         if not self._steps or refusal(site, self._per_tap) or not self._narrows(site):
             return 0
         parts = sum(len(producer.spans()) for producer in site.producers)
-        return parts * (1 + self._steps) + 1
+        fitted = sum(map(self._stream.tokens_of, self._batches)) / max(self._stream.own_tokens, 1)
+        return parts * (1 + self._steps) * fitted + 1
 
     def applies_to(self, step: Sequence[BoundSite], report: BlockReport) -> bool:
         """Returns whether the producers of a site are refitted; the report notes why not.
@@ -216,19 +224,19 @@ class ProducerRefit:
             return _Trial(part, found.change, seen.errors, self._transaction)
 
     def _layers(self, site: BoundSite) -> Linearised:
-        known = self._stream, site, self._collector.empty(site), self._roles
+        known = self._stream, site, self._collector.empty(site), self._roles, self._batches
         return OfMaps(*known) if has_maps(site) else OfTokens(*known, self._inputs, self._slopes)
 
     def _reads(
-        self, job: RefitJob, layers: Linearised, part: Part | None
+        self, job: RefitJob, layers: Linearised, part: Part | None, batches: Sequence[int]
     ) -> Iterator[tuple[int, Reading, Tensor, Tensor]]:
-        """Yields each batch, what is read of it, and what the consumer's output lacks, in fp32.
+        """Yields each of some batches, what is read of it, and what the consumer's output lacks.
 
-        That is, tokens [..., O], of the target and of the dense network's output.
+        That is, tokens [..., O] in fp32, of the target and of the dense network's output.
         """
         (consumer,), device = job.site.consumers, self._stream.device
-        with self._clock("forward"), job.cache.replaying():
-            for batch in range(len(self._stream)):
+        with self._clock("forward"), job.cache.replaying(batches):
+            for batch in batches:
                 target = None if job.target is None else job.target[batch]
                 with explain_failure():
                     found = layers.reading(batch, part, probes=target is not None)
@@ -245,10 +253,10 @@ class ProducerRefit:
                 job.advance(self._stream.tokens_of(batch))
 
     def _linearise(self, job: RefitJob, part: Part) -> "_Pass":
-        """Runs all batches through the narrow block, and collects what the fit of a part needs."""
+        """Runs fitted batches through the narrow block; collects what the fit of a part needs."""
         layers, total = self._layers(job.site), self._stream.processes.total
         sets = layers.moments(part)
-        for batch, found, missing, _ in self._reads(job, layers, part):
+        for batch, found, missing, _ in self._reads(job, layers, part, self._batches):
             with self._clock("refit"):
                 layers.add(batch, found, missing, sets)
         for tensor in itertools.chain(*(each.sums() for each in sets)):
@@ -266,7 +274,8 @@ class ProducerRefit:
             if role is not Role.HELD_OUT  # is reported with those that are fitted
         }
         errors = torch.zeros(len(self._roles), dtype=torch.float64, device=device)
-        for batch, found, missing, lacking in self._reads(job, layers, None):
+        everything, judging = range(len(self._stream)), frozenset(self._batches)
+        for batch, found, missing, lacking in self._reads(job, layers, None, everything):
             hidden = found.hidden
             assert hidden is not None
             if job.split is not None:  # what the block ends with
@@ -277,7 +286,8 @@ class ProducerRefit:
                 for number, (x, of_target, of_dense) in layers.rows(
                     batch, read_by, missing, lacking
                 ):
-                    errors[number] += of_target.square().sum(dtype=torch.float64)
+                    if batch in judging:  # as in the passes for parts
+                        errors[number] += of_target.square().sum(dtype=torch.float64)
                     role = self._roles[number]
                     landed[role if role in landed else Role.TRAIN].update(of_dense, x, None)
         for tensor in itertools.chain(*(drift.parts().values() for drift in landed.values())):
@@ -389,6 +399,14 @@ class _Trial:
     def _write(self, change: Tensor) -> None:
         rows = self._old.double() + change.view_as(self._old)
         self._part.rewrite(rows, self._transaction)
+
+
+def _fitted(stream: Stream) -> tuple[int, ...]:
+    """Returns the numbers of the batches to which producers are fitted, and that judge them."""
+    share = min(1.0, TOKENS / max(stream.tokens, 1))
+    chosen = set(stream.spread(share))
+    chosen.update(batch for batch in stream.batches if Role.GUARD in stream.by_role(batch, True))
+    return tuple(sorted(chosen))
 
 
 def refusal(site: BoundSite, per_tap: bool) -> str:
