@@ -151,8 +151,8 @@ class Recipe:
         0,
         "Steps of conjugate gradients by which the layers that write a site are fitted, too, "
         "through the activation, toward what its consumer's output lacks; 0 leaves them. For MLPs "
-        "of linear layers. 3 recover more, on the calibration's kind of text and on another, in "
-        "about three times the time.",
+        "and convolutions. 3 recover more, on the calibration's kind of text and on another, in "
+        "two to four times the time.",
         metavar="STEPS",
         panel="Restoring",
         least=0,

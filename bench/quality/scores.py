@@ -4,10 +4,11 @@
 |---|---|
 | classifier, with labels | `accuracy(network, inputs, labels)` |
 | classifier, without | `accuracy(network, inputs, predictions(dense, inputs))` |
+| classifier, for each input | `distances(log_probabilities(network, inputs), …)` |
 | sentence encoder | `mean_cosine` and `rank_correlation` of `embed(encoder, batches)` |
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,11 +22,33 @@ def predictions(network: nn.Module, inputs: Tensor, batch: int = 500) -> Tensor:
 
     The network is called as it is: in evaluation mode, if batches shall not matter.
     """
-    guesses = []
+    return torch.cat([logits.argmax(-1) for logits in _logits(network, inputs, batch)])
+
+
+@torch.no_grad()
+def log_probabilities(network: nn.Module, inputs: Tensor, batch: int = 500) -> Tensor:
+    """Logarithms of the probabilities of each of `inputs` [N, …]: [N, classes], fp64."""
+    found = _logits(network, inputs, batch)
+    return torch.cat([logits.double().log_softmax(-1) for logits in found])
+
+
+def distances(own: Tensor, dense: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """Measures of each input, [N] fp64, from log-probabilities of two networks, [N, classes].
+
+    KL(dense‖own) in nats, agreement of the predictions and, with labels [N], being right.
+    """
+    guesses = own.argmax(-1)
+    found = {
+        "kl": (dense.exp() * (dense - own)).sum(-1),
+        "agreement": (guesses == dense.argmax(-1)).double(),
+    }
+    return found if labels is None else found | {"accuracy": (guesses == labels).double()}
+
+
+def _logits(network: nn.Module, inputs: Tensor, batch: int) -> Iterator[Tensor]:
     for part in inputs.split(batch):
         outputs: Any = network(part)
-        guesses.append(getattr(outputs, "logits", outputs).argmax(-1))
-    return torch.cat(guesses)
+        yield getattr(outputs, "logits", outputs)
 
 
 def accuracy(network: nn.Module, inputs: Tensor, labels: Tensor, batch: int = 500) -> float:

@@ -53,6 +53,7 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
 }
 SAMPLES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 SEQUENCES = (4, 16, 64)  # of 1024 tokens, for the language model
+REFITS = (3, 8)  # steps
 ALPHAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # Variants of a mixture: the gain of correcting the drift of the residual stream at experts.
 MIXED: dict[str, dict[str, Any]] = {
@@ -83,7 +84,8 @@ class Subject:
     """A network with its data.
 
     `calibration`: from a number of samples to batches; `score`: by name, the first the one that
-    tables show; `keeps`, `studied`: of the table and of the studies.
+    tables show; `each`: by name of a measure, its value for each test sample, [N]; `keeps`,
+    `studied`: of the table and of the studies.
     """
 
     network: Any
@@ -96,6 +98,7 @@ class Subject:
     studied: tuple[float, ...] = (0.5, 0.3)
     variants: tuple[str, ...] = ("own", "grail", "ours")
     settings: dict[str, Any] = field(default_factory=dict)
+    each: Callable[[Any], dict[str, Tensor]] | None = None
 
 
 def fashion(
@@ -121,26 +124,35 @@ def fashion(
     def score(model: Any) -> dict[str, float]:
         return {"accuracy": scores.accuracy(model, test, labels)}
 
-    return Subject(
-        network, calibration, score, 512, sites, variants=tuple(VARIANTS), settings={"multiple": 1}
-    )
+    @functools.cache
+    def dense() -> Tensor:
+        return scores.log_probabilities(network, test)
+
+    def each(model: Any) -> dict[str, Tensor]:
+        return scores.distances(scores.log_probabilities(model, test), dense(), labels)
+
+    own = {"variants": tuple(VARIANTS), "settings": {"multiple": 1}, "each": each}
+    return Subject(network, calibration, score, 512, sites, **own)
 
 
 def _efficientnet() -> Subject:
     network = networks.efficientnet_lite0()
     first, test = assets.photographs(TEXTS, crops=4)
     # Small batches, whose activations stay in the caches, are twice as fast as large ones here.
-    dense = scores.predictions(network, test, batch=16)
+    dense = scores.log_probabilities(network, test, batch=16)
 
     def score(model: Any) -> dict[str, float]:
-        return {"agreement": scores.accuracy(model, test, dense, batch=16)}
+        return {"agreement": scores.accuracy(model, test, dense.argmax(-1), batch=16)}
+
+    def each(model: Any) -> dict[str, Tensor]:
+        return scores.distances(scores.log_probabilities(model, test, batch=16), dense)
 
     def calibration(samples: int) -> list[Any]:
         crops = -(-4 * samples // len(first))  # more of the same photographs where they run out
         images = first if crops <= 4 else assets.photographs(TEXTS, crops)[0]
         return list(images[:samples].split(16))
 
-    return Subject(network, calibration, score, 256, ("conv",), studied=(0.5,))
+    return Subject(network, calibration, score, 256, ("conv",), studied=(0.5,), each=each)
 
 
 def _minilm() -> Subject:
@@ -159,7 +171,10 @@ def _minilm() -> Subject:
             "rank_correlation": scores.rank_correlation(embeddings, dense),
         }
 
-    return Subject(encoder, calibration, score, 512, ("mlp",))
+    def each(model: Any) -> dict[str, Tensor]:
+        return {"cosine": (scores.embed(model, batches).double() * dense.double()).sum(-1)}
+
+    return Subject(encoder, calibration, score, 512, ("mlp",), each=each)
 
 
 def _language(sites: tuple[str, ...], made: Callable[[Any], Any]) -> Subject:
@@ -228,14 +243,25 @@ class Bench:
         samples = samples or self.subject.samples
         if (selector, keep, variant, samples) in self.out:
             return
-        network = copy.deepcopy(self.subject.network)
-        chosen = {"keep": keep, "sites": self.subject.sites, **self.subject.settings, **settings}
-        report = grail.compress(
-            network, self._batches(samples), selector=selector, progress=False, **chosen
-        )
+        network, report = self.compressed(selector, keep, settings, samples)
         if after:
             after(network)
         self._add(selector, keep, variant, samples, network, report)
+
+    def compressed(
+        self, selector: str, keep: float, settings: dict[str, Any], samples: int = 0
+    ) -> tuple[Any, Any]:
+        """Returns a compressed copy of the network, and its report."""
+        network = copy.deepcopy(self.subject.network)
+        chosen = {"keep": keep, "sites": self.subject.sites, **self.subject.settings, **settings}
+        batches = self._batches(samples or self.subject.samples)
+        report = grail.compress(network, batches, selector=selector, progress=False, **chosen)
+        return network, report
+
+    def note(self, selector: str, keep: float, variant: str, network: Any, report: Any) -> None:
+        """Adds the row of a network that `compressed` returned, unless it is there."""
+        if (selector, keep, variant) not in self:
+            self._add(selector, keep, variant, self.subject.samples, network, report)
 
     def scores(self, of: Callable[[select.View], Tensor]) -> list[Tensor]:
         """A selector's scores of every site of the dense network."""
@@ -364,6 +390,13 @@ def _studies(name: str, keep: float) -> Iterator[StudyRow]:
     for variant, settings in FOLDINGS.items():
         if name == "resnet18" or "REPAIR" not in variant:
             yield "folding-kmeans", keep, variant, settings, default
+    for steps in REFITS:
+        yield "greedy", keep, *refitted(steps), default
+
+
+def refitted(steps: int) -> tuple[str, dict[str, Any]]:
+    """The defaults with producers refitted: the variant and its settings."""
+    return f"ours, producers refitted, {steps} steps", {"refit_producers": steps}
 
 
 def main() -> None:

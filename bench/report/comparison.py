@@ -86,6 +86,7 @@ def page() -> str:
     parts = (summary, table, study_table, beside_the_paper, has_axes)
     return fill(
         ROOT / "bench/report/results.md.j2",
+        producers=producer_table(read_rows(RESULTS / "producers.csv")),
         networks={name: Network(name, *of) for name, of in NETWORKS.items()},
         **{part.__name__: part for part in parts},
     )
@@ -213,6 +214,32 @@ def study_table(rows: list[Row], score: str, size: str) -> str:
     lines = [[*of, *cells[of]] for of in shown]
     title = f"Dense: {number(score, dense)}. Calibration samples: {size}."
     return f"{title}\n\n{markdown(header, lines)}"
+
+
+def producer_table(rows: list[Row]) -> str:
+    """Refitted producers beside the defaults: a line for each network and number of steps."""
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    base: dict[tuple[str, str], str] = {}
+    for row in rows:
+        value = f"{float(row['value']):.4f}"
+        if row["steps"] == "0":
+            base[row["network"], row["measure"]] = value
+            continue
+        gain = f"{float(row['gain']):+.4f} ± {float(row['gain_error']):.4f}"
+        key = (row["network"], row["keep"], row["steps"])
+        cell = f"{base[row['network'], row['measure']]} → {value} ({gain})"
+        lines.setdefault(key, {"seconds": row["cpu_seconds"]})[row["measure"]] = cell
+    names = list(dict.fromkeys(row["measure"] for row in rows))
+    of_defaults = {row["network"]: row["cpu_seconds"] for row in rows if row["steps"] == "0"}
+    cells = [
+        [
+            *key,
+            *(line.get(name, "–") for name in names),
+            f"{float(of_defaults[key[0]]):.0f} → {float(line['seconds']):.0f}",
+        ]
+        for key, line in lines.items()
+    ]
+    return markdown(["network", "keep", "steps", *names, "CPU seconds"], cells)
 
 
 # Of the table of README.md: calibration, its sequences, sites, keep ratio, and the text read.

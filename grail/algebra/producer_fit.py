@@ -16,14 +16,22 @@ The penalty measures a change of each row by its effect on the output. The norma
     N X + λ c X = B,   N X = Σ (J ∘ (Wᵀ W (J ∘ (X x)))) xᵀ,   B = Σ (J ∘ (Wᵀ e)) xᵀ
 
 are solved by conjugate gradients from X = 0, preconditioned by c ⊗ (G + λI): N itself if different
-channels were orthogonal and J did not depend on x. A step is one pass over the tokens, with
-2·T·K·(2·D + min(K, 2·O)) FLOPs. Few steps are a regularisation of their own: tokens that are not
-fitted choose their number. For each set of tokens the error of all steps comes from the same
-products,
+channels were orthogonal and J did not depend on x. A step is one pass over the tokens, for linear
+layers with 2·T·K·(2·D + min(K, 2·O)) FLOPs. Few steps are a regularisation of their own: tokens
+that are not fitted choose their number. For each set of tokens the error of all steps comes from
+the same products,
 
     ‖e − W (J ∘ (X x))‖² = Σ|e|² − 2 tr(B Xᵀ) + tr((N X) Xᵀ)
 
 Products are in fp32, sums of their results and scalars in fp64.
+
+Convolutions read neighbours, so W J is a linear map A from what the producer writes of a sample to
+the consumer's output of it, and x are the patches that the producer reads:
+
+    N X = Σ (Aᵀ A (X x)) xᵀ,   B = Σ (Aᵀ e) xᵀ
+
+The sums and the steps are the same (`Moments`, `conjugate_gradients`); the products N X come from
+`TokenProduct` for layers of tokens, from `grail.statistics.derivative` for maps.
 
 Source: this project. Preconditioned conjugate gradients: Hestenes and Stiefel, 1952.
 """
@@ -48,41 +56,59 @@ LEAST_WEIGHT = 1e-2
 LEAST_DAMPING = 1e-6
 
 
+# From a change X [K, D] to N X [K, D] fp32 of each set.
+Product = Callable[[Tensor], list[Tensor]]
+
+
 class Moments:
     """The sums of one set of tokens for the fit of a producer.
 
     Args:
-        consumer: W [O, K].
-        inputs: D.
+        channels, inputs: K and D.
+        device: where the sums live.
 
     `right`: B [K, D] fp32. `inputs`: G [D, D] fp32. `slopes`: Σ J² [K] fp64. `energy`: Σ|e|², and
-    `tokens`, both fp64.
+    `tokens`, that the producer reads, both fp64.
     """
 
-    def __init__(self, consumer: Tensor, inputs: int):
-        channels, device = consumer.shape[1], consumer.device
-        self._consumer = consumer.float()
+    def __init__(self, channels: int, inputs: int, device: torch.device):
         self.right = torch.zeros(channels, inputs, dtype=torch.float32, device=device)
         self.inputs = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
         self.slopes = torch.zeros(channels, dtype=torch.float64, device=device)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, x: Tensor, slope: Tensor, missing: Tensor) -> None:
-        """Adds tokens: x [T, D], J [T, K] and e [T, O]."""
-        for rows in _rows(len(x)):
-            own, slopes, lacking = x[rows].float(), slope[rows].float(), missing[rows].float()
-            with full_fp32(own.device):
-                back = lacking @ self._consumer
-            add_products(self.right, back.mul_(slopes), own)
-            add_products(self.inputs, own, own)
-            self.slopes += slopes.square().sum(0, dtype=torch.float64)
-            self.energy += lacking.square().sum(dtype=torch.float64)
-            self.tokens += len(own)
+    def add(self, x: Tensor, back: Tensor) -> None:
+        """Adds tokens: x [T, D], and Aᵀ e [T, K] of what the consumer's output lacks."""
+        add_products(self.right, back, x)
+        add_products(self.inputs, x, x)
+        self.tokens += len(x)
+
+    def add_slopes(self, slope: Tensor, weight: float = 1.0) -> None:
+        """Adds J² of rows [T, K], each counted `weight` times."""
+        self.slopes += weight * slope.square().sum(0, dtype=torch.float64)
+
+    def add_missing(self, missing: Tensor) -> None:
+        """Adds |e|² of rows [T, O]."""
+        self.energy += missing.square().sum(dtype=torch.float64)
 
     def sums(self) -> list[Tensor]:
         """Returns all sums; those of several processes add up."""
         return [self.right, self.inputs, self.slopes, self.energy, self.tokens]
+
+
+def add_tokens(
+    moments: Moments, consumer: Tensor, x: Tensor, slope: Tensor, missing: Tensor
+) -> None:
+    """Adds tokens of linear layers: x [T, D], J [T, K] and e [T, O] for W [O, K]."""
+    weight = consumer.float()
+    for rows in _rows(len(x)):
+        own, slopes, lacking = x[rows].float(), slope[rows].float(), missing[rows].float()
+        with full_fp32(own.device):
+            back = lacking @ weight
+        moments.add(own, back.mul_(slopes))
+        moments.add_slopes(slopes)
+        moments.add_missing(lacking)
 
 
 @dataclass(frozen=True)
@@ -99,33 +125,30 @@ class Change:
 
 
 def conjugate_gradients(
-    consumer: Tensor,
     sets: Sequence[Moments],
-    chunks: Callable[[], Iterable[Chunk]],
+    product: Product,
+    energies: Tensor,
     *,
     steps: int,
     alpha: float,
-    total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Change:
     """Returns the change of a producer's weight after the best number of steps.
 
     Args:
-        consumer: W [O, K].
         sets: the moments of the tokens that are fitted and, after it, of those that judge. A step
             counts as better if the largest error of the judging sets, each relative to its own
             before the first step, is smaller. Without such a set the last step is the best.
-        chunks: yields all tokens of all sets, in the same order at every call.
+        product: over the tokens of all sets and processes, as their moments.
+        energies: ‖W_k‖² [K].
         steps: the most that are taken.
         alpha: strength of the penalty, ≥ 0.
-        total: adds up a sum over processes, whose `sets` are added up already.
 
-    Memory: 4·K·D·(8 + 4·len(sets)) + 8·D² bytes, and 4·(2·K + D) a token of 4096 at once.
+    Memory: 4·K·D·(8 + 4·len(sets)) + 8·D² bytes, and what the product takes.
     """
     fitted = sets[0]
     if not all(bool(sums.isfinite().all()) for each in sets for sums in each.sums()):
         return Change(torch.zeros_like(fitted.right), 0, ())
-    through, product = _through(consumer), Product(sets, chunks, total)
-    weights = _weights(consumer, fitted)
+    weights = _weights(energies, fitted)
     penalty = alpha * fitted.inputs.diagonal().double().mean()
     condition = _preconditioner(fitted, weights, alpha)
     scaled = (penalty * weights).float()[:, None]
@@ -138,7 +161,7 @@ def conjugate_gradients(
     for step in range(1, steps + 1):
         if not size > 0:  # solved, or not finite
             break
-        seen = product(through, direction)
+        seen = product(direction)
         system = torch.addcmul(seen[0], scaled, direction)
         curvature = _inner(direction, system)
         if not (curvature > 0 and math.isfinite(curvature)):
@@ -170,29 +193,36 @@ def error_of(landed: Drift, normal: Tensor, before: Tensor, after: Tensor) -> fl
     return math.sqrt(max(squared, 0.0) / size) if size > 0 else 0.0
 
 
-class Product:
-    """The product N X of each set of tokens.
+class TokenProduct:
+    """The product N X of each set, for linear layers, each token alone.
 
     Args:
-        sets, chunks, total: see `conjugate_gradients`.
+        consumer: W [O, K].
+        sets: how many.
+        chunks: yields all tokens of all sets, in the same order at every call.
+        total: adds up a sum over processes.
+
+    Memory: 4·(2·K + D) bytes a token of 4096 at once.
     """
 
     def __init__(
         self,
-        sets: Sequence[Moments],
+        consumer: Tensor,
+        sets: int,
         chunks: Callable[[], Iterable[Chunk]],
-        total: Callable[[Tensor], Tensor],
+        total: Callable[[Tensor], Tensor] = lambda sums: sums,
     ):
-        self._sets, self._chunks, self._total = sets, chunks, total
+        self._through, self._sets = _through(consumer), sets
+        self._chunks, self._total = chunks, total
 
-    def __call__(self, through: Callable[[Tensor], Tensor], change: Tensor) -> list[Tensor]:
-        """Returns N X [K, D] fp32 of each set; `through` multiplies [T, K] by WᵀW."""
-        sums = [torch.zeros_like(each.right) for each in self._sets]
+    def __call__(self, change: Tensor) -> list[Tensor]:
+        """Returns N X [K, D] fp32 of each set."""
+        sums = [torch.zeros_like(change) for _ in range(self._sets)]
         for number, x, slope in self._chunks():
             for rows in _rows(len(x)):
                 own, slopes = x[rows].float(), slope[rows].float()
                 with full_fp32(own.device):
-                    back = through((own @ change.mT).mul_(slopes))
+                    back = self._through((own @ change.mT).mul_(slopes))
                 add_products(sums[number], back.mul_(slopes), own)
         return [self._total(each) for each in sums]
 
@@ -228,10 +258,9 @@ class _Errors:
         return better
 
 
-def _weights(consumer: Tensor, fitted: Moments) -> Tensor:
+def _weights(energies: Tensor, fitted: Moments) -> Tensor:
     """Returns c [K] fp64."""
-    energies = consumer.double().square().sum(0)
-    weights = energies * fitted.slopes / fitted.tokens
+    weights = energies.double() * fitted.slopes / fitted.tokens
     return weights + LEAST_WEIGHT * weights.mean()
 
 

@@ -314,11 +314,11 @@ def _require_places(recipe: Recipe, architecture: Architecture, sites: Sequence[
             f"token_weights is for sites after which norms read the stream, token by token; "
             f"{architecture.name} has none"
         )
-    reasons = {refusal(site) for site in sites}
+    reasons = {refusal(site, recipe.per_tap) for site in sites}
     if recipe.refit_producers and "" not in reasons:
         raise InputError(
-            f"refit_producers is for sites of linear layers; of {architecture.name} no site to "
-            f"narrow is one: {'; '.join(sorted(reasons))}"
+            f"refit_producers cannot be applied to any site to narrow of {architecture.name}: "
+            f"{'; '.join(sorted(reasons))}; choose refit_producers=0"
         )
     if recipe.correct_attention and not any(map(architecture.attention_inputs, blocks)):
         raise InputError(

@@ -3,8 +3,8 @@
 After a site is narrowed, its consumer is fitted to the channels that stay, but its producers still
 write what they wrote. Here they are fitted too, one after the other, each to what the consumer's
 output lacks of its target (`grail.algebra.producer_fit`); then the consumer is fitted again to what
-it reads by then. Slopes come from the block itself (`grail.statistics.slopes`). Producers in which
-the consumer's input is linear come first.
+it reads by then. What is between comes from the block itself (`grail.run.linearised`). Producers in
+which the consumer's input is linear come first.
 
 The target is the output of the dense site and, of the drift, the share that the first fit of the
 consumer chose. A refitted producer stays if the error of the network on held-out sequences has
@@ -13,8 +13,9 @@ fallen, and on guard text (without either, on all); else half of its change is t
 Producers are fitted to `TOKENS` of the calibration at most, spread evenly over its batches, and to
 all guard text; the consumer is fitted to everything.
 
-Memory: for those tokens what a producer reads and the slope of each channel that stays, D + K
-values a token, and for all T tokens the dense site's output, T·O values.
+Memory: for all T tokens the dense site's output, T·O values, and between linear layers also, for
+those that are fitted, what a producer reads and the slope of each channel that stays, D + K values
+a token.
 """
 
 import itertools
@@ -28,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from grail.algebra.drift import Drift
-from grail.algebra.kinds import MAPS, plain_output
-from grail.algebra.producer_fit import Chunk, Moments, conjugate_gradients, error_of
+from grail.algebra.kinds import plain_output
+from grail.algebra.producer_fit import Moments, conjugate_gradients, error_of
 from grail.algebra.reduction import Folding, Reduction, Selection
 from grail.calibrate.hidden_states import HiddenStates, OutputCache
 from grail.calibrate.stream import Role, Stream
@@ -37,15 +38,17 @@ from grail.errors import InputError
 from grail.networks import BoundSite
 from grail.run.blocks import Blocks
 from grail.run.exchange import Decision, Exchange
+from grail.run.linearised import Linearised, OfMaps, OfTokens, energies, has_maps, parts_of
 from grail.run.narrower import BlockReport, SiteNarrower
 from grail.run.site_check import explain_failure
 from grail.run.solver import SiteSolver
 from grail.runtime.hooks import input_of
 from grail.runtime.transaction import Transaction
 from grail.statistics.collector import Advance
+from grail.statistics.derivative import as_tokens
 from grail.statistics.residual_split import ResidualSplit
 from grail.statistics.site_statistics import SiteStatistics
-from grail.statistics.slopes import Part, Reading, parts_in_order, read
+from grail.statistics.slopes import Part, Reading
 
 DAMPING = 1e-2  # α of `grail.algebra.producer_fit`
 # Of the calibration, to which producers are fitted: each step is a pass over them.
@@ -90,6 +93,7 @@ class ProducerRefit:
         transaction: Transaction,
     ):
         self._steps, self._stream = blocks.recipe.refit_producers, blocks.stream
+        self._per_tap = blocks.recipe.per_tap
         # Those that are fitted come first, those that judge after them.
         self._roles = [Role.TRAIN]
         self._roles += [Role.HELD_OUT] * (blocks.recipe.holds_out and blocks.stream.holds_out)
@@ -110,7 +114,7 @@ class ProducerRefit:
 
     def passes(self, site: BoundSite) -> float:
         """Returns the number of passes over all tokens for a site, if no change fails."""
-        if not self._steps or refusal(site) or not self._narrows(site):
+        if not self._steps or refusal(site, self._per_tap) or not self._narrows(site):
             return 0
         parts = sum(len(producer.spans()) for producer in site.producers)
         fitted = sum(map(self._stream.tokens_of, self._batches)) / max(self._stream.own_tokens, 1)
@@ -128,11 +132,11 @@ class ProducerRefit:
             return False
         key = self._key(site)
         if key not in self._tried:
-            reason = refusal(site)
+            reason = refusal(site, self._per_tap)
             order: list[tuple[int, int]] = []
             if not reason:
                 with self._clock("forward"):
-                    order, reason = parts_in_order(self._stream, site)
+                    order, reason = parts_of(self._stream, site)
             # Of several processes one may see less.
             reasons = self._stream.processes.gather(reason)
             reason = next(filter(None, reasons), "")
@@ -209,43 +213,37 @@ class ProducerRefit:
         """Fits a part and gives its producer the new rows; None where no step lowers the error."""
         with self._clock("refit"):
             found = conjugate_gradients(
-                job.site.consumers[0].by_channel,
                 seen.sets,
-                lambda: self._chunks(job),
+                self._layers(job.site).product(part, job.cache, job.advance),
+                energies(job.site),
                 steps=self._steps,
                 alpha=DAMPING,
-                total=self._stream.processes.total,
             )
             if not found.steps:
                 return None
             return _Trial(part, found.change, seen.errors, self._transaction)
 
-    def _chunks(self, job: RefitJob) -> Iterator[Chunk]:
-        """Yields what the last pass for a part has kept."""
-        statistics, device = self._collector.empty(job.site), self._stream.device
-        for batch in self._batches:
-            kept = (states[batch].to(device) for states in (self._inputs, self._slopes))
-            for role, (x, slope) in statistics.rows(batch, *kept):
-                if role in self._roles:
-                    yield self._roles.index(role), x, slope
-            job.advance(self._stream.tokens_of(batch))
+    def _layers(self, site: BoundSite) -> Linearised:
+        known = self._stream, site, self._collector.empty(site), self._roles, self._batches
+        return OfMaps(*known) if has_maps(site) else OfTokens(*known, self._inputs, self._slopes)
 
     def _reads(
-        self, job: RefitJob, part: Part | None, batches: Sequence[int]
+        self, job: RefitJob, layers: Linearised, part: Part | None, batches: Sequence[int]
     ) -> Iterator[tuple[int, Reading, Tensor, Tensor]]:
         """Yields each of some batches, what is read of it, and what the consumer's output lacks.
 
-        That is, [..., O] in fp32, of the target and of the dense network's output.
+        That is, tokens [..., O] in fp32, of the target and of the dense network's output.
         """
         (consumer,), device = job.site.consumers, self._stream.device
         with self._clock("forward"), job.cache.replaying(batches):
             for batch in batches:
                 target = None if job.target is None else job.target[batch]
                 with explain_failure():
-                    found = read(self._stream, job.site, batch, part, probes=target is not None)
+                    found = layers.reading(batch, part, probes=target is not None)
                 assert found.hidden is not None
                 returned = plain_output(consumer.module, found.hidden)
                 own = self._own[batch].to(device).float() - returned.float()
+                own = as_tokens(consumer.module, own)
                 lacking = own
                 if target is not None:
                     assert found.landed is not None
@@ -255,53 +253,46 @@ class ProducerRefit:
                 job.advance(self._stream.tokens_of(batch))
 
     def _linearise(self, job: RefitJob, part: Part) -> "_Pass":
-        """Runs fitted batches through the narrow block, and keeps what the fit of a part needs."""
-        statistics, total = self._collector.empty(job.site), self._stream.processes.total
-        weight = job.site.consumers[0].by_channel
-        inputs = part.rows.shape[1]
-        sets = {role: Moments(weight, inputs) for role in self._roles}
-        for batch, found, missing, _ in self._reads(job, part, self._batches):
-            assert found.x is not None
-            assert found.slope is not None
-            self._inputs.put(batch, found.x)
-            self._slopes.put(batch, found.slope)
+        """Runs fitted batches through the narrow block; collects what the fit of a part needs."""
+        layers, total = self._layers(job.site), self._stream.processes.total
+        sets = layers.moments(part)
+        for batch, found, missing, _ in self._reads(job, layers, part, self._batches):
             with self._clock("refit"):
-                for role, rows in statistics.rows(batch, found.x, found.slope, missing):
-                    if role in sets:
-                        sets[role].add(*rows)
-        for tensor in itertools.chain(*(each.sums() for each in sets.values())):
+                layers.add(batch, found, missing, sets)
+        for tensor in itertools.chain(*(each.sums() for each in sets)):
             tensor.copy_(total(tensor))
-        return _Pass([each.energy.item() for each in sets.values()], list(sets.values()))
+        return _Pass([each.energy.item() for each in sets], sets)
 
     def _collect(self, job: RefitJob) -> "_Pass":
         """Runs all batches through the narrow block, and collects what the consumer's fit needs."""
         (consumer,), device = job.site.consumers, self._stream.device
-        statistics, total = self._collector.empty(job.site), self._stream.processes.total
+        layers, total = self._layers(job.site), self._stream.processes.total
+        statistics, taps = layers.statistics, consumer.taps
         landed: dict[Role, Drift] = {
-            role: Drift(consumer.outputs, consumer.channels, device)
+            role: Drift(consumer.outputs, consumer.channels * taps, device)
             for role in self._roles
             if role is not Role.HELD_OUT  # is reported with those that are fitted
         }
-        energies = torch.zeros(len(self._roles), dtype=torch.float64, device=device)
+        errors = torch.zeros(len(self._roles), dtype=torch.float64, device=device)
         everything, judging = range(len(self._stream)), frozenset(self._batches)
-        for batch, found, missing, lacking in self._reads(job, None, everything):
+        for batch, found, missing, lacking in self._reads(job, layers, None, everything):
             hidden = found.hidden
             assert hidden is not None
             if job.split is not None:  # what the block ends with
                 job.split.inputs[batch][..., : consumer.channels] = hidden
             with self._clock("gram"):
                 statistics.update(batch, hidden, missing)
-                for role, (x, of_target, of_dense) in statistics.rows(
-                    batch, hidden, missing, lacking
+                read_by = consumer.patches(hidden)
+                for number, (x, of_target, of_dense) in layers.rows(
+                    batch, read_by, missing, lacking
                 ):
-                    if role in self._roles:
-                        if batch in judging:  # as in the passes for parts
-                            energy = of_target.square().sum(dtype=torch.float64)
-                            energies[self._roles.index(role)] += energy
-                        landed[role if role in landed else Role.TRAIN].update(of_dense, x, None)
+                    if batch in judging:  # as in the passes for parts
+                        errors[number] += of_target.square().sum(dtype=torch.float64)
+                    role = self._roles[number]
+                    landed[role if role in landed else Role.TRAIN].update(of_dense, x, None)
         for tensor in itertools.chain(*(drift.parts().values() for drift in landed.values())):
             tensor.copy_(total(tensor))
-        return _Pass(total(energies).tolist(), [], statistics, landed)
+        return _Pass(total(errors).tolist(), [], statistics, landed)
 
     def _decided(self, job: RefitJob, seen: "_Pass", first: Decision) -> Decision:
         """Returns the fit of the consumer to what it reads, with the error of the network.
@@ -329,7 +320,7 @@ class ProducerRefit:
             for role, drift in landed.items():
                 normal = [gram.matrix() for gram in grams[role] if gram is not None]
                 if normal:
-                    weights = consumer.by_channel, found.weight
+                    weights = consumer.by_tap, found.weight
                     errors[role] = error_of(drift, torch.stack(normal).sum(0), *weights)
             fitted = replace(
                 found,
@@ -406,7 +397,7 @@ class _Trial:
         return self
 
     def _write(self, change: Tensor) -> None:
-        rows = self._old.double() + change
+        rows = self._old.double() + change.view_as(self._old)
         self._part.rewrite(rows, self._transaction)
 
 
@@ -418,17 +409,24 @@ def _fitted(stream: Stream) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def refusal(site: BoundSite) -> str:
-    """Returns a reason why the producers of a site cannot be refitted; "" for none."""
+def refusal(site: BoundSite, per_tap: bool) -> str:
+    """Returns a reason why the producers of a site cannot be refitted; "" for none.
+
+    Args:
+        per_tap: see `Recipe`.
+    """
     if site.group is not None:
         return "its tokens are those that a router chose"
     if len(site.consumers) > 1:
         return "it has several consumers"
-    modules = [each.module for each in site.producers] + [each.module for each in site.consumers]
-    if any(isinstance(module, MAPS) for module in modules):
-        return "its layers are convolutions"
-    if site.consumers[0].taps > 1 or not site.consumers[0].reads_all:
-        return f"{site.consumers[0].name} reads more than its channels, once each"
+    (consumer,) = site.consumers
+    modules = [consumer.module, *(producer.module for producer in site.producers)]
+    if any(getattr(module, "groups", 1) > 1 for module in modules):
+        return "its convolutions have groups"
+    if consumer.reads_maps and consumer.taps > 1 and not per_tap:
+        return "per_tap=False fits one map of channels for all taps"
+    if (consumer.taps > 1 and not consumer.reads_maps) or not consumer.reads_all:
+        return f"{consumer.name} reads more than its channels, once each"
     if type(site) is not BoundSite or not all(p.spans() for p in site.producers):
         return f"its {site.kind} are no single channels"
     return ""

@@ -5,7 +5,13 @@ import torch
 
 from grail.algebra import producer_fit
 from grail.algebra.drift import Drift
-from grail.algebra.producer_fit import Moments, conjugate_gradients, error_of
+from grail.algebra.producer_fit import (
+    Moments,
+    TokenProduct,
+    add_tokens,
+    conjugate_gradients,
+    error_of,
+)
 
 SHAPES = [(3, 5, 4), (4, 5, 3), (2, 6, 7)]  # outputs, channels, inputs; of the last 2·O < K
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -28,12 +34,16 @@ def drawn(shape, tokens=60, sets=1, seed=0):
 
 
 def moments(consumer, part):
-    found = Moments(consumer, part[0].shape[1])
-    found.add(*part)
+    found = Moments(consumer.shape[1], part[0].shape[1], consumer.device)
+    add_tokens(found, consumer, *part)
     return found
 
 
-def solved(consumer, parts, steps, alpha, split=1, **others):
+def energies(consumer):
+    return consumer.double().square().sum(0)
+
+
+def solved(consumer, parts, steps, alpha, split=1):
     sets = [moments(consumer, part) for part in parts]
 
     def chunks():
@@ -41,7 +51,8 @@ def solved(consumer, parts, steps, alpha, split=1, **others):
             for rows in zip(x.chunk(split), slope.chunk(split), strict=True):
                 yield number, *rows
 
-    return conjugate_gradients(consumer, sets, chunks, steps=steps, alpha=alpha, **others)
+    product = TokenProduct(consumer, len(sets), chunks)
+    return conjugate_gradients(sets, product, energies(consumer), steps=steps, alpha=alpha)
 
 
 def design(consumer, part):
@@ -155,34 +166,20 @@ def test_chunks_and_rows_do_not_matter(monkeypatch):
 def test_the_sums_of_several_processes_add_up():
     consumer, parts = drawn((3, 5, 4), sets=2)
     whole = solved(consumer, parts, steps=3, alpha=0.1)
-    halves = [[tuple(t.chunk(2)[half] for t in part) for part in parts] for half in range(2)]
     sets = [moments(consumer, part) for part in parts]
-    own, other = [
-        producer_fit.Product(
-            sets, lambda half=half: ((n, *p[:2]) for n, p in enumerate(half)), lambda s: s
-        )
+    halves = [[tuple(t.chunk(2)[half] for t in part) for part in parts] for half in range(2)]
+    chunks = [
+        lambda half=half: ((number, *part[:2]) for number, part in enumerate(half))
         for half in halves
     ]
-    waiting: list[torch.Tensor] = []
+    other = TokenProduct(consumer, len(sets), chunks[1])
 
-    def total(sums):
-        if not waiting:
-            waiting.extend(other(producer_fit._through(consumer), directions[-1]))
-        return sums + waiting.pop(0)
+    def product(change):
+        waiting = iter(other(change))
+        own = TokenProduct(consumer, len(sets), chunks[0], total=lambda sums: sums + next(waiting))
+        return own(change)
 
-    directions: list[torch.Tensor] = []
-    product = producer_fit.Product.__call__
-
-    def noted(self, through, change):
-        if self is not other:
-            directions.append(change.clone())
-        return product(self, through, change)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(producer_fit.Product, "__call__", noted)
-        chunks = lambda: ((n, *p[:2]) for n, p in enumerate(halves[0]))  # noqa: E731
-        found = conjugate_gradients(consumer, sets, chunks, steps=3, alpha=0.1, total=total)
-    assert own is not other
+    found = conjugate_gradients(sets, product, energies(consumer), steps=3, alpha=0.1)
     torch.testing.assert_close(found.change, whole.change, rtol=1e-4, atol=1e-6)
 
 

@@ -83,3 +83,21 @@ def test_a_study_shows_rows_of_one_size_and_what_is_not_measured():
     ]
     assert comparison.has_axes(studied)
     assert not comparison.has_axes(studied[:3])
+
+
+def test_refitted_producers_stand_beside_the_defaults():
+    def gained(network, steps, measure, value, gain, seconds):
+        names = ("network", "keep", "steps", "measure", "value", "gain", "gain_error")
+        values = (network, "0.3", str(steps), measure, str(value), str(gain), "0.01")
+        return dict(zip(names, values, strict=True)) | {"cpu_seconds": str(seconds)}
+
+    rows = [
+        gained("vit", 0, "kl", 0.5, 0, 4.2),
+        gained("minilm", 0, "cosine", 0.9, 0, 10),
+        gained("vit", 3, "kl", 0.4, -0.1, 9.6),
+        gained("minilm", 3, "cosine", 0.95, 0.05, 20),
+    ]
+    lines = comparison.producer_table(rows).splitlines()
+    assert lines[0] == "| network | keep | steps | kl | cosine | CPU seconds |"
+    assert lines[2] == "| vit | 0.3 | 3 | 0.5000 → 0.4000 (-0.1000 ± 0.0100) | – | 4 → 10 |"
+    assert lines[3] == "| minilm | 0.3 | 3 | – | 0.9000 → 0.9500 (+0.0500 ± 0.0100) | 10 → 20 |"

@@ -25,6 +25,21 @@ def test_accuracy_is_the_share_of_right_predictions(network):
     assert scores.accuracy(network, outputs, labels, batch=3) == 0.75
 
 
+@pytest.mark.parametrize("network", [nn.Identity(), Wrapped()], ids=["tensor", "logits"])
+def test_distances_of_each_input_are_those_of_the_probabilities(network):
+    generator = torch.Generator().manual_seed(0)
+    own, dense = (torch.randn(7, 4, generator=generator, dtype=torch.float32) for _ in range(2))
+    labels = torch.arange(7, dtype=torch.int64) % 4
+    logarithms = [scores.log_probabilities(network, x, batch=3) for x in (own, dense)]
+    found = scores.distances(*logarithms, labels)
+    p, q = (x.double().softmax(-1).numpy() for x in (dense, own))
+    np.testing.assert_allclose(found["kl"].numpy(), (p * np.log(p / q)).sum(1), rtol=1e-12)
+    assert found["agreement"].tolist() == (p.argmax(1) == q.argmax(1)).tolist()
+    assert found["accuracy"].tolist() == (q.argmax(1) == labels.numpy()).tolist()
+    assert found["accuracy"].mean().item() == pytest.approx(scores.accuracy(network, own, labels))
+    assert "accuracy" not in scores.distances(*logarithms)
+
+
 def test_an_embedding_does_not_depend_on_padding():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

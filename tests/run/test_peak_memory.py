@@ -144,6 +144,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_what_torch_allocates(
         ("resnet", {"per_tap": False}),
         ("resnet", {"selector": "folding"}),
         ("resnet", {"repair": True}),
+        ("resnet", {"refit_producers": 2}),
     ],
     ids=str,
 )

@@ -15,6 +15,7 @@ from grail.errors import InputError
 from grail.run import producer_refit
 from tests.convnets import images
 from tests.convnets import network as convnet
+from tests.convnets import randomised as randomise
 from tests.networks.test_families import network  # noqa: F401, a fixture
 from tests.reported import (
     assert_errors_are_those_of_the_network,
@@ -49,6 +50,41 @@ def test_errors_fall_and_widths_stay(family, network):  # noqa: F811
     assert sum(with_refit) < 0.97 * sum(without)
     kept = [[(row.name, row.kept) for row in report.sites] for report in reports]
     assert kept[0] == kept[1]
+
+
+# Strides, taps, depthwise convolutions between, squeeze-and-excite after the consumer, two sites a
+# block.
+CONVNETS = [
+    "torchvision-basic",
+    "torchvision-bottleneck",
+    "timm-se-basic",
+    "pre-activation",
+    "timm-inverted",
+    "transformers-basic",
+]
+every_convnet = pytest.mark.parametrize("name", CONVNETS)
+
+
+@every_convnet
+def test_the_error_of_convolutions_narrowed_alone_is_the_networks(name):
+    assert_errors_are_those_of_the_network(convnet(name), images(), refit_producers=2)
+
+
+# Without networks in which one site narrows the consumer of another.
+@pytest.mark.parametrize("name", [name for name in CONVNETS if "bottleneck" not in name])
+def test_the_errors_of_a_run_with_convolutions_are_the_networks(name):
+    assert_errors_of_a_run_are_those_of_the_network(convnet(name), images(), refit_producers=2)
+
+
+@every_convnet
+def test_errors_of_convolutions_fall_and_widths_stay(name):
+    model, batches = convnet(name), images(count=6, rows=8)
+    reports = [compressed(model, batches, sites=None, refit_producers=steps)[1] for steps in (0, 2)]
+    without, with_refit = ([row.error for row in report.sites] for report in reports)
+    assert sum(with_refit) < 0.99 * sum(without)
+    kept = [[(row.name, row.kept) for row in report.sites] for report in reports]
+    assert kept[0] == kept[1]
+    assert not any("not refitted" in note for note in reports[1].notes)
 
 
 def compressed(model, batches, keep=0.5, sites=("mlp",), **settings):
@@ -203,6 +239,82 @@ def test_another_function_is_linearised_where_it_is(tiny_model, tiny_batches):
     assert torch.equal(found.get_submodule(f"{path}.fc1").bias, layer.bias)
 
 
+def dense_textbook(
+    jacobian: Tensor, x: Tensor, slope: Tensor, missing: Tensor, energies: Tensor, steps: int
+) -> Tensor:
+    """The same change of rows [K·D], from the derivative of all outputs as a matrix."""
+    gram, alpha = x.mT @ x, producer_refit.DAMPING
+    strength = alpha * gram.diagonal().mean()
+    weights = energies * slope.square().sum(0) / len(x)
+    weights = weights + LEAST_WEIGHT * weights.mean()
+    each = weights.repeat_interleave(x.shape[1])
+    system = jacobian.mT @ jacobian + (strength * each).diag()
+    damped = gram + strength * torch.eye(len(gram), dtype=torch.float64)
+    condition = torch.linalg.inv(torch.kron(weights.diag(), damped))
+    residual = jacobian.mT @ missing
+    change, direction = torch.zeros_like(residual), condition @ residual
+    for _ in range(steps):
+        size = residual @ condition @ residual
+        length = size / (direction @ system @ direction)
+        change, residual = change + length * direction, residual - length * system @ direction
+        direction = condition @ residual + residual @ condition @ residual / size * direction
+    return change
+
+
+class Convolved(nn.Module):
+    """Two convolutions with a norm and an activation between."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.down = nn.Conv2d(8, 4, (3, 2), 1, (1, 0), dilation=(1, 2))
+
+    def between(self, x):
+        return nn.functional.silu(self.norm(x))
+
+    def forward(self, x):
+        return self.down(self.between(self.up(x)))
+
+
+def test_convolutions_are_those_of_brute_force():
+    torch.manual_seed(0)
+    dense, batches = randomise(Convolved()), images(count=3, rows=2, size=11)
+    settings = {"alpha": 1e-3, "drift_correction": 0}  # nothing is held out
+    sites = [grail.Site(["up"], ["down"], along=["norm"])]
+    plain, _ = compressed(dense, batches, 0.5, sites, **settings)
+    found, _ = compressed(dense, batches, 0.5, sites, **settings, refit_producers=3)
+    x = torch.cat(batches).double()
+    target, plain = dense.double()(x).detach(), plain.double()
+    up, down = plain.up, plain.down
+    patches = nn.functional.unfold(x, 3, padding=1, stride=2).mT.flatten(0, 1)
+    rows = up.weight.detach().flatten(1)
+
+    def output(weight: Tensor) -> Tensor:
+        written = nn.functional.conv2d(x, weight.view_as(up.weight), up.bias, 2, 1)
+        return down(plain.between(written))
+
+    jacobian = torch.autograd.functional.jacobian(output, rows).flatten(-2).flatten(0, -2)
+    written = up(x).detach().requires_grad_()
+    hidden = plain.between(written)
+    (slope,) = torch.autograd.grad(hidden.sum(), written)
+    weight = output(rows).numel() / len(down.weight) / (hidden.numel() / hidden.shape[1])
+    slope = weight**0.5 * slope.movedim(1, -1).flatten(0, -2)
+    energies = down.weight.detach().square().sum((0, 2, 3))
+    missing = (target - output(rows)).detach()
+    change = dense_textbook(jacobian, patches, slope, missing.flatten(), energies, 3)
+    rows = rows + change.view_as(rows)
+    lacking = (target - output(rows)).detach()
+    assert lacking.norm() < missing.norm()
+    assert_rows(found.up, rows.view_as(up.weight))
+    hidden = plain.between(nn.functional.conv2d(x, rows.view_as(up.weight), up.bias, 2, 1))
+    read = nn.functional.unfold(hidden, (3, 2), (1, 2), (1, 0)).mT.flatten(0, 1).detach()
+    gram = read.mT @ read
+    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    lacking = lacking.movedim(1, -1).flatten(0, -2)
+    consumer = down.weight.flatten(1) + torch.linalg.solve(gram + ridge, read.mT @ lacking).mT
+    assert_rows(found.down, consumer.view_as(down.weight).detach())
+
+
 @pytest.mark.parametrize("factor", [0.0, -3.0], ids=["nothing", "the wrong way"])
 def test_a_change_that_does_not_help_is_taken_back(factor, monkeypatch, tiny_llama, tiny_batches):
     fit = producer_refit.conjugate_gradients
@@ -323,13 +435,47 @@ def test_any_function_of_single_channels_is_followed(function):
 
 def test_a_run_without_a_site_to_refit_is_refused(tiny_llama, tiny_model, tiny_batches):
     runs = {
-        "its layers are convolutions": (convnet("torchvision-basic"), images(), None),
+        "its convolutions have groups": (convnet("torchvision-resnext"), images(), None),
+        "it has several consumers": (convnet("timm-inverted-se"), images(), None),
         "its heads are no single channels": (tiny_llama(), tiny_batches(), ("heads",)),
         "a router chose": (tiny_model("mixtral"), tiny_batches(), ("experts",)),
     }
     for reason, (model, batches, sites) in runs.items():
-        with pytest.raises(InputError, match=f"refit_producers is for sites of linear.*{reason}"):
+        with pytest.raises(InputError, match=f"refit_producers cannot be applied to any.*{reason}"):
             compressed(model, batches, 0.5, sites, refit_producers=1)
+
+
+def test_one_map_of_channels_for_all_taps_is_not_refitted():
+    with pytest.raises(InputError, match="per_tap=False fits one map"):
+        compressed(convnet("torchvision-basic"), images(), sites=None, **PER_CHANNEL)
+    # The last convolution of an inverted residual has one tap.
+    report = compressed(convnet("timm-inverted"), images(), sites=None, **PER_CHANNEL)[1]
+    assert not report.notes
+
+
+PER_CHANNEL = {"refit_producers": 1, "per_tap": False}
+
+
+def test_convolutions_over_masked_tokens_are_left_alone():
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Conv1d(6, 12, 3, padding=1), nn.Conv1d(12, 6, 1)
+
+        def forward(self, x, attention_mask):
+            return self.down(self.up(x).relu())
+
+    mask = torch.ones(4, 9, dtype=torch.int64)
+    mask[0, 6:] = 0
+    batches = [
+        {"x": torch.randn(4, 6, 9, dtype=torch.float32), "attention_mask": mask} for _ in range(5)
+    ]
+    sites = [grail.Site(["up"], ["down"])]
+    report = compressed(Text().eval(), batches, 0.5, sites, refit_producers=1)[1]
+    assert any(
+        "not refitted: its layers are convolutions, and the batches have masks" in note
+        for note in report.notes
+    )
 
 
 @pytest.mark.parametrize(
