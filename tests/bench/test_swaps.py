@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import grail
 from bench.quality import swaps
 from grail.algebra.gram import Gram
 from grail.algebra.width import ChannelWidth
@@ -82,3 +83,34 @@ def test_the_change_is_the_mean_over_sites():
         )
     ]
     assert swaps.change(rows, "brown") == pytest.approx((-0.2 + 0.1) / 2)
+
+
+def test_held_out_texts_pass_through_the_network_that_greedy_narrowed(
+    monkeypatch, tiny_llama, tiny_batches
+):
+    class Subject:
+        def batches(self, text: str, half: str, tokens: int) -> list[Tensor]:
+            return tiny_batches(6, seed=len(text) + len(half))
+
+        def compressed(self, batches: list[Tensor], **settings) -> None:
+            models.append(tiny_llama())
+            grail.compress(models[-1], batches, progress=False, **settings)
+
+    models: list = []
+    monkeypatch.setattr(swaps, "Subject", Subject)
+    monkeypatch.setattr(swaps, "BLOCKS", (1, 2))
+    found = swaps.captured()
+    assert len(models) == 1 + len(swaps.TEXTS)
+    expected = models[0].state_dict()
+    for model in models[1:]:
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+    for seen, held_out, index in found:
+        assert index.equal(index.unique())
+        assert len(index) == len(seen.gram) // 2
+        assert list(held_out) == list(swaps.TEXTS)
+        for sums in held_out.values():
+            assert sums.gram.shape == seen.gram.shape
+            assert not torch.equal(sums.gram, seen.gram)
+        row = swaps.errors(seen, held_out, index)
+        assert 0 < row["fitted"] < 1
