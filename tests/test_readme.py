@@ -87,7 +87,7 @@ def test_the_evaluating_page_runs(tiny_llama, tiny_batches, capsys):
     assert 0 < agreement < 1
 
 
-def test_the_networks_page_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch):
+def test_the_networks_page_runs(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
 
@@ -97,14 +97,20 @@ def test_the_networks_page_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch)
     names = {"net": model_factory().eval(), "model_factory": model_factory}
     names["batches"] = [torch.randn(8, 1, 28, 28) for _ in range(3)]
     dense = names["net"]
-    named, parted, uneven = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    named, parted = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(named, names)
     assert names["net"].layer1[0].conv1.out_channels < 8
     with torch.no_grad():
         assert torch.equal(names["net"](names["batches"][0]), dense(names["batches"][0]))
-    names = {"grail": grail, "model": tiny_llama(), "batches": tiny_batches()}
     exec(parted, names)
     assert [str(names[site]) for site in ("first", "second")] == ["reader[0:64]", "reader[64:96]"]
+
+
+def test_the_page_of_uneven_widths_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "guides" / "uneven.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = {"grail": grail, "model": tiny_llama(), "batches": tiny_batches()}
+    (uneven,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(uneven, names)
     widths = {site.name: site.kept / site.channels for site in names["report"].sites}
     assert widths == names["measured"].shares()
@@ -132,10 +138,11 @@ def test_the_page_of_texts_runs(tiny_folder, tmp_path, monkeypatch):
     assert {"out", "mixed", "equal", "small", "generated.jsonl", "continued.jsonl"} <= outputs
 
 
-def test_the_networks_page_names_every_selector():
-    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"`([a-z0-9+-]+)`", page.split("## Selectors")[1].split("##")[0]))
-    assert listed >= set(grail.select.names())
+def test_the_page_of_selectors_names_every_one_and_its_source():
+    page = (ROOT / "docs" / "reference" / "selectors.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`([a-z0-9+-]+)`", page)) >= set(grail.select.names())
+    modules = {grail.select.get(name).choose.__module__ for name in grail.select.names()}
+    assert set(re.findall(r"^::: ([\w.]+)$", page, flags=re.MULTILINE)) == modules
 
 
 def test_the_results_page_is_made_from_the_committed_csv():
