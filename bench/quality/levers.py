@@ -65,6 +65,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "uneven widths, producers": {"refit_producers": 3},
     "guard text": {},
     "selected on brown": {},
+    "selected on passages": {},
     "selected on general": {},
     "selected on written": {},
     "selected on general, producers": {"refit_producers": 3},
@@ -78,6 +79,7 @@ SENSED = 16  # sequences on which widths are measured
 OTHERS: dict[str, tuple[str, str, int]] = {
     "guard text": ("guard", "brown", 4),
     "selected on brown": ("select_on", "brown", 16),
+    "selected on passages": ("select_on", "passages", 16),
     "selected on written": ("select_on", "written", 16),
 } | {lever: ("select_on", "general", 18) for lever in LEVERS if "selected on general" in lever}
 
@@ -94,10 +96,11 @@ class Cell(NamedTuple):
 
 _OWN = (PRUNED, "paper", DEFAULTS, BEST)
 CELLS: tuple[Cell, ...] = (
-    Cell("passages", 16, tuple(LEVERS)),
+    Cell("passages", 16, tuple(lever for lever in LEVERS if lever != "selected on passages")),
     *(Cell(name, 16, (DEFAULTS,)) for name in ("written", "passages and written")),
     Cell("passages", 64, (*_OWN, UNEVEN, "producers")),
     Cell("passages", 64, _OWN, keep=0.75),
+    Cell("brown", 16, (PRUNED, DEFAULTS, "selected on passages")),
     Cell("brown", 32, _OWN),
     Cell("brown", 32, _OWN, ("mlp", "heads"), 0.7),
     Cell("general", 256, (BEST,)),

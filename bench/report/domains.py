@@ -1,4 +1,4 @@
-"""The page "In the calibration's domain and off it", from bench/results/levers.csv alone.
+"""The page "In the calibration's domain and off it", from bench/results/{levers,swaps}.csv alone.
 
     python -m bench.report.domains     writes docs/domains.md
 
@@ -8,7 +8,7 @@ The text of the page is in bench/report/domains.md.j2.
 from collections.abc import Sequence
 from typing import Any
 
-from bench.quality import levers
+from bench.quality import levers, swaps
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, ROOT, Row, Table
 from bench.tools.pages import fill
@@ -28,7 +28,7 @@ class Page:
 
     def text(self) -> str:
         """The whole page."""
-        return fill(TEMPLATE, page=self, levers=levers)
+        return fill(TEMPLATE, page=self, levers=levers, swaps=swaps)
 
     def row(
         self,
@@ -100,6 +100,10 @@ class Page:
             key=lambda row: -float(row["keep"]),
         )
         return markdown(*levers.table(rows, ("keep",), gains=False))
+
+    def swaps(self, tokens: str) -> str:
+        """The mean relative change of single sites' squared errors by swaps, "-0.1%"."""
+        return f"{swaps.change(Table(RESULTS / 'swaps.csv', swaps.KEY).rows, tokens):+.1%}"
 
     def _of_halves(self) -> list[dict[str, Any]]:
         """Returns cells of half of the MLP's channels, read on the two texts of all tables."""
