@@ -1,4 +1,4 @@
-"""Standard errors of comparisons of models on the same sequences.
+"""Standard errors over sequences: of means, and of comparisons of models on the same sequences.
 
 Losses of different texts differ far more than those of two models on one text, so each comparison
 pairs the models by sequence: a sequence, not a token, is what was drawn, since the tokens of a
@@ -28,6 +28,31 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
+
+
+def weighted(values: Sequence[float], counts: Sequence[int]) -> Estimate:
+    """Estimates the mean over tokens of what is known as a mean of each sequence.
+
+    It is a ratio of sums over sequences, Σ nᵢ vᵢ / Σ nᵢ, so its standard error is the jackknife's,
+    see `share`. Of sequences of one length it is s / √n.
+
+    Args:
+        values: mean of each sequence, such as its KL to the dense model in nats.
+        counts: predicted tokens of each, positive.
+
+    Returns:
+        The mean; its error is None of one sequence and where a value is not finite.
+
+    Raises:
+        InputError: the lists differ in length or are empty.
+    """
+    means, tokens = _paired(values, counts)
+    sums = means * tokens
+    whole, number = sums.sum(), tokens.sum()
+    value = float(whole / number)
+    if len(means) < 2 or not math.isfinite(value):
+        return Estimate(value, None)
+    return Estimate(value, _jackknife((whole - sums) / (number - tokens)))
 
 
 def difference(losses: Losses, others: Losses) -> Estimate:
@@ -65,13 +90,16 @@ def share(dense: Losses, pruned: Losses, restored: Losses) -> Estimate | None:
     gained, lost = gains.sum(), losses.sum()
     if not lost > 0:
         return None
-    value, count = float(gained / lost), len(gains)
-    left = lost - losses
-    if count < 2 or not (left > 0).all():
+    value, left = float(gained / lost), lost - losses
+    if len(gains) < 2 or not (left > 0).all():
         return Estimate(value, None)
-    without = (gained - gains) / left
-    spread = np.square(without - without.mean()).sum()
-    return Estimate(value, math.sqrt((count - 1) / count * spread))
+    return Estimate(value, _jackknife((gained - gains) / left))
+
+
+def _jackknife(without: npt.NDArray[np.float64]) -> float:
+    """Returns the standard error from the estimates that leave out each sequence."""
+    count, spread = len(without), np.square(without - without.mean()).sum()
+    return math.sqrt((count - 1) / count * spread)
 
 
 def is_worse(losses: Losses, others: Losses, errors: float = BEYOND) -> bool:
@@ -87,7 +115,7 @@ def _paired(*columns: Losses) -> list[npt.NDArray[np.float64]]:
     counts = [len(column) for column in columns]
     if len(set(counts)) > 1 or not counts[0]:
         raise InputError(
-            f"losses are paired by sequence; got lists of {', '.join(map(str, counts))}: evaluate "
+            f"values are paired by sequence; got lists of {', '.join(map(str, counts))}: evaluate "
             "all models on the same sequences"
         )
     return [np.asarray(column, dtype=np.float64) for column in columns]

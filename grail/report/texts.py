@@ -96,9 +96,26 @@ def _digits(error: float) -> str:
 
 
 def distance_cells(score: TextScore) -> list[str]:
-    """Formats the distance from the dense model: KL in nats, and top-1 agreement."""
+    """Formats the distance from the dense model with its standard errors over sequences.
+
+    Returns:
+        KL in nats, "0.250 ± 0.012", and top-1 agreement, "62.5 ± 0.8%"; "–" where it is unknown.
+    """
     divergence = "–" if score.kl is None else format_number(score.kl)
-    return [divergence, "–" if score.top1 is None else f"{score.top1:.1%}"]
+    if score.kl is not None and score.kl_error is not None:
+        divergence += f" ± {_as_precise(score.kl_error, divergence)}"
+    if score.top1 is None:
+        return [divergence, "–"]
+    error = "" if score.top1_error is None else f" ± {100 * score.top1_error:.1f}"
+    return [divergence, f"{100 * score.top1:.1f}{error}%"]
+
+
+def _as_precise(error: float, value: str) -> str:
+    """Formats an error with the decimals of the value; more, if these show none of it."""
+    decimals = len(value.partition(".")[2])
+    return (
+        f"{error:.{decimals}f}" if "e" not in value and error >= 10.0**-decimals else f"{error:.1g}"
+    )
 
 
 def worse_than_pruned(report: Report) -> list[str]:
