@@ -17,6 +17,7 @@ from grail.errors import InputError
 BEYOND = 2.0  # standard errors beyond which a difference counts
 
 Losses = Sequence[float]  # mean −log p of each sequence, in the text's order
+Counts = Sequence[int] | None  # predicted tokens of each sequence
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,34 @@ def weighted(values: Sequence[float], counts: Sequence[int]) -> Estimate:
     return Estimate(value, _jackknife((whole - sums) / (number - tokens)))
 
 
-def difference(losses: Losses, others: Losses) -> Estimate:
+def difference(losses: Losses, others: Losses, counts: Counts = None) -> Estimate:
     """Estimates how much larger the mean of `losses` is than that of `others`, in nats a token.
 
-    The standard error is that of the mean of the paired differences, s / √n; None of one sequence.
+    The standard error is that of the mean of the paired differences, see `weighted`.
+
+    Args:
+        losses, others: mean −log p of each sequence.
+        counts: predicted tokens of each sequence; None counts all sequences alike.
 
     Raises:
         InputError: the lists differ in length or are empty.
     """
     one, other = _paired(losses, others)
-    gaps = one - other
-    count = len(gaps)
-    error = float(gaps.std(ddof=1)) / math.sqrt(count) if count > 1 else None
-    return Estimate(float(gaps.mean()), error)
+    return weighted((one - other).tolist(), counts or [1] * len(one))
 
 
-def share(dense: Losses, pruned: Losses, restored: Losses) -> Estimate | None:
+def share(
+    dense: Losses, pruned: Losses, restored: Losses, counts: Counts = None
+) -> Estimate | None:
     """Estimates the share of the log-perplexity lost by pruning that the restored model recovers.
 
-    It is a ratio of sums over sequences, Σ (pruned − restored) / Σ (pruned − dense), so its
-    standard error is the jackknife's: √((n − 1)/n Σ (θᵢ − θ̄)²), θᵢ without sequence i.
+    It is a ratio of sums over predicted tokens, Σ (pruned − restored) / Σ (pruned − dense), so its
+    standard error is the jackknife's over sequences: √((n − 1)/n Σ (θᵢ − θ̄)²), θᵢ without
+    sequence i.
+
+    Args:
+        dense, pruned, restored: mean −log p of each sequence.
+        counts: predicted tokens of each sequence; None counts all sequences alike.
 
     Returns:
         The share, 1 as good as dense, 0 as bad as pruned. Its error is None of one sequence, and
@@ -85,8 +94,8 @@ def share(dense: Losses, pruned: Losses, restored: Losses) -> Estimate | None:
 
     Source: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 11.
     """
-    base, narrow, own = _paired(dense, pruned, restored)
-    gains, losses = narrow - own, narrow - base
+    base, narrow, own, tokens = _paired(dense, pruned, restored, counts or [1] * len(dense))
+    gains, losses = tokens * (narrow - own), tokens * (narrow - base)
     gained, lost = gains.sum(), losses.sum()
     if not lost > 0:
         return None
@@ -102,12 +111,12 @@ def _jackknife(without: npt.NDArray[np.float64]) -> float:
     return math.sqrt((count - 1) / count * spread)
 
 
-def is_worse(losses: Losses, others: Losses, errors: float = BEYOND) -> bool:
+def is_worse(losses: Losses, others: Losses, errors: float = BEYOND, counts: Counts = None) -> bool:
     """Returns True if `losses` exceed `others` by more than `errors` standard errors.
 
-    Two lists of one sequence are never told apart.
+    Two lists of one sequence are never told apart. `counts` are as for `difference`.
     """
-    found = difference(losses, others)
+    found = difference(losses, others, counts)
     return found.error is not None and found.value > errors * found.error
 
 

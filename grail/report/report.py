@@ -133,6 +133,10 @@ class TextScore:
     # error over sequences; None: not known.
     recovered: float | None = field(default=None, kw_only=True)
     recovered_error: float | None = field(default=None, kw_only=True)
+    # Loss above that of the row "pruned" in nats a token, paired by sequence, and its standard
+    # error; positive: worse than plain pruning. None: not known.
+    over_pruned: float | None = field(default=None, kw_only=True)
+    over_pruned_error: float | None = field(default=None, kw_only=True)
     # Of each sequence, in the text's order: mean −log p, mean KL(dense‖model), share of predictions
     # that agree with the dense model's, and predicted tokens. Empty: not measured.
     losses: list[float] = field(default_factory=list, kw_only=True, repr=False)
