@@ -5,6 +5,7 @@
     python -m bench.quality.evaluation --model dense --on brown --on agreement
     python -m bench.quality.evaluation --folder OUT
     python -m bench.quality.evaluation --quick                    less of everything
+    python -m bench.quality.evaluation --show                     only the tables
 
 SmolLM2-135M is compressed with each calibration text, and measured beside the dense model; so is
 every folder with a compressed SmolLM2-135M. A killed run resumes. Texts, tasks and measures are
@@ -25,8 +26,10 @@ from torch import Tensor
 from bench.quality import endtoend, generating, tasks
 from bench.quality.endtoend import LENGTH, Subject
 from bench.quality.endtoend import TEXTS as CACHE
+from bench.quality.suite_tables import Scores, tables
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, Table
+from bench.tools.tables import aligned
 from bench.tools.texts import TEXTS
 from grail.errors import InputError
 from grail.files.load import load_model
@@ -374,6 +377,15 @@ def measure(
                     out.add(of, score)
 
 
+def show(path: Path) -> None:
+    """Prints the tables of a file."""
+    scores = Scores(Table(path, KEY).rows)
+    for run in scores.runs:
+        print(f"\n{', '.join(filter(None, run)) or 'folders'}")
+        for header, rows in tables(scores, run):
+            print(f"\n{aligned(header, rows)}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measures the dense model, and compressed ones beside it."""
     parser = CommandLine(
@@ -400,7 +412,11 @@ def main(arguments: list[str] | None = None) -> None:
         sizes = f"default {FULL[name]}; with --quick {QUICK[name]}"
         parser.add_argument(f"--{name}", type=int, help=f"of {of} ({sizes})")
     parser.add_argument("--output", type=Path, default=RESULTS / "evaluation.csv", help="a CSV")
+    parser.add_argument("--show", action="store_true", help="measure nothing, print the tables")
     options = parser.read(arguments)
+    if options.show:
+        show(options.output)
+        return
     on = options.on or [*READ, *tasks.TASKS, WRITING]
     allowed = (*TEXTS, *tasks.TASKS, WRITING)
     if unknown := [name for name in on if name not in allowed]:
@@ -433,6 +449,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     torch.manual_seed(0)
     measure(Measured(options.output, suite), subject, runs, options.folder or [])
+    show(options.output)
 
 
 if __name__ == "__main__":
