@@ -162,6 +162,8 @@ def test_the_page_draws_each_text():
         assert words in shown
     assert "4,092 predicted tokens of in.txt, 4,092 predicted tokens of off.txt" in shown
     assert "KL: mean divergence" in shown
+    for words in ("0.250 ± 0.012", "62.5 ± 0.8%", "(±) are standard errors over sequences"):
+        assert words in shown
     assert "KL" not in Document(page(report())).text
 
 
