@@ -40,12 +40,10 @@ CALIBRATIONS: dict[str, tuple[str, ...]] = {
     **{text: (text,) for text in ("passages", "brown", "documentation", "technical")},
     "passages and brown": ("passages", "brown"),
     "general": ("documentation", "source", "licences", "scripture", "manuals", "essays"),
-    **{text: (text,) for text in ("written", "continued")},
+    "written": ("written",),
     "passages and written": ("passages", "written"),
-    "passages and continued": ("passages", "continued"),
 }
-# Texts that the dense model writes: from the token between documents, and from prompts.
-WRITTEN: dict[str, str | None] = {"written": None, "continued": "passages"}
+WRITTEN = "written"  # text by the dense model itself, from the token between documents
 WRITTEN_TOKENS = 16 * LENGTH
 BEGIN = "<|endoftext|>"  # between the documents on which SmolLM2 was trained
 DEFAULTS, PRUNED, DENSE = "defaults", "pruned", "dense"
@@ -68,6 +66,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "guard text": {},
     "selected on brown": {},
     "selected on general": {},
+    "selected on written": {},
     "selected on general, producers": {"refit_producers": 3},
     "uneven widths, selected on general": {},
     "uneven widths, selected on general, producers": {"refit_producers": 3},
@@ -79,6 +78,7 @@ SENSED = 16  # sequences on which widths are measured
 OTHERS: dict[str, tuple[str, str, int]] = {
     "guard text": ("guard", "brown", 4),
     "selected on brown": ("select_on", "brown", 16),
+    "selected on written": ("select_on", "written", 16),
 } | {lever: ("select_on", "general", 18) for lever in LEVERS if "selected on general" in lever}
 
 
@@ -95,10 +95,7 @@ class Cell(NamedTuple):
 _OWN = (PRUNED, "paper", DEFAULTS, BEST)
 CELLS: tuple[Cell, ...] = (
     Cell("passages", 16, tuple(LEVERS)),
-    *(
-        Cell(name, 16, (DEFAULTS,))
-        for name in ("written", "continued", "passages and written", "passages and continued")
-    ),
+    *(Cell(name, 16, (DEFAULTS,)) for name in ("written", "passages and written")),
     Cell("passages", 64, (*_OWN, UNEVEN, "producers")),
     Cell("passages", 64, _OWN, keep=0.75),
     Cell("brown", 32, _OWN),
@@ -146,7 +143,9 @@ class Bench:
         names = CALIBRATIONS[name]
         each = -(-sequences // len(names))
         parts = [
-            (self._written if text in WRITTEN else self._read)(text, each * LENGTH)
+            self._written(each * LENGTH)
+            if text == WRITTEN
+            else self.subject.batches(text, "calibration", each * LENGTH)
             for text in names
         ]
         rows = [part[number] for number in range(each) for part in parts][:sequences]
@@ -154,25 +153,14 @@ class Bench:
             random.Random(0).shuffle(rows)
         return rows
 
-    def _read(self, text: str, tokens: int) -> list[Tensor]:
-        return self.subject.batches(text, "calibration", tokens)
-
-    def _written(self, text: str, tokens: int) -> list[Tensor]:
-        """Returns sequences of a text that the dense model wrote, once."""
-        prompts, tokenizer = WRITTEN[text], self.subject.tokenizer
-        if prompts is not None:
-            self._read(prompts, LENGTH)  # writes the file
-        path = endtoend.TEXTS / f"{text}.jsonl"
+    def _written(self, tokens: int) -> list[Tensor]:
+        """Returns sequences that the dense model has written, once."""
+        path = endtoend.TEXTS / f"{WRITTEN}.jsonl"
         grail.generate_calibration(
-            assets.smollm2(),
-            path,
-            prompts=None if prompts is None else endtoend.TEXTS / f"{prompts}-calibration.txt",
-            tokens=WRITTEN_TOKENS,
-            begin=BEGIN,
-            progress=False,
+            assets.smollm2(), path, tokens=WRITTEN_TOKENS, begin=BEGIN, progress=False
         )
         return grail.token_batches(
-            path, tokenizer, tokens=tokens, sequence_length=LENGTH, batch_size=1
+            path, self.subject.tokenizer, tokens=tokens, sequence_length=LENGTH, batch_size=1
         )
 
     def measure(self, cell: Cell, lever: str) -> None:
