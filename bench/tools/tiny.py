@@ -72,3 +72,45 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=fast, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
+
+
+def language_model(seed: int = 0) -> tuple[Any, Any]:
+    """A random Llama of two blocks, and a tokenizer of bytes with a template for chats.
+
+    It loads in no time and reads any text; what it writes has no meaning.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    words = byte_tokenizer()
+    own = {name: words.convert_tokens_to_ids(token) for name, token in _SPECIAL.items()}
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=48,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        **{f"{name}_id": number for name, number in own.items()},
+    )
+    return randomised(lambda: AutoModelForCausalLM.from_config(config), seed), words
+
+
+_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+_CHAT = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of the 256 bytes and three special tokens, with a template for chats."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = [*_SPECIAL.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    fast = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, chat_template=_CHAT, **_SPECIAL)

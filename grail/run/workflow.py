@@ -94,8 +94,8 @@ def compress_checkpoint(
 
     Raises:
         InputError, EmptyCalibrationError: before the model is loaded where it shows by then.
-        ModelError, NonFiniteError, SolveError, StateError, OutOfMemoryError, RankError,
-        ExportError: nothing was written.
+        ModelError, NonFiniteError, SolveError, StateError: nothing was written.
+        OutOfMemoryError, RankError, ExportError: nothing was written.
     """
     if not isinstance(source, Pretrained):
         source = Pretrained(str(as_path("source", source)))

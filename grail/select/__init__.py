@@ -94,7 +94,7 @@ class Registered:
     @property
     def extra(self) -> bool:
         """Whether another selector of the same kind ranks higher in the benchmarks."""
-        return self.choose.__module__.startswith(_EXTRA)
+        return str(self.choose.__module__).startswith(_EXTRA)  # None in code that is executed
 
 
 def register(
