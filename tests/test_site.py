@@ -140,8 +140,11 @@ def test_a_test_is_linked_at_its_line():
 
 
 def test_a_source_with_fences_is_one_block():
-    page = site.of_source("tests/test_readme.py")  # which has fences of three
+    text = (site.ROOT / "tests" / "test_blocks.py").read_text(encoding="utf-8")
+    assert "```" in text
+    page = site.of_source("tests/test_blocks.py")
     assert page.count("\n````") == 2
+    assert text in page
 
 
 def test_public_names_are_those_of_the_reference():
