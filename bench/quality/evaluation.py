@@ -4,6 +4,8 @@
     python -m bench.quality.evaluation --calibration passages --model pruned --model grail
     python -m bench.quality.evaluation --model dense --on brown --on agreement
     python -m bench.quality.evaluation --folder OUT
+    python -m bench.quality.evaluation --quick                    less of everything
+    python -m bench.quality.evaluation --show                     only the tables
 
 SmolLM2-135M is compressed with each calibration text, and measured beside the dense model; so is
 every folder with a compressed SmolLM2-135M. A killed run resumes. Texts, tasks and measures are
@@ -24,9 +26,12 @@ from torch import Tensor
 from bench.quality import endtoend, generating, tasks
 from bench.quality.endtoend import LENGTH, Subject
 from bench.quality.endtoend import TEXTS as CACHE
+from bench.quality.suite_tables import Scores, tables
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, Table
+from bench.tools.tables import aligned
 from bench.tools.texts import TEXTS
+from grail.errors import InputError
 from grail.files.load import load_model
 from grail.report import paired
 from grail.report._evaluate import DenseReference, evaluate
@@ -36,6 +41,9 @@ from grail.report.completions import complete
 READ = tuple(name for name in TEXTS if name not in {"python", "technical"})
 WRITING = "writing"
 PROMPT = 32  # tokens
+# Sequences of a text, questions of a task, prompts of a text.
+FULL = {"sequences": 12, "questions": 200, "prompts": 8}
+QUICK = {"sequences": 6, "questions": 100, "prompts": 4}  # 5 minutes of a core for a model
 MODELS: dict[str, dict[str, Any]] = {
     "pruned": endtoend.MODELS["pruned"],
     "paper": endtoend.MODELS["paper"],
@@ -102,6 +110,17 @@ class Suite:
             return ("accuracy", "chance" if dense else "accuracy_lost")
         return ("distinct4", "dense_nats")
 
+    def count(self, on: str, measure: str) -> int | None:
+        """The number of sequences, questions or prompts of a measure; None: not of this suite."""
+        if on in self.batches:
+            batches = len(self.batches[on])
+            if measure != "first_divergence":
+                return batches
+            return min(self.prompts, batches) or None
+        if on in self.questions:
+            return len(self.questions[on].questions)
+        return len(self._mixed_starts) if on in self.names else None
+
     def score(self, model: Any, on: str, known: "Known | None" = None) -> list[Score]:
         """Measures a model on one text, task or in writing.
 
@@ -135,8 +154,8 @@ class Suite:
             _estimate(text, "nats_lost", paired.difference(losses, dense)),
             _estimate(text, "nats_over_pruned", pruned and paired.difference(losses, pruned)),
             _estimate(text, "share", pruned and paired.share(dense, pruned, losses)),
-            Score(text, "kl", found.kl),
-            Score(text, "top1", found.top1),
+            Score(text, "kl", found.kl, found.kl_error, tuple(found.divergences)),
+            Score(text, "top1", found.top1, found.top1_error, tuple(found.agreements)),
         ]
         if self.prompts:
             starts = self._starts(text)
@@ -235,10 +254,23 @@ def suite_of(
 
 
 class Measured:
-    """Rows of a file: scores that are known, names that are missing, new scores."""
+    """Rows of a file: scores that are known, names that are missing, new scores.
+
+    Raises:
+        InputError: the file has scores of other numbers of sequences, questions or prompts, with
+            which those of the suite cannot be paired.
+    """
 
     def __init__(self, path: Path, suite: Suite):
         self.suite, self.table = suite, Table(path, KEY)
+        for row in self.table.rows:
+            here = suite.count(row["on"], row["measure"])
+            if here is not None and row["count"] and int(row["count"]) != here:
+                raise InputError(
+                    f"{path} has {row['measure']} of {row['on']} over {row['count']}, and this run "
+                    f"measures {here}; give the sizes that the file was made with (--quick, "
+                    "--sequences, --questions, --prompts) or another --output"
+                )
 
     def each(self, of: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
         """`each_of` the rows of a model."""
@@ -345,13 +377,22 @@ def measure(
                     out.add(of, score)
 
 
+def show(path: Path) -> None:
+    """Prints the tables of a file."""
+    scores = Scores(Table(path, KEY).rows)
+    for run in scores.runs:
+        print(f"\n{', '.join(filter(None, run)) or 'folders'}")
+        for header, rows in tables(scores, run):
+            print(f"\n{aligned(header, rows)}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measures the dense model, and compressed ones beside it."""
     parser = CommandLine(
         __doc__,
         *("keep", "model"),
         writes="bench/results/evaluation.csv or --output, row by row",
-        takes="5 to 10 minutes a model on a core, and its compression",
+        takes="11 minutes of a core for a model, 5 with --quick, and its compression",
         model={
             "choices": ["dense", *MODELS],
             "help": "beside the dense model; may be repeated (default all)",
@@ -366,11 +407,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sites", default="mlp", help="mlp, heads or mlp,heads (default mlp)")
     parser.add_argument("--folder", action="append", type=Path, help="a model; may be repeated")
     parser.add_argument("--on", action="append", help="a text, task or writing (default all)")
-    parser.add_argument("--sequences", type=int, default=12, help="of a text (default %(default)s)")
-    parser.add_argument("--questions", type=int, default=200, help="a task (default %(default)s)")
-    parser.add_argument("--prompts", type=int, default=8, help="of a text (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="the smaller defaults of these sizes:")
+    for name, of in (("sequences", "a text"), ("questions", "a task"), ("prompts", "a text")):
+        sizes = f"default {FULL[name]}; with --quick {QUICK[name]}"
+        parser.add_argument(f"--{name}", type=int, help=f"of {of} ({sizes})")
     parser.add_argument("--output", type=Path, default=RESULTS / "evaluation.csv", help="a CSV")
+    parser.add_argument("--show", action="store_true", help="measure nothing, print the tables")
     options = parser.read(arguments)
+    if options.show:
+        show(options.output)
+        return
     on = options.on or [*READ, *tasks.TASKS, WRITING]
     allowed = (*TEXTS, *tasks.TASKS, WRITING)
     if unknown := [name for name in on if name not in allowed]:
@@ -390,17 +436,20 @@ def main(arguments: list[str] | None = None) -> None:
         for name, settings in MODELS.items()
         if name in (options.model or MODELS)
     ]
+    size = QUICK if options.quick else FULL
+    size = size | {name: n for name in size if (n := getattr(options, name)) is not None}
     subject = Subject()
     suite = suite_of(
         subject,
         [name for name in TEXTS if name in on],
         [name for name in tasks.TASKS if name in on],
-        sequences=options.sequences,
-        questions=options.questions,
-        prompts=options.prompts if WRITING in on else 0,
+        sequences=size["sequences"],
+        questions=size["questions"],
+        prompts=size["prompts"] if WRITING in on else 0,
     )
     torch.manual_seed(0)
     measure(Measured(options.output, suite), subject, runs, options.folder or [])
+    show(options.output)
 
 
 if __name__ == "__main__":

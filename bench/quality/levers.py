@@ -26,7 +26,7 @@ from bench.tools.measuring import RESULTS, Row, Table
 from bench.tools.tables import aligned
 from bench.tools.texts import LENGTH
 from grail.report._evaluate import DenseReference, evaluate
-from grail.report.paired import Estimate, difference, is_worse, share
+from grail.report.paired import Estimate, difference, is_worse, share, weighted
 from grail.report.report import Evaluation
 
 KEY = ("calibration", "sequences", "lever", "sites", "keep", "text")
@@ -212,10 +212,16 @@ def _scores(text: str, found: Evaluation, seconds: float | None) -> dict[str, An
         "perplexity": round(found.perplexity, 4),
         "kl": "" if found.kl is None else round(found.kl, 5),
         "top1": "" if found.top1 is None else round(found.top1, 5),
-        "losses": " ".join(f"{loss:.6f}" for loss in found.losses),
+        "losses": _joined(found.losses),
+        "divergences": _joined(found.divergences),
+        "agreements": _joined(found.agreements),
         "seconds": "" if seconds is None else round(seconds, 1),
         "heldout_tokens": found.tokens,
     }
+
+
+def _joined(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.6f}" for value in values)
 
 
 def comparisons(rows: list[Row]) -> Iterator[dict[str, Any]]:
@@ -223,8 +229,10 @@ def comparisons(rows: list[Row]) -> Iterator[dict[str, Any]]:
 
     Both are of the same calibration, on which plain pruning depends as well: without its row there
     is no share, nor is it known whether a row is "worse" than pruning beyond 2 standard errors.
+    "kl" and "top1" get their standard errors from the "divergences" and "agreements" of sequences,
+    which rows of earlier versions do not have.
     """
-    losses = {tuple(row[k] for k in KEY): _losses(row) for row in rows}
+    losses = {tuple(row[k] for k in KEY): _each(row, "losses") for row in rows}
     for row in rows:
         calibration, sequences, lever, *cell, text = (row[k] for k in KEY)
         if lever == DENSE:
@@ -236,18 +244,30 @@ def comparisons(rows: list[Row]) -> Iterator[dict[str, Any]]:
         )
         yield {
             **row,
+            "kl": _distance(row, "kl", "divergences"),
+            "top1": _distance(row, "top1", "agreements"),
             "share": None if plain is None else share(base, plain, own),
             "gain": None if default is None else difference(default, own),
             "worse": None if plain is None else is_worse(own, plain),
         }
 
 
-def _losses(row: Row) -> list[float]:
-    return [float(loss) for loss in row["losses"].split()]
+def _each(row: Row, column: str) -> list[float]:
+    return [float(value) for value in (row.get(column) or "").split()]
+
+
+def _distance(row: Row, measure: str, column: str) -> Estimate:
+    """Returns a measure of a row; its error is None where single sequences are not known.
+
+    All sequences have `LENGTH` tokens, so each counts alike.
+    """
+    each = _each(row, column)
+    error = weighted(each, [1] * len(each)).error if each else None
+    return Estimate(float(row[measure]), error)
 
 
 def table(
-    rows: Iterable[dict[str, Any]], columns: Sequence[str] = KEY[:3], gains: bool = True
+    rows: Iterable[dict[str, Any]], columns: Sequence[str] = KEY[:-1], gains: bool = True
 ) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of a table, a row for each lever, the texts side by side.
 
@@ -256,20 +276,33 @@ def table(
         columns: what names a row.
         gains: whether the gain over the defaults is shown.
     """
-    found: dict[tuple[str, ...], list[str]] = {}
+    named = ["perplexity", "share", *["gain, nats"] * gains, "KL", "top-1"]
+    found: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for row in rows:
-        cells = found.setdefault(tuple(row[name] for name in columns), [])
-        cells += [f"{float(row['perplexity']):.1f}", percent(row["share"])]
+        cells = [f"{float(row['perplexity']):.1f}", percent(row["share"])]
         cells += [signed(row["gain"])] * gains
-        cells += [f"{float(row['kl']):.2f}", f"{float(row['top1']):.0%}"]
+        cells += [nats(row["kl"]), percent(row["top1"])]
+        found.setdefault(tuple(row[name] for name in columns), {})[row["text"]] = cells
+    read = {text for cells in found.values() for text in cells}
+    texts = [*TEXTS, *sorted(read - {*TEXTS})]
     header = list(columns)
-    for text in TEXTS:
-        header += [f"{text}: perplexity", "share", *["gain, nats"] * gains, "KL", "top-1"]
-    return header, [[*key, *cells] for key, cells in found.items()]
+    for text in texts:
+        header += [f"{text}: {named[0]}", *named[1:]]
+    unknown = ["–"] * len(named)
+    return header, [
+        [*key, *(cell for text in texts for cell in cells.get(text, unknown))]
+        for key, cells in found.items()
+    ]
+
+
+def nats(estimate: Estimate) -> str:
+    """Formats a divergence and its standard error."""
+    error = "" if estimate.error is None else f" ± {estimate.error:.3f}"
+    return f"{estimate.value:.2f}" if not error else f"{estimate.value:.3f}{error}"
 
 
 def percent(estimate: Estimate | None) -> str:
-    """Formats a share and its standard error."""
+    """Formats a share or an agreement and its standard error."""
     if estimate is None:
         return "–"
     error = "" if estimate.error is None else f" ± {estimate.error:.1%}"
@@ -304,7 +337,7 @@ def main() -> None:
                 for lever in cell.levers:
                     if options.lever in (None, lever) and options.keep in (None, cell.keep):
                         bench.measure(cell, lever)
-    print(aligned(*table(comparisons(bench.table.rows)), words=3))
+    print(aligned(*table(comparisons(bench.table.rows)), words=len(KEY) - 1))
 
 
 if __name__ == "__main__":

@@ -265,7 +265,7 @@ def quality_table(rows: list[Row]) -> str:
         grail = cells[names.index(levers.DEFAULTS)]
         near = ("–", "–")
         if grail is not None:
-            near = f"{float(grail['kl']):.2f}", f"{float(grail['top1']):.0%}"
+            near = f"{grail['kl'].value:.2f}", f"{grail['top1'].value:.0%}"
         lines.append(
             [
                 *(f"{calibration}, {sequences}k", sites, f"{keep:g}", text),

@@ -53,6 +53,11 @@ class Page:
         row = self.row(*cell)
         return "not measured" if row is None else f"{float(row['perplexity']):.1f}"
 
+    def divergence(self, *cell: Any) -> str:
+        """KL(dense‖compressed) of a cell in nats, with its standard error where that is known."""
+        row = self.row(*cell)
+        return "not measured" if row is None else levers.nats(row["kl"])
+
     def worse(self) -> str:
         """The count of cells that are worse than plain pruning by their calibration, "0 of 26"."""
         cells = [row["worse"] for row in self._found.values() if row["lever"] != levers.PRUNED]
@@ -77,13 +82,16 @@ class Page:
         return markdown(*levers.table(rows, ("lever",)))
 
     def near_and_far(self, calibration: str, sequences: int) -> str:
-        """A table of one calibration's models, the share that they recover on each text."""
+        """A table of one calibration's models: perplexity, share and KL on each text."""
         texts = levers.NEAR_AND_FAR[calibration]
         lines = []
         for lever in (levers.DEFAULTS, levers.BEST):
             cells = [(calibration, sequences, lever, text) for text in texts]
             if any(self.row(*cell) for cell in cells):
-                shown = (f"{self.perplexity(*cell)} ({self.share(*cell)})" for cell in cells)
+                shown = (
+                    f"{self.perplexity(*cell)} ({self.share(*cell)}, KL {self.divergence(*cell)})"
+                    for cell in cells
+                )
                 lines.append([lever, *shown])
         return markdown(["lever", *(f"read on {text}" for text in texts)], lines)
 

@@ -182,7 +182,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class Table:
-    """A CSV that grows by rows and is never measured twice. `key`: columns that identify a row."""
+    """A CSV that grows by rows and is never measured twice. `key`: columns that identify a row.
+
+    Rows may bring columns that the file does not have yet; these are empty in the rows before.
+    """
 
     def __init__(self, path: Path, key: tuple[str, ...]):
         self.path, self.key = path, key
@@ -192,18 +195,25 @@ class Table:
         return any(tuple(row[k] for k in self.key) == tuple(map(str, key)) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends a row at once, with threads, torch and commit; the first brings the header."""
+        """Appends a row at once, with threads, torch and commit; the first brings the header.
+
+        A row with new columns has the file written anew, under another name until it is whole.
+        """
         row = row | {
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "commit": commit(),
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row if new else self.rows[0]))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        self.rows.append({k: str(v) for k, v in row.items()})
+        text = {k: str(v) for k, v in row.items()}
+        # Of the file as it is now: another process may have added rows.
+        found = read_rows(self.path) if self.path.exists() else []
+        columns = list(found[0] if found else row)
+        if not found or not text.keys() <= set(columns):
+            whole = self.path.with_suffix(".partial")
+            write_rows(whole, [*found, text])
+            whole.replace(self.path)
+        else:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, fieldnames=columns).writerow(text)
+        self.rows.append(text)
         print(", ".join(f"{k}={v}" for k, v in row.items()), flush=True)

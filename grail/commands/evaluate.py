@@ -32,8 +32,8 @@ class EvaluateOptions:
     against: str | None = setting(
         None,
         "The dense model, to measure how far MODEL's predictions are from its own: mean KL "
-        "divergence in nats, and share of predictions with the same most likely token. It is "
-        "loaded before MODEL.",
+        "divergence in nats, and share of predictions with the same most likely token, with "
+        "standard errors over sequences. It is loaded before MODEL.",
         metavar="MODEL",
     )
     tokens: int | None = setting(

@@ -14,6 +14,7 @@ from grail.arguments import require_batches, require_language_model
 from grail.calibrate.embedding import check_token_ids
 from grail.errors import EmptyCalibrationError, InputError, ModelError
 from grail.report.logits import BatchLogits, Network, Recorded, steps
+from grail.report.paired import weighted
 from grail.report.report import Evaluation
 from grail.runtime.transaction import eval_no_grad
 from grail_kernels import check_kind, kind_of
@@ -89,7 +90,9 @@ def evaluate(
         `losses`, the mean −log p of each sequence that has a token to predict; the model's size.
         With `against`: `kl`, the mean over predicted tokens of KL(dense‖model) = Σ p ln(p/q) over
         the vocabulary in nats, and `top1`, the share of predictions whose most likely token is the
-        dense network's.
+        dense network's; `kl_error` and `top1_error`, their standard errors over sequences (None of
+        one); `divergences`, `agreements` and `predicted`, the same means and the number of
+        predicted tokens of each sequence.
 
     Raises:
         EmptyCalibrationError: the batches hold no token to predict.
@@ -130,21 +133,26 @@ def _evaluation(model: nn.Module, sums: "_Sums") -> Evaluation:
         raise EmptyCalibrationError(
             "the evaluation batches hold no token to predict; give sequences of 2 or more tokens"
         )
-    if not math.isfinite(sums.loss) or math.isnan(sums.divergence):
+    if not math.isfinite(sums.loss) or any(map(math.isnan, sums.divergences)):
         raise ModelError(
             "the model's loss on the evaluation text is NaN or Inf: its weights or activations "
             "are not finite; check the checkpoint, or use a wider dtype"
         )
     parameters, size = measure_size(model)
-    return Evaluation(
+    found = Evaluation(
         perplexity=_exp(sums.loss / sums.predicted),
         tokens=sums.predicted,
         parameters=parameters,
         bytes=size,
         losses=sums.losses,
-        kl=sums.divergence / sums.predicted if sums.compared else None,
-        top1=sums.agreed / sums.predicted if sums.compared else None,
+        predicted=sums.counts,
     )
+    if sums.compared:
+        kl, top1 = (weighted(each, sums.counts) for each in (sums.divergences, sums.agreements))
+        found.kl, found.kl_error = kl.value, kl.error
+        found.top1, found.top1_error = top1.value, top1.error
+        found.divergences, found.agreements = sums.divergences, sums.agreements
+    return found
 
 
 @torch.inference_mode()
@@ -201,34 +209,41 @@ def _stored(model: nn.Module) -> Iterable[Tensor]:
 
 
 class _Sums:
-    """Sums over the predicted tokens of all batches."""
+    """Sums over the predicted tokens of all batches, and means over those of each sequence."""
 
     def __init__(self) -> None:
-        self.loss, self.divergence = 0.0, 0.0
-        self.losses: list[float] = []  # means of sequences
-        self.predicted, self.agreed = 0, 0
+        self.loss, self.predicted = 0.0, 0
+        # Of each sequence that has a token to predict.
+        self.losses: list[float] = []
+        self.counts: list[int] = []
+        self.divergences: list[float] = []
+        self.agreements: list[float] = []
         self.compared = False
 
     def add(self, own: BatchLogits, dense: BatchLogits | None, targets: Tensor) -> None:
         """Adds a batch with `targets` [sequences, positions], −100 where hidden."""
         expected = targets.flatten()
-        rows = torch.zeros(expected.shape, dtype=torch.float64, device=targets.device)
+        rows = torch.zeros((3, *expected.shape), dtype=torch.float64, device=targets.device)
         for start, stop in steps(own, dense, *targets.shape):
             part = slice(start, stop)
             logits = own.rows(start, stop)
             if dense is None:
-                rows[part] = _cross_entropy(logits, expected[part])
+                rows[0, part] = _cross_entropy(logits, expected[part])
                 continue
             self.compared = True
-            rows[part], divergence, agreed = _compare(
-                logits, dense.rows(start, stop), expected[part]
-            )
-            self.divergence += divergence
-            self.agreed += agreed
-        sums, counts = rows.view_as(targets).sum(1), (targets >= 0).sum(1)
-        self.loss += sums.sum().item()
+            compared = _compare(logits, dense.rows(start, stop), expected[part])
+            for of, values in zip(rows, compared, strict=True):
+                of[part] = values
+        sums, counts = rows.view(3, *targets.shape).sum(2), (targets >= 0).sum(1)
+        self.loss += sums[0].sum().item()
         self.predicted += int(counts.sum())
-        self.losses += (sums / counts)[counts > 0].tolist()
+        shown = counts > 0
+        losses, divergences, agreements = (sums[:, shown] / counts[shown]).tolist()
+        self.losses += losses
+        self.counts += counts[shown].tolist()
+        if dense is not None:
+            self.divergences += divergences
+            self.agreements += agreements
 
 
 @torch.inference_mode()
@@ -288,18 +303,21 @@ def _compare(
     logits: Tensor,  # [rows, vocabulary]
     dense: Tensor,  # [rows, vocabulary]
     targets: Tensor,  # [rows]
-) -> tuple[Tensor, float, int]:
-    """Returns losses [rows], summed KL(dense‖model), and how often the likeliest token agrees."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns losses, KL(dense‖model) and whether the likeliest token agrees, [rows] each.
+
+    All are 0 where the target is hidden.
+    """
     if logits.shape != dense.shape:
         raise InputError(
             f"the model predicts {logits.shape[1]:,} tokens and the dense reference "
             f"{dense.shape[1]:,}; compare models of one vocabulary"
         )
-    dense, shown = dense.to(logits.device), targets >= 0
-    agreed = (logits.argmax(1) == dense.argmax(1)) & shown
+    dense, hidden = dense.to(logits.device), targets < 0
+    agreed = (logits.argmax(1) == dense.argmax(1)) & ~hidden
     own, dense = (each.float().log_softmax(1) for each in (logits, dense))
     terms = F.kl_div(own, dense, reduction="none", log_target=True)
     terms.masked_fill_(dense == -math.inf, 0.0)  # p ln(p/q) is 0 where p is
-    divergence = terms.sum(1, dtype=torch.float64)[shown].sum()
+    divergence = terms.sum(1, dtype=torch.float64).masked_fill_(hidden, 0.0)
     losses = F.nll_loss(own, targets, reduction="none", ignore_index=-100)
-    return losses, divergence.item(), int(agreed.sum())
+    return losses, divergence, agreed

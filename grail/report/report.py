@@ -12,7 +12,7 @@ from typing import Any
 
 from grail.report.formatting import format_count, format_number
 
-SCHEMA = 6
+SCHEMA = 7
 
 
 def recovered(dense: float, pruned: float, restored: float) -> float | None:
@@ -123,15 +123,26 @@ class TextScore:
     tokens: int  # that were predicted
     text: str = field(default="", kw_only=True)  # its name
     # Against the dense model; None: not measured. Mean of KL(dense‖model) in nats, and share of
-    # predictions whose most likely token is the dense model's.
+    # predictions whose most likely token is the dense model's; their standard errors over
+    # sequences, None of one sequence.
     kl: float | None = field(default=None, kw_only=True)
+    kl_error: float | None = field(default=None, kw_only=True)
     top1: float | None = field(default=None, kw_only=True)
+    top1_error: float | None = field(default=None, kw_only=True)
     # Share of the log-perplexity lost by the row "pruned" that this row recovers, and its standard
     # error over sequences; None: not known.
     recovered: float | None = field(default=None, kw_only=True)
     recovered_error: float | None = field(default=None, kw_only=True)
-    # Mean −log p of each sequence, in the text's order.
+    # Loss above that of the row "pruned" in nats a token, paired by sequence, and its standard
+    # error; positive: worse than plain pruning. None: not known.
+    over_pruned: float | None = field(default=None, kw_only=True)
+    over_pruned_error: float | None = field(default=None, kw_only=True)
+    # Of each sequence, in the text's order: mean −log p, mean KL(dense‖model), share of predictions
+    # that agree with the dense model's, and predicted tokens. Empty: not measured.
     losses: list[float] = field(default_factory=list, kw_only=True, repr=False)
+    divergences: list[float] = field(default_factory=list, kw_only=True, repr=False)
+    agreements: list[float] = field(default_factory=list, kw_only=True, repr=False)
+    predicted: list[int] = field(default_factory=list, kw_only=True, repr=False)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from grail.report.formatting import format_number
-from grail.report.paired import BEYOND, is_worse, share
+from grail.report.paired import BEYOND, Estimate, difference, is_worse, share
 from grail.report.report import Evaluation, Report, TextScore
 
 Table = tuple[list[str], list[list[str]]]
@@ -30,8 +30,11 @@ def joined(rows: Mapping[str, Evaluation]) -> Evaluation:
     return replace(scores[0], others=others)
 
 
-def add_shares(evaluation: Mapping[str, Evaluation]) -> None:
-    """Writes into each row but "dense" and "pruned" the share that it recovers on each text."""
+def add_comparisons(evaluation: Mapping[str, Evaluation]) -> None:
+    """Writes into each row but "dense" and "pruned" how it compares with them on each text.
+
+    That is the share recovered and the loss above the pruned model's, with standard errors.
+    """
     dense, pruned = evaluation.get("dense"), evaluation.get("pruned")
     if dense is None or pruned is None:
         return
@@ -39,8 +42,11 @@ def add_shares(evaluation: Mapping[str, Evaluation]) -> None:
         if role in ("dense", "pruned"):
             continue
         for own, narrow, base in zip(row.scores, pruned.scores, dense.scores, strict=True):
-            if found := share(base.losses, narrow.losses, own.losses):
+            counts = own.predicted
+            if found := share(base.losses, narrow.losses, own.losses, counts):
                 own.recovered, own.recovered_error = found.value, found.error
+            over = difference(own.losses, narrow.losses, counts)
+            own.over_pruned, own.over_pruned_error = over.value, over.error
 
 
 def several_texts(rows: Mapping[str, Evaluation]) -> bool:
@@ -96,13 +102,30 @@ def _digits(error: float) -> str:
 
 
 def distance_cells(score: TextScore) -> list[str]:
-    """Formats the distance from the dense model: KL in nats, and top-1 agreement."""
+    """Formats the distance from the dense model with its standard errors over sequences.
+
+    Returns:
+        KL in nats, "0.250 ± 0.012", and top-1 agreement, "62.5 ± 0.8%"; "–" where it is unknown.
+    """
     divergence = "–" if score.kl is None else format_number(score.kl)
-    return [divergence, "–" if score.top1 is None else f"{score.top1:.1%}"]
+    if score.kl is not None and score.kl_error is not None:
+        divergence += f" ± {_as_precise(score.kl_error, divergence)}"
+    if score.top1 is None:
+        return [divergence, "–"]
+    error = "" if score.top1_error is None else f" ± {100 * score.top1_error:.1f}"
+    return [divergence, f"{100 * score.top1:.1f}{error}%"]
 
 
-def worse_than_pruned(report: Report) -> list[str]:
-    """Returns the texts on which the report's model is worse than plain pruning.
+def _as_precise(error: float, value: str) -> str:
+    """Formats an error with the decimals of the value; more, if these show none of it."""
+    decimals = len(value.partition(".")[2])
+    return (
+        f"{error:.{decimals}f}" if "e" not in value and error >= 10.0**-decimals else f"{error:.1g}"
+    )
+
+
+def worse_than_pruned(report: Report) -> dict[str, Estimate]:
+    """Returns by text how much the report's model loses more than plain pruning, in nats a token.
 
     A quantised model is judged before it is rounded. A text counts where the paired difference of
     the losses exceeds 2 standard errors; "the held-out text" is a text without a name.
@@ -110,20 +133,21 @@ def worse_than_pruned(report: Report) -> list[str]:
     rows = report.evaluation
     own, pruned = rows.get("unquantised") or rows.get("restored"), rows.get("pruned")
     if own is None or pruned is None:
-        return []
-    pairs = list(zip(own.scores, pruned.scores, strict=True))
-    return [
-        score.text or "the held-out text"
-        for score, plain in pairs
-        if score.losses and plain.losses and is_worse(score.losses, plain.losses)
-    ]
+        return {}
+    return {
+        score.text or "the held-out text": difference(score.losses, plain.losses, score.predicted)
+        for score, plain in zip(own.scores, pruned.scores, strict=True)
+        if score.losses and plain.losses
+        if is_worse(score.losses, plain.losses, counts=score.predicted)
+    }
 
 
 def worse_sentence(report: Report) -> str:
-    """Names the texts of `worse_than_pruned`; empty without any."""
+    """Names the texts of `worse_than_pruned`, with how much worse; empty without any."""
     if not (texts := worse_than_pruned(report)):
         return ""
+    found = " and ".join(f"on {text} by {gap} nats a token" for text, gap in texts.items())
     return (
-        f"The model is worse than plain pruning on {' and on '.join(texts)}, beyond {BEYOND:g} "
-        "standard errors."
+        f"The model is worse than plain pruning {found}, beyond {BEYOND:g} standard errors: "
+        "calibrate on such text as well, or keep more."
     )

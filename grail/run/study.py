@@ -23,7 +23,7 @@ from grail.recipe import Recipe
 from grail.report import completions
 from grail.report._evaluate import DenseReference, bfloat16_bytes, evaluate, measure_size
 from grail.report.report import Evaluation, Report, fitted_parts
-from grail.report.texts import add_shares, joined
+from grail.report.texts import add_comparisons, joined
 from grail.run._collect import Collected
 from grail.run._compress import compress
 from grail.run._inspect import Inspection, inspect
@@ -314,7 +314,7 @@ class Study:
             report = self._compress(recipe, self.runtime)
         self.stages.seconds[COMPRESSING] += report.resumed.get("seconds", 0.0)
         self.measure("restored" if recipe.compensate or recipe.fit_bias else "pruned", recipe)
-        add_shares(self.rows)
+        add_comparisons(self.rows)
         if self.rows and not self.references:
             report.notes.append(
                 "KL and top-1 are not measured: this model's logits need more than its last hidden "

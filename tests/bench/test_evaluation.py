@@ -11,6 +11,7 @@ from bench.quality import evaluation, tasks
 from bench.quality.evaluation import Known, Measured, Score, Suite
 from bench.quality.tasks import Question, Task
 from bench.tools import texts, tiny
+from grail.errors import InputError
 from grail.report import paired
 
 LENGTH = 40
@@ -100,10 +101,13 @@ def test_a_text_is_scored_beside_the_dense_and_the_pruned_model(models, suite):
         dense, narrow = (logs_of(models[name], sequence)[:-1] for name in ("dense", "grail"))
         divergences.append((dense.exp() * (dense - narrow)).sum(-1))
         same.append((dense.argmax(-1) == narrow.argmax(-1)).double())
-    assert value(found, "one", "kl").value == pytest.approx(
-        torch.cat(divergences).mean().item(), 1e-4
-    )
-    assert value(found, "one", "top1").value == pytest.approx(torch.cat(same).mean().item())
+    for measure, tokens, close in (("kl", divergences, 1e-4), ("top1", same, 1e-6)):
+        score = value(found, "one", measure)
+        each = [of.mean().item() for of in tokens]
+        assert score.value == pytest.approx(torch.cat(tokens).mean().item(), close)
+        assert score.each == pytest.approx(each, close)
+        error = statistics.stdev(each) / math.sqrt(len(each))
+        assert score.error == pytest.approx(error, rel=1e-2, abs=1e-9)
 
 
 def greedy(model, ids, new):
@@ -212,6 +216,76 @@ def test_a_folder_is_measured_under_its_name(models, suite, tmp_path):
     found = out.each(evaluation.described("narrow"))
     expected = losses_of(models["grail"], suite.batches["one"])
     assert found["one"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_file_of_other_sizes_is_refused(models, suite, tmp_path):
+    path = tmp_path / "evaluation.csv"
+    evaluation.measure(Measured(path, suite), Subject(models), runs()[:1], [])
+    Measured(path, suite)
+    dense, fewer = suite.dense, {"one": sequences(1)[:2], "two": sequences(2)}
+    for other, words in (
+        (
+            Suite(dense, fewer, suite.questions, prompts=2),
+            "perplexity of one over 3, .* measures 2",
+        ),
+        (
+            Suite(dense, suite.batches, {"easy": easy(dense, 20)}, prompts=2),
+            "accuracy of easy over",
+        ),
+        (
+            Suite(dense, suite.batches, {}, prompts=3),
+            "distinct4 of writing over 4, .* measures 6",
+        ),
+    ):
+        with pytest.raises(InputError, match=words):
+            Measured(path, other)
+    # What the suite does not have is left alone.
+    Measured(path, Suite(dense, {"two": sequences(2)}, {}, prompts=0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        ([], (12, 200, 8)),
+        (["--quick"], (6, 100, 4)),
+        (["--quick", "--questions", "40"], (6, 40, 4)),
+        (["--sequences", "3", "--prompts", "2"], (3, 200, 2)),
+        (["--quick", "--on", "brown"], (6, 100, 0)),
+    ],
+    ids=["default", "quick", "questions given", "sequences given", "without writing"],
+)
+def test_sizes_of_a_quick_run_are_smaller_unless_given(monkeypatch, arguments, sizes):
+    class MadeError(Exception):
+        pass
+
+    def suite_of(*_, **settings):
+        raise MadeError(tuple(settings[name] for name in ("sequences", "questions", "prompts")))
+
+    monkeypatch.setattr(evaluation, "Subject", lambda: None)
+    monkeypatch.setattr(evaluation, "suite_of", suite_of)
+    with pytest.raises(MadeError) as made:
+        evaluation.main(arguments)
+    assert made.value.args == (sizes,)
+
+
+def test_show_prints_the_tables_and_measures_nothing(models, suite, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "evaluation.csv"
+    evaluation.measure(Measured(path, suite), Subject(models), runs(), [])
+    capsys.readouterr()
+    rows = path.read_text().replace(",one,", ",brown,").replace(",two,", ",source,")
+    path.write_text(rows.replace(",easy,", ",agreement,"))
+    monkeypatch.setattr(evaluation, "Subject", lambda: pytest.fail("loads a model"))
+    evaluation.main(["--show", "--output", str(path)])
+    shown = capsys.readouterr().out
+    assert "brown, 64, mlp, 0.5" in shown
+    for words in (
+        "in domain: dense",
+        "off domain: grail",
+        "top-1, grail",
+        "agreement",
+        "distinct4",
+    ):
+        assert words in shown
 
 
 def test_a_run_without_the_pruned_model_has_no_share(models, suite, tmp_path):

@@ -1,10 +1,13 @@
 """The bench of levers: its table follows from the losses of its rows."""
 
 import math
+import statistics
 
 import pytest
 
 from bench.quality import levers
+from grail.report.paired import Estimate
+from grail.report.report import Evaluation
 
 LOSSES = {
     ("", "0", "dense", "", "1.0", "brown"): [1.0, 2.0, 3.0],
@@ -75,3 +78,45 @@ def test_every_cell_names_known_calibrations_and_levers():
     for cell in levers.CELLS:
         assert cell.calibration in levers.CALIBRATIONS
         assert set(cell.levers) <= set(levers.LEVERS)
+
+
+def test_distances_have_an_error_where_sequences_are_known():
+    each = {"divergences": "0.1 0.2 0.6", "agreements": "0.5 0.4 0.9"}
+    row = ROWS[2] | {"kl": "0.3", "top1": "0.6"}
+    (old,) = levers.comparisons([ROWS[0], row])
+    (new,) = levers.comparisons([ROWS[0], row | each])
+    (empty,) = levers.comparisons([ROWS[0], row | dict.fromkeys(each, "")])
+    assert old["kl"] == empty["kl"] == Estimate(0.3, None)
+    assert new["kl"].error == pytest.approx(statistics.stdev([0.1, 0.2, 0.6]) / math.sqrt(3))
+    assert new["top1"].error == pytest.approx(statistics.stdev([0.5, 0.4, 0.9]) / math.sqrt(3))
+    shown = [levers.table([of])[1][0][-2:] for of in (old | {"text": "brown"}, new)]
+    assert shown == [["0.30", "60.0%"], ["0.300 ± 0.153", "60.0% ± 15.3%"]]
+
+
+def test_what_a_bench_writes_has_its_errors():
+    found = Evaluation(
+        *(9.0, 2046, 5, 20),
+        losses=[2.0, 2.5],
+        kl=0.3,
+        top1=0.6,
+        divergences=[0.2, 0.4],
+        agreements=[0.5, 0.7],
+    )
+    row = {key: str(value) for key, value in levers._scores("brown", found, 3.0).items()}
+    (shown,) = levers.comparisons([ROWS[0], ROWS[2] | row])
+    assert shown["kl"] == Estimate(0.3, pytest.approx(0.1))
+    assert shown["top1"] == Estimate(0.6, pytest.approx(0.1))
+
+
+def test_a_text_that_is_not_of_all_rows_has_columns_of_its_own():
+    base = ROWS[0]
+    rows = [base, base | {"text": "source"}, ROWS[2], ROWS[2] | {"text": "source"}, ROWS[3]]
+    header, lines = levers.table(levers.comparisons(rows))
+    assert [name for name in header if name.endswith("perplexity")] == [
+        f"{text}: perplexity" for text in ("passages", "brown", "source")
+    ]
+    assert {len(line) for line in lines} == {len(header)}
+    (defaults, producers) = lines
+    assert defaults[len(levers.KEY) - 1] == "–"
+    assert defaults[-5] == "9.0"
+    assert producers[-5:] == ["–"] * 5

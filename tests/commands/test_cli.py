@@ -16,10 +16,10 @@ from functools import partial
 import pytest
 import torch
 
-from grail.report.formatting import format_bytes, format_number, format_seconds
+from grail.report.formatting import format_bytes, format_seconds
 from grail.report.report import Report
 from grail.report.summary import headline
-from grail.report.texts import recovered_cell
+from grail.report.texts import distance_cells, recovered_cell, worse_sentence
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -163,15 +163,49 @@ def test_compress_and_evaluate_agree_on_several_texts_and_on_the_distance(
     alone = json.loads(grail(*command, "--json").stdout)
     for score, found in zip(row.scores, [alone, *alone["others"]], strict=True):
         # The folder reloads to the same bits, and the reference is of the same dense model.
-        for name in ("text", "perplexity", "tokens", "kl", "top1", "losses"):
+        measured = ("text", "perplexity", "tokens", "kl", "kl_error", "top1", "top1_error")
+        for name in (*measured, "losses", "divergences", "agreements", "predicted"):
             assert getattr(score, name) == found[name]
-        assert score.kl > 0
+        assert min(score.kl, score.kl_error, score.top1_error) > 0
         assert recovered_cell(score) in result.stdout
     table = grail(*command).stdout
-    for cell in ("heldout.txt", "other.txt", "top-1", format_number(row.kl), f"{row.top1:.1%}"):
+    for cell in ("heldout.txt", "other.txt", "top-1", *distance_cells(row)):
         assert cell in table
         assert cell in result.stdout
     assert "KL and top-1 against model" in table
+
+
+def test_a_text_on_which_the_model_is_worse_than_pruned_is_named_everywhere(
+    arguments, folder, tmp_path
+):
+    given = ["--keep", 0.5, "--selector", "wanda"]
+    for name, more in (("plain", ["--no-compensate"]), ("fitted", [])):
+        result = grail(*arguments, *given, *more, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+    plain, fitted = (load_model(tmp_path / name)[0] for name in ("plain", "fitted"))
+    # A text of the sequences on which compensation harms, and one of those on which it helps.
+    drawn = torch.randint(3, 97, (200, 32), generator=torch.Generator().manual_seed(0))
+    losses = [evaluate.evaluate_model(model, [drawn]).losses for model in (fitted, plain)]
+    order = torch.tensor(losses[0]).sub(torch.tensor(losses[1])).argsort().tolist()
+    for name, rows in (("helped.txt", order[:16]), ("harmed.txt", order[-16:])):
+        chosen = drawn[rows].flatten().tolist()
+        (tmp_path / name).write_text(" ".join(f"w{token}" for token in chosen))
+    texts = [
+        word for name in ("helped", "harmed") for word in ("--evaluate", tmp_path / f"{name}.txt")
+    ]
+    result = grail(*arguments, *given, *texts, "--evaluate-tokens", 512)
+    assert result.exit_code == 0, result.stderr
+    report = Report.from_json((tmp_path / "out" / "report.json").read_text())
+    helped, harmed = report.evaluation["restored"].scores
+    assert helped.over_pruned < -2 * helped.over_pruned_error < 0
+    assert harmed.over_pruned > 2 * harmed.over_pruned_error > 0
+    line = worse_sentence(report)
+    assert line.startswith("The model is worse than plain pruning on harmed.txt by ")
+    assert "helped.txt" not in line
+    page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
+    assert line in result.stdout
+    assert html.escape(line) in page
+    assert line in card.replace("\\", "")
 
 
 def test_a_dense_model_that_reads_other_tokens_is_refused(folder, tmp_path):

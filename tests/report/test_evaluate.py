@@ -266,6 +266,45 @@ def test_losses_are_means_of_sequences(tiny_llama, tiny_batches):
     assert found.tokens == 8 + 4 * 15
 
 
+def test_distances_of_sequences_and_their_errors_equal_fp64(tiny_model, tiny_batches):
+    dense = tiny_model("llama")
+    model = copy.deepcopy(dense)
+    with torch.no_grad():  # the likeliest token agrees in some places
+        head = model.lm_head.weight
+        head += 0.4 * head.std() * torch.randn(head.shape, generator=torch.manual_seed(0))
+    batches = tiny_batches()
+    mask = torch.ones_like(batches[0])
+    mask[0, 1:] = 0  # nothing to predict: no distance
+    mask[1, 9:] = 0
+    inputs = [{"input_ids": batches[0], "attention_mask": mask}, *batches[1:]]
+    found = evaluate(model, inputs, against=dense, progress=False)
+    rows = [batches[0][1:2, :9], *(b[i : i + 1] for b in batches[1:] for i in (0, 1))]
+    expected, same = zip(*(divergences(model, dense, [row]) for row in rows), strict=True)
+    assert found.predicted == [8, 15, 15, 15, 15]
+    assert found.divergences == pytest.approx(expected, abs=TOLERANCE, rel=1e-3)
+    assert found.agreements == pytest.approx(same)
+    for name, each in (("kl", expected), ("top1", same)):
+        value, error = getattr(found, name), getattr(found, f"{name}_error")
+        whole = sum(n * v for n, v in zip(found.predicted, each, strict=True))
+        assert value == pytest.approx(whole / 68, abs=TOLERANCE)
+        without = [(whole - n * v) / (68 - n) for n, v in zip(found.predicted, each, strict=True)]
+        variance = 4 / 5 * sum((w - sum(without) / 5) ** 2 for w in without)
+        assert error == pytest.approx(math.sqrt(variance), rel=1e-2)
+        assert error > 0, each
+    alone = evaluate(model, inputs, progress=False)
+    assert (alone.predicted, alone.losses) == (found.predicted, found.losses)
+    assert (alone.kl_error, alone.top1_error) == (None, None)
+    assert alone.divergences == alone.agreements == []
+
+
+def test_one_sequence_has_a_distance_without_an_error(tiny_model, tiny_batches):
+    model, dense = pair(tiny_model)
+    (batch,) = tiny_batches(count=1, rows=1)
+    found = evaluate(model, [batch], against=dense, progress=False)
+    assert found.divergences == [pytest.approx(found.kl)]
+    assert (found.kl_error, found.top1_error) == (None, None)
+
+
 def test_hidden_tokens_do_not_diverge(tiny_model, tiny_batches):
     model, dense = pair(tiny_model)
     batches = tiny_batches(count=1)

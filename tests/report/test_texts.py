@@ -1,6 +1,8 @@
 """Scores on several texts: names, shares, tables, headline and the line of what is worse."""
 
 import dataclasses
+import json
+import statistics
 
 import pytest
 
@@ -8,7 +10,8 @@ from grail.report.card import card
 from grail.report.report import Evaluation, Report, TextScore
 from grail.report.summary import comparison_tables, explanation, headline
 from grail.report.texts import (
-    add_shares,
+    add_comparisons,
+    distance_cells,
     joined,
     score_table,
     text_names,
@@ -32,12 +35,14 @@ MADE = {
     "restored": {"selector": "wanda", "compensation": "weights"},
 }
 
+DISTANCE = {"kl": 0.25, "kl_error": 0.0123, "top1": 0.625, "top1_error": 0.0078}
+
 
 def rows(*texts):
     """Evaluated models by role, on those texts, with KL and top-1 of the narrow ones."""
     found = {}
     for role, made in MADE.items():
-        distance = {} if role == "dense" else {"kl": 0.25, "top1": 0.625}
+        distance = {} if role == "dense" else DISTANCE
         each = {}
         for text in texts:
             losses = LOSSES[text][role]
@@ -46,7 +51,7 @@ def rows(*texts):
                 value, 4092, 1_000_000, 4_000_000, losses=losses, **distance, **made
             )
         found[role] = joined(each)
-    add_shares(found)
+    add_comparisons(found)
     return found
 
 
@@ -78,11 +83,11 @@ def test_the_table_has_a_block_of_rows_for_each_text():
     assert (header, words) == (["text", "model", "perplexity", "recovered", "KL", "top-1"], 2)
     assert cells == [
         ["in.txt", "dense", "4.00", "–", "–", "–"],
-        ["in.txt", "pruned (wanda)", "8.00", "–", "0.250", "62.5%"],
-        ["in.txt", "compensated (wanda)", "5.66", "50 ± 4%", "0.250", "62.5%"],
+        ["in.txt", "pruned (wanda)", "8.00", "–", "0.250 ± 0.012", "62.5 ± 0.8%"],
+        ["in.txt", "compensated (wanda)", "5.66", "50 ± 4%", "0.250 ± 0.012", "62.5 ± 0.8%"],
         ["off.txt", "dense", "11.3", "–", "–", "–"],
-        ["off.txt", "pruned (wanda)", "22.6", "–", "0.250", "62.5%"],
-        ["off.txt", "compensated (wanda)", "25.1", "-15 ± 3%", "0.250", "62.5%"],
+        ["off.txt", "pruned (wanda)", "22.6", "–", "0.250 ± 0.012", "62.5 ± 0.8%"],
+        ["off.txt", "compensated (wanda)", "25.1", "-15 ± 3%", "0.250 ± 0.012", "62.5 ± 0.8%"],
     ]
     assert models == ["model", "parameters", "weights"]
     assert len(sizes) == 3
@@ -94,8 +99,8 @@ def test_one_text_needs_no_name_and_no_column():
     assert models[2][:2] == ["compensated (wanda)", "5.66"]
     assert (other, words) == (["model", "recovered", "KL", "top-1"], 1)
     assert cells == [
-        ["pruned (wanda)", "–", "0.250", "62.5%"],
-        ["compensated (wanda)", "50 ± 4%", "0.250", "62.5%"],
+        ["pruned (wanda)", "–", "0.250 ± 0.012", "62.5 ± 0.8%"],
+        ["compensated (wanda)", "50 ± 4%", "0.250 ± 0.012", "62.5 ± 0.8%"],
     ]
     plain = {role: Evaluation(5.0, 10, 5, 20, **made) for role, made in MADE.items()}
     assert text_table(plain)[1] == []
@@ -107,8 +112,8 @@ def test_evaluated_texts_are_rows():
     header, cells = score_table(row)
     assert header == ["text", "perplexity", "KL", "top-1", "predicted tokens"]
     assert cells == [
-        ["in.txt", "5.66", "0.250", "62.5%", "4,092"],
-        ["off.txt", "25.1", "0.250", "62.5%", "4,092"],
+        ["in.txt", "5.66", "0.250 ± 0.012", "62.5 ± 0.8%", "4,092"],
+        ["off.txt", "25.1", "0.250 ± 0.012", "62.5 ± 0.8%", "4,092"],
     ]
 
 
@@ -132,7 +137,10 @@ def test_the_headline_is_of_the_first_text_and_names_the_others():
 
 def test_what_is_worse_than_plain_pruning_is_said_everywhere():
     whole = report(evaluation=rows("in", "off"))
-    line = "The model is worse than plain pruning on off.txt, beyond 2 standard errors."
+    line = (
+        "The model is worse than plain pruning on off.txt by 0.15 ± 0.029 nats a token, beyond 2 "
+        "standard errors: calibrate on such text as well, or keep more."
+    )
     assert worse_sentence(whole) == line
     assert line in Document(page(whole)).text
     assert line in card(whole)
@@ -140,12 +148,12 @@ def test_what_is_worse_than_plain_pruning_is_said_everywhere():
     # 0.1 ± 0.1 is within the error.
     within = rows("off")
     within["restored"].losses = [4.1, 5.3, 3.9, 5.1]
-    assert worse_than_pruned(report(evaluation=within)) == []
+    assert worse_than_pruned(report(evaluation=within)) == {}
     # A quantised model is judged by the one that was rounded.
     quantised = rows("in")
     quantised["unquantised"] = quantised["restored"]
     quantised["restored"] = dataclasses.replace(rows("off")["restored"])
-    assert worse_than_pruned(report(evaluation=quantised)) == []
+    assert worse_than_pruned(report(evaluation=quantised)) == {}
 
 
 def test_the_page_draws_each_text():
@@ -154,24 +162,74 @@ def test_the_page_draws_each_text():
         assert words in shown
     assert "4,092 predicted tokens of in.txt, 4,092 predicted tokens of off.txt" in shown
     assert "KL: mean divergence" in shown
+    for words in ("0.250 ± 0.012", "62.5 ± 0.8%", "(±) are standard errors over sequences"):
+        assert words in shown
     assert "KL" not in Document(page(report())).text
 
 
-def test_a_report_of_an_earlier_schema_is_read():
+# Of schema 7, and of schemas 6 and 7.
+SEVENTH = ("kl_error", "top1_error", "over_pruned", "over_pruned_error", "divergences")
+SEVENTH += ("agreements", "predicted")
+SIXTH = ("text", "kl", "top1", "losses", "others", "recovered", "recovered_error")
+
+
+@pytest.mark.parametrize(("schema", "missing"), [(5, SIXTH + SEVENTH), (6, SEVENTH)])
+def test_a_report_of_an_earlier_schema_is_read(schema, missing):
     whole = report()
     text = whole.to_json()
-    for name in ("text", "kl", "top1", "losses", "others", "recovered", "recovered_error"):
-        assert f'"{name}"' in text
     data = dataclasses.asdict(whole)
     for row in data["evaluation"].values():
-        for name in ("text", "kl", "top1", "losses", "others", "recovered", "recovered_error"):
+        for name in missing:
+            assert f'"{name}"' in text
             del row[name]
-    import json
-
-    old = Report.from_json(json.dumps({**data, "schema": 5}))
+    old = Report.from_json(json.dumps({**data, "schema": schema}))
     assert old.evaluation == whole.evaluation
     assert worse_sentence(old) == ""
     assert headline(old) == headline(whole)
+
+
+def test_a_report_without_errors_shows_and_judges_what_it_has():
+    data = dataclasses.asdict(report(evaluation=rows("in", "off")))
+    for row in data["evaluation"].values():
+        for score in (row, *row["others"]):
+            for name in SEVENTH:
+                del score[name]
+    old = Report.from_json(json.dumps({**data, "schema": 6}))
+    (_, cells, _), _ = comparison_tables(old.evaluation)
+    assert cells[2] == ["in.txt", "compensated (wanda)", "5.66", "50 ± 4%", "0.250", "62.5%"]
+    assert list(worse_than_pruned(old)) == ["off.txt"]
+
+
+def test_distances_are_shown_with_errors_of_their_precision():
+    def cells(**distance):
+        return distance_cells(TextScore(9.0, 10, **distance))
+
+    assert cells() == ["–", "–"]
+    assert cells(kl=1.234, top1=0.5) == ["1.23", "50.0%"]
+    assert cells(kl=1.234, kl_error=0.0567, top1=0.5, top1_error=0.0123) == [
+        "1.23 ± 0.06",
+        "50.0 ± 1.2%",
+    ]
+    assert cells(kl=1.234, kl_error=0.0004)[0] == "1.23 ± 0.0004"
+    assert cells(kl=0.0123, kl_error=0.00051)[0] == "0.0123 ± 0.0005"
+    assert cells(kl=0.0, kl_error=0.0, top1=1.0, top1_error=0.0) == ["0 ± 0", "100.0 ± 0.0%"]
+    assert cells(kl=float("inf"))[0] == "∞"
+
+
+def test_comparisons_with_plain_pruning_stand_in_the_report():
+    found = rows("in", "off")
+    for role in ("dense", "pruned"):
+        assert found[role].over_pruned is None
+    off = found["restored"].others[0]
+    assert off.over_pruned == pytest.approx(0.15)
+    gaps = [0.1, 0.2, 0.2, 0.1]
+    assert off.over_pruned_error == pytest.approx(statistics.stdev(gaps) / 2)
+    assert found["restored"].over_pruned == pytest.approx(-0.5)
+    # A text whose second sequence is long.
+    for row in found.values():
+        row.others[0].predicted = [10, 1000, 10, 10]
+    add_comparisons(found)
+    assert off.over_pruned == pytest.approx((1 + 200 + 2 + 1) / 1030)
 
 
 def test_an_infinite_perplexity_of_any_text_is_read_back():

@@ -200,14 +200,18 @@ def test_each_text_has_its_own_scores_shares_and_distances(on_two_texts, tiny_ll
         alone = evaluate(study.network, batches, against=dense, progress=False)
         found = scores["restored"]
         assert found.text == name
-        for field in ("perplexity", "tokens", "kl", "top1", "losses"):
+        for field in ("perplexity", "tokens", "kl", "kl_error", "top1", "top1_error", "losses"):
             assert getattr(found, field) == getattr(alone, field)
-        share = paired.share(*(scores[role].losses for role in ("dense", "pruned", "restored")))
+        losses = [scores[role].losses for role in ("dense", "pruned", "restored")]
+        share = paired.share(*losses, alone.predicted)
         assert (found.recovered, found.recovered_error) == (share.value, share.error)
         losses = [math.log(scores[role].perplexity) for role in ("dense", "pruned", "restored")]
         assert share.value == pytest.approx((losses[1] - losses[2]) / (losses[1] - losses[0]))
+        over = paired.difference(found.losses, scores["pruned"].losses, alone.predicted)
+        assert (found.over_pruned, found.over_pruned_error) == (over.value, over.error)
         assert scores["pruned"].kl > 0
         assert scores["pruned"].recovered is None
+        assert scores["pruned"].over_pruned is None
         assert scores["dense"].kl is None
     assert len(report.evaluation["restored"].scores) == 2
     assert Report.from_json(report.to_json()).evaluation == report.evaluation
