@@ -210,7 +210,7 @@ def check_readme(_make, first, _compress, _export, library, recipe):
     report = recipe.names["report"]
     assert report.settings == recipe.names["recipe"].as_dict()
     assert all(site.kept == site.channels // 2 for site in report.sites)
-    assert set(report.evaluation) >= {"dense", "pruned", "compensated"}
+    assert set(report.evaluation) == {"dense", "pruned", "restored"}
 
 
 def check_library_block(ran):
