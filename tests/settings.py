@@ -1,4 +1,4 @@
-"""The tables of settings in docs/networks.md: `python -m tests.settings` writes them anew."""
+"""The tables in docs/reference/recipe.md: `python -m tests.settings` writes them anew."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from grail.recipe import Recipe
 from grail.runtime.settings import Runtime, shown_default
 
-PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "recipe.md"
 
 
 def table(kind: type) -> str:

@@ -198,35 +198,19 @@ def installed(words: list[str]) -> None:
             assert asked.extras <= set(project["optional-dependencies"])
 
 
-def check_readme(_make, first, _compress, _export, library, recipe):
-    """The saved folder has the same logits; the narrow layer has the error that is printed."""
+def check_readme(_make, _compress, first, _export, library, _selector):
+    """The saved folder has the same logits, the Hessian is GPTQ's, and the selector has a name."""
     assert all(" → " in line for line in first.printed.splitlines())
     assert {site.kept for site in first.names["report"].sites} == {1152}  # 0.75 of 1536
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(first.folder / "out")
     tokens = first.names["batches"][0][:1, :32]
     with torch.no_grad():
         assert torch.equal(reloaded(tokens).logits, first.names["model"](tokens).logits)
-    check_library_block(library)
-    report = recipe.names["report"]
-    assert report.settings == recipe.names["recipe"].as_dict()
-    assert all(site.kept == site.channels // 2 for site in report.sites)
-    assert set(report.evaluation) == {"dense", "pruned", "restored"}
-
-
-def check_library_block(ran):
     torch.manual_seed(0)
-    up, down = nn.Linear(64, 256), nn.Linear(256, 64)  # the dense ones, as the block made them
-    tokens = torch.randn(8, 1000, 64)
-    narrow_up, narrow_down, fit = (ran.names[name] for name in ("up", "down", "fit"))
-    assert narrow_up.weight.shape == (128, 64)
-    assert narrow_down.weight.shape == (64, 128)
-    with torch.no_grad():
-        dense = down(up(tokens).relu()) - down.bias
-        lost = narrow_down(narrow_up(tokens).relu()) - down.bias - dense
-    # fp32 activations, and errors of some tenths read from an fp32 Gram.
-    assert float(lost.norm() / dense.norm()) == pytest.approx(fit.error, rel=1e-4)
-    assert fit.error < fit.baseline_error
-    assert ran.printed.split(" → ") == [str(fit.baseline_error), f"{fit.error}\n"]
+    tokens = torch.randn(8, 1000, 256).flatten(0, 1).double()
+    expected = 2 / 8 * tokens.mT @ tokens
+    torch.testing.assert_close(library.names["hessian"].double(), expected, rtol=1e-4, atol=1e-2)
+    assert "second-moment" in grail.select.names()
 
 
 def check_accumulating(accumulated, _make):
@@ -249,15 +233,53 @@ def check_kernels(ran):
     torch.testing.assert_close(matrix[:64, :64].double(), x.T @ x, rtol=1e-4, atol=1e-3)
 
 
-def check_networks(named, parts, uneven, guarded):
+def check_networks(named, parts):
     assert named.names["net"].layer1[0].conv1.out_channels < 8
     assert {path.name for path in (named.folder / "out").iterdir()} >= {"grail.json"}
     sites = [str(parts.names[site]) for site in ("first", "second")]
     assert sites == ["reader[0:64]", "reader[64:96]"]
+
+
+def check_uneven(_command, uneven):
     widths = {site.name: site.kept / site.channels for site in uneven.names["report"].sites}
     assert widths == uneven.names["measured"].shares()
     assert (uneven.folder / "uneven" / "grail.json").is_file()
+
+
+def check_recipe(guarded, selected):
     assert all(site.guard_error is not None for site in guarded.names["report"].sites)
+    assert len(selected.names["report"].sites) == len(guarded.names["report"].sites)
+
+
+def check_own_selector(functions, named, tested, _command):
+    """A search of the page finds the best pair; the named selector can be asked for by its name."""
+    assert named.names["loud_and_rare"] is not None
+    chosen, best = tested.printed.split("] ")
+    assert chosen.startswith("[")
+    assert float(best) >= 1 - 1e-9
+    assert all(site.error > 0 for site in functions.names["report"].sites)
+
+
+def check_fitted_pair(ran):
+    """The error that it prints is that of the two layers in fp64."""
+    torch.manual_seed(0)
+    up, down = nn.Linear(64, 256), nn.Linear(256, 64)  # the dense ones, as the block made them
+    with torch.no_grad():
+        hidden = up(torch.randn(8, 1000, 64)).relu().flatten(0, 1).double()
+        dense = hidden @ down.weight.double().T
+        kept, fit = ran.names["kept"], ran.names["fit"]
+        lost = hidden[:, kept] @ ran.names["down"].weight.double().T - dense
+    assert float(lost.norm() / dense.norm()) == pytest.approx(fit.error, rel=1e-4)
+    assert ran.printed == f"{fit.baseline_error:.3f} → {fit.error:.3f}\n"
+    assert fit.error < fit.baseline_error
+
+
+def check_gram(one_layer, model, pruned, kernel):
+    check_fitted_pair(pruned)
+    assert one_layer.printed == "torch.Size([512, 512]) 32 4096\n"
+    assert len(model.names["grams"]) > 0
+    x = kernel.names["x"].double()
+    torch.testing.assert_close(kernel.names["G"].double(), x.T @ x, rtol=1e-4, atol=1e-2)
 
 
 def check_texts(mixing, mixed, writing):
@@ -276,9 +298,13 @@ CHECKS = {
     "README.md": check_readme,
     "docs/adapters/index.md": check_accumulating,
     "docs/evaluating.md": check_evaluating,
+    "docs/guides/uneven.md": check_uneven,
+    "docs/guides/selector.md": check_own_selector,
     "docs/kernels.md": check_kernels,
     "docs/networks.md": check_networks,
+    "docs/reference/recipe.md": check_recipe,
     "docs/serving/onnx.md": check_onnx,
+    "docs/start/gram.md": check_gram,
     "docs/texts.md": check_texts,
 }
 

@@ -555,6 +555,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "model": NOT_MODELS, "batches": NOT_BATCHES, "sites": [5, OBJECT, [None], "nothing"],
         "keep": ["half", 1, OBJECT, {"mlp": 0.5}], "selector": [5, "nothing", [], OBJECT],
         "probes": [0, "text", 2.5, OBJECT, 99], "seed": NOT_COUNTS, "non_finite": ANY,
+        "guard": [value for value in NOT_BATCHES if value is not None],
         "resume_dir": [5, OBJECT, []], **OBJECTS,
     },
     "grail.token_batches": {

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import grail
-from bench.quality import levers
 from bench.report import comparison
 from tests import counting
 
@@ -24,10 +23,11 @@ COMMANDS = [
 ]
 
 
-def test_the_networks_page_names_every_selector():
-    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"`([a-z0-9+-]+)`", page.split("## Selectors")[1].split("##")[0]))
-    assert listed >= set(grail.select.names())
+def test_the_page_of_selectors_names_every_one_and_its_source():
+    page = (ROOT / "docs" / "reference" / "selectors.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`([a-z0-9+-]+)`", page)) >= set(grail.select.names())
+    modules = {grail.select.get(name).choose.__module__ for name in grail.select.names()}
+    assert set(re.findall(r"^::: ([\w.]+)$", page, flags=re.MULTILINE)) == modules
 
 
 def test_the_results_page_is_made_from_the_committed_csv():
@@ -188,37 +188,25 @@ def test_it_quotes_the_time_of_a_calibration():
         for row in rows_of("calibrate_cpu.csv")
         if row["metric"] in ("bare forward", "total")
     }
-    shares = [f"{seconds[name] / seconds['']:.2f}" for name in ("paper", "default", "half")]
-    quoted = "the paper's recipe {}, the defaults {}, with `dense_share=0.5` {}".format(*shares)
+    shares = [f"{seconds[name] / seconds['']:.2f}" for name in ("default", "paper")]
+    quoted = "Time over one forward pass: defaults {}, the paper's recipe {} (".format(*shares)
     assert quoted in " ".join(README.split())
 
 
-def test_it_quotes_perplexities_in_and_off_the_domain():
-    found = {
-        tuple(row[key] for key in levers.KEY): float(row["perplexity"])
-        for row in rows_of("levers.csv")
-    }
-    dense, own = ("", "0", levers.DENSE), ("passages", "16", levers.DEFAULTS)
-    cells = [(cell, text) for text in levers.TEXTS for cell in (dense, own)]
-    others = ("passages", "16", levers.UNEVEN), ("passages and brown", "16", levers.DEFAULTS)
-    cells += [(cell, text) for cell in others for text in levers.TEXTS]
-    values = [found[(*cell, text)] for cell, text in cells]
-    quoted = (
-        "the perplexity on passages (dense {}) is {}, on Brown (dense {}) {}; with uneven widths "
-        "{} and {}; with half of the tokens from Brown {} and {}"
-    )
-    numbers = (f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in values)
-    assert quoted.format(*numbers) in " ".join(README.split())
-
-
 def test_its_table_is_the_committed_csv():
-    assert comparison.quality_table(rows_of("smollm2_table.csv")) in README
+    assert comparison.quality_table(rows_of("levers.csv")) in README
+
+
+def test_it_counts_the_families():
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    narrowed = re.findall("^\\| `", page.split("| model type | reason")[0], flags=re.MULTILINE)
+    assert f"{len(narrowed)} model types of transformers" in README
 
 
 def test_its_files_exist_and_it_stays_short():
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / link).exists(), link
-    assert len(README.splitlines()) <= 120
+    assert len(README.splitlines()) <= 110
 
 
 def test_the_resnets_numbers_are_those_of_the_csv():

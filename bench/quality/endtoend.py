@@ -44,7 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
 UNEVEN = "restored, uneven widths"
 _MEASURED = (
     *(("technical", "mlp", 0.5), ("passages", "mlp", 0.5), ("passages", "mlp", 0.75)),
-    *(("technical", "mlp", 0.75), ("brown", "mlp", 0.5)),
+    *(("technical", "mlp", 0.75), ("brown", "mlp", 0.5), ("brown", "mlp,heads", 0.7)),
 )
 OTHERS: dict[tuple[str, str, float], dict[str, dict[str, Any]]] = {
     cell: {UNEVEN: {}} for cell in _MEASURED

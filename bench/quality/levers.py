@@ -4,20 +4,23 @@
     python -m bench.quality.levers --calibration passages   of one calibration
     python -m bench.quality.levers --show                   only the table
 
-Half of the channels of each MLP. A lever is the defaults with one setting changed, or another
-calibration text of as many tokens. Each is compared with the defaults on the same sequences.
+A lever is the defaults with one setting changed, or another calibration text of as many tokens.
+Each is compared with the defaults on the same sequences.
 Results are bench/results/levers.csv, row by row. A killed run resumes. The calibrations and levers
 are described in docs/benches.md.
 """
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 import grail
+from bench.quality import endtoend
 from bench.quality.endtoend import MODELS, Subject
+from bench.tools import assets
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, Row, Table
 from bench.tools.tables import aligned
@@ -26,16 +29,23 @@ from grail.report._evaluate import DenseReference, evaluate
 from grail.report.paired import Estimate, difference, is_worse, share
 from grail.report.report import Evaluation
 
-KEY = ("calibration", "sequences", "lever", "text")
+KEY = ("calibration", "sequences", "lever", "sites", "keep", "text")
 TEXTS = ("passages", "brown")
+# Of some calibrations also other texts.
+NEAR_AND_FAR = {"documentation": ("documentation", "source", "licences", "brown")}
 HELD_OUT = 8  # sequences of each text
 
 # The texts of each calibration, in equal parts.
 CALIBRATIONS: dict[str, tuple[str, ...]] = {
-    "passages": ("passages",),
+    **{text: (text,) for text in ("passages", "brown", "documentation", "technical")},
     "passages and brown": ("passages", "brown"),
     "general": ("documentation", "source", "licences", "scripture", "manuals", "essays"),
+    "written": ("written",),
+    "passages and written": ("passages", "written"),
 }
+WRITTEN = "written"  # text by the dense model itself, from the token between documents
+WRITTEN_TOKENS = 16 * LENGTH
+BEGIN = "<|endoftext|>"  # between the documents on which SmolLM2 was trained
 DEFAULTS, PRUNED, DENSE = "defaults", "pruned", "dense"
 ATTENTION = {"correct_attention": True}
 # The consumers of heads that all stay are refitted to the drift.
@@ -55,20 +65,47 @@ LEVERS: dict[str, dict[str, Any]] = {
     "uneven widths, producers": {"refit_producers": 3},
     "guard text": {},
     "selected on brown": {},
+    "selected on general": {},
+    "selected on written": {},
+    "selected on general, producers": {"refit_producers": 3},
+    "uneven widths, selected on general": {},
+    "uneven widths, selected on general, producers": {"refit_producers": 3},
 }
 UNEVEN = "uneven widths"  # how the names of such levers begin
-# The argument of other text, the text, and sequences of it.
+BEST = "uneven widths, producers"
+SENSED = 16  # sequences on which widths are measured
+# The argument of other text, its calibration, and sequences of it.
 OTHERS: dict[str, tuple[str, str, int]] = {
     "guard text": ("guard", "brown", 4),
     "selected on brown": ("select_on", "brown", 16),
-}
-# Calibration, sequences and levers, in the order of measuring.
-CELLS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
-    ("passages", 16, tuple(LEVERS)),
-    ("passages and brown", 16, (PRUNED, DEFAULTS, "producers", UNEVEN)),
-    ("general", 64, (PRUNED, DEFAULTS, UNEVEN)),
-    ("passages", 64, (PRUNED, DEFAULTS, UNEVEN, "uneven widths, producers")),
-    ("general", 256, (PRUNED, DEFAULTS, UNEVEN, "uneven widths, producers")),
+    "selected on written": ("select_on", "written", 16),
+} | {lever: ("select_on", "general", 18) for lever in LEVERS if "selected on general" in lever}
+
+
+class Cell(NamedTuple):
+    """Levers that are measured with one calibration and one keep ratio, in this order."""
+
+    calibration: str
+    sequences: int
+    levers: tuple[str, ...]
+    sites: tuple[str, ...] = ("mlp",)
+    keep: float = 0.5
+
+
+_OWN = (PRUNED, "paper", DEFAULTS, BEST)
+CELLS: tuple[Cell, ...] = (
+    Cell("passages", 16, tuple(LEVERS)),
+    *(Cell(name, 16, (DEFAULTS,)) for name in ("written", "passages and written")),
+    Cell("passages", 64, (*_OWN, UNEVEN, "producers")),
+    Cell("passages", 64, _OWN, keep=0.75),
+    Cell("brown", 32, _OWN),
+    Cell("brown", 32, _OWN, ("mlp", "heads"), 0.7),
+    Cell("general", 256, (BEST,)),
+    Cell("documentation", 48, (PRUNED, DEFAULTS, BEST)),
+    Cell("technical", 64, (PRUNED, DEFAULTS, BEST)),
+    Cell("passages and brown", 16, (PRUNED, DEFAULTS, "producers", UNEVEN)),
+    Cell("general", 64, (PRUNED, DEFAULTS, BEST)),
+    *(Cell("passages", 16, _OWN[:3], keep=keep) for keep in (0.9, 0.8, 0.7, 0.6, 0.4, 0.3)),
 )
 
 
@@ -105,27 +142,54 @@ class Bench:
         """
         names = CALIBRATIONS[name]
         each = -(-sequences // len(names))
-        parts = [self.subject.batches(text, "calibration", each * LENGTH) for text in names]
+        parts = [
+            self._written(each * LENGTH)
+            if text == WRITTEN
+            else self.subject.batches(text, "calibration", each * LENGTH)
+            for text in names
+        ]
         rows = [part[number] for number in range(each) for part in parts][:sequences]
         if len(names) > 1:
             random.Random(0).shuffle(rows)
         return rows
 
-    def measure(self, calibration: str, sequences: int, lever: str) -> None:
+    def _written(self, tokens: int) -> list[Tensor]:
+        """Returns sequences that the dense model has written, once."""
+        path = endtoend.TEXTS / f"{WRITTEN}.jsonl"
+        grail.generate_calibration(
+            assets.smollm2(), path, tokens=WRITTEN_TOKENS, begin=BEGIN, progress=False
+        )
+        return grail.token_batches(
+            path, self.subject.tokenizer, tokens=tokens, sequence_length=LENGTH, batch_size=1
+        )
+
+    def measure(self, cell: Cell, lever: str) -> None:
         """Adds the rows of a lever, one a text, unless they are there."""
-        if all((calibration, sequences, lever, text) in self.table for text in TEXTS):
+        key = {
+            "calibration": cell.calibration,
+            "sequences": cell.sequences,
+            "lever": lever,
+            "sites": ",".join(cell.sites),
+            "keep": cell.keep,
+        }
+        texts = NEAR_AND_FAR.get(cell.calibration, TEXTS)
+        missing = [text for text in texts if (*key.values(), text) not in self.table]
+        if not missing:
             return
-        settings: dict[str, Any] = {"keep": 0.5, "sites": ("mlp",)} | LEVERS[lever]
-        batches = self.calibration(calibration, sequences)
-        if lever.startswith(UNEVEN):
-            cost = grail.sensitivity(self.subject.model, batches, 0.5, ("mlp",), progress=False)
-            settings["keep"] = cost.shares()
+        settings: dict[str, Any] = {"keep": cell.keep, "sites": cell.sites} | LEVERS[lever]
+        batches = self.calibration(cell.calibration, cell.sequences)
+        selecting = batches
         if lever in OTHERS:
-            argument, text, count = OTHERS[lever]
-            settings[argument] = self.subject.batches(text, "calibration", count * LENGTH)
+            argument, other, count = OTHERS[lever]
+            settings[argument] = self.calibration(other, count)
+            selecting = settings.get("select_on", batches)
+        if lever.startswith(UNEVEN):
+            cost = grail.sensitivity(
+                *(self.subject.model, selecting[:SENSED], cell.keep, cell.sites), progress=False
+            )
+            settings["keep"] = cost.shares()
         model, report = self.subject.compressed(batches, **settings)
-        key = {"calibration": calibration, "sequences": sequences, "lever": lever}
-        for text in TEXTS:
+        for text in missing:
             found = evaluate(
                 model, self.heldout(text), against=self.reference(text), progress=False
             )
@@ -133,9 +197,9 @@ class Bench:
 
     def measure_dense(self) -> None:
         """Adds the rows of the dense model."""
-        for text in TEXTS:
-            if ("", 0, DENSE, text) not in self.table:
-                key = {"calibration": "", "sequences": 0, "lever": DENSE}
+        key = {"calibration": "", "sequences": 0, "lever": DENSE, "sites": "", "keep": 1.0}
+        for text in dict.fromkeys([*TEXTS, *itertools.chain(*NEAR_AND_FAR.values())]):
+            if (*key.values(), text) not in self.table:
                 self.table.add(key | _scores(text, self.reference(text).evaluation, None))
 
 
@@ -159,12 +223,14 @@ def comparisons(rows: list[Row]) -> Iterator[dict[str, Any]]:
     """
     losses = {tuple(row[k] for k in KEY): _losses(row) for row in rows}
     for row in rows:
-        calibration, sequences, lever, text = (row[k] for k in KEY)
+        calibration, sequences, lever, *cell, text = (row[k] for k in KEY)
         if lever == DENSE:
             continue
-        own, base = losses[calibration, sequences, lever, text], losses["", "0", DENSE, text]
-        plain = losses.get((calibration, sequences, PRUNED, text))
-        default = losses.get((calibration, sequences, DEFAULTS, text))
+        own = losses[(calibration, sequences, lever, *cell, text)]
+        base = losses["", "0", DENSE, "", "1.0", text]
+        plain, default = (
+            losses.get((calibration, sequences, name, *cell, text)) for name in (PRUNED, DEFAULTS)
+        )
         yield {
             **row,
             "share": None if plain is None else share(base, plain, own),
@@ -222,18 +288,19 @@ def main() -> None:
     )
     parser.add_argument("--calibration", choices=CALIBRATIONS, help="default: all")
     parser.add_argument("--sequences", type=int, help="of 1024 tokens; default: all sizes")
+    parser.add_argument("--keep", type=float, help="default: all")
     parser.add_argument("--lever", choices=LEVERS, help="default: all")
     parser.add_argument("--show", action="store_true", help="measure nothing")
     options = parser.read()
     bench = Bench()
     if not options.show:
         bench.measure_dense()
-        for calibration, sequences, levers in CELLS:
-            asked = options.calibration in (None, calibration)
-            if asked and options.sequences in (None, sequences):
-                for lever in levers:
-                    if options.lever in (None, lever):
-                        bench.measure(calibration, sequences, lever)
+        for cell in CELLS:
+            asked = options.calibration in (None, cell.calibration)
+            if asked and options.sequences in (None, cell.sequences):
+                for lever in cell.levers:
+                    if options.lever in (None, lever) and options.keep in (None, cell.keep):
+                        bench.measure(cell, lever)
     print(aligned(*table(comparisons(bench.table.rows)), words=3))
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from bench.quality.endtoend import UNEVEN
+from bench.quality import levers
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, ROOT, Row, Table, read_rows
 from bench.tools.pages import fill
@@ -215,44 +215,54 @@ def study_table(rows: list[Row], score: str, size: str) -> str:
     return f"{title}\n\n{markdown(header, lines)}"
 
 
-# Of the table of README.md; smollm2_table.csv has more.
-QUALITY = {
-    ("passages", "mlp"): (0.75, 0.5),
-    ("brown", "mlp"): (0.5,),
-    ("brown", "mlp,heads"): (0.7,),
-}
+# Of the table of README.md: calibration, its sequences, sites, keep ratio, and the text read.
+QUALITY: tuple[tuple[str, int, str, float, str], ...] = (
+    ("passages", 64, "mlp", 0.75, "passages"),
+    ("passages", 64, "mlp", 0.5, "passages"),
+    ("passages", 64, "mlp", 0.5, "brown"),
+    ("general", 64, "mlp", 0.5, "brown"),
+    ("brown", 32, "mlp", 0.5, "brown"),
+    ("brown", 32, "mlp,heads", 0.7, "brown"),
+)
 
 
 def quality_table(rows: list[Row]) -> str:
-    """The table of README.md: a line for each cell of `QUALITY`."""
-    values = {(r["text"], r["sites"], float(r["keep"]), r["model"]): r for r in rows}
-    cells = [(*of, keep) for of, keeps in QUALITY.items() for keep in keeps]
+    """The table of README.md, from the rows of bench/results/levers.csv: a line for each cell."""
+    measured = {tuple(row[key] for key in levers.KEY): row for row in levers.comparisons(rows)}
+    dense = {row["text"]: row for row in rows if row["lever"] == levers.DENSE}
     lines = []
-    for text, sites, keep in cells:
-        dense, pruned = values[text, "", 1.0, "dense"], values[text, sites, keep, "pruned"]
-        left = int(pruned["parameters"]) / int(dense["parameters"])
-        base = float(dense["perplexity"]), float(pruned["perplexity"])
-        of = (values.get((text, sites, keep, m)) for m in ("paper", "restored", UNEVEN))
-        ours = (_with_share(row, *base) for row in of)
-        plain = (f"{left:.0%}", *(f"{perplexity:.1f}" for perplexity in base))
-        lines.append([text, sites, f"{keep:g}", *plain, *ours])
-    header = ["text", "sites", "keep", "parameters", "dense", "pruned"]
-    return markdown([*header, "the paper's way", "grail", "uneven widths"], lines)
+    for calibration, sequences, sites, keep, text in QUALITY:
+        before, after = (calibration, str(sequences)), (sites, str(keep), text)
+        names = (levers.PRUNED, "paper", levers.DEFAULTS, levers.BEST)
+        cells = [measured.get((*before, name, *after)) for name in names]
+        grail = cells[names.index(levers.DEFAULTS)]
+        near = ("–", "–")
+        if grail is not None:
+            near = f"{float(grail['kl']):.2f}", f"{float(grail['top1']):.0%}"
+        lines.append(
+            [
+                *(f"{calibration}, {sequences}k", sites, f"{keep:g}", text),
+                f"{float(dense[text]['perplexity']):.1f}",
+                *(*map(_with_share, cells[:-1]), *near, _with_share(cells[-1])),
+            ]
+        )
+    header = ["calibrated on", "sites", "keep", "read on", "dense", "pruned", "the paper's way"]
+    return markdown([*header, "grail", "KL", "top-1", "uneven, producers"], lines)
 
 
-def _with_share(row: Row | None, dense: float, pruned: float) -> str:
-    if row is None:  # not measured yet
+def _with_share(row: Row | None) -> str:
+    """Returns the perplexity of a cell, and in brackets the share that it recovers."""
+    if row is None:  # not measured
         return "–"
-    perplexity = float(row["perplexity"])
-    back = recovered(dense, pruned, perplexity)
-    return f"{perplexity:.1f}" if back is None else f"{perplexity:.1f} ({back:.0%})"
+    shown, back = f"{float(row['perplexity']):.1f}", row["share"]
+    return shown if back is None or back.value == 0 else f"{shown} ({back.value:.0%})"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Writes the page."""
     CommandLine(__doc__, writes="docs/results.md", takes="a second").read(arguments)
     PAGE.write_text(page(), encoding="utf-8")
-    print(quality_table(read_rows(RESULTS / "smollm2_table.csv")))
+    print(quality_table(read_rows(RESULTS / "levers.csv")))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The text of the page is in bench/report/domains.md.j2.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from bench.quality import levers
 from bench.tools.commandline import CommandLine
@@ -29,15 +30,27 @@ class Page:
         """The whole page."""
         return fill(TEMPLATE, page=self, levers=levers)
 
-    def share(self, calibration: str, sequences: int, lever: str, text: str) -> str:
-        """The recovered share of a lever and its standard error; "not measured" without rows."""
-        row = self._found.get((calibration, str(sequences), lever, text))
+    def row(
+        self,
+        calibration: str,
+        sequences: int,
+        lever: str,
+        text: str,
+        sites: str = "mlp",
+        keep: float = 0.5,
+    ) -> dict[str, Any] | None:
+        """A measured cell, or None."""
+        return self._found.get((calibration, str(sequences), lever, sites, str(keep), text))
+
+    def share(self, *cell: Any) -> str:
+        """The recovered share of a cell and its standard error; "not measured" without rows."""
+        row = self.row(*cell)
         known = row is not None and row["share"] is not None
         return levers.percent(row["share"]) if known else "not measured"
 
-    def perplexity(self, calibration: str, sequences: int, lever: str, text: str) -> str:
-        """The perplexity of a lever; "not measured" without a row."""
-        row = self._found.get((calibration, str(sequences), lever, text))
+    def perplexity(self, *cell: Any) -> str:
+        """The perplexity of a cell; "not measured" without a row."""
+        row = self.row(*cell)
         return "not measured" if row is None else f"{float(row['perplexity']):.1f}"
 
     def worse(self) -> str:
@@ -47,19 +60,55 @@ class Page:
         return f"{sum(known)} of {len(known)}"
 
     def calibrations(self) -> str:
-        """A table of the defaults on each calibration."""
+        """A table of the defaults, and of all that recovers most, on each calibration."""
         rows = [
             row | {"tokens": f"{int(row['sequences'])}k"}
-            for row in self._found.values()
-            if row["lever"] == levers.DEFAULTS
+            for row in self._of_halves()
+            if row["lever"] in (levers.DEFAULTS, levers.BEST)
         ]
-        return markdown(*levers.table(rows, ("calibration", "tokens"), gains=False))
+        return markdown(*levers.table(rows, ("calibration", "tokens", "lever"), gains=False))
 
     def levers(self, calibration: str, sequences: int) -> str:
         """A table of all levers on one calibration."""
         wanted = (calibration, str(sequences))
-        rows = (row for key, row in self._found.items() if key[:2] == wanted)
+        rows = (
+            row for row in self._of_halves() if (row["calibration"], row["sequences"]) == wanted
+        )
         return markdown(*levers.table(rows, ("lever",)))
+
+    def near_and_far(self, calibration: str, sequences: int) -> str:
+        """A table of one calibration's models, the share that they recover on each text."""
+        texts = levers.NEAR_AND_FAR[calibration]
+        lines = []
+        for lever in (levers.DEFAULTS, levers.BEST):
+            cells = [(calibration, sequences, lever, text) for text in texts]
+            if any(self.row(*cell) for cell in cells):
+                shown = (f"{self.perplexity(*cell)} ({self.share(*cell)})" for cell in cells)
+                lines.append([lever, *shown])
+        return markdown(["lever", *(f"read on {text}" for text in texts)], lines)
+
+    def ratios(self, calibration: str, sequences: int) -> str:
+        """A table of the defaults at every keep ratio of MLPs."""
+        rows = sorted(
+            (
+                row
+                for row in self._found.values()
+                if row["sites"] == "mlp"
+                and row["lever"] == levers.DEFAULTS
+                and (row["calibration"], row["sequences"]) == (calibration, str(sequences))
+            ),
+            key=lambda row: -float(row["keep"]),
+        )
+        return markdown(*levers.table(rows, ("keep",), gains=False))
+
+    def _of_halves(self) -> list[dict[str, Any]]:
+        """Returns cells of half of the MLP's channels, read on the two texts of all tables."""
+        return [
+            row
+            for row in self._found.values()
+            if (row["sites"], row["keep"]) == ("mlp", "0.5")
+            and row["calibration"] not in levers.NEAR_AND_FAR
+        ]
 
 
 def page() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.kernels.accuracy import BIAS_LIMIT
+from bench.quality.levers import TEXTS
 from bench.report.comparison import NETWORKS, VARIANTS, found, has_axes
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, Row, read_rows
@@ -20,7 +21,8 @@ from grail_kernels.reference import ERROR_LIMIT
 
 MEMORY_TARGET = 0.55
 _MARKERS = ("o", "s", "^", "D", "P", "X")
-PERPLEXITIES = (40, 50, 70, 100, 150, 200, 300, 500, 1000, 2000, 3000)
+KEEP_RATIOS = "passages", "16"  # calibration and its sequences
+PERPLEXITIES = (15, 20, 30, 40, 50, 70, 100, 150, 200, 300, 500, 1000, 2000, 3000)
 
 
 def accuracy(rows: list[Row], _: str) -> Any:
@@ -205,36 +207,42 @@ def studies(rows: list[Row], name: str) -> Any:
 
 
 def keep_ratios(rows: list[Row], _: str) -> Any:
-    """Perplexity against keep ratio, a panel for each set of sites: `endtoend table`."""
-    brown = [r for r in rows if r["text"] == "brown"]
-    by_cell = {(r["sites"], float(r["keep"]), r["model"]): float(r["perplexity"]) for r in brown}
-    dense = by_cell["", 1.0, "dense"]
-    names = ("mlp", "heads", "mlp,heads")
-    figure, panels = _panels(1, 3, 10 / 3, 3.6, layout="constrained", sharey=True)
-    for panel, sites in zip(panels, names, strict=True):
-        for model, label, colour in (
+    """Perplexity against keep ratio of MLPs, in the calibration's domain and off it: `levers`."""
+    by_cell = {
+        (row["text"], row["lever"], float(row["keep"])): float(row["perplexity"])
+        for row in rows
+        if (row["calibration"], row["sequences"], row["sites"]) == (*KEEP_RATIOS, "mlp")
+    }
+    dense = {row["text"]: float(row["perplexity"]) for row in rows if row["lever"] == "dense"}
+    figure, panels = _panels(1, 2, 5, 3.6, layout="constrained", sharey=True)
+    titles = ("Python reference, as the calibration", "Brown, another kind of text")
+    for panel, text, title in zip(panels, TEXTS, titles, strict=True):
+        for lever, label, colour in (
             ("pruned", "pruned", "#c44e52"),
             ("paper", "the paper's way", "#dd8452"),
-            ("restored", "grail", "#4c72b0"),
+            ("defaults", "grail", "#4c72b0"),
         ):
-            points = ((k, v) for (s, k, m), v in by_cell.items() if (s, m) == (sites, model))
+            points = ((k, v) for (t, of, k), v in by_cell.items() if (t, of) == (text, lever))
             _line(panel, points, "o-", color=colour, label=label)
-        for keep in sorted(k for s, k, m in by_cell if (s, m) == (sites, "restored")):
-            pruned, restored = (by_cell[sites, keep, m] for m in ("pruned", "restored"))
-            if (share := recovered(dense, pruned, restored)) is not None:
+        for keep in sorted(k for t, of, k in by_cell if (t, of) == (text, "defaults")):
+            pruned = by_cell.get((text, "pruned", keep))
+            restored = by_cell[text, "defaults", keep]
+            if pruned is None:
+                continue
+            if (share := recovered(dense[text], pruned, restored)) is not None:
                 style = {"textcoords": "offset points", "xytext": (5, -3), "fontsize": 8}
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
                 place = (keep, math.sqrt(pruned * restored))
                 panel.annotate(f"{share:.0%}", place, bbox=box, **style)
-        panel.axhline(dense, color="gray", linestyle=":", label="dense")
-        panel.set(title=sites.replace(",", " and "), xlabel="channels kept", yscale="log")
-        ticks = [t for t in PERPLEXITIES if t <= max(by_cell.values())]
+        panel.axhline(dense[text], color="gray", linestyle=":", label="dense")
+        panel.set(title=title, xlabel="channels kept of each MLP", yscale="log")
+        ticks = [t for t in PERPLEXITIES if t <= max(by_cell.values(), default=1)]
         panel.set_yticks(ticks, [str(t) for t in ticks])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("perplexity, held-out Brown text")
+    panels[0].set_ylabel("perplexity, held-out text")
     panels[0].legend()
-    figure.suptitle("SmolLM2-135M: pruned and restored (share of the lost log-perplexity won back)")
+    figure.suptitle("GRAIL recovers most of the loss in the domain of the calibration, less off it")
     return figure
 
 
@@ -339,7 +347,7 @@ FIGURES: dict[str, Callable[[list[Row], str], Any]] = {
     "memory": memory,
     "selectors": selectors,
     "studies": studies,
-    "smollm2_table": keep_ratios,
+    "levers": keep_ratios,
     "smollm2_calibration": calibration,
     "serving": serving,
 }

@@ -78,7 +78,8 @@ class CommandLine(argparse.ArgumentParser):
             device = options.device = "cuda" if torch.cuda.is_available() else "cpu"
         if getattr(options, "repeats", 2) < 2:
             self.error("--repeats: percentiles need at least 2 rounds")
-        if not 0 < getattr(options, "keep", 0.5) < 1:
+        keep = getattr(options, "keep", None)
+        if keep is not None and not 0 < keep < 1:
             self.error("--keep lies between 0 and 1")
         if getattr(options, "threads", None):
             torch.set_num_threads(options.threads)

@@ -87,7 +87,8 @@ def compensate(
             are not allowed.
         EmptyCalibrationError: no batch, or no token.
         NonFiniteError: NaN or Inf in what a layer reads or returns.
-        The model is unchanged after an error.
+
+    The model is unchanged after an error.
     """
     require_model(model)
     settings = _checked(alpha, toward, fit_bias, per_tap)

@@ -128,11 +128,13 @@ class OutputCache:
         self._memory, self._outputs = [], {}
 
     @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Lets the modules return what was kept, in the same order, each once."""
+    def replaying(self, batches: Iterable[int] | None = None) -> Iterator[None]:
+        """Lets the modules return what was kept of some batches, in that order, or of all."""
+        chosen = None if batches is None else list(batches)
         with ExitStack() as replaced:
             for module, outputs in self._outputs.items():
-                replay = partial(self._next, module, iter(outputs))
+                order = outputs.batches if chosen is None else chosen
+                replay = partial(self._next, module, map(outputs.__getitem__, order))
                 replaced.enter_context(replaced_forward(module, replay))
             yield
 

@@ -13,9 +13,10 @@ from grail.commands.console import phases, print_table, sizes
 from grail.commands.options import READING, Given, Printed, RecipeFile, command
 from grail.commands.root import commands, is_closed_pipe
 from grail.errors import InputError
+from grail.files.mixture import further_text
 from grail.files.packing import Join
 from grail.files.pretrained import Pretrained
-from grail.files.text import EVALUATION_TOKENS, GUARD_TOKENS, SOURCES
+from grail.files.text import EVALUATION_TOKENS, FURTHER_TOKENS, SOURCES
 from grail.recipe import RECIPE, Recipe, merged
 from grail.report.report import Report
 from grail.report.summary import (
@@ -61,14 +62,26 @@ class CompressOptions:
         metavar="TEXT",
     )
     guard_tokens: int | None = setting(
-        None, "Tokens of the guard text.", shown=f"{GUARD_TOKENS}", metavar="COUNT"
+        None, "Tokens of the guard text.", shown=f"{FURTHER_TOKENS}", metavar="COUNT"
+    )
+    select_on: list[str] | None = setting(
+        None,
+        "Text by which channels, and with --uneven widths, are chosen, in the place of the "
+        "calibration, which then only fits. Text of many kinds, given once for each, loses much "
+        "less on kinds that the calibration lacks. Not with --statistics.",
+        metavar="TEXT",
+    )
+    select_tokens: int | None = setting(
+        None, "Tokens of that text in all.", shown=f"{FURTHER_TOKENS}", metavar="COUNT"
     )
     uneven: bool = setting(
         False,
         "Choose each block's width by the measured cost of narrowing it, at the total size that "
         "--keep gives; gains most on text unlike the calibration's. OUTPUT then has Python code of "
-        "its own, with which transformers and vLLM load it (trust_remote_code). Not with heads, "
-        "--statistics, --onload, --no-compensate or several processes.",
+        "its own, with which transformers and vLLM load it (trust_remote_code; vLLM not if heads "
+        "differ by block). With --sites mlp,heads one budget is divided over both; with --guard "
+        "the cost is measured on both texts. Not with --statistics, --onload, --no-compensate or "
+        "several processes.",
     )
     evaluate: list[str] | None = setting(
         None,
@@ -129,16 +142,21 @@ def compress(given: Given) -> None:
     evaluate = [
         calibration.compared_on(text, own, "--evaluate") for text in asked.evaluate or []
     ] or None
-    guard = None
-    if asked.guard is not None:
-        tokens = {} if asked.guard_tokens is None else {"tokens": asked.guard_tokens}
-        guard = calibration.guarding(asked.guard, tokens, "--guard")
+    further = {
+        name: further_text(calibration, texts, {} if tokens is None else {"tokens": tokens}, option)
+        for name, option, texts, tokens in (
+            ("guard", "--guard", [asked.guard] if asked.guard else [], asked.guard_tokens),
+            ("select_on", "--select-on", asked.select_on or [], asked.select_tokens),
+        )
+        if texts
+    }
     with started_by(given.command_line()):
         report = compress_checkpoint(
             model,
             asked.output,
             calibration if asked.statistics is None else Collected(asked.statistics),
-            guard=guard,
+            guard=further.get("guard"),
+            select_on=further.get("select_on"),
             evaluate=evaluate,
             baseline=asked.baseline,
             uneven=asked.uneven,
@@ -154,8 +172,7 @@ def _refuse_idle_options(given: Given, asked: CompressOptions) -> None:
     idle = given.options(*(f"evaluate_{name}" for name in _EVALUATED))
     if idle and not asked.evaluate:
         raise InputError(f"{', '.join(idle)} is of the held-out text: give --evaluate with it")
-    if asked.guard is None and (idle := given.options("guard_tokens")):
-        raise InputError(f"{', '.join(idle)} is of the guard text: give --guard with it")
+    given.require_used({"guard_tokens": ["guard"], "select_tokens": ["select_on"]})
     if asked.statistics is not None:
         shared = () if asked.evaluate else ("sequence_length", "field", "join")
         if idle := given.options("tokens", "split", "shares", *shared):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +18,7 @@ from grail.errors import InputError
 from grail.files.documents import is_file, is_plain_text
 from grail.files.load import length_before_loading, length_of_sequences
 from grail.files.provenance import text_source
-from grail.files.text import Text
+from grail.files.text import FURTHER_TOKENS, Text
 from grail.runtime.settings import documented, setting
 from grail_kernels import check_kind, kind_of
 
@@ -201,10 +201,6 @@ class Mixture:
         """Returns a held-out text, read as all texts of the mixture are, except for `given`."""
         return self._common.compared_on(source, given, option)
 
-    def guarding(self, source: str, given: Any, option: str) -> Text:
-        """Returns a guard text, read as all texts of the mixture are, except for `given`."""
-        return self._common.guarding(source, given, option)
-
     @property
     def _common(self) -> Text:
         """The first text, with the ways to read it that all texts share."""
@@ -269,6 +265,25 @@ def named_texts(
         for source in sources
     ]
     return Mixture(texts, shares, **how)
+
+
+def further_text(
+    like: Text | Mixture, sources: Sequence[str], given: Mapping[str, Any], option: str
+) -> Text | Mixture:
+    """Returns text with another purpose than a calibration's, read alike except for `given`.
+
+    Args:
+        like: the calibration.
+        sources: names of the text, or of several in equal parts.
+        given: settings of `Text`.
+        option: the text's purpose.
+    """
+    common = like._common if isinstance(like, Mixture) else like
+    how = {name: getattr(common, name) for name in ("sequence_length", "batch_size", "seed")}
+    how |= {"tokens": FURTHER_TOKENS, "join": common.join, "option": option}
+    if not all(map(is_plain_text, sources)):
+        how["field"] = common.field
+    return named_texts(sources, **{**how, **given})
 
 
 def apportion(total: int, shares: Sequence[float], least: int = 0) -> list[int]:

@@ -29,7 +29,8 @@ from grail.runtime.folder import file_hash
 from grail.runtime.settings import documented, setting
 from grail_kernels import check_kind
 
-CALIBRATION_TOKENS, EVALUATION_TOKENS, GUARD_TOKENS = 65536, 16384, 16384
+CALIBRATION_TOKENS, EVALUATION_TOKENS = 65536, 16384
+FURTHER_TOKENS = 16384  # of guard text, and of text that selects channels
 # Perplexity on WikiText-2 as in the literature: windows of so many tokens, and all of them.
 _WIKITEXT2_WINDOW = 2048
 # What a text can be, in help texts.
@@ -118,13 +119,6 @@ class Text:
         if not literature and not is_plain_text(source):
             how["field"] = self.field
         return Text.held_out(source, **{**how, **given})
-
-    def guarding(self, source: str, given: Mapping[str, Any], option: str) -> "Text":
-        """Returns the guard text of a calibration, read in the same way except for `given`."""
-        how: dict[str, Any] = {"tokens": GUARD_TOKENS, "field": self.field, "join": self.join}
-        if is_plain_text(source):
-            how["field"] = None
-        return replace(self, source=source, option=option, split=None, **{**how, **given})
 
     def checked(self, model: str) -> "Text":
         """Returns the text with the split that is read, refused if a fault shows before loading.

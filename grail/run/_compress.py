@@ -84,8 +84,8 @@ def compress(
         A `Report`; the model is changed in place.
 
     Raises:
-        InputError, ModelError, EmptyCalibrationError, NonFiniteError, SolveError, StateError,
-        OutOfMemoryError, RankError: the model is as it was.
+        InputError, ModelError, EmptyCalibrationError, NonFiniteError: the model is as it was.
+        SolveError, StateError, OutOfMemoryError, RankError: the model is as it was.
 
     Warns:
         WidthWarning: widths of a language model that no usual group of quantisers divides.

@@ -43,8 +43,8 @@ def quantize(
         that of rounding to nearest.
 
     Raises:
-        InputError, ModelError, EmptyCalibrationError, NonFiniteError, SolveError, StateError,
-        OutOfMemoryError, RankError: the model is as it was.
+        InputError, ModelError, EmptyCalibrationError, NonFiniteError: the model is as it was.
+        SolveError, StateError, OutOfMemoryError, RankError: the model is as it was.
 
     Source: GPTQ (arXiv 2210.17323).
     """

@@ -1,16 +1,17 @@
 """The loss of the network for each narrow site, and the uneven widths with the least total loss.
 
 For each site there are two measurements. The first is its own error by width, E(k), in closed form
-from its Gram (`grail.select.greedy.errors`). The second is the network's loss L at width k₀ while
+from its Gram (`grail.select.greedy.errors`; of attention heads, at their few widths,
+`grail.select.elimination.errors_of_heads`). The second is the network's loss L at width k₀ while
 only that site is narrow and compensated, from forward passes over a few batches (see
 `grail.run.network_loss`). To first order a loss that is quadratic in small errors is proportional
 to E, so
 
     L(k) = L(k₀) · E(k) / E(k₀)
 
-and the widths of the least total loss, for a given number of parameters, are `budget.least_loss`.
-Sites that correct drift recover a part u of the loss of those before them: with n of them after it,
-the loss of a site counts (1 − u)ⁿ.
+and the widths of the least total loss, for a given number of parameters in sites of all kinds, are
+`budget.least_loss`. Sites that correct drift recover a part u of the loss of those before them:
+with n of them after it, the loss of a site counts (1 − u)ⁿ.
 
 Measured losses of layers instead of fixed schedules: as in AMC (He et al., ECCV 2018) and ZipLM
 (Kurtic, Frantar, Alistarh, NeurIPS 2023), which search where this divides in closed form.
@@ -20,13 +21,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grail import select
-from grail.algebra.width import ChannelWidth, check_keep
+from grail.algebra.width import GroupWidth, HeadWidth, Width, check_keep
 from grail.arguments import require_batches, require_model, require_number, require_whole
 from grail.calibrate.batches import Batch
 from grail.calibrate.stream import Stream
@@ -46,7 +48,8 @@ from grail.runtime.clock import Clock
 from grail.runtime.processes import Processes, refuse_sharded
 from grail.runtime.settings import Runtime
 from grail.runtime.transaction import Transaction, eval_no_grad
-from grail.select import greedy
+from grail.select import View, greedy
+from grail.select.elimination import errors_of_heads
 from grail.statistics.collector import Advance, ignore
 from grail.statistics.site_statistics import SiteStatistics
 
@@ -80,23 +83,23 @@ REMEDIES = {
 class Part:
     """Sites that get one width: one, or the experts of a layer.
 
-    `loss`: the network's, while they keep `kept` of `channels`. `errors`: [channels + 1] fp64,
-    their own squared error by width. `parameters`: of one channel, in all of them. `widths`: those
-    that they may get.
+    `loss`: the network's, while they keep `kept` of `channels`. `widths`: those that they may get,
+    in ascending order. At each of these, `errors` [widths] fp64: their own squared error, and
+    `parameters`: how many they have, all together.
     """
 
     names: tuple[str, ...]
     channels: int
     kept: int
     loss: float
-    errors: Tensor = field(repr=False)
-    parameters: float
     widths: tuple[int, ...] = field(repr=False)
+    errors: Tensor = field(repr=False)
+    parameters: tuple[int, ...] = field(repr=False)
 
     def loss_at(self, kept: int) -> float:
-        """Returns the network's expected loss at that width."""
-        here = self.errors[self.kept].item()
-        return self.loss * self.errors[kept].item() / here if here > 0 else 0.0
+        """Returns the network's expected loss at one of the widths."""
+        here, there = (self.errors[self.widths.index(width)].item() for width in (self.kept, kept))
+        return self.loss * there / here if here > 0 else 0.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,14 +139,16 @@ class Sensitivity:
         if not 0 <= undone < 1:
             raise InputError(f"undone must be in [0, 1); got {undone:g}")
         losses: list[dict[int, float]] = []
+        parameters: list[dict[int, float]] = []
         for after, part in zip(reversed(range(len(self.parts))), self.parts, strict=True):
             left = (1 - undone) ** after
             floor = SMALLEST_SHARE * keep * part.channels
-            losses.append({k: left * part.loss_at(k) for k in part.widths if k >= floor})
-        parameters = [part.parameters for part in self.parts]
+            costs = zip(part.widths, part.parameters, strict=True)
+            parameters.append({k: cost for k, cost in costs if k >= floor})
+            losses.append({k: left * part.loss_at(k) for k in parameters[-1]})
         # If no width is narrow enough, the smallest ones are the nearest.
-        least = sum(min(site) * each for site, each in zip(losses, parameters, strict=True))
-        least /= sum(part.channels * part.parameters for part in self.parts)
+        least = sum(min(site.values()) for site in parameters)
+        least /= sum(part.parameters[-1] for part in self.parts)
         widths = least_loss(losses, min(1.0, max(keep, least)), parameters)
         return {
             name: width / part.channels
@@ -161,6 +166,7 @@ def sensitivity(
     selector: str | select.Selector | None = None,
     *,
     probes: int | None = None,
+    guard: Iterable[Batch] | None = None,
     recipe: AnyRecipe = "default",
     runtime: Runtime | None = None,
     **overrides: Any,
@@ -174,16 +180,19 @@ def sensitivity(
     Args:
         model, sites, selector, recipe, runtime, overrides: see `grail.compress`. Of the recipe
             `keep`, `sites`, `selector`, `multiple`, `seed` and `non_finite` are read. Sites of
-            single channels only, since no curve by channels describes whole heads and groups. A
+            several kinds, such as ("mlp", "heads"), share one budget. Not grouped convolutions. A
             `grail.compress` may use the same `resume_dir` afterwards.
         batches: as for `grail.compress`; all of them are held at once.
         keep: the share at which each site is tried, in (0, 1), one for all.
         probes: the number of batches, the first ones, on which the network's loss is measured;
             sites are fitted to the others. Default one in sixteen. Of a single batch both are done.
+        guard: batches of a second kind of text. The loss is then the mean of that on the probes and
+            that on as many of these, so that widths suit both texts; no site is fitted to them.
 
     Raises:
-        InputError: sites of heads or groups, keep outside (0, 1), probes that leave no batch or
-            hold no token that counts; a resume_dir that holds the state of another measurement.
+        InputError: sites of grouped convolutions, keep outside (0, 1), probes that leave no batch
+            or hold no token that counts, guard without a batch; a resume_dir that holds the state
+            of another measurement.
         ModelError: outputs that are not finite, of no known kind, or that no site changes.
         StateError: a resume_dir whose state is damaged, or that cannot be written.
         EmptyCalibrationError, NonFiniteError, SolveError, OutOfMemoryError: as `grail.compress`.
@@ -201,13 +210,14 @@ def sensitivity(
     require_whole("probes", probes, 0)
     if not 0 < probes < max(len(batches), 2):
         raise InputError(f"probes must be some of {len(batches)} batches, not all; got {probes}")
+    probed = _probes_of_guard(guard, probes)
     recipe = Recipe(
         drift_correction=0, closed_loop=False, **{name: getattr(asked, name) for name in READ}
     )
     if asked.keep == 1:
         raise InputError("keep=1 narrows nothing whose loss could be measured")
     architecture = find(model, recipe.sites)
-    require_single_channels(architecture, recipe)
+    require_measurable(architecture, recipe)
     clock = Clock(architecture.device)
     with (
         memory.explain_oom(architecture.device, lambda: clock.failed, False, REMEDIES),
@@ -217,14 +227,15 @@ def sensitivity(
     ):
         measurement = None
         if folder is not None:
-            measurement = Measurement(folder, _fingerprint(model, recipe, batches, probes))
+            measurement = Measurement(folder, _fingerprint(model, recipe, batches, probes, probed))
         by_block = _read(measurement)
         if len(by_block) < len(architecture.blocks):
-            loss = NetworkLoss(model, batches[:probes], clock, architecture.trusted)
+            texts = [text for text in (batches[:probes], probed) if text]
+            losses = [NetworkLoss(model, text, clock, architecture.trusted) for text in texts]
             with clock("forward"):
                 stream = Stream(model, architecture.blocks, batches[probes:] or batches)
             compressor = BlockCompressor(Blocks(architecture, recipe, stream, clock), transaction)
-            measure = _Measure(compressor, transaction, loss)
+            measure = _Measure(compressor, transaction, losses)
             for parts_of_block in measure.blocks(len(by_block), runtime.progress):
                 by_block.append(parts_of_block)
                 if measurement is not None:
@@ -235,22 +246,39 @@ def sensitivity(
     return Sensitivity(asked.keep, tuple(parts))
 
 
-def require_single_channels(architecture: Architecture, recipe: Recipe) -> None:
+def require_measurable(architecture: Architecture, recipe: Recipe) -> None:
     """Raises InputError for sites whose loss is not measured."""
     for site in recipe.all_sites(architecture):
-        if not isinstance(site.width(1.0, recipe.multiple), ChannelWidth):
+        if isinstance(site.width(1.0, recipe.multiple), GroupWidth):
             raise InputError(
-                f"{site.name} becomes narrower by whole groups of channels, whose loss is not "
-                f"measured; narrow {site.kind} in a run with one share for all of them"
+                f"{site.name} keeps equally many channels of each group of a convolution, and what "
+                f"that loses by width is not measured; narrow {site.kind} in a run with one share "
+                "for all of them"
             )
 
 
-class _Measure:
-    """Narrows each site alone and measures the network's loss."""
+def _probes_of_guard(guard: Iterable[Batch] | None, probes: int) -> list[Batch]:
+    """Returns the batches of guard text on which losses are measured; none without such text."""
+    if guard is None:
+        return []
+    require_batches(guard)
+    found = list(islice(guard, probes))
+    if not found:
+        raise InputError("guard holds no batch to measure losses on; give some, or leave it out")
+    return found
 
-    def __init__(self, compressor: BlockCompressor, transaction: Transaction, loss: NetworkLoss):
+
+class _Measure:
+    """Narrows each site alone and measures the network's loss, the mean of that on each text."""
+
+    def __init__(
+        self,
+        compressor: BlockCompressor,
+        transaction: Transaction,
+        losses: Sequence[NetworkLoss],
+    ):
         self._blocks, self._compressor = compressor.blocks, compressor
-        self._transaction, self._loss = transaction, loss
+        self._transaction, self._losses = transaction, losses
 
     def blocks(self, done: int, progress: bool) -> Iterator[list[Part]]:
         """Yields the parts of each block after the first `done`, and moves past those."""
@@ -287,7 +315,8 @@ class _Measure:
             of_step = {site: collected[site] for site in step}
             part = self._part(of_step)
             self._compressor.narrow(of_step, gradients, {}, BlockReport())
-            parts.append(replace(part, loss=self._loss.measure()))
+            loss = sum(of_text.measure() for of_text in self._losses) / len(self._losses)
+            parts.append(replace(part, loss=loss))
             self._transaction.undo()
         return parts
 
@@ -295,37 +324,62 @@ class _Measure:
         """Returns the part of sites that are narrowed together, without its loss."""
         site = next(iter(step))
         width = self._blocks.widths[site.name]
-        errors = torch.zeros(width.channels + 1, dtype=torch.float64)
+        widths = {width.kept: width}
+        if width.kept < width.channels:  # else its loss is not known
+            for number in range(1, STEPS + 1):
+                with suppress(InputError):  # a width of 0
+                    found = site.width(number / STEPS, self._blocks.recipe.multiple)
+                    widths[found.kept] = found
+        allowed = [widths[kept] for kept in sorted(widths)]
+        errors = torch.zeros(len(allowed), dtype=torch.float64)
         for member, statistics in step.items():
             view = self._compressor.solver.view(member, statistics, None)
             if view.gram.tokens:  # an expert may have no token
-                gram = view.gram.matrix().double()
                 with self._blocks.clock("search"):
-                    errors += greedy.errors(gram, view.consumer.double().to(gram.device)).cpu()
-        widths = {width.channels}
-        if width.kept < width.channels:  # else its loss is not known
-            for number in range(1, STEPS):
-                with suppress(InputError):  # a width of 0
-                    widths.add(site.width(number / STEPS, self._blocks.recipe.multiple).kept)
-        one_less = ChannelWidth(width.channels, width.channels - 1)
+                    errors += _errors(view, allowed)
+        everything = sum(member.parameters_saved(_nothing(width)) for member in step)
+        saved = (sum(member.parameters_saved(each) for member in step) for each in allowed)
         return Part(
             names=tuple(member.name for member in step),
             channels=width.channels,
             kept=width.kept,
             loss=math.nan,
+            widths=tuple(each.kept for each in allowed),
             errors=errors,
-            parameters=sum(member.parameters_saved(one_less) for member in step),
-            widths=tuple(sorted(widths)),
+            parameters=tuple(everything - each for each in saved),
         )
 
 
+def _errors(view: View, widths: Sequence[Width]) -> Tensor:
+    """Returns the squared error [widths] fp64 of a site that keeps what greedy selects."""
+    heads = [width for width in widths if isinstance(width, HeadWidth)]
+    if heads:
+        return torch.tensor(errors_of_heads(view, heads), dtype=torch.float64)
+    gram = view.gram.matrix().double()
+    by_width = greedy.errors(gram, view.consumer.double().to(gram.device)).cpu()
+    return by_width[[width.kept for width in widths]]
+
+
+def _nothing(width: Width) -> Width:
+    """Returns the width at which no channel stays."""
+    if isinstance(width, HeadWidth):
+        return replace(width, kept_groups=0, kept_queries=0)
+    return replace(width, kept=0)
+
+
 def _fingerprint(
-    model: nn.Module, recipe: Recipe, batches: Sequence[Batch], probes: int
+    model: nn.Module,
+    recipe: Recipe,
+    batches: Sequence[Batch],
+    probes: int,
+    guard: Sequence[Batch],
 ) -> dict[str, str]:
-    read = HashedBatches(batches)
-    for _ in read:
+    calibration, of_guard = HashedBatches(batches), HashedBatches(guard)
+    for _ in chain(calibration, of_guard):
         pass
-    return with_calibration({**run_fingerprint(model, recipe), "probes": str(probes)}, read)
+    others = {"guard text": of_guard} if guard else {}
+    run = {**run_fingerprint(model, recipe), "probes": str(probes)}
+    return with_calibration(run, calibration, others)
 
 
 def _read(measurement: Measurement | None) -> list[list[Part]]:
@@ -340,7 +394,7 @@ def _read(measurement: Measurement | None) -> list[list[Part]]:
 
 
 def _part_of(content: dict[str, Any], errors: Tensor) -> Part:
-    lists = {name: tuple(content[name]) for name in ("names", "widths")}
+    lists = {name: tuple(content[name]) for name in ("names", "widths", "parameters")}
     return Part(**content | lists, errors=errors)
 
 

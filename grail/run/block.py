@@ -96,16 +96,16 @@ class BlockCompressor:
         """The bytes of the inputs of consumers that are kept, so that blocks need not run again."""
         return self._finisher.input_bytes + self._refit.kept_bytes
 
-    def passes(self, block: int) -> int:
+    def passes(self, block: int) -> float:
         """Returns the number of passes over the calibration set that a block takes."""
         if not self._recipe.closed_loop:
             return 1
         active = self.blocks.active[block]
         sites = len(grouped(active)) + bool(self._attention.inputs(block))
-        sites += sum(map(self._refit.passes, active))
+        refits = sum(map(self._refit.passes, active))
         follows = self._recipe.follows_drift and block >= self.blocks.first_active
         quantises = self._quantizer is not None
-        return sites + follows + quantises + self.blocks.has_next(block)
+        return sites + refits + follows + quantises + self.blocks.has_next(block)
 
     def untouched(self, block: int) -> BlockReport:
         """Returns the report on a block in which nothing changes."""
@@ -208,7 +208,8 @@ class BlockCompressor:
                 )
             if split is not None and moves_both:
                 self._finisher.move(self.streams(done=block + 1)[-1], split, advance)
-            refit, rest = None, Countdown(self._refit.passes(step[0]) * tokens, advance)
+            refit, counted = None, round(self._refit.passes(step[0]) * tokens)
+            rest = Countdown(counted, advance)
             if refits:
                 refit = self._refitting(step[0], of_step.get(step[0]), split, rest, report)
             gradients = self.blocks.gradients(step)

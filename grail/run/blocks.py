@@ -90,7 +90,7 @@ class Blocks:
         with self.clock("forward"):
             return {site: regional_gradient(self.stream, site, drops, holds_out) for site in sites}
 
-    def progress(self, passes: int, shown: bool, label: str = "block") -> Progress:
+    def progress(self, passes: float, shown: bool, label: str = "block") -> Progress:
         """Returns the bar of so many passes over the calibration set; only process 0 shows it."""
         shown = shown and self.stream.processes.number == 0
         tokens, phase = self.stream.own_tokens, lambda: self.clock.phase

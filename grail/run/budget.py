@@ -94,7 +94,9 @@ def slimgpt(blocks: int, keep: float, first: float = 1 / 16) -> list[float]:
 
 
 def least_loss(
-    losses: Sequence[Mapping[int, float]], keep: float, parameters: Sequence[float] | None = None
+    losses: Sequence[Mapping[int, float]],
+    keep: float,
+    parameters: Sequence[float | Mapping[int, float]] | None = None,
 ) -> list[int]:
     """Returns the widths of all sites with the least sum of losses.
 
@@ -106,14 +108,15 @@ def least_loss(
     Args:
         losses: by site, the network's loss at each width that the site may get.
         keep: the share of all parameters that stays at most; a site at its greatest width has all.
-        parameters: by site, of one unit of width. By default each counts the same.
+        parameters: by site, of one unit of width; or at each of its widths, where units share
+            some, as query heads share keys and values. By default each unit counts the same.
 
     Returns:
         By site, one of its widths.
 
     Raises:
-        InputError: keep outside (0, 1], no site, one without a width, other lengths, losses that
-            are not finite, or a budget below the least widths.
+        InputError: keep outside (0, 1], no site, one without a width, other lengths or widths,
+            losses that are not finite, or a budget below the least widths.
 
     Source: separable convex allocation by marginal analysis (Fox, "Discrete optimization via
     marginal analysis", Management Science 1966).
@@ -127,55 +130,63 @@ def least_loss(
         )
     if not all(math.isfinite(loss) for of_site in losses for loss in of_site.values()):
         raise InputError("a budget needs finite losses")
-    sites = list(zip(losses, parameters, strict=True))
-    total = sum(max(site) * each for site, each in sites)
+    costs = [
+        each if isinstance(each, Mapping) else {width: width * each for width in site}
+        for site, each in zip(losses, parameters, strict=True)
+    ]
+    if any(cost.keys() != site.keys() for site, cost in zip(losses, costs, strict=True)):
+        raise InputError("a budget needs the parameters of each site at the widths of its losses")
+    sites = list(zip(losses, costs, strict=True))
+    total = sum(cost[max(cost)] for cost in costs)
     # The tolerance lets half of the parameters fit into half of the budget, however it is rounded.
-    left = (keep + 1e-9) * total - sum(min(site) * each for site, each in sites)
+    left = (keep + 1e-9) * total - sum(min(cost.values()) for cost in costs)
     if left < 0:
         raise InputError(f"keep={keep:g} is less than the least widths of all sites")
     widths, left = _on_hulls(sites, left)
-    for number, (site, each) in enumerate(sites):  # widths between two of the hull
+    for number, (site, cost) in enumerate(sites):  # widths between two of the hull
         now = widths[number]
-        fitting = [k for k in site if (k - now) * each <= left and site[k] <= site[now]]
-        widths[number] = max([now, *fitting])
-        left -= (widths[number] - now) * each
+        fitting = [k for k in site if cost[now] < cost[k] <= cost[now] + left]
+        widths[number] = min([now, *fitting], key=lambda k: (site[k], -k))
+        left -= cost[widths[number]] - cost[now]
     return widths
 
 
 def _on_hulls(
-    sites: Sequence[tuple[Mapping[int, float], float]], left: float
+    sites: Sequence[tuple[Mapping[int, float], Mapping[int, float]]], left: float
 ) -> tuple[list[int], float]:
     """Widens sites along their hulls, the greatest gain a parameter first.
 
     Args:
-        sites: losses by width, and parameters of one unit.
+        sites: losses and parameters by width.
         left: the parameters that may be added to the least widths.
 
     Returns:
         The widths, and the parameters that are left.
     """
-    steps = []
-    for number, (site, each) in enumerate(sites):
-        hull = _lower_hull(sorted(site.items()))
+    steps, widths = [], []
+    for number, (site, cost) in enumerate(sites):
+        # Of widths with equally many parameters the one of least loss.
+        of_cost = {cost[k]: k for k in sorted(site, key=lambda k: -site[k])}
+        hull = _lower_hull([(c, site[k]) for c, k in sorted(of_cost.items())])
+        widths.append(of_cost[hull[0][0]])
         for (narrow, more), (wide, less) in itertools.pairwise(hull):
-            cost = (wide - narrow) * each
-            steps.append(((more - less) / cost, number, wide, cost))
-    widths = [min(site) for site, _ in sites]
+            steps.append(((more - less) / (wide - narrow), number, of_cost[wide], wide - narrow))
     full = set()  # a step that does not fit in ends its site's hull: the next one builds on it
-    for gain, number, wide, cost in sorted(steps, key=lambda step: (-step[0], *step[1:])):
+    for gain, number, wide, added in sorted(steps, key=lambda step: (-step[0], *step[1:])):
         if gain < 0 or number in full:
             continue
-        if cost <= left:
+        if added <= left:
             # By the rounding of their gains, steps of a straight hull may come in any order.
-            widths[number], left = max(widths[number], wide), left - cost
+            widths[number] = max(widths[number], wide, key=sites[number][1].__getitem__)
+            left -= added
         else:
             full.add(number)
     return widths, left
 
 
-def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def _lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Returns the points, from left to right, of the lower convex hull."""
-    hull: list[tuple[int, float]] = []
+    hull: list[tuple[float, float]] = []
     for x, y in points:
         while len(hull) > 1:
             (x0, y0), (x1, y1) = hull[-2:]

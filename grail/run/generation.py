@@ -176,7 +176,9 @@ class _Writer:
         """Returns the token that begins every sequence, if there is one."""
         if self._how.begin is not None:
             ids = self._tokenizer(self._how.begin, add_special_tokens=False).input_ids
-            if len(ids) == 1 and ids[0] != self._tokenizer.unk_token_id:
+            # Some tokenizers call the token between documents their unknown one as well.
+            known = self._how.begin == self._tokenizer.unk_token
+            if len(ids) == 1 and (known or ids[0] != self._tokenizer.unk_token_id):
                 return list(ids)
             raise InputError(
                 f"begin must be one token of the tokenizer; got {self._how.begin!r}; leave it out "

@@ -10,8 +10,11 @@ The target is the output of the dense site and, of the drift, the share that the
 consumer chose. A refitted producer stays if the error of the network on held-out sequences has
 fallen, and on guard text (without either, on all); else half of its change is tried, then none.
 
-Memory: for every batch what a producer reads, the slope of each channel that stays, and the dense
-site's output, T·(D + K + O) values.
+Producers are fitted to `TOKENS` of the calibration at most, spread evenly over its batches, and to
+all guard text; the consumer is fitted to everything.
+
+Memory: for those tokens what a producer reads and the slope of each channel that stays, D + K
+values a token, and for all T tokens the dense site's output, T·O values.
 """
 
 import itertools
@@ -29,7 +32,7 @@ from grail.algebra.kinds import MAPS, plain_output
 from grail.algebra.producer_fit import Chunk, Moments, conjugate_gradients, error_of
 from grail.algebra.reduction import Folding, Reduction, Selection
 from grail.calibrate.hidden_states import HiddenStates, OutputCache
-from grail.calibrate.stream import Role
+from grail.calibrate.stream import Role, Stream
 from grail.errors import InputError
 from grail.networks import BoundSite
 from grail.run.blocks import Blocks
@@ -45,6 +48,8 @@ from grail.statistics.site_statistics import SiteStatistics
 from grail.statistics.slopes import Part, Reading, parts_in_order, read
 
 DAMPING = 1e-2  # α of `grail.algebra.producer_fit`
+# Of the calibration, to which producers are fitted: each step is a pass over them.
+TOKENS = 16 * 1024
 HALVINGS = 1  # of a change that raised the error, before it is taken back
 
 
@@ -89,6 +94,7 @@ class ProducerRefit:
         self._roles = [Role.TRAIN]
         self._roles += [Role.HELD_OUT] * (blocks.recipe.holds_out and blocks.stream.holds_out)
         self._roles += [Role.GUARD] * (Role.GUARD in blocks.stream.others)
+        self._batches = _fitted(blocks.stream)
         self._clock, self._collector, self._widths = blocks.clock, blocks.collector, blocks.widths
         self._trusted = blocks.architecture.trusted
         self._solver, self._narrower, self._exchange = solver, narrower, exchange
@@ -102,12 +108,13 @@ class ProducerRefit:
         """The bytes that are kept of all batches while a site is refitted."""
         return sum(states.nbytes for states in (self._own, self._inputs, self._slopes))
 
-    def passes(self, site: BoundSite) -> int:
-        """Returns the number of passes over the calibration set for a site, if no change fails."""
+    def passes(self, site: BoundSite) -> float:
+        """Returns the number of passes over all tokens for a site, if no change fails."""
         if not self._steps or refusal(site) or not self._narrows(site):
             return 0
         parts = sum(len(producer.spans()) for producer in site.producers)
-        return parts * (1 + self._steps) + 1
+        fitted = sum(map(self._stream.tokens_of, self._batches)) / max(self._stream.own_tokens, 1)
+        return parts * (1 + self._steps) * fitted + 1
 
     def applies_to(self, step: Sequence[BoundSite], report: BlockReport) -> bool:
         """Returns whether the producers of a site are refitted; the report notes why not.
@@ -216,7 +223,7 @@ class ProducerRefit:
     def _chunks(self, job: RefitJob) -> Iterator[Chunk]:
         """Yields what the last pass for a part has kept."""
         statistics, device = self._collector.empty(job.site), self._stream.device
-        for batch in range(len(self._stream)):
+        for batch in self._batches:
             kept = (states[batch].to(device) for states in (self._inputs, self._slopes))
             for role, (x, slope) in statistics.rows(batch, *kept):
                 if role in self._roles:
@@ -224,15 +231,15 @@ class ProducerRefit:
             job.advance(self._stream.tokens_of(batch))
 
     def _reads(
-        self, job: RefitJob, part: Part | None
+        self, job: RefitJob, part: Part | None, batches: Sequence[int]
     ) -> Iterator[tuple[int, Reading, Tensor, Tensor]]:
-        """Yields each batch, what is read of it, and what the consumer's output lacks, in fp32.
+        """Yields each of some batches, what is read of it, and what the consumer's output lacks.
 
-        That is, [..., O], of the target and of the dense network's output.
+        That is, [..., O] in fp32, of the target and of the dense network's output.
         """
         (consumer,), device = job.site.consumers, self._stream.device
-        with self._clock("forward"), job.cache.replaying():
-            for batch in range(len(self._stream)):
+        with self._clock("forward"), job.cache.replaying(batches):
+            for batch in batches:
                 target = None if job.target is None else job.target[batch]
                 with explain_failure():
                     found = read(self._stream, job.site, batch, part, probes=target is not None)
@@ -248,12 +255,12 @@ class ProducerRefit:
                 job.advance(self._stream.tokens_of(batch))
 
     def _linearise(self, job: RefitJob, part: Part) -> "_Pass":
-        """Runs all batches through the narrow block, and keeps what the fit of a part needs."""
+        """Runs fitted batches through the narrow block, and keeps what the fit of a part needs."""
         statistics, total = self._collector.empty(job.site), self._stream.processes.total
         weight = job.site.consumers[0].by_channel
         inputs = part.rows.shape[1]
         sets = {role: Moments(weight, inputs) for role in self._roles}
-        for batch, found, missing, _ in self._reads(job, part):
+        for batch, found, missing, _ in self._reads(job, part, self._batches):
             assert found.x is not None
             assert found.slope is not None
             self._inputs.put(batch, found.x)
@@ -276,7 +283,8 @@ class ProducerRefit:
             if role is not Role.HELD_OUT  # is reported with those that are fitted
         }
         energies = torch.zeros(len(self._roles), dtype=torch.float64, device=device)
-        for batch, found, missing, lacking in self._reads(job, None):
+        everything, judging = range(len(self._stream)), frozenset(self._batches)
+        for batch, found, missing, lacking in self._reads(job, None, everything):
             hidden = found.hidden
             assert hidden is not None
             if job.split is not None:  # what the block ends with
@@ -287,8 +295,9 @@ class ProducerRefit:
                     batch, hidden, missing, lacking
                 ):
                     if role in self._roles:
-                        energy = of_target.square().sum(dtype=torch.float64)
-                        energies[self._roles.index(role)] += energy
+                        if batch in judging:  # as in the passes for parts
+                            energy = of_target.square().sum(dtype=torch.float64)
+                            energies[self._roles.index(role)] += energy
                         landed[role if role in landed else Role.TRAIN].update(of_dense, x, None)
         for tensor in itertools.chain(*(drift.parts().values() for drift in landed.values())):
             tensor.copy_(total(tensor))
@@ -399,6 +408,14 @@ class _Trial:
     def _write(self, change: Tensor) -> None:
         rows = self._old.double() + change
         self._part.rewrite(rows, self._transaction)
+
+
+def _fitted(stream: Stream) -> tuple[int, ...]:
+    """Returns the numbers of the batches to which producers are fitted, and that judge them."""
+    share = min(1.0, TOKENS / max(stream.tokens, 1))
+    chosen = set(stream.spread(share))
+    chosen.update(batch for batch in stream.batches if Role.GUARD in stream.by_role(batch, True))
+    return tuple(sorted(chosen))
 
 
 def refusal(site: BoundSite) -> str:

@@ -108,6 +108,8 @@ class Study:
         runtime: how all runs are computed; the network's own run alone is resumed.
         say: called with the name of the next step.
         guard: batches of guard text, for the runs that can use one.
+        select_on: batches by which channels and uneven widths are chosen, in the place of the
+            calibration.
 
     Memory: from the dense row on, the dense network's outputs are kept on the host, so that no
     other row needs a second pass of it: for each text its last hidden states [tokens, features] and
@@ -127,6 +129,7 @@ class Study:
     completions: dict[str, Tensor] = field(default_factory=dict)
     references: dict[str, DenseReference] = field(default_factory=dict)
     guard: Sequence[Tensor] = ()
+    select_on: Sequence[Tensor] = ()
 
     @property
     def _first(self) -> Sequence[Tensor]:
@@ -168,7 +171,7 @@ class Study:
             tokens=tokens,
             sequence_length=length,
             batch_size=rows,
-            guard_tokens=_count(self._guard_of(recipe) or ()),
+            guard_tokens=_count(self._guard_of(recipe) or ()) + _count(self.select_on),
             recipe=recipe,
             runtime=self.runtime,
         )
@@ -194,8 +197,10 @@ class Study:
         """Predicts a pass with the Grams and solves of a run, and a few batches for each site."""
         assert not isinstance(self.batches, Collected)
         sites = recipe.all_sites(find(self.network, recipe.sites))
-        probed = self.batches[: max(1, len(self.batches) // PROBES)]
-        return run["total"] + (1 + len(sites)) * _rate(self.network, probed) * _count(probed)
+        probes = max(1, len(self.batches) // PROBES)
+        probed = self.batches[:probes]
+        tokens = _count(probed) + _count((self._guard_of(recipe) or ())[:probes])
+        return run["total"] + (1 + len(sites)) * _rate(self.network, probed) * tokens
 
     def measure(self, role: str, recipe: Recipe | None = None) -> None:
         """Adds the row of the network, narrowed by `recipe`, if there is held-out text."""
@@ -269,8 +274,14 @@ class Study:
             self.network = self.fresh()
 
     def _compress(self, recipe: Recipe, runtime: Runtime) -> Report:
-        guard = self._guard_of(recipe)
-        return compress(self.network, self.batches, guard=guard, recipe=recipe, runtime=runtime)
+        return compress(
+            self.network,
+            self.batches,
+            guard=self._guard_of(recipe),
+            select_on=self.select_on or None,
+            recipe=recipe,
+            runtime=runtime,
+        )
 
     def _guard_of(self, recipe: Recipe) -> Sequence[Tensor] | None:
         """Returns the guard text for a run that chooses how strongly to compensate."""
@@ -287,7 +298,13 @@ class Study:
         """Returns the recipe with a share for each site, by what narrowing it costs the network."""
         assert not isinstance(self.batches, Collected)
         with self.stages(SENSITIVITY):
-            measured = sensitivity(self.network, self.batches, recipe=recipe, runtime=self.runtime)
+            measured = sensitivity(
+                self.network,
+                self.select_on or self.batches,
+                guard=self._guard_of(recipe),
+                recipe=recipe,
+                runtime=self.runtime,
+            )
         undone = UNDONE if recipe.follows_drift else 0.0
         return replace(recipe, keep=measured.shares(undone=undone))
 

@@ -22,7 +22,7 @@ from grail.algebra._fit import check_guard
 from grail.arguments import as_path, require_switches
 from grail.errors import InputError
 from grail.files.load import CheckpointWarning
-from grail.files.mixture import AnyText, Mixture, as_text
+from grail.files.mixture import AnyText, Mixture, as_text, further_text
 from grail.files.pretrained import Pretrained
 from grail.files.provenance import provenance
 from grail.files.text import Text
@@ -34,7 +34,7 @@ from grail.report.report import Report
 from grail.report.texts import text_names
 from grail.run import resume_folder
 from grail.run._collect import Collected
-from grail.run._sensitivity import require_single_channels
+from grail.run._sensitivity import require_measurable
 from grail.run.served import WidthWarning, refused
 from grail.run.study import IMPORTING, LOADING, Prediction, Study, attribute, text_of
 from grail.runtime.clock import Stages
@@ -49,7 +49,8 @@ def compress_checkpoint(
     output: str | Path,
     calibration: AnyText | Collected,
     *,
-    guard: str | Path | Text | None = None,
+    guard: AnyText | None = None,
+    select_on: AnyText | None = None,
     evaluate: str | Path | Text | Sequence[str | Path | Text] | None = None,
     baseline: bool = True,
     uneven: bool = False,
@@ -71,6 +72,9 @@ def compress_checkpoint(
             dense network, `grail.Collected(folder)`, for the open loop.
         guard: a second kind of text, on which no site's output becomes worse than plain pruning's;
             see `grail.compress`. Read as the calibration, 16,384 tokens of it.
+        select_on: text by which channels are selected, and uneven widths, in the place of the
+            calibration, which then only fits: the more kinds of text, the less the model loses on
+            those that the calibration lacks. Read as the calibration, 16,384 tokens of it.
         evaluate: held-out text, on which the dense, the pruned and the restored model are compared;
             with `onload` on the CPU. Read as the calibration, 16,384 tokens of it; wikitext2 is
             measured as in the literature: all of the test split, joined by blank lines, in
@@ -78,7 +82,8 @@ def compress_checkpoint(
             another kind, the first is that of the headline.
         baseline: with `evaluate`, also measures plain pruning, in a run of its own.
         uneven: chooses each block's width by the measured cost of narrowing it, at the total size
-            that `keep` gives; transformers then reads the folder with `trust_remote_code=True`.
+            that `keep` gives; transformers then reads the folder with `trust_remote_code=True`. The
+            cost is that on both texts where there is a guard.
         recipe, runtime, overrides: see `grail.compress`. `progress` also prints what is done on
             stderr. With `resume_dir` the same call resumes after a crash; the state is deleted once
             the model is written.
@@ -89,8 +94,8 @@ def compress_checkpoint(
 
     Raises:
         InputError, EmptyCalibrationError: before the model is loaded where it shows by then.
-        ModelError, NonFiniteError, SolveError, StateError, OutOfMemoryError, RankError,
-        ExportError: nothing was written.
+        ModelError, NonFiniteError, SolveError, StateError: nothing was written.
+        OutOfMemoryError, RankError, ExportError: nothing was written.
     """
     if not isinstance(source, Pretrained):
         source = Pretrained(str(as_path("source", source)))
@@ -98,8 +103,11 @@ def compress_checkpoint(
     require_switches(baseline=baseline, uneven=uneven)
     recipe, runtime = merged(recipe, runtime, overrides)
     calibration, evaluate = _texts(calibration, evaluate, recipe)
-    guarding = _guard_text(guard, calibration)
-    call = _Call(source, output, calibration, evaluate, baseline, uneven, recipe, runtime, guarding)
+    further = (
+        _further_text("guard", guard, calibration),
+        _further_text("select_on", select_on, calibration),
+    )
+    call = _Call(source, output, calibration, evaluate, baseline, uneven, recipe, runtime, *further)
     processes = current_processes()
     done = call.done
     processes.require_equal("whether the run is done", done)
@@ -151,15 +159,22 @@ def _texts(
     return calibration, tuple(texts)
 
 
-def _guard_text(
-    guard: str | Path | Text | None, calibration: Text | Mixture | Collected
-) -> Text | None:
-    """Returns the guard text of a call, read as its calibration."""
-    check_kind("guard", guard, (str, Path, Text, NoneType), "a text")
-    if isinstance(guard, (str, Path)):
-        like = Text("") if isinstance(calibration, Collected) else calibration
-        return like.guarding(str(guard), {}, "guard")
-    return guard
+def _further_text(
+    name: str, text: AnyText | None, calibration: Text | Mixture | Collected
+) -> Text | Mixture | None:
+    """Returns a text with another purpose, read as the calibration where it has no way of its own.
+
+    Args:
+        name: of the argument.
+    """
+    if text is None:
+        return None
+    like = Text("") if isinstance(calibration, Collected) else calibration
+    if isinstance(text, (str, Path)):
+        return further_text(like, [str(text)], {}, name)
+    if isinstance(text, (list, tuple)) and all(isinstance(each, (str, Path)) for each in text):
+        return further_text(like, list(map(str, text)), {}, name)
+    return as_text(name, text)
 
 
 @dataclass(frozen=True)
@@ -174,13 +189,23 @@ class _Call:
     uneven: bool
     recipe: Recipe
     runtime: Runtime
-    guard: Text | None = None
+    guard: Text | Mixture | None = None
+    select_on: Text | Mixture | None = None
 
     def __repr__(self) -> str:
-        given = {name: value for name, value in vars(self).items() if name != "runtime"}
-        if self.guard is None:
-            del given["guard"]
+        further = {name: value for name, value in self.further.items() if value is not None}
+        given = {
+            name: value
+            for name, value in vars(self).items()
+            if name != "runtime" and name not in self.further
+        }
+        given |= further
         return f"grail.compress_checkpoint({', '.join(f'{k}={v!r}' for k, v in given.items())})"
+
+    @property
+    def further(self) -> dict[str, Text | Mixture | None]:
+        """The texts with another purpose than the calibration's, by argument."""
+        return {"guard": self.guard, "select_on": self.select_on}
 
     @property
     def written(self) -> Path:
@@ -229,12 +254,14 @@ class _Call:
             raise InputError(
                 "statistics are of the dense network: give --open-loop (closed_loop=False)"
             )
-        if self.guard is not None:
-            if collected:
+        for name, text in self.further.items():
+            if collected and text is not None:
                 raise InputError(
-                    "guard text runs through the network with the calibration, and statistics "
-                    "come without one: give --calibration (calibration=) or no guard"
+                    f"{name} is text that runs through the network with the calibration, and "
+                    "statistics come without one: give --calibration (calibration=), or leave it "
+                    "out"
                 )
+        if self.guard is not None:
             check_guard(self.recipe.alpha, self.recipe.compensate)
         folder = self.runtime.resume_dir
         check_output(self.output, apart=None if folder is None else Path(folder))
@@ -242,9 +269,14 @@ class _Call:
         if not isinstance(calibration, Collected):
             calibration = calibration.checked(self.source.source)
         evaluate = tuple(text.checked(self.source.source) for text in self.evaluate)
-        guard = None if self.guard is None else self.guard.checked(self.source.source)
+        guard, select_on = (
+            None if text is None else text.checked(self.source.source)
+            for text in self.further.values()
+        )
         _ = self.source.computing
-        return replace(self, calibration=calibration, evaluate=evaluate, guard=guard)
+        return replace(
+            self, calibration=calibration, evaluate=evaluate, guard=guard, select_on=select_on
+        )
 
     def load(self) -> tuple[Any, Any]:
         """Returns model and tokenizer, where blocks are brought to a device on the host."""
@@ -312,22 +344,21 @@ class _Work:
                 name: text.batches(network, tokenizer)
                 for name, text in zip(names, call.evaluate, strict=True)
             }
-        with warnings_as_notes() as of_guard:
-            guard = call.guard.batches(network, tokenizer) if call.guard else []
         self.notes += unused + notes + [f"Held-out text: {note}" for note in others]
-        self.notes += [f"Guard text: {note}" for note in of_guard]
-        if call.guard is not None:
-            self._origin["guard"] = text_of(call.guard.source, guard) | call.guard.reading
+        further = {
+            name: self._further(name, text, network, tokenizer)
+            for name, text in call.further.items()
+        }
         of_run = None if isinstance(call.calibration, Collected) else call.calibration
         for name, text in zip(names, call.evaluate, strict=True):
             which = f"held-out text {name}" if len(names) > 1 else "held-out text"
-            for role, other in {"calibration": of_run, "guard": call.guard}.items():
+            for role, other in {"calibration": of_run, **call.further}.items():
                 if other is not None and other.is_same_text(text):
                     self.notes.append(
                         f"The {which} is the {role} text: the comparison is too kind."
                     )
         if call.uneven:
-            require_single_channels(find(network, call.recipe.sites), call.recipe)
+            require_measurable(find(network, call.recipe.sites), call.recipe)
         origins = [
             text_of(text.source, batches) | text.reading
             for text, batches in zip(call.evaluate, heldout.values(), strict=True)
@@ -345,8 +376,20 @@ class _Work:
             self.stages,
             call.runtime,
             call.say,
-            guard=guard,
+            guard=further["guard"],
+            select_on=further["select_on"],
         )
+
+    def _further(
+        self, name: str, text: Text | Mixture | None, network: Any, tokenizer: Any
+    ) -> list[Tensor]:
+        """Returns a text with another purpose than the calibration's, and the report names it."""
+        if text is None:
+            return []
+        with warnings_as_notes() as notes:
+            batches, self._origin[name] = text.read(network, tokenizer)
+        self.notes += [f"Text of {name}: {note}" for note in notes]
+        return batches
 
     def _batches(self, network: Any, tokenizer: Any) -> list[Tensor] | Collected:
         """Returns the calibration of the network."""

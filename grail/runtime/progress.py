@@ -1,5 +1,6 @@
 """Progress bars that name the block and the pass, and keep moving while a solve takes long."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ class Progress:
     Args:
         blocks: how many there are.
         tokens: of one pass.
-        passes: how many there are in all.
+        passes: how many there are in all; one over some of the tokens is a part of a pass.
         phase: returns what the run is doing.
         shown: whether there is a bar.
         label: of a block.
@@ -24,18 +25,20 @@ class Progress:
         self,
         blocks: int,
         tokens: int,
-        passes: int,
+        passes: float,
         phase: Callable[[], str],
         shown: bool,
         label: str = "block",
     ):
         self._blocks, self._tokens, self._phase, self._label = blocks, tokens, phase, label
         self._block = self._passes = self._seen = 0
-        self._bar = tqdm(total=tokens * passes, unit="tok", unit_scale=True, disable=not shown)
+        self._bar = tqdm(
+            total=round(tokens * passes), unit="tok", unit_scale=True, disable=not shown
+        )
 
-    def start(self, block: int, passes: int) -> None:
+    def start(self, block: int, passes: float) -> None:
         """Begins a block, counted from 0, that takes so many passes."""
-        self._block, self._passes, self._seen = block, passes, 0
+        self._block, self._passes, self._seen = block, math.ceil(passes), 0
         self.describe()
 
     def advance(self, tokens: int) -> None:

@@ -1,7 +1,7 @@
 """Settings are fields of frozen dataclasses: default, help text and flag are written once, there.
 
 `Runtime` is how a run is computed. `grail.Recipe`, what it computes, has fields of the same form.
-Docstrings, command-line flags and the table in docs/networks.md are made from these fields.
+Docstrings, command-line flags and the tables of docs/reference/recipe.md are made from them.
 """
 
 import dataclasses

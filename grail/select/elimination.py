@@ -50,7 +50,7 @@ def eliminate(views: Sequence[View], damping: float, block_cost: BlockCost) -> l
     if isinstance(width, HeadWidth):
         return [_without_heads(view, damping, block_cost) for view in views]
     with pivots.one_thread() as in_parallel:
-        inverse, weight = _prepared(views, damping, in_parallel)
+        inverse, weight, _ = _prepared(views, damping, in_parallel)
         inverse, weight = inverse.float(), weight.float()
     dropped = pivots.pivots(inverse, weight, width.channels - width.kept, least=True)
     kept = torch.ones(len(views), width.channels, dtype=torch.bool).scatter_(1, dropped, False)
@@ -75,11 +75,11 @@ def exact_cost(columns: Tensor, inverse: Tensor) -> Tensor:
 
 def _prepared(
     views: Sequence[View], damping: float, in_parallel: pivots.InParallel
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns M⁻¹ [E, H, H] and Wᵀ [E, H, O] in fp64, with channels without data decoupled.
 
     G is scaled by a power of two to a mean diagonal in [1, 4), so that fp32 holds M⁻¹: its diagonal
-    lies between 1/(4·H) and 1/λ.
+    lies between 1/(4·H) and 1/λ. The third [E] is what G was divided by.
     """
     gram = pivots.stacked([view.gram.matrix() for view in views]).double()
     weight = pivots.consumers(views, gram)
@@ -91,44 +91,88 @@ def _prepared(
     weight.masked_fill_(dead[:, :, None], 0)
     identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     with in_parallel(2 * gram.numel() * gram.shape[1]):
-        return ridge.solve(gram, identity.expand_as(gram), damping * mean / unit).x, weight
+        inverse = ridge.solve(gram, identity.expand_as(gram), damping * mean / unit).x
+    return inverse, weight, unit
+
+
+def errors_of_heads(view: View, widths: Sequence[HeadWidth]) -> list[float]:
+    """Returns ‖W·X − W'·R·X‖² of the best W' at each width, with the heads that `greedy` keeps.
+
+    It is the sum of the costs of all that is dropped, with G damped by `DAMPING`. Widths with
+    equally many queries in a group share one search.
+    """
+    found: dict[HeadWidth, float] = {}
+    with pivots.one_thread() as in_parallel:
+        inverse, weight, unit = _prepared([view], DAMPING, in_parallel)
+        for kept_queries in {width.kept_queries for width in widths}:
+            of_search = [width for width in widths if width.kept_queries == kept_queries]
+            heads = _Heads(
+                inverse[0].clone(), weight[0].mT.clone(), of_search[0], exact_cost, in_parallel
+            )
+            for width in sorted(of_search, key=lambda width: -width.kept_groups):
+                heads.drop_to(width)
+                found[width] = heads.lost * float(unit)
+    return [found[width] for width in widths]
 
 
 def _without_heads(view: View, damping: float, block_cost: BlockCost) -> Selection:
     """Drops the heads of one site."""
     assert isinstance(view.width, HeadWidth)
     with pivots.one_thread() as in_parallel:
-        inverse, weight = _prepared([view], damping, in_parallel)
-        kept = _kept_heads(inverse[0], weight[0].mT, view.width, block_cost, in_parallel)
-    return Selection(kept, view.width.channels)
+        inverse, weight, _ = _prepared([view], damping, in_parallel)
+        heads = _Heads(inverse[0], weight[0].mT, view.width, block_cost, in_parallel)
+        heads.drop_to(view.width)
+    return Selection(heads.kept, view.width.channels)
 
 
-def _kept_heads(
-    inverse: Tensor,
-    weight: Tensor,
-    width: HeadWidth,
-    cost: BlockCost,
-    in_parallel: pivots.InParallel,
-) -> Tensor:
-    """Returns the channels [K] that stay; overwrites `inverse` and `weight`."""
-    channels = torch.arange(width.channels).view(width.groups, width.queries, width.head_dim)
-    groups = [list(group) for group in channels]  # by group, the channels of each head
+class _Heads:
+    """The heads of one site while they are dropped one after another.
 
-    def drop_cheapest(blocks: list[Tensor]) -> int:
-        costs = [float(cost(weight[:, g], inverse[g[:, None], g])) for g in blocks]
+    Args:
+        inverse: M⁻¹ [H, H]; overwritten.
+        weight: W [O, H]; overwritten.
+        width: any of the site.
+        cost: of dropping a head or a group.
+
+    `lost`: the sum of the costs so far.
+    """
+
+    def __init__(
+        self,
+        inverse: Tensor,
+        weight: Tensor,
+        width: HeadWidth,
+        cost: BlockCost,
+        in_parallel: pivots.InParallel,
+    ):
+        self._inverse, self._weight, self._cost = inverse, weight, cost
+        self._in_parallel, self.lost = in_parallel, 0.0
+        channels = torch.arange(width.channels).view(width.groups, width.queries, width.head_dim)
+        self._groups = [list(group) for group in channels]  # by group, the channels of each head
+
+    @property
+    def kept(self) -> Tensor:
+        """The channels [K] that stay."""
+        return torch.cat([head for group in self._groups for head in group])
+
+    def drop_to(self, width: HeadWidth) -> None:
+        """Drops the surplus heads of each group, then whole groups, down to a width."""
+        while crowded := [group for group in self._groups if len(group) > width.kept_queries]:
+            heads = [(group, i) for group in crowded for i in range(len(group))]
+            group, i = heads[self._drop_cheapest([group[i] for group, i in heads])]
+            del group[i]
+        while len(self._groups) > width.kept_groups:
+            del self._groups[self._drop_cheapest([torch.cat(group) for group in self._groups])]
+
+    def _drop_cheapest(self, blocks: list[Tensor]) -> int:
+        """Drops the block of channels of least cost; returns its number."""
+        inverse, weight = self._inverse, self._weight
+        costs = [float(self._cost(weight[:, g], inverse[g[:, None], g])) for g in blocks]
         cheapest = costs.index(min(costs))
+        self.lost += costs[cheapest]
         g = blocks[cheapest]
-        with in_parallel(2 * inverse.numel() * len(g)):
+        with self._in_parallel(2 * inverse.numel() * len(g)):
             share = torch.linalg.solve(inverse[g[:, None], g], inverse[g])
             weight.sub_(weight[:, g] @ share)
             inverse.sub_(inverse[:, g] @ share)
         return cheapest
-
-    for _ in range(width.groups * (width.queries - width.kept_queries)):
-        crowded = [group for group in groups if len(group) > width.kept_queries]
-        heads = [(group, i) for group in crowded for i in range(len(group))]
-        group, i = heads[drop_cheapest([group[i] for group, i in heads])]
-        del group[i]
-    for _ in range(width.groups - width.kept_groups):
-        del groups[drop_cheapest([torch.cat(group) for group in groups])]
-    return torch.cat([head for group in groups for head in group])

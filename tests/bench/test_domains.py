@@ -40,7 +40,7 @@ def test_tables_have_the_rows_that_they_name(page):
 
 def test_cells_that_are_worse_than_pruned_are_counted():
     more = " ".join(str(loss) for loss in (2.5, 4.6, 5.4))
-    bad = dict(zip(levers.KEY, ("passages", "16", "wanda", "brown"), strict=True))
+    bad = dict(zip(levers.KEY, ("passages", "16", "wanda", "mlp", "0.5", "brown"), strict=True))
     rows = [*ROWS, ROWS[0] | bad | {"losses": more}]
     assert domains.Page(ROWS).worse() == "0 of 2"
     assert domains.Page(rows).worse() == "1 of 3"

@@ -7,11 +7,11 @@ import pytest
 from bench.quality import levers
 
 LOSSES = {
-    ("", "0", "dense", "brown"): [1.0, 2.0, 3.0],
-    ("passages", "16", "pruned", "brown"): [2.0, 4.0, 5.0],
-    ("passages", "16", "defaults", "brown"): [1.5, 3.0, 4.0],
-    ("passages", "16", "producers", "brown"): [1.5, 2.5, 3.8],
-    ("general", "64", "defaults", "brown"): [2.0, 3.0, 3.0],
+    ("", "0", "dense", "", "1.0", "brown"): [1.0, 2.0, 3.0],
+    ("passages", "16", "pruned", "mlp", "0.5", "brown"): [2.0, 4.0, 5.0],
+    ("passages", "16", "defaults", "mlp", "0.5", "brown"): [1.5, 3.0, 4.0],
+    ("passages", "16", "producers", "mlp", "0.5", "brown"): [1.5, 2.5, 3.8],
+    ("general", "64", "defaults", "mlp", "0.5", "brown"): [2.0, 3.0, 3.0],
 }
 ROWS = [
     dict(zip(levers.KEY, key, strict=True))
@@ -26,7 +26,7 @@ def found(*key: str) -> dict:
 
 
 def test_a_share_and_a_gain_are_of_the_same_sequences():
-    row = found("passages", "16", "producers", "brown")
+    row = found("passages", "16", "producers", "mlp", "0.5", "brown")
     assert row["share"].value == pytest.approx((11 - 7.8) / (11 - 6))
     assert row["gain"].value == pytest.approx((0.0 + 0.5 + 0.2) / 3)
     gaps = [0.0, 0.5, 0.2]
@@ -36,10 +36,10 @@ def test_a_share_and_a_gain_are_of_the_same_sequences():
 
 
 def test_without_a_pruned_row_of_its_calibration_there_is_no_share():
-    row = found("general", "64", "defaults", "brown")
+    row = found("general", "64", "defaults", "mlp", "0.5", "brown")
     assert row["share"] is None
     assert row["gain"].value == 0
-    assert found("passages", "16", "pruned", "brown")["share"].value == 0
+    assert found("passages", "16", "pruned", "mlp", "0.5", "brown")["share"].value == 0
 
 
 def test_the_dense_model_is_no_lever():
@@ -72,6 +72,6 @@ def test_a_mixed_calibration_has_every_text_in_equal_parts(monkeypatch):
 
 
 def test_every_cell_names_known_calibrations_and_levers():
-    for calibration, _, names in levers.CELLS:
-        assert calibration in levers.CALIBRATIONS
-        assert set(names) <= set(levers.LEVERS)
+    for cell in levers.CELLS:
+        assert cell.calibration in levers.CALIBRATIONS
+        assert set(cell.levers) <= set(levers.LEVERS)

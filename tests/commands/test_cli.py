@@ -496,15 +496,43 @@ def test_widths_beyond_the_configuration_are_written_for_grail_alone(
     assert json.loads(again.stdout)["perplexity"] == row.perplexity
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        (["--no-compensate"], "leave compensate on"),
-        (["--sites", "mlp,heads"], "whole groups of channels"),
-    ],
-)
-def test_uneven_widths_of_what_is_not_measured_are_refused(given, said, arguments):
-    assert said in refusal(grail(*arguments, "--uneven", *given))
+def test_uneven_widths_of_what_is_not_measured_are_refused(arguments):
+    result = grail(*arguments, "--uneven", "--no-compensate")
+    assert "leave compensate on" in refusal(result)
+
+
+@pytest.mark.parametrize("given", [[], ["--guard", "heldout.txt"]], ids=["one text", "guard"])
+def test_uneven_widths_of_mlps_and_heads_share_one_budget(given, arguments, folder, tmp_path):
+    output, given = tmp_path / "out", [str(folder / t) if "." in t else t for t in given]
+    options = ["--keep", 0.65, "--uneven", "--multiple", 2, "--sites", "mlp,heads", *given]
+    result = grail(*arguments, *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = Report.from_json((output / "report.json").read_text())
+    dense, (model, _) = load_model(folder / "model")[0], load_model(output)
+    size, before = (
+        sum(p.numel() for layer in m.model.layers for p in layer.parameters())
+        for m in (model, dense)
+    )
+    assert 0.6 * before < size <= 0.655 * before  # but for the norms, which stay
+    for layer, heads, mlp in zip(
+        model.model.layers, report.sites[::2], report.sites[1::2], strict=True
+    ):
+        assert (heads.kind, mlp.kind) == ("heads", "mlp")
+        assert layer.self_attn.o_proj.in_features == heads.kept
+        assert layer.mlp.down_proj.in_features == mlp.kept
+
+
+def test_other_texts_select_channels_and_uneven_widths(arguments, folder, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(words(1000, seed=3))
+    given = ["--select-on", other, "--select-on", folder / "heldout.txt", "--select-tokens", 256]
+    result = grail(*arguments, "--uneven", *given, "--json")
+    assert result.exit_code == 0, result.stderr
+    selecting = Report.from_json(result.stdout).provenance["select_on"]
+    assert selecting["tokens"] == 256
+    assert selecting["source"] == f"{other}, {folder / 'heldout.txt'}"
+    idle = grail(*arguments, "--select-tokens", 256)
+    assert "--select-tokens is used with --select-on" in refusal(idle)
 
 
 @pytest.mark.parametrize("given", [["--onload"], ["--statistics", "a", "--open-loop"]])

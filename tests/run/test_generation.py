@@ -339,6 +339,13 @@ def test_sequences_begin_with_the_token_that_is_given(tiny_folder, tmp_path, dra
             grail.generate_calibration(tiny_folder, tmp_path / "b.jsonl", begin=begin, **how)
 
 
+def test_the_unknown_token_may_begin_sequences_by_its_name(tiny_folder, tmp_path, drawn):
+    # SmolLM2's token between documents is also its unknown token.
+    how = {**FEW, "tokens": 16}
+    grail.generate_calibration(tiny_folder, tmp_path / "out.jsonl", begin="<unk>", **how)
+    assert {int(token) for starts in drawn for token in starts[:, 0]} == {0}
+
+
 def test_a_tokenizer_without_a_token_to_begin_with_needs_prompts(
     tiny_folder, tmp_path, prompts, monkeypatch, drawn
 ):

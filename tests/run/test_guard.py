@@ -262,3 +262,31 @@ def test_a_whole_workflow_takes_a_guard_and_names_it(tiny_folder, tmp_path):
         grail.compress_checkpoint(
             tiny_folder, tmp_path / "other", texts[0], guard=texts[1], alpha=0.1
         )
+
+
+def test_a_whole_workflow_selects_on_other_texts_and_names_them(tiny_folder, tmp_path):
+    texts = []
+    for number in range(3):
+        words = torch.randint(3, 90, (800,), generator=torch.Generator().manual_seed(number))
+        texts.append(tmp_path / f"{number}.txt")
+        texts[-1].write_text(" ".join(f"w{word}" for word in words.tolist()))
+    how = {"tokens": 128, "sequence_length": 16, "seed": 0}
+    calibration = grail.Text(str(texts[0]), **how)
+    settings = {"keep": 0.5, "progress": False}
+    for out, select_on in (("mixed", texts[1:]), ("one", texts[1]), ("none", None)):
+        report = grail.compress_checkpoint(
+            tiny_folder, tmp_path / out, calibration, select_on=select_on, **settings
+        )
+        names = (
+            [] if select_on is None else [str(texts[1])] if out == "one" else map(str, texts[1:])
+        )
+        source = report.provenance.get("select_on", {}).get("source", "")
+        assert source == ", ".join(names)
+    network, tokenizer = grail.load_model(tiny_folder)
+    batches = calibration.batches(network, tokenizer)
+    selecting = grail.Mixture(list(map(str, texts[1:])), **how | {"tokens": 16384})
+    grail.compress(network, batches, select_on=selecting.batches(network, tokenizer), **settings)
+    mixed, plain = (grail.load_model(tmp_path / out)[0].state_dict() for out in ("mixed", "none"))
+    for name, weight in network.state_dict().items():
+        torch.testing.assert_close(weight, mixed[name])
+    assert any(not torch.equal(weight, plain[name]) for name, weight in mixed.items())

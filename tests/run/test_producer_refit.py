@@ -146,6 +146,48 @@ def test_the_layers_of_a_gated_unit_are_those_of_brute_force(steps, tiny_llama, 
 NAMES = ("gate", "up", "down")
 
 
+def test_producers_are_fitted_to_so_many_tokens_and_the_consumer_to_all(
+    tiny_llama, tiny_batches, monkeypatch
+):
+    dense, batches = tiny_llama(), tiny_batches(count=6)
+    tokens = batches[0].numel()
+    monkeypatch.setattr(producer_refit, "TOKENS", 3 * tokens)
+    plain, _ = compressed(dense, batches, **ALONE)
+    found, _ = compressed(dense, batches, **ALONE, refit_producers=1)
+    # Half of the batches, and half of those with a sequence that a run may hold out, 2 and 4.
+    spread = [batches[number] for number in (0, 2, 3)]
+    path = "model.layers.0.mlp"
+    consumer = plain.get_submodule(f"{path}.down_proj").weight.double()
+    target, lacked = (seen(each, f"{path}.down_proj", spread).y for each in (dense, plain))
+    gate, up = (seen(plain, f"{path}.{name}_proj", spread) for name in ("gate", "up"))
+    act = nn.functional.silu(gate.y)
+    rows = plain.get_submodule(f"{path}.up_proj").weight.double()
+    rows = rows + textbook(up.x, act, target - lacked, consumer, 1)
+    assert_rows(found.get_submodule(f"{path}.up_proj"), rows)
+    hidden, whole = (
+        seen(found, f"{path}.down_proj", batches),
+        seen(dense, f"{path}.down_proj", batches),
+    )
+    gram = hidden.x.mT @ hidden.x
+    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    change = torch.linalg.solve(gram + ridge, hidden.x.mT @ (whole.y - hidden.x @ consumer.mT)).mT
+    assert_rows(found.get_submodule(f"{path}.down_proj"), consumer + change)
+
+
+def test_all_guard_text_judges_producers(tiny_llama, tiny_batches, monkeypatch):
+    batches = tiny_batches(count=8)
+    monkeypatch.setattr(producer_refit, "TOKENS", batches[0].numel())
+    chosen = []
+    fitted = producer_refit._fitted
+    monkeypatch.setattr(
+        producer_refit, "_fitted", lambda stream: chosen.append(fitted(stream)) or chosen[-1]
+    )
+    compressed(tiny_llama(), batches[:6], refit_producers=1, guard=batches[6:])
+    # One of the batches without a held-out sequence, one of the others, and the guard's two.
+    assert {6, 7} < set(chosen[-1])
+    assert len(chosen[-1]) == 4
+
+
 def test_another_function_is_linearised_where_it_is(tiny_model, tiny_batches):
     dense, batches = tiny_model("opt"), tiny_batches(count=5)
     settings = {**ALONE, "keep": {"mlp": [0.5, 1.0]}}
@@ -209,7 +251,7 @@ def test_a_run_does_not_depend_on_where_things_wait(
     found, report = compressed(model, batches, refit_producers=2, **settings)
     finisher = "grail.run.finishing.BlockFinisher.split"
     monkeypatch.setattr(finisher, lambda *_: None)
-    monkeypatch.setattr(OutputCache, "replaying", lambda _: nullcontext())
+    monkeypatch.setattr(OutputCache, "replaying", lambda *_: nullcontext())
     other, others = compressed(model, batches, refit_producers=2, **settings)
     for row, expected in zip(report.sites, others.sites, strict=True):
         assert row.error == pytest.approx(expected.error, rel=1e-3)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import grail
+from grail import networks, select
 from grail.errors import InputError, ModelError, NonFiniteError, StateError
-from grail.run import budget, measurement
-from grail.select import greedy, pivots
+from grail.run import _sensitivity, budget, measurement
+from grail.select import elimination, greedy, pivots
 from tests import convnets
 from tests.counting import injected
 from tests.kills import Killed, killing
@@ -128,6 +129,109 @@ def test_the_more_later_sites_undo_the_less_stays_of_the_first(tiny_llama, tiny_
         found.shares(undone=1.0)
 
 
+BOTH = ("mlp", "heads")
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 6), (6, 1)], ids=["grouped", "each", "one group"])
+def test_errors_of_heads_are_those_of_a_ridge_with_the_heads_that_greedy_keeps(
+    shape, tiny_llama, tiny_batches
+):
+    queries, groups = shape
+    model = tiny_llama(num_attention_heads=queries, num_key_value_heads=groups)
+    (batch,) = tiny_batches(count=1, rows=1, length=64)  # alike, so whichever are held out
+    found = grail.sensitivity(model, [batch] * 5, 0.5, BOTH, progress=False)
+    heads = [part for part in found.parts if part.names[0].endswith("self_attn")]
+    assert len(heads) == 2
+    for block, part in enumerate(heads):
+        layer, read = model.model.layers[block].self_attn.o_proj, []
+        with layer.register_forward_pre_hook(lambda _, x, to=read: to.append(x[0])):
+            model(batch)
+        x = read[0][0].detach().double()
+        (site,) = networks.find(model, ("heads",)).sites(("heads",))[block]
+        gram = grail.Gram(len(x.T))
+        gram.update(x.float())
+        weight = layer.weight.detach().double()
+        damping = (elimination.DAMPING * x.square().sum(0).mean()).sqrt()
+        rows = torch.cat([x, damping * torch.eye(len(x.T), dtype=x.dtype)])  # of a ridge
+        errors = []
+        for kept in part.widths:
+            width = site.width(kept / len(x.T), None)
+            view = select.View((), weight.float(), gram, width, torch.Generator())
+            stay = select.get("greedy")(view).index
+            assert len(stay) == kept
+            fitted = torch.linalg.lstsq(rows[:, stay], rows @ weight.T).solution
+            errors.append((rows[:, stay] @ fitted - rows @ weight.T).square().sum())
+        ratios = torch.stack(errors) / errors[0]
+        assert part.widths[-1] == len(x.T)
+        assert (part.errors / part.errors[0]).tolist() == pytest.approx(ratios.tolist(), rel=1e-4)
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.55, 0.7, 0.85])
+def test_mlps_and_heads_share_one_budget_and_no_feasible_widths_promise_less(
+    keep, tiny_llama, tiny_batches
+):
+    model, batches = tiny_llama(), tiny_batches(count=5)
+    dense = parameters(model)
+    found = grail.sensitivity(model, batches, 0.5, BOTH, multiple=8, progress=False)
+    assert list(found.losses) == [
+        *("model.layers.0.self_attn", "model.layers.0.mlp"),
+        *("model.layers.1.self_attn", "model.layers.1.mlp"),
+    ]
+    for name, loss in found.losses.items():
+        other = copy.deepcopy(model)
+        shares = {each: 0.5 if each == name else 1.0 for each in found.losses}
+        settings = {"closed_loop": False, "drift_correction": 0, "progress": False}
+        grail.compress(other, batches[1:], shares, BOTH, **settings)
+        assert loss == pytest.approx(divergence(model, other, batches[:1]), rel=1e-4)
+    shares = found.shares(keep, undone=0)
+    chosen = [round(shares[part.names[0]] * part.channels) for part in found.parts]
+    of_sites = sum(part.parameters[-1] for part in found.parts)
+
+    def costs(widths):
+        pairs = zip(found.parts, widths, strict=True)
+        return sum(part.parameters[part.widths.index(width)] for part, width in pairs)
+
+    def promised(widths):
+        return sum(part.loss_at(k) for part, k in zip(found.parts, widths, strict=True))
+
+    options = [[k for k in p.widths if k >= 0.5 * keep * p.channels] for p in found.parts]
+    allowed = [w for w in itertools.product(*options) if costs(w) <= keep * of_sites]
+    assert costs(chosen) <= keep * of_sites
+    # Heads are wide steps: where the next one does not fit, its share goes to narrower ones.
+    assert promised(chosen) <= 1.15 * min(map(promised, allowed))
+    report = grail.compress(model, batches, shares, BOTH, multiple=8, progress=False)
+    assert [row.kept for row in report.sites] == chosen
+    assert dense - parameters(model) == of_sites - costs(chosen)
+
+
+def test_guard_text_counts_as_much_as_the_probes(tiny_llama, tiny_batches):
+    model, batches = tiny_llama(), tiny_batches(count=5)
+    guard = tiny_batches(count=4, length=9, seed=5)
+    measure = functools.partial(grail.sensitivity, model, batches, 0.5, probes=2, progress=False)
+    alone, both = measure(), measure(guard=iter(guard))
+    for part, other in zip(alone.parts, both.parts, strict=True):
+        assert torch.equal(part.errors, other.errors)
+    for name, loss in both.losses.items():
+        other = narrowed_alone(model, [name], batches[2:], 0.5)
+        texts = (batches[:2], guard[:2])
+        first, second = (divergence(model, other, text) for text in texts)
+        assert alone.losses[name] == pytest.approx(first, rel=1e-4)
+        assert loss == pytest.approx((first + second) / 2, rel=1e-4)
+
+
+def test_grouped_convolutions_are_refused():
+    first, second = torch.nn.Conv2d(4, 16, 3, groups=4), torch.nn.Conv2d(16, 5, 1)
+    model = torch.nn.Sequential(first, torch.nn.ReLU(), second)
+    site = grail.Site(["0"], ["2"])
+    batches = [torch.randn(2, 4, 9, 9) for _ in range(3)]
+    with pytest.raises(InputError, match="equally many channels of each group"):
+        grail.sensitivity(model, batches, 0.5, [site], progress=False)
+
+
 def test_convolutions_have_shares_too():
     model, batches = convnets.network("torchvision-basic"), convnets.images(count=6)
     found = grail.sensitivity(model, batches, keep=0.5, progress=False)
@@ -135,13 +239,13 @@ def test_convolutions_have_shares_too():
         row.name for row in grail.compress(copy.deepcopy(model), batches, 1.0).sites
     }
     report = grail.compress(model, batches, found.shares(), progress=False)
-    saved = sum(
-        part.parameters * (row.channels - row.kept)
+    stay = sum(
+        part.parameters[part.widths.index(row.kept)]
         for part, row in zip(found.parts, report.sites, strict=True)
     )
-    half = 0.5 * sum(part.parameters * part.channels for part in found.parts)
-    steps = (part.parameters * max(map(sub, part.widths[1:], part.widths)) for part in found.parts)
-    assert half <= saved < half + max(steps)
+    half = 0.5 * sum(part.parameters[-1] for part in found.parts)
+    steps = (max(map(sub, part.parameters[1:], part.parameters)) for part in found.parts)
+    assert half - max(steps) < stay <= half
 
 
 def test_errors_are_those_of_least_squares_on_each_prefix_of_the_search():
@@ -170,7 +274,7 @@ def test_silence_loses_nothing():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sites": ("mlp", "heads")}, "whole groups of channels"),
+        ({"guard": []}, "guard holds no batch"),
         ({"keep": 1.0}, "narrows nothing"),
         ({"keep": 0.0}, "keep must be"),
         ({"probes": 3}, "not all"),
@@ -195,6 +299,10 @@ CASES = {
     "llama": ("llama", {}),
     "experts": ("qwen3_moe", {"sites": "experts"}),
     "encoder": ("bert", {"selector": "wanda"}),
+    "heads and guard": (
+        "llama",
+        {"sites": ("mlp", "heads"), "guard": [torch.arange(24)[None] + 3]},
+    ),
 }
 
 
@@ -206,8 +314,8 @@ def test_a_measurement_that_was_killed_goes_on_and_finds_the_same(
     batches = [batch[:, :12] for batch in tiny_batches(count=4)]
     measure = functools.partial(grail.sensitivity, model, batches, progress=False, **settings)
     calls = []
-    errors = greedy.errors
-    monkeypatch.setattr(greedy, "errors", lambda *given: calls.append(1) or errors(*given))
+    of_part = _sensitivity._errors
+    monkeypatch.setattr(_sensitivity, "_errors", lambda *given: calls.append(1) or of_part(*given))
     expected = measure()
     of_all = len(calls)
     kill(2)
@@ -239,6 +347,7 @@ def test_a_measurement_that_ended_runs_nothing(tiny_llama, tiny_batches, tmp_pat
         ({"keep": 0.75}, "keep was 0.7 and is 0.75"),
         ({"probes": 2}, "probes was 1 and is 2"),
         ({"batches": slice(2)}, "calibration differs"),
+        ({"guard": [torch.arange(24)[None]]}, "guard text differs"),
         ({"selector": lambda view: view.width.best(view.gram.diagonal())}, "given by its name"),
     ],
 )
@@ -394,6 +503,21 @@ def test_least_loss_counts_parameters_not_channels():
     losses = [{1: 1.0, 2: 0.0}, {1: 1.0, 2: 0.0}]
     assert budget.least_loss(losses, 0.8, [10.0, 1.0]) == [1, 2]
     assert budget.least_loss(losses, 0.75, [1.0, 10.0]) == [2, 1]
+
+
+def test_least_loss_counts_the_parameters_of_each_width():
+    # Heads of one width may share more of them than those of a narrower one.
+    losses = [{1: 3.0, 2: 2.0, 3: 1.0, 4: 0.0}, {1: 1.0, 2: 0.0}]
+    costs = [{1: 4.0, 2: 8.0, 3: 6.0, 4: 10.0}, 5.0]
+    every = list(itertools.product((1, 2, 3, 4), (1, 2)))
+    for keep in (0.45, 0.55, 0.6, 0.7, 0.8, 0.95, 1.0):
+        fits = [(a, b) for a, b in every if costs[0][a] + 5 * b <= keep * 20]
+        least = min(losses[0][a] + losses[1][b] for a, b in fits)
+        a, b = budget.least_loss(losses, keep, costs)
+        assert (a, b) in fits
+        assert losses[0][a] + losses[1][b] == least
+    with pytest.raises(InputError, match="at the widths of its losses"):
+        budget.least_loss(losses, 0.5, [{1: 4.0}, 5.0])
 
 
 def test_least_loss_steps_over_a_width_that_is_no_better_than_its_neighbours_line():

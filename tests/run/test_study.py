@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grail import evaluate
+from grail import evaluate, sensitivity
 from grail.recipe import Recipe
 from grail.report import paired
 from grail.report.card import card
@@ -100,6 +100,19 @@ def test_every_stage_that_runs_is_predicted(heldout, compare, tiny_llama, tiny_b
     assert report.memory["predicted_peak"] == prediction.peak
     assert (stages_of.RUNS in report.stages) == (compare and heldout > 0)
     assert bool(report.samples) == bool(heldout)
+
+
+@pytest.mark.parametrize("alpha", ["auto", 1e-3], ids=["guarded", "fixed"])
+def test_widths_are_chosen_on_the_guard_of_the_run(alpha, tiny_llama, tiny_batches):
+    model, batches, guard = tiny_llama(), tiny_batches(6), tiny_batches(3, length=9, seed=5)
+    recipe = Recipe(0.6, ("mlp", "heads"), alpha=alpha)
+    runtime = Runtime(progress=False)
+    study = Study(model, tiny_llama, None, batches, {}, Stages(), runtime, guard=guard)
+    used = guard if alpha == "auto" else None
+    measured = sensitivity(model, batches, guard=used, recipe=recipe, runtime=runtime)
+    assert study.uneven(recipe).keep == measured.shares()
+    alone = sensitivity(model, batches, recipe=recipe, runtime=runtime)
+    assert (alone.losses == measured.losses) == (used is None)
 
 
 @pytest.mark.parametrize("layers", [2, 3])

@@ -5,7 +5,7 @@ import grail
 from grail import select
 from grail.algebra.width import ChannelWidth, HeadWidth
 from grail.select import pivots
-from grail.select.elimination import exact_cost
+from grail.select.elimination import errors_of_heads, exact_cost
 from grail.select.slimgpt import grouped_cholesky_cost
 
 H = 12
@@ -123,6 +123,24 @@ def test_heads_go_one_after_another_the_cheapest_first(name, width):
     gone = dropped_heads(name, seen)
     expected = [c for c in range(H) if c // 2 not in gone]
     assert select.get(name)(seen).index.tolist() == expected
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 2), (2, 3, 2), (3, 2, 2), (1, 4, 3)])
+def test_errors_of_heads_are_the_losses_of_those_that_are_dropped(shape):
+    groups, queries, _ = shape
+    widths = [
+        HeadWidth(*shape, kept_groups, kept_queries)
+        for kept_groups in range(1, groups + 1)
+        for kept_queries in range(1, queries + 1)
+    ]
+    found = errors_of_heads(site(widths[0]), widths)
+    for width, error in zip(widths, found, strict=True):
+        seen = site(width)
+        kept = select.get("greedy")(seen).index.tolist()
+        dropped = [c for c in range(H) if c not in kept]
+        h = hessian(seen, DAMPINGS["backward"])
+        expected = loss(seen.consumer, h, dropped) if dropped else 0.0
+        assert error == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_exact_cost_of_a_head_is_what_its_loss_costs():
