@@ -18,7 +18,7 @@ from tests.commands.test_export import write_whole
 from tests.convnets import images, network
 
 # A model under the names that pages use; those of the hub are folders in folders.
-MODELS = ("MODEL", "dense", "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct")
+MODELS = ("MODEL", "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct")
 _WORDS = 2000  # of a text; 5700 tokens, five sequences of the usual length
 _NETWORKS = """
 from tests.convnets import network
@@ -64,7 +64,7 @@ class Prepared:
             file = _known(name)
             if file is None or target.exists():
                 continue
-            self._make(name)
+            self.make(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
                 shutil.copytree(source, target)
@@ -72,12 +72,13 @@ class Prepared:
                 shutil.copy(source, target)
             self.place(file.beside, folder)
 
-    def _make(self, name: str) -> None:
+    def make(self, name: str) -> None:
+        """Makes a file of a known name, once."""
         file = _known(name)
         if file is None or (self._folder / name).exists():
             return
         for needed in file.beside:
-            self._make(needed)
+            self.make(needed)
         with inside(self._folder):
             file.make(self, name)
 
@@ -102,16 +103,28 @@ def _documents(files: Prepared, name: str) -> None:
     Path(name).write_text(json.dumps({"text": said, "body": said}) + "\n", encoding="utf-8")
 
 
-def _gguf(files: Prepared, name: str) -> None:
-    """A dense Llama of two blocks of 1024 channels, with a tokenizer of characters."""
+def _llama(files: Prepared, channels: int) -> Any:
+    """A Llama of two blocks, whose sizes 32 divides, as GGUF's formats need it."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
-    sizes = {"intermediate_size": 1024, "max_position_embeddings": 2048}
-    write_whole(files.tiny_model("llama", tie_word_embeddings=True, **heads, **sizes), Path(name))
+    sizes = {"intermediate_size": channels, "max_position_embeddings": 2048}
+    return files.tiny_model("llama", tie_word_embeddings=True, **heads, **sizes)
+
+
+def _gguf(files: Prepared, name: str) -> None:
+    """1024 channels, whose widths are multiples of 32 by default; a tokenizer of characters."""
+    write_whole(_llama(files, 1024), Path(name))
+
+
+def _dense(files: Prepared, name: str) -> None:
+    for part in grail.load_model("dense.gguf"):
+        part.save_pretrained(name)
 
 
 def _model(files: Prepared, name: str) -> None:
-    for part in grail.load_model("dense.gguf"):
-        part.save_pretrained(name)
+    """A folder of fewer channels, with the tokenizer of `dense.gguf`."""
+    files.make("dense.gguf")
+    _llama(files, 256).save_pretrained(name)
+    grail.load_model("dense.gguf")[1].save_pretrained(name)
 
 
 def _compressed(files: Prepared, name: str) -> None:
@@ -135,7 +148,8 @@ def _vit(files: Prepared, name: str) -> None:
 
 
 _FILES = {
-    **dict.fromkeys(MODELS, _File(_model, ("dense.gguf",))),
+    **dict.fromkeys(MODELS, _File(_model)),
+    "dense": _File(_dense, ("dense.gguf",)),
     **dict.fromkeys("abc", _File(_statistics, ("MODEL", "text.txt"))),
     "dense.gguf": _File(_gguf),
     "out": _File(_compressed, ("dense.gguf", "text.txt")),

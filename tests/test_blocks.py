@@ -213,22 +213,6 @@ def check_readme(_make, _compress, first, _export, library, _selector):
     assert "second-moment" in grail.select.names()
 
 
-def check_library_block(ran):
-    torch.manual_seed(0)
-    up, down = nn.Linear(64, 256), nn.Linear(256, 64)  # the dense ones, as the block made them
-    tokens = torch.randn(8, 1000, 64)
-    narrow_up, narrow_down, fit = (ran.names[name] for name in ("up", "down", "fit"))
-    assert narrow_up.weight.shape == (128, 64)
-    assert narrow_down.weight.shape == (64, 128)
-    with torch.no_grad():
-        dense = down(up(tokens).relu()) - down.bias
-        lost = narrow_down(narrow_up(tokens).relu()) - down.bias - dense
-    # fp32 activations, and errors of some tenths read from an fp32 Gram.
-    assert float(lost.norm() / dense.norm()) == pytest.approx(fit.error, rel=1e-4)
-    assert fit.error < fit.baseline_error
-    assert ran.printed.split(" → ") == [str(fit.baseline_error), f"{fit.error}\n"]
-
-
 def check_accumulating(accumulated, _make):
     gram = accumulated.names["grams"]["model.layers.0.mlp.down_proj"]
     expected = gram.matrix().double() * 2 / gram.samples
@@ -276,7 +260,22 @@ def check_own_selector(functions, named, tested, _command):
     assert all(site.error > 0 for site in functions.names["report"].sites)
 
 
-def check_gram(one_layer, model, _pruned, kernel):
+def check_fitted_pair(ran):
+    """The error that it prints is that of the two layers in fp64."""
+    torch.manual_seed(0)
+    up, down = nn.Linear(64, 256), nn.Linear(256, 64)  # the dense ones, as the block made them
+    with torch.no_grad():
+        hidden = up(torch.randn(8, 1000, 64)).relu().flatten(0, 1).double()
+        dense = hidden @ down.weight.double().T
+        kept, fit = ran.names["kept"], ran.names["fit"]
+        lost = hidden[:, kept] @ ran.names["down"].weight.double().T - dense
+    assert float(lost.norm() / dense.norm()) == pytest.approx(fit.error, rel=1e-4)
+    assert ran.printed == f"{fit.baseline_error:.3f} → {fit.error:.3f}\n"
+    assert fit.error < fit.baseline_error
+
+
+def check_gram(one_layer, model, pruned, kernel):
+    check_fitted_pair(pruned)
     assert one_layer.printed == "torch.Size([512, 512]) 32 4096\n"
     assert len(model.names["grams"]) > 0
     x = kernel.names["x"].double()

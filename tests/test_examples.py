@@ -49,7 +49,7 @@ def test_a_model_is_compressed_and_both_generate(run, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said[:2]] == ["dense:", "narrow:"]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert {block.mlp.down_proj.in_features for block in model.model.layers} == {768}
+    assert {block.mlp.down_proj.in_features for block in model.model.layers} == {192}
 
 
 def test_gptq_of_the_own_loop_is_better_than_rounding_to_nearest(run):
