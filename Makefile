@@ -28,9 +28,10 @@ adapters: $(VENV)/installed ## create an environment for each library with an ad
 serving: $(VENV)/installed ## create an environment with llama.cpp, ONNX Runtime and OpenVINO; SERVING=--test tests
 	$(RUN) bench.tools.serving $(SERVING)
 
-lint: $(VENV)/installed ## check style, formatting and types
+lint: $(VENV)/installed ## check style, formatting, spelling and types
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(RUN) codespell_lib
 	$(RUN) mypy
 
 format: $(VENV)/installed ## apply the style that lint checks

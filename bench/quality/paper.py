@@ -265,7 +265,7 @@ def median(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def held(subject: Subject, batches: list[Any]) -> dict[str, Any]:
-    """What a run has before it starts: bytes of weights and of calibration inputs."""
+    """The bytes that a run has before it starts: of weights and of calibration inputs."""
     tensors = (x for batch in batches for x in tree_leaves(batch) if isinstance(x, Tensor))
     return {
         "weights_bytes": sum(p.nbytes for p in subject.network.parameters()),

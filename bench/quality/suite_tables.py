@@ -25,7 +25,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 class Run(NamedTuple):
-    """What models were compressed on, and how; empty of folders, which do not name it."""
+    """The text and settings that models were compressed with; empty of folders, which do not name it."""
 
     calibration: str
     tokens: str

@@ -1,4 +1,4 @@
-"""GPTQModel: its `GPTQ` class accumulates a packed Gram for each device, in the place of H.
+"""GPTQModel: its `GPTQ` class accumulates a packed Gram for each device, instead of H.
 
     from grail.adapters import gptqmodel
     with gptqmodel.installed():

@@ -39,7 +39,7 @@ class Drift:
     Args:
         outputs, channels: O and H.
         device: where the sums live.
-        of_target: whether they are sums of the target t in the place of δ.
+        of_target: whether they are sums of the target t instead of δ.
     """
 
     @torch.inference_mode(False)  # so that it can be updated outside, too

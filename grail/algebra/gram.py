@@ -125,7 +125,7 @@ class Gram:
             drift: [..., O] what the consumer's output lacks of the dense network's stream, on the
                 Gram's device; see `grail.algebra.drift`. Where only some calls give it, its sums
                 stand for all tokens; where none does, there is no drift.
-            target: [..., O] what the consumer should return, without its bias, in the place of
+            target: [..., O] what the consumer should return, without its bias, instead of
                 `drift`; then every call gives it.
             samples: how many samples `x` is of, for `hessian(per="sample")`. Default: the size of
                 its first axis; 1 for [T, H] and [H], as GPTQ's loops count; 0 if there is no token.

@@ -12,7 +12,7 @@ pruning or folding, is 0 without any product.
 **Sketch.** The outputs enter as Ω W, Ω C: S sums of all outputs with random signs, a row of Ω
 [S, O] each. E‖Ω Y‖² = S·‖Y‖² for any Y, and all candidates are compared on the same Ω, so that
 errors of different α differ by their difference on all outputs up to a relative noise of about
-√(2/S) of that difference. A pair of solve and error takes 4·S·K² FLOPs in the place of 4·O·K². With
+√(2/S) of that difference. A pair of solve and error takes 4·S·K² FLOPs instead of 4·O·K². With
 few outputs, O ≤ 2·S, the choice is made on all of them.
 
 **Search.** In log α the error falls to a minimum and rises after it. The middle of the grid comes

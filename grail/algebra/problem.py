@@ -8,8 +8,8 @@ what that leaves out (for a selection: the dropped columns of W, nothing else),
     Δ  = (Q − λ W₀)(A + λI)⁻¹                toward zero; the paper's W G Rᵀ (A + λI)⁻¹ at β = 0
 
 C = Σ δ xᵀ is the drift's share (`grail.algebra.drift`). The target is W x + β δ; at β = 1 it is the
-dense network's stream after the consumer. Δ is linear in β. Where T = Σ t xᵀ was recorded in the
-place of C,
+dense network's stream after the consumer. Δ is linear in β. Where T = Σ t xᵀ was recorded instead
+of C,
 
     C Rᵀ = T Rᵀ − W₀ A − V G Rᵀ
 

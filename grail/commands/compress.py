@@ -66,7 +66,7 @@ class CompressOptions:
     )
     select_on: list[str] | None = setting(
         None,
-        "Text by which channels, and with --uneven widths, are chosen, in the place of the "
+        "Text by which channels, and with --uneven widths, are chosen, instead of the "
         "calibration, which then only fits. Text of many kinds, given once for each, loses much "
         "less on kinds that the calibration lacks. Not with --statistics.",
         metavar="TEXT",

@@ -304,7 +304,7 @@ def _classes(code: RemoteCode) -> tuple[Any, Any]:
 
 
 def _make_stock(model: Any, stock: Stock) -> None:
-    """Turns a model of generated classes, which add nothing but construction, into a stock one."""
+    """Turns a model of generated classes, which add construction alone, into a stock one."""
     base = getattr(model, stock.prefix)
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     for config in configs.values():

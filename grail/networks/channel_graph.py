@@ -595,7 +595,7 @@ def _is_alike_for_all(module: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Bare:
-    """What is computed of one parameter or buffer alone.
+    """The values that are computed of one parameter or buffer alone.
 
     Args:
         node: that reads the parameter.

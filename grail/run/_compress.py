@@ -72,7 +72,7 @@ def compress(
             pruning's. They run through the network as the calibration does and are never fitted:
             they choose, together with its held-out sequences, what is "auto" (see `grail.fit`).
             Needs `compensate` and an automatic `alpha`.
-        select_on: batches by which channels are selected, in the place of the calibration, which
+        select_on: batches by which channels are selected, instead of the calibration, which
             then only fits.
         recipe: a `grail.Recipe`, the name of a preset ("default", "paper", "prune", "flap",
             "slimgpt"), or the path of a recipe file.

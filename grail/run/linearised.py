@@ -36,7 +36,7 @@ from grail_kernels import add_products, full_fp32
 
 @dataclass(frozen=True)
 class Linearised(ABC):
-    """What a refit reads of a site, and computes with a part of its producers.
+    """The reading of a site for a refit, and the computation with a part of its producers.
 
     Args:
         stream: at the entry of the site's block.

@@ -258,7 +258,7 @@ class _Rehearsal:
         return _Stage(int(self._grown), inputs, 0, self._held - before, peak - before), narrowed
 
     def _fit_each(self, sites: Sequence[FitSite], *, fit_bias: bool, **_: Any) -> list[Fit]:
-        """Returns plain fits in the place of `fit_each`, and records what that would take.
+        """Returns plain fits instead of `fit_each`, and records what that would take.
 
         Of the tokens of two batches an expert may get too few, of those of the run enough.
         """

@@ -108,7 +108,7 @@ class Study:
         runtime: how all runs are computed; the network's own run alone is resumed.
         say: called with the name of the next step.
         guard: batches of guard text, for the runs that can use one.
-        select_on: batches by which channels and uneven widths are chosen, in the place of the
+        select_on: batches by which channels and uneven widths are chosen, instead of the
             calibration.
 
     Memory: from the dense row on, the dense network's outputs are kept on the host, so that no

@@ -72,7 +72,7 @@ def compress_checkpoint(
             dense network, `grail.Collected(folder)`, for the open loop.
         guard: a second kind of text, on which no site's output becomes worse than plain pruning's;
             see `grail.compress`. Read as the calibration, 16,384 tokens of it.
-        select_on: text by which channels are selected, and uneven widths, in the place of the
+        select_on: text by which channels are selected, and uneven widths, instead of the
             calibration, which then only fits: the more kinds of text, the less the model loses on
             those that the calibration lacks. Read as the calibration, 16,384 tokens of it.
         evaluate: held-out text, on which the dense, the pruned and the restored model are compared;
@@ -124,7 +124,7 @@ _COMMAND = ContextVar("command", default="")
 
 @contextmanager
 def started_by(command: str) -> Iterator[None]:
-    """Names a command in the reports of the calls inside, in the place of these calls."""
+    """Names a command in the reports of the calls inside, instead of these calls."""
     token = _COMMAND.set(command)
     try:
         yield

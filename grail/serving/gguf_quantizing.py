@@ -87,7 +87,7 @@ def grids_for(
 
     Args:
         folder: of the model.
-        model: changed in place where it is to be quantised.
+        model: changed in place where it is quantised.
         tokenizer: of the folder.
         asked: the format; None takes the folder as it is.
         texts: to quantise with, and to compare on.

@@ -43,7 +43,7 @@ class Part:
 
     @property
     def span(self) -> Range:
-        """Where the rows lie now."""
+        """The place of the rows now."""
         return self.producer.spans()[self.number]
 
     @property
