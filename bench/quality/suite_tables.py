@@ -25,7 +25,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 class Run(NamedTuple):
-    """The text and settings that models were compressed with; empty of folders, which do not name it."""
+    """The text and settings of a compression; empty of folders, which do not name them."""
 
     calibration: str
     tokens: str
