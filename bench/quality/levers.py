@@ -47,6 +47,7 @@ WRITTEN = "written"  # text by the dense model itself, from the token between do
 WRITTEN_TOKENS = 16 * LENGTH
 BEGIN = "<|endoftext|>"  # between the documents on which SmolLM2 was trained
 DEFAULTS, PRUNED, DENSE = "defaults", "pruned", "dense"
+BROAD = "selected on general"
 ATTENTION = {"correct_attention": True}
 # The consumers of heads that all stay are refitted to the drift.
 OUTPUT = {"keep": {"mlp": 0.5, "heads": 1.0}, "sites": ("mlp", "heads")}
@@ -66,7 +67,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "guard text": {},
     "selected on brown": {},
     "selected on passages": {},
-    "selected on general": {},
+    BROAD: {},
     "selected on written": {},
     "selected on general, producers": {"refit_producers": 3},
     "uneven widths, selected on general": {},
@@ -81,7 +82,7 @@ OTHERS: dict[str, tuple[str, str, int]] = {
     "selected on brown": ("select_on", "brown", 16),
     "selected on passages": ("select_on", "passages", 16),
     "selected on written": ("select_on", "written", 16),
-} | {lever: ("select_on", "general", 18) for lever in LEVERS if "selected on general" in lever}
+} | {lever: ("select_on", "general", 18) for lever in LEVERS if BROAD in lever}
 
 
 class Cell(NamedTuple):
@@ -108,7 +109,10 @@ CELLS: tuple[Cell, ...] = (
     Cell("technical", 64, (PRUNED, DEFAULTS, BEST)),
     Cell("passages and brown", 16, (PRUNED, DEFAULTS, "producers", UNEVEN)),
     Cell("general", 64, (PRUNED, DEFAULTS, BEST)),
-    *(Cell("passages", 16, _OWN[:3], keep=keep) for keep in (0.9, 0.8, 0.7, 0.6, 0.4, 0.3)),
+    *(
+        Cell("passages", 16, (*_OWN[:3], BROAD), keep=keep)
+        for keep in (0.9, 0.8, 0.7, 0.6, 0.4, 0.3)
+    ),
 )
 
 

@@ -96,18 +96,18 @@ class Page:
         return markdown(["lever", *(f"read on {text}" for text in texts)], lines)
 
     def ratios(self, calibration: str, sequences: int) -> str:
-        """A table of the defaults at every keep ratio of MLPs."""
+        """A table of the defaults at every keep ratio of MLPs, and with channels by broad text."""
         rows = sorted(
             (
                 row
                 for row in self._found.values()
                 if row["sites"] == "mlp"
-                and row["lever"] == levers.DEFAULTS
+                and row["lever"] in (levers.DEFAULTS, levers.BROAD)
                 and (row["calibration"], row["sequences"]) == (calibration, str(sequences))
             ),
             key=lambda row: -float(row["keep"]),
         )
-        return markdown(*levers.table(rows, ("keep",), gains=False))
+        return markdown(*levers.table(rows, ("keep", "lever"), gains=False))
 
     def swaps(self, tokens: str) -> str:
         """The mean relative change of single sites' squared errors by swaps, "-0.1%"."""
