@@ -192,3 +192,11 @@ def tiny_folder(
 def no_rehearsal(monkeypatch):
     """Lets runs start without the rehearsal that predicts their memory, to count calls once."""
     monkeypatch.setattr("grail.run.peak_memory.predict", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tiny_model):
+    """The files that pages and examples name, of small models, made once they are asked for."""
+    from tests.prepared import Prepared
+
+    return Prepared(tmp_path_factory.mktemp("prepared"), tiny_model)

@@ -33,7 +33,7 @@ import typer.main  # noqa: E402
 
 from grail.commands import app  # noqa: E402
 from tests.commands.test_cli import grail as command  # noqa: E402
-from tests.prepared import Prepared, inside  # noqa: E402
+from tests.prepared import inside  # noqa: E402
 
 # What a command is given in addition, so that it takes seconds: the last value of an option counts.
 FEWER = {
@@ -52,11 +52,6 @@ class Ran:
     folder: Path
     names: dict[str, Any] = field(default_factory=dict)
     printed: str = ""
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory, tiny_model):
-    return Prepared(tmp_path_factory.mktemp("prepared"), tiny_model)
 
 
 @pytest.fixture
@@ -95,7 +90,7 @@ def run(prepared, tmp_path, monkeypatch):
 
 
 def runs(block: Block) -> bool:
-    """Whether a block is run; one of an unknown language or without a good reason fails."""
+    """True for a block that is run; an unknown language, or no good reason, fails."""
     if block.language in SHOWN:
         return False
     assert block.language in ("python", *COMMANDS), (

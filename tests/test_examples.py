@@ -14,17 +14,12 @@ import grail
 pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
-from tests.prepared import Prepared, inside  # noqa: E402
+from tests.prepared import inside  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").glob("*.py"))
 TINY = ["--model", "MODEL", "--text", "text.txt", "--length", "64", "--tokens", "1024"]
 HELD_OUT = ["--heldout", "heldout.txt"]
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory, tiny_model):
-    return Prepared(tmp_path_factory.mktemp("prepared"), tiny_model)
 
 
 @pytest.fixture

@@ -292,7 +292,7 @@ class Stream:
 
     @property
     def chooses(self) -> bool:
-        """Whether some samples choose α and β where these are automatic."""
+        """Whether some samples choose an automatic α or β."""
         return self.holds_out or Role.GUARD in self.others
 
     @property

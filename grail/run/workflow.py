@@ -193,13 +193,8 @@ class _Call:
     select_on: Text | Mixture | None = None
 
     def __repr__(self) -> str:
-        further = {name: value for name, value in self.further.items() if value is not None}
-        given = {
-            name: value
-            for name, value in vars(self).items()
-            if name != "runtime" and name not in self.further
-        }
-        given |= further
+        left_out = {"runtime", *(name for name, text in self.further.items() if text is None)}
+        given = {name: value for name, value in vars(self).items() if name not in left_out}
         return f"grail.compress_checkpoint({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
     @property

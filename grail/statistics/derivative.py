@@ -22,8 +22,7 @@ from grail.networks import BoundSite
 from grail.networks.layers import Consumer
 from grail.runtime.hooks import Stop, input_of
 from grail.runtime.memory import ran_out
-from grail.statistics.observing import watch
-from grail.statistics.slopes import Part, Reading
+from grail.statistics.slopes import Part, Reading, stopping
 
 # Of |A v||y|, what v·Aᵀy and A v·y may differ by rounding.
 DOT_RTOL = 1e-3
@@ -90,14 +89,6 @@ def differentiate(
     (consumer,) = site.consumers
     mode = torch.is_grad_enabled()
 
-    def take(*_: Any) -> None:
-        if not probes:
-            raise Stop
-
-    def land(landed: Tensor) -> None:
-        found.landed = landed
-        raise Stop
-
     with suppress(Stop), ExitStack() as hooks:
         hooks.callback(torch.set_grad_enabled, mode)
         hooks.enter_context(forward_ad.dual_level())
@@ -106,8 +97,7 @@ def differentiate(
         hooks.enter_context(module.register_forward_hook(write, with_kwargs=True))
         end = partial(_end, found, consumer, mode)
         hooks.enter_context(consumer.module.register_forward_pre_hook(end, with_kwargs=True))
-        observe = land if probes else None
-        hooks.enter_context(watch(site, stream.blocks[site.block], take, observe))
+        hooks.enter_context(stopping(found, stream, site, probes))
         stream.run(site.block, batch)
     return found
 

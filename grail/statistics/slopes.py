@@ -7,7 +7,7 @@ channels and tokens in one pass.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -97,6 +97,23 @@ def read(
     """
     found = Reading()
     (consumer,) = site.consumers
+    with suppress(Stop), ExitStack() as hooks:
+        if part is not None:
+            hooks.enter_context(forward_ad.dual_level())
+            write = partial(_write, found, part, duals)
+            module = part.producer.module
+            hooks.enter_context(module.register_forward_hook(write, with_kwargs=True))
+        unpack = partial(_unpack, found)
+        hooks.enter_context(consumer.module.register_forward_pre_hook(unpack, with_kwargs=True))
+        hooks.enter_context(stopping(found, stream, site, probes))
+        stream.run(site.block, batch)
+    return found
+
+
+def stopping(
+    found: Reading, stream: Stream, site: BoundSite, probes: bool
+) -> AbstractContextManager[None]:
+    """Ends a pass at the site's consumer, or at its probe, whose value is then put into `found`."""
 
     def take(*_: Any) -> None:
         if not probes:
@@ -106,18 +123,7 @@ def read(
         found.landed = landed
         raise Stop
 
-    with suppress(Stop), ExitStack() as hooks:
-        if part is not None:
-            hooks.enter_context(forward_ad.dual_level())
-            write = partial(_write, found, part, duals)
-            module = part.producer.module
-            hooks.enter_context(module.register_forward_hook(write, with_kwargs=True))
-        unpack = partial(_unpack, found)
-        hooks.enter_context(consumer.module.register_forward_pre_hook(unpack, with_kwargs=True))
-        observe = land if probes else None
-        hooks.enter_context(watch(site, stream.blocks[site.block], take, observe))
-        stream.run(site.block, batch)
-    return found
+    return watch(site, stream.blocks[site.block], take, land if probes else None)
 
 
 def _write(

@@ -238,12 +238,17 @@ def test_several_processes_guard_as_one(calibration, guard):
         torch.testing.assert_close(weight, alone["weights"][name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_whole_workflow_takes_a_guard_and_names_it(tiny_folder, tmp_path):
-    texts = []
-    for number in range(2):
+def written(folder, count):
+    """Files of different random words."""
+    texts = [folder / f"{number}.txt" for number in range(count)]
+    for number, text in enumerate(texts):
         words = torch.randint(3, 90, (800,), generator=torch.Generator().manual_seed(number))
-        texts.append(tmp_path / f"{number}.txt")
-        texts[-1].write_text(" ".join(f"w{word}" for word in words.tolist()))
+        text.write_text(" ".join(f"w{word}" for word in words.tolist()))
+    return texts
+
+
+def test_a_whole_workflow_takes_a_guard_and_names_it(tiny_folder, tmp_path):
+    texts = written(tmp_path, 2)
     how = {"tokens": 128, "sequence_length": 16}
     report = grail.compress_checkpoint(
         tiny_folder,
@@ -265,11 +270,7 @@ def test_a_whole_workflow_takes_a_guard_and_names_it(tiny_folder, tmp_path):
 
 
 def test_a_whole_workflow_selects_on_other_texts_and_names_them(tiny_folder, tmp_path):
-    texts = []
-    for number in range(3):
-        words = torch.randint(3, 90, (800,), generator=torch.Generator().manual_seed(number))
-        texts.append(tmp_path / f"{number}.txt")
-        texts[-1].write_text(" ".join(f"w{word}" for word in words.tolist()))
+    texts = written(tmp_path, 3)
     how = {"tokens": 128, "sequence_length": 16, "seed": 0}
     calibration = grail.Text(str(texts[0]), **how)
     settings = {"keep": 0.5, "progress": False}
