@@ -104,7 +104,7 @@ CELLS: tuple[Cell, ...] = (
     Cell("brown", 16, (PRUNED, DEFAULTS, "selected on passages")),
     Cell("brown", 32, _OWN),
     Cell("brown", 32, _OWN, ("mlp", "heads"), 0.7),
-    Cell("general", 256, (BEST,)),
+    Cell("general", 256, (PRUNED, BEST)),
     Cell("documentation", 48, (PRUNED, DEFAULTS, BEST)),
     Cell("technical", 64, (PRUNED, DEFAULTS, BEST)),
     Cell("passages and brown", 16, (PRUNED, DEFAULTS, "producers", UNEVEN)),
