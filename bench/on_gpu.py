@@ -95,7 +95,7 @@ class Step:
 def run_trials(run: Run) -> None:
     """The candidates of the Gram kernel: checked, then timed beside the library's product."""
     limit = ["--device", run.device, "--seconds", str(run.left())]
-    if trials.main([*limit, "--write", run.path("wide.csv")]):
+    if trials.main([*limit, "--output", run.path("wide.csv")]):
         raise ArithmeticError("the shipped kernel failed its check, see above")
 
 
@@ -105,7 +105,7 @@ def run_gram(run: Run, file: str = "gram.csv") -> None:
     shapes = [(64, 40)] if run.dry else itertools.product(tokens, channels)
     cases = [f"--shape={count},{width}" for count, width in shapes]
     limit = ["--device", run.device, "--seconds", str(run.left()), "--repeats", "5"]
-    if gram_bench.main([*limit, "--dtype", "bf16", *cases, "--write", run.path(file)]):
+    if gram_bench.main([*limit, "--dtype", "bf16", *cases, "--output", run.path(file)]):
         raise ArithmeticError("a result was wrong, see the tables above")
 
 
@@ -114,7 +114,7 @@ def _calibrated(run: Run, design: str, file: str, blocks: int) -> list[str]:
     sizes = ["--blocks", str(run.size(blocks, 1))]
     if run.dry:
         sizes += ["--tokens", "64", "--sequence-length", "32"]
-    return ["--device", run.device, "--designs", design, *sizes, "--write", run.path(file)]
+    return ["--device", run.device, "--designs", design, *sizes, "--output", run.path(file)]
 
 
 def run_paper(run: Run) -> None:

@@ -1,6 +1,6 @@
 """GPTQModel's `GPTQ`: calls of add_batch and one materialize_global_hessian, alone and with grail.
 
-python -m bench.adapters.gptqmodel_hessian --write     in an environment with gptqmodel
+python -m bench.adapters.gptqmodel_hessian      in an environment with gptqmodel
 
 Columns of the table: milliseconds of both, theirs over ours; and ours over theirs of the memory of
 the sums between calls (held), and of what torch allocates at the peak of all calls, with fp32
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, saves."""
     parser = CommandLine(
         __doc__,
-        *("threads", "repeats", "dtype", "write"),
+        *("threads", "repeats", "dtype"),
         takes="3 minutes on 2 cores",
         results="adapters_gptqmodel",
         repeats={"default": 5},

@@ -309,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     name = "adapters_sites" if "--sites" in given else "adapters_torch_pruning"
     parser = CommandLine(
         __doc__,
-        *("keep", "threads", "write"),
+        *("keep", "threads"),
         results=name,
         takes="3 minutes on one core; with --sites 8",
     )
@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
         columns = ("way", "seed", "parameters", "accuracy", "returned", "seconds")
         rows = [_told(row, columns) for row in accuracies(options.keep, options.cache)]
     print(aligned(columns, [[row[column] for column in columns] for row in rows]))
-    save(options, rows)
+    save(options, rows, ("parameters", "accuracy", "returned", "seconds"))
     return 0
 
 

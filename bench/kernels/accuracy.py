@@ -1,6 +1,6 @@
 """Error and bias of a Gram matrix against the number of tokens, on activations with a mean.
 
-python -m bench.kernels.accuracy --write     writes bench/results/accuracy_cpu.csv
+python -m bench.kernels.accuracy --output bench/results     writes bench/results/accuracy_cpu.csv
 
 Columns and providers: docs/benches.md.
 """
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, saves; the exit code is 1 if grail's sums are biased."""
     parser = CommandLine(
         __doc__,
-        *("device", "threads", "write"),
+        *("device", "threads"),
         takes="minutes on 2 cores; fewer --tokens, less time",
         results="accuracy{device}",
         device={"default": "cpu"},
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = measure(options.device, options.tokens, options.channels)
     names = ("provider", "dtype", "chain", "tokens", "error", "diagonal_bias")
     print(aligned(names, [[row[name] for name in names] for row in rows], words=3))
-    save(options, rows)
+    save(options, rows, ("error", "diagonal_bias"))
     return int(bool(biased(rows)))
 
 

@@ -29,7 +29,7 @@ def parse_mlp(
     **settings: Any,
 ) -> argparse.Namespace:
     """The options of a bench of MLP sites; `shapes`: O and H of those named, or of usual ones."""
-    names = ("model", "keep", *shared, "device", "threads", "repeats", "seconds", "write")
+    names = ("model", "keep", *shared, "device", "threads", "repeats", "seconds")
     parser = CommandLine(doc, *names, model={"choices": [*MLP_SITES]}, **settings)
     parser.add_argument("--shape", action="append", type=sizes("O,H"), metavar="O,H", default=[])
     options = parser.read(arguments)
@@ -65,7 +65,7 @@ def run(
     deadline = time.monotonic() + options.seconds
     rows: list[Measured] = []
     failed = False
-    save(options, records(rows))
+    save(options, records(rows), done=False)
     for name, measure in cases:
         if time.monotonic() > deadline:
             print(f"{name}: left out, --seconds are over")
@@ -78,5 +78,6 @@ def run(
             continue
         rows += found
         print(show(found), flush=True)
-        save(options, records(rows))
+        save(options, records(rows), done=False)
+    save(options, records(rows))
     return int(failed)

@@ -520,7 +520,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     models = sorted({*MODELS, *HEADS, *EXPERTS})
     parser = CommandLine(
         __doc__,
-        *("model", "dtype", "device", "threads", "repeats", "seconds", "write"),
+        *("model", "dtype", "device", "threads", "repeats", "seconds"),
         takes="about 5 minutes on 2 cores; --seconds limits it",
         results="gram{device}",
         model={"choices": models},
@@ -555,8 +555,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.predict:
         gpus = [model.GPUS[name] for name in options.predict]
         found = [n for gpu in gpus for n in predict(gpu, options.shapes, options.dtype)]
-        if options.write:
-            write_rows(options.write, found)
+        if options.output:
+            write_rows(options.output, found)
         return 0
     cases.announce(options.device)
     if options.device == "cpu":

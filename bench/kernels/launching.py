@@ -159,7 +159,7 @@ def measure() -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, writes."""
-    parser = CommandLine(__doc__, "write", takes="20 seconds", results="launching")
+    parser = CommandLine(__doc__, takes="20 seconds", results="launching")
     options: argparse.Namespace = parser.read(arguments)
     torch.set_num_threads(1)
     rows = measure()

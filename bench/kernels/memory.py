@@ -1,6 +1,6 @@
 """Memory of one site's statistics against its channels: grail's accumulator and a dense fp32 G.
 
-python -m bench.kernels.memory --write     writes bench/results/memory_cpu.csv
+python -m bench.kernels.memory --output bench/results     writes bench/results/memory_cpu.csv
 
 Columns and providers: docs/benches.md.
 """
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, saves."""
     parser = CommandLine(
         __doc__,
-        *("device", "write"),
+        "device",
         takes="minutes on 2 cores",
         results="memory{device}",
         device={"default": "cpu"},

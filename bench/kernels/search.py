@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, saves; the exit code is 1 if a result was wrong."""
     parser = CommandLine(
         __doc__,
-        *("device", "repeats", "seconds", "write"),
+        *("device", "repeats", "seconds"),
         takes="three minutes on two cores",
         results="search{device}",
         repeats={"default": 5},

@@ -221,7 +221,7 @@ def predicted(tokens: int, channels: int, roof: Roof) -> Row:
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
-    """Checks the candidates, then times those that passed; `--write` has every shape so far."""
+    """Checks the candidates, then times those that passed; `--output` has every shape so far."""
     deadline = time.monotonic() + options.seconds - _MARGIN
     device = options.device
     found = candidates(device)
@@ -242,8 +242,8 @@ def measure(options: argparse.Namespace) -> list[Row]:
         print(f"\n{tokens} tokens x {channels} channels, s")
         print(aligned(columns, [[row[c] for c in columns] for row in of_shape]), flush=True)
         rows += [*of_shape, predicted(tokens, channels, roof)]
-        if options.write:
-            write_rows(options.write, [row | machine(device) for row in rows])
+        if options.output:
+            write_rows(options.output, [row | machine(device) for row in rows])
     return rows
 
 
@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Checks and times, or lists; the exit code is 1 if the shipped kernel failed its check."""
     parser = CommandLine(
         __doc__,
-        *("device", "seconds", "write"),
+        *("device", "seconds"),
         takes="some 2 minutes of a GPU",
         results="wide{device}",
         seconds={"default": 150.0, "help": "of all (default %(default)s)"},

@@ -201,7 +201,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with defaults filled in."""
     parser = CommandLine(
         __doc__,
-        *("keep", "device", "threads", "repeats", "write"),
+        *("keep", "device", "threads", "repeats"),
         takes="about 15 minutes on 2 cores with the defaults",
         results="calibrate{device}",
         repeats={"default": 3, "help": "rounds (default 3)"},

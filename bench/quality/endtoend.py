@@ -17,7 +17,7 @@ import torch
 import grail
 from bench.tools import assets, texts
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, Table
+from bench.tools.measuring import Table
 from grail.files.load import load_model
 from grail.files.packing import token_batches
 from grail.report._evaluate import evaluate
@@ -80,14 +80,14 @@ class Subject:
         return model, grail.compress(model, calibration, progress=sys.stderr.isatty(), **settings)
 
 
-def table() -> None:
+def table(folder: Path) -> None:
     """Every model of every cell, on held-out text."""
-    out = Table(RESULTS / "smollm2_table.csv", ("text", "sites", "keep", "model"))
+    out = Table(folder / "smollm2_table.csv", ("text", "sites", "keep", "model"))
     subject = Subject()
     for text, sites, keep in CELLS:
         models = MODELS | OTHERS.get((text, sites, keep), {})
-        missing = [name for name in models if (text, sites, keep, name) not in out]
-        dense_missing = (text, "", 1.0, "dense") not in out
+        missing = [name for name in models if not out.measured(text, sites, keep, name)]
+        dense_missing = not out.measured(text, "", 1.0, "dense")
         if not (missing or dense_missing):  # nor is its text to be fetched and cut
             continue
         of = texts.TEXTS[text]
@@ -130,15 +130,15 @@ def _table_row(
     }
 
 
-def calibration(keep: float = 0.5, heldout_tokens: int = 8 * LENGTH) -> None:
+def calibration(folder: Path, keep: float = 0.5, heldout_tokens: int = 8 * LENGTH) -> None:
     """MLP at one keep ratio: how much text and which ridge, on the text's domain and another."""
-    out = Table(RESULTS / "smollm2_calibration.csv", ("calibration_tokens", "alpha", "toward"))
+    out = Table(folder / "smollm2_calibration.csv", ("calibration_tokens", "alpha", "toward"))
     subject = Subject()
     heldout = {t: subject.batches(t, "heldout", heldout_tokens) for t in ("brown", "python")}
     todo = [(n, a, "baseline") for n in LENGTHS for a in ALPHAS]
     todo += [(LENGTHS[1], a, "zero") for a in ALPHAS[3:]]
     for tokens, alpha, toward in todo:
-        if (tokens, alpha, toward) in out:
+        if out.measured(tokens, alpha, toward):
             continue
         batches = subject.batches("brown", "calibration", tokens)
         settings = {**PAPER, "keep": keep, "alpha": alpha, "toward": toward}
@@ -158,12 +158,11 @@ def calibration(keep: float = 0.5, heldout_tokens: int = 8 * LENGTH) -> None:
 
 def main() -> None:
     """Measures one part."""
-    parser = CommandLine(
-        __doc__, writes="bench/results/smollm2_*.csv, row by row", takes="hours on 2 cores"
-    )
+    parser = CommandLine(__doc__, rows="smollm2_*", takes="hours on 2 cores")
     parts = {"table": table, "calibration": calibration}
     parser.add_argument("part", choices=parts, help="the experiment to run")
-    parts[parser.read().part]()
+    options = parser.read()
+    parts[options.part](options.output)
 
 
 if __name__ == "__main__":

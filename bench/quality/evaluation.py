@@ -28,7 +28,7 @@ from bench.quality.endtoend import LENGTH, Subject
 from bench.quality.endtoend import TEXTS as CACHE
 from bench.quality.suite_tables import Scores, tables
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, Table
+from bench.tools.measuring import Table
 from bench.tools.tables import aligned
 from bench.tools.texts import TEXTS
 from grail.errors import InputError
@@ -391,7 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = CommandLine(
         __doc__,
         *("keep", "model"),
-        writes="bench/results/evaluation.csv or --output, row by row",
+        rows="evaluation",
         takes="11 minutes of a core for a model, 5 with --quick, and its compression",
         model={
             "choices": ["dense", *MODELS],
@@ -411,7 +411,6 @@ def main(arguments: list[str] | None = None) -> None:
     for name, of in (("sequences", "a text"), ("questions", "a task"), ("prompts", "a text")):
         sizes = f"default {FULL[name]}; with --quick {QUICK[name]}"
         parser.add_argument(f"--{name}", type=int, help=f"of {of} ({sizes})")
-    parser.add_argument("--output", type=Path, default=RESULTS / "evaluation.csv", help="a CSV")
     parser.add_argument("--show", action="store_true", help="measure nothing, print the tables")
     options = parser.read(arguments)
     if options.show:

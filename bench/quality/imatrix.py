@@ -1,6 +1,6 @@
 """The importance matrix of `grail export --imatrix` beside that of stock `llama-imatrix`.
 
-    python -m bench.quality.imatrix --tools LLAMA/build/bin --work .imatrix --write
+    python -m bench.quality.imatrix --tools LLAMA/build/bin --work .imatrix --output bench/results
 
 SmolLM2-135M with half of each MLP, even and uneven, calibrated on half of the Brown corpus. Each
 file is quantised by stock `llama-quantize` without an importance matrix, with GRAIL's and with that
@@ -110,7 +110,7 @@ def rows(options: argparse.Namespace, table: Table) -> Iterator[Row]:
         made = folder(model, options)
         print(model, difference(made / "grail.gguf", made / "llama.cpp.gguf"), flush=True)
         for form, matrix in cases:
-            if (model, form, matrix) in table:
+            if table.measured(model, form, matrix):
                 continue
             file = made / ("f32.gguf" if form == "F32" else "quantised.gguf")
             if form != "F32":
@@ -132,15 +132,13 @@ def rows(options: argparse.Namespace, table: Table) -> Iterator[Row]:
 
 def main() -> None:
     """Measures what is missing and prints a table."""
-    parser = CommandLine(
-        __doc__, "threads", "write", takes="about 20 minutes on one CPU", results="imatrix"
-    )
+    parser = CommandLine(__doc__, "threads", takes="about 20 minutes on one CPU", rows="imatrix")
     parser.add_argument("--tools", type=Path, required=True, help="folder of llama.cpp's programs")
     parser.add_argument("--work", type=Path, required=True, help="folder for models; kept")
     parser.add_argument("--tokens", type=int, default=16384, help="to calibrate on")
     parser.add_argument("--chunks", type=int, default=16, help="of 512 held-out tokens")
     options = parser.read()
-    table = Table(options.write or options.work / "imatrix.csv", KEY)
+    table = Table(options.output, KEY)
     for row in rows(options, table):
         table.add(row)
         print(*row.values(), flush=True)

@@ -13,6 +13,7 @@ are described in docs/benches.md.
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from bench.quality import endtoend
 from bench.quality.endtoend import MODELS, Subject
 from bench.tools import assets
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, Row, Table
+from bench.tools.measuring import Row, Table
 from bench.tools.tables import aligned
 from bench.tools.texts import LENGTH
 from grail.report._evaluate import DenseReference, evaluate
@@ -32,7 +33,10 @@ from grail.report.report import Evaluation
 KEY = ("calibration", "sequences", "lever", "sites", "keep", "text")
 TEXTS = ("passages", "brown")
 # Of some calibrations also other texts.
-NEAR_AND_FAR = {"documentation": ("documentation", "source", "licences", "brown")}
+NEAR_AND_FAR = {
+    "documentation": ("documentation", "source", "licences", "brown"),
+    "technical": ("technical", "brown"),
+}
 HELD_OUT = 8  # sequences of each text
 
 # The texts of each calibration, in equal parts.
@@ -119,8 +123,8 @@ CELLS: tuple[Cell, ...] = (
 class Bench:
     """The dense model, its outputs on the held-out texts, and the table of results."""
 
-    def __init__(self) -> None:
-        self.table = Table(RESULTS / "levers.csv", KEY)
+    def __init__(self, path: Path) -> None:
+        self.table = Table(path, KEY)
         self._subject: Subject | None = None
         self._references: dict[str, DenseReference] = {}
 
@@ -180,7 +184,7 @@ class Bench:
             "keep": cell.keep,
         }
         texts = NEAR_AND_FAR.get(cell.calibration, TEXTS)
-        missing = [text for text in texts if (*key.values(), text) not in self.table]
+        missing = [text for text in texts if not self.table.measured(*key.values(), text)]
         if not missing:
             return
         settings: dict[str, Any] = {"keep": cell.keep, "sites": cell.sites} | LEVERS[lever]
@@ -206,7 +210,7 @@ class Bench:
         """Adds the rows of the dense model."""
         key = {"calibration": "", "sequences": 0, "lever": DENSE, "sites": "", "keep": 1.0}
         for text in dict.fromkeys([*TEXTS, *itertools.chain(*NEAR_AND_FAR.values())]):
-            if (*key.values(), text) not in self.table:
+            if not self.table.measured(*key.values(), text):
                 self.table.add(key | _scores(text, self.reference(text).evaluation, None))
 
 
@@ -323,16 +327,14 @@ def signed(estimate: Estimate | None) -> str:
 
 def main() -> None:
     """Measures what is missing, and prints the table."""
-    parser = CommandLine(
-        __doc__, writes="bench/results/levers.csv, row by row", takes="two hours on 2 cores"
-    )
+    parser = CommandLine(__doc__, rows="levers", takes="two hours on 2 cores")
     parser.add_argument("--calibration", choices=CALIBRATIONS, help="default: all")
     parser.add_argument("--sequences", type=int, help="of 1024 tokens; default: all sizes")
     parser.add_argument("--keep", type=float, help="default: all")
     parser.add_argument("--lever", choices=LEVERS, help="default: all")
     parser.add_argument("--show", action="store_true", help="measure nothing")
     options = parser.read()
-    bench = Bench()
+    bench = Bench(options.output)
     if not options.show:
         bench.measure_dense()
         for cell in CELLS:

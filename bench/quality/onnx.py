@@ -1,7 +1,7 @@
 """Vision networks as ONNX files: difference from torch, and speed of the dense and the small file.
 
     python -m bench.quality.onnx               adds the rows that bench/results/onnx.csv lacks
-    python -m bench.quality.onnx --again       measures all of them
+    python -m bench.quality.onnx --output new/    measures them again, and compares
     python -m bench.quality.onnx --table       prints the table of docs/serving/onnx.md
 
 Each network is compressed to half the channels of its sites and written dense and small by
@@ -195,26 +195,22 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures the networks whose rows are missing."""
-    parser = CommandLine(
-        __doc__, "repeats", takes="15 minutes on one core", writes="bench/results/onnx.csv"
-    )
-    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
+    parser = CommandLine(__doc__, "repeats", takes="15 minutes on one core", rows="onnx")
     parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
     parser.add_argument("--network", action="append", choices=[*NETWORKS], help="may be repeated")
-    parser.add_argument("--write", type=Path, default=COMMITTED, metavar="FILE.csv")
     options = parser.read(arguments)
     if options.table:
-        print(markdown(*table(read_rows(options.write))))
+        print(markdown(*table(read_rows(options.output))))
         return
     torch.set_num_threads(1)
-    if options.again:
-        options.write.unlink(missing_ok=True)
-    rows = Table(options.write, ("network",))
+    rows = Table(options.output, ("network", "runtime", "batch"))
     for name in options.network or NETWORKS:
         package = NETWORKS[name].package
         if package and find_spec(package) is None:
             print(f"{name}: left out, {package} is not installed")
-        elif (name,) not in rows:
+        elif any(row["network"] == name for row in rows.rows):
+            print(f"already measured in {options.output}: {name}")
+        else:
             for row in list(measure(name, options.repeats)):
                 rows.add(row)
     print(aligned(*table(rows.rows)))

@@ -16,10 +16,10 @@ import copy
 import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,6 +133,21 @@ def others() -> Iterator[StudyRow]:
         yield selector, OTHERS_AT, variant, settings_of(selector, variant), 0
 
 
+class Choice(NamedTuple):
+    """The folder of the CSV files, and what is measured: all rows, or those of some keep ratios."""
+
+    folder: Path = RESULTS
+    keeps: tuple[float, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def of(self, rows: Iterable[StudyRow]) -> Iterator[StudyRow]:
+        """Yields the rows of the chosen selectors and keep ratios."""
+        for row in rows:
+            selector, keep = row[:2]
+            if (not self.only or selector in self.only) and (not self.keeps or keep in self.keeps):
+                yield row
+
+
 PARTS: dict[str, Callable[[], Iterator[StudyRow]]] = {
     "cells": cells,
     "alphas": alphas,
@@ -141,20 +156,20 @@ PARTS: dict[str, Callable[[], Iterator[StudyRow]]] = {
 }
 
 
-def measure_language(part: str) -> None:
+def measure_language(part: str, choice: Choice) -> None:
     """The rows of one part."""
     text, file = (SIZED, "samples") if part == "samples" else (CALIBRATED, "smollm2")
-    bench = Bench(language(text), f"paper_{file}.csv")
-    for row in PARTS[part]():
+    bench = Bench(language(text), choice.folder / f"paper_{file}.csv")
+    for row in choice.of(PARTS[part]()):
         bench.measure(*row)
 
 
-def resnet18() -> None:
+def resnet18(choice: Choice) -> None:
     """Compensation, REPAIR and fine-tuning after pruning by the L1 norm."""
     subject = SUBJECTS["resnet18"]()
-    bench = Bench(subject, "paper_resnet18.csv")
+    bench = Bench(subject, choice.folder / "paper_resnet18.csv")
     stream = grail.trace(subject.network, streams=True, example=subject.calibration(1)[0])
-    for selector, keep, variant, settings, _ in resnet_rows():
+    for selector, keep, variant, settings, _ in choice.of(resnet_rows()):
         sites = stream if variant.endswith(STREAM) else subject.sites
         trained = finetune if TRAINED in variant else None
         bench.measure(selector, keep, variant, {**settings, "sites": sites}, after=trained)
@@ -208,10 +223,10 @@ def vision_tower(folder: Path = TEXTS) -> Subject:
     return replace(subject, score=score)
 
 
-def clip() -> None:
+def clip(choice: Choice) -> None:
     """The MLPs of the vision tower."""
-    bench = Bench(vision_tower(), "paper_clip.csv")
-    for row in clip_rows():
+    bench = Bench(vision_tower(), choice.folder / "paper_clip.csv")
+    for row in choice.of(clip_rows()):
         bench.measure(*row)
 
 
@@ -228,11 +243,11 @@ COSTED: dict[str, Callable[[], Subject]] = {
 }
 
 
-def cost() -> None:
+def cost(choice: Choice) -> None:
     """Seconds of calibration and compensation, and the peak of memory, in the paper's terms."""
-    out = Table(RESULTS / "paper_cost.csv", ("network", "design"))
+    out = Table(choice.folder / "paper_cost.csv", ("network", "design"))
     for name, make in COSTED.items():
-        if all((name, design) in out for design in DESIGNS):
+        if all(out.measured(name, design) for design in DESIGNS):
             continue
         subject = make()
         batches = subject.calibration(subject.samples)
@@ -277,18 +292,24 @@ def held(subject: Subject, batches: list[Any]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures one part."""
-    parts: dict[str, Callable[[], None]] = {"resnet18": resnet18, "clip": clip, "cost": cost}
-    parts |= {name: functools.partial(measure_language, name) for name in PARTS}
+    parts: dict[str, Callable[[Choice], None]] = {
+        **{name: functools.partial(measure_language, name) for name in PARTS},
+        **{of.__name__: of for of in (resnet18, clip, cost)},
+    }
     parser = CommandLine(
         __doc__,
-        writes="bench/results/paper_*.csv, row by row",
+        rows="paper_*",
         takes="on one core half an hour for resnet18, minutes for clip and cost, about five "
         "minutes for each of the 72, 14, 14 and 36 rows of SmolLM2",
     )
     parser.add_argument("part", choices=parts, help="the experiment to run")
-    part = parser.read(arguments).part
+    parser.add_argument("--only", default="", help="selectors, separated by commas (default: all)")
+    parser.add_argument("--keep", default="", help="keep ratios, separated by commas")
+    options = parser.read(arguments)
     torch.manual_seed(0)
-    parts[part]()
+    keeps = tuple(float(keep) for keep in options.keep.split(",") if keep)
+    only = tuple(filter(None, options.only.split(",")))
+    parts[options.part](Choice(options.output, keeps, only))
 
 
 if __name__ == "__main__":

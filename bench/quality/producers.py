@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.quality.sweep import SUBJECTS, Bench, refitted
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, Row, Table
+from bench.tools.measuring import Row, Table
 from bench.tools.tables import aligned
 from grail.report.paired import difference
 
@@ -37,8 +37,9 @@ def measure(name: str, table: Table) -> None:
     """Adds the rows of a network, unless they are there."""
     keep, of_network = CELLS[name]
     if all(any(_is(row, name, steps) for row in table.rows) for steps in of_network):
+        print(f"already measured in {table.path}: {name}")
         return
-    bench = Bench(SUBJECTS[name](), f"studies_{name}.csv")
+    bench = Bench(SUBJECTS[name](), table.path.parent / f"studies_{name}.csv")
     assert bench.subject.each is not None
     base: dict[str, Tensor] = {}
     for steps in (0, *of_network):
@@ -94,14 +95,15 @@ def main() -> None:
     """Measures what is missing, and prints the table."""
     parser = CommandLine(
         __doc__,
-        writes="bench/results/producers.csv and studies_NETWORK.csv, row by row",
+        rows="*",
+        writes="producers.csv and studies_NETWORK.csv, row by row",
         takes="ten minutes on one core",
     )
     parser.add_argument("network", nargs="?", choices=CELLS, help="default: all")
     parser.add_argument("--show", action="store_true", help="measure nothing")
     options = parser.read()
     torch.manual_seed(0)
-    table = Table(RESULTS / "producers.csv", KEY)
+    table = Table(options.output / "producers.csv", KEY)
     for name in () if options.show else CELLS:
         if options.network in (None, name):
             measure(name, table)

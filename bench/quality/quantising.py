@@ -17,7 +17,7 @@ from typing import Any
 import grail
 from bench.quality.endtoend import LENGTH, Subject
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, Table
+from bench.tools.measuring import Table
 from grail.algebra.grids import FORMATS
 from grail.files.grids import stored_bytes
 from grail.networks import find
@@ -82,7 +82,7 @@ def measure(text: str, out: Table, subject: Callable[[], Subject]) -> None:
     """Adds the missing rows of a text."""
     rows = [(name, "fp32") for name in list(MODELS)[:2]]
     rows += [(name, kind) for kind in FORMATS for name in list(MODELS)[2:]]
-    missing = [row for row in rows if (text, *row) not in out]
+    missing = [row for row in rows if not out.measured(text, *row)]
     if not missing:
         return
     of = Measurement(text, subject())
@@ -109,9 +109,7 @@ def measure(text: str, out: Table, subject: Callable[[], Subject]) -> None:
 
 def main() -> None:
     """Measures the texts that are named."""
-    parser = CommandLine(
-        __doc__, writes="bench/results/quantising.csv, row by row", takes="half an hour on 2 cores"
-    )
+    parser = CommandLine(__doc__, rows="quantising", takes="half an hour on 2 cores")
     parser.add_argument("--text", choices=list(TOKENS), help="this one alone")
     made: list[Subject] = []
 
@@ -120,9 +118,9 @@ def main() -> None:
             made.append(Subject())
         return made[0]
 
-    chosen = parser.read().text
-    for text in TOKENS if chosen is None else [chosen]:
-        measure(text, Table(RESULTS / "quantising.csv", KEY), subject)
+    options = parser.read()
+    for text in TOKENS if options.text is None else [options.text]:
+        measure(text, Table(options.output, KEY), subject)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import grail
 from bench.quality.endtoend import LENGTH, TEXTS, Subject
 from bench.tools import assets, texts
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, ROOT, Row, machine, read_rows, write_rows
+from bench.tools.measuring import ROOT, Row, machine, read_rows, write_rows
 from bench.tools.tables import markdown
 from grail.serving.gguf_writing import check_gguf
 
@@ -304,7 +304,8 @@ def read(arguments: list[str] | None = None) -> argparse.Namespace:
     """Returns the options."""
     parser = CommandLine(
         __doc__,
-        writes="bench/results/serving.csv, row by row; models in .serving/models (6 GB)",
+        rows="serving",
+        writes="bench/results/serving.csv or --output; models in .serving/models (6 GB)",
         takes="two hours on 2 cores, of which speed is one",
     )
     steps = ("models", "files", "quality", "speed")
@@ -325,10 +326,8 @@ def read(arguments: list[str] | None = None) -> argparse.Namespace:
         "--heldout", type=int, default=HELDOUT, help="tokens of the perplexity (%(default)s)"
     )
     parser.add_argument("--threads", type=int, default=1, help="of llama.cpp (default 1)")
-    path = RESULTS / "serving.csv"
-    parser.add_argument("--write", type=Path, default=path, help="the CSV (default %(default)s)")
     parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     if find_spec("llama_cpp") is None and not options.table:
         parser.error("llama-cpp-python is not here: make serving, then .serving/env/bin/python")
     options.only = options.only or steps
@@ -341,9 +340,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the steps."""
     options = read(arguments)
     if options.table:
-        print(markdown(*table(read_rows(options.write))))
+        print(markdown(*table(read_rows(options.output))))
         return
-    bench = Bench(options.write, options.threads, options.tokens, options.heldout)
+    bench = Bench(options.output, options.threads, options.tokens, options.heldout)
     wanted, kinds, again = options.model, options.format, options.again
     if "models" in options.only:
         models(bench, wanted)

@@ -2,7 +2,7 @@
 
     python -m bench.quality.simulate                 all models
     python -m bench.quality.simulate --models llama-2-7b
-    python -m bench.quality.simulate --write         writes bench/results/simulated.csv
+    python -m bench.quality.simulate --output bench/results    writes bench/results/simulated.csv
 
 `smollm2-135m` is simulated and also measured. The method is described in docs/benches.md.
 """
@@ -313,7 +313,7 @@ def measured_seconds(tokens: int) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> None:
     """Simulates, prints, saves after each model."""
     takes = "many minutes on 2 cores; a model alone, minutes"
-    parser = CommandLine(__doc__, "write", takes=takes, results="simulated")
+    parser = CommandLine(__doc__, takes=takes, results="simulated")
     parser.add_argument("--models", default=",".join(SHAPES), help="separated by commas")
     options = parser.read(arguments)
     found: list[Row] = []
@@ -329,8 +329,8 @@ def main(arguments: list[str] | None = None) -> None:
         found += of_model
         print(f"{name}: {of_model[0]['total_s']} s at measured rates", flush=True)
         print(f"  simulated in {time.perf_counter() - start:.0f} s", flush=True)
-        if options.write:
-            write_rows(options.write, found)
+        if options.output:
+            write_rows(options.output, found)
     print(markdown(found))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.quality.endtoend import Subject
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, Row, Table
+from bench.tools.measuring import Row, Table
 from bench.tools.texts import LENGTH
 from grail import select
 from grail.select.elimination import DAMPING
@@ -164,9 +164,9 @@ def change(rows: Sequence[Row], tokens: str) -> float:
 
 def main() -> None:
     """Measures the sites, unless the CSV has them."""
-    CommandLine(__doc__, writes="bench/results/swaps.csv", takes="10 minutes on 1 core").read()
-    table = Table(RESULTS / "swaps.csv", KEY)
-    if all((block, "swaps") in table for block in BLOCKS):
+    options = CommandLine(__doc__, rows="swaps", takes="10 minutes on 1 core").read()
+    table = Table(options.output, KEY)
+    if all(table.measured(block, "swaps") for block in BLOCKS):
         return
     for block, (seen, held_out, index) in zip(BLOCKS, captured(), strict=True):
         for choice, (kept, count) in {"greedy": (index, 0), "swaps": swapped(seen, index)}.items():

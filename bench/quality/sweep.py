@@ -208,11 +208,11 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 class Bench:
     """Measures one subject's rows into a table."""
 
-    def __init__(self, subject: Subject, file: str):
+    def __init__(self, subject: Subject, path: Path):
         self.subject = subject
         self._batches = functools.cache(self.subject.calibration)
-        self.out = Table(RESULTS / file, ("selector", "keep", "variant", "samples"))
-        if ("", 1.0, "dense", 0) not in self.out:
+        self.out = Table(path, ("selector", "keep", "variant", "samples"))
+        if not self.out.measured("", 1.0, "dense", 0):
             self._add("", 1.0, "dense", 0, self.subject.network, None)
 
     def __contains__(self, cell: tuple[str, float, str]) -> bool:
@@ -241,7 +241,7 @@ class Bench:
     ) -> None:
         """One row, unless it is there. `after`: what is done to the network before its score."""
         samples = samples or self.subject.samples
-        if (selector, keep, variant, samples) in self.out:
+        if self.out.measured(selector, keep, variant, samples):
             return
         network, report = self.compressed(selector, keep, settings, samples)
         if after:
@@ -306,9 +306,11 @@ class Bench:
         )
 
 
-def table(name: str, only: tuple[str, ...], keeps: tuple[float, ...]) -> None:
+def table(
+    name: str, only: tuple[str, ...] = (), keeps: tuple[float, ...] = (), folder: Path = RESULTS
+) -> None:
     """Selector × variant × sparsity."""
-    bench = Bench(SUBJECTS[name](), f"selectors_{name}.csv")
+    bench = Bench(SUBJECTS[name](), folder / f"selectors_{name}.csv")
     others = tuple(n for n in select.names() if n not in FIRST)
     selectors = only or (*FIRST, *others)
     for keep, selector in itertools.product(keeps or bench.subject.keeps, selectors):
@@ -319,9 +321,9 @@ def table(name: str, only: tuple[str, ...], keeps: tuple[float, ...]) -> None:
             bench.measure(selector, keep, variant, settings)
 
 
-def studies(name: str, keeps: tuple[float, ...]) -> None:
+def studies(name: str, keeps: tuple[float, ...] = (), folder: Path = RESULTS) -> None:
     """Calibration size, α, the loop, folding and budgets, at half of the channels and often 0.3."""
-    bench = Bench(SUBJECTS[name](), f"studies_{name}.csv")
+    bench = Bench(SUBJECTS[name](), folder / f"studies_{name}.csv")
     for keep in keeps or bench.subject.studied:
         for row in _mixed(keep) if name == "mixture" else _studies(name, keep):
             bench.measure(*row)
@@ -403,7 +405,8 @@ def main() -> None:
     """Measures the table or the studies of a network."""
     parser = CommandLine(
         __doc__,
-        writes="bench/results/selectors_NETWORK.csv or studies_NETWORK.csv, row by row",
+        rows="*",
+        writes="selectors_NETWORK.csv or studies_NETWORK.csv, row by row",
         takes="one to twelve hours on one core for a table, up to three for the studies",
     )
     parser.add_argument("network", choices=SUBJECTS)
@@ -416,9 +419,10 @@ def main() -> None:
     torch.manual_seed(0)
     keeps = tuple(float(k) for k in options.keeps.split(",") if k)
     if options.studies:
-        studies(options.network, keeps)
+        studies(options.network, keeps, options.output)
     else:
-        table(options.network, tuple(filter(None, options.only.split(","))), keeps)
+        only = tuple(filter(None, options.only.split(",")))
+        table(options.network, only, keeps, options.output)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 import grail
 from bench.tools import assets, tiny
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, Row, Table
+from bench.tools.measuring import Row, Table
 from grail.errors import GrailError
 from grail.serving.vllm_check import VllmComparison, check_vllm
 
@@ -141,16 +141,15 @@ def page_table(rows: Sequence[Row]) -> str:
 def main() -> None:
     """Adds the rows that are missing."""
     names = [*CASES, *SMOLLM2]
-    parser = CommandLine(
-        __doc__, writes="bench/results/vllm.csv, row by row", takes="20 minutes on 2 cores"
-    )
+    parser = CommandLine(__doc__, rows="vllm", takes="20 minutes on 2 cores")
     parser.add_argument("case", nargs="*", help=f"default all: {'; '.join(names)}")
-    asked = parser.read().case or names
+    options = parser.read()
+    asked = options.case or names
     if unknown := set(asked) - set(names):
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
-    table = Table(RESULTS / "vllm.csv", ("model",))
+    table = Table(options.output, ("model",))
     for name in asked:
-        if (name,) not in table:
+        if not table.measured(name):
             table.add(compared(name))
 
 

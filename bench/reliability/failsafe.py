@@ -1,7 +1,7 @@
 """Fits of broken or barely solvable data: ours beside the usual calibration loop.
 
     python -m bench.reliability.failsafe            run every case and print the table
-    python -m bench.reliability.failsafe --write    write bench/results/failsafe.csv, too
+    python -m bench.reliability.failsafe --output new/    write new/failsafe.csv, too
     python -m bench.reliability.failsafe --show     print the committed table
 
 Outcomes, their bound and the usual loop are described in docs/benches.md.
@@ -20,7 +20,7 @@ from torch import Tensor
 import grail
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS as FOLDER
-from bench.tools.measuring import Row, read_rows, write_rows
+from bench.tools.measuring import Row, committed, compared, read_rows, write_rows
 from bench.tools.tables import markdown
 from grail.algebra._fit import Toward
 from grail.errors import GrailError
@@ -403,7 +403,7 @@ def _shares(row: Row) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs or shows."""
-    parser = CommandLine(__doc__, "write", takes="less than a minute", results="failsafe")
+    parser = CommandLine(__doc__, takes="less than a minute", results="failsafe")
     parser.add_argument("--show", action="store_true", help="print the committed table")
     options = parser.read(arguments)
     if options.show:
@@ -413,8 +413,10 @@ def main(arguments: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             rows = measure()
-    if options.write:
-        write_rows(options.write, rows)
+    if options.output:
+        write_rows(options.output, rows)
+        counts = ("problems", "refused", "flagged", "solved", "silent", "worst")
+        print(*compared(rows, committed(options.output), ("case", "method"), counts), sep="\n")
     print(table(rows))
 
 

@@ -1,7 +1,7 @@
 """Kills a compression with SIGKILL, starts it again, and compares the bits of its output.
 
-    python -m bench.reliability.killing --trials 100 --write     bench/results/killing.csv
-    python -m bench.reliability.killing --uneven --trials 30 --write FILE.csv
+    python -m bench.reliability.killing --trials 100 --output new/
+    python -m bench.reliability.killing --uneven --trials 30 --output FILE.csv
 
 Every run is the real command line, in a process that is forked from this one, so that torch and
 transformers are imported once.
@@ -34,7 +34,7 @@ def main() -> int:
     """Prints and writes a row a trial; returns how many did not end with the same bits."""
     parser = CommandLine(
         __doc__,
-        *("trials", "write"),
+        "trials",
         takes="tens of minutes on 2 cores for 100 trials",
         results="killing",
         trials={"default": 100},
@@ -46,7 +46,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         trials = Trials(Path(folder), random.Random(options.seed), options.uneven)
         rows = [trials.row(number) for number in range(options.trials)]
-    save(options, [row | {"seed": str(options.seed)} for row in rows])
+    save(options, [row | {"seed": str(options.seed)} for row in rows], [*rows[0]][1:])
     good = sum(row["bitwise equal"] == "yes" for row in rows)
     deaths = sum(int(row["deaths"]) for row in rows)
     resumed = sum(int(row["resumed at block"]) > 0 for row in rows)

@@ -1,6 +1,6 @@
 """One model compressed by 1, 2 and 4 processes of one machine: weights, wall time, bytes sent.
 
-    python -m bench.reliability.ranks --write     bench/results/ranks.csv
+    python -m bench.reliability.ranks --output bench/results     bench/results/ranks.csv
 
 Each process has one thread. With fewer free cores than processes the time is no measure of scaling.
 """
@@ -82,11 +82,11 @@ def measure() -> list[Row]:
 
 def main() -> None:
     """Measures, prints, saves."""
-    options = CommandLine(__doc__, "write", takes="a minute on 2 cores", results="ranks").read()
+    options = CommandLine(__doc__, takes="a minute on 2 cores", results="ranks").read()
     multiprocessing.set_forkserver_preload(["bench.reliability.ranks"])
     rows = measure()
     print(aligned(list(rows[0]), [list(row.values()) for row in rows]))
-    save(options, rows)
+    save(options, rows, ("seconds", "bytes", "apart", "all equal"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Continuous work through every path of the library, and the memory that it holds.
 
-    python -m bench.reliability.soak --minutes 30 --write     bench/results/soak.csv
+    python -m bench.reliability.soak --minutes 30 --output bench/results     bench/results/soak.csv
 
 One process updates, merges, saves and loads Grams, fits and compresses small networks, over and
 over. A row a minute: rounds done, resident set, live tensors. Exits with 1 if the last third of the
@@ -65,7 +65,7 @@ def tensors() -> int:
 
 def main() -> None:
     """Works, prints and writes a row a minute."""
-    parser = CommandLine(__doc__, "write", takes="--minutes", results="soak")
+    parser = CommandLine(__doc__, takes="--minutes", results="soak")
     parser.add_argument("--minutes", type=float, default=30)
     options = parser.read()
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +82,7 @@ def main() -> None:
             row = {"minute": round(minutes, 1), "rounds": rounds, "resident_bytes": resident}
             rows.append({k: str(v) for k, v in (row | {"tensors": tensors()}).items()})
             print(", ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
-            save(options, rows)
+            save(options, rows, ("rounds", "resident_bytes", "tensors"), done=False)
     if flat := growth([int(row["resident_bytes"]) for row in rows]):
         print(f"memory of the last third over the first: {flat:.3f}")
         sys.exit(flat > LIMIT)

@@ -2,13 +2,22 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.tools.measuring import RESULTS, Row, machine, write_rows
+from bench.tools.measuring import (
+    CONDITIONS,
+    PERCENTILES,
+    RESULTS,
+    Row,
+    committed,
+    compared,
+    machine,
+    write_rows,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARED: dict[str, dict[str, Any]] = {
@@ -22,13 +31,6 @@ SHARED: dict[str, dict[str, Any]] = {
     "trials": {"type": int, "help": "default %(default)s"},
     "output": {"type": Path, "help": "folder for files (default %(default)s)"},
     "dry_run": {"action": "store_true", "help": "on the CPU, at toy sizes"},
-    "write": {
-        "type": Path,
-        "nargs": "?",
-        "const": Path(),
-        "metavar": "FILE.csv",
-        "help": "write every number here; without a name, into the committed file",
-    },
 }
 
 
@@ -36,15 +38,20 @@ class CommandLine(argparse.ArgumentParser):
     """The parser of a bench.
 
     Its help adds to the docstring what is written and how long it takes. Made and read before any
-    work, so that `--help` touches nothing.
+    work, so that `--help` touches nothing. A bench with `results` or `rows` has `--output`: a
+    folder or a CSV file. Rows written elsewhere than into bench/results are compared with those
+    that are committed there.
 
     Args:
         doc: of the bench.
         shared: options of `SHARED`.
         takes: how long it takes.
-        writes: what it writes; default, a table to the screen and what `--write` names.
-        results: name of the committed CSV, without `.csv`. A "{device}" in it becomes `_cpu`; on
-            a GPU it falls away, and the file lies in the folder gpu.
+        writes: what it writes; default, as `results` or `rows` say.
+        results: name of the CSV, without `.csv`, which is written at the end and with `--output`
+            only. A "{device}" in it becomes `_cpu`; on a GPU it falls away, and the committed file
+            lies in the folder gpu.
+        rows: name of the CSV that grows row by row, in bench/results or `--output`, so that a
+            killed run resumes. With a "*" in it these are several, and `--output` is their folder.
         settings: changed settings of shared options, by name.
     """
 
@@ -55,11 +62,14 @@ class CommandLine(argparse.ArgumentParser):
         takes: str,
         writes: str = "",
         results: str = "",
+        rows: str = "",
         **settings: dict[str, Any],
     ):
-        self._results = results
-        if not writes:
-            writes = f"a table to the screen; with --write {self._committed('cpu')}, or a file"
+        self._results, self._rows = results, rows
+        if not writes and rows:
+            writes = f"bench/results/{rows}.csv, row by row; with --output elsewhere"
+        elif not writes:
+            writes = f"a table to the screen; with --output FOLDER, {self._committed('cpu').name}"
         super().__init__(
             description=doc,
             epilog=f"writes: {writes}\ntakes: {takes}",
@@ -68,6 +78,16 @@ class CommandLine(argparse.ArgumentParser):
         for name in shared:
             self.add_argument(
                 f"--{name.replace('_', '-')}", **SHARED[name] | settings.get(name, {})
+            )
+
+        if results or rows:
+            into = "bench/results; the committed CSV" if rows else "nothing is written"
+            self.add_argument(
+                "--output",
+                type=Path,
+                default=RESULTS if rows else None,
+                metavar="FOLDER" if "*" in rows else "FOLDER or FILE.csv",
+                help=f"for the rows, which are compared with the committed ones (default: {into})",
             )
 
     def read(self, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -83,21 +103,49 @@ class CommandLine(argparse.ArgumentParser):
             self.error("--keep lies between 0 and 1")
         if getattr(options, "threads", None):
             torch.set_num_threads(options.threads)
-        if getattr(options, "write", None) == Path():
-            options.write = RESULTS.parents[1] / self._committed(device)
+        if (self._results or self._rows) and options.output:
+            options.output = self._path(options.output, device)
         return options
 
+    def _path(self, output: Path, device: str) -> Path:
+        """Returns the file or, of several files, the folder."""
+        if "*" in self._rows:
+            if output.suffix == ".csv":
+                self.error("--output: this bench writes several files; give a folder")
+            return output
+        if output.suffix == ".csv":
+            return output
+        known = self._committed(device)
+        return known if output.resolve() == RESULTS else output / known.name
+
     def _committed(self, device: str) -> Path:
-        name = self._results.replace("{device}", "_cpu" if device == "cpu" else "")
-        folder = "gpu" if name != self._results and device != "cpu" else ""
-        return Path("bench/results") / folder / f"{name}.csv"
+        name = (self._results or self._rows).replace("{device}", "_cpu" if device == "cpu" else "")
+        folder = RESULTS / "gpu" if "{device}" in self._results and device != "cpu" else RESULTS
+        return folder / f"{name}.csv"
 
 
-def save(options: argparse.Namespace, rows: list[Row]) -> None:
-    """Writes rows to `--write`, each with the conditions of the machine."""
-    if options.write and rows:
-        conditions = machine(getattr(options, "device", "cpu"))
-        write_rows(options.write, [row | conditions for row in rows])
+def save(
+    options: argparse.Namespace,
+    rows: list[Row],
+    measures: Sequence[str] = (*PERCENTILES, "error", "ratio"),
+    *,
+    done: bool = True,
+) -> None:
+    """Writes rows to `--output`, each with the conditions of the machine, and compares them.
+
+    Args:
+        options: of the bench.
+        rows: all that it has so far.
+        measures: the measured columns; all others, but for the conditions, identify a row.
+        done: whether these are all rows, to be compared with the committed ones.
+    """
+    if not options.output or not rows:
+        return
+    conditions = machine(getattr(options, "device", "cpu"))
+    write_rows(options.output, [row | conditions for row in rows])
+    key = [name for name in rows[0] if name not in (*measures, *CONDITIONS)]
+    for line in compared(rows, committed(options.output), key, measures) if done else ():
+        print(f"beside the committed CSV: {line}")
 
 
 def sizes(example: str) -> Callable[[str], tuple[int, ...]]:

@@ -3,7 +3,7 @@
     python -m bench.tools.house                          this checkout
     python -m bench.tools.house 761d63c af25464          commits, beside the checkout
     python -m bench.tools.house --tree PATH              another checkout
-    python -m bench.tools.house COMMIT --write           bench/results/house.csv
+    python -m bench.tools.house COMMIT --output bench/results           bench/results/house.csv
 
 Rows of the table
   lines, code    as `wc -l` counts; without comments, docstrings and blank lines
@@ -349,7 +349,7 @@ def measure_commit(commit: str) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, writes."""
-    parser = CommandLine(__doc__, "write", takes="half a minute a tree", results="house")
+    parser = CommandLine(__doc__, takes="half a minute a tree", results="house")
     parser.add_argument("commits", nargs="*", metavar="COMMIT", help="measured before the tree")
     parser.add_argument("--tree", type=Path, default=ROOT, help="default: this checkout")
     options = parser.read(arguments)
@@ -359,8 +359,8 @@ def main(arguments: list[str] | None = None) -> int:
         if of_package := [row for row in rows if row["package"] == package]:
             first, *others = ([name, *(row[name] for row in of_package)] for name in rows[0])
             print(aligned(first, others, words=len(first)), end="\n\n")
-    if options.write:
-        write_rows(options.write, rows)
+    if options.output:
+        write_rows(options.output, rows)
     return 0
 
 

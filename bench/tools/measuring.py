@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ QUEUED = 4e-3
 # Seconds between two calls on a CPU. OpenBLAS's threads spin for up to 2^28 cycles before they
 # sleep: without a pause NumPy and SciPy would take cores from the next provider.
 PAUSE = 0.2
+PERCENTILES = ("p20", "p50", "p80")
+# Columns of the machine and the software, which no comparison of rows reads.
+CONDITIONS = ("device", "threads", "load", "python", "torch", "triton", "commit", "date")
 
 Call = Callable[[Tensor], Tensor]
 Row = dict[str, str]
@@ -92,8 +95,7 @@ def quantiles(seconds: list[float]) -> tuple[float, float, float]:
 
 def percentiles(seconds: list[float]) -> Row:
     """The columns p20, p50 and p80 of a CSV."""
-    names = ("p20", "p50", "p80")
-    return {n: f"{v:.6g}" for n, v in zip(names, quantiles(seconds), strict=True)}
+    return {n: f"{v:.6g}" for n, v in zip(PERCENTILES, quantiles(seconds), strict=True)}
 
 
 @functools.cache  # the commit whose code was loaded, not that of an hour later
@@ -104,7 +106,7 @@ def commit(tree: Path = ROOT) -> str:
 
 
 def machine(device: str) -> Row:
-    """The conditions that belong beside every number."""
+    """The conditions that belong beside every number, in the order of `CONDITIONS`."""
     try:
         import triton
 
@@ -185,14 +187,24 @@ class Table:
     """A CSV that grows by rows and is never measured twice. `key`: columns that identify a row.
 
     Rows may bring columns that the file does not have yet; these are empty in the rows before.
+    Of a file that is not the committed one of its name, each new row is compared with that.
     """
 
     def __init__(self, path: Path, key: tuple[str, ...]):
         self.path, self.key = path, key
         self.rows = read_rows(path) if path.exists() else []
+        self._committed = committed(path)
 
     def __contains__(self, key: tuple[Any, ...]) -> bool:
         return any(tuple(row[k] for k in self.key) == tuple(map(str, key)) for row in self.rows)
+
+    def measured(self, *key: Any) -> bool:
+        """Returns whether a row is there, and says so."""
+        if key not in self:
+            return False
+        found = ", ".join(f"{k}={v}" for k, v in zip(self.key, key, strict=True))
+        print(f"already measured in {self.path}: {found}", flush=True)
+        return True
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends a row at once, with threads, torch and commit; the first brings the header.
@@ -217,3 +229,51 @@ class Table:
                 csv.DictWriter(file, fieldnames=columns).writerow(text)
         self.rows.append(text)
         print(", ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+        measures = [k for k in text if k not in (*self.key, *CONDITIONS)]
+        for line in compared([text], self._committed, self.key, measures):
+            print(f"    {line}", flush=True)
+
+
+def committed(path: Path) -> list[Row]:
+    """Returns the rows of the committed CSV of the same name; none if `path` is that one."""
+    for known in (RESULTS / path.name, RESULTS / "gpu" / path.name):
+        if known.exists():
+            return [] if known == path.resolve() else read_rows(known)
+    return []
+
+
+def compared(
+    rows: Iterable[Row], known: list[Row], key: Iterable[str], measures: Iterable[str]
+) -> Iterator[str]:
+    """Yields a line for each measure: how the rows differ from committed ones of the same key.
+
+    Of several rows the line has the median, the smallest and the largest ratio; of texts, how many
+    are the same.
+    """
+    key = tuple(key)
+    of = {tuple(row.get(k, "") for k in key): row for row in known}
+    pairs = [(row, of.get(tuple(row.get(k, "") for k in key))) for row in rows]
+    for name in measures:
+        values = [(row.get(name, ""), other.get(name, "")) for row, other in pairs if other]
+        numbers = [(_number(new), _number(old)) for new, old in values]
+        found = [(new, old) for new, old in numbers if new is not None and old is not None]
+        ratios = sorted(new / old for new, old in found if old)
+        if len(values) > 1 and not found:
+            same = sum(new == old for new, old in values)
+            yield f"{name}: {same} of {len(values)} rows have the committed value"
+        elif len(found) == 1:
+            ((new, old),) = found
+            change = f" ({new / old - 1:+.2%})" if old else ""
+            yield f"{name}: {new:g}, committed {old:g}{change}"
+        elif ratios:
+            yield (
+                f"{name}: {statistics.median(ratios):.3f} of the committed value in the median of "
+                f"{len(ratios)} rows, {ratios[0]:.3f} to {ratios[-1]:.3f}"
+            )
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None

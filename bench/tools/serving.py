@@ -2,7 +2,7 @@
 
     make serving                                 llama.cpp, ONNX Runtime, OpenVINO
     python -m bench.tools.serving --test         and the tests of everything that is exported
-    python -m bench.tools.serving --test --write    and bench/results/serving_families.csv
+    python -m bench.tools.serving --test --output new/    and new/serving_families.csv
     python -m bench.tools.serving --list
 
 It lies in .serving/env and imports what is not installed there from the environment that runs this.
@@ -335,10 +335,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = CommandLine(
         __doc__,
-        "write",
         results="serving_families",
         takes="a minute, and once 7 minutes on 2 cores to compile; tests 2 minutes",
-        writes=".serving/env, the build in a cache folder; with --write the CSV",
+        writes=".serving/env, the build in a cache folder; with --output the CSV",
     )
     parser.add_argument(
         "runtime", nargs="*", help=f"of {', '.join(map(repr, RUNTIMES))}; without, each of them"
@@ -353,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(listed(environment))
         return 0
     names = options.runtime or list(RUNTIMES)
-    return run(environment, names, test=options.test, write=options.write)
+    return run(environment, names, test=options.test, write=options.output)
 
 
 if __name__ == "__main__":

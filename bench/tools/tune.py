@@ -388,8 +388,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Searches, prints, writes."""
     parser = CommandLine(
         __doc__,
-        *("seconds", "dry_run", "write"),
-        writes="grail_kernels/launches.json or --table; a CSV with --write",
+        *("seconds", "dry_run"),
+        writes="grail_kernels/launches.json or --table; a CSV with --output",
         takes="minutes on a GPU; --seconds limits it",
         results="gpu/tuning",
     )

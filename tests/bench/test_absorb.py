@@ -25,7 +25,7 @@ def test_every_provider_gives_the_answer() -> None:
 
 def test_every_provider_is_written_with_its_conditions(tmp_path: Path) -> None:
     path = tmp_path / "absorb.csv"
-    assert absorb.main([*ARGUMENTS, "--write", str(path)]) == 0
+    assert absorb.main([*ARGUMENTS, "--output", str(path)]) == 0
     rows = list(csv.DictReader(path.open()))
     assert {row["provider"] for row in rows} == PROVIDERS
     assert all(float(row["p50"]) > 0 and row["torch"] and row["kept"] == "150" for row in rows)

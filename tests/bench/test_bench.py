@@ -26,7 +26,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_ridge_writes_every_number_with_its_conditions(tmp_path):
     out = tmp_path / "ridge.csv"
-    arguments = ["--shape", "8,24", "--device", "cpu", "--repeats", "2", "--write", str(out)]
+    arguments = ["--shape", "8,24", "--device", "cpu", "--repeats", "2", "--output", str(out)]
     assert ridge.main(arguments) == 0
     rows = rows_of(out)
     names = ["grail", "grail auto", "64 experts", "grail solve", "reference"]
@@ -48,7 +48,7 @@ def test_ridge_reports_no_time_for_a_wrong_result(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ridge.ridge, "solve", inexact)
     out = tmp_path / "ridge.csv"
-    arguments = ["--shape", "8,24", "--device", "cpu", "--repeats", "2", "--write", str(out)]
+    arguments = ["--shape", "8,24", "--device", "cpu", "--repeats", "2", "--output", str(out)]
     assert ridge.main(arguments) == 1
     assert not out.exists()
 
@@ -69,7 +69,7 @@ def tiny_shape(monkeypatch):
 
 def test_calibrate_writes_every_phase_and_the_peaks_of_every_design(tiny_shape, tmp_path):
     out = tmp_path / "calibrate.csv"
-    assert calibrate.main([*tiny_shape, "--designs", "paper,default", "--write", str(out)]) == 0
+    assert calibrate.main([*tiny_shape, "--designs", "paper,default", "--output", str(out)]) == 0
     rows = {(row["design"], row["metric"]): row for row in rows_of(out)}
     metrics = (*calibrate.PHASES, "predicted_peak", "measured_peak")
     of_designs = {(design, metric) for design in ("paper", "default") for metric in metrics}
@@ -91,7 +91,7 @@ def test_calibrate_reports_nothing_when_compensation_hurts(tiny_shape, tmp_path,
 
     monkeypatch.setattr(grail, "compress", harmful)
     out = tmp_path / "calibrate.csv"
-    assert calibrate.main([*tiny_shape, "--designs", "default", "--write", str(out)]) == 1
+    assert calibrate.main([*tiny_shape, "--designs", "default", "--output", str(out)]) == 1
     assert not out.exists()
 
 

@@ -112,7 +112,7 @@ def test_accuracy_patches_the_chain_that_launches_read(
 
 def test_a_biased_sum_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right = gk.gram_
-    arguments = ["--tokens", "256", "--channels", "5", "--write", str(tmp_path / "accuracy.csv")]
+    arguments = ["--tokens", "256", "--channels", "5", "--output", str(tmp_path / "accuracy.csv")]
     assert accuracy.main(arguments) == 0
     monkeypatch.setattr(gk, "gram_", lambda out, x: right(out, x).mul_(1 - 2e-5))
     assert accuracy.main(arguments) == 1
@@ -121,7 +121,7 @@ def test_a_biased_sum_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_the_accumulator_takes_what_its_formula_says(tmp_path: Path) -> None:
     path = tmp_path / "memory.csv"
     channels = 2560
-    assert memory.main(["--channels", str(channels), "--write", str(path)]) == 0
+    assert memory.main(["--channels", str(channels), "--output", str(path)]) == 0
     rows = {(r["provider"], r["metric"]): int(r["p50"]) for r in csv.DictReader(path.open())}
     for provider in memory.PROVIDERS:
         # Sums, counts and masks: a few numbers a channel, a byte a buffered token.

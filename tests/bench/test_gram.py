@@ -27,7 +27,7 @@ def known_roof(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_number_is_written_with_its_conditions(tmp_path: Path) -> None:
     path = tmp_path / "gram.csv"
-    assert run("--dtype", "fp32", "--write", str(path)) == 0
+    assert run("--dtype", "fp32", "--output", str(path)) == 0
     rows = list(csv.DictReader(path.open()))
     ours = {row["metric"]: row for row in rows if row["provider"] == "grail"}
     assert ours.keys() == {"first call", "time", "limit", "error", "model", "executed", "moved"}
@@ -44,7 +44,7 @@ def test_the_model_of_time_stands_beside_every_row_of_grail(
     gpu = model.Gpu("a GPU", "sm_90", 132, 1e11, 1e10)
     monkeypatch.setattr(gram, "modelled", lambda dtype, device, roofs: gpu)
     path = tmp_path / "gram.csv"
-    assert run("--dtype", "fp32", "--write", str(path)) == 0
+    assert run("--dtype", "fp32", "--output", str(path)) == 0
     expected = gpu.predict([70], 33, torch.float32)
     found = {
         row["metric"]: float(row["p50"])
@@ -76,7 +76,7 @@ def test_a_prediction_is_labelled_and_measures_nothing(
 ) -> None:
     monkeypatch.setattr(gram, "measure_roof", None)
     path = tmp_path / "predicted.csv"
-    assert run("--predict", "h200", "--dtype", "bf16", "--write", str(path)) == 0
+    assert run("--predict", "h200", "--dtype", "bf16", "--output", str(path)) == 0
     assert "H200, predicted, not measured" in capsys.readouterr().out
     rows = list(csv.DictReader(path.open()))
     assert {(row["provider"], row["device"]) for row in rows} == {("model", "H200 (predicted)")}
@@ -105,7 +105,7 @@ def test_a_wrong_result_is_not_timed(
     right = gk.gram_
     monkeypatch.setattr(gk, "gram_", lambda out, x: right(out, x).mul_(1.0001))
     path = tmp_path / "gram.csv"
-    assert run("--dtype", "fp32", "--write", str(path)) == 1
+    assert run("--dtype", "fp32", "--output", str(path)) == 1
     assert "grail is off by" in capsys.readouterr().out
     assert all(row["kernel"] == "roof" for row in csv.DictReader(path.open()))
 
@@ -124,7 +124,7 @@ def test_batches_are_measured_against_a_loop_and_bmm(
     option: str, kernel: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "gram.csv"
-    case = [option, "60,5,20", "--dtype", "bf16", "--write", str(path)]
+    case = [option, "60,5,20", "--dtype", "bf16", "--output", str(path)]
     assert gram.main(["--device", "cpu", "--repeats", "2", *case]) == 0
     rows = [row for row in csv.DictReader(path.open()) if row["metric"] == "error"]
     assert {(row["kernel"], row["provider"]) for row in rows} == {
@@ -135,7 +135,7 @@ def test_batches_are_measured_against_a_loop_and_bmm(
 
 def test_calls_are_measured_with_their_readout(tmp_path: Path) -> None:
     path = tmp_path / "gram.csv"
-    case = ["--calls", "70,30,33", "--dtype", "bf16", "--write", str(path)]
+    case = ["--calls", "70,30,33", "--dtype", "bf16", "--output", str(path)]
     assert gram.main(["--device", "cpu", "--repeats", "2", *case]) == 0
     rows = [row for row in csv.DictReader(path.open()) if row["metric"] == "error"]
     assert {(row["kernel"], row["provider"], row["call"]) for row in rows} == {

@@ -59,13 +59,13 @@ def test_a_table_has_a_row_for_each_lever_and_both_texts_side_by_side():
     assert [cell.split()[0] for cell in producers].count("64.0%") == len(levers.TEXTS)
 
 
-def test_a_mixed_calibration_has_every_text_in_equal_parts(monkeypatch):
+def test_a_mixed_calibration_has_every_text_in_equal_parts(monkeypatch, tmp_path):
     class Subject:
         def batches(self, text: str, half: str, tokens: int) -> list:
             assert half == "calibration"
             return [f"{text} {number}" for number in range(tokens // levers.LENGTH)]
 
-    bench = levers.Bench()
+    bench = levers.Bench(tmp_path / "levers.csv")
     monkeypatch.setattr(bench, "_subject", Subject())
     rows = bench.calibration("general", 12)
     names = levers.CALIBRATIONS["general"]

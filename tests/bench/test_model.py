@@ -231,7 +231,7 @@ def test_the_walk_is_that_of_the_triton_kernel() -> None:
 
 
 def test_the_committed_prediction_is_what_the_model_says(tmp_path: Path) -> None:
-    """After a change: python bench/gram.py --predict h100 --predict h200 --write <that file>."""
+    """After a change: python bench/gram.py --predict h100 --predict h200 --output <that file>."""
     path = tmp_path / "predicted.csv"
-    assert gram.main(["--predict", "h100", "--predict", "h200", "--write", str(path)]) == 0
+    assert gram.main(["--predict", "h100", "--predict", "h200", "--output", str(path)]) == 0
     assert read_rows(path) == read_rows(PREDICTED)

@@ -47,7 +47,7 @@ def test_ratios_are_of_the_same_round_and_calls_are_repeated(monkeypatch):
 
 def test_a_package_that_is_missing_is_said(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(onnx, "find_spec", lambda name: None)
-    onnx.main(["--network", "timm ViT-Ti/16", "--write", str(tmp_path / "onnx.csv")])
+    onnx.main(["--network", "timm ViT-Ti/16", "--output", str(tmp_path / "onnx.csv")])
     assert "timm ViT-Ti/16: left out, timm is not installed" in capsys.readouterr().out
     assert not (tmp_path / "onnx.csv").exists()
 
@@ -57,7 +57,7 @@ def test_a_network_is_measured_in_every_runtime(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(onnx, "_LEAST", 0.0)
     name = next(iter(onnx.NETWORKS))
-    onnx.main(["--network", name, "--write", str(tmp_path / "onnx.csv"), "--repeats", "2"])
+    onnx.main(["--network", name, "--output", str(tmp_path / "onnx.csv"), "--repeats", "2"])
     rows = read_rows(tmp_path / "onnx.csv")
     assert [row["batch"] for row in rows] == ["1", "8"] * len({row["runtime"] for row in rows})
     assert {row["runtime"].split()[0] for row in rows} >= {"torch", "ONNX"}

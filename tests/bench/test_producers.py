@@ -31,7 +31,6 @@ def subject():
 
 @pytest.fixture
 def table(monkeypatch, tmp_path):
-    monkeypatch.setattr(sweep, "RESULTS", tmp_path)
     monkeypatch.setattr(producers, "SUBJECTS", {"tiny": subject})
     monkeypatch.setattr(producers, "CELLS", {"tiny": (0.5, (1,))})
     return Table(tmp_path / "producers.csv", producers.KEY)

@@ -25,7 +25,7 @@ def small_product(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_case_is_written_with_its_conditions(tmp_path: Path) -> None:
     path = tmp_path / "search.csv"
     threads = torch.get_num_threads()
-    assert search.main([*ARGUMENTS, "--write", str(path)]) == 0
+    assert search.main([*ARGUMENTS, "--output", str(path)]) == 0
     assert torch.get_num_threads() == threads
     rows = list(csv.DictReader(path.open()))
     assert [(row["case"], row["provider"]) for row in rows] == [

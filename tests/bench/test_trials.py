@@ -36,7 +36,7 @@ def test_candidates_are_checked_apart_and_timed_beside_the_library(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "trials.csv"
-    assert trials.main(["--device", "cpu", "--write", str(path)]) == 0
+    assert trials.main(["--device", "cpu", "--output", str(path)]) == 0
     assert "shipped: right" in capsys.readouterr().out
     rows = {row["provider"]: row for row in read_rows(path)}
     assert rows.keys() == {"torch", "addmm", "shipped", "model of wide"}
@@ -61,7 +61,7 @@ def test_every_shape_is_written_before_the_next_starts(
 
     monkeypatch.setattr(trials, "timed", second_fails)
     with pytest.raises(KeyboardInterrupt):
-        trials.main(["--device", "cpu", "--write", str(path)])
+        trials.main(["--device", "cpu", "--output", str(path)])
     assert read_rows(path)
 
 

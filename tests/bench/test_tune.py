@@ -60,7 +60,7 @@ def test_triton_dry_run_finds_candidates_right(own_table: Path, tmp_path: Path) 
     rows = ("gram/16-bit/middle", "gram/16-bit/gated", "gram/split/scattered", "absorb/bf16/middle")
     path = tmp_path / "tuning.csv"
     named = [argument for row in rows for argument in ("--row", row)]
-    arguments = ["--dry-run", "--table", str(own_table), "--write", str(path), *named]
+    arguments = ["--dry-run", "--table", str(own_table), "--output", str(path), *named]
     assert tune.main(arguments) == 0
     measured = list(csv.DictReader(path.open()))
     assert {row["row"] for row in measured} == set(rows)

@@ -300,7 +300,7 @@ def test_the_command_line_survives_kills_at_random_moments(tmp_path):
     pytest.importorskip("typer")
     command = [sys.executable, "-m", "bench.reliability.killing", "--trials", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # more threads do not survive a fork
-    subprocess.run([*command, "--write", tmp_path / "killing.csv"], check=True, env=environment)
+    subprocess.run([*command, "--output", tmp_path / "killing.csv"], check=True, env=environment)
     rows = list(csv.DictReader((tmp_path / "killing.csv").open()))
     assert [row["bitwise equal"] for row in rows] == ["yes"] * 4
     deaths = sum(int(row["deaths"]) for row in rows)
