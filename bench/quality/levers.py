@@ -73,6 +73,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "selected on passages": {},
     BROAD: {},
     "selected on written": {},
+    "selected on passages and written": {},
     "selected on general, producers": {"refit_producers": 3},
     "uneven widths, selected on general": {},
     "uneven widths, selected on general, producers": {"refit_producers": 3},
@@ -86,6 +87,7 @@ OTHERS: dict[str, tuple[str, str, int]] = {
     "selected on brown": ("select_on", "brown", 16),
     "selected on passages": ("select_on", "passages", 16),
     "selected on written": ("select_on", "written", 16),
+    "selected on passages and written": ("select_on", "passages and written", 32),
 } | {lever: ("select_on", "general", 18) for lever in LEVERS if BROAD in lever}
 
 
@@ -114,7 +116,7 @@ CELLS: tuple[Cell, ...] = (
     Cell("passages and brown", 16, (PRUNED, DEFAULTS, "producers", UNEVEN)),
     Cell("general", 64, (PRUNED, DEFAULTS, BEST)),
     *(
-        Cell("passages", 16, (*_OWN[:3], BROAD), keep=keep)
+        Cell("passages", 16, (*_OWN[:3], BROAD, "selected on passages and written"), keep=keep)
         for keep in (0.9, 0.8, 0.7, 0.6, 0.4, 0.3)
     ),
 )
