@@ -164,13 +164,16 @@ def keep_ratios(rows: list[Row], _: str) -> Any:
             return None
         return recovered(dense[text], pruned, restored)
 
-    near, far = (f"{back(text, DEFAULTS, HALF) or 0:.0%}" for text in TEXTS)
-    broad = f"{back(TEXTS[1], BROAD, HALF) or 0:.0%}"
+    found_shares = (
+        (back(TEXTS[0], DEFAULTS, HALF), "of the loss on text like the calibration's"),
+        (back(TEXTS[1], DEFAULTS, HALF), "on other text"),
+        (back(TEXTS[1], BROAD, HALF), "there if channels are selected on many kinds"),
+    )
+    recoveries = (f"{share:.0%} {where}" for share, where in found_shares if share is not None)
     of_dense = {"color": drawing.DENSE, "linestyle": ":", "label": "dense network"}
     join = {"linestyle": "-", "markersize": 5}
     figure, panels = framed(
-        f"With half of the channels GRAIL recovers {near} of the loss on text like the "
-        f"calibration's, {far} on other text, {broad} there if channels are selected on many kinds",
+        f"With half of the channels GRAIL recovers {', '.join(recoveries)}",
         "SmolLM2-135M, MLPs; calibrated on 16k tokens of a Python reference; "
         "loss: log-perplexity that plain pruning adds",
         columns=2,

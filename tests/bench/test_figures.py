@@ -74,6 +74,22 @@ def test_a_title_says_a_number_and_text_is_legible_at_its_width(path: Path) -> N
     assert 'width="468pt"' in drawn  # 6.5 inches
 
 
+def test_a_title_leaves_out_what_is_not_measured() -> None:
+    pytest.importorskip("matplotlib")
+    cell = {"calibration": "passages", "sequences": "16", "sites": "mlp", "keep": "0.5"}
+    measured = {"dense": (10, 10), "pruned": (40, 90), "defaults": (20, 30)}
+    rows = [
+        cell | {"lever": lever, "text": text, "perplexity": str(value)}
+        for lever, of in measured.items()
+        for text, value in zip(("passages", "brown"), of, strict=True)
+    ]
+    title = " ".join(figures.FIGURES["levers"](rows, "").texts[0].get_text().split())
+    assert title == (
+        "With half of the channels GRAIL recovers 50% of the loss on text like the calibration's, "
+        "50% on other text"
+    )
+
+
 def test_every_figure_of_a_page_has_a_sentence_for_those_who_do_not_see_it() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     shown = [
