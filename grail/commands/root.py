@@ -133,4 +133,6 @@ def root(
 
     Uses a closed-form least-squares fit: no gradients, no labels, no fine-tuning, a few forward
     passes over plain text.
+
+    Example: `grail compress MODEL --keep 0.75 --calibration text.txt --output out/`
     """
