@@ -169,7 +169,8 @@ def full_name(source: str) -> str:
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(
-            f"{path}: no such file; give text, JSON, JSON lines, CSV, Parquet or a dataset name"
+            f"{path}: no such file; give text, JSON, JSON lines, CSV, Parquet or a dataset name",
+            page="docs/texts.md",
         )
     if path.suffix.lower() in _COMPRESSED:
         raise InputError(f"{path} is compressed: unpack it first")
@@ -276,7 +277,8 @@ def _datasets(source: str) -> Any:
     except ImportError as error:
         raise InputError(
             f"reading {source} needs datasets: pip install 'grail-kernels[llm]'; text, JSON and "
-            "CSV work without"
+            "CSV work without",
+            page="docs/index.md#install",
         ) from error
 
 
@@ -289,7 +291,8 @@ def _refusing(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(
-            f"{source} cannot be read as a file or a dataset: {one_line(error)}"
+            f"{source} cannot be read as a file or a dataset: {one_line(error)}",
+            page="docs/texts.md",
         ) from error
 
 
@@ -310,7 +313,10 @@ def _open_split(
             reason = one_line(error)
             if "split" not in reason.lower():
                 raise
-    raise InputError(f"{source} has no split {' or '.join(wanted)}: {reason}; name one that it has")
+    raise InputError(
+        f"{source} has no split {' or '.join(wanted)}: {reason}; name one that it has",
+        page="docs/texts.md",
+    )
 
 
 def _only_split(stored: Any, source: str, split: Split | None) -> tuple[str | None, Any]:
@@ -341,7 +347,8 @@ def _document(row: Any, field: str | None, where: str) -> Document:
             missing = repr(field) if field else " or ".join(map(repr, _FIELDS))
             raise InputError(
                 f"{where} has no field {missing}; fields found: {found}; give the name of the "
-                "field that holds the text (--field)"
+                "field that holds the text (--field)",
+                page="docs/texts.md",
             )
         value, where = row[name], f"{where}, field {name!r}"
     elif field is not None:

@@ -30,7 +30,10 @@ def require_writable(table: Path | None, figure: Path | None) -> None:
     if figure.suffix not in FIGURES:
         raise InputError(f"a figure ends in {', '.join(FIGURES)}; got {figure}")
     if find_spec("matplotlib") is None:
-        raise ModelError("drawing needs matplotlib: pip install 'grail-kernels[report]'")
+        raise ModelError(
+            "drawing needs matplotlib: pip install 'grail-kernels[report]'",
+            page="docs/index.md#install",
+        )
 
 
 def labels(rows: Sequence[SpeedRow]) -> dict[str, str]:
