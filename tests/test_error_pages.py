@@ -18,6 +18,7 @@ from grail.adapters._library import Library
 from grail.files.documents import load_texts
 
 ROOT = Path(__file__).parents[1]
+NAMES = ("page", "_PAGE")  # of a class; of the errors of a module
 CLASSES = [getattr(errors, name) for name in errors.__all__ if name.endswith("Error")]
 
 
@@ -27,7 +28,7 @@ def named() -> Iterator[tuple[str, str]]:
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 is_given = isinstance(node, ast.keyword) and node.arg == "page"
-                is_set = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "page"
+                is_set = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in NAMES
                 value = node.value if is_given or is_set else None
                 if isinstance(value, ast.Constant) and isinstance(value.value, str):
                     yield f"{path.relative_to(ROOT)}:{value.lineno}", value.value
@@ -61,6 +62,11 @@ def unknown_setting_in_a_file(folder: Path) -> None:
     grail.Recipe.load(path)
 
 
+def damaged_text(folder: Path) -> None:
+    (folder / "text.jsonl").write_text('{"text": "a"}\n{"text":', encoding="utf-8")
+    list(load_texts(folder / "text.jsonl"))
+
+
 CAUSES = {
     "unsupported model": (
         lambda _: grail.compress(nn.Linear(4, 4), [torch.zeros(2, 4)]),
@@ -74,6 +80,13 @@ CAUSES = {
         lambda folder: grail.load_model(folder / "none"),
         "docs/guides/compress.md#the-command",
     ),
+    "no such layer": (
+        lambda _: grail.compress(
+            nn.Linear(4, 4), [torch.zeros(2, 4)], sites=[grail.Site(["up"], ["down"])]
+        ),
+        "docs/networks.md#where-sites-come-from",
+    ),
+    "a text that is damaged": (damaged_text, "docs/texts.md"),
     "no such text": (lambda folder: [*load_texts(folder / "none.txt")], "docs/texts.md"),
     "unknown selector": (lambda _: grail.Recipe(selector="gredy"), "docs/reference/selectors.md"),
     "unknown setting": (
