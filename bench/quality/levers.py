@@ -52,6 +52,7 @@ WRITTEN_TOKENS = 16 * LENGTH
 BEGIN = "<|endoftext|>"  # between the documents on which SmolLM2 was trained
 DEFAULTS, PRUNED, DENSE = "defaults", "pruned", "dense"
 BROAD = "selected on general"
+OWN_TOO = "selected on passages and written"
 ATTENTION = {"correct_attention": True}
 # The consumers of heads that all stay are refitted to the drift.
 OUTPUT = {"keep": {"mlp": 0.5, "heads": 1.0}, "sites": ("mlp", "heads")}
@@ -73,7 +74,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "selected on passages": {},
     BROAD: {},
     "selected on written": {},
-    "selected on passages and written": {},
+    OWN_TOO: {},
     "selected on general, producers": {"refit_producers": 3},
     "uneven widths, selected on general": {},
     "uneven widths, selected on general, producers": {"refit_producers": 3},
@@ -87,7 +88,7 @@ OTHERS: dict[str, tuple[str, str, int]] = {
     "selected on brown": ("select_on", "brown", 16),
     "selected on passages": ("select_on", "passages", 16),
     "selected on written": ("select_on", "written", 16),
-    "selected on passages and written": ("select_on", "passages and written", 32),
+    OWN_TOO: ("select_on", "passages and written", 32),
 } | {lever: ("select_on", "general", 18) for lever in LEVERS if BROAD in lever}
 
 
@@ -118,7 +119,7 @@ CELLS: tuple[Cell, ...] = (
     Cell("passages and brown", 16, (PRUNED, DEFAULTS, "producers", UNEVEN)),
     Cell("general", 64, (PRUNED, DEFAULTS, BEST)),
     *(
-        Cell("passages", 16, (*_OWN[:3], BROAD, "selected on passages and written"), keep=keep)
+        Cell("passages", 16, (*_OWN[:3], BROAD, OWN_TOO), keep=keep)
         for keep in (0.9, 0.8, 0.7, 0.6, 0.4, 0.3)
     ),
 )
