@@ -51,6 +51,7 @@ WRITTEN = "written"  # text by the dense model itself, from the token between do
 WRITTEN_TOKENS = 16 * LENGTH
 BEGIN = "<|endoftext|>"  # between the documents on which SmolLM2 was trained
 DEFAULTS, PRUNED, DENSE = "defaults", "pruned", "dense"
+UNEVEN = "uneven widths"  # how the names of such levers begin
 BROAD = "selected on general"
 OWN_TOO = "selected on passages and written"
 ATTENTION = {"correct_attention": True}
@@ -78,8 +79,8 @@ LEVERS: dict[str, dict[str, Any]] = {
     "selected on general, producers": {"refit_producers": 3},
     "uneven widths, selected on general": {},
     "uneven widths, selected on general, producers": {"refit_producers": 3},
+    f"{UNEVEN}, {OWN_TOO}, producers": {"refit_producers": 3},
 }
-UNEVEN = "uneven widths"  # how the names of such levers begin
 BEST = "uneven widths, producers"
 SENSED = 16  # sequences on which widths are measured
 # The argument of other text, its calibration, and sequences of it.
@@ -88,8 +89,12 @@ OTHERS: dict[str, tuple[str, str, int]] = {
     "selected on brown": ("select_on", "brown", 16),
     "selected on passages": ("select_on", "passages", 16),
     "selected on written": ("select_on", "written", 16),
-    OWN_TOO: ("select_on", "passages and written", 32),
-} | {lever: ("select_on", "general", 18) for lever in LEVERS if BROAD in lever}
+} | {
+    lever: ("select_on", text, count)
+    for name, text, count in ((BROAD, "general", 18), (OWN_TOO, "passages and written", 32))
+    for lever in LEVERS
+    if name in lever
+}
 
 
 class Cell(NamedTuple):
