@@ -355,7 +355,7 @@ class Recipe:
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is no text in UTF-8: {one_line(error)}") from error
         except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+            raise InputError(f"{path}: {error}", page=error.page) from error
 
     def save(self, path: str | Path) -> None:
         """Writes the recipe for `load`, JSON or YAML by its suffix.

@@ -65,6 +65,8 @@ _KERNELS = (EVERY_CALL, "tma", "halves", "wide", FORMED)
 class LaunchTableError(GrailError, ValueError):
     """The launch table cannot be read, lacks a row, or holds one that no kernel can launch with."""
 
+    page = "docs/kernels.md"
+
 
 @dataclass(frozen=True)
 class GramConfig:

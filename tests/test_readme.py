@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import grail
-from bench.report import comparison
+from bench.report import comparison, networks
 from bench.report.numbers.kernels import Kernels
 
 ROOT = Path(__file__).parent.parent
@@ -28,8 +28,10 @@ def test_the_page_of_selectors_names_every_one_and_its_source():
     assert set(re.findall(r"^::: ([\w.]+)$", page, flags=re.MULTILINE)) == modules
 
 
-def test_the_results_page_is_made_from_the_committed_csv():
-    assert comparison.PAGE.read_text(encoding="utf-8") == comparison.page()
+def test_the_pages_of_results_are_made_from_the_committed_csv():
+    pages = comparison.pages()
+    assert {path: path.read_text(encoding="utf-8") for path in pages} == pages
+    assert {comparison.PAGE, *comparison.FOLDER.glob("*.md")} == pages.keys()
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
@@ -97,7 +99,7 @@ def test_its_files_exist_and_it_stays_short():
 
 
 def test_the_resnets_numbers_are_those_of_the_csv():
-    values = comparison.found(rows_of("selectors_resnet18.csv"), "accuracy")
+    values = networks.found(rows_of("selectors_resnet18.csv"), "accuracy")
     cells = [("", 1.0, "dense"), ("magnitude", 0.5, "own"), ("magnitude", 0.5, "ours")]
     dense, pruned, ours = (f"{100 * values[cell]:.1f}" for cell in cells)
     said = " ".join(README.split())

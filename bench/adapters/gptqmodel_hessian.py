@@ -1,6 +1,6 @@
 """GPTQModel's `GPTQ`: calls of add_batch and one materialize_global_hessian, alone and with grail.
 
-python -m bench.adapters.gptqmodel_hessian      in an environment with gptqmodel
+    python -m bench.adapters.gptqmodel_hessian --output new/     in an environment with gptqmodel
 
 Columns of the table: milliseconds of both, theirs over ours; and ours over theirs of the memory of
 the sums between calls (held), and of what torch allocates at the peak of all calls, with fp32

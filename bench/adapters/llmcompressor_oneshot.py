@@ -1,6 +1,6 @@
 """llm-compressor's `oneshot`: its GPTQ statistics and those of grail, and pruning in its recipes.
 
-python -m bench.adapters.llmcompressor_oneshot      in an environment with llmcompressor
+    python -m bench.adapters.llmcompressor_oneshot --output new/    with llmcompressor
 
 Without --e2e: CPU seconds of the Hessians with their read-out, quantisation not counted, of a layer
 of each width (several calls), and of `oneshot` on SmolLM2's first blocks; and bytes of the

@@ -1,6 +1,6 @@
 """Error and bias of a Gram matrix against the number of tokens, on activations with a mean.
 
-python -m bench.kernels.accuracy --output bench/results     writes bench/results/accuracy_cpu.csv
+    python -m bench.kernels.accuracy --output new/     writes new/accuracy_cpu.csv
 
 Columns and providers: docs/benches.md.
 """

@@ -1,6 +1,6 @@
 """Memory of one site's statistics against its channels: grail's accumulator and a dense fp32 G.
 
-python -m bench.kernels.memory --output bench/results     writes bench/results/memory_cpu.csv
+    python -m bench.kernels.memory --output new/     writes new/memory_cpu.csv
 
 Columns and providers: docs/benches.md.
 """

@@ -52,6 +52,7 @@ WRITTEN_TOKENS = 16 * LENGTH
 BEGIN = "<|endoftext|>"  # between the documents on which SmolLM2 was trained
 DEFAULTS, PRUNED, DENSE = "defaults", "pruned", "dense"
 BROAD = "selected on general"
+OWN_TOO = "selected on passages and written"
 ATTENTION = {"correct_attention": True}
 # The consumers of heads that all stay are refitted to the drift.
 OUTPUT = {"keep": {"mlp": 0.5, "heads": 1.0}, "sites": ("mlp", "heads")}
@@ -73,6 +74,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "selected on passages": {},
     BROAD: {},
     "selected on written": {},
+    OWN_TOO: {},
     "selected on general, producers": {"refit_producers": 3},
     "uneven widths, selected on general": {},
     "uneven widths, selected on general, producers": {"refit_producers": 3},
@@ -86,6 +88,7 @@ OTHERS: dict[str, tuple[str, str, int]] = {
     "selected on brown": ("select_on", "brown", 16),
     "selected on passages": ("select_on", "passages", 16),
     "selected on written": ("select_on", "written", 16),
+    OWN_TOO: ("select_on", "passages and written", 32),
 } | {lever: ("select_on", "general", 18) for lever in LEVERS if BROAD in lever}
 
 
@@ -103,6 +106,8 @@ _OWN = (PRUNED, "paper", DEFAULTS, BEST)
 CELLS: tuple[Cell, ...] = (
     Cell("passages", 16, tuple(lever for lever in LEVERS if lever != "selected on passages")),
     *(Cell(name, 16, (DEFAULTS,)) for name in ("written", "passages and written")),
+    # As many tokens of passages as above, and as many again that the model has written.
+    *(Cell("passages and written", 32, (DEFAULTS,), keep=keep) for keep in (0.5, 0.8)),
     Cell("passages", 64, (*_OWN, UNEVEN, "producers")),
     Cell("passages", 64, _OWN, keep=0.75),
     Cell("brown", 16, (PRUNED, DEFAULTS, "selected on passages")),
@@ -114,7 +119,7 @@ CELLS: tuple[Cell, ...] = (
     Cell("passages and brown", 16, (PRUNED, DEFAULTS, "producers", UNEVEN)),
     Cell("general", 64, (PRUNED, DEFAULTS, BEST)),
     *(
-        Cell("passages", 16, (*_OWN[:3], BROAD), keep=keep)
+        Cell("passages", 16, (*_OWN[:3], BROAD, OWN_TOO), keep=keep)
         for keep in (0.9, 0.8, 0.7, 0.6, 0.4, 0.3)
     ),
 )

@@ -1,6 +1,6 @@
 """Perplexity of a GGUF file in llama.cpp; a program for a process of its own.
 
-    python -m bench.quality.llama_perplexity FILE TOKENS.npy THREADS
+    python -m bench.quality.llama_perplexity small.gguf tokens.npy 2     a file, tokens, threads
 
 Tokens are [sequences, tokens], int32. Prints JSON: the perplexity over every token but the first of
 each sequence, as `grail.evaluate` computes it. Keys and values are fp32.

@@ -1,6 +1,6 @@
 """Compressed folders in vLLM: its log-probabilities and greedy tokens beside transformers'.
 
-    python -m bench.quality.vllm [CASE …]
+    python -m bench.quality.vllm     the cases that bench/results/vllm.csv lacks
 
 Tiny random models of each form, and SmolLM2-135M with half of its MLP channels. Run it by the
 interpreter of vLLM's environment: `python -m bench.tools.vllm` makes it. Rows that are in the CSV

@@ -1,119 +1,102 @@
-"""The tables of docs/results.md and README.md, from the committed CSV files alone.
+"""The tables of docs/results.md, docs/results/ and README.md, from the committed CSV files alone.
 
-    python -m bench.report.comparison     writes docs/results.md, prints the table of README.md
+    python -m bench.report.comparison     writes the pages, prints the table of README.md
 
-The text of the page is in bench/report/results.md.j2; its numbers come from the CSV files.
+The texts are in bench/report/results.md.j2 and bench/report/results; their numbers come from the
+CSV files.
 """
 
-from collections import Counter
-from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 
 from bench.quality import levers
+from bench.report.networks import (
+    ARROW,
+    RIDGE,
+    VARIANTS,
+    Network,
+    Scores,
+    best,
+    compared,
+    found,
+    has_axes,
+    kept,
+    networks,
+    number,
+    share,
+    spread,
+    unit,
+    worse,
+)
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, ROOT, Row, Table, read_rows
+from bench.tools.measuring import RESULTS, ROOT, Row, read_rows
 from bench.tools.pages import fill
 from bench.tools.tables import markdown
-from grail.report.report import recovered
 
+TEXT = ROOT / "bench" / "report"
 PAGE = ROOT / "docs" / "results.md"
-# Network: a title, the score that is shown, and the keep ratios of its table.
-NETWORKS: dict[str, tuple[str, str, tuple[float, ...]]] = {
-    "smollm2": ("SmolLM2-135M, MLP, technical text", "perplexity", (0.8, 0.65, 0.5)),
-    "mixture": ("SmolLM2-135M as a mixture of experts", "perplexity", ()),
-    "resnet18": ("ResNet-18, Fashion-MNIST, block-internal channels", "accuracy", (0.7, 0.5, 0.3)),
-    "vit": ("ViT, Fashion-MNIST, MLP", "accuracy", (0.7, 0.5, 0.3)),
-    "efficientnet": (
-        *("EfficientNet-lite0, expanded channels, photographs", "agreement"),
-        (0.7, 0.5, 0.3),
-    ),
-    "minilm": ("all-MiniLM-L6-v2, MLP, Brown sentences", "cosine", (0.7, 0.5, 0.3)),
+FOLDER = PAGE.with_suffix("")
+TEXTS = {PAGE: TEXT / "results.md.j2"} | {
+    FOLDER / path.stem: path for path in sorted((TEXT / "results").glob("[!_]*.md.j2"))
 }
-VARIANTS = {
-    "own": "alone",
-    "grail": "GRAIL, the paper's way",
-    "both": "the same, with a bias",
-    "ours": "GRAIL, grail's defaults",
-}
-LEAST = 0.005  # of the score; where pruning loses less, no share of it is given
-# The selector that is published with a ridge of its own: a further ridge recovers nothing.
-RIDGE = "slimgpt"
 # Recovered share of the lost log-perplexity in the paper: LLaMA-2-7B, WikiText-2, by selector and
 # keep ratio (arXiv 2602.23795, computed from its perplexities).
 PAPERS_SHARES = {("wanda", 0.8): 0.47, ("wanda", 0.5): 0.64, ("flap", 0.5): 0.19}
 
-Scores = dict[tuple[str, float, str], float]
+
+def pages() -> dict[Path, str]:
+    """Returns every page in Markdown, by its path."""
+    parts = (table, spread_table, study_table, beside_the_paper, has_axes, kept)
+    values = {part.__name__: part for part in parts} | {
+        "networks": networks(),
+        "summary": summary_table(list(networks().values())),
+        "counted": counted(list(networks().values())),
+        "producers": producer_table(read_rows(RESULTS / "producers.csv")),
+    }
+    return {path: fill(text, **values) for path, text in TEXTS.items()}
 
 
-@dataclass(frozen=True)
-class Network:
-    """The results of one network. `score`: the column that is shown; `keeps`: of the table."""
-
-    name: str
-    title: str
-    score: str
-    keeps: tuple[float, ...]
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """Selectors; none for a network with studies alone."""
-        return Table(RESULTS / f"selectors_{self.name}.csv", ()).rows
-
-    @cached_property
-    def studies(self) -> list[Row]:
-        """Settings, sizes and strengths."""
-        return Table(RESULTS / f"studies_{self.name}.csv", ()).rows
-
-    @property
-    def samples(self) -> str:
-        """Calibration samples of the tables; without a table, of most studies."""
-        counts = Counter(r["samples"] for r in (self.rows or self.studies) if r["selector"])
-        return counts.most_common(1)[0][0]
-
-    def study(self, variant: str, selector: str = "wanda", keep: float = 0.5) -> str:
-        """The score of a study."""
-        (value,) = (
-            float(r[self.score])
-            for r in self.studies
-            if (r["selector"], r["variant"], float(r["keep"])) == (selector, variant, keep)
-            and r["samples"] == self.samples
+def summary_table(of: list[Network]) -> str:
+    """Returns a line for each network: Wanda and the best selector at one keep ratio."""
+    lines = []
+    for network in of:
+        values, score, keep = network.values, network.score, network.lead
+        wanda = (number(score, values["wanda", keep, variant]) for variant in ARROW)
+        selector, value = best(values, score, keep)
+        lines.append(
+            [
+                f"[{network.title.partition(',')[0]}](results/{network.name}.md)",
+                f"{score}, {unit(score)}".removesuffix(", "),
+                network.dense,
+                f"{keep:g}",
+                " → ".join(wanda),
+                f"{selector} {number(score, value)}",
+                " → ".join(counted([network]).values()),
+            ]
         )
-        return number(self.score, value)
+    header = ["network", "score", "dense", "keep", "Wanda", "best", "no worse than alone"]
+    return markdown(header, lines)
 
 
-def page() -> str:
-    """The whole page in Markdown."""
-    parts = (summary, table, study_table, beside_the_paper, has_axes)
-    return fill(
-        ROOT / "bench/report/results.md.j2",
-        producers=producer_table(read_rows(RESULTS / "producers.csv")),
-        networks={name: Network(name, *of) for name, of in NETWORKS.items()},
-        **{part.__name__: part for part in parts},
-    )
+def counted(of: list[Network]) -> dict[str, str]:
+    """Returns by variant in how many cells of the networks it is no worse, "457 of 498"."""
+    counts = {}
+    for variant in ARROW[1:]:
+        cells = sum(len(compared(network.values, variant)) for network in of)
+        lost = sum(len(worse(network.values, network.score, variant)) for network in of)
+        counts[variant] = f"{cells - lost} of {cells}"
+    return counts
 
 
-def found(rows: list[Row], score: str) -> Scores:
-    """Scores by selector, keep and variant."""
-    return {(r["selector"], float(r["keep"]), r["variant"]): float(r[score]) for r in rows}
-
-
-def has_axes(rows: list[Row]) -> bool:
-    """Finds sizes or strengths that a figure can show."""
-    return any(r["variant"].startswith("alpha=") for r in rows)
-
-
-def share(score: str, dense: float, pruned: float, restored: float) -> float | None:
-    """The recovered share of the lost score; None where almost nothing was lost."""
-    if score == "perplexity":
-        return recovered(dense, pruned, restored)
-    return None if dense - pruned < LEAST else (restored - pruned) / (dense - pruned)
-
-
-def number(score: str, value: float) -> str:
-    """A score with the digits of the page."""
-    if score == "perplexity":
-        return f"{value:,.1f}" if value < 1e4 else f"{value:.0e}"
-    return f"{value:.3f}" if score == "cosine" else f"{100 * value:.1f}"
+def spread_table(values: Scores, score: str) -> str:
+    """Returns the range over selectors, by keep ratio and variant."""
+    keeps = sorted({k for _, k, v in values if v != "dense"}, reverse=True)
+    ranges = {v: [spread(values, score, keep, v) for keep in keeps] for v in VARIANTS}
+    shown = {variant: cells for variant, cells in ranges.items() if any(cells)}
+    lines = [
+        [f"{keep:g}", *(cells[index] or "–" for cells in shown.values())]
+        for index, keep in enumerate(keeps)
+    ]
+    return markdown(["keep", *(VARIANTS[variant] for variant in shown)], lines)
 
 
 def table(rows: list[Row], score: str, keeps: tuple[float, ...]) -> str:
@@ -138,44 +121,6 @@ def _cell(values: Scores, score: str, selector: str, keep: float) -> str:
         back = None if selector == RIDGE else share(score, dense, pruned, value)
         parts.append(number(score, value) + ("" if back is None else f" ({back:.0%})"))
     return " → ".join(parts)
-
-
-def summary(rows: list[Row], score: str) -> str:
-    """Dense score, and how often compensation helped, from all cells."""
-    values = found(rows, score)
-    unit = "" if score in ("perplexity", "cosine") else "%"
-    lines = [f"Dense: {number(score, values['', 1.0, 'dense'])}{unit}."]
-    lines += [_helped(values, score, variant) for variant in ("grail", "ours")]
-    for keep in sorted({k for _, k, v in values if v != "dense"}, reverse=True):
-        cells = (
-            [v for (_, k, w), v in values.items() if (k, w) == (keep, variant)]
-            for variant in ("own", "grail", "ours")
-        )
-        spreads = [
-            f"{number(score, min(of))}–{number(score, max(of))}" for of in cells if len(of) > 2
-        ]
-        if len(spreads) == 3:
-            lines.append(f"Keep {keep:g}, over selectors: {' → '.join(spreads)}.")
-    return "\n".join(lines)
-
-
-def _helped(values: Scores, score: str, variant: str) -> str:
-    """A sentence: in how many cells a variant is no worse than the selector alone."""
-    pairs = [
-        (values[s, k, "own"], value)
-        for (s, k, v), value in values.items()
-        if v == variant and (s, k, "own") in values
-    ]
-    sign = -1 if score == "perplexity" else 1
-    worse = [(own, value) for own, value in pairs if sign * value < sign * own]
-    sentence = (
-        f"{VARIANTS[variant]}: no worse than alone in {len(pairs) - len(worse)} of {len(pairs)} "
-        "cells"
-    )
-    if worse:
-        own, value = max(worse, key=lambda pair: abs(pair[0] - pair[1]))
-        sentence += f", at worst {number(score, value)} instead of {number(score, own)}"
-    return sentence + "."
 
 
 def beside_the_paper(rows: list[Row], score: str) -> str:
@@ -286,9 +231,11 @@ def _with_share(row: Row | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Writes the page."""
-    CommandLine(__doc__, writes="docs/results.md", takes="a second").read(arguments)
-    PAGE.write_text(page(), encoding="utf-8")
+    """Writes the pages."""
+    CommandLine(__doc__, writes="docs/results.md, docs/results/", takes="a second").read(arguments)
+    FOLDER.mkdir(exist_ok=True)
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
     print(quality_table(read_rows(RESULTS / "levers.csv")))
 
 

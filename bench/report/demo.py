@@ -1,5 +1,8 @@
 """The job of `make demo`: a real language model with 80% and with 50% of its MLP channels.
 
+    python -m bench.report.demo                      writes models and pages into demo-out
+    python -m bench.report.demo --output /tmp/demo   elsewhere
+
 SmolLM2-135M-Instruct (Apache-2.0) is pruned and compensated at two shares, a usable one and one
 that is not. Calibration and held-out text are disjoint halves of the Python language reference; a
 second held-out text, of another kind, is source code of the standard library. Both are part of
@@ -35,7 +38,7 @@ BATCH_SIZE = 2
 def main() -> None:
     """Writes the texts, compresses at each share, and prints one table of all models."""
     parser = CommandLine(
-        "Compresses SmolLM2-135M at two shares.",
+        __doc__,
         "output",
         writes="models, pages and reports into --output, texts into --texts",
         takes="up to 10 minutes on 2 cores",

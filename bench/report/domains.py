@@ -25,6 +25,11 @@ class Page:
         self._found = {
             tuple(row[key] for key in levers.KEY): row for row in levers.comparisons(list(rows))
         }
+        self._dense = {
+            row["text"]: f"{float(row['perplexity']):.1f}"
+            for row in rows
+            if row["lever"] == levers.DENSE
+        }
 
     def text(self) -> str:
         """The whole page."""
@@ -64,6 +69,29 @@ class Page:
         known = [worse for worse in cells if worse is not None]
         return f"{sum(known)} of {len(known)}"
 
+    def worse_cells(self) -> str:
+        """A table of the cells that are worse than plain pruning, and by how much."""
+        lines = [
+            [
+                f"{row['calibration']}, {row['sequences']}k",
+                *(row[name] for name in ("lever", "sites", "keep", "text")),
+                *(self.perplexity(*cell) for cell in (self._pruned(row), self._key(row))),
+            ]
+            for row in self._found.values()
+            if row["lever"] != levers.PRUNED and row["worse"]
+        ]
+        header = ["calibration", "lever", "sites", "keep", "read on", "pruned", "with the lever"]
+        return markdown(header, lines) if lines else ""
+
+    @staticmethod
+    def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of `row` that find this one."""
+        names = ("calibration", "sequences", "lever", "text", "sites", "keep")
+        return tuple(row[name] for name in names)
+
+    def _pruned(self, row: dict[str, Any]) -> tuple[Any, ...]:
+        return self._key(row | {"lever": levers.PRUNED})
+
     def calibrations(self) -> str:
         """A table of the defaults, and of all that recovers most, on each calibration."""
         rows = [
@@ -84,8 +112,8 @@ class Page:
     def near_and_far(self, calibration: str, sequences: int) -> str:
         """A table of one calibration's models: perplexity, share and KL on each text."""
         texts = levers.NEAR_AND_FAR[calibration]
-        lines = []
-        for lever in (levers.DEFAULTS, levers.BEST):
+        lines = [[levers.DENSE, *(self._dense.get(text, "not measured") for text in texts)]]
+        for lever in (levers.PRUNED, levers.DEFAULTS, levers.BEST):
             cells = [(calibration, sequences, lever, text) for text in texts]
             if any(self.row(*cell) for cell in cells):
                 shown = (
@@ -96,16 +124,17 @@ class Page:
         return markdown(["lever", *(f"read on {text}" for text in texts)], lines)
 
     def ratios(self, calibration: str, sequences: int) -> str:
-        """A table of the defaults at every keep ratio of MLPs, and with channels by broad text."""
+        """A table of every keep ratio of MLPs: pruned, compensated, and with broader selections."""
+        shown = (levers.PRUNED, "paper", levers.DEFAULTS, levers.BROAD, levers.OWN_TOO)
         rows = sorted(
             (
                 row
                 for row in self._found.values()
                 if row["sites"] == "mlp"
-                and row["lever"] in (levers.DEFAULTS, levers.BROAD)
+                and row["lever"] in shown
                 and (row["calibration"], row["sequences"]) == (calibration, str(sequences))
             ),
-            key=lambda row: -float(row["keep"]),
+            key=lambda row: (-float(row["keep"]), shown.index(row["lever"])),
         )
         return markdown(*levers.table(rows, ("keep", "lever"), gains=False))
 

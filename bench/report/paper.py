@@ -15,7 +15,7 @@ from typing import Any
 from bench.quality import paper as bench
 from bench.quality.endtoend import LENGTH, MODELS
 from bench.quality.sweep import SEQUENCES, StudyRow
-from bench.report.comparison import NETWORKS, RIDGE, VARIANTS, number, share
+from bench.report.networks import NETWORKS, RIDGE, VARIANTS, number, share
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, ROOT, Row, Table
 from bench.tools.pages import fill

@@ -19,9 +19,9 @@ PAGE = ROOT / "docs" / "reference" / "commands.md"
 HEAD = """# Commands
 
 Written by `python -m bench.report.reference` from the help texts of the commands. Each ends with
-exit code 0; with 2 after an error that you can correct, in one sentence on stderr; with 1 after any
-other; with 130 after Ctrl-C. Results go to stdout, progress to stderr. Tokens are counted as 65536,
-64k or 1M, where k is 1024 and M 1024².
+exit code 0; with 2 after an error that you can correct, in one sentence on stderr, and a line
+`help:` with the page that helps; with 1 after any other; with 130 after Ctrl-C. Results go to
+stdout, progress to stderr. Tokens are counted as 65536, 64k or 1M, where k is 1024 and M 1024².
 """
 
 

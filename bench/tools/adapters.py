@@ -1,6 +1,7 @@
 """Environments in which the adapters are tested against the real libraries, one a library.
 
-    python -m bench.tools.adapters [LIBRARY …] [--test]
+    python -m bench.tools.adapters                     every library
+    python -m bench.tools.adapters modelopt --test     one of them, and its tests
 
 Each is a virtual environment in .adapters/LIBRARY: the library at the version of the table here,
 what it needs itself, and this checkout. torch with its dependencies, pytest and the weights of

@@ -335,16 +335,13 @@ def npm_archive(package: str, archive: Path) -> None:
     """Fetches an npm package, "NAME@VERSION", as its archive; one that is there is left alone."""
     if archive.is_file():
         return
-    npm = shutil.which("npm")
-    if npm is None:
-        raise InputError(
-            f"{package} is an npm package, and npm is not installed; "
-            f"install Node.js, or put the package's archive at {archive}"
-        )
+    by_hand = f"install npm (Node.js), or run npm pack {package} elsewhere and put it at {archive}"
+    if shutil.which("npm") is None:
+        raise InputError(f"{package} is an npm package, and npm is not installed; {by_hand}")
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
-        _run(package, [npm, "pack", package, "--pack-destination", folder], "npm")
-        (Path(folder) / archive.name).replace(archive)
+        _run(["npm", "pack", package, "--pack-destination", folder], package, by_hand)
+        _found(folder, archive.name, package, by_hand).replace(archive)
 
 
 def debian_files(package: str, cache: str | Path, names: Sequence[str]) -> Path:
@@ -352,28 +349,39 @@ def debian_files(package: str, cache: str | Path, names: Sequence[str]) -> Path:
     folder = Path(cache) / package
     if all((folder / name).exists() for name in names):
         return folder
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise InputError(
-            f"{package} is a Debian package, and apt-get is not here; "
-            f"put its files {', '.join(names)} into {folder}"
-        )
+    by_hand = (
+        f"run apt-get download {package} and dpkg-deb --extract {package}_*.deb . on Debian 12 (if "
+        f"it is not found: apt-get update, once), and put {', '.join(names)} into {folder}"
+    )
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise InputError(f"{package} is a Debian package, and {tool} is not here; {by_hand}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        hint = " (if the package is not found: apt-get update, once)"
-        _run(package, ["apt-get", "download", package], "apt-get", hint, cwd=scratch)
-        archive = next(Path(scratch).glob("*.deb"))
-        unpack = ["dpkg-deb", "--extract", archive.name, "."]
-        _run(package, unpack, "dpkg-deb", hint, cwd=scratch)
+        _run(["apt-get", "download", package], package, by_hand, cwd=scratch)
+        archive = _found(scratch, "*.deb", package, by_hand)
+        _run(["dpkg-deb", "--extract", archive.name, "."], package, by_hand, cwd=scratch)
         for name in names:
-            next(Path(scratch).rglob(name)).replace(folder / name)
+            _found(scratch, name, package, by_hand).replace(folder / name)
     return folder
 
 
-def _run(package: str, command: list[str], tool: str, hint: str = "", **where: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, **where)
+def _run(command: list[str], package: str, by_hand: str, **where: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, **where)
+    except OSError as error:
+        raise InputError(f"{command[0]} cannot be run ({error}); {by_hand}") from error
     if done.returncode:
         reason = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise InputError(f"{tool} could not fetch {package}: {reason}{hint}")
+        raise InputError(f"{command[0]} could not fetch {package}: {reason}; {by_hand}")
+
+
+def _found(folder: str, name: str, package: str, by_hand: str) -> Path:
+    """The file of a name in a folder into which a package was fetched."""
+    path = next(Path(folder).rglob(name), None)
+    if path is None:
+        raise InputError(f"{package} was fetched and has no {name}; {by_hand}")
+    return path
 
 
 def _read_idx(path: Path) -> Tensor:

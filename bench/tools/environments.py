@@ -118,7 +118,7 @@ class Environment:
         torch = self._shared.get("torch")
         kept.write_text(f"torch=={torch.version}\n" if torch else "", encoding="utf-8")
         command = [*self.pip_command("install"), "--constraint", str(kept)]
-        run_quietly([*command, *requirements], self.longest or LONGEST)
+        ask_index(command, requirements, self.longest or LONGEST)
 
     def pip_command(self, verb: str) -> list[str]:
         """Returns the start of a command of pip that asks an index, and gives up in time."""
@@ -242,8 +242,21 @@ def run_quietly(command: Sequence[str], timeout: float, **settings: Any) -> None
         )
     except subprocess.TimeoutExpired as error:
         raise NotInstalledError(f"it took longer than {timeout:.0f} s") from error
+    except OSError as error:
+        raise NotInstalledError(f"{command[0]} cannot be run ({error.strerror})") from error
     if done.returncode:
         raise NotInstalledError(last(done.stderr))
+
+
+def ask_index(command: Sequence[str], wanted: Sequence[str], timeout: float) -> None:
+    """Runs a command of pip for packages; its error says what to do without an index."""
+    try:
+        run_quietly([*command, *wanted], timeout)
+    except NotInstalledError as error:
+        raise NotInstalledError(
+            f"{error}; where pip reaches no index, put {', '.join(wanted)} and what they need into "
+            "a folder, and set PIP_FIND_LINKS to it"
+        ) from error
 
 
 def last(text: str) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 def fill(template: Path, **values: Any) -> str:
     """A template of jinja2 with its places filled; one without a value is an error."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    text = template.read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    filled = environment.from_string(text).render(**values)
+    loader = FileSystemLoader(template.parent)  # of the templates that it extends
+    environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True)
+    filled = environment.get_template(template.name).render(**values)
     return re.sub(r"\n{3,}", "\n\n", filled)

@@ -211,7 +211,10 @@ class Build:
         with _locked(self._folder):
             if not self.result.is_dir():
                 if not shutil.which("c++"):
-                    raise NotInstalledError("llama.cpp is compiled, and there is no C++ compiler")
+                    raise NotInstalledError(
+                        "llama.cpp is compiled, and there is no C++ compiler (c++): install one, "
+                        "such as the Debian package g++"
+                    )
                 self._build(environment, self._unpacked(environment))
                 say(f"built in {self.result}")
         return self.result
@@ -224,8 +227,8 @@ class Build:
             shutil.rmtree(fresh, ignore_errors=True)
             package = self._source.partition("==")[0]
             pip = environment.pip_command("download")
-            pip += ["--no-deps", "--no-binary", package, "--dest", str(fresh), self._source]
-            run_quietly(pip, environments.LONGEST)
+            pip += ["--no-deps", "--no-binary", package, "--dest", str(fresh)]
+            environments.ask_index(pip, [self._source], environments.LONGEST)
             (archive,) = fresh.glob("*.tar.gz")
             with tarfile.open(archive) as files:
                 files.extractall(fresh, filter="data")

@@ -395,7 +395,8 @@ def _require_divided(
                     )
                     raise InputError(
                         f"{name} would read {columns} channels, which groups of {group} of {by} "
-                        f"do not divide; {remedy}"
+                        f"do not divide; {remedy}",
+                        page="docs/serving/index.md#which-widths-run-fast",
                     )
 
 

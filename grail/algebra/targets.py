@@ -74,7 +74,8 @@ def as_multiple(multiple: Multiple) -> int:
         meant = did_you_mean(multiple, TARGETS) if isinstance(multiple, str) else ""
         raise InputError(
             f"multiple must be a positive integer less than 2**63, or the name of a target, "
-            f"{known}; {meant}got {multiple!r}"
+            f"{known}; {meant}got {multiple!r}",
+            page="docs/serving/index.md#which-widths-run-fast",
         )
     return multiple
 

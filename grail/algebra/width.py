@@ -26,7 +26,8 @@ def check_keep(keep: float) -> None:
     """Raises InputError unless 0 < keep ≤ 1."""
     if not is_number(keep) or not 0 < keep <= 1:
         raise InputError(
-            f"keep must be a fraction in (0, 1], the share of channels that stay; got {keep!r}"
+            f"keep must be a fraction in (0, 1], the share of channels that stay; got {keep!r}",
+            page="docs/concepts/keep.md#which-keep",
         )
 
 
@@ -66,7 +67,8 @@ class ChannelWidth:
             fewer = f"choose a multiple of at most {channels}"
             raise InputError(
                 f"keep={keep:g} of {channels} channels, in multiples of {multiple}, is a width of "
-                f"0; {least if multiple <= channels else fewer}"
+                f"0; {least if multiple <= channels else fewer}",
+                page="docs/concepts/keep.md#which-keep",
             )
         return cls(channels, kept)
 
@@ -123,7 +125,8 @@ class HeadWidth:
         if wanted < Fraction(1, 2):
             raise InputError(
                 f"keep={keep:g} of {groups * queries} heads is a width of 0; "
-                f"keep at least {1 / (groups * queries):.3g}"
+                f"keep at least {1 / (groups * queries):.3g}",
+                page="docs/concepts/keep.md#which-keep",
             )
         every = (
             cls(groups, queries, head_dim, g, q)

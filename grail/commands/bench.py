@@ -66,7 +66,7 @@ app = commands()
 def bench(given: Given) -> None:
     """Measures how fast models run: prefill and decode, in the runtimes that serve them.
 
-    Example: `grail bench out/ --against MODEL` or `grail bench small.gguf --against dense.gguf`
+    Examples: `grail bench out/ --against MODEL`, `grail bench small.gguf --against dense.gguf`
 
     Runs on the CPU. Files take turns, so compare those of one run, and of one runtime.
     """

@@ -125,7 +125,7 @@ app = commands()
 def compress(given: Given) -> None:
     """Compresses MODEL and writes a plain folder that transformers loads.
 
-    Example: `grail compress MODEL --keep 0.7 --calibration text.txt --output out/`
+    Example: `grail compress MODEL --keep 0.75 --calibration text.txt --output out/`
 
     Add `--evaluate heldout.txt` for the perplexity of the dense, pruned and restored model, and
     `--evaluate other.txt` for that on a text of another kind.

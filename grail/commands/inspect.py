@@ -56,7 +56,9 @@ app = commands()
 def inspect(given: Given) -> None:
     """Shows the sites of MODEL, what each keep ratio saves, and what a run would cost.
 
-    Nothing is changed or written. Example: `grail inspect MODEL --sites mlp --tokens 24576`
+    Example: `grail inspect MODEL --keep 0.75,0.5 --sites mlp`
+
+    Nothing is changed or written.
     """
     model, text = given.make(Pretrained), Text("", **given.of_text())
     device = model.computing

@@ -1,9 +1,9 @@
 """The app of the command line: how errors become sentences and exit codes.
 
 Commands read options, call the library and print. Nothing is computed here. Every `GrailError` and
-every wrong option ends as one sentence on stderr and exit code 2, any other exception as one
-sentence and exit code 1, Ctrl-C as exit code 130. Progress and predictions go to stderr, results to
-stdout.
+every wrong option ends as one sentence on stderr and exit code 2, an error with the page that helps
+in a line of its own; any other exception as one sentence and exit code 1, Ctrl-C as exit code 130.
+Progress and predictions go to stderr, results to stdout.
 
 A command is imported when it runs, and torch with it: `grail --help` and `grail --version` do not
 wait for that.
@@ -13,6 +13,7 @@ import errno
 import importlib
 import traceback
 import warnings
+from importlib.metadata import PackageNotFoundError, metadata
 from typing import Annotated, Any
 
 import typer
@@ -64,8 +65,10 @@ class Commands(TyperGroup):
                 raise
             if ctx.meta.get(DEBUG):
                 traceback.print_exc()
-            sentence, status = _explain(error)
+            sentence, status, page = _explain(error)
             typer.echo(f"grail: {sentence}", err=True)
+            if page:
+                typer.echo(f"help: {address(page)}", err=True)
             raise typer.Exit(status) from error
 
 
@@ -74,26 +77,44 @@ def is_closed_pipe(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno == errno.EPIPE
 
 
-def _explain(error: Exception) -> tuple[str, int]:
-    """Returns the sentence for an exception and the exit code: 2 where the user can act on it."""
+def address(page: str) -> str:
+    """Returns where a page of the documentation is read: on its site, if the package names one."""
+    try:
+        urls = metadata("grail-kernels").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        urls = []
+    sites = dict(url.split(", ", 1) for url in urls)
+    if "Documentation" not in sites:
+        return page
+    path, _, section = page.removeprefix("docs/").partition("#")
+    path = f"{path.removesuffix('.md')}.html" + (f"#{section}" if section else "")
+    return f"{sites['Documentation'].rstrip('/')}/{path}"
+
+
+def _explain(error: Exception) -> tuple[str, int, str]:
+    """Returns an exception's sentence, exit code and page; 2 is for what the user can act on."""
     if isinstance(error, _UsageError):
         _, *command = error.ctx.command_path.split() if error.ctx else [""]
         said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
-        return f"{said[:1].lower()}{said[1:]}; see {' '.join(['grail', *command])} --help", 2
-    from grail.errors import GrailError, one_line
+        return f"{said[:1].lower()}{said[1:]}; see {' '.join(['grail', *command])} --help", 2, ""
+    from grail.errors import GrailError, OutOfMemoryError, one_line
     from grail.runtime.memory import ran_out
 
     if isinstance(error, GrailError):
-        return str(error), 2
+        return str(error), 2, error.page
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename} cannot be read or written: {error.strerror}", 2
+        return f"{error.filename} cannot be read or written: {error.strerror}", 2, ""
     if ran_out(error):
         advice = "lower --batch-size or --sequence-length, or choose --device cpu"
-        return f"out of memory; no output was written: {advice}.", 2
+        return f"out of memory; no output was written: {advice}.", 2, OutOfMemoryError.page
     return (
-        f"unexpected {type(error).__name__}: {one_line(error)}; --debug shows the traceback; "
-        "please report it"
-    ), 1
+        (
+            f"unexpected {type(error).__name__}: {one_line(error)}; --debug shows the traceback; "
+            "please report it"
+        ),
+        1,
+        "",
+    )
 
 
 def commands(**options: Any) -> typer.Typer:
@@ -133,4 +154,6 @@ def root(
 
     Uses a closed-form least-squares fit: no gradients, no labels, no fine-tuning, a few forward
     passes over plain text.
+
+    Example: `grail compress MODEL --keep 0.75 --calibration text.txt --output out/`
     """

@@ -40,7 +40,13 @@ class MergeOptions:
     output: Path = setting(..., "Folder for the sum; new or empty.", flag="--output -o")
 
 
-app = commands(no_args_is_help=True, help=COMMANDS["stats"])
+HELP = f"""{COMMANDS["stats"]}
+
+Examples: `grail stats collect MODEL --calibration text.txt --output a/`,
+`grail stats merge a/ b/ --output c/`
+"""
+
+app = commands(no_args_is_help=True, help=HELP)
 
 _RECIPE = fields(Recipe, *READ, "seed")
 _RUNTIME = fields(Runtime, "storage", "onload", "progress")
@@ -69,7 +75,7 @@ def collect(given: Given) -> None:
 def merge(given: Given) -> None:
     """Adds statistics of one model that were collected on different texts.
 
-    Example: `grail stats merge a/ b/ -o c/`
+    Example: `grail stats merge a/ b/ --output c/`
     """
     asked = given.make(MergeOptions)
     merge_statistics(asked.folders, asked.output)

@@ -16,6 +16,8 @@ from typing import Any
 
 from grail.errors import InputError, one_line
 
+_PAGE = "docs/texts.md"  # of errors
+
 Document = str | Sequence[Mapping[str, Any]]
 Split = str | Sequence[str]
 
@@ -53,7 +55,7 @@ def load_texts(
     if not isinstance(source, str | Path):
         if isinstance(source, bytes) or not isinstance(source, Iterable):
             raise InputError(
-                f"a text is a path, a name or an iterable of documents; got {source!r}"
+                f"a text is a path, a name or an iterable of documents; got {source!r}", page=_PAGE
             )
         return iter(source)
     _require_names(source, field, split)
@@ -67,7 +69,9 @@ def load_texts(
         if suffix in _JSON:
             return _read_json(path, field)
         if field is not None:
-            raise InputError(f"{source} is plain text and has no field {field!r}: leave it out")
+            raise InputError(
+                f"{source} is plain text and has no field {field!r}: leave it out", page=_PAGE
+            )
         return _read_text(path)
     name, options = _builder(str(source))
     return _from_datasets(str(source), name, field, split, **options)
@@ -91,21 +95,29 @@ def _require_names(source: str | Path, field: str | None, split: Split | None) -
     """Raises InputError for empty names, and paths that are neither a file nor a folder."""
     if not str(source).strip() or str(source).startswith(":"):
         raise InputError(
-            f"the name of the text is empty; give a file or the name of a dataset; got {source!r}"
+            f"the name of the text is empty; give a file or the name of a dataset; got {source!r}",
+            page=_PAGE,
         )
     for option, name in (("field", field), ("split", split)):
         if name is not None and not (name if isinstance(name, str) else list(name)):
-            raise InputError(f"the name of the {option} is empty; leave it out for the default")
+            raise InputError(
+                f"the name of the {option} is empty; leave it out for the default", page=_PAGE
+            )
     path = Path(source)
     if str(source) == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
         raise InputError(
             f"{source} is a pipe or a device, and a text is read more than once; write it to a "
-            "file first"
+            "file first",
+            page=_PAGE,
         )
     if path.is_symlink() and not path.exists():
-        raise InputError(f"{source} is a link that leads to no file; give the file itself")
+        raise InputError(
+            f"{source} is a link that leads to no file; give the file itself", page=_PAGE
+        )
     if isinstance(split, str) and is_file(source):
-        raise InputError(f"{source} is one file and has no split {split!r}: leave the split out")
+        raise InputError(
+            f"{source} is one file and has no split {split!r}: leave the split out", page=_PAGE
+        )
 
 
 def _builder(source: str) -> tuple[str, dict[str, Any]]:
@@ -169,10 +181,11 @@ def full_name(source: str) -> str:
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(
-            f"{path}: no such file; give text, JSON, JSON lines, CSV, Parquet or a dataset name"
+            f"{path}: no such file; give text, JSON, JSON lines, CSV, Parquet or a dataset name",
+            page=_PAGE,
         )
     if path.suffix.lower() in _COMPRESSED:
-        raise InputError(f"{path} is compressed: unpack it first")
+        raise InputError(f"{path} is compressed: unpack it first", page=_PAGE)
 
 
 def _holds_texts_alone(folder: Path) -> bool:
@@ -186,10 +199,12 @@ def _read_text(path: Path) -> Iterator[str]:
             while piece := lines.readlines(_PIECE):
                 text = "".join(piece)
                 if "\0" in text:
-                    raise InputError(f"{path} cannot be read as UTF-8 text: it holds NUL bytes")
+                    raise InputError(
+                        f"{path} cannot be read as UTF-8 text: it holds NUL bytes", page=_PAGE
+                    )
                 yield text
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}", page=_PAGE) from error
 
 
 def _read_json(path: Path, field: str | None) -> Iterator[Document]:
@@ -204,7 +219,7 @@ def _read_json(path: Path, field: str | None) -> Iterator[Document]:
         except (ValueError, RecursionError) as error:  # too many digits, or levels, as well
             if not first:
                 raise InputError(
-                    f"{path}, line {number} is not JSON that can be read: {error}"
+                    f"{path}, line {number} is not JSON that can be read: {error}", page=_PAGE
                 ) from error
             whole = True
         if whole:
@@ -220,7 +235,8 @@ def _read_json_value(path: Path, field: str | None) -> Iterator[Document]:
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is not JSON that can be read: {error}; give one object a line, or one array "
-            "of objects or strings"
+            "of objects or strings",
+            page=_PAGE,
         ) from error
     if not isinstance(value, list) or is_chat(value):
         yield _document(value, field, str(path))
@@ -243,15 +259,18 @@ def _read_table(path: Path, field: str | None) -> Iterator[Document]:
         columns = list(rows.fieldnames or ())
         if twice := {name for name in columns if columns.count(name) > 1}:
             raise InputError(
-                f"{path} has several columns of the name {min(twice)!r}; give each its own"
+                f"{path} has several columns of the name {min(twice)!r}; give each its own",
+                page=_PAGE,
             )
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if None in row:
-                raise InputError(f"{where} has more cells than the header: quote those with commas")
+                raise InputError(
+                    f"{where} has more cells than the header: quote those with commas", page=_PAGE
+                )
             yield _document(row, field, where)
     except csv.Error as error:
-        raise InputError(f"{path} is no table that can be read: {error}") from error
+        raise InputError(f"{path} is no table that can be read: {error}", page=_PAGE) from error
     finally:
         csv.field_size_limit(limit)
 
@@ -276,7 +295,8 @@ def _datasets(source: str) -> Any:
     except ImportError as error:
         raise InputError(
             f"reading {source} needs datasets: pip install 'grail-kernels[llm]'; text, JSON and "
-            "CSV work without"
+            "CSV work without",
+            page="docs/index.md#install",
         ) from error
 
 
@@ -289,7 +309,8 @@ def _refusing(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(
-            f"{source} cannot be read as a file or a dataset: {one_line(error)}"
+            f"{source} cannot be read as a file or a dataset: {one_line(error)}",
+            page=_PAGE,
         ) from error
 
 
@@ -310,7 +331,10 @@ def _open_split(
             reason = one_line(error)
             if "split" not in reason.lower():
                 raise
-    raise InputError(f"{source} has no split {' or '.join(wanted)}: {reason}; name one that it has")
+    raise InputError(
+        f"{source} has no split {' or '.join(wanted)}: {reason}; name one that it has",
+        page=_PAGE,
+    )
 
 
 def _only_split(stored: Any, source: str, split: Split | None) -> tuple[str | None, Any]:
@@ -318,7 +342,9 @@ def _only_split(stored: Any, source: str, split: Split | None) -> tuple[str | No
     name = None if stored.split is None else str(stored.split)
     if isinstance(split, str) and split != name:
         called = "one split without a name" if name is None else f"the split {name!r} alone"
-        raise InputError(f"{source} has {called}, and no split {split!r}: leave the split out")
+        raise InputError(
+            f"{source} has {called}, and no split {split!r}: leave the split out", page=_PAGE
+        )
     return name, stored
 
 
@@ -341,21 +367,23 @@ def _document(row: Any, field: str | None, where: str) -> Document:
             missing = repr(field) if field else " or ".join(map(repr, _FIELDS))
             raise InputError(
                 f"{where} has no field {missing}; fields found: {found}; give the name of the "
-                "field that holds the text (--field)"
+                "field that holds the text (--field)",
+                page=_PAGE,
             )
         value, where = row[name], f"{where}, field {name!r}"
     elif field is not None:
-        raise InputError(f"{where} is no object with a field {field!r}")
+        raise InputError(f"{where} is no object with a field {field!r}", page=_PAGE)
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"{where} holds half of a surrogate pair") from error
+            raise InputError(f"{where} holds half of a surrogate pair", page=_PAGE) from error
         return value
     if is_chat(value):
         return list(value)
     kind = "null" if value is None else type(value).__name__
     raise InputError(
         f"{where} holds no text but {kind}; give a text, or a list of messages with role and "
-        "content"
+        "content",
+        page=_PAGE,
     )

@@ -81,7 +81,10 @@ def load_model(
     device = require_usable(device)
     where, gguf_file = _locate(str(source), gguf_file)
     if find_spec("transformers") is None:
-        raise ModelError("loading a model needs transformers: pip install 'grail-kernels[llm]'")
+        raise ModelError(
+            "loading a model needs transformers: pip install 'grail-kernels[llm]'",
+            page="docs/index.md#install",
+        )
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     options["trust_remote_code"] = trust_remote_code
     if gguf_file is None:
@@ -205,17 +208,20 @@ def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
     if (path / _ADAPTER).is_file():
         raise ModelError(
             f"{source} holds an adapter of PEFT, no model of its own; load it, call "
-            "merge_and_unload(), and save the merged model with save_pretrained"
+            "merge_and_unload(), and save the merged model with save_pretrained",
+            page="docs/guides/compress.md#the-command",
         )
     if path.is_dir() and gguf_file is None and not (path / "config.json").is_file():
         raise ModelError(
             f"{source} is not a model: the folder has no config.json; give a folder that "
-            "save_pretrained wrote, or the path of a .gguf file"
+            "save_pretrained wrote, or the path of a .gguf file",
+            page="docs/guides/compress.md#the-command",
         )
     # The hub client takes most of a minute to give up on a mistyped path; names have one slash.
     if not path.is_dir() and (path.is_absolute() or source.startswith(".") or len(path.parts) > 2):
         raise ModelError(
-            f"{source}: no such folder; give a transformers folder, a hub name or a .gguf file"
+            f"{source}: no such folder; give a transformers folder, a hub name or a .gguf file",
+            page="docs/guides/compress.md#the-command",
         )
     return source, gguf_file
 
@@ -269,7 +275,8 @@ def _read_tokenizer(source: str | Path, where: str, options: dict[str, Any]) -> 
     raise ModelError(
         f"{source}: the model's configuration can be read ({config.model_type}), but its tokenizer "
         f"is missing or damaged: {reason}; put the tokenizer's files there, such as tokenizer.json "
-        "and tokenizer_config.json (tokenizer.save_pretrained)"
+        "and tokenizer_config.json (tokenizer.save_pretrained)",
+        page="docs/guides/compress.md#the-command",
     ) from failure
 
 
@@ -289,14 +296,17 @@ def _refusing(source: str | Path, trusted: bool) -> Iterator[None]:
             raise ModelError(
                 f"{source} needs Python code of its own; read "
                 "that code, then give --trust-remote-code (load_model(trust_remote_code=True)), "
-                "which runs it with your rights"
+                "which runs it with your rights",
+                page="docs/guides/compress.md#the-command",
             ) from error
         reason = one_line(error)
         if Path(source).exists():
             said = "holds no causal language model that transformers can read"
         else:
             said = "is no local folder, and no model of that name could be fetched"
-        raise ModelError(f"{source} {said}: {reason}") from error
+        raise ModelError(
+            f"{source} {said}: {reason}", page="docs/guides/compress.md#the-command"
+        ) from error
 
 
 def _needs_code(error: Exception) -> bool:

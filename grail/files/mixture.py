@@ -22,6 +22,8 @@ from grail.files.text import FURTHER_TOKENS, Text
 from grail.runtime.settings import documented, setting
 from grail_kernels import check_kind, kind_of
 
+_PAGE = "docs/texts.md"  # of errors
+
 _OF_TEXT = {field.name: field for field in dataclasses.fields(Text)}
 _SHARED = ("tokens", "sequence_length", "batch_size", "seed")  # settings of all texts together
 _ROUNDING = 0.015  # by which shares may miss 1: 0.33,0.33,0.33
@@ -70,12 +72,12 @@ class Mixture:
     def __post_init__(self) -> None:
         check_kind("texts", self.texts, (list, tuple), "a list of texts")
         if not self.texts:
-            raise InputError("texts is empty; give one text or more")
+            raise InputError("texts is empty; give one text or more", page=_PAGE)
         object.__setattr__(self, "texts", tuple(map(_as_part, self.texts)))
         for name in ("tokens", "sequence_length", "batch_size"):
             value = getattr(self, name)
             if not (value is None or is_whole(value)):
-                raise InputError(f"{name} must be a whole number; got {value!r}")
+                raise InputError(f"{name} must be a whole number; got {value!r}", page=_PAGE)
         if self.shares is not None:
             object.__setattr__(self, "shares", self._checked_shares(self.shares))
 
@@ -86,15 +88,18 @@ class Mixture:
         shares = tuple(map(plain, shares))
         if len(shares) != len(self.texts):
             raise InputError(
-                f"shares must be one number for each of {len(self.texts)} texts; got {len(shares)}"
+                f"shares must be one number for each of {len(self.texts)} texts; got {len(shares)}",
+                page=_PAGE,
             )
         for share in shares:
             if not is_number(share) or not 0 < share < math.inf:
-                raise InputError(f"shares must be numbers > 0; got {share!r}")
+                raise InputError(f"shares must be numbers > 0; got {share!r}", page=_PAGE)
         if abs(sum(shares) - 1) > _ROUNDING:
-            raise InputError(f"shares must add up to 1; got {sum(shares):g}")
+            raise InputError(f"shares must add up to 1; got {sum(shares):g}", page=_PAGE)
         if self.tokens is None:
-            raise InputError("shares divide a number of tokens; give tokens, or leave shares out")
+            raise InputError(
+                "shares divide a number of tokens; give tokens, or leave shares out", page=_PAGE
+            )
         return tuple(map(float, shares))
 
     @property
@@ -127,7 +132,8 @@ class Mixture:
                 if part.field == other.field and part.is_same_text(other):
                     raise InputError(
                         f"{self.option}: {part.source} is the text {other.source} again; give "
-                        "each text once, and its weight by shares"
+                        "each text once, and its weight by shares",
+                        page=_PAGE,
                     )
         texts = cast("tuple[Text, ...]", self.texts)
         return replace(
@@ -189,7 +195,8 @@ class Mixture:
             raise InputError(
                 f"{self.option}: {self.tokens} tokens are less than one sequence of {length} for "
                 f"each of {len(self.texts)} texts; ask for more tokens or for shorter sequences "
-                "(--sequence-length)"
+                "(--sequence-length)",
+                page=_PAGE,
             )
         return apportion(total, self.shares or [1] * len(self.texts), least=1)
 
@@ -347,11 +354,14 @@ def _as_part(text: object) -> Text:
     if isinstance(text, (str, Path)):
         return Text(str(text))
     if not isinstance(text, Text):
-        raise InputError(f"texts must be paths, names or grail.Text; one is {kind_of(text)}")
+        raise InputError(
+            f"texts must be paths, names or grail.Text; one is {kind_of(text)}", page=_PAGE
+        )
     for name in _SHARED:
         if getattr(text, name) != _OF_TEXT[name].default:
             raise InputError(
                 f"{name} of {text.source} is given, and a mixture has one for all its texts; give "
-                f"it as grail.Mixture(texts, {name}=…)"
+                f"it as grail.Mixture(texts, {name}=…)",
+                page=_PAGE,
             )
     return text

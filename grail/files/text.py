@@ -143,7 +143,7 @@ class Text:
         try:
             yield
         except InputError as error:
-            raise type(error)(f"{self.option}: {error}") from error
+            raise type(error)(f"{self.option}: {error}", page="docs/texts.md") from error
 
     def length(self, network: Any) -> int:
         """Returns the tokens of a sequence."""

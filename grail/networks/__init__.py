@@ -84,10 +84,13 @@ def _found(model: nn.Module, sites: Sequence[str | Site] | None) -> Architecture
         try:
             architecture = family.architecture(model)
         except structure.NotRecognisedError as error:
-            raise ModelError(f"no sites are known for {name}: {error}; {way_out}") from error
+            raise ModelError(
+                f"no sites are known for {name}: {error}; {way_out}", page="docs/families.md"
+            ) from error
         if architecture is not None:
             return architecture
     raise ModelError(
         f"no sites are known for {name}; grail.networks.supported() lists the families that are "
-        f"known; for another network {way_out}"
+        f"known; for another network {way_out}",
+        page="docs/families.md",
     )

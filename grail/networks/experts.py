@@ -199,7 +199,8 @@ class ExpertSite(BoundSite):
             raise InputError(
                 f"{self.name}: {width}, in multiples of {multiple}, is a width that grouped "
                 f"products of experts do not take: their rows are multiples of 16 bytes; choose a "
-                f"multiple of {MULTIPLE}"
+                f"multiple of {MULTIPLE}",
+                page="docs/serving/index.md#which-widths-run-fast",
             )
         return width
 

@@ -17,6 +17,8 @@ from grail.networks.site import Architecture, BoundSite, ResidualProbe, bind
 from grail.runtime.transaction import Transaction
 from grail_kernels import check_kind
 
+_PAGE = "docs/networks.md#where-sites-come-from"  # of errors
+
 
 @dataclass(frozen=True)
 class Fused:
@@ -37,7 +39,9 @@ class Fused:
         check_kind("interleaved", self.interleaved, bool, "True or False")
         object.__setattr__(self, "parts", plain(self.parts))
         if not is_whole(self.parts) or self.parts < 2:
-            raise InputError(f"parts must be an integer of at least 2; got {self.parts!r}")
+            raise InputError(
+                f"parts must be an integer of at least 2; got {self.parts!r}", page=_PAGE
+            )
 
     def __str__(self) -> str:
         return self.name
@@ -71,14 +75,16 @@ class Part:
         object.__setattr__(self, "ranges", ranges)
         object.__setattr__(self, "axis", plain(self.axis))
         if self.axis is not None and not is_whole(self.axis):
-            raise InputError(f"axis must be an integer; got {self.axis!r}")
+            raise InputError(f"axis must be an integer; got {self.axis!r}", page=_PAGE)
         ends = [end for part in ranges for end in part]
         if ends != sorted(ends) or any(start == stop for start, stop in ranges):
-            raise InputError(f"ranges must be ascending and not empty; got {ranges}")
+            raise InputError(f"ranges must be ascending and not empty; got {ranges}", page=_PAGE)
         if len({stop - start for start, stop in ranges}) > 1:
-            raise InputError(f"ranges must be of one length; got {ranges}")
+            raise InputError(f"ranges must be of one length; got {ranges}", page=_PAGE)
         if not ranges and self.axis is None:
-            raise InputError(f"a part of {self.name!r} needs ranges, or the axis of a parameter")
+            raise InputError(
+                f"a part of {self.name!r} needs ranges, or the axis of a parameter", page=_PAGE
+            )
 
     def __str__(self) -> str:
         return self.name
@@ -119,7 +125,7 @@ class Site:
             names = getattr(self, field)
             if isinstance(names, (str, Fused, Part)):
                 one = f"the string {names!r}" if isinstance(names, str) else repr(names)
-                raise InputError(f"{field} must be a list of names; got {one}")
+                raise InputError(f"{field} must be a list of names; got {one}", page=_PAGE)
             check_kind(field, names, Iterable, "a list of names")
             names = tuple(names)
             kinds = (str, Part, Fused) if field == "producers" else (str, Part)
@@ -127,9 +133,11 @@ class Site:
                 check_kind(f"a name of {field}", name, kinds, "the name of a layer")
             object.__setattr__(self, field, names)
             if twice := _repeated(list(map(str, names))):
-                raise InputError(f"{field} names {twice[0]!r} twice")
+                raise InputError(f"{field} names {twice[0]!r} twice", page=_PAGE)
         if not self.producers or not self.consumers:
-            raise InputError("a site needs the names of its producers and of its consumers")
+            raise InputError(
+                "a site needs the names of its producers and of its consumers", page=_PAGE
+            )
         if both := [str(name) for name in self.consumers if str(name) in self.written]:
             raise ModelError(f"{both[0]} writes the channels that it reads; it cannot be narrowed")
 
@@ -161,7 +169,7 @@ class Named(Architecture):
         self._axes: dict[tuple[str, str], Axis] = {}  # by role and name of a layer
         names = [str(site) for site in sites]
         if _repeated(names):
-            raise InputError(f"sites must have different names; got {', '.join(names)}")
+            raise InputError(f"sites must have different names; got {', '.join(names)}", page=_PAGE)
         for field, does in (
             ("producers", "written"),
             ("along", "run along"),
@@ -171,7 +179,8 @@ class Named(Architecture):
             if twice := _overlapping(layers):
                 raise InputError(
                     f"two sites are {does} by {twice!r}; it can belong to one, or in parts "
-                    "(grail.Part) to several"
+                    "(grail.Part) to several",
+                    page=_PAGE,
                 )
         for consumer in (c for site in self.sites(self.kinds)[0] for c in site.consumers):
             if consumer.groups == consumer.channels > 1:
@@ -240,7 +249,9 @@ class Named(Architecture):
         value = own.get(key)
         if module is None or value is None:
             if axis is not None:
-                raise InputError(f"{name} is no bare parameter, so its part has no axis")
+                raise InputError(
+                    f"{name} is no bare parameter, so its part has no axis", page=_PAGE
+                )
             return Along(name, self._module(layer), places=places)
         if not value.is_floating_point():
             raise ModelError(f"{name} has numbers of {value.dtype}, not of each channel")
@@ -276,7 +287,7 @@ class Named(Architecture):
         if name not in self._modules:
             near = [n for n in self._modules if n.rpartition(".")[2] == name.rpartition(".")[2]]
             hint = f"; there are {', '.join(near[:3])}" if near else ""
-            raise InputError(f"the model has no layer named {name!r}{hint}")
+            raise InputError(f"the model has no layer named {name!r}{hint}", page=_PAGE)
         return self._modules[name]
 
 
@@ -300,7 +311,9 @@ def _range(given: object) -> tuple[int, int]:
     except (TypeError, ValueError):
         start = stop = None
     if not is_whole(start) or not is_whole(stop) or start < 0:
-        raise InputError(f"a range of a part must be (start, stop), integers from 0; got {given!r}")
+        raise InputError(
+            f"a range of a part must be (start, stop), integers from 0; got {given!r}", page=_PAGE
+        )
     return int(start), int(stop)
 
 

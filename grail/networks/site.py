@@ -349,5 +349,6 @@ class Architecture(ABC):
         if unknown or not kinds:
             raise InputError(
                 f"sites must be one or more of {', '.join(self.kinds)}; "
-                f"got {', '.join(unknown) or 'none'}"
+                f"got {', '.join(unknown) or 'none'}",
+                page="docs/networks.md#where-sites-come-from",
             )

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grail.report import completions
+from grail.report import completions, style
 from grail.report.formatting import format_bytes, format_count, format_number, format_seconds
 from grail.report.plots import draw_errors, draw_widths
 from grail.report.report import Evaluation, InputReport, Report, SiteReport
@@ -81,6 +81,7 @@ def page(report: Report) -> str:
     """
     figure, claim = headline(report)
     return _template().render(
+        style=style,
         name=str(report.model.get("name", "model")),
         facts=_facts(report),
         figure=figure,

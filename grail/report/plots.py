@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+from grail.report import style
 from grail.report.report import SiteReport
 from grail.report.summary import error_pairs
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
 _PRUNED, _RESTORED = "#050505", "#060606"
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _PRUNED: "pruned", _RESTORED: "restored"}
+_COLOURS = {role: placeholder for placeholder, role in _VARIABLES.items()}
 _KINDS = {
     "mlp": "MLP channels",
     "heads": "attention heads",
@@ -49,17 +51,18 @@ def draw_widths(sites: Sequence[SiteReport]) -> Drawing | None:
     shares = {kind: kept for kind, kept in shares.items() if len(set(kept.values())) > 1}
     if not shares:
         return None
-    figure, panels = _figure(1.8 * len(shares) + 0.3, list(shares))
-    for axes, by_block in zip(panels, shares.values(), strict=True):
-        axes.bar(list(by_block), list(by_block.values()), width=0.7, color=_RESTORED)
-        axes.axhline(statistics.median(by_block.values()), color=_MUTED, linewidth=1)
-        axes.set_ylim(0, 1)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
     summary = "; ".join(
         f"{_KINDS.get(kind, kind)} {min(kept.values()):.0%} to {max(kept.values()):.0%}"
         for kind, kept in shares.items()
     )
-    return _svg(figure, "widths", "Share of the channels that stays, by block", summary)
+    with style.plotting(_COLOURS, "widths"):
+        figure, panels = _figure(1.8 * len(shares) + 0.3, list(shares))
+        for axes, by_block in zip(panels, shares.values(), strict=True):
+            axes.bar(list(by_block), list(by_block.values()), width=0.7, color=_RESTORED)
+            axes.axhline(statistics.median(by_block.values()), color=_MUTED, linewidth=1)
+            axes.set_ylim(0, 1)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        return _svg(figure, "widths", "Share of the channels that stays, by block", summary)
 
 
 def _shares_kept(sites: Sequence[SiteReport], kind: str) -> dict[int, float]:
@@ -80,31 +83,33 @@ def draw_errors(sites: Sequence[SiteReport], compensated: bool = True) -> Drawin
         sites: of a report; at least one has both errors.
         compensated: whether there is an error after.
     """
-    from matplotlib.ticker import MaxNLocator
-
-    kinds = list(dict.fromkeys(site.kind for site in sites if error_pairs([site])))
-    figure, panels = _figure(2.5 * len(kinds) + 0.45, kinds)
-    for axes, kind in zip(panels, kinds, strict=True):
-        known = [site for site in sites if site.kind == kind and error_pairs([site])]
-        blocks = [site.block for site in known]
-        before, after = zip(*error_pairs(known), strict=True)
-        axes.plot(blocks, before, "o", color=_PRUNED, markersize=5, label="plain pruning")
-        if compensated:
-            axes.vlines(blocks, before, after, color=_GRID, linewidth=2.5, zorder=1)
-            axes.plot(blocks, after, "o", color=_RESTORED, markersize=5, label="compensated")
-        axes.set_ylim(0, 1.08 * max(*before, *after) or 1.0)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-    panels[0].legend(
-        loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, labelcolor=_INK
-    )
     pairs = error_pairs(sites)
     before, after = (statistics.median(column) for column in zip(*pairs, strict=True))
     summary = f"{len(pairs)} sites; median {before:.3f} with plain pruning"
     if compensated:
         summary += f", {after:.3f} compensated"
-    return _svg(figure, "errors", "Relative output error by site", summary)
+    kinds = list(dict.fromkeys(site.kind for site in sites if error_pairs([site])))
+    with style.plotting(_COLOURS, "errors"):
+        figure, panels = _figure(2.5 * len(kinds) + 0.45, kinds)
+        for axes, kind in zip(panels, kinds, strict=True):
+            _error_panel(axes, [site for site in sites if site.kind == kind], compensated)
+        panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+        return _svg(figure, "errors", "Relative output error by site", summary)
+
+
+def _error_panel(axes: "Axes", sites: Sequence[SiteReport], compensated: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    known = [site for site in sites if error_pairs([site])]
+    blocks = [site.block for site in known]
+    before, after = zip(*error_pairs(known), strict=True)
+    axes.plot(blocks, before, "o", color=_PRUNED, markersize=5, label="plain pruning")
+    if compensated:
+        axes.vlines(blocks, before, after, color=_GRID, linewidth=2.5, zorder=1)
+        axes.plot(blocks, after, "o", color=_RESTORED, markersize=5, label="compensated")
+    axes.set_ylim(0, 1.08 * max(*before, *after) or 1.0)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.grid(axis="y", linewidth=0.8)
 
 
 def _figure(height: float, kinds: Sequence[str]) -> "tuple[Figure, list[Axes]]":
@@ -115,14 +120,9 @@ def _figure(height: float, kinds: Sequence[str]) -> "tuple[Figure, list[Axes]]":
     figure = Figure(figsize=(4.6, height), layout="constrained")
     panels = list(figure.subplots(len(kinds), 1, squeeze=False)[:, 0])
     for axes, kind in zip(panels, kinds, strict=True):
-        axes.set_facecolor("none")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(_GRID)
-        axes.tick_params(length=0, colors=_INK)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-        title = _KINDS.get(kind, kind)
-        axes.set_title(title, loc="left", color=_INK, fontsize=10, parse_math=False)
-    panels[-1].set_xlabel("block", color=_MUTED)
+        axes.set_title(_KINDS.get(kind, kind))
+    panels[-1].set_xlabel("block")
     return figure, panels
 
 
@@ -131,16 +131,11 @@ def _svg(figure: "Figure", key: str, title: str, summary: str) -> Drawing:
 
     Identifiers get `key` as a prefix: the page holds several drawings, and they must not collide.
     """
-    from matplotlib import rc_context
-
     buffer = io.StringIO()
-    # Text stays text (small, searchable, in the page's font); the salt makes the file reproducible.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
-        empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
-    drawing = buffer.getvalue()
+    empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
+    drawing = style.with_font(buffer.getvalue(), "inherit")
     drawing = drawing[drawing.index("<svg") :]
-    drawing = re.sub(r" font-family: [^;]*;", "", drawing)  # the page's own font
     drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", drawing)
     for placeholder, variable in _VARIABLES.items():
         drawing = drawing.replace(placeholder, f"var(--{variable})")

@@ -122,7 +122,7 @@ class BlockQuantizer:
         try:
             found = quantize(weights, gram, factor, self._kind)
         except GrailError as error:
-            raise type(error)(f"{', '.join(names)}: {error}") from error
+            raise type(error)(f"{', '.join(names)}: {error}", page=error.page) from error
         for name, rounded in zip(names, found, strict=True):
             _put(layers[name], rounded.grid, rounded.values, self._transaction)
             yield name, rounded.error, rounded.nearest_error

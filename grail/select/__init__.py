@@ -189,7 +189,10 @@ def canonical(name: str) -> str:
     if asked in known:
         return known[asked]
     meant = did_you_mean(asked, known)
-    raise InputError(f"unknown selector {name!r}; {meant}choose one of {', '.join(names())}")
+    raise InputError(
+        f"unknown selector {name!r}; {meant}choose one of {', '.join(names())}",
+        page="docs/reference/selectors.md",
+    )
 
 
 def needs_gradient(selector: str | Selector) -> bool:

@@ -56,7 +56,8 @@ def family_of(config: Any) -> Family:
     raise ModelError(
         f"no GGUF is written for models of type {kind}, only for "
         f"{', '.join(FAMILIES)}; where all blocks have one width, llama.cpp's own "
-        "convert_hf_to_gguf.py may read the folder"
+        "convert_hf_to_gguf.py may read the folder",
+        page="docs/serving/gguf.md",
     )
 
 
@@ -188,13 +189,15 @@ def choose_architecture(model: Any, shape: Shape, names: Sequence[str]) -> str:
         raise ModelError(
             f"llama.cpp has no architecture for this {model.config.model_type} model: {reason}, "
             "and openelm, which would take that, has no output matrix apart from the embedding; "
-            "compress it to one width for all blocks (without --uneven)"
+            "compress it to one width for all blocks (without --uneven)",
+            page="docs/serving/gguf.md",
         )
     if odd := set(biases) - _BIASES[family.uneven]:
         raise ModelError(
             f"llama.cpp has no architecture for this {model.config.model_type} model: {reason}, "
             f"and {family.uneven} reads no bias of {min(odd)}; compress it without biases, and to "
-            "one width for all blocks if it has one"
+            "one width for all blocks if it has one",
+            page="docs/serving/gguf.md",
         )
     return family.uneven
 
@@ -213,7 +216,9 @@ def file_names(model: Any) -> dict[str, str]:
     for name in stored_tensors(model):
         stored = table.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
-            raise ModelError(f"llama.cpp has no place for {name} of this model")
+            raise ModelError(
+                f"llama.cpp has no place for {name} of this model", page="docs/serving/gguf.md"
+            )
         found[name] = stored
     return found
 

@@ -123,7 +123,10 @@ def export_gguf(
         quantize = format_of(quantize).name  # type: ignore[assignment]
     require_new_file(output)
     if find_spec("gguf") is None:
-        raise ModelError("writing GGUF needs the package gguf: pip install 'grail-kernels[llm]'")
+        raise ModelError(
+            "writing GGUF needs the package gguf: pip install 'grail-kernels[llm]'",
+            page="docs/index.md#install",
+        )
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a folder that grail wrote")
     template = Template(find_template(folder) if like is None else like)

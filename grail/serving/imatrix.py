@@ -123,7 +123,10 @@ def require_imatrix_output(folder: Path, output: Path, calibration: AnyText | No
     """
     require_new_file(output)
     if find_spec("gguf") is None:
-        raise ModelError("writing GGUF needs the package gguf: pip install 'grail-kernels[llm]'")
+        raise ModelError(
+            "writing GGUF needs the package gguf: pip install 'grail-kernels[llm]'",
+            page="docs/index.md#install",
+        )
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a folder that grail wrote")
     text_of_folder(folder, calibration)

@@ -116,13 +116,15 @@ def computed(model: nn.Module, call: Call) -> dict[str, Tensor]:
             value = model(*call.args, **call.kwargs)
     except Exception as error:  # a network can raise anything
         raise ModelError(
-            f"{type(model).__name__} does not run on a batch of {call.samples}: {one_line(error)}"
+            f"{type(model).__name__} does not run on a batch of {call.samples}: {one_line(error)}",
+            page="docs/serving/onnx.md#what-is-refused",
         ) from error
     found = named_tensors(value, "", "output")
     if odd := [name for name, tensor in found.items() if not isinstance(tensor, Tensor)]:
         raise ModelError(
             f"{type(model).__name__} returns {odd[0]}, a {type(found[odd[0]]).__name__}, and ONNX "
-            "has tensors alone; return tensors, or a tuple or mapping of them"
+            "has tensors alone; return tensors, or a tuple or mapping of them",
+            page="docs/serving/onnx.md#what-is-refused",
         )
     return {name: tensor.cpu() for name, tensor in found.items()}
 

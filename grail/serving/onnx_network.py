@@ -61,7 +61,8 @@ def refuse_language_model(architecture: str, name: str) -> None:
         raise ModelError(
             f"{name} is a language model ({architecture}), which needs a cache of keys and values "
             "that grail does not write as ONNX; use onnxruntime-genai, which reads folders of even "
-            f"widths: python -m onnxruntime_genai.models.builder -i {name} -o onnx/ -p fp32 -e cpu"
+            f"widths: python -m onnxruntime_genai.models.builder -i {name} -o onnx/ -p fp32 -e cpu",
+            page="docs/serving/onnx.md#what-is-refused",
         )
 
 
@@ -78,22 +79,30 @@ def _from_transformers(folder: Path, architecture: str) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ModelError(
-            f"reading {folder} needs transformers: pip install 'grail-kernels[llm]'"
+            f"reading {folder} needs transformers: pip install 'grail-kernels[llm]'",
+            page="docs/serving/onnx.md#what-is-refused",
         ) from error
     cls: Any = getattr(transformers, architecture, None) if architecture else None
     if cls is None:
         raise ModelError(
             f"{folder} names {architecture or 'no class'} in config.json, which is not a class of "
-            "transformers; load the network in Python and give it to grail.export_onnx"
+            "transformers; load the network in Python and give it to grail.export_onnx",
+            page="docs/serving/onnx.md#what-is-refused",
         )
     try:
         model, found = cls.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # transformers can raise anything
-        raise ModelError(f"transformers cannot read {folder}: {one_line(error)}") from error
+        raise ModelError(
+            f"transformers cannot read {folder}: {one_line(error)}",
+            page="docs/serving/onnx.md#what-is-refused",
+        ) from error
     if missing := sorted(found["missing_keys"]):
-        raise ModelError(f"{folder} lacks weights of {architecture}, such as {missing[0]}")
+        raise ModelError(
+            f"{folder} lacks weights of {architecture}, such as {missing[0]}",
+            page="docs/serving/onnx.md#what-is-refused",
+        )
     return model.eval()
 
 

@@ -79,7 +79,8 @@ def traced(network: nn.Module, call: Call) -> torch.export.ExportedProgram:
         raise ModelError(
             f"torch cannot trace {type(network).__name__} for batches of any size: "
             f"{_said(error)}; grail.export_onnx needs a forward without branches on values of the "
-            "batch, and without its number of samples"
+            "batch, and without its number of samples",
+            page="docs/serving/onnx.md#what-is-refused",
         ) from error
 
 

@@ -90,7 +90,8 @@ def export_onnx(
     if size > _MOST:
         raise ModelError(
             f"an ONNX file holds at most {_MOST / 2**30:.1f} GiB of weights, and "
-            f"{type(network).__name__} has {size / 2**30:.1f} GiB"
+            f"{type(network).__name__} has {size / 2**30:.1f} GiB",
+            page="docs/serving/onnx.md#what-is-refused",
         )
     require_packages()
     outputs = [computed(network, call) for call in calls][-1]
@@ -120,7 +121,8 @@ def as_network(model: object, factory: Factory | None) -> nn.Module:
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ModelError(
                 f"an ONNX file is written in float32, and {name} is {tensor.dtype}; give "
-                "copy.deepcopy(model).float()"
+                "copy.deepcopy(model).float()",
+                page="docs/serving/onnx.md#what-is-refused",
             )
     return model
 
@@ -137,7 +139,8 @@ def require_packages() -> None:
     """Raises ModelError unless the packages are installed that write ONNX."""
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ModelError(
-            f"writing ONNX needs {' and '.join(missing)}: pip install 'grail-kernels[onnx]'"
+            f"writing ONNX needs {' and '.join(missing)}: pip install 'grail-kernels[onnx]'",
+            page="docs/index.md#install",
         )
 
 
@@ -167,7 +170,10 @@ def _write(
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ModelError(f"torch has no ONNX form of this network: {one_line(cause)}") from error
+        raise ModelError(
+            f"torch has no ONNX form of this network: {one_line(cause)}",
+            page="docs/serving/onnx.md#what-is-refused",
+        ) from error
     _strip(proto)
     _name_axis(proto.graph)
     onnx.save_model(proto, path)

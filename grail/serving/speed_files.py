@@ -66,7 +66,10 @@ def recognise(name: str) -> Measured:
     found = Measured(name, _kind(name))
     runtime, module, install = _RUNTIMES[found.kind]
     if find_spec(module) is None:
-        raise ModelError(f"measuring {name} needs {runtime}, which is not installed: {install}")
+        raise ModelError(
+            f"measuring {name} needs {runtime}, which is not installed: {install}",
+            page="docs/serving/speed.md",
+        )
     return found
 
 

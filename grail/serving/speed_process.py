@@ -77,15 +77,17 @@ class Worker:
         if not line.endswith(b"\n"):
             raise ModelError(
                 f"{self._file.runtime} ended ({self._status()}) while it {self._doing} "
-                f"{self._file.name}; it says: {self._said()}"
+                f"{self._file.name}; it says: {self._said()}",
+                page="docs/serving/speed.md",
             )
         answer = json.loads(line)
         if "refused" in answer:
-            raise ModelError(answer["refused"])
+            raise ModelError(answer["refused"], page="docs/serving/speed.md")
         if "failed" in answer:
             raise ModelError(
                 f"{self._file.runtime} does not run {self._file.name}; it says: "
-                f"{answer['failed'] or self._said()}"
+                f"{answer['failed'] or self._said()}",
+                page="docs/serving/speed.md",
             )
         return answer["result"]
 

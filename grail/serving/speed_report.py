@@ -6,12 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from grail.errors import ExportError, InputError, ModelError
+from grail.report import style
 from grail.report.formatting import format_bytes, format_number
 from grail.runtime.folder import complete_file, require_new_file
 from grail.serving.speed import SpeedRow
 
 FIGURES = (".svg", ".png", ".pdf")
-_BAR, _OTHER = "#2a6f97", "#a9b4bd"  # of the files, and of the one they are compared with
+# Of the files, and of the one they are compared with.
+_BAR, _OTHER = style.LIGHT["restored"], style.LIGHT["dense"]
 
 
 def require_writable(table: Path | None, figure: Path | None) -> None:
@@ -28,7 +30,10 @@ def require_writable(table: Path | None, figure: Path | None) -> None:
     if figure.suffix not in FIGURES:
         raise InputError(f"a figure ends in {', '.join(FIGURES)}; got {figure}")
     if find_spec("matplotlib") is None:
-        raise ModelError("drawing needs matplotlib: pip install 'grail-kernels[report]'")
+        raise ModelError(
+            "drawing needs matplotlib: pip install 'grail-kernels[report]'",
+            page="docs/index.md#install",
+        )
 
 
 def labels(rows: Sequence[SpeedRow]) -> dict[str, str]:
@@ -104,20 +109,22 @@ def draw(rows: Sequence[SpeedRow], path: Path) -> None:
 
     shown, panels = labels(rows), list(dict.fromkeys((row.batch, row.phase) for row in rows))
     files = len(rows) // len(panels)
-    figure = Figure(figsize=(7, (0.35 * files + 0.8) * len(panels)), layout="constrained")
-    for axes, panel in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
-        here = [row for row in rows if (row.batch, row.phase) == panel]
-        speeds = [row.per_second for row in here]
-        colours = [_OTHER if row.file == row.against else _BAR for row in here]
-        bars = axes.barh(range(files), speeds, color=colours)
-        axes.bar_label(bars, [f"{row.ratio:.2f}×" for row in here], padding=3, fontsize=8)
-        axes.set_yticks(range(files), [f"{shown[row.file]} ({row.form})" for row in here])
-        axes.invert_yaxis()
-        axes.margins(x=0.12)
-        axes.set_title(f"{panel[1]}, batch {panel[0]}: {_unit(panel[1])}", fontsize=9, loc="left")
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    with complete_file(path, ExportError, size=0) as partial:
+    with (
+        style.plotting(style.LIGHT, "speed"),
+        complete_file(path, ExportError, size=0) as partial,
+    ):
+        figure = Figure(figsize=(7, (0.35 * files + 0.8) * len(panels)), layout="constrained")
+        each = figure.subplots(len(panels), squeeze=False).flat
+        for axes, panel in zip(each, panels, strict=True):
+            here = [row for row in rows if (row.batch, row.phase) == panel]
+            speeds = [row.per_second for row in here]
+            colours = [_OTHER if row.file == row.against else _BAR for row in here]
+            bars = axes.barh(range(files), speeds, color=colours)
+            axes.bar_label(bars, [f"{row.ratio:.2f}×" for row in here], padding=3)
+            axes.set_yticks(range(files), [f"{shown[row.file]} ({row.form})" for row in here])
+            axes.invert_yaxis()
+            axes.margins(x=0.12)
+            axes.set_title(f"{panel[1]}, batch {panel[0]}: {_unit(panel[1])}")
         figure.savefig(partial, dpi=150)
 
 

@@ -106,9 +106,15 @@ def check_vllm(folder: str | Path, path: str | Path | None = None) -> VllmCompar
         if not given.is_dir():
             raise InputError(f"{given}: no such folder; give a folder that grail wrote")
     if (path / "grail.json").is_file():
-        raise ModelError(f"{path} is a folder that only grail reads: vLLM cannot load it")
+        raise ModelError(
+            f"{path} is a folder that only grail reads: vLLM cannot load it",
+            page="docs/serving/transformers.md#vllm",
+        )
     if remote_code.is_written(path) and (name := remote_code.edited(path)):
-        raise ModelError(f"{path}: {name} is not as grail writes it, and vLLM would run it")
+        raise ModelError(
+            f"{path}: {name} is not as grail writes it, and vLLM would run it",
+            page="docs/serving/transformers.md#vllm",
+        )
     _require_equal_heads(path)
     name = vllm_runtime()
     if name is None:
@@ -186,7 +192,8 @@ def _require_equal_heads(path: Path) -> None:
     if any("heads" in name for own in blocks for name in own):
         raise ModelError(
             f"{path}: its heads differ by block, and vLLM's transformers backend takes one number "
-            "of heads for all blocks; keep the same share of heads in each block"
+            "of heads for all blocks; keep the same share of heads in each block",
+            page="docs/serving/transformers.md#vllm",
         )
 
 

@@ -132,6 +132,7 @@ def test_what_cannot_be_installed_is_said_in_a_box_and_skipped(
     words = " ".join(" ".join(line.strip("╔═╗║╚╝ ") for line in box).split())
     assert words.startswith("peer IS NOT INSTALLED, ITS TESTS ARE SKIPPED: ")
     assert said in words
+    assert "put peer==1.0 and what they need into a folder, and set PIP_FIND_LINKS" in words
     assert "not installed: peer" in caught.out
     assert not made.folder.exists()
 

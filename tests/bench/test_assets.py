@@ -108,7 +108,9 @@ def test_fashion_mnist_names_a_damaged_file(fashion_files, cut):
 
 def test_fashion_mnist_says_that_apt_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(assets.shutil, "which", lambda _: None)
-    with pytest.raises(InputError, match="apt-get is not here; put its files train-images"):
+    with pytest.raises(
+        InputError, match="apt-get is not here; run apt-get download dataset-fashion-mnist"
+    ):
         assets.fashion_mnist(tmp_path)
 
 

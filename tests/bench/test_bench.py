@@ -125,17 +125,22 @@ def test_every_script_is_found():
     assert {"bench.gram", "bench.report.comparison", "bench.reliability.ranks"} <= set(SCRIPTS)
 
 
+def printed_help(name: str, flag: str, monkeypatch, capsys) -> str:
+    """Returns what a script prints when it is asked for its help."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", flag])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    assert ended.value.code in (0, None)
+    return capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # imported before
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_says_what_is_written_and_touches_nothing(name, flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", flag])
     before = committed()
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-    printed = capsys.readouterr().out
-    assert ended.value.code in (0, None)
+    printed = printed_help(name, flag, monkeypatch, capsys)
     assert printed.startswith("usage: ")
     assert "\nwrites: " in printed
     assert "\ntakes: " in printed

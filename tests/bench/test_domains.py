@@ -44,3 +44,21 @@ def test_cells_that_are_worse_than_pruned_are_counted():
     rows = [*ROWS, ROWS[0] | bad | {"losses": more}]
     assert domains.Page(ROWS).worse() == "0 of 2"
     assert domains.Page(rows).worse() == "1 of 3"
+    assert domains.Page(ROWS).worse_cells() == ""
+    (line,) = domains.Page(rows).worse_cells().splitlines()[2:]
+    assert line.startswith("| passages, 16k | wanda | mlp | 0.5 | brown |")
+
+
+def test_ratios_have_pruning_first(page):
+    lines = page.ratios("passages", 16).splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| 0.5", "pruned"],
+        ["| 0.5", "defaults"],
+    ]
+
+
+def test_near_and_far_begin_with_the_dense_model():
+    row = dict(ROWS[0]) | {"text": "technical"}
+    table = domains.Page([row]).near_and_far("technical", 64)
+    dense = f"{float(row['perplexity']):.1f}"
+    assert table.splitlines()[-1] == f"| dense | {dense} | not measured |"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import grail_kernels as gk
 from bench.kernels import accuracy, memory
 from bench.report import figures
+from bench.tools.measuring import ROOT
 from grail_kernels import reference, tuning
 
 COMMITTED = figures.drawable(figures.RESULTS)
@@ -52,10 +54,51 @@ def test_the_roof_ends_the_axis_and_a_faster_rival_stays_in() -> None:
         for provider, time in seconds.items()
         for metric, value in (("time", time), ("limit", 1.0))
     ]
-    panel = figures.roof(rows).axes[0]
-    assert panel.get_ylim() == (0, 100)
-    assert [bar.get_height() for bar in panel.patches] == [50, 80]
-    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["grail", "rival"]
+    figure = figures.roof(rows)
+    panel = figure.axes[0]
+    assert panel.get_xlim() == (0, 100)
+    points = {line.get_label(): list(line.get_xdata()) for line in panel.lines}
+    assert (points["grail"], points["rival"]) == ([50], [80])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["grail", "rival"]
+    rows[2]["p50"] = "0.5"
+    assert figures.roof(rows).axes[0].get_xlim() == (0, 200)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_title_says_a_number_and_text_is_legible_at_its_width(path: Path) -> None:
+    drawn = path.with_suffix(".svg").read_text(encoding="utf-8")
+    title = " ".join(re.findall(r"<text [^>]*font-weight: 700[^>]*>([^<]*)<", drawn))
+    assert re.search(r"\d", title)
+    assert len(title.split()) > 5
+    assert min(float(size) for size in re.findall(r"font-size: ([\d.]+)px", drawn)) >= 9
+    assert 'width="468pt"' in drawn  # 6.5 inches
+
+
+def test_a_title_leaves_out_what_is_not_measured() -> None:
+    pytest.importorskip("matplotlib")
+    cell = {"calibration": "passages", "sequences": "16", "sites": "mlp", "keep": "0.5"}
+    measured = {"dense": (10, 10), "pruned": (40, 90), "defaults": (20, 30)}
+    rows = [
+        cell | {"lever": lever, "text": text, "perplexity": str(value)}
+        for lever, of in measured.items()
+        for text, value in zip(("passages", "brown"), of, strict=True)
+    ]
+    title = " ".join(figures.FIGURES["levers"](rows, "").texts[0].get_text().split())
+    assert title == (
+        "With half of the channels GRAIL recovers 50% of the loss on text like the calibration's, "
+        "50% on other text"
+    )
+
+
+def test_every_figure_of_a_page_has_a_sentence_for_those_who_do_not_see_it() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    shown = [
+        (page.name, text)
+        for page in pages
+        for text in re.findall(r"!\[([^]]*)\]\([^)]*\.svg\)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(shown) > 10
+    assert [each for each in shown if len(each[1].split()) < 10] == []
 
 
 def test_accuracy_is_that_of_every_power_of_two_of_tokens() -> None:

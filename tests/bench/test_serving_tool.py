@@ -157,7 +157,7 @@ def test_a_machine_without_a_compiler_is_told(source, tmp_path, capfd, monkeypat
     monkeypatch.setattr(serving.shutil, "which", lambda name: name != "c++" and real(name))
     made = Environment(tmp_path / "home", tmp_path / "cache", BUILT)
     assert serving.run(made, ["llama.cpp"], test=False) == 0
-    assert "there is no C++ compiler" in words(capfd.readouterr().err)
+    assert "no C++ compiler (c++): install one, such as" in words(capfd.readouterr().err)
     assert source() == []
 
 

@@ -51,12 +51,16 @@ def grail(*arguments):
 
 
 def refusal(result):
-    """The one sentence that a refused command says; fails if it says more or was not refused."""
+    """The one sentence that a refused command says; fails if it says more or was not refused.
+
+    After it there may be the page that helps.
+    """
     assert result.exit_code == 2, (result.output, result.exception)
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
     refused("refused command")
-    return result.stderr.strip().splitlines()[-1]
+    *_, last = (line for line in result.stderr.splitlines() if not line.startswith("help: docs/"))
+    return last
 
 
 def everything_under(folder):

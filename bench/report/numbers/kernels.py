@@ -136,6 +136,11 @@ class Kernels:
         outputs, kept = int(row["outputs"]), int(row["kept"])
         return 3 * 2 * outputs * (channels - kept) * kept / float(row["p50"]) / 1e12
 
+    def absorb_ms(self, provider: str, channels: int = 11008) -> float:
+        """Returns the milliseconds of a way to absorb bf16 weights on a GPU."""
+        row = self._absorb.one(provider=provider, dtype="bfloat16", channels=channels)
+        return 1000 * float(row["p50"])
+
     def product_rate(self, channels: int = 11008) -> float:
         """Returns the TFLOP/s of the library's bf16 product xᵀx of 65,536 tokens on a GPU."""
         return 2 * 65_536 * channels**2 / self.gpu.value("mm", "time", channels) / 1e12
