@@ -9,15 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.report.numbers.counts import COUNTED, sentence
 from grail.errors import GrailError
 
-NAMES = {
-    "fault": "faults injected",
-    "refusal": "refusals of bad input or damage",
-    "error": "reported errors measured in the whole network",
-}
-COUNTS = {what: Counter() for what in NAMES}
-COMMITTED = Path(__file__).parent.parent / "bench" / "results" / "faults.csv"
+COUNTS = {what: Counter() for what in COUNTED}
 
 
 def injected(fault: str, count: int = 1) -> None:
@@ -81,23 +76,7 @@ def pytest_testnodedown(node):
 
 def rows():
     """What was counted so far, as (what, kind, count)."""
-    return [(what, kind, count) for what in NAMES for kind, count in sorted(COUNTS[what].items())]
-
-
-def sentence(counted):
-    """Rows in words."""
-    words = []
-    for what, name in NAMES.items():
-        kinds = [(kind, int(count)) for w, kind, count in counted if w == what]
-        listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
-        words.append(f"{sum(n for _, n in kinds):,} {name}" + (f" ({listed})" if kinds else ""))
-    return "; ".join(words)
-
-
-def read(path):
-    """The rows that were written."""
-    with Path(path).open(newline="") as file:
-        return [(row["what"], row["kind"], row["count"]) for row in csv.DictReader(file)]
+    return [(what, kind, count) for what in COUNTED for kind, count in sorted(COUNTS[what].items())]
 
 
 @pytest.hookimpl(trylast=True)

@@ -2,7 +2,6 @@
 
     python -m bench.quality.onnx               adds the rows that bench/results/onnx.csv lacks
     python -m bench.quality.onnx --output new/    measures them again, and compares
-    python -m bench.quality.onnx --table       prints the table of docs/serving/onnx.md
 
 Each network is compressed to half the channels of its sites and written dense and small by
 `grail.export_onnx`. One process then loads both in torch, ONNX Runtime and OpenVINO, one thread
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 import grail
 from bench.quality import networks
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, Row, Table, read_rows
-from bench.tools.tables import aligned, markdown
+from bench.tools.measuring import RESULTS, Row, Table
+from bench.tools.tables import aligned
 from grail.serving.onnx_check import runtimes
 
 COMMITTED = RESULTS / "onnx.csv"
@@ -196,12 +195,8 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 def main(arguments: list[str] | None = None) -> None:
     """Measures the networks whose rows are missing."""
     parser = CommandLine(__doc__, "repeats", takes="15 minutes on one core", rows="onnx")
-    parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
     parser.add_argument("--network", action="append", choices=[*NETWORKS], help="may be repeated")
     options = parser.read(arguments)
-    if options.table:
-        print(markdown(*table(read_rows(options.output))))
-        return
     torch.set_num_threads(1)
     rows = Table(options.output, ("network", "runtime", "batch"))
     for name in options.network or NETWORKS:

@@ -30,7 +30,6 @@ from bench.quality.endtoend import LENGTH, TEXTS, Subject
 from bench.tools import assets, texts
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import ROOT, Row, machine, read_rows, write_rows
-from bench.tools.tables import markdown
 from grail.serving.gguf_writing import check_gguf
 
 HOME = ROOT / ".serving" / "models"
@@ -326,9 +325,8 @@ def read(arguments: list[str] | None = None) -> argparse.Namespace:
         "--heldout", type=int, default=HELDOUT, help="tokens of the perplexity (%(default)s)"
     )
     parser.add_argument("--threads", type=int, default=1, help="of llama.cpp (default 1)")
-    parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
     options = parser.read(arguments)
-    if find_spec("llama_cpp") is None and not options.table:
+    if find_spec("llama_cpp") is None:
         parser.error("llama-cpp-python is not here: make serving, then .serving/env/bin/python")
     options.only = options.only or steps
     options.model = [m for m in MODELS if options.model is None or m.name in options.model]
@@ -339,9 +337,6 @@ def read(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the steps."""
     options = read(arguments)
-    if options.table:
-        print(markdown(*table(read_rows(options.output))))
-        return
     bench = Bench(options.output, options.threads, options.tokens, options.heldout)
     wanted, kinds, again = options.model, options.format, options.again
     if "models" in options.only:

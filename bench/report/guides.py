@@ -2,16 +2,26 @@
 
     python -m bench.report.guides     writes docs/index.md, docs/concepts/keep.md and others
 
-The texts are in bench/report/pages, one template a page. A number without a row is "not measured".
+The texts are in bench/report/pages, one template a page. A number of `Numbers` without a row is
+"not measured"; for those of bench/report/numbers a missing row is an error.
 """
 
-from bench.quality import levers
+import functools
+
+from bench.quality import evaluation, levers
 from bench.report.domains import Page
+from bench.report.numbers.adapters import Adapters
+from bench.report.numbers.kernels import Kernels
+from bench.report.numbers.reliability import Reliability
+from bench.report.numbers.scale import Scale
+from bench.report.numbers.serving import Serving
+from bench.tools import texts
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, ROOT, Row, read_rows
 from bench.tools.pages import fill
 from bench.tools.tables import markdown
 from grail.report.report import recovered
+from grail.serving import gguf_check, onnx_check, vllm_check
 
 TEMPLATES = ROOT / "bench" / "report" / "pages"
 PAGES = {
@@ -33,7 +43,6 @@ class Numbers:
             for row in read_rows(RESULTS / "smollm2_table.csv")
         }
         self._studies = read_rows(RESULTS / "studies_smollm2.csv")
-        self._grams = read_rows(RESULTS / "gpu" / "gram.csv")
         self._seconds = {
             row["design"]: float(row["p50"])
             for row in read_rows(RESULTS / "calibrate_cpu.csv")
@@ -111,21 +120,32 @@ class Numbers:
         """Returns the dense model's perplexity on a held-out text of the page on domains."""
         return self._shown(self._dense[text]["perplexity"])
 
-    def gram_ms(self, provider: str, dtype: str = "bf16", channels: int = 4096) -> float:
-        """Returns the milliseconds of a Gram of 65,536 tokens on the measured GPU."""
-        wanted = ("gram", provider, "time", dtype, "65536", str(channels))
-        keys = ("kernel", "provider", "metric", "dtype", "tokens", "channels")
-        (row,) = (row for row in self._grams if tuple(row[key] for key in keys) == wanted)
-        return 1000 * float(row["p50"])
-
     def passes(self, design: str) -> str:
         """Returns the time of a run over that of a bare forward pass, "2.55"."""
         return f"{self._seconds[design] / self._seconds['']:.2f}"
 
 
+@functools.cache
+def subjects() -> dict[str, object]:
+    """The numbers by subject, under the names of the templates."""
+    return {
+        "n": Numbers(),
+        "k": Kernels(),
+        "serving": Serving(),
+        "reliability": Reliability(),
+        "adapters": Adapters(),
+        "scale": Scale(),
+        "texts": texts.TEXTS,
+        "evaluation": evaluation,
+        "tolerances": gguf_check.TOLERANCES,
+        "onnx_tolerance": onnx_check.TOLERANCE,
+        "vllm_tolerance": vllm_check.TOLERANCE,
+    }
+
+
 def page(name: str) -> str:
     """One page in Markdown, by its path below docs/."""
-    return fill(PAGES[name], n=Numbers(), levers=levers)
+    return fill(PAGES[name], levers=levers, **subjects())
 
 
 def main() -> None:

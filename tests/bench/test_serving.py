@@ -208,13 +208,6 @@ def test_a_model_says_what_is_kept():
     assert len(kept) == len(MODELS)
 
 
-def test_the_page_s_table_is_that_of_the_committed_rows(capsys):
-    serving.main(["--table"])
-    shown = capsys.readouterr().out.strip()
-    page = (ROOT / "docs" / "serving" / "index.md").read_text(encoding="utf-8")
-    assert f"{shown}\n<!-- end of the table -->" in page
-
-
 def test_every_committed_file_in_float32_computes_what_the_folder_does():
     committed = [row for row in rows(ROOT / "bench/results/serving.csv") if row["format"] == "F32"]
     assert {"dense", EVEN.name, UNEVEN.name} <= {row["model"] for row in committed}

@@ -1,7 +1,6 @@
 """The simulation of large models: FLOPs are counted, scaling holds, rows say what they are."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -69,11 +68,6 @@ def test_rows_add_up_and_say_what_they_are(monkeypatch):
 def test_the_committed_simulation_covers_all_shapes_and_fits_one_card():
     rows = read_rows(simulate.RESULTS)
     assert {row["model"] for row in rows} == set(simulate.SHAPES)
-    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
-    assert simulate.markdown(rows) in page
-    (known,) = (row for row in rows if row.get("measured_total_s"))
-    ratio = float(known["total_s"]) / float(known["measured_total_s"])
-    assert f"SmolLM2-135M it predicts {ratio:.1f} times the measured time" in page
     for row in rows:
         assert row["simulated on"] in ("measured rates", "assumed H100 rates")
         assert int(row["device_peak_bytes"]) < 80e9

@@ -18,9 +18,8 @@ import pytest
 import torch
 
 import grail
-from bench.quality.vllm import CASES, page_table, write_tiny
+from bench.quality.vllm import CASES, write_tiny
 from bench.tools import tiny
-from bench.tools.measuring import read_rows
 from grail.errors import ExportError, InputError, ModelError
 from grail.files.load import load_model
 from grail.serving import vllm_check
@@ -145,11 +144,6 @@ def test_vllm_tells_another_network(tmp_path):
     first, other = (write_tiny("llama, uneven", tmp_path / str(seed), seed) for seed in (0, 1))
     with pytest.raises(ExportError, match="is another network in vLLM"):
         check_vllm(first, other)
-
-
-def test_the_table_on_the_page_is_that_of_the_committed_rows():
-    page = (ROOT / "docs" / "serving" / "transformers.md").read_text(encoding="utf-8")
-    assert page_table(read_rows(ROOT / "bench" / "results" / "vllm.csv")) in page
 
 
 @needs_vllm
