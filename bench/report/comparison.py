@@ -1,6 +1,6 @@
-"""The tables of docs/results.md, docs/results/ and README.md, from the committed CSV files alone.
+"""The tables of docs/results.md and docs/results/, from the committed CSV files alone.
 
-    python -m bench.report.comparison     writes the pages, prints the table of README.md
+    python -m bench.report.comparison     writes the pages
 
 The texts are in bench/report/results.md.j2 and bench/report/results; their numbers come from the
 CSV files.
@@ -8,7 +8,6 @@ CSV files.
 
 from pathlib import Path
 
-from bench.quality import levers
 from bench.report.networks import (
     ARROW,
     RIDGE,
@@ -187,56 +186,12 @@ def producer_table(rows: list[Row]) -> str:
     return markdown(["network", "keep", "steps", *names, "CPU seconds"], cells)
 
 
-# Of the table of README.md: calibration, its sequences, sites, keep ratio, and the text read.
-QUALITY: tuple[tuple[str, int, str, float, str], ...] = (
-    ("passages", 64, "mlp", 0.75, "passages"),
-    ("passages", 64, "mlp", 0.5, "passages"),
-    ("passages", 64, "mlp", 0.5, "brown"),
-    ("general", 64, "mlp", 0.5, "brown"),
-    ("brown", 32, "mlp", 0.5, "brown"),
-    ("brown", 32, "mlp,heads", 0.7, "brown"),
-)
-
-
-def quality_table(rows: list[Row]) -> str:
-    """The table of README.md, from the rows of bench/results/levers.csv: a line for each cell."""
-    measured = {tuple(row[key] for key in levers.KEY): row for row in levers.comparisons(rows)}
-    dense = {row["text"]: row for row in rows if row["lever"] == levers.DENSE}
-    lines = []
-    for calibration, sequences, sites, keep, text in QUALITY:
-        before, after = (calibration, str(sequences)), (sites, str(keep), text)
-        names = (levers.PRUNED, "paper", levers.DEFAULTS, levers.BEST)
-        cells = [measured.get((*before, name, *after)) for name in names]
-        grail = cells[names.index(levers.DEFAULTS)]
-        near = ("–", "–")
-        if grail is not None:
-            near = f"{grail['kl'].value:.2f}", f"{grail['top1'].value:.0%}"
-        lines.append(
-            [
-                *(f"{calibration}, {sequences}k", sites, f"{keep:g}", text),
-                f"{float(dense[text]['perplexity']):.1f}",
-                *(*map(_with_share, cells[:-1]), *near, _with_share(cells[-1])),
-            ]
-        )
-    header = ["calibrated on", "sites", "keep", "read on", "dense", "pruned", "the paper's way"]
-    return markdown([*header, "grail", "KL", "top-1", "uneven, producers"], lines)
-
-
-def _with_share(row: Row | None) -> str:
-    """Returns the perplexity of a cell, and in brackets the share that it recovers."""
-    if row is None:  # not measured
-        return "–"
-    shown, back = f"{float(row['perplexity']):.1f}", row["share"]
-    return shown if back is None or back.value == 0 else f"{shown} ({back.value:.0%})"
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Writes the pages."""
     CommandLine(__doc__, writes="docs/results.md, docs/results/", takes="a second").read(arguments)
     FOLDER.mkdir(exist_ok=True)
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
-    print(quality_table(read_rows(RESULTS / "levers.csv")))
 
 
 if __name__ == "__main__":

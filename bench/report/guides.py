@@ -1,17 +1,19 @@
 """The pages of the documentation that quote numbers, from the committed CSV files alone.
 
-    python -m bench.report.guides     writes docs/index.md, docs/concepts/keep.md and others
+    python -m bench.report.guides     writes README.md, docs/index.md and others
 
 The texts are in bench/report/pages, one template a page. A number of `Numbers` without a row is
 "not measured"; for those of bench/report/numbers a missing row is an error.
 """
 
 import functools
+from pathlib import Path
 
 from bench.quality import evaluation, levers
 from bench.report.domains import Page
 from bench.report.numbers.adapters import Adapters
 from bench.report.numbers.kernels import Kernels
+from bench.report.numbers.readme import Readme
 from bench.report.numbers.reliability import Reliability
 from bench.report.numbers.scale import Scale
 from bench.report.numbers.serving import Serving
@@ -135,12 +137,18 @@ def subjects() -> dict[str, object]:
         "reliability": Reliability(),
         "adapters": Adapters(),
         "scale": Scale(),
+        "readme": Readme(),
         "texts": texts.TEXTS,
         "evaluation": evaluation,
         "tolerances": gguf_check.TOLERANCES,
         "onnx_tolerance": onnx_check.TOLERANCE,
         "vllm_tolerance": vllm_check.TOLERANCE,
     }
+
+
+def path(name: str) -> Path:
+    """Returns where a page lies: in docs/, and README.md in the checkout's folder."""
+    return ROOT / name if name == "README.md" else ROOT / "docs" / name
 
 
 def page(name: str) -> str:
@@ -150,11 +158,11 @@ def page(name: str) -> str:
 
 def main() -> None:
     """Writes the pages."""
-    CommandLine(__doc__, writes=", ".join(f"docs/{name}" for name in PAGES), takes="seconds").read()
+    names = ", ".join(path(name).relative_to(ROOT).as_posix() for name in PAGES)
+    CommandLine(__doc__, writes=names, takes="seconds").read()
     for name in PAGES:
-        path = ROOT / "docs" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(name), encoding="utf-8")
+        path(name).parent.mkdir(parents=True, exist_ok=True)
+        path(name).write_text(page(name), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,4 +12,6 @@ def fill(template: Path, **values: Any) -> str:
     loader = FileSystemLoader(template.parent)  # of the templates that it extends
     environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True)
     filled = environment.get_template(template.name).render(**values)
-    return re.sub(r"\n{3,}", "\n\n", filled)
+    parts = filled.split("```")  # text and code in turns; code keeps its empty lines
+    parts[::2] = (re.sub(r"\n{3,}", "\n\n", text) for text in parts[::2])
+    return "```".join(parts)

@@ -3,7 +3,6 @@
 import pytest
 
 from bench.report import guides, reference
-from bench.tools.measuring import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +12,7 @@ def numbers() -> guides.Numbers:
 
 @pytest.mark.parametrize("name", guides.PAGES)
 def test_the_committed_pages_are_the_generated_ones(name):
-    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == guides.page(name)
+    assert guides.path(name).read_text(encoding="utf-8") == guides.page(name)
 
 
 @pytest.mark.parametrize("name", guides.PAGES)
