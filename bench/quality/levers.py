@@ -112,7 +112,8 @@ CELLS: tuple[Cell, ...] = (
     Cell("passages", 16, tuple(lever for lever in LEVERS if lever != "selected on passages")),
     *(Cell(name, 16, (DEFAULTS,)) for name in ("written", "passages and written")),
     # As many tokens of passages as above, and as many again that the model has written.
-    *(Cell("passages and written", 32, (DEFAULTS,), keep=keep) for keep in (0.5, 0.8)),
+    Cell("passages and written", 32, _OWN),
+    Cell("passages and written", 32, (PRUNED, DEFAULTS), keep=0.8),
     Cell("passages", 64, (*_OWN, UNEVEN, "producers")),
     Cell("passages", 64, _OWN, keep=0.75),
     Cell("brown", 16, (PRUNED, DEFAULTS, "selected on passages")),
