@@ -50,10 +50,12 @@ class Readme:
         header += ["the paper's way", "grail", "KL", "top-1", "uneven, producers"]
         return markdown(header, lines)
 
-    def cell(self, calibration: str, lever: str, text: str, keep: float = HALF) -> str:
-        """Returns the perplexity of MLPs calibrated on 16 sequences."""
+    def cell(
+        self, calibration: str, lever: str, text: str, keep: float = HALF, sequences: int = 16
+    ) -> str:
+        """Returns the perplexity of a model with narrow MLPs."""
         of = {"calibration": calibration, "lever": lever, "text": text, "keep": keep}
-        return f"{self._levers.value('perplexity', sequences=16, sites='mlp', **of):.1f}"
+        return f"{self._levers.value('perplexity', sequences=sequences, sites='mlp', **of):.1f}"
 
     def file(self, form: str, column: str, model: str = "uneven 0.5") -> float:
         """Returns a number of a GGUF file."""
