@@ -25,6 +25,9 @@ from grail.report.report import Evaluation, Report
 
 TEXTS = Path(".assets")
 LENGTH = texts.LENGTH
+WRITTEN = "written"  # text by the dense model itself, from the token between documents
+WRITTEN_TOKENS = 16 * LENGTH
+BEGIN = "<|endoftext|>"  # between the documents on which SmolLM2 was trained
 # In the order of measuring.
 CELLS = [
     *((text, "mlp", 0.5) for text in ("documentation", "technical", "passages")),
@@ -61,7 +64,9 @@ class Subject:
         self.model, self.tokenizer = load_model(assets.smollm2())
 
     def batches(self, text: str, half: str, tokens: int) -> list[torch.Tensor]:
-        """Sequences of `LENGTH` tokens, one a batch."""
+        """Returns sequences of `LENGTH` tokens, one a batch; `WRITTEN` has a calibration half."""
+        if text == WRITTEN:
+            return self._by_itself(tokens)
         if text not in self._written:
             assets.write_texts(text, texts.TEXTS[text].halves(TEXTS), TEXTS)
             self._written.add(text)
@@ -72,6 +77,16 @@ class Subject:
             sequence_length=LENGTH,
             batch_size=1,
             seed=texts.TEXTS[text].seed,
+        )
+
+    def _by_itself(self, tokens: int) -> list[torch.Tensor]:
+        """Returns sequences that the dense model has written, once."""
+        path = TEXTS / f"{WRITTEN}.jsonl"
+        grail.generate_calibration(
+            assets.smollm2(), path, tokens=WRITTEN_TOKENS, begin=BEGIN, progress=False
+        )
+        return token_batches(
+            path, self.tokenizer, tokens=tokens, sequence_length=LENGTH, batch_size=1
         )
 
     def compressed(self, calibration: list[torch.Tensor], **settings: Any) -> tuple[Any, Report]:

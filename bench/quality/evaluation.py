@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bench.quality import endtoend, generating, tasks
-from bench.quality.endtoend import LENGTH, Subject
+from bench.quality.endtoend import LENGTH, WRITTEN, Subject
 from bench.quality.endtoend import TEXTS as CACHE
 from bench.quality.suite_tables import Scores, tables
 from bench.tools.commandline import CommandLine
@@ -401,7 +401,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--calibration",
         action="append",
-        help="a text, or several as in passages+brown; may be repeated (default passages, brown)",
+        help="a text, several as in passages+brown, or with text that the model writes as in "
+        "passages+written; may be repeated (default passages, brown)",
     )
     parser.add_argument("--tokens", type=int, default=16 * LENGTH, help="default %(default)s")
     parser.add_argument("--sites", default="mlp", help="mlp, heads or mlp,heads (default mlp)")
@@ -423,8 +424,9 @@ def main(arguments: list[str] | None = None) -> None:
     if WRITING in on and not set(on) & set(TEXTS):
         parser.error("--on writing needs a text whose starts are continued, as in --on brown")
     calibrated = [name for texts in options.calibration or [] for name in texts.split("+")]
-    if wrong := [name for name in calibrated if name not in TEXTS]:
-        parser.error(f"--calibration: {wrong[0]} is none of {', '.join(TEXTS)}")
+    sources = (*TEXTS, WRITTEN)
+    if wrong := [name for name in calibrated if name not in sources]:
+        parser.error(f"--calibration: {wrong[0]} is none of {', '.join(sources)}")
     calibrations = [] if options.folder else ["passages", "brown"]
     runs = [
         (

@@ -19,9 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import grail
-from bench.quality import endtoend
 from bench.quality.endtoend import MODELS, Subject
-from bench.tools import assets
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import Row, Table
 from bench.tools.tables import aligned
@@ -47,9 +45,6 @@ CALIBRATIONS: dict[str, tuple[str, ...]] = {
     "written": ("written",),
     "passages and written": ("passages", "written"),
 }
-WRITTEN = "written"  # text by the dense model itself, from the token between documents
-WRITTEN_TOKENS = 16 * LENGTH
-BEGIN = "<|endoftext|>"  # between the documents on which SmolLM2 was trained
 DEFAULTS, PRUNED, DENSE = "defaults", "pruned", "dense"
 UNEVEN = "uneven widths"  # how the names of such levers begin
 BROAD = "selected on general"
@@ -164,26 +159,11 @@ class Bench:
         """
         names = CALIBRATIONS[name]
         each = -(-sequences // len(names))
-        parts = [
-            self._written(each * LENGTH)
-            if text == WRITTEN
-            else self.subject.batches(text, "calibration", each * LENGTH)
-            for text in names
-        ]
+        parts = [self.subject.batches(text, "calibration", each * LENGTH) for text in names]
         rows = [part[number] for number in range(each) for part in parts][:sequences]
         if len(names) > 1:
             random.Random(0).shuffle(rows)
         return rows
-
-    def _written(self, tokens: int) -> list[Tensor]:
-        """Returns sequences that the dense model has written, once."""
-        path = endtoend.TEXTS / f"{WRITTEN}.jsonl"
-        grail.generate_calibration(
-            assets.smollm2(), path, tokens=WRITTEN_TOKENS, begin=BEGIN, progress=False
-        )
-        return grail.token_batches(
-            path, self.subject.tokenizer, tokens=tokens, sequence_length=LENGTH, batch_size=1
-        )
 
     def measure(self, cell: Cell, lever: str) -> None:
         """Adds the rows of a lever, one a text, unless they are there."""
