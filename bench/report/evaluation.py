@@ -8,6 +8,7 @@ The text of the page is in bench/report/evaluation.md.j2.
 from collections.abc import Sequence
 
 from bench.quality import evaluation
+from bench.quality.endtoend import WRITTEN
 from bench.quality.suite_tables import (
     PRUNED,
     Run,
@@ -38,16 +39,24 @@ class Page:
         """The whole page."""
         return fill(TEMPLATE, page=self, evaluation=evaluation)
 
+    def calibration(self, run: Run) -> str:
+        """The texts and tokens of the calibration: "16k tokens of passages"."""
+        names = run.calibration.replace(WRITTEN, "text that the model wrote").replace("+", " and ")
+        return f"{int(run.tokens) // 1024}k tokens of {names}"
+
     def title(self, run: Run) -> str:
-        """How models were compressed: "passages, 16k tokens, mlp at 0.5"."""
-        return (
-            f"{run.calibration.replace('+', ' and ')}, {int(run.tokens) // 1024}k tokens, "
-            f"{run.sites.replace(',', ' and ')} at {run.keep}"
-        )
+        """How models were compressed: "16k tokens of passages, mlp at 0.5"."""
+        return f"{self.calibration(run)}, {run.sites.replace(',', ' and ')} at {run.keep}"
 
     def domains(self, run: Run) -> str:
         """A table of the models in the calibration's domain and off it."""
         return self._table(domain_table(self._scores, run))
+
+    def cell(self, run: Run, measure: str, column: str) -> str:
+        """A cell of that table, by its row and a column as in "off domain: grail"."""
+        header, rows = domain_table(self._scores, run)
+        of = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+        return of.get(measure, {}).get(column, "–")
 
     def texts(self, run: Run) -> str:
         """A table of all texts."""

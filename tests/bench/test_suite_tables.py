@@ -149,8 +149,11 @@ def test_the_committed_page_is_the_generated_one():
 
 
 def test_the_page_has_what_is_measured_and_says_what_is_not():
-    text = report.Page(rows()).text()
-    assert "## Calibrated on passages, 16k tokens, mlp at 0.5" in text
+    page = report.Page(rows())
+    text = page.text()
+    assert "## Calibrated on 16k tokens of passages, mlp at 0.5" in text
+    assert page.cell(RUN, "perplexity", "in domain: grail") in text
+    assert page.cell(RUN, "no measure", "in domain: grail") == "–"
     assert "grail: 1 of 4 texts (scripture)" in text
     assert "3 sequences of 1024 tokens" in text
     assert "| agreement | 50.0% |" in text
