@@ -139,7 +139,8 @@ def test_what_is_worse_than_plain_pruning_is_said_everywhere():
     whole = report(evaluation=rows("in", "off"))
     line = (
         "The model is worse than plain pruning on off.txt by 0.15 ± 0.029 nats a token, beyond 2 "
-        "standard errors: calibrate on such text as well, or keep more."
+        "standard errors: calibrate on such text as well, or on text by the model itself "
+        "(grail generate), or keep more."
     )
     assert worse_sentence(whole) == line
     assert line in Document(page(whole)).text
