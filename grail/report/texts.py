@@ -149,5 +149,6 @@ def worse_sentence(report: Report) -> str:
     found = " and ".join(f"on {text} by {gap} nats a token" for text, gap in texts.items())
     return (
         f"The model is worse than plain pruning {found}, beyond {BEYOND:g} standard errors: "
-        "calibrate on such text as well, or on text by the model itself (grail generate), or keep more."
+        "calibrate on such text as well, or on text by the model itself (grail generate), or keep "
+        "more."
     )
