@@ -305,12 +305,11 @@ def sites(name: str) -> Row:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures and prints one of the two tables."""
-    given = sys.argv[1:] if arguments is None else arguments
-    name = "adapters_sites" if "--sites" in given else "adapters_torch_pruning"
     parser = CommandLine(
         __doc__,
         *("keep", "threads"),
-        results=name,
+        results="adapters_torch_pruning",
+        instead={"sites": "adapters_sites"},
         takes="3 minutes on one core; with --sites 8",
     )
     parser.add_argument("--sites", action="store_true", help="count sites of many networks")
@@ -324,11 +323,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.sites:
         rows = [_told(sites(each), ("network", *SOURCES)) for each in options.network or NETWORKS]
         columns: tuple[str, ...] = ("network", *SOURCES, "sites_of_note")
+        measures = tuple(name for name in rows[0] if name != "network")
     else:
         columns = ("way", "seed", "parameters", "accuracy", "returned", "seconds")
+        measures = ("parameters", "accuracy", "returned", "seconds")
         rows = [_told(row, columns) for row in accuracies(options.keep, options.cache)]
     print(aligned(columns, [[row[column] for column in columns] for row in rows]))
-    save(options, rows, ("parameters", "accuracy", "returned", "seconds"))
+    save(options, rows, measures)
     return 0
 
 

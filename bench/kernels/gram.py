@@ -523,6 +523,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         *("model", "dtype", "device", "threads", "repeats", "seconds"),
         takes="about 5 minutes on 2 cores; --seconds limits it",
         results="gram{device}",
+        instead={"predict": "gram_predicted"},
         model={"choices": models},
         repeats={"default": 5},
         dtype={"help": "default: fp32 and bf16"},

@@ -141,7 +141,6 @@ def main() -> None:
     table = Table(options.output, KEY)
     for row in rows(options, table):
         table.add(row)
-        print(*row.values(), flush=True)
     by = {tuple(row[key] for key in KEY): row["perplexity"] for row in table.rows}
     lines = [
         [model, form, *(by.get((model, form, matrix), "") for matrix in MATRICES)]

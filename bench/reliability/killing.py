@@ -1,7 +1,7 @@
 """Kills a compression with SIGKILL, starts it again, and compares the bits of its output.
 
     python -m bench.reliability.killing --trials 100 --output new/
-    python -m bench.reliability.killing --uneven --trials 30 --output FILE.csv
+    python -m bench.reliability.killing --uneven --trials 30 --output new/
 
 Every run is the real command line, in a process that is forked from this one, so that torch and
 transformers are imported once.
@@ -37,6 +37,7 @@ def main() -> int:
         "trials",
         takes="tens of minutes on 2 cores for 100 trials",
         results="killing",
+        instead={"uneven": "killing_uneven"},
         trials={"default": 100},
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -46,7 +47,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         trials = Trials(Path(folder), random.Random(options.seed), options.uneven)
         rows = [trials.row(number) for number in range(options.trials)]
-    save(options, [row | {"seed": str(options.seed)} for row in rows], [*rows[0]][1:])
+    measures = ("killed", "deaths", "resumed at block", "bitwise equal")
+    save(options, [row | {"seed": str(options.seed)} for row in rows], measures)
     good = sum(row["bitwise equal"] == "yes" for row in rows)
     deaths = sum(int(row["deaths"]) for row in rows)
     resumed = sum(int(row["resumed at block"]) > 0 for row in rows)

@@ -2,7 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class CommandLine(argparse.ArgumentParser):
             lies in the folder gpu.
         rows: name of the CSV that grows row by row, in bench/results or `--output`, so that a
             killed run resumes. With a "*" in it these are several, and `--output` is their folder.
+        instead: names in place of `results`, by the option that is given.
         settings: changed settings of shared options, by name.
     """
 
@@ -63,9 +65,10 @@ class CommandLine(argparse.ArgumentParser):
         writes: str = "",
         results: str = "",
         rows: str = "",
+        instead: Mapping[str, str] | None = None,
         **settings: dict[str, Any],
     ):
-        self._results, self._rows = results, rows
+        self._results, self._rows, self._instead = results, rows, instead or {}
         if not writes and rows:
             writes = f"bench/results/{rows}.csv, row by row; with --output elsewhere"
         elif not writes:
@@ -103,9 +106,28 @@ class CommandLine(argparse.ArgumentParser):
             self.error("--keep lies between 0 and 1")
         if getattr(options, "threads", None):
             torch.set_num_threads(options.threads)
-        if (self._results or self._rows) and options.output:
-            options.output = self._path(options.output, device)
+        for option, name in self._instead.items():
+            if getattr(options, option):
+                self._results = name
+        output = getattr(options, "output", None)
+        if (self._results or self._rows) and output:
+            options.output = output = self._path(output, device)
+        if output:
+            is_file = bool(self._results or self._rows) and "*" not in self._rows
+            self._require_writable(output, is_file=is_file)
         return options
+
+    def _require_writable(self, output: Path, *, is_file: bool) -> None:
+        """Ends the process, before any work, where `--output` could not be written after it."""
+        if is_file and output.is_dir():
+            self.error(f"--output: {output} is a folder; give a file that ends in .csv")
+        folder = output.parent if is_file else output
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir():
+            self.error(f"--output: {nearest} is a file; give a folder")
+        for path in (nearest, output):
+            if path.exists() and not os.access(path, os.W_OK):
+                self.error(f"--output: {path} cannot be written; give another folder")
 
     def _path(self, output: Path, device: str) -> Path:
         """Returns the file or, of several files, the folder."""
@@ -127,22 +149,24 @@ class CommandLine(argparse.ArgumentParser):
 def save(
     options: argparse.Namespace,
     rows: list[Row],
-    measures: Sequence[str] = (*PERCENTILES, "error", "ratio"),
+    measures: Sequence[str] = (*PERCENTILES, "error", "ratio", "memory"),
     *,
     done: bool = True,
+    conditions: bool = True,
 ) -> None:
-    """Writes rows to `--output`, each with the conditions of the machine, and compares them.
+    """Writes rows to `--output` and compares them with the committed ones.
 
     Args:
         options: of the bench.
         rows: all that it has so far.
         measures: the measured columns; all others, but for the conditions, identify a row.
         done: whether these are all rows, to be compared with the committed ones.
+        conditions: whether each row is written with those of the machine.
     """
     if not options.output or not rows:
         return
-    conditions = machine(getattr(options, "device", "cpu"))
-    write_rows(options.output, [row | conditions for row in rows])
+    of = machine(getattr(options, "device", "cpu")) if conditions else {}
+    write_rows(options.output, [row | of for row in rows])
     key = [name for name in rows[0] if name not in (*measures, *CONDITIONS)]
     for line in compared(rows, committed(options.output), key, measures) if done else ():
         print(f"beside the committed CSV: {line}")

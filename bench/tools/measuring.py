@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grail.errors import InputError
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 # Seconds of work that a GPU gets between two events: many short calls in a row, so that launching
@@ -26,7 +28,10 @@ QUEUED = 4e-3
 PAUSE = 0.2
 PERCENTILES = ("p20", "p50", "p80")
 # Columns of the machine and the software, which no comparison of rows reads.
-CONDITIONS = ("device", "threads", "load", "python", "torch", "triton", "commit", "date")
+CONDITIONS = (
+    *("device", "threads", "load", "python", "torch", "triton", "commit", "date"),
+    *("openblas", "gptqmodel", "llmcompressor"),  # of single benches
+)
 
 Call = Callable[[Tensor], Tensor]
 Row = dict[str, str]
@@ -106,7 +111,7 @@ def commit(tree: Path = ROOT) -> str:
 
 
 def machine(device: str) -> Row:
-    """The conditions that belong beside every number, in the order of `CONDITIONS`."""
+    """The conditions that belong beside every number."""
     try:
         import triton
 
@@ -187,12 +192,22 @@ class Table:
     """A CSV that grows by rows and is never measured twice. `key`: columns that identify a row.
 
     Rows may bring columns that the file does not have yet; these are empty in the rows before.
-    Of a file that is not the committed one of its name, each new row is compared with that.
+    Of a file that is not the committed one of its name, each new row is compared with that. A last
+    line that a killed process left incomplete is no row, and the next one replaces it.
+
+    Raises:
+        InputError: the file lacks a column of the key.
     """
 
     def __init__(self, path: Path, key: tuple[str, ...]):
         self.path, self.key = path, key
-        self.rows = read_rows(path) if path.exists() else []
+        self.rows, _ = _complete_rows(path)
+        missing = [name for name in key if self.rows and name not in self.rows[0]]
+        if missing:
+            raise InputError(
+                f"{path} has no column {', '.join(missing)}: it is the file of another bench; give "
+                "--output another file or folder"
+            )
         self._committed = committed(path)
 
     def __contains__(self, key: tuple[Any, ...]) -> bool:
@@ -218,9 +233,9 @@ class Table:
         }
         text = {k: str(v) for k, v in row.items()}
         # Of the file as it is now: another process may have added rows.
-        found = read_rows(self.path) if self.path.exists() else []
+        found, is_cut = _complete_rows(self.path)
         columns = list(found[0] if found else row)
-        if not found or not text.keys() <= set(columns):
+        if is_cut or not found or not text.keys() <= set(columns):
             whole = self.path.with_suffix(".partial")
             write_rows(whole, [*found, text])
             whole.replace(self.path)
@@ -232,6 +247,14 @@ class Table:
         measures = [k for k in text if k not in (*self.key, *CONDITIONS)]
         for line in compared([text], self._committed, self.key, measures):
             print(f"    {line}", flush=True)
+
+
+def _complete_rows(path: Path) -> tuple[list[Row], bool]:
+    """Returns the rows of a CSV, and whether its last line is incomplete, which is left out."""
+    if not path.exists():
+        return [], False
+    rows, is_cut = read_rows(path), not path.read_bytes().endswith(b"\n")
+    return rows[:-1] if is_cut else rows, is_cut
 
 
 def committed(path: Path) -> list[Row]:
@@ -248,32 +271,46 @@ def compared(
     """Yields a line for each measure: how the rows differ from committed ones of the same key.
 
     Of several rows the line has the median, the smallest and the largest ratio; of texts, how many
-    are the same.
+    are the same. Where no committed row has the key of one of the rows, a line says so.
     """
     key = tuple(key)
     of = {tuple(row.get(k, "") for k in key): row for row in known}
-    pairs = [(row, of.get(tuple(row.get(k, "") for k in key))) for row in rows]
+    found = [(row, of.get(tuple(row.get(k, "") for k in key))) for row in rows]
+    pairs = [(row, other) for row, other in found if other]
+    if known and not pairs:
+        yield f"no committed row has the same {', '.join(key)}"
+        return
     for name in measures:
-        values = [(row.get(name, ""), other.get(name, "")) for row, other in pairs if other]
-        numbers = [(_number(new), _number(old)) for new, old in values]
-        found = [(new, old) for new, old in numbers if new is not None and old is not None]
-        ratios = sorted(new / old for new, old in found if old)
-        if len(values) > 1 and not found:
-            same = sum(new == old for new, old in values)
-            yield f"{name}: {same} of {len(values)} rows have the committed value"
-        elif len(found) == 1:
-            ((new, old),) = found
-            change = f" ({new / old - 1:+.2%})" if old else ""
-            yield f"{name}: {new:g}, committed {old:g}{change}"
-        elif ratios:
-            yield (
-                f"{name}: {statistics.median(ratios):.3f} of the committed value in the median of "
-                f"{len(ratios)} rows, {ratios[0]:.3f} to {ratios[-1]:.3f}"
-            )
+        yield from _differences(name, [(row.get(name), other.get(name)) for row, other in pairs])
+
+
+def _differences(name: str, values: list[tuple[str | None, str | None]]) -> Iterator[str]:
+    """Yields how values, each with the committed one, differ."""
+    numbers = [(_number(new), _number(old)) for new, old in values]
+    found = [(new, old) for new, old in numbers if new is not None and old is not None]
+    ratios = sorted(new / old for new, old in found if old)
+    if len(values) > 1 and not any(number is not None for pair in numbers for number in pair):
+        same = sum(new == old for new, old in values)
+        yield f"{name}: {same} of {len(values)} rows have the committed value"
+    elif len(found) == 1:
+        ((new, old),) = found
+        change = f" ({new / old - 1:+.2%})" if old else ""
+        yield f"{name}: {new:g}, committed {old:g}{change}"
+    elif ratios:
+        yield (
+            f"{name}: {statistics.median(ratios):.3f} of the committed value in the median of "
+            f"{len(ratios)} rows, {ratios[0]:.3f} to {ratios[-1]:.3f}"
+        )
+    zeros = [new for new, old in found if not old]
+    if len(found) > 1 and zeros:
+        yield f"{name}: {zeros.count(0)} of {len(zeros)} rows are 0, as the committed ones"
+    if odd := sum((new is None) != (old is None) for new, old in numbers):
+        yield f"{name}: in {odd} of {len(values)} rows one of the two is no finite number"
 
 
 def _number(text: str | None) -> float | None:
     try:
-        return float(text or "")
+        number = float(text or "")
     except ValueError:
         return None
+    return number if math.isfinite(number) else None

@@ -25,6 +25,13 @@ def known_roof(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram, "measure_roof", lambda dtype, device: gram.Roof(1e11, 1e10))
 
 
+def test_predictions_have_a_file_of_their_own() -> None:
+    """In one folder with measured rows, and in bench/results, neither replaces the other."""
+    for given, name in (([], "gram_cpu.csv"), (["--predict", "h100"], "gram_predicted.csv")):
+        options = gram.parse(["--device", "cpu", "--output", "new", *given])
+        assert options.output == Path("new", name)
+
+
 def test_every_number_is_written_with_its_conditions(tmp_path: Path) -> None:
     path = tmp_path / "gram.csv"
     assert run("--dtype", "fp32", "--output", str(path)) == 0

@@ -1,10 +1,13 @@
 """Rows of CSV that grow: what is measured stays, whatever columns later rows bring."""
 
+from pathlib import Path
+
 import pytest
 
 from bench.tools import measuring
 from bench.tools.commandline import CommandLine, save
 from bench.tools.measuring import Table, compared, read_rows, write_rows
+from grail.errors import InputError
 
 ENDS = ("threads", "torch", "commit")
 
@@ -71,6 +74,31 @@ def test_a_row_that_is_there_is_named(path, capsys):
     assert capsys.readouterr().out == f"already measured in {path}: name=one, keep=0.5\n"
 
 
+@pytest.mark.parametrize("cut", [2, 6, 30, 60])
+def test_a_line_that_a_kill_cut_off_is_measured_again(path, cut):
+    table = Table(path, ("name",))
+    table.add({"name": "first", "value": 1})
+    head = path.read_bytes()
+    table.add({"name": "second", "value": 2})
+    cut = min(cut, len(path.read_bytes()) - len(head) - 1)
+    path.write_bytes(path.read_bytes()[: len(head) + cut])
+    table = Table(path, ("name",))
+    assert ("first",) in table
+    assert ("second",) not in table
+    table.add({"name": "second", "value": 2})
+    table.add({"name": "third", "value": 3})
+    found = [(row["name"], row["value"]) for row in read_rows(path)]
+    assert found == [("first", "1"), ("second", "2"), ("third", "3")]
+
+
+def test_the_file_of_another_bench_is_refused_and_stays(path):
+    Table(path, ("name",)).add({"name": "one", "value": 1})
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"has no column selector, keep: it is the file of anoth"):
+        Table(path, ("selector", "keep"))
+    assert path.read_bytes() == before
+
+
 @pytest.fixture
 def committed(tmp_path, monkeypatch):
     folder = tmp_path / "committed"
@@ -87,7 +115,8 @@ def test_a_row_elsewhere_is_compared_with_the_committed_one(path, committed, cap
     table.add({"name": "two", "value": 5})
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "committed" in line] == [
-        "    value: 2.1, committed 2 (+5.00%)"
+        "    value: 2.1, committed 2 (+5.00%)",
+        "    no committed row has the same name",
     ]
 
 
@@ -112,6 +141,36 @@ def test_several_rows_are_compared_by_their_ratios_and_texts_by_equality():
     assert not list(compared(rows, [], ("n",), ("p50",)))
 
 
+def test_nothing_to_compare_with_is_said():
+    known = [{"n": "1", "p50": "1"}]
+    assert list(compared([{"n": "2", "p50": "1"}], known, ("n",), ("p50",))) == [
+        "no committed row has the same n"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (["0", "3"], "x: 1 of 2 rows are 0, as the committed ones"),
+        (["nan", "0"], "x: in 1 of 2 rows one of the two is no finite number"),
+        (["", ""], "x: in 2 of 2 rows one of the two is no finite number"),
+    ],
+)
+def test_what_has_no_ratio_is_said(values, line):
+    known = [{"n": str(n), "x": "0"} for n in range(2)]
+    rows = [{"n": str(n), "x": value} for n, value in enumerate(values)]
+    assert line in list(compared(rows, known, ("n",), ("x",)))
+
+
+def test_a_number_that_became_nan_does_not_hide_in_the_ratios():
+    known = [{"n": str(n), "x": "2"} for n in range(3)]
+    rows = [{"n": str(n), "x": value} for n, value in enumerate(["2", "nan", "4"])]
+    assert list(compared(rows, known, ("n",), ("x",))) == [
+        "x: 1.500 of the committed value in the median of 2 rows, 1.000 to 2.000",
+        "x: in 1 of 3 rows one of the two is no finite number",
+    ]
+
+
 @pytest.mark.parametrize(
     ("names", "given", "expected"),
     [
@@ -130,6 +189,38 @@ def test_output_is_a_folder_or_a_file(names, given, expected, committed, monkeyp
     parser = CommandLine("A bench.", "device", takes="a second", device={"default": "cpu"}, **names)
     found = parser.read(given).output
     assert (found and found.resolve()) == (expected and committed.parent / expected)
+
+
+def test_an_option_can_name_another_file(committed):
+    parser = CommandLine("A bench.", takes="a second", results="a", instead={"other": "b"})
+    parser.add_argument("--other", action="store_true")
+    assert parser.read(["--output", "new"]).output == Path("new/a.csv")
+    assert parser.read(["--output", "new", "--oth"]).output == Path("new/b.csv")
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "message"),
+    [
+        ({"results": "speed"}, "file/new", "file is a file; give a folder"),
+        ({"rows": "*"}, "file", "file is a file; give a folder"),
+        ({"rows": "speed"}, "folder.csv", "folder.csv is a folder"),
+        ({"results": "speed"}, "locked/new", "locked cannot be written"),
+        ({"results": "speed"}, "folder.csv/locked.csv", "locked.csv cannot be written"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_any_work(
+    names, given, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder.csv", "locked"):
+        (tmp_path / name).mkdir()
+    for name in ("file", "folder.csv/locked.csv"):
+        (tmp_path / name).touch()
+    # Root may write everywhere.
+    monkeypatch.setattr("os.access", lambda path, _: "locked" not in Path(path).name)
+    with pytest.raises(SystemExit):
+        CommandLine("A bench.", takes="a second", **names).read(["--output", given])
+    assert message in capsys.readouterr().err
 
 
 def test_several_files_need_a_folder(committed, capsys):
