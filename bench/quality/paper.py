@@ -291,8 +291,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("part", choices=parts, help="the experiment to run")
     Choice.ask(parser)
     options = parser.read(arguments)
+    choice = Choice.read(options)
+    if options.part == "cost" and any(choice[1:]):
+        parser.error("cost has no --only, --keep or --variant: it measures each network once")
     torch.manual_seed(0)
-    parts[options.part](Choice.read(options))
+    parts[options.part](choice)
 
 
 if __name__ == "__main__":

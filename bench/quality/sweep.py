@@ -29,6 +29,7 @@ from bench.tools import assets
 from bench.tools.commandline import CommandLine
 from bench.tools.measuring import RESULTS, Table
 from grail import select
+from grail.errors import InputError
 from grail.recipe import PRESETS
 from grail.report._evaluate import evaluate
 from grail.run import budget
@@ -216,26 +217,39 @@ class Choice(NamedTuple):
     samples: tuple[int, ...] = ()
 
     def of(self, rows: Iterable[StudyRow]) -> Iterator[StudyRow]:
-        """Yields the rows that are chosen."""
+        """Yields the rows that are chosen; where there are none, a line says so."""
+        is_any = False
         for row in rows:
             selector, keep, variant, _, samples = row
             named = zip(self[1:], (selector, keep, variant, samples), strict=True)
             if all(value in wanted for wanted, value in named if wanted):
+                is_any = True
                 yield row
+        if not is_any and any(self[1:]):
+            wanted = " and ".join("one of " + repr(of) for of in self[1:] if of)
+            print(f"no row has {wanted}", flush=True)
 
     @staticmethod
     def ask(parser: CommandLine) -> None:
         """Adds the options of a choice."""
         parser.add_argument("--only", default="", help="selectors, separated by commas")
-        parser.add_argument("--keep", dest="keeps", default="", help="ratios, separated by commas")
+        ratios = {"type": _ratios, "metavar": "KEEP", "help": "ratios, separated by commas"}
+        parser.add_argument("--keep", dest="keeps", default=(), **ratios)
         parser.add_argument("--variant", action="append", default=[], help="may be repeated")
 
     @classmethod
     def read(cls, options: argparse.Namespace) -> "Choice":
         """Returns the choice of a command line."""
         selectors = tuple(filter(None, options.only.split(",")))
-        keeps = tuple(float(k) for k in options.keeps.split(",") if k)
-        return cls(options.output, selectors, keeps, tuple(options.variant))
+        return cls(options.output, selectors, options.keeps, tuple(options.variant))
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    """Reads keep ratios with commas between; a ValueError is argparse's to report."""
+    keeps = tuple(map(float, text.split(",")))
+    if not all(0 < keep <= 1 for keep in keeps):
+        raise ValueError(text)
+    return keeps
 
 
 class Bench:
@@ -341,6 +355,8 @@ class Bench:
 
 def table(name: str, choice: Choice) -> None:
     """Selector × variant × sparsity."""
+    if unknown := [variant for variant in choice.variants if variant not in VARIANTS]:
+        raise InputError(f"no variant {unknown[0]!r}; the table has {', '.join(VARIANTS)}")
     bench = Bench(SUBJECTS[name](), choice.folder / f"selectors_{name}.csv")
     others = tuple(n for n in select.names() if n not in FIRST)
     selectors = choice.selectors or (*FIRST, *others)
@@ -364,8 +380,8 @@ def studies(name: str, choice: Choice) -> None:
             for row in choice.of(_uneven(bench, keep)):
                 bench.measure(*row)
         if name == "smollm2":
-            for selector, variant, settings in _budgets(bench, keep):
-                bench.measure(selector, keep, variant, settings)
+            for row in choice.of(_budgets(bench, keep)):
+                bench.measure(*row)
 
 
 def _uneven(bench: "Bench", keep: float) -> Iterator[StudyRow]:
@@ -377,7 +393,7 @@ def _uneven(bench: "Bench", keep: float) -> Iterator[StudyRow]:
             yield selector, keep, variant, {"keep": bench.shares(selector, keep)}, 0
 
 
-def _budgets(bench: "Bench", keep: float) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _budgets(bench: "Bench", keep: float) -> Iterator[StudyRow]:
     """FLAP's and SlimGPT's uneven widths, alone and with grail's defaults."""
     blocks = bench.subject.network.config.num_hidden_layers
     shares = {
@@ -386,10 +402,10 @@ def _budgets(bench: "Bench", keep: float) -> Iterator[tuple[str, str, dict[str, 
     }
     for selector, even in AS_PUBLISHED.items():
         uneven = {"keep": {"mlp": shares[selector]}}
-        yield selector, "own", even
-        yield selector, "own, its budget", {**even, **uneven}
-        yield selector, "ours", {}
-        yield selector, "ours, its budget", uneven
+        yield selector, keep, "own", even, 0
+        yield selector, keep, "own, its budget", {**even, **uneven}, 0
+        yield selector, keep, "ours", {}, 0
+        yield selector, keep, "ours, its budget", uneven, 0
 
 
 def _mixed(keep: float) -> Iterator[StudyRow]:

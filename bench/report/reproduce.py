@@ -21,9 +21,10 @@ from bench.quality.paper import SHOWN
 from bench.quality.sweep import Choice
 from bench.report.paper import Page, Results
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import CONDITIONS, committed, compared, read_rows
+from bench.tools.measuring import CONDITIONS, Table, committed, compared
 
-KEY = ("selector", "keep", "variant", "samples")
+# Columns that identify a row, of the scores and of the cost.
+KEYS = (("selector", "keep", "variant", "samples"), ("network", "design"))
 SAMPLES = (32, 128, 512)
 ALPHAS = tuple(f"alpha={alpha:g}" for alpha in paper.ALPHAS)
 
@@ -80,11 +81,13 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def differences(folder: Path) -> list[str]:
-    """Returns for each score of each CSV in a folder how it differs from the committed rows."""
+    """Returns how each score of the experiments' CSV files differs from the committed rows."""
     lines = []
     for path in sorted(folder.glob("*.csv")):
-        rows = read_rows(path)
-        key = [name for name in (*KEY, "network", "design") if name in rows[0]]
+        rows = Table(path, ()).rows
+        key = next((key for key in KEYS if rows and set(key) <= rows[0].keys()), None)
+        if key is None:  # of another bench, or empty
+            continue
         measures = [
             name
             for name in rows[0]
@@ -106,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", action="append", choices=EXPERIMENTS, help="may be repeated")
     options = parser.read(arguments)
     torch.manual_seed(0)
-    for name in options.only or EXPERIMENTS:
+    for name in dict.fromkeys(options.only or EXPERIMENTS):
         experiment = EXPERIMENTS[name]
         print(f"\n{name}: {experiment.shows}", flush=True)
         start = time.perf_counter()
@@ -115,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     page = options.output / "paper.md"
     page.write_text(Page(Results(options.output)).text(), encoding="utf-8")
     print("\nThese values beside the committed ones (1.000 is the same):")
-    print("\n".join(differences(options.output)))
+    print("\n".join(differences(options.output)) or "none of these rows is committed")
     print(f"The tables: {page}")
 
 

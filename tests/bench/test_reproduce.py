@@ -1,14 +1,17 @@
 """The small version of the paper's tables: which rows it measures, and what it says of them."""
 
+import shutil
+
 import pytest
 
-from bench.quality import sweep
+from bench.quality import paper, sweep
 from bench.quality.paper import SHOWN
 from bench.quality.sweep import Choice
 from bench.report import reproduce
 from bench.report.paper import SIZES
 from bench.tools import measuring
 from bench.tools.measuring import RESULTS, read_rows, write_rows
+from grail.errors import InputError
 
 ROW = {"selector": "wanda", "keep": "0.5", "variant": "ours", "samples": "512"}
 
@@ -54,9 +57,36 @@ def test_every_experiment_is_measured_into_the_folder_and_compared(asked, tmp_pa
     assert f"({change:+.2%})" in out
 
 
-def test_one_experiment_alone(asked, tmp_path):
-    reproduce.main(["--output", str(tmp_path), "--only", "clip"])
+def test_one_experiment_alone_and_once(asked, tmp_path, capsys):
+    reproduce.main(["--output", str(tmp_path), "--only", "clip", "--only", "clip"])
     assert list(asked) == ["clip"]
+    assert capsys.readouterr().out.count("clip: the vision tower") == 1
+
+
+def test_files_of_other_benches_and_empty_ones_are_left_out(tmp_path):
+    """They may lie in the same folder."""
+    shutil.copy(RESULTS / "levers.csv", tmp_path)
+    shutil.copy(RESULTS / "serving.csv", tmp_path)
+    (tmp_path / "paper_cost.csv").write_text("network,design,seconds\n", encoding="utf-8")
+    (tmp_path / "studies_vit.csv").write_text("", encoding="utf-8")
+    assert reproduce.differences(tmp_path) == []
+
+
+def test_a_choice_of_no_row_says_so(capsys):
+    assert list(Choice(variants=("our",)).of([("a", 0.5, "ours", {}, 0)])) == []
+    assert capsys.readouterr().out == "no row has one of ('our',)\n"
+
+
+def test_an_unknown_variant_is_refused_before_any_work(tmp_path):
+    with pytest.raises(InputError, match="no variant 'our'; the table has own"):
+        sweep.table("vit", Choice(tmp_path, variants=("our",)))
+
+
+@pytest.mark.parametrize("given", [["--keep", "half"], ["--keep", "2"], ["--only", "wanda"]])
+def test_what_a_part_cannot_be_asked_is_refused(given, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        paper.main(["cost", *given, "--output", str(tmp_path)])
+    assert given[0] in capsys.readouterr().err
 
 
 def test_what_is_chosen_is_in_the_committed_tables():
