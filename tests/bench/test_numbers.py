@@ -30,6 +30,21 @@ def test_none_or_several_are_an_error(three, columns):
         three.one(**columns)
 
 
+@pytest.mark.parametrize("columns", [{"name": "b"}, {"name": "d"}])
+def test_no_number_is_an_error(three, columns):
+    with pytest.raises(LookupError, match=r"three\.csv has (no|0 rows)"):
+        three.value("time", **columns)
+    with pytest.raises(LookupError, match=r"three\.csv has no time"):
+        three.values("time", **columns)
+
+
+@pytest.mark.parametrize("column", ["tim", "name"])
+def test_a_column_without_numbers_is_an_error_that_names_file_and_column(three, column):
+    for read in (three.value, three.values):
+        with pytest.raises(LookupError, match=rf"three\.csv has no number in column '{column}'"):
+            read(column, name="a", size=1)
+
+
 def test_counts_are_in_words():
     assert sentence([("fault", "killed runs", 1000), ("fault", "lost processes", 2)]) == (
         "1,002 faults injected (1,000 killed runs, 2 lost processes); 0 refusals of bad input or "

@@ -35,7 +35,7 @@ class Reliability:
 
     def count(self, column: str, method: str = "grail") -> int:
         """Returns the problems that a method was given, or those with an outcome."""
-        return sum(int(row[column]) for row in self._failsafe.where(method=method))
+        return int(sum(self._failsafe.values(column, method=method)))
 
     def soak(self, column: str) -> float:
         """Returns the last value of a column: minutes or rounds in all."""
@@ -62,11 +62,11 @@ class Reliability:
 
     def damaged(self) -> int:
         """Returns the state files that were damaged."""
-        return sum(int(row["trials"]) for row in self._flipping.all)
+        return int(sum(self._flipping.values("trials")))
 
     def found(self) -> int:
         """Returns those whose damage was found."""
-        return sum(int(row["found"]) for row in self._flipping.all)
+        return int(sum(self._flipping.values("found")))
 
     def alone(self, damage: str) -> str:
         """Returns how many of one kind of damage safetensors finds alone, "1 of 1000"."""

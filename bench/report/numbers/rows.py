@@ -29,9 +29,29 @@ class Rows:
         return found[0]
 
     def value(self, column: str, **columns: object) -> float:
-        """Returns the number in a column of the only row with these values."""
-        return float(self.one(**columns)[column])
+        """Returns the number in a column of the only row with these values.
+
+        Raises:
+            LookupError: There is no such row, more than one, or no number in it.
+        """
+        return self._number(self.one(**columns), column)
 
     def values(self, column: str, **columns: object) -> list[float]:
-        """Returns the numbers in a column of every row with these values, in the file's order."""
-        return [float(row[column]) for row in self.where(**columns) if row[column]]
+        """Returns the numbers in a column of every row with these values, in the file's order.
+
+        Raises:
+            LookupError: There is no such number, or a cell has another text.
+        """
+        found = self.where(**columns)
+        numbers = [self._number(row, column) for row in found if row.get(column) != ""]
+        if not numbers:
+            raise LookupError(f"{self.name} has no {column} in rows with {columns}")
+        return numbers
+
+    def _number(self, row: Row, column: str) -> float:
+        try:
+            return float(row[column])
+        except (KeyError, TypeError, ValueError):  # no column, no cell, another text
+            raise LookupError(
+                f"{self.name} has no number in column {column!r}, but {row.get(column)!r}"
+            ) from None
