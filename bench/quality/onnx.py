@@ -26,11 +26,10 @@ from torch import Tensor, nn
 import grail
 from bench.quality import networks
 from bench.tools.commandline import CommandLine
-from bench.tools.measuring import RESULTS, Row, Table
+from bench.tools.measuring import Row, Table
 from bench.tools.tables import aligned
 from grail.serving.onnx_check import runtimes
 
-COMMITTED = RESULTS / "onnx.csv"
 KEEP = 0.5
 BATCHES = (1, 8)
 _LEAST = 0.05  # CPU seconds of the calls that are timed together

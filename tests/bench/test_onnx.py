@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from bench.quality import onnx
-from bench.tools.measuring import read_rows
+from bench.tools.measuring import RESULTS, read_rows
 
 
 def test_every_committed_file_computes_what_torch_does():
-    rows = read_rows(onnx.COMMITTED)
+    rows = read_rows(RESULTS / "onnx.csv")
     assert {row["network"] for row in rows} == set(onnx.NETWORKS)
     for row in rows:
         assert row["runtime"].startswith("torch") or float(row["difference"]) <= 1e-4
