@@ -60,4 +60,4 @@ class Adapters:
             )
             share = f"{returned:.0%}" if returned else "–"
             rows.append([name, f"{parameters / 1e6:.2f} M", f"{accuracy:.2%}", share])
-        return markdown(["", "parameters", "test accuracy", "share of the loss that returns"], rows)
+        return markdown(["", "parameters", "test accuracy", "share of the loss recovered"], rows)
