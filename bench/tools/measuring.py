@@ -281,7 +281,9 @@ def compared(
         yield f"no committed row has the same {', '.join(key)}"
         return
     for name in measures:
-        yield from _differences(name, [(row.get(name), other.get(name)) for row, other in pairs])
+        values = [(row.get(name), other.get(name)) for row, other in pairs]
+        if any(map(any, values)):  # not a column that neither has
+            yield from _differences(name, values)
 
 
 def _differences(name: str, values: list[tuple[str | None, str | None]]) -> Iterator[str]:

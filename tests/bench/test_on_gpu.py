@@ -221,4 +221,5 @@ def test_no_measurement_starts_after_the_deadline(
     on_gpu.run_accuracy(run)
     on_gpu.run_gram(run)
     assert not rows_of(tmp_path / "accuracy.csv")
-    assert "p50" not in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if "p50" in line and "committed" not in line]
