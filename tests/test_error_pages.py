@@ -137,12 +137,12 @@ def root():
     return root
 
 
-def test_it_prints_the_page_below_the_message(root, tmp_path):
+def test_it_prints_the_page_and_ends_with_the_message(root, tmp_path):
     from typer.testing import CliRunner
 
     result = CliRunner().invoke(root.app, ["inspect", str(tmp_path / "none" / "model")])
     assert result.exit_code == 2
-    *_, message, page = result.stderr.splitlines()
+    *_, page, message = result.stderr.splitlines()
     assert message.startswith("grail: ")
     assert page == "help: docs/guides/compress.md#the-command"
 

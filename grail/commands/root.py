@@ -66,9 +66,9 @@ class Commands(TyperGroup):
             if ctx.meta.get(DEBUG):
                 traceback.print_exc()
             sentence, status, page = _explain(error)
-            typer.echo(f"grail: {sentence}", err=True)
-            if page:
+            if page:  # before the error, which scripts look for in the last line
                 typer.echo(f"help: {address(page)}", err=True)
+            typer.echo(f"grail: {sentence}", err=True)
             raise typer.Exit(status) from error
 
 

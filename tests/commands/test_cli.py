@@ -51,15 +51,12 @@ def grail(*arguments):
 
 
 def refusal(result):
-    """The one sentence that a refused command says; fails if it says more or was not refused.
-
-    After it there may be the page that helps.
-    """
+    """The one sentence that a refused command says; fails if it says more or was not refused."""
     assert result.exit_code == 2, (result.output, result.exception)
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
     refused("refused command")
-    *_, last = (line for line in result.stderr.splitlines() if not line.startswith("help: docs/"))
+    *_, last = result.stderr.splitlines()
     return last
 
 
