@@ -16,6 +16,8 @@ from grail.algebra.targets import Multiple, as_multiple
 from grail.arguments import is_number
 from grail.errors import InputError
 
+_PAGE = "docs/concepts/keep.md#which-keep"  # of errors
+
 # The multiple by the least number of channels. 256 is the block of llama.cpp's K-quants and the
 # step of DeciLM's widths, 32 the block of Q8_0, Q4_0 and Q4_1: other rows are stored in larger
 # types, and decode slower. A width moves by at most 1/32 of the channels, by 1/16 below 128.
@@ -27,7 +29,7 @@ def check_keep(keep: float) -> None:
     if not is_number(keep) or not 0 < keep <= 1:
         raise InputError(
             f"keep must be a fraction in (0, 1], the share of channels that stay; got {keep!r}",
-            page="docs/concepts/keep.md#which-keep",
+            page=_PAGE,
         )
 
 
@@ -68,7 +70,7 @@ class ChannelWidth:
             raise InputError(
                 f"keep={keep:g} of {channels} channels, in multiples of {multiple}, is a width of "
                 f"0; {least if multiple <= channels else fewer}",
-                page="docs/concepts/keep.md#which-keep",
+                page=_PAGE,
             )
         return cls(channels, kept)
 
@@ -126,7 +128,7 @@ class HeadWidth:
             raise InputError(
                 f"keep={keep:g} of {groups * queries} heads is a width of 0; "
                 f"keep at least {1 / (groups * queries):.3g}",
-                page="docs/concepts/keep.md#which-keep",
+                page=_PAGE,
             )
         every = (
             cls(groups, queries, head_dim, g, q)

@@ -19,6 +19,8 @@ from grail.files.gguf_reading import read_once
 from grail.files.saving import WIDTHS, load
 from grail_kernels import check_kind
 
+_PAGE = "docs/guides/compress.md#the-command"  # of errors
+
 LENGTH = 1024  # tokens of a calibration sequence, if the model has positions for so many
 
 # Models that count positions from after the padding token's: the first rows are unused.
@@ -209,19 +211,19 @@ def _locate(source: str, gguf_file: str | None) -> tuple[str, str | None]:
         raise ModelError(
             f"{source} holds an adapter of PEFT, no model of its own; load it, call "
             "merge_and_unload(), and save the merged model with save_pretrained",
-            page="docs/guides/compress.md#the-command",
+            page=_PAGE,
         )
     if path.is_dir() and gguf_file is None and not (path / "config.json").is_file():
         raise ModelError(
             f"{source} is not a model: the folder has no config.json; give a folder that "
             "save_pretrained wrote, or the path of a .gguf file",
-            page="docs/guides/compress.md#the-command",
+            page=_PAGE,
         )
     # The hub client takes most of a minute to give up on a mistyped path; names have one slash.
     if not path.is_dir() and (path.is_absolute() or source.startswith(".") or len(path.parts) > 2):
         raise ModelError(
             f"{source}: no such folder; give a transformers folder, a hub name or a .gguf file",
-            page="docs/guides/compress.md#the-command",
+            page=_PAGE,
         )
     return source, gguf_file
 
@@ -276,7 +278,7 @@ def _read_tokenizer(source: str | Path, where: str, options: dict[str, Any]) -> 
         f"{source}: the model's configuration can be read ({config.model_type}), but its tokenizer "
         f"is missing or damaged: {reason}; put the tokenizer's files there, such as tokenizer.json "
         "and tokenizer_config.json (tokenizer.save_pretrained)",
-        page="docs/guides/compress.md#the-command",
+        page=_PAGE,
     ) from failure
 
 
@@ -297,16 +299,14 @@ def _refusing(source: str | Path, trusted: bool) -> Iterator[None]:
                 f"{source} needs Python code of its own; read "
                 "that code, then give --trust-remote-code (load_model(trust_remote_code=True)), "
                 "which runs it with your rights",
-                page="docs/guides/compress.md#the-command",
+                page=_PAGE,
             ) from error
         reason = one_line(error)
         if Path(source).exists():
             said = "holds no causal language model that transformers can read"
         else:
             said = "is no local folder, and no model of that name could be fetched"
-        raise ModelError(
-            f"{source} {said}: {reason}", page="docs/guides/compress.md#the-command"
-        ) from error
+        raise ModelError(f"{source} {said}: {reason}", page=_PAGE) from error
 
 
 def _needs_code(error: Exception) -> bool:

@@ -10,6 +10,8 @@ from torch.nn.functional import pad
 
 from grail.errors import ModelError
 
+_PAGE = "docs/serving/gguf.md"  # of errors
+
 _QKV = frozenset({"attn_q", "attn_k", "attn_v"})
 _LINEAR = _QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 # Biases that the loader of an architecture reads; it refuses a file with others.
@@ -57,7 +59,7 @@ def family_of(config: Any) -> Family:
         f"no GGUF is written for models of type {kind}, only for "
         f"{', '.join(FAMILIES)}; where all blocks have one width, llama.cpp's own "
         "convert_hf_to_gguf.py may read the folder",
-        page="docs/serving/gguf.md",
+        page=_PAGE,
     )
 
 
@@ -190,14 +192,14 @@ def choose_architecture(model: Any, shape: Shape, names: Sequence[str]) -> str:
             f"llama.cpp has no architecture for this {model.config.model_type} model: {reason}, "
             "and openelm, which would take that, has no output matrix apart from the embedding; "
             "compress it to one width for all blocks (without --uneven)",
-            page="docs/serving/gguf.md",
+            page=_PAGE,
         )
     if odd := set(biases) - _BIASES[family.uneven]:
         raise ModelError(
             f"llama.cpp has no architecture for this {model.config.model_type} model: {reason}, "
             f"and {family.uneven} reads no bias of {min(odd)}; compress it without biases, and to "
             "one width for all blocks if it has one",
-            page="docs/serving/gguf.md",
+            page=_PAGE,
         )
     return family.uneven
 
@@ -216,9 +218,7 @@ def file_names(model: Any) -> dict[str, str]:
     for name in stored_tensors(model):
         stored = table.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
-            raise ModelError(
-                f"llama.cpp has no place for {name} of this model", page="docs/serving/gguf.md"
-            )
+            raise ModelError(f"llama.cpp has no place for {name} of this model", page=_PAGE)
         found[name] = stored
     return found
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from grail.errors import GrailError, InputError, ModelError, one_line
 from grail.files.saving import WIDTHS, load
 
+_PAGE = "docs/serving/onnx.md#what-is-refused"  # of errors
+
 Factory = Callable[[], nn.Module]
 
 _EXAMPLE = "torchvision.models:resnet18"
@@ -62,7 +64,7 @@ def refuse_language_model(architecture: str, name: str) -> None:
             f"{name} is a language model ({architecture}), which needs a cache of keys and values "
             "that grail does not write as ONNX; use onnxruntime-genai, which reads folders of even "
             f"widths: python -m onnxruntime_genai.models.builder -i {name} -o onnx/ -p fp32 -e cpu",
-            page="docs/serving/onnx.md#what-is-refused",
+            page=_PAGE,
         )
 
 
@@ -80,14 +82,14 @@ def _from_transformers(folder: Path, architecture: str) -> nn.Module:
     except ImportError as error:
         raise ModelError(
             f"reading {folder} needs transformers: pip install 'grail-kernels[llm]'",
-            page="docs/serving/onnx.md#what-is-refused",
+            page=_PAGE,
         ) from error
     cls: Any = getattr(transformers, architecture, None) if architecture else None
     if cls is None:
         raise ModelError(
             f"{folder} names {architecture or 'no class'} in config.json, which is not a class of "
             "transformers; load the network in Python and give it to grail.export_onnx",
-            page="docs/serving/onnx.md#what-is-refused",
+            page=_PAGE,
         )
     try:
         model, found = cls.from_pretrained(
@@ -96,12 +98,12 @@ def _from_transformers(folder: Path, architecture: str) -> nn.Module:
     except Exception as error:  # transformers can raise anything
         raise ModelError(
             f"transformers cannot read {folder}: {one_line(error)}",
-            page="docs/serving/onnx.md#what-is-refused",
+            page=_PAGE,
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
             f"{folder} lacks weights of {architecture}, such as {missing[0]}",
-            page="docs/serving/onnx.md#what-is-refused",
+            page=_PAGE,
         )
     return model.eval()
 

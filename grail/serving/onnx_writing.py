@@ -24,6 +24,8 @@ from grail.serving.onnx_network import (
 from grail.serving.onnx_tracing import AXIS, call_of, silent, traced
 from grail_kernels import check_kind
 
+_PAGE = "docs/serving/onnx.md#what-is-refused"  # of errors
+
 OPSET = 20  # of ONNX 1.15
 # Batches that are compared; the network is traced with the last of them.
 _SIZES = (1, 2, 5)
@@ -91,7 +93,7 @@ def export_onnx(
         raise ModelError(
             f"an ONNX file holds at most {_MOST / 2**30:.1f} GiB of weights, and "
             f"{type(network).__name__} has {size / 2**30:.1f} GiB",
-            page="docs/serving/onnx.md#what-is-refused",
+            page=_PAGE,
         )
     require_packages()
     outputs = [computed(network, call) for call in calls][-1]
@@ -122,7 +124,7 @@ def as_network(model: object, factory: Factory | None) -> nn.Module:
             raise ModelError(
                 f"an ONNX file is written in float32, and {name} is {tensor.dtype}; give "
                 "copy.deepcopy(model).float()",
-                page="docs/serving/onnx.md#what-is-refused",
+                page=_PAGE,
             )
     return model
 
@@ -172,7 +174,7 @@ def _write(
             cause = cause.__cause__
         raise ModelError(
             f"torch has no ONNX form of this network: {one_line(cause)}",
-            page="docs/serving/onnx.md#what-is-refused",
+            page=_PAGE,
         ) from error
     _strip(proto)
     _name_axis(proto.graph)

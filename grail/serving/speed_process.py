@@ -12,6 +12,8 @@ from grail.errors import ModelError
 from grail.serving.child_process import environment, program, reason
 from grail.serving.speed_files import Measured
 
+_PAGE = "docs/serving/speed.md"  # of errors
+
 
 class Worker:
     """A process that loads one file, used as `with Worker(file, threads) as worker`.
@@ -78,16 +80,16 @@ class Worker:
             raise ModelError(
                 f"{self._file.runtime} ended ({self._status()}) while it {self._doing} "
                 f"{self._file.name}; it says: {self._said()}",
-                page="docs/serving/speed.md",
+                page=_PAGE,
             )
         answer = json.loads(line)
         if "refused" in answer:
-            raise ModelError(answer["refused"], page="docs/serving/speed.md")
+            raise ModelError(answer["refused"], page=_PAGE)
         if "failed" in answer:
             raise ModelError(
                 f"{self._file.runtime} does not run {self._file.name}; it says: "
                 f"{answer['failed'] or self._said()}",
-                page="docs/serving/speed.md",
+                page=_PAGE,
             )
         return answer["result"]
 

@@ -24,6 +24,8 @@ from grail.files.provenance import PACKAGE
 from grail.runtime.transaction import eval_no_grad
 from grail.serving.gguf_writing import load_folder
 
+_PAGE = "docs/serving/transformers.md#vllm"  # of errors
+
 # Sequences, tokens, and tokens that are generated; fewer tokens if the model has fewer positions.
 _PROBE, _GENERATED = (4, 64), 16
 TOLERANCE = 1e-4  # between two log-probabilities in fp32, as a share of the largest logit
@@ -108,12 +110,12 @@ def check_vllm(folder: str | Path, path: str | Path | None = None) -> VllmCompar
     if (path / "grail.json").is_file():
         raise ModelError(
             f"{path} is a folder that only grail reads: vLLM cannot load it",
-            page="docs/serving/transformers.md#vllm",
+            page=_PAGE,
         )
     if remote_code.is_written(path) and (name := remote_code.edited(path)):
         raise ModelError(
             f"{path}: {name} is not as grail writes it, and vLLM would run it",
-            page="docs/serving/transformers.md#vllm",
+            page=_PAGE,
         )
     _require_equal_heads(path)
     name = vllm_runtime()
@@ -193,7 +195,7 @@ def _require_equal_heads(path: Path) -> None:
         raise ModelError(
             f"{path}: its heads differ by block, and vLLM's transformers backend takes one number "
             "of heads for all blocks; keep the same share of heads in each block",
-            page="docs/serving/transformers.md#vllm",
+            page=_PAGE,
         )
 
 
