@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from bench.tools.commandline import CommandLine, save, sizes
+from bench.tools.commandline import CommandLine, compare, sizes, write
 from bench.tools.measuring import Row, machine
 
 Measured = TypeVar("Measured")
@@ -65,7 +65,7 @@ def run(
     deadline = time.monotonic() + options.seconds
     rows: list[Measured] = []
     failed = False
-    save(options, records(rows), done=False)
+    write(options, records(rows))
     for name, measure in cases:
         if time.monotonic() > deadline:
             print(f"{name}: left out, --seconds are over")
@@ -78,6 +78,6 @@ def run(
             continue
         rows += found
         print(show(found), flush=True)
-        save(options, records(rows), done=False)
-    save(options, records(rows))
+        write(options, records(rows))
+    compare(options, records(rows))
     return int(failed)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import grail
-from bench.tools.commandline import CommandLine, save
+from bench.tools.commandline import CommandLine, compare
 from bench.tools.measuring import RESULTS as FOLDER
-from bench.tools.measuring import Row, read_rows
+from bench.tools.measuring import Row, read_rows, write_rows
 from bench.tools.tables import markdown
 from grail.algebra._fit import Toward
 from grail.errors import GrailError
@@ -413,8 +413,10 @@ def main(arguments: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             rows = measure()
+        if options.output:
+            write_rows(options.output, rows)
         counts = ("problems", "refused", "flagged", "solved", "silent", "worst")
-        save(options, rows, counts, conditions=False)
+        compare(options, rows, counts)
     print(table(rows))
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import grail
 from bench.quality.networks import ResNet
-from bench.tools.commandline import CommandLine, save
+from bench.tools.commandline import CommandLine, write
 from bench.tools.measuring import Row
 from grail.algebra.drift import Drift
 from grail.runtime import memory
@@ -82,7 +82,7 @@ def main() -> None:
             row = {"minute": round(minutes, 1), "rounds": rounds, "resident_bytes": resident}
             rows.append({k: str(v) for k, v in (row | {"tensors": tensors()}).items()})
             print(", ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
-            save(options, rows, ("rounds", "resident_bytes", "tensors"), done=False)
+            write(options, rows)
     if flat := growth([int(row["resident_bytes"]) for row in rows]):
         print(f"memory of the last third over the first: {flat:.3f}")
         sys.exit(flat > LIMIT)

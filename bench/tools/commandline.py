@@ -82,7 +82,6 @@ class CommandLine(argparse.ArgumentParser):
             self.add_argument(
                 f"--{name.replace('_', '-')}", **SHARED[name] | settings.get(name, {})
             )
-
         if results or rows:
             into = "bench/results; the committed CSV" if rows else "nothing is written"
             self.add_argument(
@@ -146,29 +145,36 @@ class CommandLine(argparse.ArgumentParser):
         return folder / f"{name}.csv"
 
 
-def save(
-    options: argparse.Namespace,
-    rows: list[Row],
-    measures: Sequence[str] = (*PERCENTILES, "error", "ratio", "memory"),
-    *,
-    done: bool = True,
-    conditions: bool = True,
-) -> None:
-    """Writes rows to `--output` and compares them with the committed ones.
+MEASURES = (*PERCENTILES, "error", "ratio", "memory")
+
+
+def save(options: argparse.Namespace, rows: list[Row], measures: Sequence[str] = MEASURES) -> None:
+    """Writes all rows of a bench to `--output`, and compares them with the committed ones.
 
     Args:
         options: of the bench.
-        rows: all that it has so far.
+        rows: all of them.
         measures: the measured columns; all others, but for the conditions, identify a row.
-        done: whether these are all rows, to be compared with the committed ones.
-        conditions: whether each row is written with those of the machine.
     """
+    write(options, rows)
+    compare(options, rows, measures)
+
+
+def write(options: argparse.Namespace, rows: list[Row]) -> None:
+    """Writes the rows so far to `--output`, each with the conditions of the machine."""
+    if options.output and rows:
+        conditions = machine(getattr(options, "device", "cpu"))
+        write_rows(options.output, [row | conditions for row in rows])
+
+
+def compare(
+    options: argparse.Namespace, rows: list[Row], measures: Sequence[str] = MEASURES
+) -> None:
+    """Prints how the rows in `--output` differ from the committed ones, as `save` describes."""
     if not options.output or not rows:
         return
-    of = machine(getattr(options, "device", "cpu")) if conditions else {}
-    write_rows(options.output, [row | of for row in rows])
     key = [name for name in rows[0] if name not in (*measures, *CONDITIONS)]
-    for line in compared(rows, committed(options.output), key, measures) if done else ():
+    for line in compared(rows, committed(options.output), key, measures):
         print(f"beside the committed CSV: {line}")
 
 

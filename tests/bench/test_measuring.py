@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench.tools import measuring
-from bench.tools.commandline import CommandLine, save
+from bench.tools.commandline import CommandLine, save, write
 from bench.tools.measuring import Table, compared, read_rows, write_rows
 from grail.errors import InputError
 
@@ -235,7 +235,7 @@ def test_what_is_saved_at_the_end_is_compared(committed, tmp_path, capsys):
     options = parser.read(["--output", str(tmp_path / "new")])
     capsys.readouterr()
     rows = [{"case": "a", "p50": "3"}]
-    save(options, rows, done=False)
+    write(options, rows)
     assert not capsys.readouterr().out
     save(options, rows)
     assert capsys.readouterr().out == "beside the committed CSV: p50: 3, committed 2 (+50.00%)\n"
