@@ -26,9 +26,7 @@ class Page:
             tuple(row[key] for key in levers.KEY): row for row in levers.comparisons(list(rows))
         }
         self._dense = {
-            row["text"]: f"{float(row['perplexity']):.1f}"
-            for row in rows
-            if row["lever"] == levers.DENSE
+            row["text"]: float(row["perplexity"]) for row in rows if row["lever"] == levers.DENSE
         }
 
     def text(self) -> str:
@@ -57,6 +55,10 @@ class Page:
         """The perplexity of a cell; "not measured" without a row."""
         row = self.row(*cell)
         return "not measured" if row is None else f"{float(row['perplexity']):.1f}"
+
+    def dense(self, text: str) -> str:
+        """The dense model's perplexity on a text; "not measured" without a row."""
+        return f"{self._dense[text]:.1f}" if text in self._dense else "not measured"
 
     def divergence(self, *cell: Any) -> str:
         """KL(dense‖compressed) of a cell in nats, with its standard error where that is known."""
@@ -112,7 +114,7 @@ class Page:
     def near_and_far(self, calibration: str, sequences: int) -> str:
         """A table of one calibration's models: perplexity, share and KL on each text."""
         texts = levers.NEAR_AND_FAR[calibration]
-        lines = [[levers.DENSE, *(self._dense.get(text, "not measured") for text in texts)]]
+        lines = [[levers.DENSE, *map(self.dense, texts)]]
         for lever in (levers.PRUNED, levers.DEFAULTS, levers.BEST):
             cells = [(calibration, sequences, lever, text) for text in texts]
             if any(self.row(*cell) for cell in cells):

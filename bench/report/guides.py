@@ -50,9 +50,7 @@ class Numbers:
             for row in read_rows(RESULTS / "calibrate_cpu.csv")
             if row["metric"] in ("bare forward", "total")
         }
-        rows = read_rows(RESULTS / "levers.csv")
-        self.domains = Page(rows)
-        self._dense = {row["text"]: row for row in rows if row["lever"] == levers.DENSE}
+        self.domains = Page(read_rows(RESULTS / "levers.csv"))
 
     def row(self, text: str, keep: float, model: str, sites: str = "mlp") -> Row | None:
         """Returns the row of a compressed SmolLM2-135M; of the dense one with the keep 1."""
@@ -118,10 +116,6 @@ class Numbers:
     def _shown(value: str | None) -> str:
         return MISSING if value is None else f"{float(value):.1f}"
 
-    def dense(self, text: str) -> str:
-        """Returns the dense model's perplexity on a held-out text of the page on domains."""
-        return self._shown(self._dense[text]["perplexity"])
-
     def passes(self, design: str) -> str:
         """Returns the time of a run over that of a bare forward pass, "2.55"."""
         return f"{self._seconds[design] / self._seconds['']:.2f}"
@@ -130,14 +124,15 @@ class Numbers:
 @functools.cache
 def subjects() -> dict[str, object]:
     """The numbers by subject, under the names of the templates."""
+    numbers = Numbers()
     return {
-        "n": Numbers(),
+        "n": numbers,
         "k": Kernels(),
         "serving": Serving(),
         "reliability": Reliability(),
         "adapters": Adapters(),
         "scale": Scale(),
-        "readme": Readme(),
+        "readme": Readme(numbers.domains),
         "texts": texts.TEXTS,
         "evaluation": evaluation,
         "tolerances": gguf_check.TOLERANCES,

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from bench.quality import levers
+from bench.report.domains import Page
 from bench.report.networks import HALF, networks, number
 from bench.report.numbers.rows import Rows
 from bench.tools.measuring import ROOT
@@ -23,39 +24,30 @@ QUALITY: tuple[tuple[str, int, str, float, str], ...] = (
 class Readme:
     """Numbers of the sections "Results", "Serve it" and "Supported models"."""
 
-    def __init__(self) -> None:
-        self._levers, self._files = Rows("levers.csv"), Rows("serving.csv")
+    def __init__(self, domains: Page) -> None:
+        self._domains, self._files = domains, Rows("serving.csv")
 
     def results(self) -> str:
         """Returns the table: a line for each cell of `QUALITY`."""
-        rows = self._levers.all
-        measured = {tuple(row[key] for key in levers.KEY): row for row in levers.comparisons(rows)}
         lines = []
         for calibration, sequences, sites, keep, text in QUALITY:
-            before, after = (calibration, str(sequences)), (sites, str(keep), text)
-            names = (levers.PRUNED, "paper", levers.DEFAULTS, levers.BEST)
-            cells = [measured.get((*before, name, *after)) for name in names]
-            grail = cells[names.index(levers.DEFAULTS)]
+            pruned, paper, grail, best = (
+                self._domains.row(calibration, sequences, lever, text, sites, keep)
+                for lever in (levers.PRUNED, "paper", levers.DEFAULTS, levers.BEST)
+            )
             near = ("–", "–")
             if grail is not None:
                 near = f"{grail['kl'].value:.2f}", f"{grail['top1'].value:.0%}"
-            dense = self._levers.value("perplexity", lever=levers.DENSE, text=text)
             lines.append(
                 [
-                    *(f"{calibration}, {sequences}k", sites, f"{keep:g}", text, f"{dense:.1f}"),
-                    *(*map(_with_share, cells[:-1]), *near, _with_share(cells[-1])),
+                    *(f"{calibration}, {sequences}k", sites, f"{keep:g}", text),
+                    self._domains.dense(text),
+                    *(*map(_with_share, (pruned, paper, grail)), *near, _with_share(best)),
                 ]
             )
         header = ["calibrated on", "sites", "keep", "read on", "dense", "pruned"]
         header += ["the paper's way", "grail", "KL", "top-1", "uneven, producers"]
         return markdown(header, lines)
-
-    def cell(
-        self, calibration: str, lever: str, text: str, keep: float = HALF, sequences: int = 16
-    ) -> str:
-        """Returns the perplexity of a model with narrow MLPs."""
-        of = {"calibration": calibration, "lever": lever, "text": text, "keep": keep}
-        return f"{self._levers.value('perplexity', sequences=sequences, sites='mlp', **of):.1f}"
 
     def file(self, form: str, column: str, model: str = "uneven 0.5") -> float:
         """Returns a number of a GGUF file."""
