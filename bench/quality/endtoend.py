@@ -60,16 +60,16 @@ class Subject:
     """The dense model, and batches of a text's calibration or held-out half."""
 
     def __init__(self) -> None:
-        self._written: set[str] = set()
+        self._on_disk: set[str] = set()
         self.model, self.tokenizer = load_model(assets.smollm2())
 
     def batches(self, text: str, half: str, tokens: int) -> list[torch.Tensor]:
         """Returns sequences of `LENGTH` tokens, one a batch; `WRITTEN` has a calibration half."""
         if text == WRITTEN:
             return self._by_itself(tokens)
-        if text not in self._written:
+        if text not in self._on_disk:
             assets.write_texts(text, texts.TEXTS[text].halves(TEXTS), TEXTS)
-            self._written.add(text)
+            self._on_disk.add(text)
         return token_batches(
             TEXTS / f"{text}-{half}.txt",
             self.tokenizer,

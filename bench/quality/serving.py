@@ -1,6 +1,6 @@
 """SmolLM2-135M, compressed, as files of llama.cpp: logits, perplexity, bytes and tokens per second.
 
-    make serving     the environment, once
+    make serving                                              the environment, once
     .serving/env/bin/python -m bench.quality.serving          all steps
     .serving/env/bin/python -m bench.quality.serving --only speed --again
 

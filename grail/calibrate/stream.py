@@ -292,7 +292,7 @@ class Stream:
 
     @property
     def chooses(self) -> bool:
-        """Whether some samples choose an automatic α or β."""
+        """True if some samples are held out, or are guard text: they choose an automatic α or β."""
         return self.holds_out or Role.GUARD in self.others
 
     @property

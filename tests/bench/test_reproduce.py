@@ -1,4 +1,4 @@
-"""The small version of the paper's tables: which rows it measures, and what it says of them."""
+"""The small version of the paper's tables: the rows that it measures, and their differences."""
 
 import shutil
 
@@ -32,7 +32,7 @@ def test_a_choice_takes_the_rows_that_have_all_it_names():
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What each bench is asked to measure; nothing is."""
+    """Returns the choice that each bench gets. The benches measure nothing."""
     found = {}
     for name, experiment in reproduce.EXPERIMENTS.items():
 
