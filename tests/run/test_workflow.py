@@ -89,7 +89,7 @@ def test_the_command_line_is_that_call(tiny_folder, text, tmp_path, monkeypatch)
     arguments += ["--output", tmp_path / "out", "--recipe", tmp_path / "recipe.yaml", "--uneven"]
     arguments += ["--alpha", 0.2, "--no-progress", "--storage", "cpu", "--batch-size", 2]
     done = CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
-    assert done.stderr == f"grail: enough\nhelp: {InputError.page}\n"
+    assert done.stderr == f"help: {InputError.page}\ngrail: enough\n"
     (((model, output, calibration), settings),) = calls
     assert (model.source, output) == (str(tiny_folder), tmp_path / "out")
     assert (calibration.batch_size, calibration.tokens) == (2, 65536)
